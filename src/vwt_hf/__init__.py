@@ -1,0 +1,14 @@
+"""Training-free visual-word tokenisation for Hugging Face vision transformers (arXiv 2411.15397).
+
+Importing this package registers it with transformers; models that do not ask for `vwt` are untouched.
+"""
+
+from .auto import register
+from .compress import compress, restore
+from .config import VWTConfig
+from .families import supported
+
+__version__ = "0.1.0"
+__all__ = ["VWTConfig", "compress", "restore", "supported"]
+
+register()
