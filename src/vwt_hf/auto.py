@@ -1,8 +1,10 @@
-"""Registration with transformers' Auto classes: importing this module makes `from_pretrained(..., vwt=...)` work.
+"""Registration with transformers: importing this module makes `from_pretrained(..., vwt=...)` work.
 
-Configs are subclasses with one more field, `vwt`; models are not. What is registered for such a config loads the
-ordinary Hugging Face class, so that class names, weight renaming and state dicts are transformers' own, and then calls
-`compress` on it.
+Configs are subclasses with one more field, `vwt`; models are transformers' own classes. A config subclass keeps its
+parent's name, by which the Auto mappings find models and processors, so `AutoModel*` load the ordinary class for it.
+What `vwt` asks for is done in one place, where every loading path of transformers meets: `PreTrainedModel`'s
+`from_pretrained` and `_from_config`. So a class loaded by its own name (`CLIPVisionModelWithProjection`, which no Auto
+class reaches) takes `vwt` too, and a folder saved with a setting never loads as a plain model that claims to have one.
 """
 
 from __future__ import annotations
@@ -11,41 +13,42 @@ import copy
 import functools
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .compress import compress
+from .compress import compress, restore
 from .config import VWTConfig
-from .families import FAMILIES, Family, require_compressible, unsupported_message
+from .families import FAMILIES, family_of
+
+_NOT_GIVEN: Any = object()
 
 
 def register() -> None:
-    """Registers every family of the table with `AutoConfig` and with each `AutoModel*` that knows it. Idempotent."""
-    auto_classes = [
-        value
-        for value in vars(modeling_auto).values()
-        if isinstance(value, type) and issubclass(value, _BaseAutoModelClass) and value._model_mapping is not None
-    ]
+    """Gives every family's config the field `vwt` and has transformers' loading act on it. Idempotent."""
     for family in FAMILIES:
         for model_type in family.model_types:
             plain = CONFIG_MAPPING[model_type]
-            if "vwt" in vars(plain):
-                continue
-            config_class = _config_with_vwt(plain)
-            globals()[config_class.__name__] = config_class
-            AutoConfig.register(model_type, config_class, exist_ok=True)
-            for auto_class in auto_classes:
-                names = auto_class._model_mapping._model_mapping.get(model_type)
-                if names is not None:
-                    auto_class.register(config_class, _loader(family, auto_class, plain, names), exist_ok=True)
-    _refuse_unsupported()
+            if "vwt" not in vars(plain):
+                config_class = _config_with_vwt(plain)
+                globals()[config_class.__name__] = config_class  # where pickle looks for it
+                AutoConfig.register(model_type, config_class, exist_ok=True)
+    for name, wrap in (("from_pretrained", _loading), ("_from_config", _building)):
+        original = vars(PreTrainedModel)[name].__func__
+        if not hasattr(original, "takes_vwt"):
+            setattr(PreTrainedModel, name, classmethod(wrap(original)))
 
 
 def _config_with_vwt(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """A subclass of `plain` with the field `vwt`. It keeps the name, by which transformers finds processors."""
+    """A subclass of `plain`, of the same name, with the field `vwt`; serialised as `plain` where it is `None`."""
+
+    def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
+        fields = plain.to_dict(self)
+        if fields.get("vwt") is None:
+            fields.pop("vwt", None)
+        elif isinstance(fields["vwt"], VWTConfig):
+            fields["vwt"] = fields["vwt"].to_dict()
+        return fields
+
     return type(
         plain.__name__,
         (plain,),
@@ -55,69 +58,55 @@ def _config_with_vwt(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
             "__doc__": plain.__doc__,
             "__annotations__": {"vwt": Any},
             "vwt": None,
+            "to_dict": to_dict,
         },
     )
 
 
-def _loader(
-    family: Family, auto_class: type[_BaseAutoModelClass], plain: type[PreTrainedConfig], names: str | tuple[str, ...]
-) -> type:
-    """What stands for the model class in `auto_class` where the config has `vwt`: it loads that class, then compresses.
+def _loading(original: Any) -> Any:
+    """`PreTrainedModel.from_pretrained` that takes `vwt`, or else follows the config's."""
 
-    It carries the name and module of the class that it loads, because libraries read both from the mapping.
-    """
-    candidates = (names,) if isinstance(names, str) else tuple(names)
-
-    def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-        asked = [name for name in (config.architectures or []) if name in candidates]
-        return getattr(transformers, (asked or candidates)[0])
-
-    def load(build: Any, config: PreTrainedConfig, kwargs: dict[str, Any]) -> Any:
-        setting = VWTConfig.parse(kwargs.pop("vwt", getattr(config, "vwt", None)))
-        if setting is not None:
-            require_compressible(family, model_class(config), config)
-        config = copy.deepcopy(config)
-        config.vwt = None
-        loaded = build(config=config, **kwargs)
-        if setting is not None:
-            compress(loaded[0] if isinstance(loaded, tuple) else loaded, setting)
+    @functools.wraps(original)
+    def from_pretrained(cls: type[PreTrainedModel], *args: Any, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> Any:
+        if vwt is _NOT_GIVEN:
+            vwt = getattr(kwargs.get("config"), "vwt", _NOT_GIVEN)
+        _refuse_early(cls, vwt)
+        loaded = original(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _apply(model, getattr(model.config, "vwt", None) if vwt is _NOT_GIVEN else vwt)
         return loaded
 
-    class Loader:
-        @classmethod
-        def from_pretrained(cls, name: Any, *args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
-            return load(functools.partial(model_class(config).from_pretrained, name, *args), config, kwargs)
-
-        @classmethod
-        def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-            plain_class = model_class(config)
-            return load(lambda config, **rest: plain_class._from_config(config, **rest), config, kwargs)
-
-    Loader.__name__ = Loader.__qualname__ = candidates[0]
-    Loader.__module__ = plain.__module__.replace("configuration_", "modeling_")
-    return Loader
+    from_pretrained.takes_vwt = True  # type: ignore[attr-defined]
+    return from_pretrained
 
 
-def _refuse_unsupported() -> None:
-    """Has `AutoConfig.from_pretrained(..., vwt=...)` name the supported families where a config does not take `vwt`.
+def _building(original: Any) -> Any:
+    """`PreTrainedModel._from_config` (behind `AutoModel.from_config`) that takes `vwt`, or else follows the config's."""
 
-    Without this the keyword travels on to the model's constructor, whose TypeError says nothing of vwt_hf.
-    """
-    original = AutoConfig.from_pretrained.__func__  # type: ignore[attr-defined]
-    if hasattr(original, "__wrapped__") and original.__module__ == __name__:
-        return
+    @functools.wraps(original)
+    def _from_config(cls: type[PreTrainedModel], config: Any, *, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> Any:
+        asked = getattr(config, "vwt", None) if vwt is _NOT_GIVEN else vwt
+        _refuse_early(cls, asked)
+        if vwt is not _NOT_GIVEN:
+            config = copy.deepcopy(config)
+        model = original(cls, config, **kwargs)
+        _apply(model, asked)
+        return model
 
-    @functools.wraps(original, assigned=("__name__", "__qualname__", "__doc__"))
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        result = original(cls, *args, **kwargs)
-        if "vwt" not in kwargs:
-            return result
-        config = result[0] if isinstance(result, tuple) else result
-        if not hasattr(type(config), "vwt"):
-            if VWTConfig.parse(kwargs["vwt"]) is not None:
-                raise ValueError(unsupported_message(config.model_type))
-            if isinstance(result, tuple):
-                result[1].pop("vwt", None)
-        return result
+    _from_config.takes_vwt = True  # type: ignore[attr-defined]
+    return _from_config
 
-    AutoConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+
+def _refuse_early(cls: type[PreTrainedModel], vwt: Any) -> None:
+    """Raises before any weight is read or made, where class and setting alone tell that `vwt` cannot be had."""
+    if vwt is not _NOT_GIVEN and VWTConfig.parse(vwt) is not None:
+        family_of(cls)
+
+
+def _apply(model: PreTrainedModel, vwt: Any) -> None:
+    """Compresses a model just loaded, or leaves it, and its config, without a setting."""
+    setting = VWTConfig.parse(vwt)
+    if setting is not None:
+        compress(model, setting)
+    elif getattr(model.config, "vwt", None) is not None:
+        restore(model)

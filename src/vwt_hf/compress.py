@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -10,8 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import VWTConfig
-from .families import Family, attribute, find_embeddings, model_of, require_compressible, unsupported_message
-from .words import gather_patches, grid_patches, highest, patch_grid, patchify, random_patches, variance_scores
+from .families import Family, attribute, family_of, find_embeddings, model_of
+from .words import (
+    gather_patches,
+    grid_patches,
+    highest,
+    patch_grid,
+    patch_strip,
+    patchify,
+    random_patches,
+    variance_scores,
+)
 
 
 def compress(model: PreTrainedModel, config: VWTConfig | dict[str, Any] | bool = True) -> PreTrainedModel:
@@ -32,18 +42,23 @@ def compress(model: PreTrainedModel, config: VWTConfig | dict[str, Any] | bool =
         ValueError: the family is not supported, the task needs every patch, or `config` is not valid.
 
     Example:
-        >>> compress(model, VWTConfig(keep_ratio=0.7))  # doctest: +SKIP
+        >>> from transformers import ViTConfig, ViTModel
+        >>> model = ViTModel(ViTConfig(num_hidden_layers=1))
+        >>> compress(model, VWTConfig(keep_ratio=0.25)).config.vwt["keep_ratio"]
+        0.25
+        >>> model(pixel_values=torch.zeros(1, 3, 224, 224)).last_hidden_state.shape  # CLS + 49 of 196 patches
+        torch.Size([1, 50, 768])
     """
     model = model_of(model)
     setting = VWTConfig.parse(config)
     if setting is None:
         return restore(model)
-    found = find_embeddings(model)
-    if found is None:
-        raise ValueError(unsupported_message(type(model).__name__))
-    family, embeddings = found
-    require_compressible(family, type(model), model.config)
-    embeddings.forward = functools.partial(_embed, embeddings, family, setting)
+    family = family_of(type(model))
+    embeddings = find_embeddings(model, family)
+    restore(model)
+    # accelerate's hooks (`device_map`) wrap the forward that they find in a module, and keep it under this name.
+    slot = "_old_forward" if hasattr(embeddings, "_hf_hook") else "forward"
+    setattr(embeddings, slot, functools.partial(embed_kept, embeddings, family, setting))
     model.config.vwt = setting.to_dict()
     return model
 
@@ -58,34 +73,42 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """
     model = model_of(model)
     for module in model.modules():
-        if _is_compressed(module):
+        if _is_ours(module.__dict__.get("forward")):
             del module.forward
+        if _is_ours(module.__dict__.get("_old_forward")):
+            module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
     if getattr(model.config, "vwt", None) is not None:
         model.config.vwt = None
     return model
 
 
-def _is_compressed(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return isinstance(forward, functools.partial) and forward.func is _embed
+def _is_ours(forward: object) -> bool:
+    return isinstance(forward, functools.partial) and forward.func is embed_kept
 
 
-def _embed(
+def embed_kept(
     module: nn.Module,
     family: Family,
     setting: VWTConfig,
     pixel_values: torch.Tensor,
+    *,
     bool_masked_pos: torch.Tensor | None = None,
     interpolate_pos_encoding: bool | None = False,
 ) -> torch.Tensor:
     """Stands in for the forward of a family's embeddings: the same tokens, of the kept patches alone.
 
+    Args:
+        module: the embeddings module, whose parameters are used.
+        pixel_values: (batch, channels, height, width).
+        bool_masked_pos: not supported; see Raises.
+        interpolate_pos_encoding: as for the family's models.
+
     Returns:
         (batch, prefix tokens + kept patches, hidden).
+
+    Raises:
+        ValueError: `bool_masked_pos` is given, or the images do not fit the model in channels or size.
     """
-    if family.prefix == ("class_embedding",) and bool_masked_pos is not None:
-        # CLIP's embeddings take interpolate_pos_encoding second, and no mask.
-        bool_masked_pos, interpolate_pos_encoding = None, bool_masked_pos
     if bool_masked_pos is not None:
         raise ValueError(
             "bool_masked_pos masks patches of the whole image, of which a compressed model sees a part; "
@@ -101,15 +124,15 @@ def _embed(
         raise ValueError(
             f"pixel_values have {pixel_values.shape[1]} channels; the model expects {projection.in_channels}."
         )
+    positions = _positions(module, family, pixel_values, rows * columns, bool(interpolate_pos_encoding))
 
     patches = patchify(pixel_values, projection.kernel_size)
-    kept = choose_patches(patches, keep, setting)
-    strip = gather_patches(patches.to(projection.weight.dtype), kept)
+    kept = choose_patches(patches, (rows, columns), keep, setting)
+    strip = patch_strip(gather_patches(patches, kept).to(projection.weight.dtype), projection.kernel_size)
     tokens = projection(strip).flatten(2).transpose(1, 2)
 
-    positions = _positions(module, family, pixel_values, rows * columns, bool(interpolate_pos_encoding))
     prefix_length = len(family.prefix)
-    tokens = tokens + positions[0, prefix_length:][kept]
+    tokens = tokens + gather_patches(positions[:, prefix_length:], kept)
     prefix = torch.cat([attribute(module, name).reshape(1, -1, tokens.shape[-1]) for name in family.prefix], dim=1)
     prefix = prefix + positions[:, :prefix_length]
     if family.registers is not None:
@@ -119,22 +142,23 @@ def _embed(
     return embeddings if dropout is None else dropout(embeddings)
 
 
-def choose_patches(patches: torch.Tensor, keep: int, setting: VWTConfig) -> torch.Tensor:
+def choose_patches(patches: torch.Tensor, grid: tuple[int, int], keep: int, setting: VWTConfig) -> torch.Tensor:
     """Indices of the patches that stay, ascending.
 
     Args:
-        patches: (batch, channels, rows, patch height, columns, patch width), as `patchify` gives them.
+        patches: (batch, patches, channels · patch height · patch width), as `patchify` gives them.
+        grid: rows and columns of patches.
         keep: how many stay.
+        setting: says by which criterion.
 
     Returns:
         (batch, keep) for `criterion="variance"`, else (1, keep): the same for all images.
     """
-    rows, columns = patches.shape[2], patches.shape[4]
     if setting.criterion == "variance":
         return highest(variance_scores(patches), keep)
     if setting.criterion == "random":
-        return random_patches(rows * columns, keep, setting.seed, patches.device)
-    return grid_patches(rows, columns, keep, patches.device)
+        return random_patches(grid[0] * grid[1], keep, setting.seed, patches.device)
+    return grid_patches(*grid, keep, patches.device)
 
 
 def _positions(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from torch import nn
@@ -85,46 +84,52 @@ def supported() -> list[str]:
     return [family.name for family in FAMILIES]
 
 
-def unsupported_message(what: str) -> str:
-    """The error for a model outside the table: what was given, what is supported, what to do."""
-    types = [model_type for family in FAMILIES for model_type in family.model_types]
-    near = difflib.get_close_matches(what, types, 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return (
-        f"{what} cannot be compressed by vwt_hf; supported families: {', '.join(supported())}. "
-        f"Load it without `vwt`.{hint}"
-    )
-
-
-def find_embeddings(model: nn.Module) -> tuple[Family, nn.Module] | None:
-    """The first module of `model` that a family's row names as its embeddings, with the row."""
-    rows = {family.embeddings: family for family in FAMILIES}
-    for module in model.modules():
-        # The class must be transformers' own: another library's class of the same name may compute something else.
-        if type(module).__name__ in rows and type(module).__module__.startswith("transformers."):
-            return rows[type(module).__name__], module
-    return None
-
-
-def require_compressible(family: Family, model_class: type, config: object) -> None:
-    """Refuses a task whose output has a value for every patch.
+def family_of(model_class: type[PreTrainedModel]) -> Family:
+    """The row of the table that `model_class` belongs to.
 
     Raises:
-        ValueError: `model_class` is such a task; the message says which tasks work.
+        ValueError: its family has no row, or its output has a value for every patch; the message lists what is
+            supported.
     """
+    config_class = getattr(model_class, "config_class", None)
+    model_type = getattr(config_class, "model_type", "")
+    family = next((family for family in FAMILIES if model_type in family.model_types), None)
     name = model_class.__name__
+    if family is None:
+        raise ValueError(
+            f"{name} (model type {model_type!r}) cannot be compressed by vwt_hf; supported families: "
+            f"{', '.join(supported())}. Load it without `vwt`."
+        )
     if name in family.needs_every_patch:
         raise ValueError(
             f"{name} predicts a value for every patch, so none may be dropped: it cannot be compressed. Supported are "
             f"feature extraction, classification and contrastive models of {', '.join(supported())}. "
             "Load it without `vwt`."
         )
-    if name.endswith("Backbone") and getattr(config, "reshape_hidden_states", False):
+    return family
+
+
+def find_embeddings(model: PreTrainedModel, family: Family) -> nn.Module:
+    """The module of `model` that turns `pixel_values` into the first layer's `hidden_states`.
+
+    Raises:
+        ValueError: there is none of the class that transformers gives this family, or the model is a backbone that lays
+            its tokens out as feature maps.
+    """
+    if getattr(model.config, "reshape_hidden_states", False) and type(model).__name__.endswith("Backbone"):
         raise ValueError(
-            f"{name} with reshape_hidden_states=True returns feature maps (batch, hidden, rows, columns), which need "
-            "every patch. Pass reshape_hidden_states=False to get sequences of the kept patches, or load it without "
-            "`vwt`."
+            f"{type(model).__name__} with reshape_hidden_states=True returns feature maps (batch, hidden, rows, "
+            "columns), which need every patch. Pass reshape_hidden_states=False to get sequences of the kept patches, "
+            "or load it without `vwt`."
         )
+    for module in model.modules():
+        # The class must be transformers' own: another library's class of the same name may compute something else.
+        if type(module).__name__ == family.embeddings and type(module).__module__.startswith("transformers."):
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no {family.embeddings} of transformers, where {family.name} models turn pixel "
+        "values into tokens, so it cannot be compressed. Load it without `vwt`."
+    )
 
 
 def attribute(module: nn.Module, path: str) -> Any:

@@ -1,6 +1,7 @@
 """Which patches stay: functions on tensors, with no model in sight.
 
-Patches are numbered in row-major order, as a ViT's own patch embedding numbers them.
+Patches are numbered in row-major order, as a ViT's own patch embedding numbers them, and flattened as (channel, row,
+column), as its projection's weight is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def patch_grid(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> tuple
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-    """Views images as their patches.
+    """Cuts images into their patches.
 
     Args:
         pixel_values: (batch, channels, height, width); rows and columns beyond the last whole patch are left out, as a
@@ -35,24 +36,28 @@ def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.T
         patch_size: height and width of a patch, in pixels.
 
     Returns:
-        (batch, channels, rows, patch height, columns, patch width), a view of `pixel_values` where strides allow.
+        (batch, patches, channels · patch height · patch width).
     """
     rows, columns = patch_grid(pixel_values, patch_size)
     height, width = patch_size
     whole = pixel_values[..., : rows * height, : columns * width]
-    return whole.unflatten(-1, (columns, width)).unflatten(-3, (rows, height))
+    grid = whole.unflatten(-1, (columns, width)).unflatten(-3, (rows, height))
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def variance_scores(patches: torch.Tensor) -> torch.Tensor:
-    """Unbiased variance of each patch's channels · height · width values, in float32 (paper, intra-image).
+    """Unbiased variance of each patch's values, in float32 (paper, intra-image approach).
 
     Args:
-        patches: (batch, channels, rows, patch height, columns, patch width), as `patchify` gives them.
+        patches: (batch, patches, channels · patch height · patch width).
 
     Returns:
-        (batch, rows · columns).
+        (batch, patches).
     """
-    return patches.float().var(dim=(1, 3, 5)).flatten(1)
+    values = patches.float()
+    # Two passes over contiguous rows: an order of magnitude faster on a CPU than torch.var, and as exact.
+    centred = values - values.mean(dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(centred, dim=-1).square() / (values.shape[-1] - 1)
 
 
 def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
@@ -96,17 +101,30 @@ def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> to
 
 
 def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Lays the kept patches side by side as one image, one patch high, that a patch projection turns into their tokens.
+    """The kept patches alone, or the rows of any table that has one for each patch.
 
     Args:
-        patches: (batch, channels, rows, patch height, columns, patch width), as `patchify` gives them.
+        patches: (batch or 1, patches, values).
         kept: (batch or 1, keep) patch indices.
 
     Returns:
-        (batch, channels, patch height, keep · patch width).
+        (batch, keep, values).
     """
-    batch, columns = patches.shape[0], patches.shape[4]
-    image = torch.arange(batch, device=kept.device).unsqueeze(1)
-    # Advanced indices apart from each other put the gathered axis first: (batch, keep, channels, height, width).
-    strip = patches[image, :, kept // columns, :, kept % columns]
-    return strip.permute(0, 2, 3, 1, 4).flatten(-2)
+    if kept.shape[0] == 1:
+        return patches[:, kept[0]]
+    if patches.shape[0] == 1:
+        return patches[0, kept]
+    return patches[torch.arange(len(patches), device=kept.device).unsqueeze(1), kept]
+
+
+def patch_strip(patches: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """Lays patches side by side as one image, one patch high, that a patch projection turns into their tokens.
+
+    Args:
+        patches: (batch, patches, channels · patch height · patch width).
+        patch_size: height and width of a patch, in pixels.
+
+    Returns:
+        (batch, channels, patch height, patches · patch width).
+    """
+    return patches.unflatten(-1, (-1, *patch_size)).permute(0, 2, 3, 1, 4).flatten(-2)
