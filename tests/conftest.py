@@ -1,70 +1,63 @@
-"""Tiny random models of every family, and where the shared data is."""
+"""Fixtures: tiny models, checkpoints of the other end of the transformers range, and where the shared data is."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 
+from loopback_hub import LoopbackHub, connect_client, loopback_only
+from tiny import MODELS, sample_pixel_values, tiny_model
+
 SHARED = Path(os.environ.get("VWT_SHARED", Path(__file__).parents[2] / "shared"))
-
-TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 4,
-}
-TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 99}
-
-
-def clip_config() -> transformers.CLIPConfig:
-    return transformers.CLIPConfig(vision_config=TINY, text_config=TEXT, projection_dim=16)
-
-
-MODELS = {
-    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**TINY)),
-    "vit-classifier": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**TINY)),
-    "deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**TINY)),
-    "deit-classifier": lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**TINY)),
-    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**TINY)),
-    "dinov2-classifier": lambda: transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**TINY)),
-    "registers": lambda: transformers.Dinov2WithRegistersModel(
-        transformers.Dinov2WithRegistersConfig(**TINY, num_register_tokens=3)
-    ),
-    "registers-classifier": lambda: transformers.Dinov2WithRegistersForImageClassification(
-        transformers.Dinov2WithRegistersConfig(**TINY, num_register_tokens=3)
-    ),
-    "clip-vision": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY)),
-    "clip-projection": lambda: transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**TINY)),
-    "clip-classifier": lambda: transformers.CLIPForImageClassification(clip_config()),
-}
 
 
 @pytest.fixture(params=list(MODELS))
 def model(request: pytest.FixtureRequest) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    model = MODELS[request.param]().eval()
-    # Some families start their prefix tokens, positions or heads at zero, which would hide an error in them.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    return tiny_model(request.param)
 
 
 @pytest.fixture
 def pixel_values() -> torch.Tensor:
-    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return sample_pixel_values()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def other_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of every tiny model, written by the transformers at the other end of the declared range."""
+    if "VWT_OTHER_END" not in os.environ:
+        pytest.skip("needs VWT_OTHER_END, the PYTHONPATH of another transformers version; scripts/test.sh sets it")
+    folder = tmp_path_factory.mktemp("other-end")
+    script = f"import plain_process; print(plain_process.write_checkpoints({str(folder)!r}))"
+    env = dict(os.environ, PYTHONPATH=os.environ["VWT_OTHER_END"])
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] != transformers.__version__
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip(f"needs the trained classifiers and photographs in {SHARED}")
     return SHARED
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """An empty Hub that huggingface_hub and transformers use for this test, as user `me`, with an empty cache."""
+    with loopback_only(monkeypatch), LoopbackHub() as hub:
+        connect_client(hub, tmp_path / "hf_home", monkeypatch)
+        yield hub
+    huggingface_hub.close_session()

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 
 import vwt_hf
+from tiny import TINY, answers, forward, sample_pixel_values
 from vwt_hf import VWTConfig, compress, restore
-
-
-def answers(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-    with torch.no_grad():
-        return model(pixel_values=pixel_values, **kwargs)[0]
+from vwt_hf.words import grid_patches
 
 
 def test_keeping_everything_equals_the_plain_model(model, pixel_values):
@@ -69,7 +68,7 @@ def test_a_copy_is_compressed_and_independent(model, pixel_values, copied):
 def test_gradients_reach_every_parameter_that_the_plain_model_trains(model, pixel_values):
     def trained() -> set[str]:
         model.zero_grad(set_to_none=True)
-        model.train()(pixel_values=pixel_values)[0].float().pow(2).sum().backward()
+        forward(model.train(), pixel_values).float().pow(2).sum().backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
         return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -77,7 +76,7 @@ def test_gradients_reach_every_parameter_that_the_plain_model_trains(model, pixe
     for criterion in ("variance", "random", "grid"):
         compress(model, {"criterion": criterion})
         with torch.inference_mode():
-            model(pixel_values=pixel_values)
+            forward(model, pixel_values)
         assert trained() == plain
 
 
@@ -110,3 +109,125 @@ def test_a_bad_setting_is_refused_by_field_value_and_range(fields, words):
 
 def test_supported_lists_the_families():
     assert vwt_hf.supported() == ["ViT", "DeiT", "DINOv2", "DINOv2 with registers", "CLIP"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_same_patches_and_answers_nearly_the_same(model, pixel_values, dtype):
+    pixel_values = pixel_values.to(dtype).float()
+    compress(model, {"keep_ratio": 0.5})
+    expected = answers(model, pixel_values)
+    found = answers(model.to(dtype), pixel_values.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=0.08, rtol=0.08)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 20), (23, 50)])
+def test_images_of_another_size_are_interpolated_as_the_plain_model_does(model, size):
+    pixel_values = sample_pixel_values(2, *size)
+    kwargs = {} if "inov2" in type(model).__name__ else {"interpolate_pos_encoding": True}
+    plain = answers(model, pixel_values, **kwargs)
+    whole = (size[0] // 4) * (size[1] // 4)
+    torch.testing.assert_close(answers(compress(model, {"keep_ratio": 1.0}), pixel_values, **kwargs), plain)
+
+    embeddings = next(m for m in model.modules() if "forward" in vars(m))
+    everything = type(embeddings).forward(embeddings, pixel_values, **kwargs)
+    compress(model, {"criterion": "grid", "num_patches": whole // 2})
+    short = embeddings(pixel_values, **kwargs)
+    kept = grid_patches(size[0] // 4, size[1] // 4, whole // 2, pixel_values.device)[0]
+    prefix = everything.shape[1] - whole
+    torch.testing.assert_close(short, torch.cat((everything[:, :prefix], everything[:, prefix:][:, kept]), 1))
+    assert answers(model, pixel_values, **kwargs).isfinite().all()
+
+
+def test_another_size_without_interpolation_is_refused_with_both_sizes(model):
+    if "inov2" in type(model).__name__:
+        pytest.skip("DINOv2 always interpolates its positions")
+    compress(model)
+    with pytest.raises(ValueError, match=r"48×32; the model expects 32×32\. Resize the images, or pass interpolate"):
+        answers(model, sample_pixel_values(1, 48, 32))
+
+
+def test_images_with_a_wrong_number_of_channels_are_refused_with_both_numbers(model):
+    compress(model)
+    with pytest.raises(ValueError, match="4 channels; the model expects 3"):
+        answers(model, torch.zeros(1, 4, 32, 32))
+
+
+def test_one_image_and_none(model, pixel_values):
+    compress(model)
+    assert len(answers(model, pixel_values[:1]).flatten()) and answers(model, pixel_values[:1]).isfinite().all()
+    embeddings = next(m for m in model.modules() if "forward" in vars(m))
+    assert embeddings(pixel_values[:0]).shape[0] == 0
+
+
+def test_two_threads_share_one_model(model):
+    """Two streams of images of different sizes through one model answer as they do one after the other."""
+    compress(model, {"keep_ratio": 0.5})
+    kwargs = {} if "inov2" in type(model).__name__ else {"interpolate_pos_encoding": True}
+    batches = [sample_pixel_values(1 + i % 3, 32, 32 + 4 * (i % 5)) for i in range(40)]
+    expected = [answers(model, batch, **kwargs) for batch in batches]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda batch: answers(model, batch, **kwargs), batches))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("criterion", ["variance", "random", "grid"])
+def test_moving_the_model_moves_all_that_compression_uses(model, pixel_values, criterion):
+    """The meta device refuses to mix with the CPU, so any tensor left behind would raise."""
+    compress(model, {"criterion": criterion})
+    shape = answers(model, pixel_values).shape
+    assert answers(model.to("meta"), pixel_values.to("meta")).shape == shape
+
+
+def test_hooks_of_accelerate_and_compression_live_together(model, pixel_values):
+    """`device_map` wraps each module's forward: compression goes below the wrap, and comes out from there."""
+    plain = answers(model, pixel_values)
+    short = answers(compress(model, {"keep_ratio": 0.5}), pixel_values)
+    for module in restore(model).modules():
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    assert torch.equal(answers(compress(model, {"keep_ratio": 0.5}), pixel_values), short)
+    compress(model, {"keep_ratio": 0.9})
+    assert torch.equal(answers(restore(model), pixel_values), plain)
+    compress(model, {"keep_ratio": 0.5})
+    remove_hook_from_submodules(model)
+    assert torch.equal(answers(model, pixel_values), short)
+    assert torch.equal(answers(restore(model), pixel_values), plain)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_hidden_states_and_attentions_are_those_of_the_kept_tokens(model, pixel_values, attention):
+    if isinstance(model, transformers.CLIPModel):
+        pytest.skip("CLIPModel returns its towers' outputs, not hidden states of its own")
+    model.set_attn_implementation(attention)
+    plain = model(pixel_values=pixel_values, output_hidden_states=True).hidden_states[0].shape[1]
+    compress(model, {"keep_ratio": 0.5})
+    output = model(pixel_values=pixel_values, output_hidden_states=True, output_attentions=attention == "eager")
+    tokens = plain - 32
+    assert {tuple(hidden.shape[:2]) for hidden in output.hidden_states} == {(3, tokens)}
+    if attention == "eager":
+        assert {tuple(weights.shape) for weights in output.attentions} == {(3, 4, tokens, tokens)}
+
+
+def test_masked_patches_are_refused(pixel_values):
+    model = compress(transformers.ViTModel(transformers.ViTConfig(**TINY), use_mask_token=True))
+    with pytest.raises(ValueError, match=r"bool_masked_pos.*restore\(model\)"):
+        model(pixel_values, bool_masked_pos=torch.zeros(3, 64, dtype=torch.bool))
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"is a Linear; expected a transformers\.PreTrainedModel"):
+        compress(torch.nn.Linear(1, 1))
+
+
+def test_a_model_that_holds_a_supported_tower_is_not_taken_for_one():
+    """LLaVA's language model counts on every image token of its CLIP tower."""
+    vision = transformers.CLIPVisionConfig(**TINY)
+    text = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+    )
+    llava = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)
+    )
+    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration .*'llava'.* cannot be compressed"):
+        compress(llava)

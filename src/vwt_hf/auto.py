@@ -68,12 +68,16 @@ def _loading(original: Any) -> Any:
 
     @functools.wraps(original)
     def from_pretrained(cls: type[PreTrainedModel], *args: Any, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> Any:
-        if vwt is _NOT_GIVEN:
-            vwt = getattr(kwargs.get("config"), "vwt", _NOT_GIVEN)
-        _refuse_early(cls, vwt)
-        loaded = original(cls, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        _apply(model, getattr(model.config, "vwt", None) if vwt is _NOT_GIVEN else vwt)
+        if vwt is not _NOT_GIVEN:
+            setting = _setting(cls, vwt)
+            loaded = original(cls, *args, **kwargs)
+        else:
+            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            # With no config given there is none to look at before the weights are read.
+            setting = _setting(cls, getattr(kwargs.get("config"), "vwt", None), source)
+            loaded = original(cls, *args, **kwargs)
+            setting = setting or _setting(cls, getattr(_model(loaded).config, "vwt", None), source)
+        _apply(_model(loaded), setting)
         return loaded
 
     from_pretrained.takes_vwt = True  # type: ignore[attr-defined]
@@ -81,31 +85,46 @@ def _loading(original: Any) -> Any:
 
 
 def _building(original: Any) -> Any:
-    """`PreTrainedModel._from_config` (behind `AutoModel.from_config`) that takes `vwt`, or else follows the config's."""
+    """`_from_config`, which is behind `AutoModel.from_config`, that takes `vwt`, or else follows the config's."""
 
     @functools.wraps(original)
     def _from_config(cls: type[PreTrainedModel], config: Any, *, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> Any:
-        asked = getattr(config, "vwt", None) if vwt is _NOT_GIVEN else vwt
-        _refuse_early(cls, asked)
+        setting = _setting(cls, getattr(config, "vwt", None) if vwt is _NOT_GIVEN else vwt)
         if vwt is not _NOT_GIVEN:
             config = copy.deepcopy(config)
         model = original(cls, config, **kwargs)
-        _apply(model, asked)
+        _apply(model, setting)
         return model
 
     _from_config.takes_vwt = True  # type: ignore[attr-defined]
     return _from_config
 
 
-def _refuse_early(cls: type[PreTrainedModel], vwt: Any) -> None:
-    """Raises before any weight is read or made, where class and setting alone tell that `vwt` cannot be had."""
-    if vwt is not _NOT_GIVEN and VWTConfig.parse(vwt) is not None:
-        family_of(cls)
+def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTConfig | None:
+    """What `vwt` asks for, refused where it is not valid, or where a model of this class cannot have it.
+
+    Args:
+        source: the repository or folder whose config may be where `vwt` comes from.
+    """
+    try:
+        setting = VWTConfig.parse(vwt)
+        if setting is not None:
+            family_of(cls)
+    except (TypeError, ValueError) as error:
+        if source is None:
+            raise
+        raise ValueError(
+            f"`vwt`, as given or in config.json of {source}: {error} `vwt=False` loads the plain model."
+        ) from error
+    return setting
 
 
-def _apply(model: PreTrainedModel, vwt: Any) -> None:
+def _model(loaded: Any) -> PreTrainedModel:
+    return loaded[0] if isinstance(loaded, tuple) else loaded
+
+
+def _apply(model: PreTrainedModel, setting: VWTConfig | None) -> None:
     """Compresses a model just loaded, or leaves it, and its config, without a setting."""
-    setting = VWTConfig.parse(vwt)
     if setting is not None:
         compress(model, setting)
     elif getattr(model.config, "vwt", None) is not None:

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Lint, types and tests, at both ends of the transformers range that pyproject.toml declares. Makes its own environment.
+#   scripts/test.sh                  everything
+#   scripts/test.sh tests/test_auto.py -k clip   what pytest is to run, at both ends
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/env.sh test
+python=${VENV:-.venv}/bin/python
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+
+# The oldest end lies beside the newest, with what it needs besides torch, and goes before it on the path.
+oldest=$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+folder=$("$python" -c "import sys; print(sys.prefix)")/transformers-$oldest
+if [ ! -d "$folder/transformers" ]; then
+    rm -rf "$folder" "$folder.part"
+    "$python" -m pip install -q --target "$folder.part" "transformers==$oldest.0"
+    mv "$folder.part" "$folder"
+fi
+echo "newest transformers:"
+VWT_OTHER_END=$folder "$python" -m pytest -q "$@"
+echo "oldest transformers:"
+VWT_OTHER_END='' PYTHONPATH=$folder "$python" -m pytest -q "$@"

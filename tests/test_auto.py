@@ -1,0 +1,205 @@
+"""Loading with `vwt=...`: through the Auto classes, by class name, from folders that carry a setting."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+
+import vwt_hf
+from tiny import MODELS, TINY, answers, tiny_model
+from vwt_hf import VWTConfig
+
+HALF = {"method": "intra", "keep_ratio": 0.5}
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    model.save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def load(model: transformers.PreTrainedModel, folder: Path, **kwargs):
+    """`folder` through the Auto class that knows the class of `model`, or by that class where none does."""
+    auto = next((auto for auto in AUTO if type(model) in auto_values(auto, type(model.config))), type(model))
+    return auto.from_pretrained(folder, **kwargs)
+
+
+AUTO = (AutoModelForImageClassification, transformers.AutoModelForZeroShotImageClassification, AutoModel)
+
+
+def auto_values(auto, config_class) -> tuple:
+    found = auto._model_mapping.get(config_class, ())
+    return found if isinstance(found, (tuple, list)) else (found,)
+
+
+def test_the_ordinary_class_loads_whole_and_compressed(model, folder, pixel_values):
+    loaded, info = load(model, folder, vwt=HALF, output_loading_info=True)
+    assert type(loaded) is type(model)
+    assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    expected = answers(vwt_hf.compress(model, HALF), pixel_values)
+    torch.testing.assert_close(answers(loaded, pixel_values), expected, atol=1e-6, rtol=1e-5)
+    assert loaded.config.vwt == VWTConfig(**HALF).to_dict()
+
+
+@pytest.fixture(scope="module")
+def plain_process(tmp_path_factory) -> Path:
+    """Every tiny model saved plain and compressed, then loaded and saved again where vwt_hf is not imported."""
+    folder = tmp_path_factory.mktemp("plain-process")
+    for name in MODELS:
+        model = tiny_model(name)
+        model.save_pretrained(folder / "plain" / name)
+        vwt_hf.compress(model, HALF).save_pretrained(folder / "short" / name)
+    script = f"import plain_process; plain_process.reload({str(folder)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, env=dict(os.environ), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_without_vwt_a_checkpoint_loads_as_if_the_plugin_were_absent(name, pixel_values, plain_process, tmp_path):
+    """Class, state dict, answers and the saved config are those of a process that never imports vwt_hf."""
+    source, by_plain = plain_process / "plain" / name, plain_process / "plain-again" / name
+    loaded = load(tiny_model(name), source)
+    facts = json.loads((by_plain / "facts.json").read_text())
+    assert f"{type(loaded).__module__}.{type(loaded).__qualname__}" == facts["class"]
+    assert list(loaded.state_dict()) == facts["keys"]
+    assert torch.equal(answers(loaded, pixel_values), torch.load(by_plain / "answers.pt"))
+    loaded.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((by_plain / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_saved_model_loads_plain_where_the_plugin_is_absent(name, pixel_values, plain_process):
+    plain = answers(tiny_model(name), pixel_values)
+    by_plain = torch.load(plain_process / "short-again" / name / "answers.pt")
+    torch.testing.assert_close(by_plain, plain, atol=1e-6, rtol=1e-5)
+    setting = json.loads((plain_process / "short" / name / "config.json").read_text())["vwt"]
+    assert setting == VWTConfig(**HALF).to_dict()
+
+
+def test_a_saved_model_comes_back_with_its_setting_and_without_when_told(model, pixel_values, tmp_path):
+    plain = answers(model, pixel_values)
+    vwt_hf.compress(model, {"keep_ratio": 0.4, "criterion": "random", "seed": 3})
+    short = answers(model, pixel_values)
+    model.save_pretrained(tmp_path)
+    again = load(model, tmp_path)
+    torch.testing.assert_close(answers(again, pixel_values), short, atol=1e-6, rtol=1e-5)
+    assert again.config.vwt == model.config.vwt
+
+    by_name = type(model).from_pretrained(tmp_path)
+    assert by_name.config.vwt == model.config.vwt
+    torch.testing.assert_close(answers(by_name, pixel_values), short, atol=1e-6, rtol=1e-5)
+
+    off = load(model, tmp_path, vwt=False)
+    torch.testing.assert_close(answers(off, pixel_values), plain, atol=1e-6, rtol=1e-5)
+    assert off.config.vwt is None
+    other = load(model, tmp_path, vwt={"keep_ratio": 0.9})
+    assert other.config.vwt["keep_ratio"] == 0.9
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_checkpoints_written_by_the_other_end_of_the_range_load_whole(name, pixel_values, other_end):
+    """`other_end`: checkpoints of every family, written by another transformers than the one that runs the tests."""
+    model = tiny_model(name)
+    loaded, info = load(model, other_end / name, vwt={"keep_ratio": 1.0}, output_loading_info=True)
+    assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    expected = torch.load(other_end / name / "answers.pt")
+    torch.testing.assert_close(answers(loaded, pixel_values), expected, atol=1e-5, rtol=1e-5)
+    short = load(model, other_end / name, vwt=HALF)
+    torch.testing.assert_close(
+        answers(short, pixel_values), answers(vwt_hf.compress(loaded, HALF), pixel_values), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_from_config_takes_vwt_and_leaves_the_callers_config_alone():
+    config = AutoConfig.for_model("vit", **TINY)
+    assert AutoModel.from_config(config, vwt=HALF).config.vwt["keep_ratio"] == 0.5
+    assert config.vwt is None and AutoModel.from_config(config).config.vwt is None
+    config.vwt = VWTConfig(keep_ratio=0.3)
+    assert AutoModel.from_config(config).config.vwt["keep_ratio"] == 0.3
+
+
+def test_a_setting_in_a_config_survives_its_own_round_trip(tmp_path):
+    config = AutoConfig.for_model("clip")
+    config.vwt = VWTConfig(keep_ratio=0.25)
+    config.save_pretrained(tmp_path)
+    assert VWTConfig.parse(AutoConfig.from_pretrained(tmp_path).vwt) == VWTConfig(keep_ratio=0.25)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "registers"])
+def test_a_backbone_gives_sequences_of_the_kept_patches(name, pixel_values):
+    model_type = tiny_model(name).config.model_type
+    config = AutoConfig.for_model(model_type, **TINY, out_features=["stage1", "stage2"], reshape_hidden_states=False)
+    prefix = 1 + getattr(config, "num_register_tokens", 0)
+    maps = AutoBackbone.from_config(config, vwt=HALF).eval()(pixel_values).feature_maps
+    assert [tuple(m.shape) for m in maps] == [(3, prefix + 32, 32)] * 2
+    config.reshape_hidden_states = True
+    with pytest.raises(ValueError, match=r"feature maps.*reshape_hidden_states=False"):
+        AutoBackbone.from_config(config, vwt=True)
+
+
+def test_a_clip_vision_tower_loads_from_a_whole_clip_checkpoint(pixel_values, tmp_path):
+    clip = tiny_model("clip")
+    clip.save_pretrained(tmp_path)
+    tower = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path, vwt=HALF)
+    vwt_hf.compress(clip, HALF)
+    with torch.no_grad():
+        features = clip.get_image_features(pixel_values)
+        features = getattr(features, "pooler_output", features)
+        torch.testing.assert_close(tower(pixel_values).image_embeds, features)
+
+
+def test_both_candidate_classes_of_deit_are_told_apart_by_the_checkpoint(tmp_path):
+    model = transformers.DeiTForImageClassification(tiny_model("deit").config)
+    model.save_pretrained(tmp_path)
+    assert type(AutoModelForImageClassification.from_pretrained(tmp_path, vwt=True)) is type(model)
+
+
+def test_an_unsupported_family_is_refused_with_the_supported_ones(tmp_path):
+    transformers.BertModel(
+        transformers.BertConfig(num_hidden_layers=1, hidden_size=12, num_attention_heads=2, vocab_size=9)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"BertModel.*supported families: ViT, DeiT, DINOv2, .*CLIP"):
+        AutoModel.from_pretrained(tmp_path, vwt=True)
+    assert AutoModel.from_pretrained(tmp_path, vwt=False).config.model_type == "bert"
+
+
+def test_a_task_that_needs_every_patch_is_refused_before_its_weights_are_read(tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a value for every patch.*Supported are"):
+        transformers.AutoModelForMaskedImageModeling.from_pretrained(tmp_path, vwt=True)
+
+
+def test_a_bad_setting_is_refused_before_any_weight_is_read(tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"keep_ratio is 1\.3"):
+        AutoModel.from_pretrained(tmp_path, vwt={"keep_ratio": 1.3})
+
+
+@pytest.mark.parametrize("auto", [AutoModel, transformers.ViTModel])
+@pytest.mark.parametrize("vwt", [{"keep_ratio": 7}, {"method": "intra", "of_the_future": 1}, "half"])
+def test_a_bad_setting_in_a_folder_is_refused_by_folder_and_file_and_can_be_turned_off(auto, vwt, tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vwt": vwt}))
+    with pytest.raises(ValueError, match=rf"config\.json of {tmp_path}: .*`vwt=False`"):
+        auto.from_pretrained(tmp_path)
+    assert auto.from_pretrained(tmp_path, vwt=False).config.vwt is None
+
+
+def test_registering_twice_changes_nothing():
+    before = AutoConfig.for_model("vit").__class__, transformers.PreTrainedModel.from_pretrained.__func__
+    vwt_hf.auto.register()
+    assert before == (AutoConfig.for_model("vit").__class__, transformers.PreTrainedModel.from_pretrained.__func__)

@@ -1,0 +1,117 @@
+"""The pure functions: which patches there are, how they score, which stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vwt_hf import VWTConfig
+from vwt_hf.words import (
+    gather_patches,
+    grid_patches,
+    highest,
+    patch_strip,
+    patchify,
+    random_patches,
+    variance_scores,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_patches_are_in_row_major_order_and_flattened_as_channel_row_column():
+    pixel_values = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
+    patches = patchify(pixel_values, (2, 3))
+    assert patches.shape == (2, 4, 18)
+    assert torch.equal(patches[1, 2], pixel_values[1, :, 2:4, 0:3].flatten())
+
+
+def test_rows_and_columns_beyond_the_last_whole_patch_are_left_out():
+    pixel_values = torch.randn(1, 3, 9, 14)
+    assert torch.equal(patchify(pixel_values, (4, 4)), patchify(pixel_values[..., :8, :12], (4, 4)))
+
+
+def test_an_image_smaller_than_a_patch_is_refused_with_both_sizes():
+    with pytest.raises(ValueError, match=r"3×20, smaller than one 4×4 patch"):
+        patchify(torch.zeros(1, 3, 3, 20), (4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scores_are_the_unbiased_variance_in_float32_whatever_the_dtype(dtype):
+    patches = (torch.randn(2, 5, 588, dtype=torch.float64) * torch.rand(2, 5, 1) + 2).to(dtype)
+    scores = variance_scores(patches)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, patches.double().var(dim=-1).float(), rtol=1e-5, atol=1e-7)
+
+
+def test_flat_patches_score_nothing_however_bright():
+    assert (variance_scores(torch.full((1, 2, 588), 2.6)) < 1e-12).all()
+
+
+def test_of_equal_scores_the_earlier_patch_wins_and_order_is_kept():
+    scores = torch.tensor([[1.0, 3.0, 2.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert highest(scores, 2).tolist() == [[1, 3], [0, 1]]
+
+
+def test_half_of_a_grid_is_a_checkerboard_and_a_quarter_every_other_row_and_column():
+    half = torch.zeros(64, dtype=torch.bool)
+    half[grid_patches(8, 8, 32, CPU)[0]] = True
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    assert torch.equal(half.view(8, 8), (rows + columns) % 2 == 0)
+    quarter = grid_patches(8, 8, 16, CPU)[0]
+    assert torch.equal(quarter, (8 * rows[::2, ::2] + columns[::2, ::2]).flatten())
+
+
+@pytest.mark.parametrize("keep", [1, 5, 34])
+def test_a_larger_cover_contains_the_smaller_ones(keep):
+    assert set(grid_patches(5, 7, keep, CPU)[0].tolist()) <= set(grid_patches(5, 7, keep + 1, CPU)[0].tolist())
+
+
+def test_a_random_subset_follows_its_seed_alone():
+    first = random_patches(256, 64, 7, CPU)
+    random_patches.cache_clear()
+    torch.manual_seed(99)
+    assert torch.equal(first, random_patches(256, 64, 7, CPU)) and not torch.equal(
+        first, random_patches(256, 64, 8, CPU)
+    )
+    assert first.shape == (1, 64) and (first[0, 1:] > first[0, :-1]).all()
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("choices", [1, 3])
+def test_kept_patches_are_gathered_for_one_choice_or_one_an_image(images, choices):
+    patches, kept = torch.randn(images, 6, 4), torch.tensor([[0, 2], [1, 5], [3, 4]])[:choices]
+    expected = [patches[i % images][kept[i % choices]] for i in range(max(images, choices))]
+    assert torch.equal(gather_patches(patches, kept), torch.stack(expected))
+
+
+def test_a_projection_turns_a_strip_of_patches_into_their_tokens():
+    pixel_values, projection = torch.randn(2, 3, 8, 12), torch.nn.Conv2d(3, 5, (4, 6), stride=(4, 6))
+    tokens = projection(pixel_values).flatten(2)
+    kept = torch.tensor([[0, 3], [1, 2]])
+    strip = patch_strip(gather_patches(patchify(pixel_values, (4, 6)), kept), (4, 6))
+    assert strip.shape == (2, 3, 4, 12)
+    expected = tokens.take_along_dim(kept.unsqueeze(1), 2)
+    torch.testing.assert_close(projection(strip).flatten(2), expected)
+
+
+@pytest.mark.parametrize(("ratio", "patches", "kept"), [(0.29, 100, 29), (0.5, 257, 128), (1.0, 5, 5), (0.999, 5, 4)])
+def test_a_keep_ratio_keeps_the_whole_part_of_its_share(ratio, patches, kept):
+    assert VWTConfig(keep_ratio=ratio).patches_kept(patches) == kept
+
+
+def test_a_number_of_patches_overrides_the_ratio_and_never_exceeds_the_image():
+    assert VWTConfig(num_patches=9).patches_kept(16) == 9
+    assert VWTConfig(num_patches=9).patches_kept(4) == 4
+
+
+def test_a_ratio_that_keeps_nothing_is_refused_with_one_that_keeps_something():
+    with pytest.raises(ValueError, match=r"keeps none of an image's 64 patches; use a keep_ratio of at least 0\.016"):
+        VWTConfig(keep_ratio=0.01).patches_kept(64)
+    assert VWTConfig(keep_ratio=0.016).patches_kept(64) == 1
+
+
+@pytest.mark.parametrize("value", [3, "half", [0.5]])
+def test_a_vwt_of_another_type_is_refused(value):
+    with pytest.raises(TypeError, match="expected True, False, None, a dict"):
+        VWTConfig.parse(value)
