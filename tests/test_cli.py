@@ -1,0 +1,117 @@
+"""What the command `vwt-hf` promises on a terminal: output, exit status and one line of reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from vwt_hf.cli import main
+
+Image = pytest.importorskip("PIL.Image", reason='needs pillow: pip install "vwt-hf[demo]"')
+pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "vwt-hf[demo]"')
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+VISION = {**SIZE, "image_size": 32, "patch_size": 8}
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder with two photographs of different sizes and a file that is none."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    noise = torch.randint(0, 256, (80, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(folder / "noise.png")
+    Image.linear_gradient("L").convert("RGB").save(folder / "ramp.JPG")
+    (folder / "notes.txt").write_text("no photograph")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    return save(transformers.ViTModel(transformers.ViTConfig(**VISION)), tmp_path)
+
+
+def save(model: transformers.PreTrainedModel, tmp_path: Path) -> str:
+    model.save_pretrained(tmp_path / "model")
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def run_demo(checkpoint: str, photographs: Path, *more: str) -> int:
+    output = str(photographs.parent / "out")
+    return main(
+        ["demo", "--model", checkpoint, "--images", str(photographs), "--repeats", "1", "--output", output, *more]
+    )
+
+
+def test_help_names_the_verb_and_the_verbs_help_its_options(capsys):
+    for arguments, words in ((["--help"], ["demo", "kept patches"]), (["demo", "--help"], ["--keep-ratio", "cosine"])):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in words)
+
+
+def test_demo_prints_a_row_for_each_ratio_and_writes_the_picture(checkpoint, photographs, capsys):
+    assert run_demo(checkpoint, photographs, "--keep-ratio", "1", "0.5", "--device", "cpu") == 0
+    printed = capsys.readouterr()
+    everything, half = [line.split() for line in printed.out.splitlines() if "→" in line]
+    assert everything[:4] == ["1", "17", "→", "17"] and everything[-2:] == ["1.0000", "1.0000"]
+    assert half[:4] == ["0.5", "17", "→", "9"] and float(half[-1]) < 1
+    assert "2 photographs at 32×32" in printed.out and "float32" in printed.out
+    assert printed.err == ""
+    picture = photographs.parent / "out" / "kept_patches.png"
+    assert str(picture) in printed.out
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and image.width > image.height / 2 > 100
+
+
+def test_demo_compares_the_image_embeddings_of_a_clip_model(tmp_path, photographs, capsys):
+    config = transformers.CLIPConfig(vision_config=VISION, text_config={**SIZE, "vocab_size": 99}, projection_dim=16)
+    assert run_demo(save(transformers.CLIPModel(config), tmp_path), photographs, "--batch-size", "2") == 0
+    assert "17 → 5" in capsys.readouterr().out
+
+
+def test_demo_reads_cls_where_the_checkpoint_has_no_pooler(tmp_path, photographs, capsys):
+    """A classifier's checkpoint holds none; AutoModel adds a random one, another in each of the two models."""
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION))
+    assert run_demo(save(model, tmp_path), photographs, "--keep-ratio", "1") == 0
+    printed = capsys.readouterr().out
+    assert "CLS token" in printed and "1.0000       1.0000" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--keep-ratio", "1.5"], "keep_ratio is 1.5; expected a number in (0, 1]"),
+        (["--keep-ratio", "0.5", "0.01"], "keeps none of an image's 16 patches"),
+        (["--repeats", "0"], "repeats is 0; expected at least 1"),
+        (["--images", "nowhere.png"], "nowhere.png does not exist"),
+        (["--device", "abacus"], "device is 'abacus'"),
+        (["--model", "nowhere/at-all"], "nowhere/at-all"),
+    ],
+)
+def test_what_cannot_be_done_is_status_2_and_one_line(checkpoint, photographs, capsys, options, reason):
+    assert run_demo(checkpoint, photographs, *options) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and not (photographs.parent / "out").exists()
+    assert printed.err.startswith("vwt-hf demo: ") and reason in printed.err and printed.err.count("\n") == 1
+
+
+def test_a_folder_without_images_and_a_file_that_is_none_are_refused(checkpoint, photographs, capsys):
+    text = photographs / "notes.txt"
+    assert run_demo(checkpoint, photographs, "--images", str(text)) == 2
+    assert "notes.txt" in capsys.readouterr().err
+    (photographs / "empty").mkdir()
+    assert run_demo(checkpoint, photographs, "--images", str(photographs / "empty")) == 2
+    assert "holds no image" in capsys.readouterr().err
+
+
+def test_an_unsupported_model_is_refused_by_name(tmp_path, photographs, capsys):
+    checkpoint = save(transformers.BeitModel(transformers.BeitConfig(**VISION)), tmp_path)
+    assert run_demo(checkpoint, photographs) == 2
+    assert "BeitModel" in capsys.readouterr().err
