@@ -1,0 +1,235 @@
+"""Mini-batch k-means over a stream of patches, in memory that does not grow with the stream. Tensors alone.
+
+A bounded buffer of first patches seeds the words (random patches, a few rounds of Lloyd's algorithm); after it every
+batch moves each word towards the mean of the batch's patches nearest to it (Sculley, WWW 2010). A patch weighs in
+proportion to how many came before it (polynomial-decay averaging, Shamir & Zhang, ICML 2013), so that what words
+learned while they were still poor fades away. Words that hardly any patch is nearest to start again from a patch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+ROUNDS = 10
+"""Rounds of Lloyd's algorithm over the buffer."""
+BUFFERED = 16
+"""Patches in the buffer for each word; never fewer than `BUFFERED_AT_LEAST` in all."""
+BUFFERED_AT_LEAST = 16_384
+RARE = 0.1
+"""A word starts again when it has less than this share of the median word's patches. (Not of the mean's: where most
+patches are flat white, one word holds most of them.)"""
+SAME = (0.1 / 255) ** 2
+"""Patches whose values differ by less than this mean square, a tenth of an 8-bit step, count as one."""
+_DISTANCES = 2**24
+"""Distances held at once, which bounds memory for large vocabularies (64 MiB)."""
+
+
+class Statistics(NamedTuple):
+    """What a batch of patches has to say about the words; the sum over the parts of a batch is that of the whole."""
+
+    sums: torch.Tensor
+    """(size, values) float: sum of the patches nearest to each word."""
+    counts: torch.Tensor
+    """(size,) int64: how many those are."""
+    inertia: torch.Tensor
+    """() float64: sum of squared distances of patches to their nearest words."""
+
+
+def closest_words(patches: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The word at the smallest Euclidean distance of each patch; of equally near words the first.
+
+    Args:
+        patches: (patches, values).
+        words: (size, values).
+
+    Returns:
+        Indices (patches,) int64 and squared distances (patches,), these with the rounding error of the expansion
+        |x|² − 2 x·w + |w|².
+    """
+    half = words.square().sum(dim=1) / 2
+    indices, distances = [], []
+    for part in patches.split(max(1, _DISTANCES // len(words))):
+        nearest = torch.addmm(half, part, words.T, alpha=-1).min(dim=1)
+        indices.append(nearest.indices)
+        distances.append((torch.linalg.vector_norm(part, dim=1).square() + 2 * nearest.values).clamp_min(0))
+    return torch.cat(indices), torch.cat(distances)
+
+
+def statistics(patches: torch.Tensor, words: torch.Tensor) -> Statistics:
+    """Assigns `patches` (patches, values) to `words` (size, values) and sums up; bit-equal from run to run."""
+    indices, distances = closest_words(patches, words)
+    counts = indices.bincount(minlength=len(words))
+    # Sorted segments: faster on a CPU than index_add_, and without its atomic additions in random order on a GPU.
+    order = indices.argsort(stable=True)
+    sums = torch.segment_reduce(patches[order], "sum", lengths=counts)
+    return Statistics(sums, counts, distances.sum(dtype=torch.float64))
+
+
+class MiniBatchKMeans:
+    """Words learned from batches of patches.
+
+    To learn over several processes: seed one (`update` until `words` is not `None`), hand its `state_dict` to all, then
+    for each batch sum `statistics` over the processes and give every one the same sum by `merge`.
+
+    Args:
+        size: how many words to learn.
+        values: values of a patch, channels · patch height · patch width.
+        seed: of the random choices; the same seed and patches give the same words, bit for bit, on one machine.
+        device: where the words are, and where `update` takes patches to.
+
+    Example:
+        >>> kmeans = MiniBatchKMeans(size=2, values=1)
+        >>> kmeans.update(torch.tensor([[0.0], [0.2], [0.8], [1.0]]))
+        >>> words, counts = kmeans.finish()
+        >>> words.sort(dim=0).values, counts
+        (tensor([[0.1000],
+                [0.9000]]), tensor([2, 2]))
+    """
+
+    def __init__(self, size: int, values: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
+        if size < 1:
+            raise ValueError(f"size is {size}; expected at least one word.")
+        self.size = size
+        self.values = values
+        self.device = torch.device(device or "cpu")
+        self.words: torch.Tensor | None = None
+        """(size, values) float32; `None` until the buffer is full."""
+        self.weights = torch.zeros(size, device=self.device)
+        """(size,): patches behind each word, faded; `words · weights` are the faded sums."""
+        self.counts = torch.zeros(size, dtype=torch.int64, device=self.device)
+        """(size,): patches assigned to each word when they were seen."""
+        self.seen = 0
+        self.inertia = 0.0
+        """Mean squared distance of a patch to its nearest word, faded as `weights` are. After the buffer each patch is
+        measured before the words learn from it, so this is the error on patches not yet seen."""
+        self._buffer: list[torch.Tensor] = []
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def update(self, patches: torch.Tensor) -> None:
+        """Learns from `patches` (patches, values), or keeps them until there are enough to seed the words.
+
+        Raises:
+            ValueError: the shape is another, or a value is not finite.
+        """
+        if patches.ndim != 2 or patches.shape[1] != self.values:
+            raise ValueError(f"patches have shape {tuple(patches.shape)}; expected (patches, {self.values}).")
+        patches = patches.to(self.device, torch.float32)
+        if not patches.isfinite().all():
+            raise ValueError("patches hold values that are not finite; leave out the images that they come from.")
+        if not len(patches):
+            return
+        if self.words is None:
+            self._buffer.append(patches)
+            if sum(map(len, self._buffer)) >= max(BUFFERED * self.size, BUFFERED_AT_LEAST):
+                self._seed_words()
+            return
+        before = self.seen
+        self.merge(statistics(patches, self.words))
+        # Each time the stream has doubled: early enough to learn from what follows, seldom enough to settle.
+        if before.bit_length() < self.seen.bit_length():
+            self._restart_rare(patches)
+
+    def merge(self, batch: Statistics) -> None:
+        """Moves the words by what a batch has to say, of which some parts may come from other processes."""
+        assert self.words is not None, "the words are not seeded"
+        patches = int(batch.counts.sum())
+        fade = self.seen / (self.seen + patches)
+        self.weights = self.weights * fade + batch.counts
+        step = batch.sums - batch.counts.unsqueeze(1) * self.words
+        self.words = self.words + step / self.weights.clamp_min(1e-12).unsqueeze(1)
+        self.counts = self.counts + batch.counts
+        share = patches / (self.seen * fade + patches)
+        self.inertia += share * (float(batch.inertia) / patches - self.inertia)
+        self.seen += patches
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The words and how many patches were assigned to each, most frequent first. Learning may go on afterwards.
+
+        Returns:
+            (words, values) float32 and (words,) int64. There are fewer than `size` words where there are fewer distinct
+            patches.
+
+        Raises:
+            ValueError: fewer patches were seen than words are wanted.
+        """
+        if self.words is None:
+            self._seed_words()
+        assert self.words is not None
+        order = self.counts.argsort(descending=True, stable=True)[: int((self.counts > 0).sum())]
+        return self.words[order], self.counts[order]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs to go on as if never interrupted: tensors and plain numbers."""
+        words = torch.zeros(0, self.values, device=self.device) if self.words is None else self.words
+        return {
+            "words": words,
+            "weights": self.weights,
+            "counts": self.counts,
+            "buffer": torch.cat((words.new_zeros(0, self.values), *self._buffer)),
+            "generator": self._generator.get_state(),
+            "seen": self.seen,
+            "inertia": self.inertia,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state that `state_dict` returned.
+
+        Raises:
+            ValueError: it is the state of a vocabulary of another size, or of patches of another shape.
+        """
+        shape = (len(state["weights"]), state["words"].shape[1])
+        if shape != (self.size, self.values):
+            raise ValueError(
+                f"the state is of {shape[0]} words of {shape[1]} values; expected {self.size} of {self.values}."
+            )
+        self.words = state["words"].to(self.device) if len(state["words"]) else None
+        self.weights = state["weights"].to(self.device)
+        self.counts = state["counts"].to(self.device)
+        self._buffer = [state["buffer"].to(self.device)] if len(state["buffer"]) else []
+        self._generator.set_state(state["generator"].cpu())
+        self.seen = int(state["seen"])
+        self.inertia = float(state["inertia"])
+
+    def _seed_words(self) -> None:
+        """Lloyd's algorithm over the buffer, from random patches."""
+        held = sum(map(len, self._buffer))
+        if held < self.size:
+            raise ValueError(f"{self.size} words were asked for, but there are only {held} patches to learn from.")
+        patches = torch.cat(self._buffer)
+        self._buffer = []
+        self.words = patches[self._choose(held, self.size)]
+        for remaining in reversed(range(ROUNDS)):
+            batch = statistics(patches, self.words)
+            self.words = torch.where(
+                batch.counts.unsqueeze(1) > 0, batch.sums / batch.counts.clamp_min(1).unsqueeze(1), self.words
+            )
+            self.counts, self.weights = batch.counts, batch.counts.float()
+            # Words that start again need some rounds to settle.
+            if remaining > 2:
+                self._restart_rare(patches)
+        self.seen = held
+        self.inertia = float(batch.inertia) / held
+
+    def _restart_rare(self, patches: torch.Tensor) -> None:
+        """Moves the words that hardly any patch is nearest to onto random patches that no word stands for."""
+        assert self.words is not None
+        floor = RARE * float(self.weights[self.weights > 0].median())
+        rare = (self.weights < floor).nonzero().squeeze(1)
+        nearest, _ = closest_words(patches, self.words)
+        # Exact, unlike the expansion: copies of one patch must not become two words.
+        distances = (patches - self.words[nearest]).square().mean(dim=1)
+        unlike = (distances > SAME).nonzero().squeeze(1)
+        number = min(len(rare), len(unlike))
+        if not number:
+            return
+        rare = rare[self.weights[rare].argsort(stable=True)[:number]]
+        chosen = unlike[self._choose(len(unlike), number)]
+        self.words[rare] = patches[chosen]
+        self.weights[rare] = floor
+        self.counts[rare] = 1
+
+    def _choose(self, of: int, number: int) -> torch.Tensor:
+        """`number` distinct indices below `of`, drawn on the CPU: the same on every device."""
+        return torch.randperm(of, generator=self._generator)[:number].to(self.device)

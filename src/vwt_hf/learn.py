@@ -1,0 +1,188 @@
+"""Learning words from images: the loop between the patch stream and k-means, with progress and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm.auto import tqdm
+
+from .image_source import PatchBatch, open_images, patch_batches
+from .kmeans import MiniBatchKMeans
+from .vocabulary_files import VocabularyInfo, tensor_bytes, write_files
+
+CHECKPOINT = "learning.safetensors"
+CHECKPOINT_EVERY = 100
+"""Batches between checkpoints: what a kill loses at most."""
+NAMED = 5
+"""How many unreadable images a warning names."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come."""
+
+    images: int = 0
+    unreadable: int = 0
+    first_unreadable: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, batch: PatchBatch) -> None:
+        self.images += batch.images
+        self.unreadable += len(batch.unreadable)
+        self.first_unreadable = (self.first_unreadable + batch.unreadable)[:NAMED]
+
+
+def learn_words(
+    images: Any,
+    image_processor: Any,
+    *,
+    size: int,
+    patch_size: int,
+    seed: int,
+    batch_size: int,
+    column: str | None,
+    checkpoint: str | os.PathLike[str] | None,
+    resume: bool,
+    max_images: int | None,
+    device: torch.device | str | None,
+    progress: bool,
+    dataset: str | None,
+    base_model: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, VocabularyInfo]:
+    """Words (size, channels, p, p) in raw RGB, how often each was met (size,), and how they came about.
+
+    See `VisualVocabulary.learn` for the arguments and errors.
+    """
+    image_processor = getattr(image_processor, "image_processor", image_processor)
+    for name, value in {"size": size, "patch_size": patch_size, "batch_size": batch_size}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
+    # The channels are RGB's: images are read as such.
+    channels = 3
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kmeans = MiniBatchKMeans(size, channels * patch_size**2, seed=seed, device=device)
+    mean, std = processor_statistics(image_processor, channels)
+    settings = {
+        "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size,
+        "image_mean": list(mean), "image_std": list(std),
+    }  # fmt: skip
+    done = Progress()
+    file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
+    if file is not None and file.exists():
+        if not resume:
+            raise FileExistsError(
+                f"{file} holds an earlier run; pass resume=True to go on with it, or another checkpoint folder."
+            )
+        done = load_checkpoint(file, kmeans, settings)
+
+    skip = done.images + done.unreadable
+    source = open_images(images, column=column, seed=seed, skip=skip, max_images=max_images)
+    bar = tqdm(total=source.total, initial=skip, unit="image", desc="Learning words", disable=not progress)
+    started, before = time.monotonic(), kmeans.seen
+    with bar:
+        for number, batch in enumerate(patch_batches(source.items, image_processor, patch_size, batch_size), start=1):
+            done.add(batch)
+            if batch.images:
+                kmeans.update(batch.patches)
+            bar.update(batch.images + len(batch.unreadable))
+            if kmeans.seen:
+                rate = (kmeans.seen - before) / (time.monotonic() - started)
+                bar.set_postfix({"inertia": f"{kmeans.inertia:.4g}", "patches/s": f"{rate:.0f}"}, refresh=False)
+            if file is not None and number % CHECKPOINT_EVERY == 0:
+                save_checkpoint(file, kmeans, settings, done)
+    if file is not None:
+        save_checkpoint(file, kmeans, settings, done)
+    _report(done)
+    words, counts = kmeans.finish()
+    if len(words) < size:
+        warnings.warn(
+            f"{size} words were asked for, but the images have only {len(words)} patches that differ: the vocabulary "
+            f"has {len(words)} words.",
+            stacklevel=3,
+        )
+    info = VocabularyInfo(
+        image_mean=mean,
+        image_std=std,
+        dataset=dataset or source.name,
+        base_model=base_model,
+        patches=kmeans.seen,
+        images=done.images,
+        unreadable=done.unreadable,
+        inertia=kmeans.inertia,
+        seed=seed,
+        library_version=importlib.metadata.version("vwt-hf"),
+    )
+    return words.cpu().unflatten(1, (channels, patch_size, patch_size)), counts.cpu(), info
+
+
+def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which a processor maps raw RGB to the model's pixel space; 0 and 1 if it does not.
+
+    Raises:
+        TypeError: it is no image processor.
+    """
+    if not callable(image_processor) or not hasattr(image_processor, "do_normalize"):
+        raise TypeError(
+            f"image_processor is a {type(image_processor).__name__}; expected a transformers image processor, as "
+            "AutoImageProcessor.from_pretrained returns."
+        )
+    mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
+    if not image_processor.do_normalize or mean is None or std is None:
+        return (0.0,) * channels, (1.0,) * channels
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _report(done: Progress) -> None:
+    """Warns of unreadable images; they are an error where there are no others."""
+    total = done.images + done.unreadable
+    names = "; ".join(done.first_unreadable)
+    if not total:
+        raise ValueError("images holds no images; pass a data set, folder or iterable that does.")
+    if not done.images:
+        raise ValueError(f"none of the {total} images could be read. The first: {names}.")
+    if done.unreadable:
+        warnings.warn(
+            f"{done.unreadable} of {total} images could not be read and were left out. The first: {names}.",
+            stacklevel=4,
+        )
+
+
+def save_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any], done: Progress) -> None:
+    """Writes everything a run needs to go on, in one file, which is whole or not there."""
+    state = kmeans.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    numbers = {name: value for name, value in state.items() if name not in tensors}
+    header = {"state": json.dumps({"settings": settings, "numbers": numbers, "done": dataclasses.asdict(done)})}
+    write_files(file.parent, {file.name: tensor_bytes(tensors, header)})
+
+
+def load_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any]) -> Progress:
+    """Puts `kmeans` where the checkpoint left it.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with other settings.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+            header = json.loads(opened.metadata()["state"])
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read ({error}); delete it to start again.") from error
+    for name, value in settings.items():
+        if header["settings"].get(name) != value:
+            raise ValueError(
+                f"{file} is of a run with {name}={header['settings'].get(name)!r}, this one has {name}={value!r}; "
+                "give the same, or another checkpoint folder."
+            )
+    kmeans.load_state_dict({**tensors, **header["numbers"]})
+    return Progress(**header["done"])

@@ -1,0 +1,324 @@
+"""`VisualVocabulary`: the words that patches are grouped by, learned once and kept on the Hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+
+from .learn import learn_words
+from .vocabulary_card import CARD_FILE, PICTURE_FILE, render_card, render_words
+from .vocabulary_files import VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_files
+
+
+class VisualVocabulary:
+    """Words: patches that stand for all patches alike. In raw RGB, so for any model with their patch size.
+
+    Args:
+        words: (size, channels, p, p), floating point, raw RGB in [0, 1]. Kept in float32 on the CPU.
+        frequencies: (size,) int64, patches assigned to each word while learning.
+        info: how the words came about.
+
+    Raises:
+        ValueError: the words are none, not finite, not floating point, or not square patches.
+
+    Example:
+        >>> vocabulary = VisualVocabulary(torch.rand(100, 3, 16, 16))
+        >>> len(vocabulary), vocabulary.patch_size, vocabulary.channels
+        (100, 16, 3)
+        >>> vocabulary.normalized(image_mean=0.5, image_std=0.5).shape
+        torch.Size([100, 768])
+    """
+
+    def __init__(
+        self, words: torch.Tensor, frequencies: torch.Tensor | None = None, info: VocabularyInfo | None = None
+    ) -> None:
+        self.words = _valid_words(words)
+        self.frequencies = _valid_frequencies(frequencies, len(self.words))
+        self.info = info or VocabularyInfo()
+        for name, values in (("image_mean", self.info.image_mean), ("image_std", self.info.image_std)):
+            if values is not None and len(values) != self.channels:
+                raise ValueError(f"{name} has {len(values)} values; expected one for each of {self.channels} channels.")
+        self.source: str | None = None
+        """Hub id or folder that it was loaded from or pushed to."""
+        self.revision: str | None = None
+        """Commit of the Hub that it was loaded from or pushed as."""
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __repr__(self) -> str:
+        where = f", source={self.source!r}" if self.source else ""
+        return f"VisualVocabulary(size={len(self)}, channels={self.channels}, patch_size={self.patch_size}{where})"
+
+    @property
+    def channels(self) -> int:
+        return self.words.shape[1]
+
+    @property
+    def patch_size(self) -> int:
+        """Height and width of a word, in pixels."""
+        return self.words.shape[-1]
+
+    def require(self, patch_size: int | tuple[int, int], channels: int) -> None:
+        """Refuses a model that cuts other patches.
+
+        Raises:
+            ValueError: its patch size or number of channels is another; the message says both.
+        """
+        height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        named = f"{self.source}: " if self.source else ""
+        if (height, width) != (self.patch_size, self.patch_size):
+            raise ValueError(
+                f"{named}the vocabulary's words are {self.patch_size}×{self.patch_size} pixels, the model's patches "
+                f"{height}×{width}; use a vocabulary learned with patch_size={height}."
+            )
+        if channels != self.channels:
+            raise ValueError(
+                f"{named}the vocabulary's words have {self.channels} channels, the model's patches {channels}; use a "
+                f"vocabulary of {channels} channels."
+            )
+
+    def normalized(self, image_mean: float | Sequence[float], image_std: float | Sequence[float]) -> torch.Tensor:
+        """The words as a model with these statistics sees them: exact, since a word is a mean and the map is affine.
+
+        Args:
+            image_mean: of the model's image processor, one number or one for each channel.
+            image_std: likewise.
+
+        Returns:
+            (size, channels · p · p) float32, flattened as (channel, row, column).
+
+        Raises:
+            ValueError: the number of statistics is another, or a standard deviation is not positive.
+        """
+        mean, std = self._statistics("image_mean", image_mean), self._statistics("image_std", image_std)
+        if not (std > 0).all():
+            raise ValueError(f"image_std is {image_std!r}; expected positive numbers.")
+        return ((self.words.double() - mean) / std).float().flatten(1)
+
+    def _statistics(self, name: str, value: float | Sequence[float]) -> torch.Tensor:
+        values = torch.as_tensor(value, dtype=torch.float64).flatten()
+        if len(values) not in (1, self.channels) or not values.isfinite().all():
+            raise ValueError(f"{name} is {value!r}; expected a number, or one for each of {self.channels} channels.")
+        return values.expand(self.channels).view(-1, 1, 1)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> VisualVocabulary:
+        """Loads a vocabulary; nothing in it is executed.
+
+        `source` and `revision` of what is returned say where it is from, the latter as a commit. A bare `vocab.pt`, as
+        the paper's authors published, is imported with a warning.
+
+        Args:
+            pretrained_model_name_or_path: a Hub id, or a folder that `save_pretrained` wrote.
+            revision: branch, tag or commit on the Hub.
+            subfolder: of the repository or folder.
+            token, cache_dir, local_files_only, force_download: as for `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            FileNotFoundError: there is no vocabulary.
+            ValueError: a file is damaged or holds something else; the message names repository or folder, and file.
+            huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or may not be read.
+        """
+        located = locate(
+            pretrained_model_name_or_path,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        words, frequencies, info = read_vocabulary(located)
+        try:
+            vocabulary = cls(words, frequencies, info)
+        except ValueError as error:
+            raise ValueError(f"{located.source}: {located.file.name}: {error}") from error
+        vocabulary.source, vocabulary.revision = located.source, located.commit
+        return vocabulary
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, card: bool = True, repo_id: str | None = None
+    ) -> None:
+        """Writes `vocabulary.safetensors` and `vocabulary.json`, and a card with a picture of the words.
+
+        All are written before any old file is replaced: a write that fails leaves the folder as it was.
+
+        Args:
+            card: whether to write `README.md` and `words.png`; without, a folder that has its own keeps it.
+            repo_id: what the card's usage snippet loads; by default the folder.
+        """
+        write_files(Path(save_directory), self._contents(repo_id or str(save_directory), card))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Add visual vocabulary",
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Uploads the vocabulary and its card in one commit, making the repository if need be.
+
+        `source` and `revision` say afterwards where it is, the latter as the commit (unless it is a pull request).
+
+        Args:
+            revision: branch to push to; made if need be.
+            private: whether a repository made by this is private; by default as the organisation has it.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write_files(Path(folder), self._contents(repo_id, card=True))
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                path_in_repo=subfolder,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+        if not create_pr:
+            self.source, self.revision = repo_id, commit.oid
+        return commit
+
+    def _contents(self, repo_id: str, card: bool) -> dict[str, bytes]:
+        contents = vocabulary_files(self.words, self.frequencies, self.info)
+        if card:
+            contents[CARD_FILE] = render_card(repo_id, tuple(self.words.shape), self.info, picture=PICTURE_FILE)
+            contents[PICTURE_FILE] = render_words(self.words, self.frequencies)
+        return contents
+
+    @classmethod
+    def learn(
+        cls,
+        images: Any,
+        image_processor: Any,
+        size: int = 1000,
+        *,
+        patch_size: int = 16,
+        seed: int = 0,
+        batch_size: int = 32,
+        column: str | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        max_images: int | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+        dataset: str | None = None,
+        base_model: str | None = None,
+    ) -> VisualVocabulary:
+        """Learns words by mini-batch k-means over the patches of images, in one pass.
+
+        Memory does not grow with the number of images: it holds a few batches of images and, until there are enough
+        patches to seed the words, a buffer of 16 patches a word (16,384 at least). The same images and seed give the
+        same words, bit for bit, on one machine.
+
+        Images that cannot be read are left out with a warning. Where the images have fewer distinct patches than
+        words are wanted, the vocabulary is smaller, with a warning.
+
+        Args:
+            images (`datasets.Dataset`, `datasets.IterableDataset`, folder or iterable of PIL images):
+                What to learn from. A folder is searched recursively. Folders and data sets are shuffled by `seed`; any
+                other iterable is taken in its order, which should be mixed.
+            image_processor (`transformers.BaseImageProcessor`):
+                Of the model: images are resized and cropped by it. Its mean and standard deviation are only recorded.
+            size (`int`, default 1000):
+                Words to learn.
+            patch_size (`int`, default 16):
+                Height and width of a patch, in pixels, as the model cuts them.
+            seed (`int`, default 0):
+                Of the order of the images and of the random choices of k-means.
+            batch_size (`int`, default 32):
+                Images in a batch.
+            column (`str`, *optional*):
+                The data set's image column; by default its first.
+            checkpoint (folder, *optional*):
+                Where to save progress, every 100 batches and at the end: what a kill loses at most.
+            resume (`bool`, default `False`):
+                Go on from `checkpoint`, with the same images and arguments; the result is that of a run never
+                interrupted. Starts anew where the folder holds no progress. `max_images` may be another.
+            max_images (`int`, *optional*):
+                Learn from no more images than these.
+            device (`torch.device` or `str`, *optional*):
+                Of the clustering; by default a CUDA GPU if there is one.
+            progress (`bool`, default `True`):
+                Show a bar, with inertia and patches per second.
+            dataset (`str`, *optional*):
+                Name to record, the Hub id if there is one; by default the data set's own name.
+            base_model (`str`, *optional*):
+                Hub id of the model whose processor it is, to record.
+
+        Raises:
+            ValueError: there are no images, none can be read, they have fewer patches than words are wanted, or the
+                checkpoint is of a run with other arguments.
+            FileExistsError: `checkpoint` holds an earlier run and `resume` is `False`.
+            TypeError: `images` or `image_processor` is of another type.
+
+        Example:
+            >>> vocabulary = VisualVocabulary.learn("photographs/", image_processor, size=1000)  # doctest: +SKIP
+            >>> vocabulary.push_to_hub("me/my-words")  # doctest: +SKIP
+        """
+        return cls(
+            *learn_words(
+                images,
+                image_processor,
+                size=size,
+                patch_size=patch_size,
+                seed=seed,
+                batch_size=batch_size,
+                column=column,
+                checkpoint=checkpoint,
+                resume=resume,
+                max_images=max_images,
+                device=device,
+                progress=progress,
+                dataset=dataset,
+                base_model=base_model,
+            )
+        )
+
+
+def _valid_words(words: torch.Tensor) -> torch.Tensor:
+    if not isinstance(words, torch.Tensor) or not words.is_floating_point():
+        kind = words.dtype if isinstance(words, torch.Tensor) else type(words).__name__
+        raise ValueError(f"words are {kind}; expected a floating-point tensor, raw RGB in [0, 1].")
+    if words.ndim != 4 or words.shape[2] != words.shape[3]:
+        raise ValueError(f"words have shape {tuple(words.shape)}; expected (size, channels, p, p).")
+    if not words.numel():
+        raise ValueError(f"the vocabulary is empty, of shape {tuple(words.shape)}; expected at least one word.")
+    if not words.isfinite().all():
+        broken = int((~words.flatten(1).isfinite().all(dim=1)).sum())
+        raise ValueError(f"{broken} of {len(words)} words hold values that are not finite; learn or save them again.")
+    return words.detach().to("cpu", torch.float32).contiguous()
+
+
+def _valid_frequencies(frequencies: torch.Tensor | None, size: int) -> torch.Tensor | None:
+    if frequencies is None:
+        return None
+    if tuple(frequencies.shape) != (size,) or frequencies.dtype != torch.int64:
+        raise ValueError(
+            f"frequencies are {frequencies.dtype} of shape {tuple(frequencies.shape)}; expected int64 ({size},)."
+        )
+    return frequencies.detach().cpu()

@@ -1,0 +1,100 @@
+"""What people see of a vocabulary: its model card and a picture of its words."""
+
+from __future__ import annotations
+
+import importlib.resources
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .vocabulary_files import VocabularyInfo
+
+PICTURE_FILE = "words.png"
+CARD_FILE = "README.md"
+SHOWN = 144
+"""Words in the picture."""
+
+
+def template() -> str:
+    """The card's Jinja template: `model_cards/vocabulary.md` of the repository, which a wheel carries as package data.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    packaged = importlib.resources.files(__package__) / "model_cards" / "vocabulary.md"
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    return (Path(__file__).parents[2] / "model_cards" / "vocabulary.md").read_text(encoding="utf-8")
+
+
+def render_card(repo_id: str, shape: tuple[int, ...], info: VocabularyInfo, picture: str) -> bytes:
+    """README.md of a vocabulary.
+
+    Args:
+        repo_id: what the usage snippet loads: a Hub id or a folder.
+        shape: (size, channels, p, p) of the words.
+        picture: file name of the picture of the words, which lies beside it.
+    """
+    data = ModelCardData(
+        library_name="vwt-hf",
+        tags=["visual-words", "vision-transformer", "token-reduction", f"patch{shape[-1]}", "arxiv:2411.15397"],
+        datasets=[info.dataset] if info.dataset and _is_hub_id(info.dataset) else None,
+        base_model=info.base_model if info.base_model and _is_hub_id(info.base_model) else None,
+    )
+    made = ModelCard.from_template(
+        data,
+        template_str=template(),
+        repo_id=repo_id,
+        size=shape[0],
+        channels=shape[1],
+        patch_size=shape[-1],
+        info=info,
+        picture=picture,
+    )
+    return str(made).encode()
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name may stand in a card's metadata, where the Hub makes it a link."""
+    if name.count("/") != 1 or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def render_words(words: torch.Tensor, frequencies: torch.Tensor | None) -> bytes:
+    """A PNG of the most frequent words, row by row from the most frequent; the first ones where that is not known.
+
+    Args:
+        words: (size, channels, p, p) raw RGB. Words of one channel, or of more than three, are shown grey.
+        frequencies: (size,) or `None`.
+    """
+    import PIL.Image
+
+    if frequencies is not None:
+        words = words[frequencies.argsort(descending=True, stable=True)]
+    words = words[:SHOWN]
+    if words.shape[1] != 3:
+        words = words.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+    columns = math.ceil(math.sqrt(len(words)))
+    rows = math.ceil(len(words) / columns)
+    scale = max(1, 32 // words.shape[-1])
+    cell = words.shape[-1] * scale
+    gap = 4
+    sheet: Any = PIL.Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap) + gap), (200, 200, 200))
+    pixels = (words.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    for index, word in enumerate(pixels):
+        tile = PIL.Image.fromarray(word.contiguous().numpy()).resize((cell, cell), PIL.Image.Resampling.NEAREST)
+        row, column = divmod(index, columns)
+        sheet.paste(tile, (gap + column * (cell + gap), gap + row * (cell + gap)))
+    file = io.BytesIO()
+    sheet.save(file, format="PNG", optimize=True)
+    return file.getvalue()

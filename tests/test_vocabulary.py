@@ -1,0 +1,484 @@
+"""Vocabularies: learned from images, kept on disk and the Hub, and refused where they are not what they say."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import PIL.Image
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import vwt_hf
+from vwt_hf import image_source, learn, vocabulary, vocabulary_card, vocabulary_files
+from vwt_hf.vocabulary import VisualVocabulary
+from vwt_hf.vocabulary_files import VocabularyInfo
+from vwt_hf.words import patchify
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PROCESSOR = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return transformers.CLIPImageProcessorPil(**PROCESSOR)
+
+
+def photographs(number: int, seed: int = 0) -> list[PIL.Image.Image]:
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.rand(number, 3, 6, 8, generator=generator)
+    pixels = (torch.nn.functional.interpolate(small, (36, 48), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+    return [PIL.Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for index, image in enumerate(photographs(24)):
+        path = tmp_path / "photographs" / f"class{index % 3}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return tmp_path / "photographs"
+
+
+def make(images: Any, processor: Any, **changes: Any) -> VisualVocabulary:
+    settings = {"size": 12, "patch_size": 8, "batch_size": 4, "progress": False, "device": "cpu", **changes}
+    return VisualVocabulary.learn(images, processor, **settings)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    words = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    info = VocabularyInfo(image_mean=CLIP_MEAN, image_std=CLIP_STD, dataset="me/mine", images=3, patches=9, seed=0)
+    VisualVocabulary(words, torch.arange(6).flip(0), info).save_pretrained(tmp_path / "words")
+    return tmp_path / "words"
+
+
+def test_learning_sees_what_the_model_sees_in_raw_rgb(processor: Any) -> None:
+    images = photographs(5)
+    words = make(images, processor, size=80).words
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    patches = patchify(pixels * std + mean, (8, 8)).flatten(0, 1)
+    # As many words as patches: each patch is a word.
+    distances = torch.cdist(patches, words.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    assert distances.min(dim=1).values.max() < 1e-4
+
+
+def test_learning_records_how_the_words_came_about(folder: Path, processor: Any) -> None:
+    learned = make(folder, processor, seed=3, base_model="openai/clip-vit-base-patch16")
+    assert (len(learned), learned.patch_size, learned.channels) == (12, 8, 3)
+    assert learned.info.image_mean == pytest.approx(CLIP_MEAN)
+    assert (learned.info.images, learned.info.unreadable, learned.info.patches) == (24, 0, 24 * 16)
+    assert (learned.info.seed, learned.info.dataset) == (3, "photographs")
+    assert learned.info.library_version == vwt_hf.__version__
+    assert learned.frequencies is not None and learned.frequencies.sum() == 24 * 16
+    assert learned.info.inertia is not None and 0 < learned.info.inertia < 50
+
+
+def test_the_same_seed_gives_the_same_words(folder: Path, processor: Any) -> None:
+    assert torch.equal(make(folder, processor).words, make(folder, processor).words)
+    assert not torch.equal(make(folder, processor).words, make(folder, processor, seed=1).words)
+
+
+def stored(folder: Path) -> datasets.Dataset:
+    paths = sorted(map(str, folder.rglob("*.png")))
+    features = datasets.Features({"label": datasets.Value("int64"), "photograph": datasets.Image()})
+    return datasets.Dataset.from_dict({"label": [0] * len(paths), "photograph": paths}, features=features)
+
+
+def test_a_folder_and_a_data_set_of_its_files_give_the_same_words(folder: Path, processor: Any) -> None:
+    assert torch.equal(make(folder, processor).words, make(stored(folder), processor).words)
+
+
+def test_a_streaming_data_set_is_learned_from_and_ends_at_max_images(folder: Path, processor: Any) -> None:
+    streaming = stored(folder).to_iterable_dataset()
+    assert make(streaming, processor, max_images=10).info.images == 10
+    assert make(streaming, processor).info.images == 24
+    unnamed = datasets.IterableDataset.from_generator(lambda: ({"x": 1, "y": image} for image in photographs(6)))
+    assert make(unnamed, processor).info.images == 6
+
+
+def test_a_generator_of_images_is_learned_from(processor: Any) -> None:
+    assert make((image for image in photographs(6)), processor, max_images=5).info.images == 5
+
+
+def test_unreadable_images_are_named_and_left_out(folder: Path, processor: Any) -> None:
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "cut.png").write_bytes((folder / "class0" / "0.png").read_bytes()[:200])
+    for images in (folder, stored(folder), stored(folder).to_iterable_dataset()):
+        with pytest.warns(UserWarning, match=r"2 of 26 images could not be read.*Error"):
+            learned = make(images, processor)
+        assert (learned.info.images, learned.info.unreadable) == (24, 2)
+
+
+def test_images_none_of_which_can_be_read_are_refused(tmp_path: Path, processor: Any) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"none of the 1 images could be read.*broken\.png"):
+        make(tmp_path, processor)
+
+
+def test_what_cannot_be_learned_from_is_refused(folder: Path, tmp_path: Path, processor: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    refusals: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+        (folder, {"size": 1000}, ValueError, "1000 words were asked for, but there are only 384 patches"),
+        (folder, {"size": 0}, ValueError, "size is 0"),
+        (folder, {"resume": True}, ValueError, "needs checkpoint"),
+        (folder, {"patch_size": 64}, ValueError, "none of the 24 images.*smaller than one 64×64 patch"),
+        (tmp_path / "empty", {}, ValueError, "holds no image files"),
+        (tmp_path / "nowhere", {}, ValueError, "no folder"),
+        ([], {}, ValueError, "holds no images"),
+        (7, {}, TypeError, "images is a int"),
+        (datasets.DatasetDict(train=stored(folder)), {}, ValueError, "splits train"),
+        (stored(folder), {"column": "label"}, ValueError, "'label'; its columns are label, photograph"),
+        (stored(folder).remove_columns("photograph"), {}, ValueError, "no column of images; its columns are label"),
+    ]
+    for images, changes, kind, message in refusals:
+        with pytest.raises(kind, match=message):
+            make(images, processor, **changes)
+    with pytest.raises(TypeError, match="expected a transformers image processor"):
+        make(folder, "openai/clip-vit-base-patch16")
+
+
+def test_fewer_distinct_patches_than_words_give_a_smaller_vocabulary(processor: Any) -> None:
+    white = [PIL.Image.new("RGB", (40, 40), colour) for colour in ("white", "black") * 3]
+    with pytest.warns(UserWarning, match="only 2 patches that differ"):
+        assert len(make(white, processor)) == 2
+
+
+@pytest.mark.parametrize("buffered", [16, 10_000])
+@pytest.mark.parametrize("kind", ["folder", "data set", "stream", "iterable"])
+def test_a_killed_run_resumes_to_the_same_words(
+    folder: Path, tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch, kind: str, buffered: int
+) -> None:
+    (folder / "broken.png").write_bytes(b"no image")
+    monkeypatch.setattr("vwt_hf.kmeans.BUFFERED_AT_LEAST", buffered)
+    monkeypatch.setattr("vwt_hf.kmeans.BUFFERED", 1)
+    monkeypatch.setattr(learn, "CHECKPOINT_EVERY", 2)
+    images = {
+        "folder": folder,
+        "data set": stored(folder),
+        "stream": stored(folder).to_iterable_dataset(),
+        "iterable": [*photographs(13), "broken.png", *photographs(11, seed=1)],
+    }[kind]
+    read = image_source.patch_batches
+
+    def killed(*args: Any) -> Iterator[Any]:
+        for number, batch in enumerate(read(*args)):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield batch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = make(images, processor)
+        monkeypatch.setattr(learn, "patch_batches", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(images, processor, checkpoint=tmp_path / "progress")
+        monkeypatch.setattr(learn, "patch_batches", read)
+        resumed = make(images, processor, checkpoint=tmp_path / "progress", resume=True)
+    assert torch.equal(resumed.words, whole.words)
+    assert torch.equal(resumed.frequencies, whole.frequencies)
+    assert resumed.info == whole.info
+    assert resumed.info.unreadable == 1
+
+
+def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path, processor: Any) -> None:
+    progress = tmp_path / "progress"
+    make(folder, processor, checkpoint=progress)
+    with pytest.raises(FileExistsError, match="resume=True"):
+        make(folder, processor, checkpoint=progress)
+    with pytest.raises(ValueError, match="a run with size=12, this one has size=13"):
+        make(folder, processor, checkpoint=progress, resume=True, size=13)
+    file = progress / learn.CHECKPOINT
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        make(folder, processor, checkpoint=progress, resume=True)
+
+
+def test_learns_from_photographs_by_a_trained_models_processor(shared: Path) -> None:
+    # By its own class: AutoImageProcessor of transformers 5.17 insists on torchvision.
+    trained = transformers.CLIPImageProcessorPil.from_pretrained(shared / "models" / "vit-small-caltech101")
+    learned = VisualVocabulary.learn(
+        shared / "data" / "imagenet-sample" / "train", trained, size=50, patch_size=14, max_images=64, progress=False
+    )
+    assert (len(learned), learned.info.patches) == (50, 64 * 256)
+
+
+def test_words_are_mapped_exactly_to_any_models_pixel_space() -> None:
+    patches = torch.rand(40, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    clip_mean, clip_std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    in_clip_space = ((patches - clip_mean) / clip_std).mean(dim=0, keepdim=True)
+    words = VisualVocabulary(in_clip_space * clip_std + clip_mean)
+    half = ((patches - 0.5) / 0.5).mean(dim=0, keepdim=True).flatten(1)
+    torch.testing.assert_close(words.normalized(0.5, (0.5, 0.5, 0.5)).double(), half, rtol=0, atol=2e-7)
+    torch.testing.assert_close(
+        words.normalized(CLIP_MEAN, CLIP_STD).double(), in_clip_space.flatten(1), rtol=0, atol=5e-7
+    )
+
+
+def test_words_are_flattened_as_patches_are() -> None:
+    words = torch.rand(1, 3, 4, 4)
+    assert torch.equal(VisualVocabulary(words).normalized(0.0, 1.0), patchify(words, (4, 4))[0])
+
+
+def test_statistics_of_another_number_of_channels_are_refused() -> None:
+    words = VisualVocabulary(torch.rand(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="expected a number, or one for each of 3 channels"):
+        words.normalized((0.5, 0.5), 0.5)
+    with pytest.raises(ValueError, match="expected positive numbers"):
+        words.normalized(0.5, 0.0)
+
+
+def test_a_model_of_other_patches_is_refused_by_both_numbers() -> None:
+    words = VisualVocabulary(torch.rand(2, 3, 16, 16))
+    words.require(16, 3)
+    words.require((16, 16), 3)
+    with pytest.raises(ValueError, match=r"16×16 pixels, the model's patches 14×14"):
+        words.require(14, 3)
+    with pytest.raises(ValueError, match="3 channels, the model's patches 1"):
+        words.require(16, 1)
+
+
+def test_a_saved_vocabulary_loads_as_it_was(folder: Path, tmp_path: Path, processor: Any) -> None:
+    learned = make(folder, processor)
+    learned.save_pretrained(tmp_path / "a" / "words")
+    for loaded in (
+        VisualVocabulary.from_pretrained(tmp_path / "a" / "words"),
+        VisualVocabulary.from_pretrained(str(tmp_path / "a"), subfolder="words"),
+    ):
+        assert torch.equal(loaded.words, learned.words)
+        assert torch.equal(loaded.frequencies, learned.frequencies)
+        assert loaded.info == learned.info
+        assert loaded.revision is None
+    assert sorted(path.name for path in (tmp_path / "a" / "words").iterdir()) == [
+        "README.md",
+        "vocabulary.json",
+        "vocabulary.safetensors",
+        "words.png",
+    ]
+
+
+def test_a_model_folder_keeps_its_own_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("the model's")
+    VisualVocabulary(torch.rand(2, 3, 4, 4)).save_pretrained(tmp_path, card=False)
+    assert (tmp_path / "README.md").read_text() == "the model's"
+    assert len(VisualVocabulary.from_pretrained(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("broken", ["write", "rename"])
+def test_a_failed_save_leaves_the_old_folder_whole(saved: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    if broken == "write":
+        calls = iter((lambda _: None, lambda _: None, full))
+        monkeypatch.setattr(vocabulary_files.os, "fsync", lambda file: next(calls)(file))
+    else:
+        monkeypatch.setattr(vocabulary_files.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        VisualVocabulary(torch.rand(9, 3, 8, 8)).save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_the_card_has_valid_metadata_the_numbers_and_a_snippet_that_runs(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = huggingface_hub.ModelCard((saved / "README.md").read_text())
+    assert card.data.library_name == "vwt-hf"
+    assert card.data.datasets == ["me/mine"]
+    assert "visual-words" in card.data.tags
+    assert "| patches | 9 |" in card.content
+    assert "![" in card.content and "(words.png)" in card.content
+    monkeypatch.setattr(vwt_hf, "VisualVocabulary", VisualVocabulary, raising=False)
+    snippet = re.search(r"```python\n(.*?)```", card.content, re.DOTALL)
+    assert snippet is not None
+    exec(snippet.group(1), {})
+    assert "[6, 3, 4, 4]" in capsys.readouterr().out
+
+
+def test_the_picture_shows_the_most_frequent_word_first() -> None:
+    colours = torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])[:, :, None, None].expand(2, 3, 16, 16)
+    sheet = PIL.Image.open(io.BytesIO(vocabulary_card.render_words(colours, torch.tensor([1, 5]))))
+    assert sheet.convert("RGB").getpixel((10, 10)) == (0, 0, 255)
+    for channels, number in ((1, 1), (4, 500)):
+        vocabulary_card.render_words(torch.rand(number, channels, 14, 14), None)
+
+
+def edit(saved: Path, **changes: Any) -> None:
+    fields = json.loads((saved / "vocabulary.json").read_text())
+    (saved / "vocabulary.json").write_text(json.dumps({**fields, **changes}))
+
+
+def rewrite(saved: Path, words: torch.Tensor) -> None:
+    save_file({"words": words}, saved / "vocabulary.safetensors")
+    if words.ndim == 4:
+        edit(saved, size=words.shape[0], channels=words.shape[1], patch_size=words.shape[2])
+
+
+def cut(saved: Path) -> None:
+    file = saved / "vocabulary.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+REFUSALS: dict[str, tuple[Any, str]] = {
+    "truncated": (cut, r"vocabulary\.safetensors: it is truncated"),
+    "empty file": (lambda at: (at / "vocabulary.safetensors").write_bytes(b""), "truncated or no safetensors"),
+    "missing": (lambda at: (at / "vocabulary.safetensors").unlink(), r"vocabulary\.safetensors: it is missing"),
+    "other shape": (lambda at: edit(at, size=7), r"\(6, 3, 4, 4\), but vocabulary\.json says \(7, 3, 4, 4\)"),
+    "no shape": (lambda at: edit(at, patch_size=None), r"says \(6, 3, None, None\)"),
+    "no JSON": (lambda at: (at / "vocabulary.json").write_text("{"), r"vocabulary\.json: it is no JSON"),
+    "a list": (lambda at: (at / "vocabulary.json").write_text("[]"), "holds a list; expected an object"),
+    "climbs": (lambda at: edit(at, file="../secret.safetensors"), "expected a file name without a folder"),
+    "climbs on Windows": (lambda at: edit(at, file="..\\secret"), "expected a file name without a folder"),
+    "absolute": (lambda at: edit(at, file="/etc/passwd"), "expected a file name without a folder"),
+    "integers": (lambda at: rewrite(at, torch.ones(6, 3, 4, 4, dtype=torch.int64)), "words are torch.int64"),
+    "not finite": (lambda at: rewrite(at, torch.full((6, 3, 4, 4), torch.nan)), "6 of 6 words .* not finite"),
+    "no words": (lambda at: rewrite(at, torch.ones(0, 3, 4, 4)), "the vocabulary is empty"),
+    "no such tensor": (
+        lambda at: save_file({"other": torch.ones(1)}, at / "vocabulary.safetensors"),
+        "no tensor 'words', only other",
+    ),
+    "statistics": (lambda at: edit(at, image_mean=[0.5]), "image_mean has 1 values; expected one for each of 3"),
+    "no statistics": (lambda at: edit(at, image_mean="half"), "image_mean is 'half'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_folder_that_is_not_what_it_says_is_refused_by_name(saved: Path, name: str) -> None:
+    damage, message = REFUSALS[name]
+    damage(saved)
+    with pytest.raises(ValueError, match=message) as refusal:
+        VisualVocabulary.from_pretrained(saved)
+    assert str(saved) in str(refusal.value)
+    assert ".json" in str(refusal.value) or ".safetensors" in str(refusal.value)
+
+
+def test_words_that_are_no_words_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected \(size, channels, p, p\)"):
+        VisualVocabulary(torch.rand(4, 3, 4, 5))
+    with pytest.raises(ValueError, match="words are list"):
+        VisualVocabulary([1.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected int64 \(4,\)"):
+        VisualVocabulary(torch.rand(4, 3, 4, 4), torch.ones(3))
+
+
+def test_a_place_without_a_vocabulary_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds neither vocabulary\.json nor vocab\.pt"):
+        VisualVocabulary.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+        VisualVocabulary.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="me/words"):
+        VisualVocabulary.from_pretrained("me/words", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_a_bare_vocab_pt_is_imported_as_clips_with_a_warning(tmp_path: Path) -> None:
+    raw = torch.rand(5, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    torch.save(((raw - mean) / std).flatten(1).float(), tmp_path / "vocab.pt")
+    with pytest.warns(UserWarning, match=r"vocab\.pt .*CLIP"):
+        imported = VisualVocabulary.from_pretrained(tmp_path)
+    torch.testing.assert_close(imported.words.double(), raw, rtol=0, atol=2e-7)
+    assert imported.info.image_mean == pytest.approx(CLIP_MEAN)
+
+
+class Malicious:
+    def __init__(self, at: Path) -> None:
+        self.at = at
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.at),)
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_a_malicious_pickle_is_refused_without_being_run(tmp_path: Path, writer: str) -> None:
+    (tmp_path / "words").mkdir()
+    with open(tmp_path / "words" / "vocab.pt", "wb") as file:
+        (torch.save if writer == "torch" else pickle.dump)(Malicious(tmp_path / "run"), file)
+    with pytest.raises(ValueError, match=r"words: vocab\.pt: it cannot be read as tensors alone"):
+        VisualVocabulary.from_pretrained(tmp_path / "words")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [torch.rand(5, 100), torch.ones(5, 768, dtype=torch.int64), {"words": torch.rand(5, 768)}, [1]]
+)
+def test_any_other_vocab_pt_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "vocab.pt")
+    with pytest.raises(ValueError, match=r"vocab\.pt: it holds a .*expected one float tensor \(size, 768\)"):
+        VisualVocabulary.from_pretrained(tmp_path)
+
+
+def cached(saved: Path, cache: Path, commit: str = "a" * 40) -> None:
+    """Lays `saved` out as huggingface_hub keeps a downloaded repository."""
+    repository = cache / "models--me--words"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / commit).symlink_to(saved)
+
+
+def test_a_downloaded_vocabulary_loads_offline_and_tells_its_commit(saved: Path, tmp_path: Path) -> None:
+    cached(saved, tmp_path / "cache")
+    loaded = VisualVocabulary.from_pretrained("me/words", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert (loaded.source, loaded.revision) == ("me/words", "a" * 40)
+    assert torch.equal(loaded.words, load_file(saved / "vocabulary.safetensors")["words"])
+
+
+def test_both_files_are_asked_for_at_one_commit_with_what_the_user_passed(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "snapshots" / "c0ffee"
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(saved)
+    asked = []
+
+    def download(**kwargs: Any) -> str:
+        asked.append(kwargs)
+        return str(snapshot / kwargs["filename"])
+
+    monkeypatch.setattr(vocabulary_files, "hf_hub_download", download)
+    VisualVocabulary.from_pretrained("me/words", revision="main", token="t", subfolder="p16", cache_dir="c")
+    assert [call["revision"] for call in asked] == ["main", "c0ffee"]
+    assert all((call["token"], call["subfolder"], call["cache_dir"]) == ("t", "p16", "c") for call in asked)
+
+
+def test_pushing_uploads_all_files_in_one_commit_and_remembers_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: Any) -> None:
+            done["token"] = token
+
+        def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+            done["made"] = kwargs
+            return types.SimpleNamespace(repo_id=repo_id)
+
+        def create_branch(self, repo_id: str, **kwargs: Any) -> None:
+            done["branch"] = kwargs
+
+        def upload_folder(self, **kwargs: Any) -> Any:
+            done["files"] = sorted(os.listdir(kwargs["folder_path"]))
+            done["card"] = (Path(kwargs["folder_path"]) / "README.md").read_text()
+            return types.SimpleNamespace(oid="c0ffee")
+
+    monkeypatch.setattr(vocabulary, "HfApi", Api)
+    pushed = VisualVocabulary.from_pretrained(saved)
+    pushed.push_to_hub("me/words", private=True, token="t", revision="v2")
+    assert done["files"] == ["README.md", "vocabulary.json", "vocabulary.safetensors", "words.png"]
+    assert 'from_pretrained("me/words")' in done["card"]
+    assert (done["token"], done["made"]["private"], done["branch"]["branch"]) == ("t", True, "v2")
+    assert (pushed.source, pushed.revision) == ("me/words", "c0ffee")
