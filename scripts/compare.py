@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What compression changes in a classifier's answers, measured on your own checkpoint and images.
+r"""What compression changes in a classifier's answers, measured on your own checkpoint and images.
 
 Runs `pipeline("image-classification", model_kwargs={"vwt": ...})` uncompressed and under each setting; prints one row
 a setting: tokens, top-1 accuracy where the images lie in folders named as the model's labels, agreement (same top-1 as
@@ -7,6 +7,8 @@ the uncompressed model) and the mean KL divergence to its output.
 
     python scripts/compare.py --model google/vit-base-patch16-224 --images photographs/
     python scripts/compare.py --model my-model --images validation/ --vwt '{"keep_ratio": 0.6, "criterion": "grid"}'
+    python scripts/compare.py --model my-model --images validation/ --vwt \
+        '{"method": "inter", "vocabulary": "my-words/", "threshold": 0.1}'
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from tqdm import tqdm
 from transformers import pipeline
 
 import vwt_hf  # noqa: F401  registers `vwt`
+from vwt_hf.attention import current
+from vwt_hf.families import family_of, find_embeddings
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 RATIOS = (0.75, 0.5, 0.25)
@@ -61,11 +65,15 @@ def main() -> None:
     rows = [row("uncompressed", tokens, plain, plain, truth, seconds)]
     for setting in options.vwt or DEFAULT_SETTINGS:
         logits, _, tokens, seconds = classify(options, images, setting)
-        name = " ".join(str(value) for value in setting.values()) if isinstance(setting, dict) else str(setting)
-        rows.append(row(name, tokens, logits, plain, truth, seconds) | {"vwt": setting})
+        rows.append(row(name_of(setting), tokens, logits, plain, truth, seconds) | {"vwt": setting})
     print_table(rows)
     if options.json:
         options.json.write_text(json.dumps({"model": options.model, "dtype": options.dtype, "rows": rows}, indent=1))
+
+
+def name_of(setting: Any) -> str:
+    """A setting as a table shows it: its values, which speak for themselves."""
+    return " ".join(str(value) for value in setting.values()) if isinstance(setting, dict) else str(setting)
 
 
 def find_images(folder: Path, limit: int | None) -> list[Path]:
@@ -77,7 +85,7 @@ def find_images(folder: Path, limit: int | None) -> list[Path]:
 
 def classify(
     options: argparse.Namespace, images: list[Image.Image], setting: Any
-) -> tuple[torch.Tensor, dict[str, int], int, float]:
+) -> tuple[torch.Tensor, dict[str, int], float, float]:
     """Logits (images, labels), the model's label2id, tokens that enter its first layer, and seconds taken."""
     classifier = pipeline(
         "image-classification",
@@ -87,12 +95,7 @@ def classify(
         model_kwargs={"vwt": setting},
     )
     labels = classifier.model.config.label2id
-    pixel_values = classifier.image_processor(images[0], return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        first = classifier.model(
-            pixel_values.to(classifier.device, classifier.model.dtype), output_hidden_states=True
-        ).hidden_states[0]
-    tokens = first.shape[1]
+    tokens = TokenCounter(classifier.model)
     logits = torch.empty(len(images), len(labels))
     start = time.perf_counter()
     answers = classifier(
@@ -101,12 +104,32 @@ def classify(
     for index, answer in enumerate(tqdm(answers, total=len(images), desc=str(setting), leave=False)):
         for entry in answer:
             logits[index, labels[entry["label"]]] = entry["score"]
-    return logits, labels, tokens, time.perf_counter() - start
+    return logits, labels, tokens.mean(), time.perf_counter() - start
+
+
+class TokenCounter:
+    """Counts the tokens that enter a model's first layer, padding left out."""
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        self.tokens = self.images = 0
+        find_embeddings(model, family_of(type(model))).register_forward_hook(self._count)
+
+    def _count(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        batch = current.get()
+        self.images += len(output)
+        if batch is None:
+            self.tokens += output.shape[0] * output.shape[1]
+        else:
+            self.tokens += int(batch.layout.lengths.sum()) + len(output) * batch.prefix
+
+    def mean(self) -> float:
+        """Tokens of an image."""
+        return round(self.tokens / self.images, 1)
 
 
 def row(
     name: str,
-    tokens: int,
+    tokens: float,
     logits: torch.Tensor,
     plain: torch.Tensor,
     truth: list[int | None],

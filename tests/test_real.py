@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoModelForImageClassification, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-import vwt_hf  # noqa: F401  registers `vwt`
+from tiny import MODELS, answers, tiny_model
+from vwt_hf import VisualVocabulary, VWTConfig, compress
 
+STATISTICS = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 CLASSIFIERS = ["dinov2-small-caltech101", "vit-small-caltech101"]
 
 
@@ -64,3 +67,42 @@ def test_agreement_falls_with_the_patches_dropped_and_random_patches_beat_varied
     for ratio, known in {0.5: 94, 0.25: 84}.items() if name.startswith("dinov2") else {0.5: 92, 0.25: 80}.items():
         random = agreement(keep_ratio=ratio, criterion="random")
         assert random == pytest.approx(known, abs=5) and random > varied[ratio]
+
+
+@pytest.fixture(scope="module")
+def processor(shared):
+    return AutoImageProcessor.from_pretrained(shared / "models" / CLASSIFIERS[0])
+
+
+@pytest.fixture(scope="module")
+def words(shared, processor) -> VisualVocabulary:
+    folder = shared / "data/imagenet-sample/train"
+    return VisualVocabulary.learn(folder, processor, size=100, patch_size=14, max_images=100, progress=False)
+
+
+@pytest.fixture(scope="module")
+def batch(photographs, processor) -> torch.Tensor:
+    """64 photographs, a white image and noise, as the classifiers see them."""
+    white, noise = Image.new("RGB", (224, 224), "white"), Image.effect_noise((224, 224), 90).convert("RGB")
+    images = [*photographs[0][::3][:64], white, noise]
+    return processor(images, return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_batch_of_real_images_answers_as_they_do_alone(name, proportional, batch, words):
+    model = tiny_model(name, image_size=224, patch_size=14)
+    setting = VWTConfig(method="inter", vocabulary=words, proportional_attention=proportional, **STATISTICS)
+    compress(model, setting)
+    alone = torch.cat([answers(model, image[None]) for image in batch])
+    torch.testing.assert_close(answers(model, batch), alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_trained_classifier_answers_a_batch_as_its_images_alone(shared, name, batch, words):
+    model = AutoModelForImageClassification.from_pretrained(shared / "models" / name, dtype=torch.float32, vwt=words)
+    few = batch[-8:]
+    alone = torch.cat([answers(model, image[None]) for image in few])
+    torch.testing.assert_close(answers(model, few), alone, atol=1e-4, rtol=1e-4)
+    plain = AutoModelForImageClassification.from_pretrained(shared / "models" / name, dtype=torch.float32)
+    assert (alone.argmax(1) == answers(plain, few).argmax(1))[:6].sum() >= 4

@@ -16,37 +16,37 @@ TINY = {
 TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 99}
 
 
-def clip_config() -> transformers.CLIPConfig:
-    return transformers.CLIPConfig(
-        vision_config=TINY | {"projection_dim": 16},
-        text_config=TEXT | {"eos_token_id": 98, "bos_token_id": 97},
-        projection_dim=16,
-    )
+def clip_config(**sizes) -> transformers.CLIPConfig:
+    text = TEXT | {"eos_token_id": 98, "bos_token_id": 97}
+    return transformers.CLIPConfig(vision_config=sizes | {"projection_dim": 16}, text_config=text, projection_dim=16)
+
+
+def registers_config(**sizes) -> transformers.Dinov2WithRegistersConfig:
+    return transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=3)
 
 
 MODELS = {
-    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**TINY)),
-    "vit-classifier": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**TINY)),
-    "deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**TINY)),
-    "deit-classifier": lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**TINY)),
-    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**TINY)),
-    "dinov2-classifier": lambda: transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**TINY)),
-    "registers": lambda: transformers.Dinov2WithRegistersModel(
-        transformers.Dinov2WithRegistersConfig(**TINY, num_register_tokens=3)
-    ),
-    "registers-classifier": lambda: transformers.Dinov2WithRegistersForImageClassification(
-        transformers.Dinov2WithRegistersConfig(**TINY, num_register_tokens=3)
-    ),
-    "clip": lambda: transformers.CLIPModel(clip_config()),
-    "clip-vision": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY)),
-    "clip-projection": lambda: transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**TINY)),
-    "clip-classifier": lambda: transformers.CLIPForImageClassification(clip_config()),
+    "vit": (transformers.ViTModel, transformers.ViTConfig),
+    "vit-classifier": (transformers.ViTForImageClassification, transformers.ViTConfig),
+    "deit": (transformers.DeiTModel, transformers.DeiTConfig),
+    "deit-classifier": (transformers.DeiTForImageClassificationWithTeacher, transformers.DeiTConfig),
+    "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config),
+    "dinov2-classifier": (transformers.Dinov2ForImageClassification, transformers.Dinov2Config),
+    "registers": (transformers.Dinov2WithRegistersModel, registers_config),
+    "registers-classifier": (transformers.Dinov2WithRegistersForImageClassification, registers_config),
+    "clip": (transformers.CLIPModel, clip_config),
+    "clip-vision": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig),
+    "clip-projection": (transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionConfig),
+    "clip-classifier": (transformers.CLIPForImageClassification, clip_config),
 }
+"""Model class and what makes its config from TINY, by name."""
 
 
-def tiny_model(name: str) -> transformers.PreTrainedModel:
+def tiny_model(name: str, **sizes) -> transformers.PreTrainedModel:
+    """The model of that name in `MODELS`, the same at every call; `sizes` are fields of TINY to change."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model_class, config = MODELS[name]
+    model = model_class(config(**(TINY | sizes))).eval()
     # Some families start their prefix tokens, positions or heads at zero, which would hide an error in them.
     with torch.no_grad():
         for parameter in model.parameters():

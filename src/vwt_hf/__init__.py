@@ -7,8 +7,9 @@ from .auto import register
 from .compress import compress, restore
 from .config import VWTConfig
 from .families import supported
+from .vocabulary import VisualVocabulary
 
 __version__ = "0.1.0"
-__all__ = ["VWTConfig", "compress", "restore", "supported"]
+__all__ = ["VWTConfig", "VisualVocabulary", "compress", "restore", "supported"]
 
 register()

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .compress import compress, restore
+from . import attention
+from .compress import compress, lexicon_of, restore
 from .config import VWTConfig
 from .families import FAMILIES, family_of
+from .lexicon import BESIDE_WEIGHTS
 
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _NOT_GIVEN: Any = object()
 
 
@@ -32,10 +36,12 @@ def register() -> None:
                 config_class = _config_with_vwt(plain)
                 globals()[config_class.__name__] = config_class  # where pickle looks for it
                 AutoConfig.register(model_type, config_class, exist_ok=True)
-    for name, wrap in (("from_pretrained", _loading), ("_from_config", _building)):
-        original = vars(PreTrainedModel)[name].__func__
-        if not hasattr(original, "takes_vwt"):
-            setattr(PreTrainedModel, name, classmethod(wrap(original)))
+    attention.register()
+    if not hasattr(PreTrainedModel.save_pretrained, "knows_vwt"):
+        loading, building = (vars(PreTrainedModel)[name].__func__ for name in ("from_pretrained", "_from_config"))
+        PreTrainedModel.from_pretrained = classmethod(_loading(loading))  # type: ignore[method-assign,assignment]
+        PreTrainedModel._from_config = classmethod(_building(building))  # type: ignore[method-assign,assignment]
+        PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
 
 
 def _config_with_vwt(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -45,8 +51,9 @@ def _config_with_vwt(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         fields = plain.to_dict(self)
         if fields.get("vwt") is None:
             fields.pop("vwt", None)
-        elif isinstance(fields["vwt"], VWTConfig):
-            fields["vwt"] = fields["vwt"].to_dict()
+        elif not isinstance(fields["vwt"], (bool, dict, str)):
+            setting = VWTConfig.parse(fields["vwt"])
+            fields["vwt"] = setting and setting.to_dict()
         return fields
 
     return type(
@@ -77,10 +84,9 @@ def _loading(original: Any) -> Any:
             setting = _setting(cls, getattr(kwargs.get("config"), "vwt", None), source)
             loaded = original(cls, *args, **kwargs)
             setting = setting or _setting(cls, getattr(_model(loaded).config, "vwt", None), source)
-        _apply(_model(loaded), setting)
+        _apply(_model(loaded), setting, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
         return loaded
 
-    from_pretrained.takes_vwt = True  # type: ignore[attr-defined]
     return from_pretrained
 
 
@@ -93,11 +99,28 @@ def _building(original: Any) -> Any:
         if vwt is not _NOT_GIVEN:
             config = copy.deepcopy(config)
         model = original(cls, config, **kwargs)
-        _apply(model, setting)
+        _apply(model, setting, {})
         return model
 
-    _from_config.takes_vwt = True  # type: ignore[attr-defined]
     return _from_config
+
+
+def _saving(original: Any) -> Any:
+    """`PreTrainedModel.save_pretrained` that writes a vocabulary which is not on the Hub beside the weights."""
+
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        lexicon = lexicon_of(self)
+        if (
+            lexicon is not None
+            and lexicon.setting.to_dict()["vocabulary"] is None
+            and kwargs.get("is_main_process", True)
+        ):
+            lexicon.vocabulary.save_pretrained(Path(save_directory, BESIDE_WEIGHTS), card=False)
+        return original(self, save_directory, *args, **kwargs)
+
+    save_pretrained.knows_vwt = True  # type: ignore[attr-defined]
+    return save_pretrained
 
 
 def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTConfig | None:
@@ -123,9 +146,9 @@ def _model(loaded: Any) -> PreTrainedModel:
     return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
-def _apply(model: PreTrainedModel, setting: VWTConfig | None) -> None:
+def _apply(model: PreTrainedModel, setting: VWTConfig | None, hub_kwargs: dict[str, Any]) -> None:
     """Compresses a model just loaded, or leaves it, and its config, without a setting."""
     if setting is not None:
-        compress(model, setting)
+        compress(model, setting, **hub_kwargs)
     elif getattr(model.config, "vwt", None) is not None:
         restore(model)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree
 from transformers import PreTrainedModel
 
+from . import attention
 from .config import VWTConfig
 from .families import Family, attribute, family_of, find_embeddings, model_of
+from .layout import attention_bias, expand, group, pool
+from .lexicon import Lexicon
 from .words import (
     gather_patches,
     grid_patches,
     highest,
+    nearest_words,
     patch_grid,
     patch_strip,
     patchify,
@@ -24,22 +30,26 @@ from .words import (
 )
 
 
-def compress(model: PreTrainedModel, config: VWTConfig | dict[str, Any] | bool = True) -> PreTrainedModel:
-    """Makes `model` drop patches before its first layer, in place, without changing a weight.
+def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> PreTrainedModel:
+    """Makes `model` group or drop patches before its first layer, in place, without changing a weight.
 
     A model that is compressed already gets the new setting instead of the old one. `model.config.vwt` holds the setting
     (a JSON-ready dict) until `restore`, and `save_pretrained` writes it.
 
     Args:
         model: a transformers model of a supported family (`vwt_hf.supported()`).
-        config: a `VWTConfig`, a dict of its fields, or `True` for the defaults. `False` restores the plain model.
+        config: a `VWTConfig`, a dict of its fields, `True` for the defaults, or a vocabulary (its Hub id, its folder or
+            itself) for inter-image words. `False` restores the plain model.
+        hub_kwargs: `token`, `cache_dir`, `local_files_only`, ... for a vocabulary and an image processor on the Hub.
 
     Returns:
-        The same `model`. Its `last_hidden_state` is (batch, prefix tokens + kept patches, hidden).
+        The same `model`. Its `last_hidden_state` is (batch, prefix tokens + kept patches, hidden) for `method="intra"`,
+        and (batch, prefix tokens + patches, hidden) for `"inter"`, where each patch has its word's hidden state.
 
     Raises:
         TypeError: `model` is no transformers model.
         ValueError: the family is not supported, the task needs every patch, or `config` is not valid.
+        OSError: the vocabulary or the image processor cannot be read.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -55,10 +65,21 @@ def compress(model: PreTrainedModel, config: VWTConfig | dict[str, Any] | bool =
         return restore(model)
     family = family_of(type(model))
     embeddings = find_embeddings(model, family)
+    lexicon = None
+    if setting.method == "inter":
+        lexicon = Lexicon.resolve(setting, model, lexicon_of(model), **hub_kwargs)
+        projection = attribute(embeddings, family.projection)
+        lexicon.vocabulary.require(projection.kernel_size, projection.in_channels)
+        setting = lexicon.setting
     restore(model)
     # accelerate's hooks (`device_map`) wrap the forward that they find in a module, and keep it under this name.
     slot = "_old_forward" if hasattr(embeddings, "_hf_hook") else "forward"
-    setattr(embeddings, slot, functools.partial(embed_kept, embeddings, family, setting))
+    setattr(embeddings, slot, functools.partial(embed, embeddings, Tokenizer(family, setting, lexicon)))
+    if setting.method == "inter" and setting.threshold > 0:
+        tower = next(module for module in model.modules() if embeddings in module.children())
+        attention.use_for(tower)
+        tower.register_forward_pre_hook(_attend_by_layout)
+        tower.register_forward_hook(_restore_patches, always_call=True)
     model.config.vwt = setting.to_dict()
     return model
 
@@ -73,38 +94,65 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """
     model = model_of(model)
     for module in model.modules():
-        if _is_ours(module.__dict__.get("forward")):
+        if _tokenizer_of(module.__dict__.get("forward")):
             del module.forward
-        if _is_ours(module.__dict__.get("_old_forward")):
+        if _tokenizer_of(module.__dict__.get("_old_forward")):
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _attend_by_layout]:
+            del module._forward_pre_hooks[key]
+            attention.give_back(module)
+        for key in [key for key, hook in module._forward_hooks.items() if hook is _restore_patches]:
+            del module._forward_hooks[key]
+            del module._forward_hooks_always_called[key]
     if getattr(model.config, "vwt", None) is not None:
         model.config.vwt = None
     return model
 
 
-def _is_ours(forward: object) -> bool:
-    return isinstance(forward, functools.partial) and forward.func is embed_kept
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """What a compressed model's embeddings go by."""
+
+    family: Family
+    setting: VWTConfig
+    lexicon: Lexicon | None
 
 
-def embed_kept(
+def _tokenizer_of(forward: object) -> Tokenizer | None:
+    if isinstance(forward, functools.partial) and forward.func is embed:
+        return forward.args[1]
+    return None
+
+
+def lexicon_of(model: PreTrainedModel) -> Lexicon | None:
+    """The vocabulary that `model` tokenises by, as its pixel values are normalised; `None` if it does not."""
+    for module in model.modules():
+        for name in ("forward", "_old_forward"):
+            tokenizer = _tokenizer_of(module.__dict__.get(name))
+            if tokenizer is not None:
+                return tokenizer.lexicon
+    return None
+
+
+def embed(
     module: nn.Module,
-    family: Family,
-    setting: VWTConfig,
+    tokenizer: Tokenizer,
     pixel_values: torch.Tensor,
     *,
     bool_masked_pos: torch.Tensor | None = None,
     interpolate_pos_encoding: bool | None = False,
 ) -> torch.Tensor:
-    """Stands in for the forward of a family's embeddings: the same tokens, of the kept patches alone.
+    """Stands in for the forward of a family's embeddings: prefix tokens, and the tokens that the patches became.
 
     Args:
         module: the embeddings module, whose parameters are used.
+        tokenizer: the family's row, the setting and its words.
         pixel_values: (batch, channels, height, width).
         bool_masked_pos: not supported; see Raises.
         interpolate_pos_encoding: as for the family's models.
 
     Returns:
-        (batch, prefix tokens + kept patches, hidden).
+        (batch, prefix tokens + tokens, hidden).
 
     Raises:
         ValueError: `bool_masked_pos` is given, or the images do not fit the model in channels or size.
@@ -114,29 +162,37 @@ def embed_kept(
             "bool_masked_pos masks patches of the whole image, of which a compressed model sees a part; "
             "call vwt_hf.restore(model) first."
         )
+    family, setting = tokenizer.family, tokenizer.setting
     projection = attribute(module, family.projection)
-    rows, columns = patch_grid(pixel_values, projection.kernel_size)
-    keep = setting.patches_kept(rows * columns)
-    if keep == rows * columns:
+    grid = patch_grid(pixel_values, projection.kernel_size)
+    count = grid[0] * grid[1]
+    if setting.threshold == 0 if setting.method == "inter" else setting.patches_kept(count) == count:
         extra = {} if family.always_interpolates else {"interpolate_pos_encoding": interpolate_pos_encoding}
         return type(module).forward(module, pixel_values, **extra)
     if pixel_values.shape[1] != projection.in_channels:
         raise ValueError(
             f"pixel_values have {pixel_values.shape[1]} channels; the model expects {projection.in_channels}."
         )
-    positions = _positions(module, family, pixel_values, rows * columns, bool(interpolate_pos_encoding))
-
-    patches = patchify(pixel_values, projection.kernel_size)
-    kept = choose_patches(patches, (rows, columns), keep, setting)
-    strip = patch_strip(gather_patches(patches, kept).to(projection.weight.dtype), projection.kernel_size)
-    tokens = projection(strip).flatten(2).transpose(1, 2)
-
-    prefix_length = len(family.prefix)
-    tokens = tokens + gather_patches(positions[:, prefix_length:], kept)
-    prefix = torch.cat([attribute(module, name).reshape(1, -1, tokens.shape[-1]) for name in family.prefix], dim=1)
-    prefix = prefix + positions[:, :prefix_length]
+    table = _positions(module, family, pixel_values, count, bool(interpolate_pos_encoding))
+    prefix_positions, positions = table[:, : len(family.prefix)], table[:, len(family.prefix) :]
+    prefix = torch.cat([attribute(module, name).reshape(1, -1, table.shape[-1]) for name in family.prefix], dim=1)
+    prefix = prefix + prefix_positions
     if family.registers is not None:
         prefix = torch.cat((prefix, attribute(module, family.registers)), dim=1)
+
+    patches = patchify(pixel_values, projection.kernel_size)
+    if tokenizer.lexicon is None:
+        kept = choose_patches(patches, grid, setting.patches_kept(count), setting)
+        patches, positions = gather_patches(patches, kept), gather_patches(positions, kept)
+    else:
+        index = tokenizer.lexicon.on(patches.device)
+        layout = group(nearest_words(patches, index, setting.threshold))
+        # The projection is linear: the mean of patches is projected onto the mean of their projections, once.
+        patches, positions = pool(patches, layout), pool(positions.expand(len(patches), -1, -1), layout)
+        bias = attention_bias(layout, prefix.shape[1], setting.proportional_attention)
+        attention.current.set(attention.Batch(layout, prefix.shape[1], bias))
+    strip = patch_strip(patches.to(projection.weight.dtype), projection.kernel_size)
+    tokens = projection(strip).flatten(2).transpose(1, 2) + positions
     embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
     dropout = getattr(module, "dropout", None)
     return embeddings if dropout is None else dropout(embeddings)
@@ -159,6 +215,33 @@ def choose_patches(patches: torch.Tensor, grid: tuple[int, int], keep: int, sett
     if setting.criterion == "random":
         return random_patches(grid[0] * grid[1], keep, setting.seed, patches.device)
     return grid_patches(*grid, keep, patches.device)
+
+
+def _attend_by_layout(tower: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a vision tower: follows a `set_attn_implementation` that came after `compress`."""
+    attention.use_for(tower)
+
+
+def _restore_patches(tower: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of a vision tower: every patch gets its token's hidden state, and the forward's layout is let go."""
+    batch = attention.current.get()
+    attention.current.set(None)
+    if batch is None or output is None:  # the forward raised
+        return output
+
+    shape = (len(batch.bias), batch.bias.shape[-1])
+
+    def restored(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() < 3:
+            return value
+        if value.dim() == 4 and value.shape[2:] == (shape[1], shape[1]):
+            raise ValueError(
+                "output_attentions gives the attention between tokens, of which images of a batch have different "
+                "numbers under inter-image words. Leave it out, or call vwt_hf.restore(model) first."
+            )
+        return expand(value, batch.layout, batch.prefix) if value.shape[:2] == shape else value
+
+    return _pytree.tree_map(restored, output)
 
 
 def _positions(

@@ -5,37 +5,54 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from typing import Any
 
-METHODS = ("intra",)
+METHODS = ("intra", "inter")
 CRITERIA = ("variance", "random", "grid")
+OWNERS = dict.fromkeys(("keep_ratio", "num_patches", "criterion", "seed"), "intra") | dict.fromkeys(
+    ("vocabulary", "revision", "threshold", "proportional_attention", "image_mean", "image_std"), "inter"
+)
+"""The method that a field belongs to."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VWTConfig:
-    """How a vision transformer's patch sequence is shortened before its first layer.
+    """How a vision transformer's patch sequence is shortened before its first layer (arXiv 2411.15397).
 
     Args:
         method (`str`, default `"intra"`):
-            `"intra"` keeps a subset of an image's own patches (arXiv 2411.15397, intra-image approach).
+            `"intra"` keeps a subset of an image's own patches. `"inter"` replaces patches that are near one word of a
+            vocabulary by one token, the average of their embeddings.
         keep_ratio (`float`, default 0.5):
-            Share of patches kept, in (0, 1]; `int(patches * keep_ratio)` stay. 1.0 is the plain model.
+            intra: share of patches kept, in (0, 1]; `int(patches * keep_ratio)` stay. 1.0 is the plain model.
         num_patches (`int`, *optional*):
-            Number of patches kept, whatever the image size; overrides `keep_ratio`. An image with no more patches
-            than that keeps all of them.
+            intra: number of patches kept, whatever the image size; overrides `keep_ratio`. An image with no more
+            patches than that keeps all of them.
         criterion (`str`, default `"variance"`):
-            Which patches stay. `"variance"`: those whose channel and pixel values vary most (the paper's).
+            intra: which patches stay. `"variance"`: those whose channel and pixel values vary most (the paper's).
             `"random"`: a random subset, drawn once from `seed` and shared by all images of one size.
             `"grid"`: an even cover of the image, whatever it shows.
         seed (`int`, default 0):
-            Seed of `criterion="random"`.
+            intra: seed of `criterion="random"`.
+        vocabulary (`str` or `VisualVocabulary`, *optional*):
+            inter: a Hub id, a folder, or the vocabulary itself. `None`: the one that was saved with the model.
+        revision (`str`, *optional*):
+            inter: branch, tag or commit of a vocabulary on the Hub. The setting of a loaded model holds the commit.
+        threshold (`float`, default 0.1):
+            inter: largest cosine distance from a word, in [0, 2], at which a patch takes it. 0 is the plain model.
+        proportional_attention (`bool`, default `True`):
+            inter: whether a token that stands for s patches gets + log s on its attention logits, so that it draws as
+            much attention as its patches would.
+        image_mean, image_std (sequence of `float`, *optional*):
+            inter: how the model's images are normalised, for each channel; by default as its image processor says.
 
     Raises:
         ValueError: a field holds a value that is not allowed; the message names the field, the value and what is.
 
     Example:
-        >>> VWTConfig(keep_ratio=0.7).to_dict()["keep_ratio"]
-        0.7
+        >>> VWTConfig(keep_ratio=0.7).to_dict()
+        {'method': 'intra', 'keep_ratio': 0.7, 'num_patches': None, 'criterion': 'variance', 'seed': 0}
     """
 
     method: str = "intra"
@@ -43,6 +60,12 @@ class VWTConfig:
     num_patches: int | None = None
     criterion: str = "variance"
     seed: int = 0
+    vocabulary: Any = None
+    revision: str | None = None
+    threshold: float = 0.1
+    proportional_attention: bool = True
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_choice("method", self.method, METHODS)
@@ -55,11 +78,38 @@ class VWTConfig:
             )
         if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"VWTConfig.seed is {self.seed!r}; expected an integer in [0, 2**63).")
+        if not _is_number(self.threshold) or not 0 <= self.threshold <= 2:
+            raise ValueError(f"VWTConfig.threshold is {self.threshold!r}; expected a cosine distance in [0, 2].")
+        if not isinstance(self.proportional_attention, bool):
+            raise ValueError(
+                f"VWTConfig.proportional_attention is {self.proportional_attention!r}; expected True or False."
+            )
+        if self.revision is not None and not isinstance(self.revision, str):
+            raise ValueError(f"VWTConfig.revision is {self.revision!r}; expected None, a branch, a tag or a commit.")
+        self._set_statistics("image_mean", positive=False)
+        self._set_statistics("image_std", positive=True)
+        for field in dataclasses.fields(self):
+            owner = OWNERS.get(field.name, self.method)
+            if owner != self.method and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"VWTConfig.{field.name} is {getattr(self, field.name)!r}, but method is {self.method!r}; the "
+                    f"field belongs to method={owner!r}."
+                )
+
+    def _set_statistics(self, field: str, positive: bool) -> None:
+        values = getattr(self, field)
+        if values is None:
+            return
+        allowed = isinstance(values, (list, tuple)) and values and all(map(_is_number, values))
+        if not allowed or (positive and min(values) <= 0):
+            kind = "positive numbers" if positive else "numbers"
+            raise ValueError(f"VWTConfig.{field} is {values!r}; expected None or {kind}, one for each channel.")
+        object.__setattr__(self, field, tuple(map(float, values)))
 
     @classmethod
-    def parse(cls, value: VWTConfig | dict[str, Any] | bool | None) -> VWTConfig | None:
-        """Reads what users write as `vwt=...`: a `VWTConfig`, a dict of its fields, `True` (the defaults), or `False` /
-        `None` (no compression, returns `None`).
+    def parse(cls, value: Any) -> VWTConfig | None:
+        """Reads what users write as `vwt=...`: a `VWTConfig`, a dict of its fields, `True` (the defaults), a vocabulary
+        (its Hub id, its folder or itself), or `False` / `None` (no compression, returns `None`).
 
         Raises:
             ValueError: a field is unknown or its value is not allowed.
@@ -79,11 +129,28 @@ class VWTConfig:
                     hint = f" Did you mean {near[0]!r}?" if near else ""
                     raise ValueError(f"VWTConfig has no field {name!r}; its fields are {', '.join(names)}.{hint}")
             return cls(**value)
-        raise TypeError(f"vwt is {value!r}; expected True, False, None, a dict of VWTConfig's fields or a VWTConfig.")
+        if (isinstance(value, (str, os.PathLike)) and os.fspath(value)) or hasattr(value, "words"):
+            return cls(method="inter", vocabulary=value)
+        raise TypeError(
+            f"vwt is {value!r}; expected True, False, None, a VWTConfig, a dict of its fields, or a vocabulary: its "
+            "Hub id, its folder or a VisualVocabulary."
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dict; `VWTConfig.parse` reads it back."""
-        return dataclasses.asdict(self)
+        """The method's fields as a JSON-ready dict; `VWTConfig.parse` reads it back.
+
+        A vocabulary that is no Hub id becomes `None`: it is saved beside the model's weights.
+        """
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if OWNERS.get(field.name, self.method) == self.method
+        }
+        if self.method == "inter":
+            fields["vocabulary"] = self.vocabulary if isinstance(self.vocabulary, str) else None
+            for name in ("image_mean", "image_std"):
+                fields[name] = fields[name] and list(fields[name])
+        return fields
 
     def patches_kept(self, patches: int) -> int:
         """How many of an image's `patches` stay (paper: k = int(N · (1 − drop rate)), here without float error).

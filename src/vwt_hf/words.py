@@ -7,8 +7,12 @@ column), as its projection's weight is.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
+
+_PRODUCTS = 2**24
+"""Inner products held at once (64 MiB), which bounds memory for large vocabularies."""
 
 
 def patch_grid(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
@@ -128,3 +132,83 @@ def patch_strip(patches: torch.Tensor, patch_size: tuple[int, int]) -> torch.Ten
         (batch, channels, patch height, patches · patch width).
     """
     return patches.unflatten(-1, (-1, *patch_size)).permute(0, 2, 3, 1, 4).flatten(-2)
+
+
+class WordIndex(NamedTuple):
+    """Words made ready for `nearest_words` by `index_words`; each of length 1, in float32."""
+
+    words: torch.Tensor
+    """(size, channels · patch height · patch width)."""
+    basis: torch.Tensor
+    """(channels · patch height · patch width, axes): orthonormal axes along which the words differ most."""
+    sketch: torch.Tensor
+    """(size, axes + 1): coordinates on the axes, and the length of what is left of the word beside them."""
+
+    def to(self, device: torch.device) -> WordIndex:
+        return WordIndex(*(tensor.to(device) for tensor in self))
+
+
+def index_words(words: torch.Tensor, axes: int = 15) -> WordIndex:
+    """Makes words ready for the search; a word of zeros stays one, at distance 1 from every patch.
+
+    Args:
+        words: (size, channels · patch height · patch width).
+        axes: how many axes a sketch has.
+    """
+    unit = torch.nn.functional.normalize(words.float(), dim=1)
+    basis = torch.linalg.eigh(unit.T @ unit).eigenvectors[:, -axes:]
+    return WordIndex(unit, basis, _sketch(unit, basis))
+
+
+@torch.no_grad()
+def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> torch.Tensor:
+    """The word of each patch, by cosine distance (paper, inter-image approach); computed in float32.
+
+    A patch farther than `threshold` from every word stays alone: its number is past the words' and no other patch of
+    its image has it. Of words equally near the first wins. The cosine with a patch of zeros is taken as 0, its distance
+    as 1.
+
+    On a CPU, patches that are provably farther than `threshold` from all words are told by their sketches and never
+    compared in full. Elsewhere that would cost a synchronisation.
+
+    Args:
+        patches: (batch, patches, channels · patch height · patch width).
+        index: of the words.
+        threshold: largest distance 1 − cos at which a patch takes a word, in [0, 2].
+
+    Returns:
+        (batch, patches), int64: a word in [0, size), or size + the patch's own index.
+    """
+    batch, count = patches.shape[:2]
+    values = patches.flatten(0, 1).float()
+    length = torch.linalg.vector_norm(values, dim=1)
+    least = (1 - threshold) * length
+    if values.is_cpu:
+        bound = _largest_products(_sketch(values, index.basis), index.sketch)[0]
+        # The slack is what rounding may take from the bound.
+        candidates = (bound >= least - 1e-4 * length).nonzero().squeeze(1)
+        similarity, word = torch.full_like(length, -torch.inf), torch.zeros_like(length, dtype=torch.int64)
+        similarity[candidates], word[candidates] = _largest_products(values[candidates], index.words)
+    else:
+        similarity, word = _largest_products(values, index.words)
+    near = similarity >= least
+    if threshold < 1:
+        near &= length > 0
+    own = torch.arange(count, device=patches.device) + len(index.words)
+    return torch.where(near.view(batch, count), word.view(batch, count), own)
+
+
+def _sketch(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """(vectors, axes + 1): coordinates on the axes, and the length of the rest.
+
+    By Cauchy and Schwarz the product of two sketches is never less than that of their vectors.
+    """
+    along = vectors @ basis
+    rest = (vectors.square().sum(dim=1) - along.square().sum(dim=1)).clamp(min=0).sqrt()
+    return torch.cat((along, rest.unsqueeze(1)), dim=1)
+
+
+def _largest_products(rows: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row its largest inner product with a word, and the first word that has it; (rows,) each."""
+    found = [(part @ words.T).max(dim=1) for part in rows.split(max(1, _PRODUCTS // len(words)))]
+    return torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])

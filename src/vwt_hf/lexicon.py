@@ -1,0 +1,114 @@
+"""The words that a model tokenises by: a vocabulary, mapped to the way the model's images are normalised."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from .config import VWTConfig
+from .vocabulary import VisualVocabulary
+from .words import WordIndex, index_words
+
+BESIDE_WEIGHTS = "visual_words"
+"""Where `save_pretrained` puts a vocabulary that is not on the Hub, below the model's folder."""
+
+
+class Lexicon:
+    """A vocabulary in a model's pixel space, on whatever device asks for it.
+
+    Args:
+        vocabulary: the words, in raw RGB.
+        setting: with the model's `image_mean` and `image_std`.
+    """
+
+    def __init__(self, vocabulary: VisualVocabulary, setting: VWTConfig) -> None:
+        self.vocabulary = vocabulary
+        self.setting = setting
+        if setting.image_mean is None or setting.image_std is None:
+            raise ValueError(f"{setting} does not say how images are normalised; give image_mean and image_std.")
+        self.image_mean, self.image_std = setting.image_mean, setting.image_std
+        self._on: dict[torch.device, WordIndex] = {}
+
+    def on(self, device: torch.device) -> WordIndex:
+        """The words in the model's pixel space, ready for `nearest_words` on `device`."""
+        index = self._on.get(device)
+        if index is None:
+            # Outside inference mode, so that a later training step may use what is kept.
+            with torch.inference_mode(False):
+                mapped = self.vocabulary.normalized(self.image_mean, self.image_std)
+                index = self._on.setdefault(device, index_words(mapped).to(device))
+        return index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_on": {}}
+
+    @classmethod
+    def resolve(
+        cls, setting: VWTConfig, model: PreTrainedModel, present: Lexicon | None = None, **hub_kwargs: Any
+    ) -> Lexicon:
+        """Finds the vocabulary that `setting` names, and how the images of `model` are normalised.
+
+        Args:
+            setting: with `method="inter"`.
+            present: the lexicon that `model` has already; used where `setting` names no vocabulary.
+            hub_kwargs: for the Hub: `token`, `cache_dir`, `local_files_only`; `revision` and `subfolder` of the model.
+
+        Raises:
+            ValueError: no vocabulary is named and the model has none, or nothing tells how its images are normalised.
+            OSError: the vocabulary cannot be read.
+        """
+        source, own = model.name_or_path or "", dict(hub_kwargs)
+        elsewhere = {name: value for name, value in own.items() if name not in ("revision", "subfolder")}
+        vocabulary: Any = setting.vocabulary
+        if isinstance(vocabulary, (str, os.PathLike)):
+            vocabulary = VisualVocabulary.from_pretrained(vocabulary, revision=setting.revision, **elsewhere)
+        elif vocabulary is None and present is not None:
+            vocabulary = present.vocabulary
+            setting = dataclasses.replace(
+                setting,
+                image_mean=setting.image_mean or present.image_mean,
+                image_std=setting.image_std or present.image_std,
+            )
+        elif vocabulary is None:
+            if not source:
+                raise ValueError(
+                    "VWTConfig.vocabulary is None and the model was loaded from nowhere that may hold one; give a Hub "
+                    "id, a folder or a VisualVocabulary."
+                )
+            subfolder = "/".join(filter(None, (own.pop("subfolder", None), BESIDE_WEIGHTS)))
+            vocabulary = VisualVocabulary.from_pretrained(source, subfolder=subfolder, **own)
+            vocabulary.revision = None  # a part of the model, which is saved with it again
+        return cls(vocabulary, _with_statistics(setting, vocabulary, source, hub_kwargs))
+
+
+def _with_statistics(
+    setting: VWTConfig, vocabulary: VisualVocabulary, source: str, hub_kwargs: dict[str, Any]
+) -> VWTConfig:
+    """`setting` with where the vocabulary came from, and with the statistics of the model's image processor."""
+    on_hub = vocabulary.revision is not None
+    setting = dataclasses.replace(
+        setting,
+        vocabulary=vocabulary.source if on_hub else vocabulary,
+        revision=vocabulary.revision,
+    )
+    if setting.image_mean is None or setting.image_std is None:
+        try:
+            processor = AutoImageProcessor.from_pretrained(source, **hub_kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(
+                f"Visual words must be normalised as the model's images are, and {source or 'the model'} has no image "
+                f"processor that tells how ({error}). Give VWTConfig(image_mean=..., image_std=...)."
+            ) from error
+        normalised = getattr(processor, "do_normalize", False)
+        channels = vocabulary.channels
+        setting = dataclasses.replace(
+            setting,
+            image_mean=setting.image_mean or (tuple(processor.image_mean) if normalised else (0.0,) * channels),
+            image_std=setting.image_std or (tuple(processor.image_std) if normalised else (1.0,) * channels),
+        )
+    return setting

@@ -1,0 +1,307 @@
+"""Inter-image words on every family: patches near one word of a vocabulary become one token."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+
+from tiny import MODELS, TINY, answers, forward, sample_pixel_values, tiny_model
+from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
+from vwt_hf.attention import current
+from vwt_hf.layout import group
+from vwt_hf.words import index_words, nearest_words, patchify
+
+STATISTICS = {"image_mean": [0.2, 0.0, -0.1], "image_std": [0.5, 1.0, 2.0]}
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> VisualVocabulary:
+    return VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """White, noise, nearly flat and half flat: batches of very different lengths."""
+    pixel_values = sample_pixel_values(5)
+    pixel_values[0] = 1.3
+    pixel_values[2] = pixel_values[2] * 0.1 + 1
+    pixel_values[3, :, :16] = 0.7
+    pixel_values[4, :, 8:] = 0
+    return pixel_values
+
+
+def inter(vocabulary, **fields) -> VWTConfig:
+    return VWTConfig(**{"method": "inter", "vocabulary": vocabulary, "threshold": 0.3, **STATISTICS, **fields})
+
+
+def layout_of(pixel_values, vocabulary, threshold=0.3):
+    words = index_words(vocabulary.normalized(STATISTICS["image_mean"], STATISTICS["image_std"]))
+    return group(nearest_words(patchify(pixel_values, (4, 4)), words, threshold))
+
+
+def test_the_images_of_these_tests_have_very_different_lengths(images, vocabulary):
+    lengths = layout_of(images, vocabulary).lengths.tolist()
+    assert min(lengths) == 1 and max(lengths) == 64 and len(set(lengths)) >= 4
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("proportional", [True, False])
+def test_a_batch_answers_as_its_images_do_alone(model, images, vocabulary, proportional, attention):
+    model.set_attn_implementation(attention)
+    compress(model, inter(vocabulary, proportional_attention=proportional))
+    alone = torch.cat([answers(model, image[None]) for image in images])
+    torch.testing.assert_close(answers(model, images), alone, atol=1e-4, rtol=1e-4)
+
+
+def test_the_order_of_images_and_of_words_does_not_matter(model, images, vocabulary):
+    expected = answers(compress(model, inter(vocabulary)), images)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    torch.testing.assert_close(answers(model, images[order]), expected[order], atol=1e-5, rtol=1e-5)
+    shuffled = VisualVocabulary(vocabulary.words[torch.randperm(20)])
+    torch.testing.assert_close(answers(compress(model, inter(shuffled)), images), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_tokens_are_the_means_of_the_embeddings_of_the_patches_that_share_a_word(model, images, vocabulary):
+    """The first layer's input, against a loop over the plain model's own embeddings."""
+    embeddings = next(m for m in model.modules() if hasattr(m, "position_embeddings") or hasattr(m, "class_embedding"))
+    with torch.no_grad():
+        whole = embeddings(images)
+        compress(model, inter(vocabulary))
+        short = embeddings(images)
+    batch, layout = current.get(), layout_of(images, vocabulary)
+    current.set(None)
+    prefix = whole.shape[1] - 64
+    assert batch.prefix == prefix and torch.equal(batch.layout.token_of_patch, layout.token_of_patch)
+    torch.testing.assert_close(short[:, :prefix], whole[:, :prefix])
+    for image in range(len(images)):
+        for token in range(int(layout.lengths[image])):
+            mean = whole[image, prefix:][layout.token_of_patch[image] == token].mean(0)
+            torch.testing.assert_close(short[image, prefix + token], mean, atol=1e-5, rtol=1e-4)
+
+
+def test_threshold_zero_equals_the_plain_model(model, images, vocabulary):
+    plain = answers(model, images)
+    assert torch.equal(answers(compress(model, inter(vocabulary, threshold=0)), images), plain)
+
+
+def test_one_word_takes_all_patches_at_threshold_two(model, images, vocabulary):
+    compress(model, inter(VisualVocabulary(vocabulary.words[:1]), threshold=2))
+    embeddings = next(m for m in model.modules() if "forward" in vars(m))
+    prefix = embeddings(images).shape[1] - 1
+    assert current.get().bias.shape[-1] == prefix + 1
+    assert answers(model, images).isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith(("classifier", "projection", "clip"))])
+def test_every_patch_gets_the_hidden_state_of_its_token(name, images, vocabulary):
+    model = compress(tiny_model(name), inter(vocabulary))
+    output = model(images, output_hidden_states=True)
+    layout = layout_of(images, vocabulary)
+    for hidden in (output.last_hidden_state, *output.hidden_states):
+        prefix = hidden.shape[1] - 64
+        for image in range(len(images)):
+            patches = hidden[image, prefix:]
+            first = {}
+            for patch, token in enumerate(layout.token_of_patch[image].tolist()):
+                assert torch.equal(patches[patch], patches[first.setdefault(token, patch)])
+    assert current.get() is None
+
+
+def test_without_words_in_reach_a_model_answers_as_the_plain_one(model, images, vocabulary):
+    """No patch takes a word, so only the layout's machinery is left: grouping, biased attention, the way back."""
+    plain = answers(model, images)
+    far = VisualVocabulary(-vocabulary.words - 5)
+    compress(model, inter(far, threshold=1e-9))
+    torch.testing.assert_close(answers(model, images), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_proportional_attention_equals_attention_over_the_repeated_tokens(images, vocabulary):
+    """Softmax over keys with + log s is softmax over each key s times: one layer by hand."""
+    model = compress(tiny_model("vit"), inter(vocabulary))
+    layer = model.layers[0] if hasattr(model, "layers") else model.encoder.layer[0]
+    with torch.no_grad():
+        hidden = model.embeddings(images[3:4])
+        batch = current.get()
+        found = layer(hidden)
+        found = found[0] if isinstance(found, tuple) else found
+        sizes = batch.layout.sizes[0].long()
+        assert sizes.max() > 1
+        repeats = torch.cat((torch.ones(batch.prefix, dtype=torch.long), sizes))
+        model.config._attn_implementation = "sdpa"
+        expected = layer(hidden.repeat_interleave(repeats, dim=1))
+        expected = expected[0] if isinstance(expected, tuple) else expected
+    current.set(None)
+    first = torch.cat((torch.zeros(1, dtype=torch.long), repeats.cumsum(0)[:-1]))
+    torch.testing.assert_close(found, expected[:, first], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_the_same_words(model, images, vocabulary, dtype):
+    images = images.to(dtype).float()
+    expected = answers(compress(model, inter(vocabulary)), images)
+    found = answers(model.to(dtype), images.to(dtype))
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
+
+
+def test_gradients_reach_every_parameter_that_the_plain_model_trains(model, images, vocabulary):
+    def trained() -> set[str]:
+        model.zero_grad(set_to_none=True)
+        forward(model.train(), images).float().pow(2).sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    plain = trained()
+    compress(model, inter(vocabulary))
+    with torch.inference_mode():
+        forward(model, images)
+    assert trained() == plain
+
+
+def test_restore_gives_the_exact_plain_model_back(model, images, vocabulary):
+    plain, names = answers(model, images), list(model.state_dict())
+    compress(compress(compress(model, inter(vocabulary)), {"keep_ratio": 0.5}), inter(vocabulary, threshold=0.2))
+    assert model.config.vwt["threshold"] == 0.2
+    assert not torch.equal(answers(model, images), plain)
+    restore(model)
+    assert torch.equal(answers(model, images), plain)
+    assert model.config.vwt is None and list(model.state_dict()) == names
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert not any("vwt" in (getattr(m, "config", None) or model.config)._attn_implementation for m in model.modules())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_compressed_and_independent(model, images, vocabulary, copied):
+    expected = answers(compress(model, inter(vocabulary)), images)
+    twin = copied(model)
+    restore(model)
+    torch.testing.assert_close(answers(twin, images), expected)
+
+
+def test_two_threads_share_one_model(vocabulary):
+    model = compress(tiny_model("dinov2-classifier"), inter(vocabulary))
+    batches = [sample_pixel_values(1 + i % 3) * (0.1 + i % 4) + 1 for i in range(40)]
+    expected = [answers(model, batch) for batch in batches]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda batch: answers(model, batch), batches))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_switching_the_attention_implementation_keeps_the_layout(images, vocabulary):
+    model = compress(tiny_model("vit"), inter(vocabulary))
+    expected = answers(model, images)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(answers(model, images), expected, atol=1e-5, rtol=1e-5)
+    restore(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_attentions_are_refused(images, vocabulary):
+    model = compress(tiny_model("vit"), inter(vocabulary))
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"output_attentions .*restore\(model\)"):
+        model(images, output_attentions=True)
+    assert answers(model, images).isfinite().all() and current.get() is None
+
+
+def test_gradient_checkpointing_is_refused_rather_than_wrong(images, vocabulary):
+    model = compress(tiny_model("vit").train(), inter(vocabulary))
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match=r"gradient checkpointing off"):
+        model(images)[0].sum().backward()
+
+
+def test_a_wrong_patch_size_or_channel_count_is_refused_before_the_model_runs():
+    model = tiny_model("vit")
+    with pytest.raises(ValueError, match=r"16×16 pixels, the model's patches 4×4"):
+        compress(model, inter(VisualVocabulary(torch.rand(3, 3, 16, 16))))
+    grey = VisualVocabulary(torch.rand(3, 1, 4, 4))
+    with pytest.raises(ValueError, match="1 channels, the model's patches 3"):
+        compress(model, inter(grey, image_mean=[0.5], image_std=[0.5]))
+    assert getattr(model.config, "vwt", None) is None
+
+
+def test_a_model_that_does_not_say_how_its_images_are_normalised_is_refused(vocabulary):
+    with pytest.raises(ValueError, match=r"Give VWTConfig\(image_mean=\.\.\., image_std=\.\.\.\)"):
+        compress(tiny_model("vit"), vocabulary)
+    with pytest.raises(ValueError, match="vocabulary is None"):
+        compress(tiny_model("vit"), {"method": "inter"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "inter", "threshold": 2.5}, r"threshold is 2\.5; expected a cosine distance in \[0, 2\]"),
+        ({"method": "inter", "image_std": [0, 1, 1]}, "image_std is .*positive numbers"),
+        ({"threshold": 0.2}, "threshold is 0.2, but method is 'intra'"),
+        ({"method": "inter", "keep_ratio": 0.2}, "keep_ratio is 0.2, but method is 'inter'"),
+        ({"method": "inter", "proportional_attention": 1}, "proportional_attention is 1; expected True or False"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_field_value_and_range(fields, words):
+    with pytest.raises(ValueError, match=words):
+        VWTConfig(**fields)
+
+
+@pytest.fixture
+def folder(tmp_path, vocabulary):
+    tiny_model("vit").save_pretrained(tmp_path / "model")
+    processor = transformers.models.vit.image_processing_pil_vit.ViTImageProcessorPil
+    processor(size={"height": 32, "width": 32}, **STATISTICS).save_pretrained(tmp_path / "model")
+    vocabulary.save_pretrained(tmp_path / "words")
+    return tmp_path
+
+
+@pytest.mark.parametrize("auto", [transformers.AutoModel, transformers.ViTModel])
+def test_a_folder_of_words_serves_a_checkpoint_by_its_own_statistics(folder, images, vocabulary, auto):
+    expected = answers(compress(tiny_model("vit"), inter(vocabulary, threshold=0.1)), images)
+    model = auto.from_pretrained(folder / "model", vwt=str(folder / "words"))
+    torch.testing.assert_close(answers(model, images), expected, atol=1e-6, rtol=1e-5)
+    assert model.config.vwt["image_std"] == STATISTICS["image_std"] and model.config.vwt["vocabulary"] is None
+
+
+def test_a_saved_model_carries_its_words_and_loads_from_wherever_it_lies(folder, images, vocabulary):
+    model = transformers.AutoModel.from_pretrained(folder / "model", vwt=inter(folder / "words"))
+    expected = answers(model, images)
+    model.save_pretrained(folder / "short")
+    (folder / "words/vocabulary.safetensors").unlink()
+    (folder / "short").rename(folder / "moved")
+    for auto in (transformers.AutoModel, transformers.ViTModel):
+        torch.testing.assert_close(answers(auto.from_pretrained(folder / "moved"), images), expected)
+    off = transformers.AutoModel.from_pretrained(folder / "moved", vwt=False)
+    torch.testing.assert_close(answers(off, images), answers(tiny_model("vit"), images))
+    saved = json.loads((folder / "moved/config.json").read_text())
+    assert "vwt_sdpa" not in json.dumps(saved) and saved["vwt"]["vocabulary"] is None
+
+
+def test_another_threshold_keeps_the_words_that_the_model_has(folder, vocabulary):
+    model = compress(transformers.AutoModel.from_pretrained(folder / "model"), vocabulary)
+    compress(model, {**model.config.vwt, "threshold": 0.4})
+    assert model.config.vwt["threshold"] == 0.4
+
+
+def test_a_folder_without_the_words_that_its_config_speaks_of_is_refused(folder, vocabulary):
+    model = transformers.AutoModel.from_pretrained(folder / "model", vwt=str(folder / "words"))
+    model.save_pretrained(folder / "short")
+    (folder / "short/visual_words/vocabulary.safetensors").unlink()
+    with pytest.raises((OSError, ValueError), match=r"short.*vocabulary\.safetensors"):
+        transformers.AutoModel.from_pretrained(folder / "short")
+
+
+def test_a_pipeline_takes_a_vocabulary(folder, vocabulary):
+    extract = transformers.pipeline(
+        "image-feature-extraction", model=str(folder / "model"), model_kwargs={"vwt": str(folder / "words")}
+    )
+    assert extract.model.config.vwt["method"] == "inter"
+
+
+def test_a_backbone_gives_a_hidden_state_to_every_patch(images, vocabulary):
+    config = transformers.Dinov2Config(**TINY, out_features=["stage2"], reshape_hidden_states=False)
+    backbone = compress(transformers.Dinov2Backbone(config).eval(), inter(vocabulary))
+    assert backbone(images).feature_maps[0].shape == (5, 65, 32)
