@@ -1,21 +1,27 @@
-"""A picture of which patches a model keeps."""
+"""Pictures of what a tokenizer does to photographs: which patches it keeps, which it takes for the same word."""
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from .compress import choose_patches
 from .config import VWTConfig
-from .words import patch_grid, patchify
+from .layout import Layout, group
+from .words import index_words, nearest_words, patch_grid, patchify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = 2.0  # inches
+WORD_PANEL = 2.5
+"""Wider: there are many small patches in many colours to tell apart."""
+TINT, EDGE = 0.55, 1.0
+"""Share of the word's colour in its patches and on their outline."""
 
 
 def kept_patches_figure(
@@ -45,6 +51,81 @@ def kept_patches_figure(
         ImportError: matplotlib is not installed.
         ValueError: an image is smaller than a patch, or a setting keeps no patch.
     """
+    photographs = photographs_of(pixel_values, image_mean, image_std)
+    columns = [Column("what the model sees", photographs, [""] * len(photographs))]
+    for index, setting in enumerate(settings):
+        faded = fade(photographs, kept_mask(pixel_values, patch_size, setting), patch_size)
+        columns.append(Column(f"keep_ratio={setting.keep_ratio:g}", faded, [row[index] for row in captions]))
+    return draw(columns, names, PANEL)
+
+
+def words_figure(
+    pixel_values: torch.Tensor,
+    patch_size: tuple[int, int],
+    words: torch.Tensor,
+    threshold: float,
+    *,
+    names: Sequence[str],
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+) -> Figure:
+    """Draws each photograph as the model sees it, and beside it with the patches that share a word in one colour.
+
+    A word has the same colour in every photograph. Patches that stay alone are as in the photograph.
+
+    Args:
+        pixel_values: (photographs, channels, height, width), as the model gets them.
+        patch_size: height and width of a patch, in pixels.
+        words: (size, channels · patch height · patch width), normalised as `pixel_values` are.
+        threshold: largest cosine distance at which a patch takes a word.
+        names: one for each photograph.
+        image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
+
+    Returns:
+        A `matplotlib.figure.Figure`, as `kept_patches_figure` does.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: an image is smaller than a patch.
+    """
+    photographs = photographs_of(pixel_values, image_mean, image_std)
+    shared, layout = shared_words(pixel_values, patch_size, words, threshold)
+    tinted = tint(photographs, shared, patch_size)
+    columns = [
+        Column("what the model sees", photographs, [""] * len(photographs)),
+        Column("same word, same colour", tinted, word_captions(shared, layout)),
+    ]
+    return draw(columns, names, WORD_PANEL)
+
+
+def word_captions(shared: torch.Tensor, layout: Layout) -> list[str]:
+    """What became of each photograph's patches, as `shared_words` tells it: "256 patches → 145 tokens, 37 words"."""
+    captions = []
+    for image, tokens in zip(shared, layout.lengths.tolist(), strict=True):
+        words = len(image[image >= 0].unique())
+        captions.append(f"{image.numel()} patches → {tokens} tokens, {words} word{'' if words == 1 else 's'}")
+    return captions
+
+
+class Column(NamedTuple):
+    """One treatment of all photographs."""
+
+    heading: str
+    pictures: torch.Tensor
+    """(photographs, height, width, channels) in [0, 1]."""
+    below: Sequence[str]
+    """Written below each picture."""
+
+
+def draw(columns: Sequence[Column], names: Sequence[str], panel: float) -> Figure:
+    """A figure with a row for each photograph; the first column's heading is plain, as it shows what was given.
+
+    Args:
+        panel: width of a picture, in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -52,20 +133,16 @@ def kept_patches_figure(
             'matplotlib, which draws the picture, is not installed; pip install "vwt-hf[demo]".'
         ) from error
 
-    photographs = photographs_of(pixel_values, image_mean, image_std)
-    columns = [(photographs, "what the model sees", [""] * len(photographs))]
-    for index, setting in enumerate(settings):
-        faded = fade(photographs, kept_mask(pixel_values, patch_size, setting), patch_size)
-        columns.append((faded, f"keep_ratio={setting.keep_ratio:g}", [row[index] for row in captions]))
-
-    size = (PANEL * len(columns) + 0.3, (PANEL * photographs.shape[1] / photographs.shape[2] + 0.2) * len(names) + 0.3)
+    height, width = columns[0].pictures.shape[1:3]
+    size = (panel * len(columns) + 0.3, (panel * height / width + 0.2) * len(names) + 0.3)
     figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
     axes = figure.subplots(len(names), len(columns), squeeze=False)
-    for x, (pictures, heading, below) in enumerate(columns):
-        axes[0, x].set_title(heading, fontsize=10, fontweight="bold" if x else "normal")
-        for y, picture in enumerate(pictures):
-            axes[y, x].imshow(picture.numpy())
-            axes[y, x].set_xlabel(below[y], fontsize=8.5, labelpad=3)
+    for x, column in enumerate(columns):
+        axes[0, x].set_title(column.heading, fontsize=10, fontweight="bold" if x else "normal")
+        for y, picture in enumerate(column.pictures):
+            # Rounded here: matplotlib cuts off, and normalising and back leaves colours a hair below what they were.
+            axes[y, x].imshow((picture * 255).round().to(torch.uint8).numpy())
+            axes[y, x].set_xlabel(column.below[y], fontsize=8.5, labelpad=3)
             axes[y, x].set(xticks=[], yticks=[])
             axes[y, x].spines[:].set_visible(False)
     for y, name in enumerate(names):
@@ -73,8 +150,11 @@ def kept_patches_figure(
     return figure
 
 
-def write_png(figure: Figure, path: Path) -> None:
-    """Writes `figure` as a PNG of 256 dithered colours, a third of the size of a full one: small enough for a README.
+def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
+    """Writes `figure` as a PNG.
+
+    Args:
+        small: with 256 dithered colours, a third of the size of a full one: small enough for a README.
 
     Raises:
         OSError: `path` cannot be written.
@@ -86,9 +166,12 @@ def write_png(figure: Figure, path: Path) -> None:
     canvas.draw()
     pixels = canvas.buffer_rgba()
     picture = Image.frombuffer("RGBA", canvas.get_width_height(), pixels, "raw", "RGBA", 0, 1).convert("RGB")
-    # The octree keeps rare hues that median cut, Pillow's default, merges away; Pillow dithers to a given palette only.
-    palette = picture.quantize(256, Image.Quantize.FASTOCTREE)
-    picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    if small:
+        # The octree keeps rare hues that median cut, Pillow's default, merges away; Pillow dithers to a given palette
+        # only.
+        palette = picture.quantize(256, Image.Quantize.FASTOCTREE)
+        picture = picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    picture.save(path, format="PNG", optimize=True)
 
 
 def kept_mask(pixel_values: torch.Tensor, patch_size: tuple[int, int], setting: VWTConfig) -> torch.Tensor:
@@ -127,3 +210,65 @@ def fade(photographs: torch.Tensor, mask: torch.Tensor, patch_size: tuple[int, i
     # Faint enough that what stays stands out, and strong enough that one sees what was dropped.
     pale = 0.64 + 0.2 * photographs.mean(dim=-1, keepdim=True)
     return torch.where(pixels.unsqueeze(-1), photographs, pale)
+
+
+def shared_words(
+    pixel_values: torch.Tensor, patch_size: tuple[int, int], words: torch.Tensor, threshold: float
+) -> tuple[torch.Tensor, Layout]:
+    """The word of each patch that shares one with another patch of its image, and the tokens that patches become.
+
+    It is the choice of the compressed model itself.
+
+    Args:
+        pixel_values: (batch, channels, height, width).
+        words: (size, channels · patch height · patch width), normalised as `pixel_values` are.
+        threshold: largest cosine distance at which a patch takes a word.
+
+    Returns:
+        (batch, rows, columns) int64 on the CPU, −1 where a patch stays alone: it is near no word, or the only one near
+        its word; and the layout.
+    """
+    rows, columns = patch_grid(pixel_values, patch_size)
+    word = nearest_words(patchify(pixel_values, patch_size), index_words(words), threshold)
+    layout = group(word)
+    alone = layout.sizes.gather(1, layout.token_of_patch) < 2
+    return word.masked_fill(alone, -1).unflatten(1, (rows, columns)).cpu(), layout
+
+
+def word_color(word: int) -> tuple[float, float, float]:
+    """A vivid colour for a word's number, the same in every picture, in [0, 1].
+
+    Numbers that follow one another differ most, and words are numbered from the most frequent: the words that fill
+    pictures are the easiest to tell apart.
+    """
+    # Steps of the golden ratio do not come near a hue again soon; every third word is darker or paler than its like.
+    hue = (0.58 + word * 0.618034) % 1
+    return colorsys.hsv_to_rgb(hue, *((0.95, 0.95), (0.6, 1.0), (1.0, 0.6))[word % 3])
+
+
+def tint(photographs: torch.Tensor, shared: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """`photographs` with the patches of one word in its colour, outlined where another word or none begins.
+
+    Args:
+        photographs: (batch, height, width, channels) in [0, 1].
+        shared: (batch, rows, columns), the word of each patch; −1 leaves it as it is.
+
+    Returns:
+        Of the shape of `photographs`.
+    """
+    pixels = shared.new_full(photographs.shape[:3], -1)
+    whole = shared.repeat_interleave(patch_size[0], 1).repeat_interleave(patch_size[1], 2)
+    pixels[:, : whole.shape[1], : whole.shape[2]] = whole
+    edge = torch.zeros_like(pixels, dtype=torch.bool)
+    across, down = pixels[:, :, 1:] != pixels[:, :, :-1], pixels[:, 1:] != pixels[:, :-1]
+    edge[:, :, 1:] |= across
+    edge[:, :, :-1] |= across
+    edge[:, 1:] |= down
+    edge[:, :-1] |= down
+    strength = torch.where(edge, EDGE, TINT).unsqueeze(-1)
+    words, place = pixels.unique(return_inverse=True)
+    colors = torch.tensor([word_color(word) for word in words.tolist()])[place]
+    # Over grey: over a red sign a green word would look as brown as a brown one.
+    grey = photographs.mean(dim=-1, keepdim=True)
+    colored = grey + strength * (colors - grey)
+    return torch.where((pixels >= 0).unsqueeze(-1), colored, photographs)

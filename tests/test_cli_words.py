@@ -1,0 +1,305 @@
+"""What the command's verbs for visual words promise: learn, vocab and show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from vwt_hf import VisualVocabulary, learn
+from vwt_hf.cli import main
+from vwt_hf.visualize import shared_words, tint, word_captions, word_color, words_figure
+
+Image = pytest.importorskip("PIL.Image", reason='needs pillow: pip install "vwt-hf[demo]"')
+pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "vwt-hf[demo]"')
+
+IMAGES, SIDE, PATCH_SIZE, SIZE = 12, 64, 8, 20
+PATCHES = (SIDE // PATCH_SIZE) ** 2
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dozen photographs: flat colours above, noise below."""
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(IMAGES):
+        pixels = torch.randint(0, 256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=generator)
+        pixels[: SIDE // 2, : SIDE // 2] = torch.tensor([200, 20, 10 * number], dtype=torch.uint8)
+        pixels[: SIDE // 2, SIDE // 2 :] = torch.tensor([10, 90, 20 * number], dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"photograph_{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config and an image processor: of a model, that is all these verbs need."""
+    folder = tmp_path_factory.mktemp("model")
+    transformers.ViTConfig(image_size=SIDE, patch_size=PATCH_SIZE).save_pretrained(folder)
+    transformers.ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def words(photographs: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learned") / "words"
+    assert run_learn(photographs, checkpoint, folder) == 0
+    return folder
+
+
+def run_learn(photographs: Path, checkpoint: Path, output: Path, *more: str) -> int:
+    arguments = ["learn", str(photographs), "--image-processor", str(checkpoint), "--output", str(output)]
+    return main([*arguments, "--size", str(SIZE), "--batch-size", "2", "--device", "cpu", *more])
+
+
+def test_learn_writes_a_vocabulary_that_loads_and_prints_what_it_learned_from(
+    photographs, checkpoint, tmp_path, capsys
+):
+    output = tmp_path / "words"
+    assert run_learn(photographs, checkpoint, output) == 0
+    printed = capsys.readouterr()
+    vocabulary = VisualVocabulary.from_pretrained(output)
+    assert (len(vocabulary), vocabulary.patch_size, vocabulary.info.images) == (SIZE, PATCH_SIZE, IMAGES)
+    facts = facts_of(printed.out)
+    assert facts["patches"] == f"{IMAGES * PATCHES}" and facts["images"] == f"{IMAGES}" and facts["unreadable"] == "0"
+    assert float(facts["seconds"]) > 0 and f"{vocabulary.info.inertia:.4g}," in facts["inertia"]
+    assert facts["vocabulary"] == str(output)
+    assert "inertia=" in printed.err and "patches/s=" in printed.err
+    # Nothing but the vocabulary is left: no progress of a run that has ended.
+    assert {path.name for path in output.iterdir()} == {
+        "README.md", "vocabulary.json", "vocabulary.safetensors", "words.png"
+    }  # fmt: skip
+
+
+def test_learn_resumes_where_it_was_interrupted_and_ends_with_the_same_words(
+    photographs, checkpoint, words, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "words"
+    monkeypatch.setattr(learn, "CHECKPOINT_EVERY", 2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt_before_batch(5, patched)
+        run_learn(photographs, checkpoint, output)
+    assert not (output / "vocabulary.json").exists()
+
+    assert run_learn(photographs, checkpoint, output) == 2
+    assert "add --resume to go on with it" in capsys.readouterr().err
+
+    assert run_learn(photographs, checkpoint, output, "--resume") == 0
+    printed = capsys.readouterr()
+    assert "since it was resumed" in facts_of(printed.out)["seconds"]
+    assert f"{IMAGES}/{IMAGES}" in printed.err
+    resumed, whole = VisualVocabulary.from_pretrained(output), VisualVocabulary.from_pretrained(words)
+    assert torch.equal(resumed.words, whole.words) and resumed.info == whole.info
+
+
+def interrupt_before_batch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = learn.MiniBatchKMeans.update
+    calls = iter(range(1, number + 1))
+
+    def interrupted(self, patches):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        update(self, patches)
+
+    monkeypatch.setattr(learn.MiniBatchKMeans, "update", interrupted)
+
+
+def test_learn_counts_the_images_that_it_cannot_read_and_warns_in_one_line(photographs, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for path in photographs.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "broken.png").write_bytes(b"no image")
+    assert run_learn(folder, checkpoint, tmp_path / "words") == 0
+    printed = capsys.readouterr()
+    assert facts_of(printed.out)["unreadable"] == "1"
+    warning = printed.err.splitlines()[-1]
+    assert warning.startswith("vwt-hf learn: warning: 1 of 13 images could not be read") and "broken.png" in warning
+
+
+def test_learn_goes_on_with_more_images_from_a_checkpoint_that_was_named(photographs, checkpoint, words, tmp_path):
+    progress = ["--checkpoint", str(tmp_path / "progress")]
+    assert run_learn(photographs, checkpoint, tmp_path / "words", *progress, "--max-images", "6") == 0
+    assert VisualVocabulary.from_pretrained(tmp_path / "words").info.images == 6
+    assert run_learn(photographs, checkpoint, tmp_path / "words", *progress, "--resume") == 0
+    more, whole = VisualVocabulary.from_pretrained(tmp_path / "words"), VisualVocabulary.from_pretrained(words)
+    assert more.info.images == IMAGES and (more.words - whole.words).abs().max() < 1
+
+
+def test_learn_reads_a_data_set_of_the_hub_by_its_id(photographs, checkpoint, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options))
+        paths = sorted(map(str, photographs.iterdir()))
+        return datasets.Dataset.from_dict({"photo": paths}).cast_column("photo", datasets.Image())
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    assert (
+        run_learn(Path("me/photographs"), checkpoint, tmp_path / "words", "--split", "test", "--column", "photo") == 0
+    )
+    assert asked == [("me/photographs", {"split": "test", "streaming": False})]
+    info = VisualVocabulary.from_pretrained(tmp_path / "words").info
+    assert (info.dataset, info.images) == ("me/photographs", IMAGES)
+
+
+def test_learn_pushes_where_it_is_asked_to(photographs, checkpoint, tmp_path, hub, capsys):
+    assert run_learn(photographs, checkpoint, tmp_path / "words", "--push-to-hub", "me/words", "--private") == 0
+    on_hub = VisualVocabulary.from_pretrained("me/words")
+    assert torch.equal(on_hub.words, VisualVocabulary.from_pretrained(tmp_path / "words").words)
+    assert on_hub.revision in capsys.readouterr().out
+
+
+def test_vocab_prints_the_facts_and_writes_the_sheet(words, tmp_path, capsys):
+    picture = tmp_path / "new" / "sheet.png"
+    assert main(["vocab", str(words), "--output", str(picture)]) == 0
+    printed = capsys.readouterr()
+    facts = facts_of(printed.out)
+    assert facts["size"] == f"{SIZE} words" and facts["patch size"] == f"{PATCH_SIZE}×{PATCH_SIZE} pixels"
+    assert facts["its mean"] == "0.5, 0.5, 0.5" and facts["images"] == f"{IMAGES}" and facts["seed"] == "0"
+    assert facts["source"] == str(words) and facts["ten most frequent words"].endswith("% of the patches")
+    assert printed.err == ""
+    with Image.open(picture) as sheet:
+        assert sheet.format == "PNG"
+
+
+def test_vocab_says_what_a_vocabulary_does_not_record(tmp_path, capsys):
+    VisualVocabulary(torch.rand(3, 1, 4, 4)).save_pretrained(tmp_path / "bare", card=False)
+    assert main(["vocab", str(tmp_path / "bare"), "--output", str(tmp_path / "sheet.png")]) == 0
+    facts = facts_of(capsys.readouterr().out)
+    assert facts["inertia"] == facts["ten most frequent words"] == facts["its mean"] == "not recorded"
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_show_writes_a_picture_and_a_line_for_each_photograph(
+    photographs, checkpoint, words, tmp_path, capsys, with_model
+):
+    picture = tmp_path / "new" / "show.png"
+    files = [str(photographs / "photograph_1.png"), str(photographs / "photograph_2.png")]
+    model = ["--model", str(checkpoint)] if with_model else []
+    assert main(["show", *files, "--vocabulary", str(words), "--output", str(picture), *model]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    first, second, last = printed.out.splitlines()
+    # Without a model photographs are enlarged to 224 pixels.
+    patches = PATCHES if with_model else (224 // PATCH_SIZE) ** 2
+    assert first.startswith(f"{files[0]}: {patches} patches → ") and second.startswith(f"{files[1]}: {patches} ")
+    assert last == f"picture: {picture}"
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and image.width > 400
+
+
+def test_patches_that_stay_alone_are_as_in_the_photograph_and_shared_words_have_one_colour():
+    photographs = torch.rand(2, 3, 9, 8)
+    photographs[0, :, :4], photographs[1, :, 4:8, :] = 1.0, 1.0
+    words = torch.ones(1, 3 * 4 * 4)
+    shared, layout = shared_words(photographs, (4, 4), words, threshold=0.01)
+    assert shared.tolist() == [[[0, 0], [-1, -1]], [[-1, -1], [0, 0]]]
+    assert word_captions(shared, layout) == ["4 patches → 3 tokens, 1 word"] * 2
+    figure = words_figure(photographs, (4, 4), words, 0.01, names=["a", "b"])
+    plain, tinted = ([torch.tensor(axis.images[0].get_array()) for axis in figure.axes[i::2]] for i in (0, 1))
+    assert torch.equal(plain[0][4:], tinted[0][4:]) and torch.equal(plain[1][:4], tinted[1][:4])
+    assert torch.equal(plain[1][8:], tinted[1][8:])  # beyond the last whole patch
+    inner = tinted[0][1:3]  # within the outline
+    assert torch.equal(inner, tinted[1][5:7]) and not torch.equal(inner, plain[0][1:3])
+
+
+def test_a_word_that_one_patch_alone_takes_leaves_it_untouched():
+    photograph = torch.ones(1, 3, 4, 8)
+    photograph[..., 4:] = torch.rand(3, 4, 4)
+    shared, layout = shared_words(photograph, (4, 4), torch.ones(1, 48), threshold=0.01)
+    assert shared.tolist() == [[[-1, -1]]] and layout.lengths.tolist() == [2]
+    pixels = photograph.permute(0, 2, 3, 1)
+    assert torch.equal(tint(pixels, shared, (4, 4)), pixels)
+
+
+def test_at_threshold_0_nothing_is_shared_as_in_the_plain_model():
+    shared, layout = shared_words(torch.ones(1, 3, 8, 8), (4, 4), torch.ones(1, 48), threshold=0)
+    assert (shared == -1).all() and word_captions(shared, layout) == ["4 patches → 4 tokens, 0 words"]
+
+
+def test_the_most_frequent_words_have_colours_far_apart():
+    colors = torch.tensor([word_color(word) for word in range(8)])
+    assert torch.pdist(colors).min() > 0.3 and torch.equal(colors[3], torch.tensor(word_color(3)))
+
+
+def test_the_written_picture_has_untouched_patches_in_the_photographs_own_colours(tmp_path):
+    VisualVocabulary(torch.ones(1, 3, PATCH_SIZE, PATCH_SIZE)).save_pretrained(tmp_path / "white", card=False)
+    alone = (200, 20, 60)
+    photograph = Image.new("RGB", (SIDE, SIDE), "white")
+    photograph.paste(alone, (0, SIDE // 2, SIDE, SIDE))
+    photograph.save(tmp_path / "flag.png")
+    files = [str(tmp_path / "flag.png"), "--output", str(tmp_path / "show.png")]
+    assert main(["show", *files, "--vocabulary", str(tmp_path / "white")]) == 0
+    with Image.open(tmp_path / "show.png") as image:
+        picture = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    before, after = (int((half == torch.tensor(alone)).all(dim=-1).sum()) for half in picture.chunk(2, dim=1))
+    assert before > 10_000 and abs(before - after) < 0.1 * before
+    white = [int((half == 255).all(dim=-1).sum()) for half in picture.chunk(2, dim=1)]
+    assert white[1] < white[0] - 0.9 * before
+
+
+def test_show_draws_the_kept_patches(photographs, checkpoint, tmp_path, capsys):
+    arguments = ["show", str(photographs), "--keep-ratio", "0.25", "--criterion", "grid", "--model", str(checkpoint)]
+    assert main([*arguments, "--output", str(tmp_path / "kept.png")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"{PATCHES // 4} of {PATCHES} patches") == IMAGES
+    assert (tmp_path / "kept.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            "learn nowhere/at/all --image-processor {model}",
+            "nowhere/at/all does not exist; expected a folder of images",
+        ),
+        ("learn {photographs} --image-processor nowhere/at-all", "nowhere/at-all"),
+        ("learn {photographs} --image-processor {model} --patch-size 0", "patch_size is 0"),
+        ("learn {photographs} --image-processor {model} --patch-size 65", "none of the 12 images could be read"),
+        ("learn {photographs} --image-processor {processor}", "give --patch-size"),
+        ("learn {photographs} --image-processor {model} --streaming", "--column and --streaming are for data sets"),
+        ("learn {photographs} --image-processor {model} --device abacus", "device is 'abacus'"),
+        ("vocab nowhere/at/all", "nowhere/at/all is no folder"),
+        ("vocab {photographs}", "holds neither vocabulary.json nor"),
+        ("show {photographs} --vocabulary {photographs}", "holds neither vocabulary.json nor"),
+        ("show {photographs} --vocabulary {words} --model {other}", "words are 8×8 pixels, the model's patches 16×16"),
+        ("show {photographs} --vocabulary {words} --criterion grid", "criterion is 'grid', but method is 'inter'"),
+        ("show {photographs} --keep-ratio 0.5 --threshold 0.2", "threshold is 0.2, but method is 'intra'"),
+        ("show nowhere.png --vocabulary {words}", "nowhere.png does not exist"),
+    ],
+)
+def test_what_cannot_be_done_is_status_2_and_one_line(
+    photographs, checkpoint, words, tmp_path, monkeypatch, capsys, arguments, reason
+):
+    transformers.ViTImageProcessorPil().save_pretrained(tmp_path / "processor")
+    transformers.ViTImageProcessorPil().save_pretrained(tmp_path / "other")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"patch_size": 16}))
+    monkeypatch.chdir(tmp_path)
+    folders = {"photographs": photographs, "model": checkpoint, "words": words}
+    folders |= {"processor": tmp_path / "processor", "other": tmp_path / "other"}
+    capsys.readouterr()
+    assert main([word.format(**folders) for word in arguments.split()]) == 2
+    printed = capsys.readouterr()
+    said = [line for line in printed.err.replace("\r", "\n").splitlines() if not line.startswith("Learning words:")]
+    said = [line for line in said if line.strip()]
+    assert printed.out == "" and len(said) == 1
+    assert said[0].startswith(f"vwt-hf {arguments.split()[0]}: ") and reason in said[0]
+
+
+@pytest.mark.parametrize("verb", ["learn", "vocab", "show"])
+def test_help_has_examples(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0 and f"\n  vwt-hf {verb} " in capsys.readouterr().out
+
+
+def facts_of(printed: str) -> dict[str, str]:
+    """The lines "label   value" of an aligned list."""
+    pairs = (line.split("   ", 1) for line in printed.splitlines() if "   " in line)
+    return {label: value.strip() for label, value in pairs}
