@@ -40,6 +40,9 @@ def cached(name: str) -> list[Path]:
 def test_a_pushed_vocabulary_comes_back_with_its_card(hub, vocabulary):
     commit = vocabulary.push_to_hub("me/words", private=True)
     assert hub.repos["me/words"].private
+    assert sum("/commit/" in request.path for request in hub.requests) == 1
+    names = {"README.md", "vocabulary.json", "vocabulary.safetensors", "words.png"}
+    assert names <= set(hub.files("me/words"))
     loaded = VisualVocabulary.from_pretrained("me/words")
     assert torch.equal(loaded.words, vocabulary.words) and torch.equal(loaded.frequencies, vocabulary.frequencies)
     assert (loaded.source, loaded.revision) == ("me/words", commit.oid) == (vocabulary.source, vocabulary.revision)

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import re
-import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import vwt_hf
-from vwt_hf import image_source, learn, vocabulary, vocabulary_card, vocabulary_files
+from vwt_hf import image_source, learn, vocabulary_card, vocabulary_files
 from vwt_hf.vocabulary import VisualVocabulary
 from vwt_hf.vocabulary_files import VocabularyInfo
 from vwt_hf.words import patchify
@@ -454,31 +453,3 @@ def test_both_files_are_asked_for_at_one_commit_with_what_the_user_passed(
     VisualVocabulary.from_pretrained("me/words", revision="main", token="t", subfolder="p16", cache_dir="c")
     assert [call["revision"] for call in asked] == ["main", "c0ffee"]
     assert all((call["token"], call["subfolder"], call["cache_dir"]) == ("t", "p16", "c") for call in asked)
-
-
-def test_pushing_uploads_all_files_in_one_commit_and_remembers_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: dict[str, Any] = {}
-
-    class Api:
-        def __init__(self, token: Any) -> None:
-            done["token"] = token
-
-        def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
-            done["made"] = kwargs
-            return types.SimpleNamespace(repo_id=repo_id)
-
-        def create_branch(self, repo_id: str, **kwargs: Any) -> None:
-            done["branch"] = kwargs
-
-        def upload_folder(self, **kwargs: Any) -> Any:
-            done["files"] = sorted(os.listdir(kwargs["folder_path"]))
-            done["card"] = (Path(kwargs["folder_path"]) / "README.md").read_text()
-            return types.SimpleNamespace(oid="c0ffee")
-
-    monkeypatch.setattr(vocabulary, "HfApi", Api)
-    pushed = VisualVocabulary.from_pretrained(saved)
-    pushed.push_to_hub("me/words", private=True, token="t", revision="v2")
-    assert done["files"] == ["README.md", "vocabulary.json", "vocabulary.safetensors", "words.png"]
-    assert 'from_pretrained("me/words")' in done["card"]
-    assert (done["token"], done["made"]["private"], done["branch"]["branch"]) == ("t", True, "v2")
-    assert (pushed.source, pushed.revision) == ("me/words", "c0ffee")

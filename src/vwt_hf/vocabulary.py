@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 from .learn import learn_words
 from .vocabulary_card import CARD_FILE, PICTURE_FILE, render_card, render_words
@@ -189,16 +188,17 @@ class VisualVocabulary:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            write_files(Path(folder), self._contents(repo_id, card=True))
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo=subfolder,
-                revision=revision,
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
+        # One commit of all files: `upload_folder` may make several, of which an interruption leaves some.
+        commit = api.create_commit(
+            repo_id,
+            [
+                CommitOperationAdd("/".join(filter(None, (subfolder, name))), content)
+                for name, content in self._contents(repo_id, card=True).items()
+            ],
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
         if not create_pr:
             self.source, self.revision = repo_id, commit.oid
         return commit

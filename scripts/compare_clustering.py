@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Compares clusterings of the same patches: scikit-learn's MiniBatchKMeans, faiss where it is installed, and vwt_hf's.
+
+They run in turn. scikit-learn and faiss get all patches in memory, vwt_hf a stream of batches of 32 images. Inertia is
+the mean squared distance, in raw RGB, of all patches to the nearest word found.
+
+    python scripts/compare_clustering.py --images photographs/ --processor google/vit-base-patch16-224
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import torch
+from sklearn.cluster import MiniBatchKMeans as ScikitLearn
+
+from compare import print_table
+from vwt_hf.image_source import open_images, patch_batches
+from vwt_hf.kmeans import MiniBatchKMeans, statistics
+from vwt_hf.processors import load_processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="folder of images")
+    parser.add_argument("--processor", required=True, help="Hub id or folder of a model, whose image processor is used")
+    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--rounds", type=int, default=2, help="each method runs this often, in turn, with other seeds")
+    parser.add_argument("--max-images", type=int)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    options = parser.parse_args()
+
+    source = open_images(options.images, max_images=options.max_images)
+    processor = load_processor(options.processor)
+    batches = [batch.patches for batch in patch_batches(source.items, processor, options.patch_size, 32)]
+    patches = torch.cat(batches)
+    print(f"{len(patches)} patches of {options.patch_size}×{options.patch_size}, {torch.get_num_threads()} threads")
+
+    def scikit_learn(size: int, seed: int) -> torch.Tensor:
+        return torch.from_numpy(ScikitLearn(size, random_state=seed).fit(patches.numpy()).cluster_centers_)
+
+    def faiss(size: int, seed: int) -> torch.Tensor:
+        import faiss
+
+        kmeans = faiss.Kmeans(patches.shape[1], size, seed=seed + 1)
+        kmeans.train(patches.numpy())
+        return torch.from_numpy(kmeans.centroids)
+
+    def vwt_hf(size: int, seed: int) -> torch.Tensor:
+        kmeans = MiniBatchKMeans(size, patches.shape[1], seed=seed)
+        for batch in batches:
+            kmeans.update(batch)
+        return kmeans.finish()[0]
+
+    methods = [scikit_learn, faiss, vwt_hf] if importlib.util.find_spec("faiss") else [scikit_learn, vwt_hf]
+    rows = []
+    for size in options.sizes:
+        for seed in range(options.rounds):
+            for method in methods:
+                start = time.perf_counter()
+                words = method(size, seed)
+                seconds = time.perf_counter() - start
+                inertia = sum(statistics(part, words).inertia.item() for part in patches.split(16384)) / len(patches)
+                rows.append(
+                    {
+                        "words": size,
+                        "seed": seed,
+                        "method": method.__name__,
+                        "seconds": round(seconds, 1),
+                        "inertia": round(inertia, 3),
+                    }
+                )
+    print_table(rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
