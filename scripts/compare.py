@@ -115,7 +115,8 @@ class TokenCounter:
         find_embeddings(model, family_of(type(model))).register_forward_hook(self._count)
 
     def _count(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-        batch = current.get()
+        forward = current.get()
+        batch = forward and forward.batch
         self.images += len(output)
         if batch is None:
             self.tokens += output.shape[0] * output.shape[1]
@@ -145,7 +146,7 @@ def row(
         "top-1 %": round(100 * right / len(labelled), 2) if labelled else None,
         "agree %": round(100 * (top == plain.argmax(-1)).double().mean().item(), 2),
         "kl": round((expected.exp() * (expected - found)).sum(-1).mean().item(), 4),
-        "max |Δ logit|": float(f"{(logits - plain).abs().max().item():.1e}"),
+        "max Δ logit": float(f"{(logits - plain).abs().max().item():.1e}"),
         "seconds": round(seconds, 1),
     }
 

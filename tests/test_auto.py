@@ -189,7 +189,7 @@ def test_a_bad_setting_is_refused_before_any_weight_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("auto", [AutoModel, transformers.ViTModel])
-@pytest.mark.parametrize("vwt", [{"keep_ratio": 7}, {"method": "intra", "of_the_future": 1}, "half"])
+@pytest.mark.parametrize("vwt", [{"keep_ratio": 7}, {"method": "intra", "of_the_future": 1}, [0.5]])
 def test_a_bad_setting_in_a_folder_is_refused_by_folder_and_file_and_can_be_turned_off(auto, vwt, tmp_path):
     tiny_model("vit").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

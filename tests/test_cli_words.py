@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from vwt_hf import VisualVocabulary, learn
+from vwt_hf import VisualVocabulary, kmeans, learn
 from vwt_hf.cli import main
 from vwt_hf.visualize import shared_words, tint, word_captions, word_color, words_figure
 
@@ -55,8 +55,11 @@ def run_learn(photographs: Path, checkpoint: Path, output: Path, *more: str) -> 
 
 
 def test_learn_writes_a_vocabulary_that_loads_and_prints_what_it_learned_from(
-    photographs, checkpoint, tmp_path, capsys
+    photographs, checkpoint, tmp_path, capsys, monkeypatch
 ):
+    # So few images would only just fill the buffer.
+    monkeypatch.setattr(kmeans, "BUFFERED_AT_LEAST", 100)
+    monkeypatch.setattr(kmeans, "BUFFERED", 1)
     output = tmp_path / "words"
     assert run_learn(photographs, checkpoint, output) == 0
     printed = capsys.readouterr()

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 
 import vwt_hf
-from tiny import TINY, answers, forward, sample_pixel_values
+from tiny import TINY, answers, forward, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, restore
 from vwt_hf.words import grid_patches
 
@@ -178,6 +179,27 @@ def test_moving_the_model_moves_all_that_compression_uses(model, pixel_values, c
     compress(model, {"criterion": criterion})
     shape = answers(model, pixel_values).shape
     assert answers(model.to("meta"), pixel_values.to("meta")).shape == shape
+
+
+@pytest.mark.parametrize("criterion", ["random", "grid"])
+def test_tracing_leaves_no_tensors_without_values_behind(criterion):
+    model, pixel_values = tiny_model("vit"), sample_pixel_values(2)
+    compress(model, {"criterion": criterion, "num_patches": 11, **({"seed": 77} if criterion == "random" else {})})
+    torch.export.export(model, (pixel_values,), strict=False)
+    assert type(answers(model, pixel_values)) is torch.Tensor
+
+
+def test_offloaded_weights_are_fetched(model, pixel_values):
+    expected = answers(compress(model, {"keep_ratio": 0.5}), pixel_values)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(answers(model, pixel_values), expected)
+
+
+def test_a_forward_that_something_else_replaced_is_left_alone(pixel_values):
+    model = tiny_model("vit")
+    model.embeddings.forward = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match="Something else replaced the forward of ViTEmbeddings"):
+        compress(model)
 
 
 def test_hooks_of_accelerate_and_compression_live_together(model, pixel_values):

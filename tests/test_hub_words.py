@@ -200,6 +200,24 @@ def test_a_model_with_words_of_its_own_is_pushed_with_them(hub, checkpoint, voca
     )
 
 
+def test_words_from_a_subfolder_are_saved_with_the_model(hub, checkpoint, vocabulary, pixel_values, tmp_path):
+    other = VisualVocabulary(vocabulary.words.flip(1))
+    other.push_to_hub("me/words", subfolder="p4")
+    words = VisualVocabulary.from_pretrained("me/words", subfolder="p4")
+    model = AutoModel.from_pretrained("me/tiny", vwt=VWTConfig(method="inter", vocabulary=words, threshold=0.3))
+    model.save_pretrained(tmp_path / "short")
+    again = AutoModel.from_pretrained(tmp_path / "short")
+    torch.testing.assert_close(answers(again, pixel_values), answers(model, pixel_values))
+
+
+def test_saving_with_push_to_hub_uploads_the_words_too(hub, checkpoint, vocabulary, pixel_values, tmp_path):
+    model = AutoModel.from_pretrained("me/tiny", vwt=VWTConfig(method="inter", vocabulary=vocabulary, threshold=0.3))
+    model.save_pretrained(tmp_path / "short", push_to_hub=True, repo_id="me/short", private=True)
+    assert hub.repos["me/short"].private
+    again = AutoModel.from_pretrained("me/short")
+    torch.testing.assert_close(answers(again, pixel_values), answers(model, pixel_values))
+
+
 def test_a_private_vocabulary_takes_the_models_token(hub, checkpoint, monkeypatch):
     hub.repos["me/words"].private = hub.repos["me/tiny"].private = True
     monkeypatch.delenv("HF_TOKEN", raising=False)

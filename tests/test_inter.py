@@ -13,7 +13,7 @@ import transformers
 
 from tiny import MODELS, TINY, answers, forward, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
-from vwt_hf.attention import current
+from vwt_hf.attention import Forward, current
 from vwt_hf.layout import group
 from vwt_hf.words import index_words, nearest_words, patchify
 
@@ -45,6 +45,14 @@ def layout_of(pixel_values, vocabulary, threshold=0.3):
     return group(nearest_words(patchify(pixel_values, (4, 4)), words, threshold))
 
 
+def embed_alone(embeddings, images):
+    """What the embeddings of a compressed model give, and how they laid it out."""
+    current.set(Forward())
+    short, batch = embeddings(images), current.get().batch
+    current.set(None)
+    return short, batch
+
+
 def test_the_images_of_these_tests_have_very_different_lengths(images, vocabulary):
     lengths = layout_of(images, vocabulary).lengths.tolist()
     assert min(lengths) == 1 and max(lengths) == 64 and len(set(lengths)) >= 4
@@ -73,9 +81,8 @@ def test_tokens_are_the_means_of_the_embeddings_of_the_patches_that_share_a_word
     with torch.no_grad():
         whole = embeddings(images)
         compress(model, inter(vocabulary))
-        short = embeddings(images)
-    batch, layout = current.get(), layout_of(images, vocabulary)
-    current.set(None)
+        short, batch = embed_alone(embeddings, images)
+    layout = layout_of(images, vocabulary)
     prefix = whole.shape[1] - 64
     assert batch.prefix == prefix and torch.equal(batch.layout.token_of_patch, layout.token_of_patch)
     torch.testing.assert_close(short[:, :prefix], whole[:, :prefix])
@@ -93,8 +100,8 @@ def test_threshold_zero_equals_the_plain_model(model, images, vocabulary):
 def test_one_word_takes_all_patches_at_threshold_two(model, images, vocabulary):
     compress(model, inter(VisualVocabulary(vocabulary.words[:1]), threshold=2))
     embeddings = next(m for m in model.modules() if "forward" in vars(m))
-    prefix = embeddings(images).shape[1] - 1
-    assert current.get().bias.shape[-1] == prefix + 1
+    short, batch = embed_alone(embeddings, images)
+    assert short.shape[1] == batch.prefix + 1
     assert answers(model, images).isfinite().all()
 
 
@@ -126,8 +133,9 @@ def test_proportional_attention_equals_attention_over_the_repeated_tokens(images
     model = compress(tiny_model("vit"), inter(vocabulary))
     layer = model.layers[0] if hasattr(model, "layers") else model.encoder.layer[0]
     with torch.no_grad():
+        current.set(Forward())
         hidden = model.embeddings(images[3:4])
-        batch = current.get()
+        batch = current.get().batch
         found = layer(hidden)
         found = found[0] if isinstance(found, tuple) else found
         sizes = batch.layout.sizes[0].long()
@@ -215,6 +223,71 @@ def test_gradient_checkpointing_is_refused_rather_than_wrong(images, vocabulary)
     model.gradient_checkpointing_enable()
     with pytest.raises(RuntimeError, match=r"gradient checkpointing off"):
         model(images)[0].sum().backward()
+
+
+def test_forward_called_past_the_hooks_is_refused(images, vocabulary):
+    model = compress(tiny_model("vit"), inter(vocabulary))
+    with pytest.raises(RuntimeError, match=r"Call model\(\.\.\.\), not model\.forward"):
+        model.forward(images)
+
+
+@pytest.mark.parametrize("name", ["dinov2-classifier", "clip-vision"])
+def test_autocast_takes_the_same_words(name, images, vocabulary):
+    model = compress(tiny_model(name), inter(vocabulary))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = answers(model, images)
+    torch.testing.assert_close(found.float(), answers(model, images), atol=0.05, rtol=0.05)
+    words = index_words(vocabulary.normalized(**STATISTICS))
+    expected = nearest_words(patchify(images, (4, 4)), words, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(
+            nearest_words(patchify(images, (4, 4)), index_words(vocabulary.normalized(**STATISTICS)), 0.05), expected
+        )
+
+
+def test_models_that_share_a_config_do_not_share_a_setting(images, vocabulary):
+    config = transformers.ViTConfig(**TINY)
+    one, other = transformers.ViTModel(config).eval(), transformers.ViTModel(config).eval()
+    plain = answers(other, images)
+    compress(one, inter(vocabulary))
+    assert torch.equal(answers(other, images), plain) and getattr(other.config, "vwt", None) is None
+    twin = transformers.AutoModel.from_config(one.config, vwt=False).eval()
+    assert answers(twin, images).isfinite().all() and twin.config.vwt is None and one.config.vwt is not None
+    config.vwt = True
+    first, second = transformers.AutoModel.from_config(config), transformers.AutoModel.from_config(config)
+    restore(first)
+    assert config.vwt is True and second.config.vwt["keep_ratio"] == 0.5
+
+
+def test_restore_reaches_a_tower_that_was_compressed_alone(images, vocabulary):
+    clip = tiny_model("clip-classifier")
+    plain = answers(clip, images)
+    compress(clip.vision_model, inter(vocabulary))
+    restore(clip)
+    assert torch.equal(answers(clip, images), plain) and clip.vision_model.config.vwt is None
+
+
+def test_a_processor_that_does_not_rescale_is_taken_at_its_word(tmp_path, vocabulary):
+    """127.5 on pixels up to 255 is 0.5 on pixels up to 1."""
+    processor = transformers.models.vit.image_processing_pil_vit.ViTImageProcessorPil
+    for name, fields in (
+        ("raw", {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3}),
+        ("usual", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}),
+    ):
+        tiny_model("vit").save_pretrained(tmp_path / name)
+        processor(size={"height": 32, "width": 32}, **fields).save_pretrained(tmp_path / name)
+    settings = [
+        transformers.AutoModel.from_pretrained(tmp_path / n, vwt=vocabulary).config.vwt for n in ("raw", "usual")
+    ]
+    assert settings[0]["image_mean"] == pytest.approx([0.5] * 3) and settings[0]["image_std"] == pytest.approx(
+        [0.5] * 3
+    )
+    assert settings[1]["image_mean"] == [0.5] * 3
+
+
+def test_what_is_no_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="vocabulary is a Tensor; expected a Hub id, a folder or"):
+        VWTConfig(method="inter", vocabulary=torch.rand(5, 3, 4, 4))
 
 
 def test_a_wrong_patch_size_or_channel_count_is_refused_before_the_model_runs():

@@ -69,9 +69,8 @@ def test_a_larger_cover_contains_the_smaller_ones(keep):
 
 def test_a_random_subset_follows_its_seed_alone():
     first = random_patches(256, 64, 7, CPU)
-    random_patches.cache_clear()
     torch.manual_seed(99)
-    assert torch.equal(first, random_patches(256, 64, 7, CPU)) and not torch.equal(
+    assert torch.equal(first, random_patches.__wrapped__(256, 64, 7, CPU)) and not torch.equal(
         first, random_patches(256, 64, 8, CPU)
     )
     assert first.shape == (1, 64) and (first[0, 1:] > first[0, :-1]).all()
@@ -111,7 +110,7 @@ def test_a_ratio_that_keeps_nothing_is_refused_with_one_that_keeps_something():
     assert VWTConfig(keep_ratio=0.016).patches_kept(64) == 1
 
 
-@pytest.mark.parametrize("value", [3, "half", [0.5]])
+@pytest.mark.parametrize("value", [3, "", [0.5]])
 def test_a_vwt_of_another_type_is_refused(value):
-    with pytest.raises(TypeError, match="expected True, False, None, a dict"):
+    with pytest.raises(TypeError, match=r"expected True, False, None, a VWTConfig, a dict .*or a vocabulary"):
         VWTConfig.parse(value)

@@ -22,6 +22,14 @@ PREFIX = "vwt_"
 BASES = ("eager", "sdpa")
 
 
+@dataclasses.dataclass
+class Forward:
+    """A forward of a vision tower under way."""
+
+    batch: Batch | None = None
+    """What its embeddings laid out; `None` before."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """What a forward knows of the batch that it runs on."""
@@ -33,7 +41,7 @@ class Batch:
     """(batch, 1, 1, prefix + tokens): added to the attention logits of every layer."""
 
 
-current: contextvars.ContextVar[Batch | None] = contextvars.ContextVar("vwt_hf batch", default=None)
+current: contextvars.ContextVar[Forward | None] = contextvars.ContextVar("vwt_hf forward", default=None)
 
 
 def register() -> None:
@@ -61,23 +69,23 @@ def use_for(tower: nn.Module) -> None:
     config._attn_implementation = PREFIX + base
 
 
-def give_back(tower: nn.Module) -> None:
-    """Undoes `use_for`."""
-    config: Any = tower.config
-    if (config._attn_implementation or "").startswith(PREFIX):
+def give_back(config: Any) -> None:
+    """Undoes `use_for`, in the config of a model or tower."""
+    if (getattr(config, "_attn_implementation", None) or "").startswith(PREFIX):
         config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
 
 
 def _bias(query: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """The bias of the current batch, with the caller's mask if there is one, (batch, 1, 1 or tokens, tokens)."""
-    batch = current.get()
+    forward = current.get()
+    batch = None if forward is None else forward.batch
     if batch is None or batch.bias.shape[0] != query.shape[0] or batch.bias.shape[-1] != query.shape[2]:
         raise RuntimeError(
             f"A layer attends to {tuple(query.shape)} (batch, heads, tokens, head size) outside the forward that laid "
             "its batch out, as gradient checkpointing does when it repeats a layer. Inter-image words cannot be "
             "used there; turn gradient checkpointing off, or use method='intra'."
         )
-    bias = batch.bias.to(query.dtype)
+    bias = batch.bias.to(query)
     if attention_mask is None:
         return bias
     if attention_mask.dtype == torch.bool:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from .compress import compress, lexicon_of, restore
 from .config import VWTConfig
 from .families import FAMILIES, family_of
 from .lexicon import BESIDE_WEIGHTS
+from .vocabulary import VisualVocabulary
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 _NOT_GIVEN: Any = object()
 
 
@@ -51,7 +55,7 @@ def _config_with_vwt(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         fields = plain.to_dict(self)
         if fields.get("vwt") is None:
             fields.pop("vwt", None)
-        elif not isinstance(fields["vwt"], (bool, dict, str)):
+        elif isinstance(fields["vwt"], (VWTConfig, VisualVocabulary, os.PathLike)):
             setting = VWTConfig.parse(fields["vwt"])
             fields["vwt"] = setting and setting.to_dict()
         return fields
@@ -62,7 +66,7 @@ def _config_with_vwt(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         {
             "__module__": __name__,
             "__qualname__": plain.__name__,
-            "__doc__": plain.__doc__,
+            "__doc__": f"`transformers.{plain.__name__}` with one more field, `vwt`: see `VWTConfig`.",
             "__annotations__": {"vwt": Any},
             "vwt": None,
             "to_dict": to_dict,
@@ -108,16 +112,26 @@ def _building(original: Any) -> Any:
 def _saving(original: Any) -> Any:
     """`PreTrainedModel.save_pretrained` that writes a vocabulary which is not on the Hub beside the weights."""
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         lexicon = lexicon_of(self)
-        if (
-            lexicon is not None
-            and lexicon.setting.to_dict()["vocabulary"] is None
-            and kwargs.get("is_main_process", True)
-        ):
+        if lexicon is None or lexicon.setting.to_dict()["vocabulary"] is not None:
+            return original(self, save_directory, *args, **kwargs)
+        call = signature.bind(self, save_directory, *args, **kwargs)
+        call.apply_defaults()
+        if call.arguments["is_main_process"]:
             lexicon.vocabulary.save_pretrained(Path(save_directory, BESIDE_WEIGHTS), card=False)
-        return original(self, save_directory, *args, **kwargs)
+        if not call.arguments["push_to_hub"]:
+            return original(*call.args, **call.kwargs)
+        # The original uploads what it wrote itself; `push_to_hub` uploads the words, too.
+        call.arguments["push_to_hub"] = False
+        rest = call.arguments["kwargs"]
+        push = {name: rest.pop(name) for name in PUSH_KWARGS if name in rest}
+        saved = original(*call.args, **call.kwargs)
+        self.push_to_hub(push.pop("repo_id", Path(save_directory).name), token=call.arguments["token"], **push)
+        return saved
 
     save_pretrained.knows_vwt = True  # type: ignore[attr-defined]
     return save_pretrained

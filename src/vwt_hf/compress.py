@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import types
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from . import attention
 from .config import VWTConfig
-from .families import Family, attribute, family_of, find_embeddings, model_of
+from .families import Family, attribute, family_of, find_embeddings, model_of, position_table
 from .layout import attention_bias, expand, group, pool
 from .lexicon import Lexicon
 from .words import (
@@ -71,7 +72,13 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         projection = attribute(embeddings, family.projection)
         lexicon.vocabulary.require(projection.kernel_size, projection.in_channels)
         setting = lexicon.setting
+    _own_config(model)
     restore(model)
+    if "forward" in embeddings.__dict__ and not hasattr(embeddings, "_hf_hook"):
+        raise ValueError(
+            f"Something else replaced the forward of {type(embeddings).__name__} in this {type(model).__name__}; take "
+            "that out before compressing it."
+        )
     # accelerate's hooks (`device_map`) wrap the forward that they find in a module, and keep it under this name.
     slot = "_old_forward" if hasattr(embeddings, "_hf_hook") else "forward"
     setattr(embeddings, slot, functools.partial(embed, embeddings, Tokenizer(family, setting, lexicon)))
@@ -100,13 +107,25 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _attend_by_layout]:
             del module._forward_pre_hooks[key]
-            attention.give_back(module)
         for key in [key for key, hook in module._forward_hooks.items() if hook is _restore_patches]:
             del module._forward_hooks[key]
             del module._forward_hooks_always_called[key]
-    if getattr(model.config, "vwt", None) is not None:
-        model.config.vwt = None
+        config: Any = module.__dict__.get("config")
+        if config is not None:
+            attention.give_back(config)
+            if getattr(config, "vwt", None) is not None:
+                config.vwt = None
     return model
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Gives `model` a copy of its config, so that what is written there does not reach models that share it."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if id(config) in copies:
+            module.config = copies[id(config)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +204,18 @@ def embed(
         kept = choose_patches(patches, grid, setting.patches_kept(count), setting)
         patches, positions = gather_patches(patches, kept), gather_patches(positions, kept)
     else:
+        forward = attention.current.get()
+        if forward is None:
+            raise RuntimeError(
+                "Embeddings that group patches by words ran outside the model's call, which undoes the grouping at its "
+                "end. Call model(...), not model.forward(...)."
+            )
         index = tokenizer.lexicon.on(patches.device)
         layout = group(nearest_words(patches, index, setting.threshold))
         # The projection is linear: the mean of patches is projected onto the mean of their projections, once.
         patches, positions = pool(patches, layout), pool(positions.expand(len(patches), -1, -1), layout)
         bias = attention_bias(layout, prefix.shape[1], setting.proportional_attention)
-        attention.current.set(attention.Batch(layout, prefix.shape[1], bias))
+        forward.batch = attention.Batch(layout, prefix.shape[1], bias)
     strip = patch_strip(patches.to(projection.weight.dtype), projection.kernel_size)
     tokens = projection(strip).flatten(2).transpose(1, 2) + positions
     embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
@@ -218,16 +243,18 @@ def choose_patches(patches: torch.Tensor, grid: tuple[int, int], keep: int, sett
 
 
 def _attend_by_layout(tower: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a vision tower: follows a `set_attn_implementation` that came after `compress`."""
-    attention.use_for(tower)
+    """Forward pre-hook of a vision tower: opens a forward, whose layers attend by what its embeddings lay out."""
+    attention.use_for(tower)  # a `set_attn_implementation` may have come after `compress`
+    attention.current.set(attention.Forward())
 
 
 def _restore_patches(tower: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a vision tower: every patch gets its token's hidden state, and the forward's layout is let go."""
-    batch = attention.current.get()
+    forward = attention.current.get()
     attention.current.set(None)
-    if batch is None or output is None:  # the forward raised
+    if forward is None or forward.batch is None or output is None:  # the forward raised
         return output
+    batch = forward.batch
 
     shape = (len(batch.bias), batch.bias.shape[-1])
 
@@ -249,8 +276,7 @@ def _positions(
 ) -> torch.Tensor:
     """The position table for images of this size, (1, prefix tokens with a position + patches, hidden)."""
     height, width = pixel_values.shape[-2:]
-    table = attribute(module, family.positions)
-    table = table.reshape(1, -1, table.shape[-1])
+    table = position_table(module, family)
     if interpolate or family.always_interpolates:
         # The models' own method reads only the shape of what it is given.
         whole = table.new_empty(1, 1, table.shape[-1]).expand(1, len(family.prefix) + patches, -1)

@@ -84,6 +84,11 @@ class VWTConfig:
             raise ValueError(
                 f"VWTConfig.proportional_attention is {self.proportional_attention!r}; expected True or False."
             )
+        if not (self.vocabulary is None or _is_vocabulary(self.vocabulary)):
+            raise ValueError(
+                f"VWTConfig.vocabulary is a {type(self.vocabulary).__name__}; expected a Hub id, a folder or a "
+                "VisualVocabulary."
+            )
         if self.revision is not None and not isinstance(self.revision, str):
             raise ValueError(f"VWTConfig.revision is {self.revision!r}; expected None, a branch, a tag or a commit.")
         self._set_statistics("image_mean", positive=False)
@@ -129,7 +134,7 @@ class VWTConfig:
                     hint = f" Did you mean {near[0]!r}?" if near else ""
                     raise ValueError(f"VWTConfig has no field {name!r}; its fields are {', '.join(names)}.{hint}")
             return cls(**value)
-        if (isinstance(value, (str, os.PathLike)) and os.fspath(value)) or hasattr(value, "words"):
+        if _is_vocabulary(value):
             return cls(method="inter", vocabulary=value)
         raise TypeError(
             f"vwt is {value!r}; expected True, False, None, a VWTConfig, a dict of its fields, or a vocabulary: its "
@@ -175,6 +180,12 @@ def _require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None
         near = difflib.get_close_matches(str(value), allowed, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"VWTConfig.{field} is {value!r}; expected one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+def _is_vocabulary(value: object) -> bool:
+    if isinstance(value, (str, os.PathLike)):
+        return bool(os.fspath(value))
+    return hasattr(value, "words") and hasattr(value, "normalized")
 
 
 def _is_int(value: object) -> bool:

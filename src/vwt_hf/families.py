@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ class Family:
     projection: str
     """The patch projection, a convolution whose stride is its kernel."""
     positions: str
-    """The position table: (1, prefix + patches, hidden) or (prefix + patches, hidden)."""
+    """The position table: a parameter (1, prefix + patches, hidden) or an `nn.Embedding` of prefix + patches."""
     prefix: tuple[str, ...] = ("cls_token",)
     """Prefix tokens that have a position, in order."""
     registers: str | None = None
@@ -73,7 +74,7 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("clip", "clip_vision_model"),
         embeddings="CLIPVisionEmbeddings",
         projection="patch_embedding",
-        positions="position_embedding.weight",
+        positions="position_embedding",
         prefix=("class_embedding",),
     ),
 )
@@ -130,6 +131,15 @@ def find_embeddings(model: PreTrainedModel, family: Family) -> nn.Module:
         f"{type(model).__name__} has no {family.embeddings} of transformers, where {family.name} models turn pixel "
         "values into tokens, so it cannot be compressed. Load it without `vwt`."
     )
+
+
+def position_table(module: nn.Module, family: Family) -> torch.Tensor:
+    """The positions of an embeddings module, (1, prefix + patches, hidden)."""
+    positions = attribute(module, family.positions)
+    if isinstance(positions, nn.Embedding):
+        # Called, not read: the weights of an offloaded module are there only while it runs.
+        return positions(attribute(module, "position_ids"))
+    return positions
 
 
 def attribute(module: nn.Module, path: str) -> Any:

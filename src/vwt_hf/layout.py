@@ -78,7 +78,7 @@ def expand(hidden_states: torch.Tensor, layout: Layout, prefix: int) -> torch.Te
     """
     batch = len(hidden_states)
     own = torch.arange(prefix, device=hidden_states.device).expand(batch, -1)
-    index = torch.cat((own, layout.token_of_patch + prefix), dim=1)
+    index = torch.cat((own, layout.token_of_patch.to(own.device) + prefix), dim=1)
     return hidden_states[torch.arange(batch, device=index.device).unsqueeze(1), index]
 
 

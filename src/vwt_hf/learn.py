@@ -126,7 +126,7 @@ def learn_words(
 
 
 def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation by which a processor maps raw RGB to the model's pixel space; 0 and 1 if it does not.
+    """Mean and standard deviation, for each channel, by which a processor maps raw RGB in [0, 1] to the model's pixels.
 
     Raises:
         TypeError: it is no image processor.
@@ -138,8 +138,17 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
         )
     mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
     if not image_processor.do_normalize or mean is None or std is None:
-        return (0.0,) * channels, (1.0,) * channels
-    return tuple(map(float, mean)), tuple(map(float, std))
+        mean, std = 0.0, 1.0
+    rescales = getattr(image_processor, "do_rescale", True)
+    factor = getattr(image_processor, "rescale_factor", None) or 1 / 255
+    # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
+    white = 255 * factor if rescales else 255.0
+    return _each_channel(mean, white, channels), _each_channel(std, white, channels)
+
+
+def _each_channel(values: Any, white: float, channels: int) -> tuple[float, ...]:
+    listed = [values] * channels if isinstance(values, (int, float)) else list(values)
+    return tuple(round(float(value) / white, 12) for value in listed)
 
 
 def _report(done: Progress) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .config import VWTConfig
+from .learn import processor_statistics
 from .vocabulary import VisualVocabulary
 from .words import WordIndex, index_words
 
@@ -41,7 +42,10 @@ class Lexicon:
             # Outside inference mode, so that a later training step may use what is kept.
             with torch.inference_mode(False):
                 mapped = self.vocabulary.normalized(self.image_mean, self.image_std)
-                index = self._on.setdefault(device, index_words(mapped).to(device))
+                index = index_words(mapped).to(device)
+            # Tracing (torch.export) sees tensors without values, which must not be kept.
+            if type(index.words) is torch.Tensor:
+                self._on[device] = index
         return index
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,7 +86,6 @@ class Lexicon:
                 )
             subfolder = "/".join(filter(None, (own.pop("subfolder", None), BESIDE_WEIGHTS)))
             vocabulary = VisualVocabulary.from_pretrained(source, subfolder=subfolder, **own)
-            vocabulary.revision = None  # a part of the model, which is saved with it again
         return cls(vocabulary, _with_statistics(setting, vocabulary, source, hub_kwargs))
 
 
@@ -90,11 +93,12 @@ def _with_statistics(
     setting: VWTConfig, vocabulary: VisualVocabulary, source: str, hub_kwargs: dict[str, Any]
 ) -> VWTConfig:
     """`setting` with where the vocabulary came from, and with the statistics of the model's image processor."""
-    on_hub = vocabulary.revision is not None
+    # A setting has no field for a subfolder: words from one are saved beside the weights.
+    on_hub = vocabulary.revision is not None and not vocabulary.subfolder
     setting = dataclasses.replace(
         setting,
         vocabulary=vocabulary.source if on_hub else vocabulary,
-        revision=vocabulary.revision,
+        revision=vocabulary.revision if on_hub else None,
     )
     if setting.image_mean is None or setting.image_std is None:
         try:
@@ -104,11 +108,8 @@ def _with_statistics(
                 f"Visual words must be normalised as the model's images are, and {source or 'the model'} has no image "
                 f"processor that tells how ({error}). Give VWTConfig(image_mean=..., image_std=...)."
             ) from error
-        normalised = getattr(processor, "do_normalize", False)
-        channels = vocabulary.channels
+        mean, std = processor_statistics(processor, vocabulary.channels)
         setting = dataclasses.replace(
-            setting,
-            image_mean=setting.image_mean or (tuple(processor.image_mean) if normalised else (0.0,) * channels),
-            image_std=setting.image_std or (tuple(processor.image_std) if normalised else (1.0,) * channels),
+            setting, image_mean=setting.image_mean or mean, image_std=setting.image_std or std
         )
     return setting

@@ -47,6 +47,8 @@ class VisualVocabulary:
         """Hub id or folder that it was loaded from or pushed to."""
         self.revision: str | None = None
         """Commit of the Hub that it was loaded from or pushed as."""
+        self.subfolder: str | None = None
+        """Of `source`, where it lies."""
 
     def __len__(self) -> int:
         return len(self.words)
@@ -150,6 +152,7 @@ class VisualVocabulary:
         except ValueError as error:
             raise ValueError(f"{located.source}: {located.file.name}: {error}") from error
         vocabulary.source, vocabulary.revision = located.source, located.commit
+        vocabulary.subfolder = subfolder
         return vocabulary
 
     def save_pretrained(
@@ -200,7 +203,7 @@ class VisualVocabulary:
             create_pr=create_pr,
         )
         if not create_pr:
-            self.source, self.revision = repo_id, commit.oid
+            self.source, self.revision, self.subfolder = repo_id, commit.oid, subfolder
         return commit
 
     def _contents(self, repo_id: str, card: bool) -> dict[str, bytes]:

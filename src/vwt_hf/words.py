@@ -7,7 +7,8 @@ column), as its projection's weight is.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,31 +78,49 @@ def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
     return order[:, :keep].sort(dim=1).values
 
 
-@functools.lru_cache(maxsize=64)
+def _cached(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Keeps what `choose` gave for its last arguments.
+
+    `functools.lru_cache` would keep the tensors without values that it sees while torch.export traces, too.
+    """
+    kept: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    @functools.wraps(choose)
+    def chosen(*args: Any) -> torch.Tensor:
+        found = kept.get(args)
+        if found is None:
+            # Outside inference mode, so that a later training step may save it for its backward pass.
+            with torch.inference_mode(False):
+                found = choose(*args)
+            if type(found) is torch.Tensor:
+                if len(kept) >= 64:
+                    kept.clear()
+                kept[args] = found
+        return found
+
+    return chosen
+
+
+@_cached
 def random_patches(patches: int, keep: int, seed: int, device: torch.device) -> torch.Tensor:
     """A seeded random subset of `keep` patches, ascending, (1, keep): the same on every device and for every image."""
-    # Cached: made outside inference mode, so that a later training step may save it for its backward pass.
-    with torch.inference_mode(False):
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(patches, generator=generator)[:keep].sort().values
-        return chosen.unsqueeze(0).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(patches, generator=generator)[:keep].sort().values
+    return chosen.unsqueeze(0).to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@_cached
 def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> torch.Tensor:
     """An even cover of a rows × columns grid by `keep` patches, ascending, (1, keep).
 
     The order is that of ordered dithering (Bayer 1973): half of the patches is a checkerboard, a quarter is every other
     row and column, and a larger cover contains the smaller ones.
     """
-    with torch.inference_mode(False):
-        dither = torch.zeros(1, 1, dtype=torch.int64)
-        while dither.shape[0] < max(rows, columns):
-            dither = torch.cat(
-                (torch.cat((4 * dither, 4 * dither + 2), 1), torch.cat((4 * dither + 3, 4 * dither + 1), 1))
-            )
-        chosen = dither[:rows, :columns].flatten().argsort()[:keep].sort().values
-        return chosen.unsqueeze(0).to(device)
+    dither = torch.zeros(1, 1, dtype=torch.int64)
+    while dither.shape[0] < max(rows, columns):
+        dither = torch.cat((torch.cat((4 * dither, 4 * dither + 2), 1), torch.cat((4 * dither + 3, 4 * dither + 1), 1)))
+    chosen = dither[:rows, :columns].flatten().argsort()[:keep].sort().values
+    return chosen.unsqueeze(0).to(device)
 
 
 def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -155,9 +174,10 @@ def index_words(words: torch.Tensor, axes: int = 15) -> WordIndex:
         words: (size, channels · patch height · patch width).
         axes: how many axes a sketch has.
     """
-    unit = torch.nn.functional.normalize(words.float(), dim=1)
-    basis = torch.linalg.eigh(unit.T @ unit).eigenvectors[:, -axes:]
-    return WordIndex(unit, basis, _sketch(unit, basis))
+    with torch.autocast(words.device.type, enabled=False):
+        unit = torch.nn.functional.normalize(words.float(), dim=1)
+        basis = torch.linalg.eigh(unit.T @ unit).eigenvectors[:, -axes:]
+        return WordIndex(unit, basis, _sketch(unit, basis))
 
 
 @torch.no_grad()
@@ -179,8 +199,14 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
     Returns:
         (batch, patches), int64: a word in [0, size), or size + the patch's own index.
     """
+    # Autocast would search in half precision.
+    with torch.autocast(patches.device.type, enabled=False):
+        return _nearest_words(patches.float(), index, threshold)
+
+
+def _nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> torch.Tensor:
     batch, count = patches.shape[:2]
-    values = patches.flatten(0, 1).float()
+    values = patches.flatten(0, 1)
     length = torch.linalg.vector_norm(values, dim=1)
     least = (1 - threshold) * length
     if values.is_cpu:
