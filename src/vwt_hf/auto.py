@@ -66,7 +66,7 @@ def _config_with_vwt(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         {
             "__module__": __name__,
             "__qualname__": plain.__name__,
-            "__doc__": f"`transformers.{plain.__name__}` with one more field, `vwt`: see `VWTConfig`.",
+            "__doc__": plain.__doc__,  # where transformers finds example checkpoints
             "__annotations__": {"vwt": Any},
             "vwt": None,
             "to_dict": to_dict,
