@@ -70,8 +70,9 @@ def test_a_patch_takes_the_word_of_smallest_cosine_distance_within_the_threshold
 
 
 @pytest.mark.parametrize("axes", [1, 15, 27])
-def test_skipping_by_sketches_changes_nothing(axes):
+def test_skipping_by_sketches_changes_nothing(axes, monkeypatch):
     """Smooth patches near smooth words, and noise that no word is near: what is skipped has no word in reach."""
+    monkeypatch.setattr("vwt_hf.words.SKETCHED", 1)
     generator = torch.Generator().manual_seed(0)
     words = torch.rand(30, 1, generator=generator) + 0.1 * torch.rand(30, 27, generator=generator)
     near = words[torch.randint(30, (200,), generator=generator)] + 0.1 * torch.randn(200, 27, generator=generator)

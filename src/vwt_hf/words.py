@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+SKETCHED = 500
+"""Words from which on it is cheaper to look at sketches first."""
 _PRODUCTS = 2**24
 """Inner products held at once (64 MiB), which bounds memory for large vocabularies."""
 
@@ -167,7 +169,7 @@ class WordIndex(NamedTuple):
         return WordIndex(*(tensor.to(device) for tensor in self))
 
 
-def index_words(words: torch.Tensor, axes: int = 15) -> WordIndex:
+def index_words(words: torch.Tensor, axes: int = 31) -> WordIndex:
     """Makes words ready for the search; a word of zeros stays one, at distance 1 from every patch.
 
     Args:
@@ -188,8 +190,8 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
     its image has it. Of words equally near the first wins. The cosine with a patch of zeros is taken as 0, its distance
     as 1.
 
-    On a CPU, patches that are provably farther than `threshold` from all words are told by their sketches and never
-    compared in full. Elsewhere that would cost a synchronisation.
+    On a CPU and with `SKETCHED` words, patches that are provably farther than `threshold` from all words are told by
+    their sketches and never compared in full. Elsewhere that would cost a synchronisation.
 
     Args:
         patches: (batch, patches, channels · patch height · patch width).
@@ -209,8 +211,13 @@ def _nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) ->
     values = patches.flatten(0, 1)
     length = torch.linalg.vector_norm(values, dim=1)
     least = (1 - threshold) * length
-    if values.is_cpu:
-        bound = _largest_products(_sketch(values, index.basis), index.sketch)[0]
+    if values.is_cpu and len(index.words) >= SKETCHED:
+        bound = torch.cat(
+            [
+                (part @ index.sketch.T).amax(dim=1)
+                for part in _sketch(values, index.basis).split(max(1, _PRODUCTS // 8 // len(index.sketch)))
+            ]
+        )
         # The slack is what rounding may take from the bound.
         candidates = (bound >= least - 1e-4 * length).nonzero().squeeze(1)
         similarity, word = torch.full_like(length, -torch.inf), torch.zeros_like(length, dtype=torch.int64)
