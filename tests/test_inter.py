@@ -210,6 +210,16 @@ def test_switching_the_attention_implementation_keeps_the_layout(images, vocabul
     assert model.config._attn_implementation == "eager"
 
 
+def test_an_attention_that_takes_no_bias_is_refused_and_the_model_stays_plain(images, vocabulary):
+    model = tiny_model("vit")
+    plain = answers(model, images)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match=r"'flex_attention'.*attn_implementation='sdpa'"):
+        compress(model, inter(vocabulary))
+    model.config._attn_implementation = "sdpa"
+    assert torch.equal(answers(model, images), plain) and getattr(model.config, "vwt", None) is None
+
+
 def test_attentions_are_refused(images, vocabulary):
     model = compress(tiny_model("vit"), inter(vocabulary))
     model.set_attn_implementation("eager")

@@ -72,21 +72,22 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         projection = attribute(embeddings, family.projection)
         lexicon.vocabulary.require(projection.kernel_size, projection.in_channels)
         setting = lexicon.setting
-    _own_config(model)
-    restore(model)
-    if "forward" in embeddings.__dict__ and not hasattr(embeddings, "_hf_hook"):
+    # accelerate's hooks (`device_map`) wrap the forward that they find in a module, and keep it under another name.
+    slot = "_old_forward" if hasattr(embeddings, "_hf_hook") else "forward"
+    present = embeddings.__dict__.get("forward")
+    if slot == "forward" and present is not None and not _tokenizer_of(present):
         raise ValueError(
             f"Something else replaced the forward of {type(embeddings).__name__} in this {type(model).__name__}; take "
             "that out before compressing it."
         )
-    # accelerate's hooks (`device_map`) wrap the forward that they find in a module, and keep it under this name.
-    slot = "_old_forward" if hasattr(embeddings, "_hf_hook") else "forward"
-    setattr(embeddings, slot, functools.partial(embed, embeddings, Tokenizer(family, setting, lexicon)))
+    _own_config(model)
+    restore(model)
     if setting.method == "inter" and setting.threshold > 0:
         tower = next(module for module in model.modules() if embeddings in module.children())
         attention.use_for(tower)
         tower.register_forward_pre_hook(_attend_by_layout)
         tower.register_forward_hook(_restore_patches, always_call=True)
+    setattr(embeddings, slot, functools.partial(embed, embeddings, Tokenizer(family, setting, lexicon)))
     model.config.vwt = setting.to_dict()
     return model
 
