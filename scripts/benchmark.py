@@ -27,11 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForImageClassification
 
-# Not from the top: transformers 5.17 offers it there only with torchvision.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
 import vwt_hf
 from compare import RATIOS, TokenCounter, find_images, name_of, print_table
+from vwt_hf.processors import load_processor
 
 
 def main() -> None:
@@ -98,7 +96,7 @@ def load(name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
 def read(options: argparse.Namespace, model: transformers.PreTrainedModel) -> torch.Tensor:
     """As many images as the largest batch takes, as `pixel_values` (images, channels, height, width)."""
     paths = find_images(options.images, max(options.batch_sizes))
-    processor = AutoImageProcessor.from_pretrained(options.model)
+    processor = load_processor(options.model)
     images = [Image.open(path).convert("RGB") for path in paths]
     return processor(images, return_tensors="pt")["pixel_values"].to(options.device, model.dtype)
 

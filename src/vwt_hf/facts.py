@@ -66,10 +66,12 @@ def top_share(vocabulary: VisualVocabulary) -> str:
 
 
 def number(value: int | None) -> str:
+    """A count for people, or that it is not known."""
     return UNKNOWN if value is None else f"{value:,}"
 
 
 def numbers(values: Sequence[float] | None) -> str:
+    """Statistics, one for each channel, for people, or that they are not known."""
     return UNKNOWN if values is None else ", ".join(f"{value:.4g}" for value in values)
 
 

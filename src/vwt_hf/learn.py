@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .image_source import PatchBatch, open_images, patch_batches
 from .kmeans import MiniBatchKMeans
+from .processors import processor_statistics
 from .vocabulary_files import VocabularyInfo, tensor_bytes, write_files
 
 CHECKPOINT = "learning.safetensors"
@@ -35,6 +36,7 @@ class Progress:
     first_unreadable: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, batch: PatchBatch) -> None:
+        """Counts a batch's images."""
         self.images += batch.images
         self.unreadable += len(batch.unreadable)
         self.first_unreadable = (self.first_unreadable + batch.unreadable)[:NAMED]
@@ -123,32 +125,6 @@ def learn_words(
         library_version=importlib.metadata.version("vwt-hf"),
     )
     return words.cpu().unflatten(1, (channels, patch_size, patch_size)), counts.cpu(), info
-
-
-def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation, for each channel, by which a processor maps raw RGB in [0, 1] to the model's pixels.
-
-    Raises:
-        TypeError: it is no image processor.
-    """
-    if not callable(image_processor) or not hasattr(image_processor, "do_normalize"):
-        raise TypeError(
-            f"image_processor is a {type(image_processor).__name__}; expected a transformers image processor, as "
-            "AutoImageProcessor.from_pretrained returns."
-        )
-    mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
-    if not image_processor.do_normalize or mean is None or std is None:
-        mean, std = 0.0, 1.0
-    rescales = getattr(image_processor, "do_rescale", True)
-    factor = getattr(image_processor, "rescale_factor", None) or 1 / 255
-    # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
-    white = 255 * factor if rescales else 255.0
-    return _each_channel(mean, white, channels), _each_channel(std, white, channels)
-
-
-def _each_channel(values: Any, white: float, channels: int) -> tuple[float, ...]:
-    listed = [values] * channels if isinstance(values, (int, float)) else list(values)
-    return tuple(round(float(value) / white, 12) for value in listed)
 
 
 def _report(done: Progress) -> None:

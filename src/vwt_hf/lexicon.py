@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .config import VWTConfig
-from .learn import processor_statistics
+from .processors import processor_statistics
 from .vocabulary import VisualVocabulary
 from .words import WordIndex, index_words
 

@@ -1,15 +1,16 @@
-"""What a checkpoint says about how its model gets images: its image processor and its patch size."""
+"""What a checkpoint says about how its model gets images: its image processor, statistics and patch size."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import AutoConfig
 
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from .demo_weights import quiet_transformers
+from transformers.utils import logging
 
 
 def load_processor(checkpoint: str) -> Any:
@@ -38,3 +39,43 @@ def patch_size_of(checkpoint: str) -> int | None:
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
     return size if isinstance(size, int) else None
+
+
+def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation, for each channel, by which a processor maps raw RGB in [0, 1] to the model's pixels.
+
+    Raises:
+        TypeError: it is no image processor.
+    """
+    if not callable(image_processor) or not hasattr(image_processor, "do_normalize"):
+        raise TypeError(
+            f"image_processor is a {type(image_processor).__name__}; expected a transformers image processor, as "
+            "AutoImageProcessor.from_pretrained returns."
+        )
+    mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
+    if not image_processor.do_normalize or mean is None or std is None:
+        mean, std = 0.0, 1.0
+    rescales = getattr(image_processor, "do_rescale", True)
+    factor = getattr(image_processor, "rescale_factor", None) or 1 / 255
+    # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
+    white = 255 * factor if rescales else 255.0
+    return _each_channel(mean, white, channels), _each_channel(std, white, channels)
+
+
+def _each_channel(values: Any, white: float, channels: int) -> tuple[float, ...]:
+    listed = [values] * channels if isinstance(values, (int, float)) else list(values)
+    return tuple(round(float(value) / white, 12) for value in listed)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' progress bars and load reports off the terminal; errors still show."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

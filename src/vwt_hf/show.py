@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from .config import VWTConfig
-from .demo import ROWS, find_images, read
-from .learn import processor_statistics
-from .processors import load_processor, patch_size_of
+from .demo import ROWS, find_images
+from .image_source import read_image
+from .processors import load_processor, patch_size_of, processor_statistics
 from .visualize import kept_mask, kept_patches_figure, shared_words, word_captions, words_figure, write_png
 from .vocabulary import VisualVocabulary
 
@@ -69,7 +69,9 @@ def show(
         processor = load_processor(model)
         patch_size = required_patch_size(model)
         mean, std = processor_statistics(processor, channels=3)
-        pixel_values = processor(images=[read(path) for path in drawn], return_tensors="pt")["pixel_values"].float()
+        pixel_values = processor(images=[read_image(path) for path in drawn], return_tensors="pt")[
+            "pixel_values"
+        ].float()
     size = (patch_size, patch_size)
 
     if words is None:
@@ -116,7 +118,7 @@ def default_pixel_values(
     from PIL import Image, ImageOps
 
     side = max(1, round(SIDE / patch_size)) * patch_size
-    squares = [ImageOps.fit(read(path), (side, side), Image.Resampling.BICUBIC) for path in paths]
+    squares = [ImageOps.fit(read_image(path), (side, side), Image.Resampling.BICUBIC) for path in paths]
     pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2) / 255
     return (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 

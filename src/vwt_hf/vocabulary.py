@@ -59,6 +59,7 @@ class VisualVocabulary:
 
     @property
     def channels(self) -> int:
+        """Channels of a word: 3 for RGB."""
         return self.words.shape[1]
 
     @property

@@ -166,6 +166,7 @@ class WordIndex(NamedTuple):
     """(size, axes + 1): coordinates on the axes, and the length of what is left of the word beside them."""
 
     def to(self, device: torch.device) -> WordIndex:
+        """The same index on another device."""
         return WordIndex(*(tensor.to(device) for tensor in self))
 
 
