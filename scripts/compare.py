@@ -117,11 +117,12 @@ class TokenCounter:
     def _count(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         forward = current.get()
         batch = forward and forward.batch
-        self.images += len(output)
         if batch is None:
+            self.images += len(output)
             self.tokens += output.shape[0] * output.shape[1]
         else:
-            self.tokens += int(batch.layout.lengths.sum()) + len(output) * batch.prefix
+            self.images += len(batch.layout.rows)
+            self.tokens += batch.layout.tokens
 
     def mean(self) -> float:
         """Tokens of an image."""

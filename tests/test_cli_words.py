@@ -200,9 +200,9 @@ def test_patches_that_stay_alone_are_as_in_the_photograph_and_shared_words_have_
     photographs = torch.rand(2, 3, 9, 8)
     photographs[0, :, :4], photographs[1, :, 4:8, :] = 1.0, 1.0
     words = torch.ones(1, 3 * 4 * 4)
-    shared, layout = shared_words(photographs, (4, 4), words, threshold=0.01)
+    shared, tokens = shared_words(photographs, (4, 4), words, threshold=0.01)
     assert shared.tolist() == [[[0, 0], [-1, -1]], [[-1, -1], [0, 0]]]
-    assert word_captions(shared, layout) == ["4 patches → 3 tokens, 1 word"] * 2
+    assert word_captions(shared, tokens) == ["4 patches → 3 tokens, 1 word"] * 2
     figure = words_figure(photographs, (4, 4), words, 0.01, names=["a", "b"])
     plain, tinted = ([torch.tensor(axis.images[0].get_array()) for axis in figure.axes[i::2]] for i in (0, 1))
     assert torch.equal(plain[0][4:], tinted[0][4:]) and torch.equal(plain[1][:4], tinted[1][:4])
@@ -214,15 +214,15 @@ def test_patches_that_stay_alone_are_as_in_the_photograph_and_shared_words_have_
 def test_a_word_that_one_patch_alone_takes_leaves_it_untouched():
     photograph = torch.ones(1, 3, 4, 8)
     photograph[..., 4:] = torch.rand(3, 4, 4)
-    shared, layout = shared_words(photograph, (4, 4), torch.ones(1, 48), threshold=0.01)
-    assert shared.tolist() == [[[-1, -1]]] and layout.lengths.tolist() == [2]
+    shared, tokens = shared_words(photograph, (4, 4), torch.ones(1, 48), threshold=0.01)
+    assert shared.tolist() == [[[-1, -1]]] and tokens == [2]
     pixels = photograph.permute(0, 2, 3, 1)
     assert torch.equal(tint(pixels, shared, (4, 4)), pixels)
 
 
 def test_at_threshold_0_nothing_is_shared_as_in_the_plain_model():
-    shared, layout = shared_words(torch.ones(1, 3, 8, 8), (4, 4), torch.ones(1, 48), threshold=0)
-    assert (shared == -1).all() and word_captions(shared, layout) == ["4 patches → 4 tokens, 0 words"]
+    shared, tokens = shared_words(torch.ones(1, 3, 8, 8), (4, 4), torch.ones(1, 48), threshold=0)
+    assert (shared == -1).all() and word_captions(shared, tokens) == ["4 patches → 4 tokens, 0 words"]
 
 
 def test_the_most_frequent_words_have_colours_far_apart():

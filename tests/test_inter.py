@@ -14,6 +14,7 @@ import transformers
 from tiny import MODELS, TINY, answers, forward, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.attention import Forward, current
+from vwt_hf.families import find_layers
 from vwt_hf.layout import group
 from vwt_hf.words import index_words, nearest_words, patchify
 
@@ -36,35 +37,57 @@ def images() -> torch.Tensor:
     return pixel_values
 
 
+@pytest.fixture(params=["packed", "padded"])
+def layout(request) -> str:
+    return request.param
+
+
 def inter(vocabulary, **fields) -> VWTConfig:
     return VWTConfig(**{"method": "inter", "vocabulary": vocabulary, "threshold": 0.3, **STATISTICS, **fields})
 
 
-def layout_of(pixel_values, vocabulary, threshold=0.3):
+def tokens_of(pixel_values, vocabulary, threshold=0.3) -> torch.Tensor:
+    """The token of each patch, (batch, patches)."""
     words = index_words(vocabulary.normalized(STATISTICS["image_mean"], STATISTICS["image_std"]))
-    return group(nearest_words(patchify(pixel_values, (4, 4)), words, threshold))
+    rows = group(nearest_words(patchify(pixel_values, (4, 4)), words, threshold)).rows
+    return rows - rows.amin(dim=1, keepdim=True)
 
 
 def embed_alone(embeddings, images):
     """What the embeddings of a compressed model give, and how they laid it out."""
-    current.set(Forward())
+    current.set(Forward("vwt_sdpa"))
     short, batch = embeddings(images), current.get().batch
     current.set(None)
     return short, batch
 
 
 def test_the_images_of_these_tests_have_very_different_lengths(images, vocabulary):
-    lengths = layout_of(images, vocabulary).lengths.tolist()
+    lengths = (tokens_of(images, vocabulary).amax(dim=1) + 1).tolist()
     assert min(lengths) == 1 and max(lengths) == 64 and len(set(lengths)) >= 4
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("proportional", [True, False])
-def test_a_batch_answers_as_its_images_do_alone(model, images, vocabulary, proportional, attention):
+def test_a_batch_answers_as_its_images_do_alone_in_either_layout(model, images, vocabulary, proportional, attention):
     model.set_attn_implementation(attention)
     compress(model, inter(vocabulary, proportional_attention=proportional))
     alone = torch.cat([answers(model, image[None]) for image in images])
-    torch.testing.assert_close(answers(model, images), alone, atol=1e-4, rtol=1e-4)
+    for layout in ("packed", "padded"):
+        compress(model, inter(vocabulary, proportional_attention=proportional, layout=layout))
+        torch.testing.assert_close(answers(model, images), alone, atol=1e-4, rtol=1e-4)
+
+
+def test_what_has_no_padding_runs_packed_on_a_cpu(images, vocabulary):
+    """By the number of rows that reach the layers."""
+    rows = {}
+    for layout in ("auto", "packed", "padded"):
+        model = compress(tiny_model("vit"), inter(vocabulary, layout=layout))
+        find_layers(model)[0].register_forward_pre_hook(
+            lambda module, args, layout=layout: rows.update({layout: tuple(args[0].shape[:2])})
+        )
+        answers(model, images)
+    tokens = int((tokens_of(images, vocabulary).amax(dim=1) + 2).sum())
+    assert rows == {"auto": (1, tokens), "packed": (1, tokens), "padded": (5, 66)}
 
 
 def test_the_order_of_images_and_of_words_does_not_matter(model, images, vocabulary):
@@ -75,21 +98,22 @@ def test_the_order_of_images_and_of_words_does_not_matter(model, images, vocabul
     torch.testing.assert_close(answers(compress(model, inter(shuffled)), images), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_tokens_are_the_means_of_the_embeddings_of_the_patches_that_share_a_word(model, images, vocabulary):
+def test_tokens_are_the_means_of_the_embeddings_of_the_patches_that_share_a_word(model, images, vocabulary, layout):
     """The first layer's input, against a loop over the plain model's own embeddings."""
     embeddings = next(m for m in model.modules() if hasattr(m, "position_embeddings") or hasattr(m, "class_embedding"))
     with torch.no_grad():
         whole = embeddings(images)
-        compress(model, inter(vocabulary))
+        compress(model, inter(vocabulary, layout=layout))
         short, batch = embed_alone(embeddings, images)
-    layout = layout_of(images, vocabulary)
     prefix = whole.shape[1] - 64
-    assert batch.prefix == prefix and torch.equal(batch.layout.token_of_patch, layout.token_of_patch)
-    torch.testing.assert_close(short[:, :prefix], whole[:, :prefix])
-    for image in range(len(images)):
-        for token in range(int(layout.lengths[image])):
-            mean = whole[image, prefix:][layout.token_of_patch[image] == token].mean(0)
-            torch.testing.assert_close(short[image, prefix + token], mean, atol=1e-5, rtol=1e-4)
+    assert batch.layout.prefix == prefix and short.is_contiguous()
+    for image, tokens in enumerate(tokens_of(images, vocabulary)):
+        start = int(batch.layout.rows[image, 0])
+        found = short.flatten(0, 1)[start : start + prefix + int(tokens.max()) + 1]
+        torch.testing.assert_close(found[:prefix], whole[image, :prefix])
+        for token, value in enumerate(found[prefix:]):
+            mean = whole[image, prefix:][tokens == token].mean(0)
+            torch.testing.assert_close(value, mean, atol=1e-5, rtol=1e-4)
 
 
 def test_threshold_zero_equals_the_plain_model(model, images, vocabulary):
@@ -101,30 +125,31 @@ def test_one_word_takes_all_patches_at_threshold_two(model, images, vocabulary):
     compress(model, inter(VisualVocabulary(vocabulary.words[:1]), threshold=2))
     embeddings = next(m for m in model.modules() if "forward" in vars(m))
     short, batch = embed_alone(embeddings, images)
-    assert short.shape[1] == batch.prefix + 1
+    assert short.shape[:2] == (1, 5 * (batch.layout.prefix + 1))
     assert answers(model, images).isfinite().all()
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith(("classifier", "projection", "clip"))])
-def test_every_patch_gets_the_hidden_state_of_its_token(name, images, vocabulary):
-    model = compress(tiny_model(name), inter(vocabulary))
+def test_every_patch_gets_the_hidden_state_of_its_token(name, images, vocabulary, layout):
+    model = compress(tiny_model(name), inter(vocabulary, layout=layout))
     output = model(images, output_hidden_states=True)
-    layout = layout_of(images, vocabulary)
+    assert len(output.hidden_states) == 3
+    tokens = tokens_of(images, vocabulary)
     for hidden in (output.last_hidden_state, *output.hidden_states):
         prefix = hidden.shape[1] - 64
         for image in range(len(images)):
             patches = hidden[image, prefix:]
             first = {}
-            for patch, token in enumerate(layout.token_of_patch[image].tolist()):
+            for patch, token in enumerate(tokens[image].tolist()):
                 assert torch.equal(patches[patch], patches[first.setdefault(token, patch)])
     assert current.get() is None
 
 
-def test_without_words_in_reach_a_model_answers_as_the_plain_one(model, images, vocabulary):
+def test_without_words_in_reach_a_model_answers_as_the_plain_one(model, images, vocabulary, layout):
     """No patch takes a word, so only the layout's machinery is left: grouping, biased attention, the way back."""
     plain = answers(model, images)
     far = VisualVocabulary(-vocabulary.words - 5)
-    compress(model, inter(far, threshold=1e-9))
+    compress(model, inter(far, threshold=1e-9, layout=layout))
     torch.testing.assert_close(answers(model, images), plain, atol=1e-5, rtol=1e-5)
 
 
@@ -133,19 +158,18 @@ def test_proportional_attention_equals_attention_over_the_repeated_tokens(images
     model = compress(tiny_model("vit"), inter(vocabulary))
     layer = model.layers[0] if hasattr(model, "layers") else model.encoder.layer[0]
     with torch.no_grad():
-        current.set(Forward())
+        current.set(Forward("vwt_sdpa"))
         hidden = model.embeddings(images[3:4])
         batch = current.get().batch
         found = layer(hidden)
         found = found[0] if isinstance(found, tuple) else found
         sizes = batch.layout.sizes[0].long()
         assert sizes.max() > 1
-        repeats = torch.cat((torch.ones(batch.prefix, dtype=torch.long), sizes))
         model.config._attn_implementation = "sdpa"
-        expected = layer(hidden.repeat_interleave(repeats, dim=1))
+        expected = layer(hidden.repeat_interleave(sizes, dim=1))
         expected = expected[0] if isinstance(expected, tuple) else expected
     current.set(None)
-    first = torch.cat((torch.zeros(1, dtype=torch.long), repeats.cumsum(0)[:-1]))
+    first = torch.cat((torch.zeros(1, dtype=torch.long), sizes.cumsum(0)[:-1]))
     torch.testing.assert_close(found, expected[:, first], atol=1e-5, rtol=1e-5)
 
 
@@ -157,7 +181,7 @@ def test_half_precision_takes_the_same_words(model, images, vocabulary, dtype):
     torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
 
 
-def test_gradients_reach_every_parameter_that_the_plain_model_trains(model, images, vocabulary):
+def test_gradients_reach_every_parameter_that_the_plain_model_trains(model, images, vocabulary, layout):
     def trained() -> set[str]:
         model.zero_grad(set_to_none=True)
         forward(model.train(), images).float().pow(2).sum().backward()
@@ -165,7 +189,7 @@ def test_gradients_reach_every_parameter_that_the_plain_model_trains(model, imag
         return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
     plain = trained()
-    compress(model, inter(vocabulary))
+    compress(model, inter(vocabulary, layout=layout))
     with torch.inference_mode():
         forward(model, images)
     assert trained() == plain
@@ -214,17 +238,21 @@ def test_an_attention_that_takes_no_bias_is_refused_and_the_model_stays_plain(im
     model = tiny_model("vit")
     plain = answers(model, images)
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match=r"'flex_attention'.*attn_implementation='sdpa'"):
+    with pytest.raises(
+        ValueError, match=r"'flex_attention'.* eager, sdpa, flash_attention_2.*attn_implementation='sdpa'"
+    ):
         compress(model, inter(vocabulary))
     model.config._attn_implementation = "sdpa"
     assert torch.equal(answers(model, images), plain) and getattr(model.config, "vwt", None) is None
 
 
-def test_attentions_are_refused(images, vocabulary):
-    model = compress(tiny_model("vit"), inter(vocabulary))
+@pytest.mark.parametrize("count", [1, 5])
+def test_attentions_are_refused(model, images, vocabulary, layout, count):
     model.set_attn_implementation("eager")
+    compress(model, inter(vocabulary, layout=layout))
+    images = images[:count]
     with pytest.raises(ValueError, match=r"output_attentions .*restore\(model\)"):
-        model(images, output_attentions=True)
+        forward(model, images, output_attentions=True)
     assert answers(model, images).isfinite().all() and current.get() is None
 
 
@@ -384,7 +412,7 @@ def test_a_pipeline_takes_a_vocabulary(folder, vocabulary):
     assert extract.model.config.vwt["method"] == "inter"
 
 
-def test_a_backbone_gives_a_hidden_state_to_every_patch(images, vocabulary):
-    config = transformers.Dinov2Config(**TINY, out_features=["stage2"], reshape_hidden_states=False)
-    backbone = compress(transformers.Dinov2Backbone(config).eval(), inter(vocabulary))
-    assert backbone(images).feature_maps[0].shape == (5, 65, 32)
+def test_a_backbone_gives_a_hidden_state_to_every_patch(images, vocabulary, layout):
+    config = transformers.Dinov2Config(**TINY, out_features=["stem", "stage1", "stage2"], reshape_hidden_states=False)
+    backbone = compress(transformers.Dinov2Backbone(config).eval(), inter(vocabulary, layout=layout))
+    assert [maps.shape for maps in backbone(images).feature_maps] == [(5, 65, 32)] * 3

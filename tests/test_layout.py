@@ -7,56 +7,115 @@ import math
 import pytest
 import torch
 
-from vwt_hf.layout import attention_bias, expand, group, pool
+from vwt_hf.layout import attention_bias, expand, group, pool, put_prefix
 from vwt_hf.words import index_words, nearest_words
 
 WORDS = torch.tensor([[4, 2, 4, 7, 2, 2], [9, 8, 7, 6, 5, 4], [3, 3, 3, 3, 3, 3]])
+TOKENS = [[0, 1, 0, 2, 1, 1], [0, 1, 2, 3, 4, 5], [0] * 6]
+"""The token of each patch."""
 
 
-def test_patches_that_share_a_word_share_a_token_in_the_order_of_their_first_patches():
-    layout = group(WORDS)
-    assert layout.token_of_patch.tolist() == [[0, 1, 0, 2, 1, 1], [0, 1, 2, 3, 4, 5], [0] * 6]
-    assert layout.sizes.tolist() == [[2, 3, 1, 0, 0, 0], [1] * 6, [6, 0, 0, 0, 0, 0]]
-    assert layout.lengths.tolist() == [3, 6, 1]
+def by_image(values: torch.Tensor, layout) -> list[torch.Tensor]:
+    """The tokens of each image of WORDS, prefix tokens included and padding left out."""
+    rows = values.flatten(0, 1)
+    starts = [int(image.min()) for image in layout.rows]
+    return [rows[start : start + layout.prefix + n] for start, n in zip(starts, (3, 6, 1), strict=True)]
 
 
-def test_the_numbers_of_the_words_do_not_matter():
+@pytest.fixture(params=[True, False], ids=["packed", "padded"])
+def packed(request) -> bool:
+    return request.param
+
+
+def test_patches_that_share_a_word_share_a_token_in_the_order_of_their_first_patches(packed):
+    layout = group(WORDS, 2, packed)
+    for image, (rows, tokens) in enumerate(zip(layout.rows.tolist(), TOKENS, strict=True)):
+        assert rows == [rows[0], rows[0] + 1, *(rows[0] + 2 + token for token in tokens)]
+        sizes = layout.sizes.flatten()[layout.rows[image]].tolist()
+        assert sizes == [1, 1, *(tokens.count(token) for token in tokens)]
+    assert layout.runs == ((3, 1), (5, 1), (8, 1)) and layout.tokens == 16 and layout.longest == 8
+
+
+def test_a_packed_batch_has_no_padding_and_images_of_one_length_side_by_side():
+    words = torch.cat((WORDS, WORDS[:1]))
+    layout = group(words, 1)
+    assert layout.sizes.shape == (1, 2 + 4 + 4 + 7) and (layout.sizes > 0).all()
+    assert layout.rows[:, 0].tolist() == [2, 10, 0, 6] and layout.runs == ((2, 1), (4, 2), (7, 1))
+    assert layout.boundaries.tolist() == [0, 2, 6, 10, 17] and layout.boundaries.dtype == torch.int32
+
+
+def test_a_padded_batch_has_a_sequence_for_each_image_and_sizes_of_zero_where_it_is_padded():
+    layout = group(WORDS[[0, 2]], 0, packed=False)
+    assert layout.sizes.tolist() == [[2, 3, 1], [6, 0, 0]]
+
+
+def test_a_padded_batch_is_never_as_long_as_what_it_is_expanded_to():
+    """Else a shape could not tell a tower's tokens from hidden states that have been expanded."""
+    assert group(WORDS, 1, packed=False).sizes.shape == (3, 8)
+
+
+def test_the_numbers_of_the_words_do_not_matter(packed):
     renamed = torch.randperm(10, generator=torch.Generator().manual_seed(0))[WORDS]
-    one, other = group(WORDS), group(renamed)
-    assert torch.equal(one.token_of_patch, other.token_of_patch) and torch.equal(one.sizes, other.sizes)
+    one, other = group(WORDS, 1, packed), group(renamed, 1, packed)
+    assert torch.equal(one.rows, other.rows) and torch.equal(one.sizes, other.sizes)
 
 
-def test_an_empty_batch_has_an_empty_layout():
-    assert group(WORDS[:0]).sizes.shape == (0, 0)
+def test_an_empty_batch_has_an_empty_layout(packed):
+    layout = group(WORDS[:0], 1, packed)
+    assert layout.sizes.numel() == 0 and layout.tokens == layout.longest == 0
+    assert expand(torch.zeros(*layout.sizes.shape, 4), layout).shape == (0, 7, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_is_the_mean_of_its_patches_and_padding_is_zero(dtype):
-    values, layout = torch.randn(3, 6, 5).to(dtype), group(WORDS)
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_token_is_the_mean_of_its_patches_and_prefix_tokens_and_padding_are_zero(dtype, images, packed):
+    values, layout = torch.randn(images, 6, 5).to(dtype), group(WORDS, 2, packed)
     pooled = pool(values, layout)
-    assert pooled.dtype == dtype
-    for image in range(3):
-        for token in range(6):
-            mine = values[image][layout.token_of_patch[image] == token].float()
-            expected = mine.mean(0) if len(mine) else torch.zeros(5)
-            torch.testing.assert_close(pooled[image, token], expected.to(dtype))
+    assert pooled.dtype == dtype and pooled.shape[:2] == layout.sizes.shape
+    for image, tokens in enumerate(by_image(pooled, layout)):
+        assert not tokens[:2].any()
+        for token, found in enumerate(tokens[2:]):
+            mine = values[image % images][torch.tensor(TOKENS[image]) == token].float()
+            torch.testing.assert_close(found, mine.mean(0).to(dtype))
+    assert not pooled[layout.sizes == 0].any()
 
 
-def test_expanding_gives_each_patch_its_token_and_leaves_prefix_tokens():
-    layout, hidden_states = group(WORDS), torch.randn(3, 2 + 6, 4)
-    full = expand(hidden_states, layout, 2)
-    assert torch.equal(full[:, :2], hidden_states[:, :2])
-    for image in range(3):
-        for patch in range(6):
-            assert torch.equal(full[image, 2 + patch], hidden_states[image, 2 + layout.token_of_patch[image, patch]])
+def test_gradients_of_pooling_are_shared_by_the_patches_of_a_token(packed):
+    values = torch.randn(3, 6, 5, requires_grad=True)
+    pool(values, group(WORDS, 1, packed)).sum().backward()
+    sizes = torch.tensor([[tokens.count(token) for token in tokens] for tokens in TOKENS])
+    torch.testing.assert_close(values.grad, (1 / sizes).unsqueeze(-1).expand(-1, -1, 5))
 
 
-def test_a_token_of_s_patches_gets_log_s_and_padding_nothing():
-    layout = group(WORDS)
-    assert attention_bias(layout, 1, proportional=True)[0, 0, 0].tolist() == pytest.approx(
-        [0, math.log(2), math.log(3), 0, -math.inf, -math.inf, -math.inf]
-    )
-    assert attention_bias(layout, 1, proportional=False)[2, 0, 0].tolist() == [0, 0] + [-math.inf] * 5
+def test_prefix_tokens_come_first_in_every_image(packed):
+    layout, prefix = group(WORDS, 2, packed), torch.randn(1, 2, 4)
+    tokens = torch.randn(*layout.sizes.shape, 4)
+    before = by_image(tokens.clone(), layout)
+    for was, found in zip(before, by_image(put_prefix(tokens, prefix, layout), layout), strict=True):
+        assert torch.equal(found[:2], prefix[0]) and torch.equal(found[2:], was[2:])
+
+
+def test_expanding_gives_each_patch_its_token_and_leaves_prefix_tokens(packed):
+    layout = group(WORDS, 2, packed)
+    hidden_states = torch.randn(*layout.sizes.shape, 4)
+    full = expand(hidden_states, layout)
+    for image, tokens in enumerate(by_image(hidden_states, layout)):
+        assert torch.equal(full[image], tokens[[0, 1, *(2 + token for token in TOKENS[image])]])
+
+
+def test_a_token_of_s_patches_gets_log_s_and_padding_nothing(packed):
+    layout = group(WORDS, 1, packed)
+    bias = attention_bias(layout, proportional=True)
+    expected = [[0, math.log(2), math.log(3), 0], [0] * 7, [0, math.log(6)]]
+    for found, wanted in zip(by_image(bias, layout), expected, strict=True):
+        assert found.tolist() == pytest.approx(wanted)
+    assert (bias[layout.sizes == 0] == -math.inf).all()
+
+
+def test_without_proportional_attention_only_padding_is_hidden():
+    assert attention_bias(group(WORDS, 1), proportional=False) is None
+    bias = attention_bias(group(WORDS, 1, packed=False), proportional=False)
+    assert bias[2].tolist() == [0, 0] + [-math.inf] * 6
 
 
 def test_a_patch_takes_the_word_of_smallest_cosine_distance_within_the_threshold():

@@ -2,12 +2,18 @@
 
 The embeddings of a compressed model leave the layout of the batch in a context variable, and the attention of the same
 forward finds it there: each thread and each asyncio task has its own, so one model may serve many.
+
+A padded batch attends under a bias that hides the padding. A packed one attends by a kernel that knows where images end
+(variable-length flash attention, on CUDA in half precision), else length by length: images of one length lie side by side
+and are a view of the sequence, so nothing is copied and nothing is padded.
 """
 
 from __future__ import annotations
 
 import contextvars
 import dataclasses
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,14 +24,23 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .layout import Layout
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
 PREFIX = "vwt_"
-BASES = ("eager", "sdpa")
+BASES = ("eager", "sdpa", "flash_attention_2")
+FOLDED = 8
+"""Dimensions that a bias adds to a head: two hold it, and flash kernels take multiples of eight."""
 
 
 @dataclasses.dataclass
 class Forward:
     """A forward of a vision tower under way."""
 
+    implementation: str
+    """The attention implementation of the tower's layers."""
     batch: Batch | None = None
     """What its embeddings laid out; `None` before."""
 
@@ -35,18 +50,16 @@ class Batch:
     """What a forward knows of the batch that it runs on."""
 
     layout: Layout
-    prefix: int
-    """Prefix tokens of each image."""
-    bias: torch.Tensor
-    """(batch, 1, 1, prefix + tokens): added to the attention logits of every layer."""
+    bias: torch.Tensor | None
+    """(sequences, tokens), float32: added to the attention logits of every layer, by key."""
 
 
 current: contextvars.ContextVar[Forward | None] = contextvars.ContextVar("vwt_hf forward", default=None)
 
 
 def register() -> None:
-    """Registers `vwt_eager` and `vwt_sdpa` with transformers."""
-    for base, forward in (("eager", eager_attention), ("sdpa", sdpa_attention)):
+    """Registers `vwt_eager`, `vwt_sdpa` and `vwt_flash_attention_2` with transformers."""
+    for base, forward in (("eager", eager), ("sdpa", sdpa), ("flash_attention_2", flash_attention_2)):
         AttentionInterface.register(PREFIX + base, forward)
         AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
@@ -55,7 +68,7 @@ def use_for(tower: nn.Module) -> None:
     """Has `tower` attend by the layout of its batch.
 
     Raises:
-        ValueError: the model uses an attention implementation that takes no bias.
+        ValueError: the model uses an attention implementation that cannot.
     """
     config: Any = tower.config
     base = config._attn_implementation or "eager"
@@ -63,8 +76,8 @@ def use_for(tower: nn.Module) -> None:
         return
     if base not in BASES:
         raise ValueError(
-            f"The model's attention implementation is {base!r}; inter-image words need one that takes a bias. Load it "
-            "with attn_implementation='sdpa' (or 'eager')."
+            f"The model's attention implementation is {base!r}; inter-image words need one of {', '.join(BASES)}. Load "
+            "it with attn_implementation='sdpa'."
         )
     config._attn_implementation = PREFIX + base
 
@@ -75,37 +88,75 @@ def give_back(config: Any) -> None:
         config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
 
 
-def _bias(query: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """The bias of the current batch, with the caller's mask if there is one, (batch, 1, 1 or tokens, tokens)."""
+def packs(implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `implementation` attends to packed batches as fast as it can to padded ones.
+
+    On a CPU it does, length by length. On other devices a call for each length would leave the device waiting for
+    the host, so it takes a kernel that knows where images end.
+    """
+    if implementation == PREFIX + "flash_attention_2":
+        return True
+    return device.type == "cpu" or (implementation == PREFIX + "sdpa" and _has_flash(device, dtype))
+
+
+def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's own variable-length flash attention takes tensors like these."""
+    if device.type != "cuda" or varlen_attn is None or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return "scale" in inspect.signature(varlen_attn).parameters and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _batch(query: torch.Tensor, attention_mask: torch.Tensor | None) -> Batch:
+    """The batch under way, which `query` (sequences, heads, tokens, head size) must be of."""
     forward = current.get()
     batch = None if forward is None else forward.batch
-    if batch is None or batch.bias.shape[0] != query.shape[0] or batch.bias.shape[-1] != query.shape[2]:
+    if batch is None or batch.layout.sizes.shape != (query.shape[0], query.shape[2]):
         raise RuntimeError(
-            f"A layer attends to {tuple(query.shape)} (batch, heads, tokens, head size) outside the forward that laid "
-            "its batch out, as gradient checkpointing does when it repeats a layer. Inter-image words cannot be "
+            f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size) outside the forward that "
+            "laid its batch out, as gradient checkpointing does when it repeats a layer. Inter-image words cannot be "
             "used there; turn gradient checkpointing off, or use method='intra'."
         )
-    bias = batch.bias.to(query)
-    if attention_mask is None:
-        return bias
-    if attention_mask.dtype == torch.bool:
-        return bias.masked_fill(~attention_mask, float("-inf"))
-    return bias + attention_mask
+    if attention_mask is not None:
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)} masks patches of the whole image, and words have taken "
+            "their place. Leave it out, or call vwt_hf.restore(model) first."
+        )
+    return batch
 
 
-def sdpa_attention(
+# Compiled models call attention as it is: what it finds in the context variable is not for a graph to hold, and lengths
+# differ from batch to batch.
+@torch.compiler.disable
+def sdpa(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`sdpa` under the layout's bias; tensors are (batch, heads, tokens, head size)."""
-    return sdpa_attention_forward(module, query, key, value, _bias(query, attention_mask), **kwargs)
+    """`sdpa` by the layout of the batch; tensors are (sequences, heads, tokens, head size)."""
+    batch = _batch(query, attention_mask)
+    head_size = query.shape[-1]
+    if (
+        batch.layout.packed
+        and not dropout
+        and _has_flash(query.device, query.dtype)
+        and head_size % 8 == 0
+        and head_size + FOLDED <= 256
+    ):
+        return _by_boundaries(varlen_attn, query, key, value, batch, scaling), None
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return sdpa_attention_forward(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)[0]
+
+    return _by_layout(attend, query, key, value, batch), None
 
 
-def eager_attention(
+@torch.compiler.disable
+def eager(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -115,9 +166,136 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`eager` under the layout's bias; tensors are (batch, heads, tokens, head size)."""
+    """`eager` by the layout of the batch; tensors are (sequences, heads, tokens, head size).
+
+    The second value stands in for the attention weights, which no one tensor holds for images of different lengths:
+    `compress` refuses to give it out.
+    """
+    batch = _batch(query, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    logits = query @ key.transpose(2, 3) * scaling + _bias(query, attention_mask)
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        logits = query @ key.transpose(2, 3) * scaling
+        logits = logits if bias is None else logits + bias
+        weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+        return (weights @ value).transpose(1, 2)
+
+    no_weights = query.new_zeros(()).expand(*query.shape[:3], query.shape[2])
+    return _by_layout(attend, query, key, value, batch), no_weights
+
+
+@torch.compiler.disable
+def flash_attention_2(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`flash_attention_2` over a packed batch; tensors are (1, heads, tokens, head size)."""
+    from flash_attn import flash_attn_varlen_func  # transformers refuses to load a model for it where it is missing
+
+    batch = _batch(query, attention_mask)
+    if not batch.layout.packed:
+        raise ValueError(
+            "layout is 'padded' and the attention implementation 'flash_attention_2', which takes no bias to hide padding "
+            "with; use layout='auto' or 'packed', or attn_implementation='sdpa'."
+        )
+
+    def attend(*packed: Any, scale: float) -> torch.Tensor:
+        return flash_attn_varlen_func(*packed, dropout_p=dropout, softmax_scale=scale, causal=False)
+
+    return _by_boundaries(attend, query, key, value, batch, scaling), None
+
+
+def _by_layout(
+    attend: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch
+) -> torch.Tensor:
+    """Calls `attend` on the batch if it is padded, else on the images of each length.
+
+    Args:
+        attend: takes query, key and value (images, heads, tokens, head size) and a bias (images, 1, 1, tokens) or
+            `None`, and gives (images, tokens, heads, head size).
+
+    Returns:
+        (sequences, tokens, heads, head size).
+    """
+    bias = None if batch.bias is None else batch.bias.to(query)
+    layout = batch.layout
+    if not layout.packed:
+        assert bias is not None
+        return attend(query, key, value, bias[:, None, None])
+    rows = [images * length for length, images in layout.runs]
+    parts = zip(*(tensor[0].split(rows, dim=1) for tensor in (query, key, value)), strict=True)
+    biases = [None] * len(rows) if bias is None else bias[0].split(rows)
+    outputs = [
+        attend(
+            *(tensor.unflatten(1, (images, length)).transpose(0, 1) for tensor in part),
+            None if one is None else one.view(images, 1, 1, length),
+        ).flatten(0, 1)
+        for part, one, (length, images) in zip(parts, biases, layout.runs, strict=True)
+    ]
+    if not outputs:
+        return value.transpose(1, 2)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+
+
+def _by_boundaries(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: Batch,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Calls `attend`, a kernel for sequences of different lengths, on a packed batch.
+
+    Args:
+        attend: takes query, key and value (tokens, heads, head size), for the first and the others where each image
+            starts (images + 1,) and the tokens of the longest, and `scale`; gives (tokens, heads, head size).
+
+    Returns:
+        (1, tokens, heads, head size).
+    """
+    head_size = query.shape[-1]
+    scaling = head_size**-0.5 if scaling is None else scaling
+    if batch.bias is not None:
+        query, key, value = fold_bias(query, key, value, batch.bias, scaling)
+    boundaries, longest = batch.layout.boundaries, batch.layout.longest
+    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = attend(*packed, boundaries, boundaries, longest, longest, scale=scaling)
+    return output[..., :head_size].contiguous().unsqueeze(0)
+
+
+def fold_bias(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Folds a bias by key into further dimensions of the heads, for kernels that take none.
+
+    With 1 for the query and b / scaling for the key, their product grows by b / scaling, which scaling makes b. A second
+    pair of dimensions carries what half precision loses of the first.
+
+    Args:
+        query, key, value: (sequences, heads, tokens, head size).
+        bias: (sequences, tokens), float32.
+        scaling: what the kernel multiplies products by.
+
+    Returns:
+        The three with `FOLDED` more dimensions a head; those of the value are zero.
+    """
+    wanted = bias / scaling
+    high = wanted.to(key.dtype)
+    low = (wanted - high.float()).to(key.dtype)
+    shape = (*query.shape[:3], FOLDED)
+    of_query, of_key = query.new_zeros(FOLDED), key.new_zeros(*bias.shape, FOLDED)
+    of_query[:2] = 1
+    of_key[..., 0], of_key[..., 1] = high, low
+    return (
+        torch.cat((query, of_query.expand(shape)), dim=-1),
+        torch.cat((key, of_key.unsqueeze(1).expand(shape)), dim=-1),
+        nn.functional.pad(value, (0, FOLDED)),
+    )

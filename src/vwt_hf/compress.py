@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from . import attention
 from .config import VWTConfig
-from .families import Family, attribute, family_of, find_embeddings, model_of, position_table
-from .layout import attention_bias, expand, group, pool
+from .families import Family, attribute, family_of, find_embeddings, find_layers, find_tower, model_of, position_table
+from .layout import Layout, attention_bias, expand, group, pool, put_prefix
 from .lexicon import Lexicon
 from .words import (
     gather_patches,
@@ -83,9 +83,11 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     _own_config(model)
     restore(model)
     if setting.method == "inter" and setting.threshold > 0:
-        tower = next(module for module in model.modules() if embeddings in module.children())
+        tower = find_tower(model, embeddings)
+        layers = find_layers(tower)
         attention.use_for(tower)
         tower.register_forward_pre_hook(_attend_by_layout)
+        layers[-1].register_forward_hook(_restore_layer)
         tower.register_forward_hook(_restore_patches, always_call=True)
     setattr(embeddings, slot, functools.partial(embed, embeddings, Tokenizer(family, setting, lexicon)))
     model.config.vwt = setting.to_dict()
@@ -108,9 +110,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _attend_by_layout]:
             del module._forward_pre_hooks[key]
-        for key in [key for key, hook in module._forward_hooks.items() if hook is _restore_patches]:
+        for key in [key for key, hook in module._forward_hooks.items() if hook in (_restore_layer, _restore_patches)]:
             del module._forward_hooks[key]
-            del module._forward_hooks_always_called[key]
+            module._forward_hooks_always_called.pop(key, None)
         config: Any = module.__dict__.get("config")
         if config is not None:
             attention.give_back(config)
@@ -203,7 +205,8 @@ def embed(
     patches = patchify(pixel_values, projection.kernel_size)
     if tokenizer.lexicon is None:
         kept = choose_patches(patches, grid, setting.patches_kept(count), setting)
-        patches, positions = gather_patches(patches, kept), gather_patches(positions, kept)
+        tokens = _project(projection, gather_patches(patches, kept)) + gather_patches(positions, kept)
+        embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
     else:
         forward = attention.current.get()
         if forward is None:
@@ -211,17 +214,25 @@ def embed(
                 "Embeddings that group patches by words ran outside the model's call, which undoes the grouping at its "
                 "end. Call model(...), not model.forward(...)."
             )
-        index = tokenizer.lexicon.on(patches.device)
-        layout = group(nearest_words(patches, index, setting.threshold))
+        patches = patches.float()
+        words = nearest_words(patches, tokenizer.lexicon.on(patches.device), setting.threshold)
+        packed = setting.layout == "packed"
+        if setting.layout == "auto":
+            packed = attention.packs(forward.implementation, patches.device, projection.weight.dtype)
+        layout = group(words, prefix.shape[1], packed)
         # The projection is linear: the mean of patches is projected onto the mean of their projections, once.
-        patches, positions = pool(patches, layout), pool(positions.expand(len(patches), -1, -1), layout)
-        bias = attention_bias(layout, prefix.shape[1], setting.proportional_attention)
-        forward.batch = attention.Batch(layout, prefix.shape[1], bias)
-    strip = patch_strip(patches.to(projection.weight.dtype), projection.kernel_size)
-    tokens = projection(strip).flatten(2).transpose(1, 2) + positions
-    embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
+        # Added in place, as what a convolution gives is laid out channel by channel.
+        tokens = pool(positions, layout).add_(_project(projection, pool(patches, layout)))
+        embeddings = put_prefix(tokens, prefix, layout)
+        forward.batch = attention.Batch(layout, attention_bias(layout, setting.proportional_attention))
     dropout = getattr(module, "dropout", None)
     return embeddings if dropout is None else dropout(embeddings)
+
+
+def _project(projection: nn.Module, patches: torch.Tensor) -> torch.Tensor:
+    """The tokens (batch, patches, hidden) that a patch projection makes of patches (batch, patches, values)."""
+    strip = patch_strip(patches.to(projection.weight.dtype), projection.kernel_size)
+    return projection(strip).flatten(2).transpose(1, 2)
 
 
 def choose_patches(patches: torch.Tensor, grid: tuple[int, int], keep: int, setting: VWTConfig) -> torch.Tensor:
@@ -246,18 +257,31 @@ def choose_patches(patches: torch.Tensor, grid: tuple[int, int], keep: int, sett
 def _attend_by_layout(tower: nn.Module, args: Any) -> None:
     """Forward pre-hook of a vision tower: opens a forward, whose layers attend by what its embeddings lay out."""
     attention.use_for(tower)  # a `set_attn_implementation` may have come after `compress`
-    attention.current.set(attention.Forward())
+    attention.current.set(attention.Forward(tower.config._attn_implementation))
+
+
+def _restore_layer(layer: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of a tower's last layer: what comes after it sees every patch, with its token's hidden state."""
+    forward = attention.current.get()
+    return output if forward is None or forward.batch is None else _restored(output, forward.batch.layout)
 
 
 def _restore_patches(tower: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of a vision tower: every patch gets its token's hidden state, and the forward's layout is let go."""
+    """Forward hook of a vision tower: restores what its earlier layers gave, and lets the forward's layout go."""
     forward = attention.current.get()
     attention.current.set(None)
     if forward is None or forward.batch is None or output is None:  # the forward raised
         return output
-    batch = forward.batch
+    return _restored(output, forward.batch.layout)
 
-    shape = (len(batch.bias), batch.bias.shape[-1])
+
+def _restored(output: Any, layout: Layout) -> Any:
+    """`output` with every tensor of tokens, (sequences, tokens, hidden), expanded to (batch, prefix + patches, hidden).
+
+    Raises:
+        ValueError: there are attention weights in it.
+    """
+    shape = layout.sizes.shape
 
     def restored(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dim() < 3:
@@ -267,7 +291,7 @@ def _restore_patches(tower: nn.Module, args: Any, output: Any) -> Any:
                 "output_attentions gives the attention between tokens, of which images of a batch have different "
                 "numbers under inter-image words. Leave it out, or call vwt_hf.restore(model) first."
             )
-        return expand(value, batch.layout, batch.prefix) if value.shape[:2] == shape else value
+        return expand(value, layout) if value.shape[:2] == shape else value
 
     return _pytree.tree_map(restored, output)
 

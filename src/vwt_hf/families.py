@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +132,16 @@ def find_embeddings(model: PreTrainedModel, family: Family) -> nn.Module:
         f"{type(model).__name__} has no {family.embeddings} of transformers, where {family.name} models turn pixel "
         "values into tokens, so it cannot be compressed. Load it without `vwt`."
     )
+
+
+def find_tower(model: PreTrainedModel, embeddings: nn.Module) -> nn.Module:
+    """The vision tower of `model`: the module that `embeddings` belong to."""
+    return next(module for module in model.modules() if embeddings in module.children())
+
+
+def find_layers(tower: nn.Module) -> list[nn.Module]:
+    """The transformer layers of a vision tower, in order."""
+    return [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def position_table(module: nn.Module, family: Family) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from .compress import choose_patches
 from .config import VWTConfig
-from .layout import Layout, group
+from .layout import group
 from .words import index_words, nearest_words, patch_grid, patchify
 
 if TYPE_CHECKING:
@@ -89,21 +89,21 @@ def words_figure(
         ValueError: an image is smaller than a patch.
     """
     photographs = photographs_of(pixel_values, image_mean, image_std)
-    shared, layout = shared_words(pixel_values, patch_size, words, threshold)
+    shared, tokens = shared_words(pixel_values, patch_size, words, threshold)
     tinted = tint(photographs, shared, patch_size)
     columns = [
         Column("what the model sees", photographs, [""] * len(photographs)),
-        Column("same word, same colour", tinted, word_captions(shared, layout)),
+        Column("same word, same colour", tinted, word_captions(shared, tokens)),
     ]
     return draw(columns, names, WORD_PANEL)
 
 
-def word_captions(shared: torch.Tensor, layout: Layout) -> list[str]:
+def word_captions(shared: torch.Tensor, tokens: list[int]) -> list[str]:
     """What became of each photograph's patches, as `shared_words` tells it: "256 patches → 145 tokens, 37 words"."""
     captions = []
-    for image, tokens in zip(shared, layout.lengths.tolist(), strict=True):
+    for image, count in zip(shared, tokens, strict=True):
         words = len(image[image >= 0].unique())
-        captions.append(f"{image.numel()} patches → {tokens} tokens, {words} word{'' if words == 1 else 's'}")
+        captions.append(f"{image.numel()} patches → {count} tokens, {words} word{'' if words == 1 else 's'}")
     return captions
 
 
@@ -214,8 +214,8 @@ def fade(photographs: torch.Tensor, mask: torch.Tensor, patch_size: tuple[int, i
 
 def shared_words(
     pixel_values: torch.Tensor, patch_size: tuple[int, int], words: torch.Tensor, threshold: float
-) -> tuple[torch.Tensor, Layout]:
-    """The word of each patch that shares one with another patch of its image, and the tokens that patches become.
+) -> tuple[torch.Tensor, list[int]]:
+    """The word of each patch that shares one with another patch of its image, and how many tokens patches become.
 
     It is the choice of the compressed model itself.
 
@@ -226,13 +226,13 @@ def shared_words(
 
     Returns:
         (batch, rows, columns) int64 on the CPU, −1 where a patch stays alone: it is near no word, or the only one near
-        its word; and the layout.
+        its word; and the tokens of each image.
     """
     rows, columns = patch_grid(pixel_values, patch_size)
     word = nearest_words(patchify(pixel_values, patch_size), index_words(words), threshold)
-    layout = group(word)
-    alone = layout.sizes.gather(1, layout.token_of_patch) < 2
-    return word.masked_fill(alone, -1).unflatten(1, (rows, columns)).cpu(), layout
+    layout = group(word, packed=False)
+    alone = layout.sizes.flatten()[layout.rows] < 2
+    return word.masked_fill(alone, -1).unflatten(1, (rows, columns)).cpu(), (layout.sizes > 0).sum(dim=1).tolist()
 
 
 def word_color(word: int) -> tuple[float, float, float]:

@@ -1,0 +1,129 @@
+"""Attention back-ends: each computes what masked attention over the same tokens does.
+
+The flash kernels run on CUDA alone. Here loops stand in for them, which take what they take and give what they give, so
+what is tested is how they are called.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from tiny import answers, tiny_model
+from vwt_hf import VisualVocabulary, VWTConfig, attention, compress
+from vwt_hf.attention import Batch, fold_bias
+from vwt_hf.layout import attention_bias, group
+
+WORDS = torch.tensor([[4, 2, 4, 7, 2, 2], [9, 8, 7, 6, 5, 4], [3, 3, 3, 3, 3, 3], [1, 1, 1, 1, 1, 0]])
+
+
+def varlen_reference(query, key, value, starts, key_starts, longest, longest_key, *, scale):
+    """Variable-length attention by a loop over (tokens, heads, head size), with the checks of torch's kernel."""
+    assert starts.dtype == torch.int32 and torch.equal(starts, key_starts) and starts[-1] == len(query) == len(key)
+    assert longest == longest_key == int(starts.diff().max())
+    assert query.shape == key.shape == value.shape and query.shape[-1] % 8 == 0
+    output = torch.empty_like(query)
+    for start, end in zip(starts[:-1], starts[1:], strict=True):
+        q, k, v = (tensor[start:end].transpose(0, 1).float() for tensor in (query, key, value))
+        output[start:end] = ((q @ k.transpose(1, 2) * scale).softmax(-1) @ v).transpose(0, 1)
+    return output
+
+
+def test_the_stand_in_takes_the_arguments_of_the_kernel():
+    import inspect
+
+    taken = list(inspect.signature(varlen_reference).parameters)
+    real = list(inspect.signature(attention.varlen_attn).parameters)
+    # The kernel's names, of which the first seven may come without a name.
+    assert real[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert len(taken) == 8 and "scale" in real
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_that_knows_boundaries_computes_what_masked_attention_does(proportional, dtype):
+    layout = group(WORDS, 1)
+    batch = Batch(layout, attention_bias(layout, proportional))
+    query, key, value = torch.randn(3, 1, 2, layout.tokens, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = attention._by_boundaries(varlen_reference, query, key, value, batch, 0.3)
+    image = torch.bucketize(torch.arange(layout.tokens), layout.boundaries[1:], right=True)
+    mask = torch.where(image[:, None] == image, 0.0, -torch.inf)
+    if proportional:
+        mask = mask + layout.sizes.log()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), attn_mask=mask, scale=0.3
+    )
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=near, rtol=near)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_folded_bias_keeps_more_digits_than_its_dtype(dtype):
+    bias = torch.arange(1, 257).log().unsqueeze(0)
+    query, key, value = (torch.zeros(1, 1, 256, 64, dtype=dtype) for _ in range(3))
+    query, key, value = fold_bias(query, key, value, bias, 64**-0.5)
+    logits = (query.float() @ key.float().transpose(2, 3))[0, 0, 0] * 64**-0.5
+    assert (logits - bias).abs().max() < 1e-3 < (bias.to(dtype).float() - bias).abs().max()
+    assert not value.any() and value.shape[-1] == 72
+
+
+@pytest.fixture
+def setting() -> VWTConfig:
+    words = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    return VWTConfig(
+        method="inter", vocabulary=words, threshold=0.3, image_mean=[0.2, 0.0, -0.1], image_std=[0.5, 1.0, 2.0]
+    )
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    pixel_values = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    pixel_values[0] = 1.3
+    pixel_values[2] = pixel_values[2] * 0.1 + 1
+    return pixel_values
+
+
+def test_a_model_on_flash_attention_2_answers_as_on_sdpa(monkeypatch, setting, images):
+    model = compress(tiny_model("vit"), setting)
+    expected = answers(model, images)
+
+    def flash(*packed, dropout_p, softmax_scale, causal):
+        assert dropout_p == 0 and causal is False
+        return varlen_reference(*packed, scale=softmax_scale)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=flash))
+    model = tiny_model("vit")
+    model.config._attn_implementation = "flash_attention_2"
+    compress(model, setting)
+    torch.testing.assert_close(answers(model, images), expected, atol=1e-5, rtol=1e-5)
+
+    compress(model, {**model.config.vwt, "layout": "padded"})
+    with pytest.raises(ValueError, match=r"layout is 'padded' and .*'flash_attention_2'.* use layout='auto'"):
+        answers(model, images)
+
+
+def test_a_model_on_torchs_flash_kernel_answers_as_without_it(monkeypatch, setting, images):
+    model = compress(tiny_model("vit"), setting)
+    expected = answers(model, images)
+    calls = []
+    monkeypatch.setattr(attention, "_has_flash", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: calls.append(1) or varlen_reference(*a, **k))
+    torch.testing.assert_close(answers(model, images), expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) == len(model.layers if hasattr(model, "layers") else model.encoder.layer)
+
+
+def test_auto_packs_where_attention_takes_packed_tokens_as_they_are():
+    cpu, cuda, mps = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+    assert attention.packs("vwt_sdpa", cpu, torch.float32) and attention.packs("vwt_eager", cpu, torch.bfloat16)
+    assert attention.packs("vwt_flash_attention_2", cuda, torch.bfloat16)
+    assert not attention.packs("vwt_sdpa", cuda, torch.float32) and not attention.packs("vwt_sdpa", mps, torch.float16)
+
+
+def test_a_mask_over_patches_is_refused(setting, images):
+    model = compress(tiny_model("vit"), setting)
+    with pytest.raises(ValueError, match=r"attention_mask .*restore\(model\)"):
+        model(images, attention_mask=torch.ones(4, 1, 65, 65))
