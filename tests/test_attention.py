@@ -6,6 +6,8 @@ what is tested is how they are called.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import sys
 import types
 
@@ -26,15 +28,13 @@ def varlen_reference(query, key, value, starts, key_starts, longest, longest_key
     assert longest == longest_key == int(starts.diff().max())
     assert query.shape == key.shape == value.shape and query.shape[-1] % 8 == 0
     output = torch.empty_like(query)
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
+    for start, end in itertools.pairwise(starts):
         q, k, v = (tensor[start:end].transpose(0, 1).float() for tensor in (query, key, value))
         output[start:end] = ((q @ k.transpose(1, 2) * scale).softmax(-1) @ v).transpose(0, 1)
     return output
 
 
 def test_the_stand_in_takes_the_arguments_of_the_kernel():
-    import inspect
-
     taken = list(inspect.signature(varlen_reference).parameters)
     real = list(inspect.signature(attention.varlen_attn).parameters)
     # The kernel's names, of which the first seven may come without a name.

@@ -3,9 +3,9 @@
 The embeddings of a compressed model leave the layout of the batch in a context variable, and the attention of the same
 forward finds it there: each thread and each asyncio task has its own, so one model may serve many.
 
-A padded batch attends under a bias that hides the padding. A packed one attends by a kernel that knows where images end
-(variable-length flash attention, on CUDA in half precision), else length by length: images of one length lie side by side
-and are a view of the sequence, so nothing is copied and nothing is padded.
+A padded batch attends under a bias that hides the padding. A packed one attends by a kernel that knows where images
+end (variable-length flash attention, on CUDA in half precision), else length by length: images of one length lie side
+by side and are a view of the sequence, so nothing is copied and nothing is padded.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ def flash_attention_2(
     batch = _batch(query, attention_mask)
     if not batch.layout.packed:
         raise ValueError(
-            "layout is 'padded' and the attention implementation 'flash_attention_2', which takes no bias to hide padding "
-            "with; use layout='auto' or 'packed', or attn_implementation='sdpa'."
+            "layout is 'padded' and the attention implementation 'flash_attention_2', which takes no bias to hide "
+            "padding with; use layout='auto' or 'packed', or attn_implementation='sdpa'."
         )
 
     def attend(*packed: Any, scale: float) -> torch.Tensor:
@@ -245,7 +245,7 @@ def _by_layout(
 
 
 def _by_boundaries(
-    attend: Callable[..., torch.Tensor],
+    attend: Callable[..., Any],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -276,8 +276,8 @@ def fold_bias(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Folds a bias by key into further dimensions of the heads, for kernels that take none.
 
-    With 1 for the query and b / scaling for the key, their product grows by b / scaling, which scaling makes b. A second
-    pair of dimensions carries what half precision loses of the first.
+    With 1 for the query and b / scaling for the key, their product grows by b / scaling, which scaling makes b. A
+    second pair of dimensions carries what half precision loses of the first.
 
     Args:
         query, key, value: (sequences, heads, tokens, head size).

@@ -208,28 +208,52 @@ def embed(
         tokens = _project(projection, gather_patches(patches, kept)) + gather_patches(positions, kept)
         embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
     else:
-        forward = attention.current.get()
-        if forward is None:
-            raise RuntimeError(
-                "Embeddings that group patches by words ran outside the model's call, which undoes the grouping at its "
-                "end. Call model(...), not model.forward(...)."
-            )
-        patches = patches.float()
-        words = nearest_words(patches, tokenizer.lexicon.on(patches.device), setting.threshold)
-        packed = setting.layout == "packed"
-        if setting.layout == "auto":
-            packed = attention.packs(forward.implementation, patches.device, projection.weight.dtype)
-        layout = group(words, prefix.shape[1], packed)
-        # The projection is linear: the mean of patches is projected onto the mean of their projections, once.
-        # Added in place, as what a convolution gives is laid out channel by channel.
-        tokens = pool(positions, layout).add_(_project(projection, pool(patches, layout)))
-        embeddings = put_prefix(tokens, prefix, layout)
-        forward.batch = attention.Batch(layout, attention_bias(layout, setting.proportional_attention))
+        embeddings = _group(tokenizer.lexicon, setting, projection, patches, prefix, positions)
     dropout = getattr(module, "dropout", None)
     return embeddings if dropout is None else dropout(embeddings)
 
 
-def _project(projection: nn.Module, patches: torch.Tensor) -> torch.Tensor:
+@torch.compiler.disable
+def _group(
+    lexicon: Lexicon,
+    setting: VWTConfig,
+    projection: Any,
+    patches: torch.Tensor,
+    prefix: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Groups patches by words, and leaves their layout for the layers to attend by.
+
+    Compiled models call it as it is: how many tokens there are is known only when it has run.
+
+    Args:
+        patches: (batch, patches, channels · patch height · patch width).
+        prefix: (1, prefix tokens, hidden).
+        positions: (1, patches, hidden).
+
+    Returns:
+        (sequences, tokens, hidden).
+    """
+    forward = attention.current.get()
+    if forward is None:
+        raise RuntimeError(
+            "Embeddings that group patches by words ran outside the model's call, which undoes the grouping at its "
+            "end. Call model(...), not model.forward(...)."
+        )
+    patches = patches.float()
+    words = nearest_words(patches, lexicon.on(patches.device), setting.threshold)
+    packed = setting.layout == "packed"
+    if setting.layout == "auto":
+        packed = attention.packs(forward.implementation, patches.device, projection.weight.dtype)
+    layout = group(words, prefix.shape[1], packed)
+    forward.batch = attention.Batch(layout, attention_bias(layout, setting.proportional_attention))
+    # The projection is linear: the mean of patches is projected onto the mean of their projections, once. What a
+    # convolution gives is laid out channel by channel, and is added to what is not.
+    tokens = pool(positions, layout).add_(_project(projection, pool(patches, layout)))
+    return put_prefix(tokens, prefix, layout)
+
+
+def _project(projection: Any, patches: torch.Tensor) -> torch.Tensor:
     """The tokens (batch, patches, hidden) that a patch projection makes of patches (batch, patches, values)."""
     strip = patch_strip(patches.to(projection.weight.dtype), projection.kernel_size)
     return projection(strip).flatten(2).transpose(1, 2)
@@ -254,18 +278,21 @@ def choose_patches(patches: torch.Tensor, grid: tuple[int, int], keep: int, sett
     return grid_patches(*grid, keep, patches.device)
 
 
-def _attend_by_layout(tower: nn.Module, args: Any) -> None:
+@torch.compiler.disable
+def _attend_by_layout(tower: Any, args: Any) -> None:
     """Forward pre-hook of a vision tower: opens a forward, whose layers attend by what its embeddings lay out."""
     attention.use_for(tower)  # a `set_attn_implementation` may have come after `compress`
     attention.current.set(attention.Forward(tower.config._attn_implementation))
 
 
+@torch.compiler.disable
 def _restore_layer(layer: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a tower's last layer: what comes after it sees every patch, with its token's hidden state."""
     forward = attention.current.get()
     return output if forward is None or forward.batch is None else _restored(output, forward.batch.layout)
 
 
+@torch.compiler.disable
 def _restore_patches(tower: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a vision tower: restores what its earlier layers gave, and lets the forward's layout go."""
     forward = attention.current.get()

@@ -1,8 +1,8 @@
 """Ragged batches: which patches of an image share a token, where the tokens of a batch lie, and the way back.
 
-Pure tensors. The tokens of a batch lie in rows, image by image. Packed, they are one sequence without padding, the image
-with the fewest tokens first, so that images of equal length lie side by side. Padded, each image is a sequence, as long
-as the longest of them.
+Pure tensors. The tokens of a batch lie in rows, image by image. Packed, they are one sequence without padding, the
+image with the fewest tokens first, so that images of equal length lie side by side. Padded, each image is a sequence,
+as long as the longest of them.
 """
 
 from __future__ import annotations
