@@ -1,21 +1,44 @@
 #!/usr/bin/env python3
-"""How much faster a compressed model is on this machine: whole model, tokenising included, against the plain model.
+r"""What compression costs and gains on your own model, images and device, beside other ways to make the model cheaper.
 
-Plain and compressed models run in turn on the same images in one process; medians are compared. For each batch size and
-setting it prints tokens, the FLOPs ratio (what the shorter sequence is worth on paper), the speed ratio, and their
-quotient: 1.0 says that nothing is lost to tokenising and bookkeeping.
+For each data type, batch size and method, in turn with the uncompressed model of that data type, in one process:
+
+  tokens        of an image, entering the first layer; for ToMe the mean over all layers
+  ms p50, p95   of a whole forward of the batch, tokenising included
+  speed ratio   median time of the uncompressed model over that of the method (a ratio of medians, not of single turns)
+  FLOPs ratio   the same of floating point operations; none for int8, whose operations are not floating point
+  quotient      speed ratio over FLOPs ratio: 1.0 says that nothing is lost to tokenising and bookkeeping
+  embedding %   time from pixels to the first layer (choosing, grouping and projecting patches), as a share of the
+                uncompressed model's whole forward; in brackets what the uncompressed model's own embeddings take
+  memory MiB    weights, and the most that a forward allocates on top of what was there
+  memory ratio  that of the uncompressed model over it
+  J/image       where the device has an energy counter; its idling counts
+
+Every ratio is uncompressed over method, so more is better. Over the whole folder (or --limit images), and against the
+uncompressed model in the first data type: agreement (same top-1), mean KL divergence to its output, and top-1 accuracy
+where the images lie in folders named as the model's labels. For a model without a classifier, the mean cosine of its
+pooled output. A run that is cut off goes on where it stopped if it is started again with the same --json.
 
     python scripts/benchmark.py --model google/vit-base-patch16-224 --images photographs/
-    python scripts/benchmark.py --model my-model --images photographs/ --dtype bfloat16 --vwt '{"keep_ratio": 0.6}'
+    python scripts/benchmark.py --model my-model --images photographs/ --peers all --dtype float32 bfloat16 \
+        --json results.json --markdown results.md --plot results.png
+    python scripts/benchmark.py --model my-model --images photographs/ --vocabulary my-words/ \
+        --vwt '{"keep_ratio": 0.6, "criterion": "grid"}'
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import functools
+import itertools
 import json
+import os
+import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,110 +48,557 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import AutoModel, AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification, CLIPVisionModelWithProjection, PreTrainedModel
 
+import peers
 import vwt_hf
-from compare import RATIOS, TokenCounter, find_images, name_of, print_table
+from compare import RATIOS, TokenCounter, find_images, name_of
+from energy import Meter, NoMeter, find_meter
+from vwt_hf.families import family_of, find_embeddings
 from vwt_hf.processors import load_processor
 
+DTYPES = ["float32", "bfloat16", "float16"]
+PEERS = ["random", "tome", "int8", "bf16"]
+WARM_UP, FEWEST_TURNS = 2, 5
+EMBEDDING_TURNS = 3
+ENERGY_SECONDS = 3.0
+QUALITY_BATCH = 32
 
-def main() -> None:
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    device = torch.device(options.device)
+    paths = find_images(options.images, options.limit)
+    reference = load(options.model).to(device).eval()
+    plain = {name: copy.deepcopy(reference).to(getattr(torch, name)) for name in options.dtype}
+    machine = describe(reference, device)
+    print(f"{options.model} ({type(reference).__name__}), {machine}")
+    meter = energy_meter(device)
+    results = Results(options.json, header(options, machine, len(paths)))
+
+    for dtype in options.dtype:
+        batch_sizes = [size for size in options.batch_sizes if not results.rows("timing", dtype=dtype, batch=size)]
+        judged = bool(results.rows("quality", dtype=dtype))
+        if judged and not batch_sizes:
+            continue
+        methods = methods_of(options, plain[dtype])
+        images = sample(options, plain[dtype]) if batch_sizes else None
+        for size in batch_sizes:
+            rows = measure(methods, images[torch.arange(size) % len(images)], options, meter)
+            results.add("timing", [{"dtype": dtype, "batch": size} | row for row in rows])
+        if not judged:
+            rows = judge(methods, plain[options.dtype[0]], paths, load_processor(options.model))
+            results.add("quality", [{"dtype": dtype} | row for row in rows])
+
+    text = markdown(table(results))
+    print(f"\n{text}")
+    if options.markdown:
+        options.markdown.write_text(f"{options.model}, {machine}\n\n{text}", encoding="utf-8")
+    if options.plot:
+        plot(results, max(options.batch_sizes), options.plot)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hub id or folder of a supported model")
     parser.add_argument("--images", required=True, type=Path, help="folder of images, searched through all levels")
-    parser.add_argument("--vwt", action="append", type=json.loads, help="a setting as JSON; may be given several times")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--vwt", action="append", type=json.loads, help="a setting as JSON; may be given several times", metavar="JSON"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        action="append",
+        default=[],
+        help="folder or Hub id of words, used at threshold 0.1; may be given several times",
+    )
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32"], choices=DTYPES, help="agreement is with the first; default float32"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--repeats", type=int, default=7, help="timed turns at the largest batch; smaller ones get more"
+        "--peers",
+        nargs="+",
+        default=[],
+        choices=[*PEERS, "all"],
+        help="also: random patches at the settings' keep ratios, Token Merging, dynamic 8-bit linear layers (float32 "
+        "on a CPU), the model in bfloat16",
     )
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--tome-r", nargs="+", type=int, default=[5, 10, 16], help="pairs of patches that ToMe merges in each layer"
+    )
+    parser.add_argument("--turns", type=int, default=100, help="timed turns of a batch size at most")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60,
+        help=f"no turn of a batch size starts later than this, if there were {FEWEST_TURNS}",
+    )
+    parser.add_argument("--limit", type=int, help="judge so many images, spread evenly over the folder; default: all")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=["default", "reduce-overhead"],
+        help="time what torch.compile makes of each model, the uncompressed too; all else is as without",
+    )
+    parser.add_argument("--json", type=Path, help="write everything here, raw times too, after each finished piece")
+    parser.add_argument("--markdown", type=Path, help="also write the table here")
+    parser.add_argument("--plot", type=Path, help="draw agreement against time of an image at the largest batch size")
+    options = parser.parse_args(arguments)
+    if min(options.batch_sizes) < 1 or options.turns < 1 or (options.limit is not None and options.limit < 1):
+        parser.error("--batch-sizes, --turns and --limit take whole numbers from 1 on.")
+    options.peers = PEERS if "all" in options.peers else options.peers
+    settings = options.vwt or [{"criterion": "variance", "keep_ratio": ratio} for ratio in RATIOS]
+    words = [{"method": "inter", "vocabulary": name, "threshold": 0.1} for name in options.vocabulary]
+    options.settings = [*settings, *words]
+    return options
 
-    plain = load(options.model, getattr(torch, options.dtype)).to(options.device).eval()
-    settings = options.vwt or [{"keep_ratio": ratio} for ratio in RATIOS]
-    models = [vwt_hf.compress(copy.deepcopy(plain), setting) for setting in settings]
-    pixel_values = read(options, plain)
-    machine = {
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
-        "dtype": options.dtype,
+
+def load(name: str) -> PreTrainedModel:
+    """The uncompressed model in float32."""
+    config = transformers.AutoConfig.from_pretrained(name)
+    if any("ForImageClassification" in architecture for architecture in config.architectures or []):
+        model_class = AutoModelForImageClassification
+    else:
+        # The whole of CLIP wants texts as well.
+        model_class = CLIPVisionModelWithProjection if config.model_type == "clip" else AutoModel
+    return model_class.from_pretrained(name, dtype=torch.float32, vwt=False)
+
+
+def describe(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "attention": plain.config._attn_implementation,
+        "vwt_hf": vwt_hf.__version__,
+        "attention": model.config._attn_implementation,
     }
-    print(f"{options.model} ({type(plain).__name__}), {machine}")
-
-    rows = []
-    for batch_size in options.batch_sizes:
-        batch = pixel_values[torch.arange(batch_size) % len(pixel_values)]
-        repeats = max(options.repeats, min(60, options.repeats * max(options.batch_sizes) // batch_size))
-        seconds = in_turn([plain, *models], batch, repeats)
-        whole = facts(plain, batch)
-        for setting, model, taken in zip(settings, models, seconds[1:], strict=True):
-            short = facts(model, batch)
-            speed = statistics.median(seconds[0]) / statistics.median(taken)
-            flops = whole["flops"] / short["flops"]
-            rows.append(
-                {
-                    "batch": batch_size,
-                    "setting": name_of(setting),
-                    "tokens": f"{whole['tokens']} → {short['tokens']}",
-                    "plain ms": round(1e3 * statistics.median(seconds[0]), 1),
-                    "ms": round(1e3 * statistics.median(taken), 1),
-                    "FLOPs ratio": round(flops, 2),
-                    "speed ratio": round(speed, 2),
-                    "quotient": round(speed / flops, 2),
-                }
-            )
-    print_table(rows)
-    if options.json:
-        options.json.write_text(json.dumps({"model": options.model, "machine": machine, "rows": rows}, indent=1))
 
 
-def load(name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    config = transformers.AutoConfig.from_pretrained(name)
-    classifies = any("ForImageClassification" in architecture for architecture in config.architectures or [])
-    return (AutoModelForImageClassification if classifies else AutoModel).from_pretrained(name, dtype=dtype, vwt=False)
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-def read(options: argparse.Namespace, model: transformers.PreTrainedModel) -> torch.Tensor:
-    """As many images as the largest batch takes, as `pixel_values` (images, channels, height, width)."""
+def energy_meter(device: torch.device) -> Meter | None:
+    try:
+        return find_meter(device)
+    except NoMeter as reason:
+        print(f"Energy cannot be measured here: {reason}.")
+        return None
+
+
+def header(options: argparse.Namespace, machine: dict[str, Any], images: int) -> dict[str, Any]:
+    """What two runs must share for their rows to stand in one file."""
+    apart = ("json", "markdown", "plot", "vwt", "vocabulary")  # where results go, and what `settings` holds
+    asked = {name: value for name, value in vars(options).items() if name not in apart}
+    return {"options": asked | {"images": str(options.images), "images judged": images}, "machine": machine}
+
+
+class Results:
+    """Rows of finished pieces of work, kept in a JSON file if one is named."""
+
+    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
+        """Raises `SystemExit` where `path` holds another run's results."""
+        self._path = path
+        self.content = json.loads(json.dumps(header)) | {"timing": [], "quality": []}
+        if path is not None and path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                different = self._different(found)
+            except (ValueError, AttributeError) as error:
+                raise SystemExit(
+                    f"{path} is no file of this benchmark ({error}); delete it or name another file."
+                ) from error
+            if different:
+                raise SystemExit(f"{path} holds another run ({different}); delete it or name another file.")
+            self.content = found
+
+    def _different(self, found: dict[str, Any]) -> str:
+        """In which options or facts of the machine `found` differs."""
+        return "; ".join(
+            f"{key} {found.get(part, {}).get(key)!r} there, {value!r} here"
+            for part in ("options", "machine")
+            for key, value in self.content[part].items()
+            if found.get(part, {}).get(key) != value
+        )
+
+    def rows(self, kind: str, **values: Any) -> list[dict[str, Any]]:
+        """The rows of that kind that have these values."""
+        return [row for row in self.content[kind] if values.items() <= {key: row.get(key) for key in values}.items()]
+
+    def add(self, kind: str, rows: list[dict[str, Any]]) -> None:
+        self.content[kind] += rows
+        if self._path is not None:
+            part = self._path.with_name(self._path.name + ".part")
+            part.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
+            os.replace(part, self._path)  # a run that is cut off here leaves the whole file of before
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A model to measure."""
+
+    name: str
+    line: str
+    """Methods that share it are joined by a line in the plot."""
+    model: PreTrainedModel
+    counter: type = TokenCounter
+    """What counts its tokens."""
+    counts_flops: bool = True
+
+
+def methods_of(options: argparse.Namespace, plain: PreTrainedModel) -> list[Method]:
+    """The uncompressed model `plain` first, then each setting, then the peers that can be had."""
+    methods = [Method("uncompressed", "uncompressed", plain)]
+    for setting in all_settings(options):
+        model = vwt_hf.compress(share(plain), setting)
+        methods.append(Method(name_of(setting), line_of(setting), model))
+    for make in peers_of(options, plain):
+        try:
+            methods.append(make())
+        except peers.Unsupported as reason:
+            print(f"Left out: {reason}")
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise SystemExit(f"The method {name!r} is asked for {names.count(name)} times; once is enough.")
+    return methods
+
+
+def all_settings(options: argparse.Namespace) -> list[Any]:
+    """The settings, and random patches at their keep ratios if those are among the peers."""
+    if "random" not in options.peers:
+        return options.settings
+    parsed = [vwt_hf.VWTConfig.parse(setting) for setting in options.settings]
+    ratios = [setting.keep_ratio for setting in parsed if setting.method == "intra" and setting.num_patches is None]
+    random = [{"criterion": "random", "keep_ratio": ratio} for ratio in dict.fromkeys(ratios or RATIOS)]
+    return [*options.settings, *(setting for setting in random if setting not in options.settings)]
+
+
+def peers_of(options: argparse.Namespace, plain: PreTrainedModel) -> Iterator[Callable[[], Method]]:
+    if "tome" in options.peers:
+        for r in options.tome_r:
+            yield functools.partial(tome, plain, r)
+    if "int8" in options.peers:
+        yield lambda: Method("int8", "int8", peers.dynamic_int8(plain), counts_flops=False)
+    if "bf16" in options.peers and plain.dtype != torch.bfloat16:
+        yield lambda: Method("bf16", "bf16", peers.bfloat16(plain))
+
+
+def tome(plain: PreTrainedModel, r: int) -> Method:
+    return Method(f"ToMe r {r}", "ToMe", peers.tome(share(plain), r), peers.LayerTokenCounter)
+
+
+def line_of(setting: Any) -> str:
+    """What names a setting besides numbers."""
+    if not isinstance(setting, dict):
+        return str(setting)
+    words = [str(value) for value in setting.values() if isinstance(value, str)]
+    return " ".join(words) or " ".join(setting)
+
+
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` with modules of its own and the same weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def sample(options: argparse.Namespace, model: PreTrainedModel) -> torch.Tensor:
+    """As many images as the largest batch takes, if there are, as `pixel_values` (images, channels, height, width)."""
     paths = find_images(options.images, max(options.batch_sizes))
-    processor = load_processor(options.model)
-    images = [Image.open(path).convert("RGB") for path in paths]
-    return processor(images, return_tensors="pt")["pixel_values"].to(options.device, model.dtype)
+    return read(paths, load_processor(options.model)).to(model.device, model.dtype)
+
+
+def read(paths: list[Path], processor: Any) -> torch.Tensor:
+    images = []
+    for path in paths:
+        with Image.open(path) as image:
+            images.append(image.convert("RGB"))
+    return processor(images, return_tensors="pt")["pixel_values"]
 
 
 @torch.inference_mode()
-def in_turn(models: list[transformers.PreTrainedModel], batch: torch.Tensor, repeats: int) -> list[list[float]]:
-    """Seconds of each forward, by model; the models take turns, so that a machine that slows down slows them all."""
-    seconds: list[list[float]] = [[] for _ in models]
-    for turn in tqdm(range(-2, repeats), desc=f"batch {len(batch)}", leave=False):
-        for model, taken in zip(models, seconds, strict=True):
-            synchronize(batch)
-            start = time.perf_counter()
-            model(pixel_values=batch)
-            synchronize(batch)
+def measure(
+    methods: list[Method], batch: torch.Tensor, options: argparse.Namespace, meter: Meter | None
+) -> list[dict[str, Any]]:
+    """One row a method on `batch`, (batch, channels, height, width); the uncompressed model comes first."""
+    batches = [batch.to(method.model.dtype) for method in methods]
+    runs = [forward_of(method.model, own, options.compile) for method, own in zip(methods, batches, strict=True)]
+    seconds = in_turn(runs, batch.device, options.turns, options.seconds, f"batch {len(batch)}")
+    rows = []
+    described = tqdm(list(zip(methods, batches, runs, seconds, strict=True)), "memory, operations", leave=False)
+    for method, own, run, taken in described:
+        rows.append(
+            {
+                "method": method.name,
+                "line": method.line,
+                "seconds": taken,
+                "p50_ms": 1e3 * statistics.median(taken),
+                "p95_ms": 1e3 * torch.tensor(taken, dtype=torch.float64).quantile(0.95).item(),
+                "embedding_seconds": embedding_seconds(method.model, own),
+                "weight_bytes": peers.weight_bytes(method.model),
+                "activation_bytes": peak_bytes(run, batch.device),
+                "joules_per_image": None if meter is None else joules(meter, run, batch.device) / len(batch),
+            }
+            | count(method, own)
+        )
+    for row in rows:
+        compare_rows(row, rows[0])
+    return rows
+
+
+def compare_rows(row: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Adds to a row how it stands to that of the uncompressed model."""
+    row["speed_ratio"] = plain["p50_ms"] / row["p50_ms"]
+    row["flops_ratio"] = row["flops"] and plain["flops"] / row["flops"]
+    row["quotient"] = row["flops_ratio"] and row["speed_ratio"] / row["flops_ratio"]
+    row["embedding_share"] = 1e3 * row["embedding_seconds"] / plain["p50_ms"]
+    row["plain_embedding_share"] = 1e3 * plain["embedding_seconds"] / plain["p50_ms"]
+    row["memory_ratio"] = memory_of(row) and memory_of(plain) / memory_of(row)
+
+
+def memory_of(row: dict[str, Any]) -> int | None:
+    return row["activation_bytes"] and row["weight_bytes"] + row["activation_bytes"]
+
+
+def forward_of(model: PreTrainedModel, batch: torch.Tensor, mode: str | None) -> Callable[[], object]:
+    """What runs `model` on `batch`; `mode`: how torch compiles it first, if at all."""
+    if mode is None:
+        return functools.partial(model, pixel_values=batch)
+    # All models share their classes' code, and each is one more version of it; past the limit they would run eagerly.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+    return functools.partial(torch.compile(model, mode=mode, dynamic=False), pixel_values=batch)
+
+
+def in_turn(
+    runs: list[Callable[[], object]], device: torch.device, turns: int, seconds: float, label: str
+) -> list[list[float]]:
+    """Seconds of each forward, by run; they take turns, so that a machine that slows down slows them all."""
+    taken: list[list[float]] = [[] for _ in runs]
+    begun = time.perf_counter()
+    for turn in tqdm(range(-WARM_UP, turns), desc=label, leave=False):
+        if turn == 0:
+            begun = time.perf_counter()
+        if turn >= FEWEST_TURNS and time.perf_counter() - begun > seconds:
+            break
+        for run, own in zip(runs, taken, strict=True):
+            spent = stopwatch(run, device)
             if turn >= 0:
-                taken.append(time.perf_counter() - start)
-    return seconds
+                own.append(spent)
+    return taken
 
 
-def synchronize(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
+def stopwatch(run: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def embedding_seconds(model: PreTrainedModel, batch: torch.Tensor) -> float:
+    """Median seconds from pixels to the first layer's input, inside whole forwards."""
+    module = find_embeddings(model, family_of(type(model)))
+    clock: list[float] = []
+
+    def stamp(*_: Any) -> None:
+        synchronize(batch.device)
+        clock.append(time.perf_counter())
+
+    hooks = [module.register_forward_pre_hook(stamp), module.register_forward_hook(stamp)]
+    for _ in range(EMBEDDING_TURNS):
+        model(pixel_values=batch)
+    for hook in hooks:
+        hook.remove()
+    return statistics.median(end - start for start, end in zip(clock[0::2], clock[1::2], strict=True))
+
+
+def count(method: Method, batch: torch.Tensor) -> dict[str, Any]:
+    """Tokens of an image, and floating point operations of a forward."""
+    model = share(method.model)  # the counter's hook stays in it
+    tokens = method.counter(model)
+    # The counter of operations sees the matrix products of this attention, and not what fused kernels do on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as operations:
+        model(pixel_values=batch)
+    return {"tokens": tokens.mean(), "flops": operations.get_total_flops() if method.counts_flops else None}
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that `run` holds at once, above what was allocated before; `None` where torch cannot say."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type == "cpu":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run()
+        # The process's own peak would hold whatever ran before. Each event is one allocation (+) or release (−).
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        return max(itertools.accumulate(changes, initial=0))
+    return None
+
+
+def joules(meter: Meter, run: Callable[[], object], device: torch.device) -> float:
+    """Joules of one call of `run`, from calls enough for a counter that is renewed a few times a second."""
+    calls = 0
+
+    def repeat() -> None:
+        nonlocal calls
+        start = time.perf_counter()
+        while time.perf_counter() - start < ENERGY_SECONDS:
+            stopwatch(run, device)
+            calls += 1
+
+    return meter.measure(repeat) / calls
 
 
 @torch.inference_mode()
-def facts(model: transformers.PreTrainedModel, batch: torch.Tensor) -> dict[str, Any]:
-    """Tokens that enter the first layer, and floating point operations of a forward."""
-    # The counter sees the matrix products of this attention, and not what fused kernels do on a CPU.
-    tokens = TokenCounter(model)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(pixel_values=batch)
-    return {"tokens": tokens.mean(), "flops": counter.get_total_flops()}
+def judge(methods: list[Method], reference: PreTrainedModel, paths: list[Path], processor: Any) -> list[dict[str, Any]]:
+    """One row a method: how its answers on all images stand to those of `reference`, and to the folders' names."""
+    models = [share(method.model) for method in methods]  # counters' hooks stay in them
+    counters = [method.counter(model) for method, model in zip(methods, models, strict=True)]
+    parts: list[list[torch.Tensor]] = [[] for _ in (reference, *models)]
+    for start in tqdm(range(0, len(paths), QUALITY_BATCH), desc="answers", leave=False):
+        pixel_values = read(paths[start : start + QUALITY_BATCH], processor).to(reference.device)
+        for model, own in zip((reference, *models), parts, strict=True):
+            own.append(answer(model, pixel_values.to(model.dtype)).float().cpu())
+    expected, *found = (torch.cat(own) for own in parts)
+    labels = reference.config.label2id if classifies(reference) else None
+    truth = [(labels or {}).get(path.parent.name) for path in paths]
+    return [
+        {"method": method.name, "line": method.line, "images": len(paths), "tokens": counter.mean()}
+        | (cosine(own, expected) if labels is None else agreement(own, expected, truth))
+        for method, counter, own in zip(methods, counters, found, strict=True)
+    ]
+
+
+def classifies(model: PreTrainedModel) -> bool:
+    return "ForImageClassification" in type(model).__name__
+
+
+def answer(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Logits, else the pooled output, else the CLS token, (batch, values)."""
+    output = model(pixel_values=pixel_values)
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    return output.last_hidden_state[:, 0]
+
+
+def agreement(logits: torch.Tensor, expected: torch.Tensor, truth: list[int | None]) -> dict[str, float | None]:
+    """Shares in [0, 1], and KL in nats.
+
+    Args:
+        logits, expected: (images, labels), of a method and of the reference.
+        truth: each image's label, `None` where it is not known.
+    """
+    top = logits.argmax(-1)
+    labelled = [index for index, label in enumerate(truth) if label is not None]
+    right = sum(int(top[index]) == truth[index] for index in labelled)
+    wanted, given = expected.double().log_softmax(-1), logits.double().log_softmax(-1)
+    return {
+        "agreement": (top == expected.argmax(-1)).double().mean().item(),
+        "kl": (wanted.exp() * (wanted - given)).sum(-1).mean().item(),
+        "top1": right / len(labelled) if labelled else None,
+    }
+
+
+def cosine(pooled: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    return {"cosine": torch.cosine_similarity(pooled, expected, dim=-1).mean().item()}
+
+
+def table(results: Results) -> list[dict[str, Any]]:
+    """Rows as they are printed: rounded, with times and answers side by side."""
+    rows = []
+    for row in results.content["timing"]:
+        (judged,) = results.rows("quality", dtype=row["dtype"], method=row["method"])
+        memory = memory_of(row)
+        rows.append(
+            {
+                "batch": row["batch"],
+                "dtype": row["dtype"],
+                "method": row["method"],
+                "tokens": row["tokens"],
+                "ms p50": rounded(row["p50_ms"], 2),
+                "ms p95": rounded(row["p95_ms"], 2),
+                "speed ratio": rounded(row["speed_ratio"], 2),
+                "FLOPs ratio": rounded(row["flops_ratio"], 2),
+                "quotient": rounded(row["quotient"], 2),
+                "embedding %": f"{100 * row['embedding_share']:.1f} ({100 * row['plain_embedding_share']:.1f})",
+                "memory MiB": memory and rounded(memory / 2**20, 1),
+                "memory ratio": rounded(row["memory_ratio"], 2),
+                "J/image": rounded(row["joules_per_image"], 4),
+                "agree %": rounded(judged.get("agreement"), 2, 100),
+                "KL": rounded(judged.get("kl"), 4),
+                "top-1 %": rounded(judged.get("top1"), 2, 100),
+                "cosine": rounded(judged.get("cosine"), 4),
+            }
+        )
+    return rows
+
+
+def rounded(value: float | None, digits: int, times: int = 1) -> str | None:
+    return None if value is None else f"{times * value:.{digits}f}"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of the columns in which some row has a value; n/a stands where one has none."""
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join("n/a" if row[name] is None else str(row[name]) for name in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Results, batch: int, path: Path) -> None:
+    """Agreement (or cosine) against milliseconds of an image, one point a method, methods of one kind joined."""
+    from matplotlib.figure import Figure  # drawn by Agg, without a display
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    measure_name = "agreement" if "agreement" in results.content["quality"][0] else "cosine"
+    dtypes = results.content["options"]["dtype"]
+    colours: dict[str, str] = {}
+    for (dtype, line), points in points_of(results, batch, measure_name).items():
+        is_plain = line == "uncompressed"
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="*" if is_plain else "o",
+            markersize=14 if is_plain else 5,
+            color=colours.setdefault(line, f"C{len(colours)}"),
+            linestyle=("-", "--", ":")[dtypes.index(dtype)],
+            fillstyle=("full", "none", "left")[dtypes.index(dtype)],
+            label=line if len(dtypes) == 1 else f"{line}, {dtype}",
+        )
+    axes.set_xlabel(f"milliseconds of an image, in batches of {batch}")
+    axes.set_ylabel("same top-1 as the uncompressed model" if measure_name == "agreement" else "cosine to uncompressed")
+    axes.set_title(f"{results.content['options']['model']}, {results.content['machine']['device']}", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def points_of(results: Results, batch: int, value: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """(ms of an image, value) of each method, by data type and line, the fastest first."""
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in results.rows("timing", batch=batch):
+        (judged,) = results.rows("quality", dtype=row["dtype"], method=row["method"])
+        lines.setdefault((row["dtype"], row["line"]), []).append((row["p50_ms"] / batch, judged[value]))
+    return {key: sorted(points) for key, points in lines.items()}
 
 
 if __name__ == "__main__":

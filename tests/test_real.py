@@ -88,21 +88,36 @@ def batch(photographs, processor) -> torch.Tensor:
     return processor(images, return_tensors="pt")["pixel_values"]
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("proportional", [True, False])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_a_batch_of_real_images_answers_as_they_do_alone(name, proportional, batch, words):
-    model = tiny_model(name, image_size=224, patch_size=14)
-    setting = VWTConfig(method="inter", vocabulary=words, proportional_attention=proportional, **STATISTICS)
+def test_a_batch_of_real_images_answers_as_they_do_alone_in_either_layout(
+    name, proportional, batch, words, dtype, near
+):
+    model = tiny_model(name, image_size=224, patch_size=14).to(dtype)
+    setting = {"method": "inter", "vocabulary": words, "proportional_attention": proportional, **STATISTICS}
     compress(model, setting)
+    batch = batch.to(dtype)
     alone = torch.cat([answers(model, image[None]) for image in batch])
-    torch.testing.assert_close(answers(model, batch), alone, atol=1e-4, rtol=1e-4)
+    for layout in ("packed", "padded"):
+        compress(model, {**setting, "layout": layout})
+        torch.testing.assert_close(answers(model, batch), alone, atol=near, rtol=near)
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_a_trained_classifier_answers_a_batch_as_its_images_alone(shared, name, batch, words):
-    model = AutoModelForImageClassification.from_pretrained(shared / "models" / name, dtype=torch.float32, vwt=words)
-    few = batch[-8:]
+def test_a_trained_classifier_answers_a_batch_as_its_images_alone(shared, name, batch, words, dtype, near):
+    model = AutoModelForImageClassification.from_pretrained(shared / "models" / name, dtype=dtype, vwt=words)
+    few = batch[-8:].to(dtype)
     alone = torch.cat([answers(model, image[None]) for image in few])
-    torch.testing.assert_close(answers(model, few), alone, atol=1e-4, rtol=1e-4)
-    plain = AutoModelForImageClassification.from_pretrained(shared / "models" / name, dtype=torch.float32)
+    for layout in ("packed", "padded"):
+        compress(model, {**model.config.vwt, "layout": layout})
+        found = answers(model, few)
+        # Logits in half precision are compared by what they say, in probabilities.
+        if dtype == torch.bfloat16:
+            found, expected = found.float().softmax(-1), alone.float().softmax(-1)
+        else:
+            expected = alone
+        torch.testing.assert_close(found, expected, atol=near, rtol=near)
+    plain = AutoModelForImageClassification.from_pretrained(shared / "models" / name, dtype=dtype)
     assert (alone.argmax(1) == answers(plain, few).argmax(1))[:6].sum() >= 4

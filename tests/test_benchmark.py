@@ -1,0 +1,262 @@
+"""The benchmark measures what it says, and a run that was cut off goes on. No test reads a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from tiny import sample_pixel_values, tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import benchmark
+from vwt_hf import VisualVocabulary, compress
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    model = tiny_model("vit-classifier")
+    model.config.id2label, model.config.label2id = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
+    model.save_pretrained(tmp_path / "model")
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    values = np.random.default_rng(0)
+    for index in range(5):
+        path = tmp_path / "images" / ("cat" if index % 2 else "dog") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def words(tmp_path) -> Path:
+    words = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    VisualVocabulary(words).save_pretrained(tmp_path / "words")
+    return tmp_path / "words"
+
+
+def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothing_again(
+    checkpoint, photographs, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(benchmark, "find_meter", lambda device: SimpleNamespace(measure=lambda run: (run(), 3.0)[1]))
+    monkeypatch.setattr(benchmark, "ENERGY_SECONDS", 0.001)
+    files = {name: tmp_path / f"results.{name}" for name in ("json", "md", "png")}
+    arguments = f"--model {checkpoint} --images {photographs} --vocabulary {words} --batch-sizes 1 8 --peers all "
+    arguments += f"--tome-r 2 8 --turns 1 --json {files['json']} --markdown {files['md']} --plot {files['png']}"
+    arguments = [*arguments.split(), "--vwt", '{"keep_ratio": 0.5}']
+    benchmark.main(arguments)
+
+    methods = ["uncompressed", "0.5", f"inter {words} 0.1", "random 0.5", "ToMe r 2", "ToMe r 8", "int8", "bf16"]
+    found = json.loads(files["json"].read_text())
+    assert [(row["batch"], row["method"]) for row in found["timing"]] == [(b, m) for b in (1, 8) for m in methods]
+    assert [row["method"] for row in found["quality"]] == methods
+    assert found["options"]["images judged"] == 5 and found["machine"]["torch"] == torch.__version__
+    for row in found["timing"]:
+        assert len(row["seconds"]) == 1 and row["weight_bytes"] and row["activation_bytes"] and row["joules_per_image"]
+        assert (row["flops_ratio"] is None) == (row["quotient"] is None) == (row["method"] == "int8")
+        assert row["embedding_share"] > 0 and row["plain_embedding_share"] > 0
+    rows = {(row["batch"], row["method"]): row for row in found["timing"]}
+    assert [rows[8, name]["tokens"] for name in methods[:2] + methods[3:6]] == [65, 33, 33, 64, 61]
+    assert all(rows[batch, "uncompressed"][name] == 1 for batch in (1, 8) for name in ("speed_ratio", "memory_ratio"))
+    assert rows[8, "0.5"]["flops_ratio"] > 2 and rows[8, "0.5"]["memory_ratio"] > 1.2
+    plain = found["quality"][0]
+    assert (plain["agreement"], plain["kl"]) == (1, 0) and 0 <= plain["top1"] <= 1
+
+    lines = files["md"].read_text().splitlines()
+    assert len(lines) == 2 + 2 + 2 * len(methods) and lines[2] in capsys.readouterr().out
+    columns = "batch|dtype|method|tokens|ms p50|ms p95|speed ratio|FLOPs ratio|quotient|embedding %|memory MiB|"
+    columns += "memory ratio|J/image|agree %|KL|top-1 %"
+    assert [name.strip() for name in lines[2].strip("|").split("|")] == columns.split("|")
+    assert Image.open(files["png"]).size[0] > 400
+
+    monkeypatch.setattr(benchmark, "measure", pytest.fail)
+    monkeypatch.setattr(benchmark, "judge", pytest.fail)
+    files["md"].unlink()
+    benchmark.main(arguments)
+    assert json.loads(files["json"].read_text()) == found
+    assert files["md"].read_text().splitlines() == lines
+
+
+def test_a_run_that_was_cut_off_measures_what_is_missing(checkpoint, photographs, tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    arguments = f"--model {checkpoint} --images {photographs} --batch-sizes 1 2 --turns 1 --json {path}".split()
+
+    def cut_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "judge", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            benchmark.main(arguments)
+    whole = json.loads(path.read_text())
+    assert {row["batch"] for row in whole["timing"]} == {1, 2} and not whole["quality"]
+
+    path.write_text(json.dumps(whole | {"timing": [row for row in whole["timing"] if row["batch"] == 2]}))
+    measured, measure = [], benchmark.measure
+    monkeypatch.setattr(
+        benchmark,
+        "measure",
+        lambda methods, batch, *rest: measured.append(len(batch)) or measure(methods, batch, *rest),
+    )
+    benchmark.main(arguments)
+    assert measured == [1]
+    assert len(json.loads(path.read_text())["quality"]) == 4
+
+
+def test_results_of_other_options_or_versions_are_never_mixed(tmp_path):
+    path = tmp_path / "results.json"
+    header = {"options": {"turns": 5}, "machine": {"torch": "2.6"}}
+    benchmark.Results(path, header).add("timing", [{"batch": 1}])
+    assert benchmark.Results(path, header).rows("timing", batch=1) == [{"batch": 1}]
+    with pytest.raises(SystemExit, match=r"another run \(turns 5 there, 6 here\); delete it or name another file"):
+        benchmark.Results(path, header | {"options": {"turns": 6}})
+    with pytest.raises(SystemExit, match=r"torch '2.6' there, '2.13' here"):
+        benchmark.Results(path, header | {"machine": {"torch": "2.13"}})
+    path.write_text("[")
+    with pytest.raises(SystemExit, match="is no file of this benchmark"):
+        benchmark.Results(path, header)
+
+
+@pytest.mark.parametrize("step", ["write_text", "replace"])
+def test_a_run_cut_off_while_it_writes_leaves_the_file_of_before(step, tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    results = benchmark.Results(path, {"options": {}, "machine": {}})
+    results.add("timing", [{"batch": 1}])
+    before = path.read_text()
+
+    def half_written(self: Path, text: str, **_: object) -> None:
+        with self.open("w") as file:
+            file.write(text[:20])
+        raise KeyboardInterrupt
+
+    def not_replaced(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if step == "write_text":
+        monkeypatch.setattr(Path, "write_text", half_written)
+    else:
+        monkeypatch.setattr(benchmark.os, "replace", not_replaced)
+    with pytest.raises(KeyboardInterrupt):
+        results.add("timing", [{"batch": 2}])
+    assert path.read_text() == before
+
+
+def test_a_machine_without_an_energy_counter_says_why_and_has_no_column(capsys, monkeypatch):
+    def none(device: torch.device) -> None:
+        raise benchmark.NoMeter("no counter in /sys")
+
+    monkeypatch.setattr(benchmark, "find_meter", none)
+    assert benchmark.energy_meter(CPU) is None
+    assert capsys.readouterr().out == "Energy cannot be measured here: no counter in /sys.\n"
+    assert benchmark.markdown([{"J/image": None, "KL": None}, {"J/image": None, "KL": "1"}]) == (
+        "| KL |\n|---|\n| n/a |\n| 1 |\n"
+    )
+
+
+def test_the_peak_is_what_a_function_holds_at_once():
+    held = torch.ones(10_000)
+
+    def run() -> torch.Tensor:
+        first, second = torch.empty(1000), torch.empty(2000)
+        del first
+        third = torch.empty(500)
+        return second[:500] + third + held[:500]
+
+    # 3,000 floats before `first` goes; then 2,500, and two sums of 500.
+    assert benchmark.peak_bytes(run, CPU) == 4 * 3500
+    assert benchmark.peak_bytes(lambda: None, CPU) == 0
+
+
+def test_every_turn_runs_every_model_and_only_turns_after_the_warm_up_count():
+    order = []
+    runs = [lambda: order.append("plain"), lambda: order.append("short")]
+    seconds = benchmark.in_turn(runs, CPU, turns=3, seconds=60, label="")
+    assert [len(own) for own in seconds] == [3, 3]
+    assert order == ["plain", "short"] * (benchmark.WARM_UP + 3)
+    out_of_time = benchmark.in_turn(runs, CPU, turns=50, seconds=0, label="")
+    assert [len(own) for own in out_of_time] == [benchmark.FEWEST_TURNS] * 2
+
+
+def test_ratios_are_of_the_uncompressed_model_over_the_method():
+    plain = {"p50_ms": 20.0, "flops": 300, "embedding_seconds": 1e-3, "weight_bytes": 60, "activation_bytes": 40}
+    row = {"p50_ms": 10.0, "flops": 100, "embedding_seconds": 2e-3, "weight_bytes": 60, "activation_bytes": 20}
+    benchmark.compare_rows(row, plain)
+    assert row["speed_ratio"] == 2 and row["flops_ratio"] == 3 and row["quotient"] == pytest.approx(2 / 3)
+    assert row["memory_ratio"] == 1.25
+    assert row["embedding_share"] == pytest.approx(0.1) and row["plain_embedding_share"] == pytest.approx(0.05)
+
+
+def test_agreement_and_divergence_are_those_worked_out_by_hand():
+    expected = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    logits = torch.tensor([[0.0, np.log(3)], [1.0, 0.0], [0.0, 2.0]])
+    found = benchmark.agreement(logits, expected, [1, None, 0])
+    assert found["agreement"] == pytest.approx(2 / 3)
+    # One image of (1/2, 1/2) against (1/4, 3/4): KL = log(4/3) / 2.
+    assert found["kl"] == pytest.approx(np.log(4 / 3) / 2 / 3, rel=1e-6)
+    assert found["top1"] == 0.5
+    assert benchmark.agreement(logits, expected, [None] * 3)["top1"] is None
+
+
+@pytest.mark.parametrize("name", ["vit", "clip-projection", "dinov2"])
+def test_a_model_without_a_classifier_is_judged_by_the_cosine_of_its_pooled_output(name, photographs):
+    model = tiny_model(name)
+    methods = [
+        benchmark.Method("uncompressed", "uncompressed", model),
+        benchmark.Method("short", "short", compress(benchmark.share(model), {"keep_ratio": 0.1})),
+    ]
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    plain, short = benchmark.judge(methods, model, benchmark.find_images(photographs, 3), processor)
+    assert plain["cosine"] == pytest.approx(1, abs=1e-6) and short["cosine"] < 0.9999
+    assert (plain["images"], plain["tokens"], short["tokens"]) == (3, 65, 7)
+
+
+def test_a_copy_shares_the_weights_and_takes_its_own_hooks():
+    model = tiny_model("vit")
+    copied = benchmark.share(model)
+    for own, of_copy in zip(model.parameters(), copied.parameters(), strict=True):
+        assert own is of_copy
+    compress(copied, {"keep_ratio": 0.5})
+    assert model(pixel_values=sample_pixel_values()).last_hidden_state.shape[1] == 65
+    assert copied(pixel_values=sample_pixel_values()).last_hidden_state.shape[1] == 33
+
+
+def test_counting_leaves_no_hook_in_a_model_that_is_timed():
+    model = tiny_model("vit")
+    counted = benchmark.count(benchmark.Method("plain", "plain", model), sample_pixel_values())
+    assert counted["tokens"] == 65 and counted["flops"] > 0
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_random_patches_are_measured_once_at_each_keep_ratio_of_the_settings():
+    settings = [{"keep_ratio": 0.6}, {"criterion": "grid", "keep_ratio": 0.6}, {"num_patches": 9}]
+    options = SimpleNamespace(peers=["random"], settings=settings)
+    assert benchmark.all_settings(options) == [*settings, {"criterion": "random", "keep_ratio": 0.6}]
+    options.settings = [{"criterion": "random", "keep_ratio": 0.6}]
+    assert benchmark.all_settings(options) == options.settings
+
+
+def test_a_method_that_is_asked_for_twice_is_refused():
+    options = SimpleNamespace(peers=[], settings=[{"keep_ratio": 0.5}, {"keep_ratio": 0.5}])
+    with pytest.raises(SystemExit, match=r"'0.5' is asked for 2 times"):
+        benchmark.methods_of(options, tiny_model("vit"))
+
+
+def test_a_peer_that_cannot_be_had_is_left_out_and_the_rest_is_measured(capsys):
+    options = SimpleNamespace(peers=["int8", "bf16", "tome"], tome_r=[4], settings=[])
+    methods = benchmark.methods_of(options, tiny_model("vit").to(torch.float16))
+    assert [method.name for method in methods] == ["uncompressed", "ToMe r 4", "bf16"]
+    assert "Left out: dynamic int8 runs float32 models on a CPU" in capsys.readouterr().out
