@@ -14,7 +14,8 @@ For each data type, batch size and method, in turn with the uncompressed model o
   memory ratio  that of the uncompressed model over it
   J/image       where the device has an energy counter; its idling counts
 
-Every ratio is uncompressed over method, so more is better. Over the whole folder (or --limit images), and against the
+Every ratio is uncompressed over method, so more is better. A second table has one row a method, with its ratios at each
+batch size. Over the whole folder (or --limit images), and against the
 uncompressed model in the first data type: agreement (same top-1), mean KL divergence to its output, and top-1 accuracy
 where the images lie in folders named as the model's labels. For a model without a classifier, the mean cosine of its
 pooled output. A run that is cut off goes on where it stopped if it is started again with the same --json.
@@ -54,7 +55,7 @@ import peers
 import vwt_hf
 from compare import RATIOS, TokenCounter, find_images, name_of
 from energy import Meter, NoMeter, find_meter
-from vwt_hf.families import family_of, find_embeddings
+from vwt_hf.families import family_of, find_embeddings, find_layers, find_tower
 from vwt_hf.processors import load_processor
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows = judge(methods, plain[options.dtype[0]], paths, load_processor(options.model))
             results.add("quality", [{"dtype": dtype} | row for row in rows])
 
-    text = markdown(table(results))
+    text = f"{markdown(table(results))}\n{markdown(summary(results))}"
     print(f"\n{text}")
     if options.markdown:
         options.markdown.write_text(f"{options.model}, {machine}\n\n{text}", encoding="utf-8")
@@ -140,7 +141,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="?",
         const="default",
         choices=["default", "reduce-overhead"],
-        help="time what torch.compile makes of each model, the uncompressed too; all else is as without",
+        help="time what torch.compile makes of each model, the uncompressed too (of inter-image words: of its layers); "
+        "all else is as without",
     )
     parser.add_argument("--json", type=Path, help="write everything here, raw times too, after each finished piece")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
@@ -372,7 +374,13 @@ def forward_of(model: PreTrainedModel, batch: torch.Tensor, mode: str | None) ->
         return functools.partial(model, pixel_values=batch)
     # All models share their classes' code, and each is one more version of it; past the limit they would run eagerly.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
-    return functools.partial(torch.compile(model, mode=mode, dynamic=False), pixel_values=batch)
+    if (getattr(model.config, "vwt", None) or {}).get("method") != "inter":
+        return functools.partial(torch.compile(model, mode=mode, dynamic=False), pixel_values=batch)
+    # Grouping breaks the graph, after which torch would compile no model's outer forward as a whole: layers alone here.
+    model = share(model)
+    for layer in find_layers(find_tower(model, find_embeddings(model, family_of(type(model))))):
+        layer.compile(mode=mode)
+    return functools.partial(model, pixel_values=batch)
 
 
 def in_turn(
@@ -548,6 +556,27 @@ def table(results: Results) -> list[dict[str, Any]]:
                 "cosine": rounded(judged.get("cosine"), 4),
             }
         )
+    return rows
+
+
+def summary(results: Results) -> list[dict[str, Any]]:
+    """One row a method: its answers, and how fast it is at each batch size."""
+    rows = []
+    for judged in results.content["quality"]:
+        timed = results.rows("timing", dtype=judged["dtype"], method=judged["method"])
+        largest = max(timed, key=lambda row: row["batch"])
+        answers = {
+            "dtype": judged["dtype"],
+            "method": judged["method"],
+            "tokens": judged["tokens"],
+            "agree %": rounded(judged.get("agreement"), 2, 100),
+            "KL": rounded(judged.get("kl"), 4),
+            "top-1 %": rounded(judged.get("top1"), 2, 100),
+            "cosine": rounded(judged.get("cosine"), 4),
+            f"FLOPs ratio, {largest['batch']}": rounded(largest["flops_ratio"], 2),
+        }
+        speeds = {f"speed ratio, {row['batch']}": rounded(row["speed_ratio"], 2) for row in timed}
+        rows.append(answers | speeds | {f"memory ratio, {largest['batch']}": rounded(largest["memory_ratio"], 2)})
     return rows
 
 

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from vwt_hf.families import attribute, family_of, find_embeddings
+from vwt_hf.families import attribute, family_of, find_embeddings, find_tower
 
 ATTENTION = "token_merging"
 
@@ -197,8 +197,7 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         Unsupported: none of its modules is a layer of a class in `PARTS`.
     """
-    embeddings = find_embeddings(model, family_of(type(model)))
-    tower = next(module for module in model.modules() if embeddings in module.children())
+    tower = find_tower(model, find_embeddings(model, family_of(type(model))))
     layers = [module for module in tower.modules() if type(module).__name__ in PARTS]
     if not layers:
         raise Unsupported(

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tiny import MODELS, answers, tiny_model
-from vwt_hf import VisualVocabulary, VWTConfig, compress
+from vwt_hf import VisualVocabulary, compress
 
 STATISTICS = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 CLASSIFIERS = ["dinov2-small-caltech101", "vit-small-caltech101"]
