@@ -39,13 +39,48 @@ MODELS = {
     "clip-projection": (transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionConfig),
     "clip-classifier": (transformers.CLIPForImageClassification, clip_config),
 }
-"""Model class and what makes its config from TINY, by name."""
+"""Models of the families that every test goes through: class and what makes its config from TINY, by name."""
+
+
+def contrastive_config(config_class: type, **text):
+    """What makes a config of a model with a text tower beside its vision tower."""
+
+    def config(**sizes):
+        return config_class(vision_config=sizes | {"projection_dim": 16}, text_config=TEXT | text, projection_dim=16)
+
+    return config
+
+
+ROBERTA = {"pad_token_id": 1, "max_position_embeddings": 40, "project_dim": 16}
+MORE_MODELS = {
+    "vit-msn": (transformers.ViTMSNModel, transformers.ViTMSNConfig),
+    "vit-msn-classifier": (transformers.ViTMSNForImageClassification, transformers.ViTMSNConfig),
+    "ijepa": (transformers.IJepaModel, transformers.IJepaConfig),
+    "ijepa-classifier": (transformers.IJepaForImageClassification, transformers.IJepaConfig),
+    "metaclip-2": (transformers.MetaClip2Model, contrastive_config(transformers.MetaClip2Config, eos_token_id=98)),
+    "metaclip-2-vision": (transformers.MetaClip2VisionModel, transformers.MetaClip2VisionConfig),
+    "metaclip-2-projection": (transformers.MetaClip2VisionModelWithProjection, transformers.MetaClip2VisionConfig),
+    "metaclip-2-classifier": (
+        transformers.MetaClip2ForImageClassification,
+        contrastive_config(transformers.MetaClip2Config, eos_token_id=98),
+    ),
+    "chinese-clip": (transformers.ChineseCLIPModel, contrastive_config(transformers.ChineseCLIPConfig)),
+    "chinese-clip-vision": (transformers.ChineseCLIPVisionModel, transformers.ChineseCLIPVisionConfig),
+    "altclip": (transformers.AltCLIPModel, contrastive_config(transformers.AltCLIPConfig, **ROBERTA)),
+    "altclip-vision": (transformers.AltCLIPVisionModel, transformers.AltCLIPVisionConfig),
+    "clipseg": (transformers.CLIPSegModel, contrastive_config(transformers.CLIPSegConfig, eos_token_id=98)),
+    "clipseg-vision": (transformers.CLIPSegVisionModel, transformers.CLIPSegVisionConfig),
+    "siglip": (transformers.SiglipModel, contrastive_config(transformers.SiglipConfig)),
+    "siglip-vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig),
+    "siglip-classifier": (transformers.SiglipForImageClassification, contrastive_config(transformers.SiglipConfig)),
+}
+"""Models of the other families, which the conformance matrix of test_families.py goes through."""
 
 
 def tiny_model(name: str, **sizes) -> transformers.PreTrainedModel:
-    """The model of that name in `MODELS`, the same at every call; `sizes` are fields of TINY to change."""
+    """The model of that name, the same at every call; `sizes` are fields of TINY to change."""
     torch.manual_seed(0)
-    model_class, config = MODELS[name]
+    model_class, config = (MODELS | MORE_MODELS)[name]
     model = model_class(config(**(TINY | sizes))).eval()
     # Some families start their prefix tokens, positions or heads at zero, which would hide an error in them.
     with torch.no_grad():
@@ -59,8 +94,8 @@ def sample_pixel_values(batch: int = 3, height: int = 32, width: int = 32) -> to
 
 
 def forward(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **kwargs):
-    """The model's first output: logits, similarities to two texts (CLIP) or hidden states."""
-    if isinstance(model, transformers.CLIPModel):
+    """The model's first output: logits, similarities to two texts (CLIP and its like) or hidden states."""
+    if hasattr(model, "text_model"):
         kwargs["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]], device=pixel_values.device)
     return model(pixel_values=pixel_values, **kwargs)[0]
 

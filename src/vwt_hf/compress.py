@@ -197,8 +197,10 @@ def embed(
         )
     table = _positions(module, family, pixel_values, count, bool(interpolate_pos_encoding))
     prefix_positions, positions = table[:, : len(family.prefix)], table[:, len(family.prefix) :]
-    prefix = torch.cat([attribute(module, name).reshape(1, -1, table.shape[-1]) for name in family.prefix], dim=1)
-    prefix = prefix + prefix_positions
+    prefix = prefix_positions
+    if family.prefix:
+        tokens = [attribute(module, name).reshape(1, -1, table.shape[-1]) for name in family.prefix]
+        prefix = torch.cat(tokens, dim=1) + prefix_positions
     if family.registers is not None:
         prefix = torch.cat((prefix, attribute(module, family.registers)), dim=1)
 

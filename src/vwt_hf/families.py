@@ -25,6 +25,8 @@ class Family:
     """The patch projection, a convolution whose stride is its kernel."""
     positions: str
     """The position table: a parameter (1, prefix + patches, hidden) or an `nn.Embedding` of prefix + patches."""
+    pools: str
+    """What its heads read."""
     prefix: tuple[str, ...] = ("cls_token",)
     """Prefix tokens that have a position, in order."""
     registers: str | None = None
@@ -35,49 +37,55 @@ class Family:
     """Model classes of the family whose output has a value for every patch: these cannot be compressed."""
 
 
+def _like_vit(name: str, model_type: str, class_name: str, **fields: Any) -> Family:
+    return Family(
+        name=name,
+        model_types=(model_type,),
+        embeddings=f"{class_name}Embeddings",
+        projection="patch_embeddings.projection",
+        positions="position_embeddings",
+        **({"pools": "CLS"} | fields),
+    )
+
+
+def _like_clip(name: str, model_type: str, class_name: str, **fields: Any) -> Family:
+    return Family(
+        name=name,
+        model_types=(model_type, f"{model_type}_vision_model"),
+        embeddings=f"{class_name}VisionEmbeddings",
+        projection="patch_embedding",
+        positions="position_embedding",
+        **({"pools": "CLS", "prefix": ("class_embedding",)} | fields),
+    )
+
+
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        name="ViT",
-        model_types=("vit",),
-        embeddings="ViTEmbeddings",
-        projection="patch_embeddings.projection",
-        positions="position_embeddings",
-        needs_every_patch=("ViTForMaskedImageModeling",),
-    ),
-    Family(
-        name="DeiT",
-        model_types=("deit",),
-        embeddings="DeiTEmbeddings",
-        projection="patch_embeddings.projection",
-        positions="position_embeddings",
+    _like_vit("ViT", "vit", "ViT", needs_every_patch=("ViTForMaskedImageModeling",)),
+    _like_vit(
+        "DeiT",
+        "deit",
+        "DeiT",
+        pools="CLS, and the distillation token",
         prefix=("cls_token", "distillation_token"),
         needs_every_patch=("DeiTForMaskedImageModeling",),
     ),
-    Family(
-        name="DINOv2",
-        model_types=("dinov2",),
-        embeddings="Dinov2Embeddings",
-        projection="patch_embeddings.projection",
-        positions="position_embeddings",
-        always_interpolates=True,
-    ),
-    Family(
-        name="DINOv2 with registers",
-        model_types=("dinov2_with_registers",),
-        embeddings="Dinov2WithRegistersEmbeddings",
-        projection="patch_embeddings.projection",
-        positions="position_embeddings",
+    _like_vit("ViT-MSN", "vit_msn", "ViTMSN"),
+    _like_vit("I-JEPA", "ijepa", "IJepa", pools="mean of all tokens", prefix=()),
+    _like_vit("DINOv2", "dinov2", "Dinov2", pools="CLS and mean of the patches", always_interpolates=True),
+    _like_vit(
+        "DINOv2 with registers",
+        "dinov2_with_registers",
+        "Dinov2WithRegisters",
+        pools="CLS and mean of the patches",
         registers="register_tokens",
         always_interpolates=True,
     ),
-    Family(
-        name="CLIP",
-        model_types=("clip", "clip_vision_model"),
-        embeddings="CLIPVisionEmbeddings",
-        projection="patch_embedding",
-        positions="position_embedding",
-        prefix=("class_embedding",),
-    ),
+    _like_clip("CLIP", "clip", "CLIP", pools="CLS; the classifier: mean of the patches"),
+    _like_clip("MetaCLIP 2", "metaclip_2", "MetaClip2", pools="CLS; the classifier: mean of the patches"),
+    _like_clip("Chinese-CLIP", "chinese_clip", "ChineseCLIP"),
+    _like_clip("AltCLIP", "altclip", "AltCLIP"),
+    _like_clip("CLIPSeg", "clipseg", "CLIPSeg", needs_every_patch=("CLIPSegForImageSegmentation",)),
+    _like_clip("SigLIP", "siglip", "Siglip", pools="attention over all tokens; the classifier: their mean", prefix=()),
 )
 
 

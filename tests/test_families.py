@@ -1,0 +1,126 @@
+"""The conformance matrix: every family, its heads, both methods, both layouts, both dtypes, on tiny random models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tiny import MODELS, MORE_MODELS, answers, forward, sample_pixel_values, tiny_model
+from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
+from vwt_hf.families import family_of
+
+EVERY = [*MODELS, *MORE_MODELS]
+NEAR = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+WORDS = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+
+
+def inter(layout: str = "auto", threshold: float = 0.3) -> VWTConfig:
+    return VWTConfig(
+        method="inter",
+        vocabulary=WORDS,
+        threshold=threshold,
+        layout=layout,
+        image_mean=[0.2, 0.0, -0.1],
+        image_std=[0.5, 1.0, 2.0],
+    )
+
+
+SETTINGS = {"intra": VWTConfig(keep_ratio=0.5), "packed": inter("packed"), "padded": inter("padded")}
+setting = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
+dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+every = pytest.mark.parametrize("name", EVERY)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """White, noise, nearly flat and half flat: very different lengths."""
+    pixel_values = sample_pixel_values(4)
+    pixel_values[0] = 1.3
+    pixel_values[2] = pixel_values[2] * 0.1 + 1
+    pixel_values[3, :, :16] = 0.7
+    return pixel_values
+
+
+@every
+def test_keeping_everything_equals_the_plain_model(name, images):
+    model = tiny_model(name)
+    plain = answers(model, images)
+    assert torch.equal(answers(compress(model, {"keep_ratio": 1.0}), images), plain)
+    assert torch.equal(answers(compress(model, inter(threshold=0)), images), plain)
+
+
+@every
+def test_without_words_in_reach_a_model_answers_as_the_plain_one(name, images):
+    model = tiny_model(name)
+    plain = answers(model, images)
+    far = VisualVocabulary(-WORDS.words - 5)
+    for layout in ("packed", "padded"):
+        fields = inter(layout, 1e-9).to_dict() | {"vocabulary": far}
+        torch.testing.assert_close(answers(compress(model, fields), images), plain, atol=1e-5, rtol=1e-5)
+
+
+@dtype
+@setting
+@every
+def test_a_batch_answers_as_its_images_do_alone_and_unlike_the_plain_model(name, setting, dtype, images):
+    model = tiny_model(name).to(dtype)
+    images = images.to(dtype)
+    plain = answers(model, images)
+    compress(model, setting)
+    alone = torch.cat([answers(model, image[None]) for image in images])
+    found = answers(model, images)
+    torch.testing.assert_close(found, alone, atol=NEAR[dtype], rtol=NEAR[dtype])
+    assert found.shape != plain.shape or (found - plain).abs().max() > 1e-3
+
+
+@setting
+@every
+def test_a_saved_model_is_the_same_when_loaded_and_plain_where_it_is_asked_to_be(name, setting, images, tmp_path):
+    model = compress(tiny_model(name), setting)
+    expected = answers(model, images)
+    model.save_pretrained(tmp_path)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    torch.testing.assert_close(answers(loaded, images), expected)
+    plain = type(model).from_pretrained(tmp_path, vwt=False)
+    torch.testing.assert_close(answers(plain, images), answers(tiny_model(name), images))
+
+
+@setting
+@every
+def test_gradients_are_finite_and_reach_what_the_plain_model_trains(name, setting, images):
+    model = tiny_model(name).train()
+
+    def trained() -> set[str]:
+        model.zero_grad(set_to_none=True)
+        forward(model, images).float().square().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    plain = trained()
+    compress(model, setting)
+    assert trained() == plain
+
+
+@setting
+@every
+def test_restore_gives_the_exact_plain_model_back(name, setting, images):
+    model = tiny_model(name)
+    plain = answers(model, images)
+    compress(model, setting)
+    restore(model)
+    assert torch.equal(answers(model, images), plain)
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+@setting
+@every
+def test_images_of_another_size_are_interpolated_or_refused_with_both_sizes(name, setting):
+    model = compress(tiny_model(name), setting)
+    pixel_values = sample_pixel_values(2, 24, 40)
+    if family_of(type(model)).always_interpolates:
+        assert answers(model, pixel_values).isfinite().all()
+        return
+    assert answers(model, pixel_values, interpolate_pos_encoding=True).isfinite().all()
+    with pytest.raises(ValueError, match=r"24×40; the model expects 32×32"):
+        answers(model, pixel_values, interpolate_pos_encoding=False)
