@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,35 @@ def give_back(config: Any) -> None:
         config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
 
 
+def carry_through_checkpoints(layers: list[nn.Module]) -> None:
+    """Has gradient checkpointing, where it is on, repeat layers with the layout that they first ran with."""
+    for layer in layers:
+        checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint:
+            layer._gradient_checkpointing_func = functools.partial(_checkpoint, checkpoint)
+
+
+def give_back_checkpoint(layer: nn.Module) -> None:
+    """Undoes `carry_through_checkpoints`."""
+    checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+    if getattr(checkpoint, "func", None) is _checkpoint:
+        layer._gradient_checkpointing_func = checkpoint.args[0]
+
+
+def _checkpoint(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
+    """`checkpoint(layer, *args)`; the backward pass, which repeats `layer`, may run in another thread."""
+    forward = current.get()
+
+    def within(*args: Any) -> Any:
+        token = current.set(forward)
+        try:
+            return layer(*args)
+        finally:
+            current.reset(token)
+
+    return checkpoint(within, *args)
+
+
 def packs(implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `implementation` attends to packed batches as fast as it can to padded ones.
 
@@ -113,8 +143,7 @@ def _batch(query: torch.Tensor, attention_mask: torch.Tensor | None) -> Batch:
     if batch is None or batch.layout.sizes.shape != (query.shape[0], query.shape[2]):
         raise RuntimeError(
             f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size) outside the forward that "
-            "laid its batch out, as gradient checkpointing does when it repeats a layer. Inter-image words cannot be "
-            "used there; turn gradient checkpointing off, or use method='intra'."
+            "laid its batch out. Call the model, not its layers, and repeat no layer outside its forward."
         )
     if attention_mask is not None:
         raise ValueError(
@@ -227,8 +256,7 @@ def _by_layout(
     bias = None if batch.bias is None else batch.bias.to(query)
     layout = batch.layout
     if not layout.packed:
-        assert bias is not None
-        return attend(query, key, value, bias[:, None, None])
+        return attend(query, key, value, None if bias is None else bias[:, None, None])
     rows = [images * length for length, images in layout.runs]
     parts = zip(*(tensor[0].split(rows, dim=1) for tensor in (query, key, value)), strict=True)
     biases = [None] * len(rows) if bias is None else bias[0].split(rows)

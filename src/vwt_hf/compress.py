@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from . import attention
 from .config import VWTConfig
 from .families import Family, attribute, family_of, find_embeddings, find_layers, find_tower, model_of, position_table
-from .layout import Layout, attention_bias, expand, group, pool, put_prefix
+from .layout import Layout, attention_bias, expand, group, pool, put_prefix, represent
 from .lexicon import Lexicon
 from .words import (
     gather_patches,
     grid_patches,
     highest,
+    nearest_kept,
     nearest_words,
     patch_grid,
     patch_strip,
@@ -44,8 +45,8 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         hub_kwargs: `token`, `cache_dir`, `local_files_only`, ... for a vocabulary and an image processor on the Hub.
 
     Returns:
-        The same `model`. Its `last_hidden_state` is (batch, prefix tokens + kept patches, hidden) for `method="intra"`,
-        and (batch, prefix tokens + patches, hidden) for `"inter"`, where each patch has its word's hidden state.
+        The same `model`. Its `last_hidden_state` is (batch, prefix tokens + kept patches, hidden) where patches are
+        discarded, and else (batch, prefix tokens + patches, hidden), each patch with its token's hidden state.
 
     Raises:
         TypeError: `model` is no transformers model.
@@ -82,13 +83,13 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         )
     _own_config(model)
     restore(model)
-    if setting.method == "inter" and setting.threshold > 0:
+    if _tokenises(setting):
         tower = find_tower(model, embeddings)
-        layers = find_layers(tower)
         attention.use_for(tower)
         tower.register_forward_pre_hook(_attend_by_layout)
-        layers[-1].register_forward_hook(_restore_layer)
-        tower.register_forward_hook(_restore_patches, always_call=True)
+        if setting.restores:
+            find_layers(tower)[-1].register_forward_hook(_restore_layer)
+        tower.register_forward_hook(_restore_patches if setting.restores else _leave, always_call=True)
     setattr(embeddings, slot, functools.partial(embed, embeddings, Tokenizer(family, setting, lexicon)))
     model.config.vwt = setting.to_dict()
     return model
@@ -110,9 +111,10 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _attend_by_layout]:
             del module._forward_pre_hooks[key]
-        for key in [key for key, hook in module._forward_hooks.items() if hook in (_restore_layer, _restore_patches)]:
+        for key in [key for key, hook in module._forward_hooks.items() if hook in OUTPUT_HOOKS]:
             del module._forward_hooks[key]
             module._forward_hooks_always_called.pop(key, None)
+        attention.give_back_checkpoint(module)
         config: Any = module.__dict__.get("config")
         if config is not None:
             attention.give_back(config)
@@ -129,6 +131,11 @@ def _own_config(model: PreTrainedModel) -> None:
         config = module.__dict__.get("config")
         if id(config) in copies:
             module.config = copies[id(config)]
+
+
+def _tokenises(setting: VWTConfig) -> bool:
+    """Whether layers must know which patches a token stands for."""
+    return setting.groups and not (setting.method == "inter" and setting.threshold == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +197,12 @@ def embed(
     count = grid[0] * grid[1]
     if setting.threshold == 0 if setting.method == "inter" else setting.patches_kept(count) == count:
         extra = {} if family.always_interpolates else {"interpolate_pos_encoding": interpolate_pos_encoding}
-        return type(module).forward(module, pixel_values, **extra)
+        embeddings = type(module).forward(module, pixel_values, **extra)
+        if _tokenises(setting):
+            itself = torch.arange(count, device=embeddings.device).expand(len(embeddings), -1)
+            layout = represent(itself, count, embeddings.shape[1] - count)
+            _forward_under_way().batch = attention.Batch(layout, None)
+        return embeddings
     if pixel_values.shape[1] != projection.in_channels:
         raise ValueError(
             f"pixel_values have {pixel_values.shape[1]} channels; the model expects {projection.in_channels}."
@@ -207,12 +219,27 @@ def embed(
     patches = patchify(pixel_values, projection.kernel_size)
     if tokenizer.lexicon is None:
         kept = choose_patches(patches, grid, setting.patches_kept(count), setting)
+        if setting.groups:
+            layout = represent(nearest_kept(patches, kept, grid), kept.shape[1], prefix.shape[1])
+            bias = attention_bias(layout, setting.proportional_attention)
+            _forward_under_way().batch = attention.Batch(layout, bias)
         tokens = _project(projection, gather_patches(patches, kept)) + gather_patches(positions, kept)
         embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
     else:
         embeddings = _group(tokenizer.lexicon, setting, projection, patches, prefix, positions)
     dropout = getattr(module, "dropout", None)
     return embeddings if dropout is None else dropout(embeddings)
+
+
+@torch.compiler.disable
+def _forward_under_way() -> attention.Forward:
+    forward = attention.current.get()
+    if forward is None:
+        raise RuntimeError(
+            "Embeddings that group patches ran outside the model's call, which undoes the grouping at its end. Call "
+            "model(...), not model.forward(...)."
+        )
+    return forward
 
 
 @torch.compiler.disable
@@ -236,12 +263,7 @@ def _group(
     Returns:
         (sequences, tokens, hidden).
     """
-    forward = attention.current.get()
-    if forward is None:
-        raise RuntimeError(
-            "Embeddings that group patches by words ran outside the model's call, which undoes the grouping at its "
-            "end. Call model(...), not model.forward(...)."
-        )
+    forward = _forward_under_way()
     patches = patches.float()
     words = nearest_words(patches, lexicon.on(patches.device), setting.threshold)
     packed = setting.layout == "packed"
@@ -284,6 +306,8 @@ def choose_patches(patches: torch.Tensor, grid: tuple[int, int], keep: int, sett
 def _attend_by_layout(tower: Any, args: Any) -> None:
     """Forward pre-hook of a vision tower: opens a forward, whose layers attend by what its embeddings lay out."""
     attention.use_for(tower)  # a `set_attn_implementation` may have come after `compress`
+    if tower.training:
+        attention.carry_through_checkpoints(find_layers(tower))
     attention.current.set(attention.Forward(tower.config._attn_implementation))
 
 
@@ -302,6 +326,12 @@ def _restore_patches(tower: nn.Module, args: Any, output: Any) -> Any:
     if forward is None or forward.batch is None or output is None:  # the forward raised
         return output
     return _restored(output, forward.batch.layout)
+
+
+@torch.compiler.disable
+def _leave(tower: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a vision tower that gives its tokens out as they are."""
+    attention.current.set(None)
 
 
 def _restored(output: Any, layout: Layout) -> Any:
@@ -323,6 +353,9 @@ def _restored(output: Any, layout: Layout) -> Any:
         return expand(value, layout) if value.shape[:2] == shape else value
 
     return _pytree.tree_map(restored, output)
+
+
+OUTPUT_HOOKS = (_restore_layer, _restore_patches, _leave)
 
 
 def _positions(

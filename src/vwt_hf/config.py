@@ -11,8 +11,10 @@ from typing import Any
 METHODS = ("intra", "inter")
 CRITERIA = ("variance", "random", "grid")
 LAYOUTS = ("auto", "packed", "padded")
-OWNERS = dict.fromkeys(("keep_ratio", "num_patches", "criterion", "seed"), "intra") | dict.fromkeys(
-    ("vocabulary", "revision", "threshold", "proportional_attention", "layout", "image_mean", "image_std"), "inter"
+DROPPED = ("discard", "merge")
+OUTPUTS = ("compressed", "full")
+OWNERS = dict.fromkeys(("keep_ratio", "num_patches", "criterion", "seed", "dropped"), "intra") | dict.fromkeys(
+    ("vocabulary", "revision", "threshold", "layout", "image_mean", "image_std"), "inter"
 )
 """The method that a field belongs to."""
 
@@ -36,20 +38,28 @@ class VWTConfig:
             `"grid"`: an even cover of the image, whatever it shows.
         seed (`int`, default 0):
             intra: seed of `criterion="random"`.
+        dropped (`str`, default `"discard"`):
+            intra: what becomes of the patches that do not stay. `"discard"`: nothing sees them (the paper's).
+            `"merge"`: each joins the nearest patch that stays, which then stands for both.
         vocabulary (`str` or `VisualVocabulary`, *optional*):
             inter: a Hub id, a folder, or the vocabulary itself. `None`: the one that was saved with the model.
         revision (`str`, *optional*):
             inter: branch, tag or commit of a vocabulary on the Hub. The setting of a loaded model holds the commit.
         threshold (`float`, default 0.1):
             inter: largest cosine distance from a word, in [0, 2], at which a patch takes it. 0 is the plain model.
-        proportional_attention (`bool`, default `True`):
-            inter: whether a token that stands for s patches gets + log s on its attention logits, so that it draws as
-            much attention as its patches would.
         layout (`str`, default `"auto"`):
             inter: how a batch of images with different numbers of tokens is run. `"packed"`: as one sequence, of which
             only attention knows where images end. `"padded"`: each image as long as the longest. `"auto"`: packed
             where attention is as fast on packed tokens (on a CPU; on CUDA in half precision), else padded. The answers
             are the same.
+        proportional_attention (`bool`, default `True`):
+            inter, and intra with `dropped="merge"`: whether a token that stands for s patches gets + log s on its
+            attention logits, so that it draws as much attention as its patches would.
+        output (`str`, *optional*):
+            `"full"`: `last_hidden_state` has its usual length, each patch with the hidden state of its token, so heads
+            and decoders that read every patch work and means weigh tokens by their sizes. `"compressed"`: it has
+            prefix + kept patches. Default: full where every patch is part of a token, which is under inter and
+            `dropped="merge"`; else compressed. Each is refused where it has no meaning.
         image_mean, image_std (sequence of `float`, *optional*):
             inter: how the model's images are normalised, for each channel; by default as its image processor says.
 
@@ -57,8 +67,8 @@ class VWTConfig:
         ValueError: a field holds a value that is not allowed; the message names the field, the value and what is.
 
     Example:
-        >>> VWTConfig(keep_ratio=0.7).to_dict()
-        {'method': 'intra', 'keep_ratio': 0.7, 'num_patches': None, 'criterion': 'variance', 'seed': 0}
+        >>> VWTConfig(keep_ratio=0.7).patches_kept(196)
+        137
     """
 
     method: str = "intra"
@@ -66,11 +76,13 @@ class VWTConfig:
     num_patches: int | None = None
     criterion: str = "variance"
     seed: int = 0
+    dropped: str = "discard"
     vocabulary: Any = None
     revision: str | None = None
     threshold: float = 0.1
     proportional_attention: bool = True
     layout: str = "auto"
+    output: str | None = None
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
 
@@ -78,6 +90,9 @@ class VWTConfig:
         _require_choice("method", self.method, METHODS)
         _require_choice("criterion", self.criterion, CRITERIA)
         _require_choice("layout", self.layout, LAYOUTS)
+        _require_choice("dropped", self.dropped, DROPPED)
+        if self.output is not None:
+            _require_choice("output", self.output, OUTPUTS)
         if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
             raise ValueError(f"VWTConfig.keep_ratio is {self.keep_ratio!r}; expected a number in (0, 1].")
         if self.num_patches is not None and (not _is_int(self.num_patches) or self.num_patches < 1):
@@ -108,6 +123,27 @@ class VWTConfig:
                     f"VWTConfig.{field.name} is {getattr(self, field.name)!r}, but method is {self.method!r}; the "
                     f"field belongs to method={owner!r}."
                 )
+
+        if self.output == "full" and not self.groups:
+            raise ValueError(
+                "VWTConfig.output is 'full', but dropped is 'discard', which leaves dropped patches without a hidden "
+                "state; use dropped='merge'."
+            )
+        if self.output == "compressed" and self.method == "inter":
+            raise ValueError(
+                "VWTConfig.output is 'compressed', but under method='inter' the images of a batch have different "
+                "numbers of tokens, which no one tensor holds; use output='full'."
+            )
+
+    @property
+    def groups(self) -> bool:
+        """Whether every patch is part of a token."""
+        return self.method == "inter" or self.dropped == "merge"
+
+    @property
+    def restores(self) -> bool:
+        """Whether what a model gives out has a hidden state for every patch."""
+        return self.groups if self.output is None else self.output == "full"
 
     def _set_statistics(self, field: str, positive: bool) -> None:
         values = getattr(self, field)

@@ -27,10 +27,6 @@ class Layout:
     runs: tuple[tuple[int, int], ...]
     """The lengths of the batch's images, ascending: (tokens, images that have so many)."""
     packed: bool
-    bag_order: torch.Tensor
-    """(batch · patches,), int64: the patches of the batch in the order of their rows."""
-    bag_starts: torch.Tensor
-    """(rows,), int64: where the patches of each row start in `bag_order`."""
 
     @property
     def tokens(self) -> int:
@@ -41,6 +37,15 @@ class Layout:
     def longest(self) -> int:
         """Tokens of the longest image."""
         return self.runs[-1][0] if self.runs else 0
+
+    @functools.cached_property
+    def bags(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The patches of the batch in the order of their rows, (batch · patches,), and where those of each row start,
+        (rows,)."""
+        patch_rows = self.rows[:, self.prefix :].flatten()
+        held = torch.zeros(self.sizes.numel(), dtype=torch.int64, device=self.rows.device)
+        held.scatter_add_(0, patch_rows, torch.ones_like(patch_rows))
+        return patch_rows.argsort(stable=True), held.cumsum(0) - held
 
     @functools.cached_property
     def boundaries(self) -> torch.Tensor:
@@ -76,14 +81,36 @@ def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True) -> La
         # One more where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
         shape = (batch, longest + (longest == prefix + patches))
         starts = torch.arange(batch, device=device) * shape[1]
-    own = torch.arange(prefix, device=device).expand(batch, -1)
-    rows = torch.cat((own, token_of_patch + prefix), dim=1) + starts.unsqueeze(1)
+    return _lay_out(token_of_patch, prefix, starts, shape, runs, packed)
 
-    patch_rows = rows[:, prefix:].flatten()
-    ones = torch.ones_like(patch_rows)
-    held = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=device).scatter_add_(0, patch_rows, ones)
-    sizes = held.float().index_fill_(0, rows[:, :prefix].flatten(), 1.0).view(shape)
-    return Layout(rows, sizes, prefix, runs, packed, patch_rows.argsort(stable=True), held.cumsum(0) - held)
+
+def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0) -> Layout:
+    """Lays out images that all have `tokens` tokens, each of which stands for the patches that chose it.
+
+    Args:
+        token_of_patch: (batch, patches), int64 in [0, tokens): the token that each patch is part of.
+        tokens: of each image, prefix tokens left out.
+        prefix: prefix tokens of each image, which come before its patches.
+    """
+    batch, length = len(token_of_patch), prefix + tokens
+    starts = torch.arange(batch, device=token_of_patch.device) * length
+    return _lay_out(token_of_patch, prefix, starts, (batch, length), ((length, batch),) if batch else (), False)
+
+
+def _lay_out(
+    token_of_patch: torch.Tensor,
+    prefix: int,
+    starts: torch.Tensor,
+    shape: tuple[int, int],
+    runs: tuple[tuple[int, int], ...],
+    packed: bool,
+) -> Layout:
+    """A layout whose images start at the rows `starts` (batch,)."""
+    own = torch.arange(prefix, device=starts.device).expand(len(starts), -1)
+    rows = torch.cat((own, token_of_patch + prefix), dim=1) + starts.unsqueeze(1)
+    sizes = torch.zeros(shape[0] * shape[1], device=starts.device)
+    sizes.scatter_add_(0, rows.flatten(), torch.ones(rows.numel(), device=starts.device))
+    return Layout(rows, sizes.view(shape), prefix, runs, packed)
 
 
 def _tokens(patch_words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,10 +136,11 @@ def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
         (sequences, tokens, channels), in the dtype of `values`; 0 for prefix tokens and padding.
     """
     patches = layout.rows.shape[1] - layout.prefix
-    order = layout.bag_order if values.shape[0] == layout.rows.shape[0] else layout.bag_order % patches
+    order, starts = layout.bags
+    order = order if values.shape[0] == layout.rows.shape[0] else order % patches
     table = values.flatten(0, 1).float()
     # A bag of patches for each row: read once, summed in place, in parallel. index_add takes two to four times as long.
-    means = torch.nn.functional.embedding_bag(order, table, layout.bag_starts, mode="mean")
+    means = torch.nn.functional.embedding_bag(order, table, starts, mode="mean")
     return means.view(*layout.sizes.shape, -1).to(values.dtype)
 
 
@@ -150,6 +178,6 @@ def attention_bias(layout: Layout, proportional: bool) -> torch.Tensor | None:
     """
     if proportional:
         return layout.sizes.log()
-    if layout.packed:
+    if layout.tokens == layout.sizes.numel():
         return None
     return torch.where(layout.sizes > 0, 0.0, -torch.inf)

@@ -125,6 +125,37 @@ def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> to
     return chosen.unsqueeze(0).to(device)
 
 
+def nearest_kept(patches: torch.Tensor, kept: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The kept patch that each patch is nearest to; a kept patch is nearest to itself.
+
+    Near is what looks alike and lies close by: distances of pixels and places are each measured by their mean over the
+    image, then added.
+
+    Args:
+        patches: (batch, patches, channels · patch height · patch width).
+        kept: (batch or 1, keep) patch indices, ascending.
+        grid: rows and columns of patches.
+
+    Returns:
+        (batch, patches), int64 in [0, keep).
+    """
+    with torch.autocast(patches.device.type, enabled=False), torch.no_grad():
+        values = patches.float()
+        places = torch.cartesian_prod(*(torch.arange(n, device=patches.device, dtype=torch.float32) for n in grid))
+        places = places.view(1, -1, 2)
+        distance = _relative(torch.cdist(values, gather_patches(values, kept)))
+        distance = distance + _relative(torch.cdist(places, gather_patches(places, kept)))
+        own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        nearest = distance.argmin(dim=2)
+        batch = len(patches)
+        return nearest.scatter(1, kept.expand(batch, -1), own.expand(batch, -1))
+
+
+def _relative(distance: torch.Tensor) -> torch.Tensor:
+    """Distances (batch, patches, keep) over the mean of those of their image."""
+    return distance / distance.mean(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+
+
 def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The kept patches alone, or the rows of any table that has one for each patch.
 
