@@ -378,7 +378,7 @@ def forward_of(model: PreTrainedModel, batch: torch.Tensor, mode: str | None) ->
         return functools.partial(torch.compile(model, mode=mode, dynamic=False), pixel_values=batch)
     # Grouping breaks the graph, after which torch would compile no model's outer forward as a whole: layers alone here.
     model = share(model)
-    for layer in find_layers(find_tower(model, find_embeddings(model, family_of(type(model))))):
+    for layer in find_layers(find_tower(model, find_embeddings(model, family_of(model)))):
         layer.compile(mode=mode)
     return functools.partial(model, pixel_values=batch)
 
@@ -416,7 +416,7 @@ def synchronize(device: torch.device) -> None:
 
 def embedding_seconds(model: PreTrainedModel, batch: torch.Tensor) -> float:
     """Median seconds from pixels to the first layer's input, inside whole forwards."""
-    module = find_embeddings(model, family_of(type(model)))
+    module = find_embeddings(model, family_of(model))
     clock: list[float] = []
 
     def stamp(*_: Any) -> None:

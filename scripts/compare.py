@@ -112,7 +112,7 @@ class TokenCounter:
 
     def __init__(self, model: transformers.PreTrainedModel) -> None:
         self.tokens = self.images = 0
-        find_embeddings(model, family_of(type(model))).register_forward_hook(self._count)
+        find_embeddings(model, family_of(model)).register_forward_hook(self._count)
 
     def _count(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         forward = current.get()

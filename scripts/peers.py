@@ -174,7 +174,7 @@ def tome(model: PreTrainedModel, r: int) -> PreTrainedModel:
     """
     if r < 0:
         raise ValueError(f"r is {r}; expected how many pairs of patches each layer merges, 0 or more.")
-    family = family_of(type(model))
+    family = family_of(model)
     embeddings = find_embeddings(model, family)
     prefix = len(family.prefix)
     if family.registers is not None:
@@ -197,7 +197,7 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         Unsupported: none of its modules is a layer of a class in `PARTS`.
     """
-    tower = find_tower(model, find_embeddings(model, family_of(type(model))))
+    tower = find_tower(model, find_embeddings(model, family_of(model)))
     layers = [module for module in tower.modules() if type(module).__name__ in PARTS]
     if not layers:
         raise Unsupported(

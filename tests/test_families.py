@@ -10,6 +10,9 @@ from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.families import family_of
 
 EVERY = [*MODELS, *MORE_MODELS]
+CONTRASTIVE = ["clip", "metaclip-2", "chinese-clip", "altclip", "clipseg", "siglip"]
+BACKBONES = [name for name in EVERY if not name.endswith(("classifier", "projection")) and name not in CONTRASTIVE]
+"""Those whose first output is hidden states."""
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 WORDS = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
 
@@ -25,7 +28,12 @@ def inter(layout: str = "auto", threshold: float = 0.3) -> VWTConfig:
     )
 
 
-SETTINGS = {"intra": VWTConfig(keep_ratio=0.5), "packed": inter("packed"), "padded": inter("padded")}
+SETTINGS = {
+    "discard": VWTConfig(keep_ratio=0.5),
+    "merge": VWTConfig(keep_ratio=0.5, dropped="merge"),
+    "packed": inter("packed"),
+    "padded": inter("padded"),
+}
 setting = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
 dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 every = pytest.mark.parametrize("name", EVERY)
@@ -46,6 +54,8 @@ def test_keeping_everything_equals_the_plain_model(name, images):
     model = tiny_model(name)
     plain = answers(model, images)
     assert torch.equal(answers(compress(model, {"keep_ratio": 1.0}), images), plain)
+    merged = answers(compress(model, {"keep_ratio": 1.0, "dropped": "merge"}), images)
+    torch.testing.assert_close(merged, plain, atol=1e-5, rtol=1e-5)
     assert torch.equal(answers(compress(model, inter(threshold=0)), images), plain)
 
 
@@ -102,6 +112,23 @@ def test_gradients_are_finite_and_reach_what_the_plain_model_trains(name, settin
     assert trained() == plain
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_patch_has_the_hidden_state_of_its_token_where_none_is_lost(name, images):
+    model = tiny_model(name)
+    usual = answers(model, images).shape
+    for fields in (SETTINGS["merge"], SETTINGS["packed"], SETTINGS["padded"]):
+        full = answers(compress(model, fields), images)
+        assert full.shape == usual
+        patches = full[1, -64:]
+        assert len(patches.unique(dim=0)) < 64 or fields is not SETTINGS["merge"]
+    compressed = answers(compress(model, VWTConfig(dropped="merge", output="compressed")), images)
+    assert compressed.shape[1] == usual[1] - 32
+    # The tokens that were given out for the patches are those.
+    merged = answers(compress(model, SETTINGS["merge"]), images)
+    for image in range(len(images)):
+        assert torch.equal(merged[image].unique(dim=0), compressed[image].unique(dim=0))
+
+
 @setting
 @every
 def test_restore_gives_the_exact_plain_model_back(name, setting, images):
@@ -118,7 +145,7 @@ def test_restore_gives_the_exact_plain_model_back(name, setting, images):
 def test_images_of_another_size_are_interpolated_or_refused_with_both_sizes(name, setting):
     model = compress(tiny_model(name), setting)
     pixel_values = sample_pixel_values(2, 24, 40)
-    if family_of(type(model)).always_interpolates:
+    if family_of(model).always_interpolates:
         assert answers(model, pixel_values).isfinite().all()
         return
     assert answers(model, pixel_values, interpolate_pos_encoding=True).isfinite().all()

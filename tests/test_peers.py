@@ -58,7 +58,7 @@ def test_merging_no_pair_is_the_plain_model(name):
 def test_merging_equal_patches_changes_no_answer(name):
     # Only if sizes reach every attention and the mean of the patches; four colours, so each patch has equal ones.
     model = tiny_model(name, num_hidden_layers=3)
-    positions = attribute(find_embeddings(model, family_of(type(model))), family_of(type(model)).positions)
+    positions = attribute(find_embeddings(model, family_of(model)), family_of(model).positions)
     with torch.no_grad():
         (positions.weight if isinstance(positions, nn.Embedding) else positions).zero_()
     colours = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))

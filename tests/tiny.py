@@ -73,6 +73,8 @@ MORE_MODELS = {
     "siglip": (transformers.SiglipModel, contrastive_config(transformers.SiglipConfig)),
     "siglip-vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig),
     "siglip-classifier": (transformers.SiglipForImageClassification, contrastive_config(transformers.SiglipConfig)),
+    "blip-vision": (transformers.BlipVisionModel, transformers.BlipVisionConfig),
+    "blip-2-vision": (transformers.Blip2VisionModel, transformers.Blip2VisionConfig),
 }
 """Models of the other families, which the conformance matrix of test_families.py goes through."""
 

@@ -168,6 +168,7 @@ def sdpa(
 ) -> tuple[torch.Tensor, None]:
     """`sdpa` by the layout of the batch; tensors are (sequences, heads, tokens, head size)."""
     batch = _batch(query, attention_mask)
+    kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
     if (
         batch.layout.packed
@@ -197,8 +198,7 @@ def eager(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`eager` by the layout of the batch; tensors are (sequences, heads, tokens, head size).
 
-    The second value stands in for the attention weights, which no one tensor holds for images of different lengths:
-    `compress` refuses to give it out.
+    The second value stands for the attention weights.
     """
     batch = _batch(query, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -210,8 +210,7 @@ def eager(
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         return (weights @ value).transpose(1, 2)
 
-    no_weights = query.new_zeros(()).expand(*query.shape[:3], query.shape[2])
-    return _by_layout(attend, query, key, value, batch), no_weights
+    return _by_layout(attend, query, key, value, batch), _no_weights(query)
 
 
 @torch.compiler.disable
@@ -239,6 +238,24 @@ def flash_attention_2(
         return flash_attn_varlen_func(*packed, dropout_p=dropout, softmax_scale=scale, causal=False)
 
     return _by_boundaries(attend, query, key, value, batch, scaling), None
+
+
+def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stands in for the forward of an attention with one `qkv` projection that knows no interface (BLIP).
+
+    Args:
+        module: the attention, whose parameters are used.
+        hidden_states: (sequences, tokens, hidden).
+    """
+    heads = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    dropout = module.dropout.p if module.training else 0.0
+    output, _ = sdpa(module, *heads, None, scaling=module.scale, dropout=dropout)
+    return module.projection(output.flatten(2)), _no_weights(heads[0])
+
+
+def _no_weights(query: torch.Tensor) -> torch.Tensor:
+    """What stands for attention weights where no one tensor holds them; `compress` refuses to give it out."""
+    return query.new_zeros(()).expand(*query.shape[:3], query.shape[2])
 
 
 def _by_layout(

@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from . import attention
 from .compress import compress, lexicon_of, restore
 from .config import VWTConfig
-from .families import FAMILIES, family_of
+from .families import FAMILIES, HOLDERS, require_supported
 from .lexicon import BESIDE_WEIGHTS
 from .vocabulary import VisualVocabulary
 
@@ -33,8 +33,8 @@ _NOT_GIVEN: Any = object()
 
 def register() -> None:
     """Gives every family's config the field `vwt` and has transformers' loading act on it. Idempotent."""
-    for family in FAMILIES:
-        for model_type in family.model_types:
+    for row in (*FAMILIES, *HOLDERS):
+        for model_type in row.model_types:
             plain = CONFIG_MAPPING[model_type]
             if "vwt" not in vars(plain):
                 config_class = _config_with_vwt(plain)
@@ -146,7 +146,7 @@ def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTCon
     try:
         setting = VWTConfig.parse(vwt)
         if setting is not None:
-            family_of(cls)
+            require_supported(cls, setting.restores)
     except (TypeError, ValueError) as error:
         if source is None:
             raise

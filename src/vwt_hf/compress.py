@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,17 @@ from transformers import PreTrainedModel
 
 from . import attention
 from .config import VWTConfig
-from .families import Family, attribute, family_of, find_embeddings, find_layers, find_tower, model_of, position_table
+from .families import (
+    Family,
+    attribute,
+    family_of,
+    find_embeddings,
+    find_layers,
+    find_tower,
+    model_of,
+    position_table,
+    require_supported,
+)
 from .layout import Layout, attention_bias, expand, group, pool, put_prefix, represent
 from .lexicon import Lexicon
 from .words import (
@@ -65,7 +76,8 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     setting = VWTConfig.parse(config)
     if setting is None:
         return restore(model)
-    family = family_of(type(model))
+    require_supported(type(model), setting.restores)
+    family = family_of(model)
     embeddings = find_embeddings(model, family)
     lexicon = None
     if setting.method == "inter":
@@ -73,24 +85,21 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         projection = attribute(embeddings, family.projection)
         lexicon.vocabulary.require(projection.kernel_size, projection.in_channels)
         setting = lexicon.setting
-    # accelerate's hooks (`device_map`) wrap the forward that they find in a module, and keep it under another name.
-    slot = "_old_forward" if hasattr(embeddings, "_hf_hook") else "forward"
-    present = embeddings.__dict__.get("forward")
-    if slot == "forward" and present is not None and not _tokenizer_of(present):
-        raise ValueError(
-            f"Something else replaced the forward of {type(embeddings).__name__} in this {type(model).__name__}; take "
-            "that out before compressing it."
-        )
+    tower = find_tower(model, embeddings)
+    attentions = [module for module in tower.modules() if type(module).__name__ == family.attention]
+    for module in (embeddings, *attentions):
+        _require_replaceable(module)
     _own_config(model)
     restore(model)
     if _tokenises(setting):
-        tower = find_tower(model, embeddings)
         attention.use_for(tower)
+        for module in attentions:
+            _replace_forward(module, attention.fused)
         tower.register_forward_pre_hook(_attend_by_layout)
         if setting.restores:
             find_layers(tower)[-1].register_forward_hook(_restore_layer)
         tower.register_forward_hook(_restore_patches if setting.restores else _leave, always_call=True)
-    setattr(embeddings, slot, functools.partial(embed, embeddings, Tokenizer(family, setting, lexicon)))
+    _replace_forward(embeddings, embed, Tokenizer(family, setting, lexicon))
     model.config.vwt = setting.to_dict()
     return model
 
@@ -105,9 +114,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """
     model = model_of(model)
     for module in model.modules():
-        if _tokenizer_of(module.__dict__.get("forward")):
+        if _is_ours(module.__dict__.get("forward")):
             del module.forward
-        if _tokenizer_of(module.__dict__.get("_old_forward")):
+        if _is_ours(module.__dict__.get("_old_forward")):
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _attend_by_layout]:
             del module._forward_pre_hooks[key]
@@ -121,6 +130,30 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             if getattr(config, "vwt", None) is not None:
                 config.vwt = None
     return model
+
+
+def _slot(module: nn.Module) -> str:
+    """Where the forward of `module` is kept: accelerate's hooks (`device_map`) wrap it, and keep it elsewhere."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def _replace_forward(module: nn.Module, function: Callable[..., Any], *args: Any) -> None:
+    setattr(module, _slot(module), functools.partial(function, module, *args))
+
+
+def _is_ours(forward: object) -> bool:
+    """Whether `_replace_forward` put it there."""
+    return isinstance(forward, functools.partial) and forward.func in (embed, attention.fused)
+
+
+def _require_replaceable(module: nn.Module) -> None:
+    """Raises `ValueError` where the forward of `module` is not its class's, nor one of ours."""
+    present = module.__dict__.get("forward")
+    if _slot(module) == "forward" and present is not None and not _is_ours(present):
+        raise ValueError(
+            f"Something else replaced the forward of {type(module).__name__} in this model; take that out before "
+            "compressing it."
+        )
 
 
 def _own_config(model: PreTrainedModel) -> None:

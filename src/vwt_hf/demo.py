@@ -92,7 +92,7 @@ def demo(
             compressed, _ = load(checkpoint, setting, on)
             results.append(compare(plain, compressed, pixel_values.split(batch_size), pooled, setting, repeats))
 
-    family = family_of(type(plain))
+    family = family_of(plain)
     shown = slice(0, ROWS)
     normalised = getattr(processor, "do_normalize", False)
     figure = kept_patches_figure(
@@ -174,7 +174,7 @@ def load(checkpoint: str, vwt: VWTConfig | bool, device: torch.device) -> tuple[
         dtype=torch.float32 if device.type == "cpu" else "auto",
         output_loading_info=True,
     )
-    family_of(type(model))
+    family_of(model)
     missing = {name for name in report["missing_keys"] if not name.endswith("mask_token")}
     poolers = {name for name in missing if "pooler." in name}
     if missing != poolers:

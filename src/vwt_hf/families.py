@@ -34,7 +34,19 @@ class Family:
     always_interpolates: bool = False
     """Whether positions are interpolated to any image size without being asked to."""
     needs_every_patch: tuple[str, ...] = ()
-    """Model classes of the family whose output has a value for every patch: these cannot be compressed."""
+    """Model classes of the family that read a hidden state for every patch."""
+    attention: str | None = None
+    """Class name of its attention, where that does not go through transformers' `AttentionInterface`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Models that hold a vision tower of one of the families and give a language model a token for every patch."""
+
+    name: str
+    """Name in messages and tables."""
+    model_types: tuple[str, ...]
+    """`model_type` of their configs."""
 
 
 def _like_vit(name: str, model_type: str, class_name: str, **fields: Any) -> Family:
@@ -49,13 +61,17 @@ def _like_vit(name: str, model_type: str, class_name: str, **fields: Any) -> Fam
 
 
 def _like_clip(name: str, model_type: str, class_name: str, **fields: Any) -> Family:
+    usual = {
+        "model_types": (model_type, f"{model_type}_vision_model"),
+        "pools": "CLS",
+        "prefix": ("class_embedding",),
+    }
     return Family(
         name=name,
-        model_types=(model_type, f"{model_type}_vision_model"),
         embeddings=f"{class_name}VisionEmbeddings",
         projection="patch_embedding",
         positions="position_embedding",
-        **({"pools": "CLS", "prefix": ("class_embedding",)} | fields),
+        **(usual | fields),
     )
 
 
@@ -86,37 +102,83 @@ FAMILIES: tuple[Family, ...] = (
     _like_clip("AltCLIP", "altclip", "AltCLIP"),
     _like_clip("CLIPSeg", "clipseg", "CLIPSeg", needs_every_patch=("CLIPSegForImageSegmentation",)),
     _like_clip("SigLIP", "siglip", "Siglip", pools="attention over all tokens; the classifier: their mean", prefix=()),
+    _like_clip("BLIP", "blip", "Blip", pools="CLS; the decoder attends to all tokens", attention="BlipAttention"),
+    _like_clip(
+        "BLIP-2",
+        "blip_2",
+        "Blip2",
+        pools="CLS; the Q-Former attends to all tokens",
+        model_types=("blip-2", "blip_2_vision_model"),
+    ),
+)
+HOLDERS: tuple[Holder, ...] = (
+    Holder("LLaVA", ("llava",)),
+    Holder("PaliGemma", ("paligemma",)),
 )
 
 
 def supported() -> list[str]:
     """Names of the families that can be compressed."""
-    return [family.name for family in FAMILIES]
+    return [row.name for row in (*FAMILIES, *HOLDERS)]
 
 
-def family_of(model_class: type[PreTrainedModel]) -> Family:
-    """The row of the table that `model_class` belongs to.
+def require_supported(model_class: type[PreTrainedModel], restores: bool) -> None:
+    """Refuses a model class that cannot be compressed.
+
+    Args:
+        restores: whether its tower gives out a hidden state for every patch (`VWTConfig.restores`).
 
     Raises:
-        ValueError: its family has no row, or its output has a value for every patch; the message lists what is
-            supported.
+        ValueError: its family has no row, or it reads a hidden state for every patch and would not get one; the message
+            says what is supported.
     """
-    config_class = getattr(model_class, "config_class", None)
-    model_type = getattr(config_class, "model_type", "")
-    family = next((family for family in FAMILIES if model_type in family.model_types), None)
     name = model_class.__name__
-    if family is None:
+    row = _row_of(model_class)
+    if row is None:
         raise ValueError(
-            f"{name} (model type {model_type!r}) cannot be compressed by vwt_hf; supported families: "
+            f"{name} (model type {_model_type(model_class)!r}) cannot be compressed by vwt_hf; supported families: "
             f"{', '.join(supported())}. Load it without `vwt`."
         )
-    if name in family.needs_every_patch:
+    if not restores and (isinstance(row, Holder) or name in row.needs_every_patch):
         raise ValueError(
-            f"{name} predicts a value for every patch, so none may be dropped: it cannot be compressed. Supported are "
-            f"feature extraction, classification and contrastive models of {', '.join(supported())}. "
-            "Load it without `vwt`."
+            f"{name} reads a value for every patch, so none may be dropped: it cannot be compressed like this. Use "
+            "dropped='merge' or method='inter', which give every patch the hidden state of its token, or load it "
+            "without `vwt`."
         )
-    return family
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The row of the table that the vision tower of `model` belongs to.
+
+    Raises:
+        ValueError: there is none.
+    """
+    require_supported(type(model), restores=True)
+    row = _row_of(type(model))
+    if isinstance(row, Family):
+        return row
+    for module in model.modules():
+        for family in FAMILIES:
+            if _is_embeddings(module, family):
+                return family
+    raise ValueError(
+        f"{type(model).__name__} holds no vision tower of {', '.join(family.name for family in FAMILIES)}, so it "
+        "cannot be compressed. Load it without `vwt`."
+    )
+
+
+def _row_of(model_class: type[PreTrainedModel]) -> Family | Holder | None:
+    model_type = _model_type(model_class)
+    return next((row for row in (*FAMILIES, *HOLDERS) if model_type in row.model_types), None)
+
+
+def _model_type(model_class: type[PreTrainedModel]) -> str:
+    return getattr(getattr(model_class, "config_class", None), "model_type", "")
+
+
+def _is_embeddings(module: nn.Module, family: Family) -> bool:
+    # The class must be transformers' own: another library's class of the same name may compute something else.
+    return type(module).__name__ == family.embeddings and type(module).__module__.startswith("transformers.")
 
 
 def find_embeddings(model: PreTrainedModel, family: Family) -> nn.Module:
@@ -133,8 +195,7 @@ def find_embeddings(model: PreTrainedModel, family: Family) -> nn.Module:
             "or load it without `vwt`."
         )
     for module in model.modules():
-        # The class must be transformers' own: another library's class of the same name may compute something else.
-        if type(module).__name__ == family.embeddings and type(module).__module__.startswith("transformers."):
+        if _is_embeddings(module, family):
             return module
     raise ValueError(
         f"{type(model).__name__} has no {family.embeddings} of transformers, where {family.name} models turn pixel "

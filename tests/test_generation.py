@@ -1,0 +1,142 @@
+"""Models that write text about images: a compressed tower feeds a decoder that expects the tokens of an image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tiny import TINY, sample_pixel_values
+from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 99}
+IMAGE_TOKEN = 98
+SETTINGS = {
+    "discard": VWTConfig(keep_ratio=0.5),
+    "merge": VWTConfig(keep_ratio=0.5, dropped="merge"),
+    "inter": VWTConfig(
+        method="inter",
+        vocabulary=VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))),
+        threshold=0.3,
+        image_mean=[0.2, 0.0, -0.1],
+        image_std=[0.5, 1.0, 2.0],
+    ),
+}
+
+
+def blip() -> transformers.PreTrainedModel:
+    text = TEXT | {"bos_token_id": 1, "eos_token_id": 97, "sep_token_id": 97, "pad_token_id": 0}
+    config = transformers.BlipConfig(vision_config=TINY, text_config=text | {"encoder_hidden_size": 32})
+    return transformers.BlipForConditionalGeneration(config)
+
+
+def blip_2() -> transformers.PreTrainedModel:
+    qformer = TEXT | {"encoder_hidden_size": 32, "cross_attention_frequency": 1}
+    text = {"model_type": "opt", "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 32}
+    text |= {"num_attention_heads": 2, "word_embed_proj_dim": 32, "max_position_embeddings": 60}
+    config = transformers.Blip2Config(
+        vision_config=TINY, qformer_config=qformer, text_config=text, num_query_tokens=4, image_token_index=IMAGE_TOKEN
+    )
+    return transformers.Blip2ForConditionalGeneration(config)
+
+
+def llava() -> transformers.PreTrainedModel:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TINY, projection_dim=16),
+        text_config=transformers.LlamaConfig(**TEXT, num_key_value_heads=2),
+        image_token_index=IMAGE_TOKEN,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def paligemma() -> transformers.PreTrainedModel:
+    config = transformers.PaliGemmaConfig(
+        vision_config=TINY | {"model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 32},
+        text_config=TEXT | {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 16},
+        image_token_index=IMAGE_TOKEN,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+IMAGE_TOKENS = {blip: 0, blip_2: 4, llava: 64, paligemma: 64}
+"""How many of them a prompt of the model holds."""
+
+
+@pytest.fixture(params=list(IMAGE_TOKENS), ids=lambda make: make.__name__)
+def make(request):
+    return request.param
+
+
+def built(make) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    pixel_values = sample_pixel_values(3)
+    pixel_values[0] = 1.3
+    pixel_values[2, :, :16] = 0.7
+    return pixel_values
+
+
+def inputs(make, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    prompt = torch.tensor([[IMAGE_TOKEN] * IMAGE_TOKENS[make] + [1, 5, 7]]).repeat(len(images), 1)
+    return {"pixel_values": images, "input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+
+
+def logits(model, make, images) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs(make, images)).logits
+
+
+def allowed(make) -> list[VWTConfig]:
+    every_token = IMAGE_TOKENS[make] == 64
+    return [setting for name, setting in SETTINGS.items() if not (every_token and name == "discard")]
+
+
+def test_a_batch_answers_as_its_images_do_alone_and_unlike_the_plain_model(make, images):
+    model = built(make)
+    plain = logits(model, make, images)
+    for setting in allowed(make):
+        compress(model, setting)
+        alone = torch.cat([logits(model, make, image[None]) for image in images])
+        found = logits(model, make, images)
+        torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+        assert (found - plain).abs().max() > 1e-4
+    assert torch.equal(logits(restore(model), make, images), plain)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_text_is_generated_for_a_batch_as_for_its_images_alone(make, images, beams):
+    model = built(make)
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
+    how |= {} if make is blip else {"pad_token_id": 0}
+    for setting in allowed(make):
+        compress(model, setting)
+        together = model.generate(**inputs(make, images), **how)
+        for image, expected in zip(images, together, strict=True):
+            assert model.generate(**inputs(make, image[None]), **how)[0].tolist() == expected.tolist()
+
+
+def test_a_language_model_that_expects_every_patch_gets_no_fewer(images):
+    for make in (llava, paligemma):
+        with pytest.raises(ValueError, match=r"reads a value for every patch.*dropped='merge' or method='inter'"):
+            compress(built(make), SETTINGS["discard"])
+
+
+def test_a_saved_model_is_the_same_when_loaded(make, images, tmp_path):
+    for setting in allowed(make):
+        model = compress(built(make), setting)
+        expected = logits(model, make, images)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        torch.testing.assert_close(logits(loaded, make, images), expected, atol=1e-5, rtol=1e-5)
+        plain = type(model).from_pretrained(tmp_path, vwt=False)
+        torch.testing.assert_close(logits(plain, make, images), logits(built(make), make, images), atol=1e-5, rtol=1e-5)
