@@ -7,7 +7,9 @@ import torch
 
 from tiny import MODELS, MORE_MODELS, answers, forward, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
+from vwt_hf.compress import choose_patches
 from vwt_hf.families import family_of
+from vwt_hf.words import gather_patches, patchify
 
 EVERY = [*MODELS, *MORE_MODELS]
 CONTRASTIVE = ["clip", "metaclip-2", "chinese-clip", "altclip", "clipseg", "siglip"]
@@ -127,6 +129,21 @@ def test_every_patch_has_the_hidden_state_of_its_token_where_none_is_lost(name, 
     merged = answers(compress(model, SETTINGS["merge"]), images)
     for image in range(len(images)):
         assert torch.equal(merged[image].unique(dim=0), compressed[image].unique(dim=0))
+
+
+def test_rotary_tokens_are_rotated_as_their_patches_are(images):
+    """DINOv3's layers by hand, on the tokens and rotations of the patches that stay."""
+    model = tiny_model("dinov3")
+    kept = choose_patches(patchify(images, (4, 4)), (8, 8), 32, SETTINGS["discard"])
+    with torch.no_grad():
+        whole = model.embeddings(images)
+        hidden = torch.cat((whole[:, :4], gather_patches(whole[:, 4:], kept)), 1)
+        rotations = tuple(values[kept].unsqueeze(1) for values in model.rope_embeddings(images))
+        expected = model.norm(model.model(hidden, position_embeddings=rotations).last_hidden_state)
+    found = answers(compress(model, SETTINGS["discard"]), images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    alike = answers(compress(model, VWTConfig(dropped="merge", proportional_attention=False)), images)
+    torch.testing.assert_close(alike[:, :4], expected[:, :4], atol=1e-5, rtol=1e-5)
 
 
 @setting

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from vwt_hf.layout import attention_bias, expand, group, pool, put_prefix
-from vwt_hf.words import index_words, nearest_words
+from vwt_hf.layout import attention_bias, expand, group, medoids, pool, put_prefix, represent
+from vwt_hf.words import gather_patches, index_words, nearest_kept, nearest_words
 
 WORDS = torch.tensor([[4, 2, 4, 7, 2, 2], [9, 8, 7, 6, 5, 4], [3, 3, 3, 3, 3, 3]])
 TOKENS = [[0, 1, 0, 2, 1, 1], [0, 1, 2, 3, 4, 5], [0] * 6]
@@ -116,6 +116,45 @@ def test_without_proportional_attention_only_padding_is_hidden():
     assert attention_bias(group(WORDS, 1), proportional=False) is None
     bias = attention_bias(group(WORDS, 1, packed=False), proportional=False)
     assert bias[2].tolist() == [0, 0] + [-math.inf] * 6
+
+
+def test_a_token_lies_where_the_patch_nearest_to_the_mean_place_of_its_patches_does(packed):
+    layout = group(WORDS, 2, packed)
+    places = torch.tensor([[row, column] for row in range(2) for column in range(3)], dtype=torch.float32)
+    for image, found in enumerate(by_image(medoids(layout, (2, 3)).unsqueeze(-1), layout)):
+        assert found[:2].flatten().tolist() == [6, 6]
+        for token, patch in enumerate(found[2:].flatten().tolist()):
+            mine = [index for index, other in enumerate(TOKENS[image]) if other == token]
+            distance = (places[mine] - places[mine].mean(0)).square().sum(1)
+            assert patch == mine[int(distance.argmin())]
+    assert (medoids(layout, (2, 3))[layout.sizes == 0] == 6).all()
+
+
+def test_images_of_one_length_are_laid_out_without_padding():
+    layout = represent(torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]]), 2, 1)
+    assert layout.sizes.tolist() == [[1, 2, 2], [1, 1, 3]] and layout.runs == ((3, 2),)
+    assert layout.rows.tolist() == [[0, 1, 2, 2, 1], [3, 5, 5, 5, 4]]
+    assert attention_bias(layout, proportional=False) is None
+    assert attention_bias(layout, proportional=True)[1].tolist() == pytest.approx([0, 0, math.log(3)])
+
+
+def test_a_dropped_patch_joins_the_kept_one_that_looks_alike_and_lies_close():
+    patches = torch.randn(2, 12, 5)
+    kept = torch.tensor([[0, 5, 6, 11], [1, 2, 3, 8]])
+    found = nearest_kept(patches, kept, (3, 4))
+    places = torch.tensor([[row, column] for row in range(3) for column in range(4)], dtype=torch.float32)
+    for image in range(2):
+        pixels = torch.cdist(patches[image], gather_patches(patches, kept)[image])
+        steps = torch.cdist(places, places[kept[image]])
+        expected = (pixels / pixels.mean() + steps / steps.mean()).argmin(1)
+        expected[kept[image]] = torch.arange(4)
+        assert torch.equal(found[image], expected)
+
+
+def test_of_patches_that_are_all_alike_the_closest_is_joined_and_each_kept_one_stays_itself():
+    found = nearest_kept(torch.ones(1, 6, 4), torch.tensor([[0, 5]]), (1, 6))
+    assert found.tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert nearest_kept(torch.ones(1, 1, 4), torch.tensor([[0]]), (1, 1)).tolist() == [[0]]
 
 
 def test_a_patch_takes_the_word_of_smallest_cosine_distance_within_the_threshold():

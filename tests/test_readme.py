@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import vwt_hf
+from vwt_hf.families import family_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +20,11 @@ def test_every_supported_family_and_every_field_of_a_setting_is_in_a_table():
         assert any(re.search(rf"\b{re.escape(family)}\b", row.split("|")[1]) for row in rows), family
     for field in dataclasses.fields(vwt_hf.VWTConfig):
         assert any(f"`{field.name}`" in row.split("|")[1] for row in rows), field.name
+
+
+def test_the_table_of_families_is_the_packages():
+    shown = re.search(r"<!-- families -->\n(.*?)\n<!-- /families -->", README, re.DOTALL)
+    assert shown and shown.group(1) == family_table()
 
 
 def test_each_command_is_one_line_whose_scripts_can_be_run():

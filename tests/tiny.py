@@ -51,6 +51,10 @@ def contrastive_config(config_class: type, **text):
     return config
 
 
+def dinov3_config(**sizes) -> transformers.DINOv3ViTConfig:
+    return transformers.DINOv3ViTConfig(**sizes, num_register_tokens=3)
+
+
 ROBERTA = {"pad_token_id": 1, "max_position_embeddings": 40, "project_dim": 16}
 MORE_MODELS = {
     "vit-msn": (transformers.ViTMSNModel, transformers.ViTMSNConfig),
@@ -73,6 +77,7 @@ MORE_MODELS = {
     "siglip": (transformers.SiglipModel, contrastive_config(transformers.SiglipConfig)),
     "siglip-vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig),
     "siglip-classifier": (transformers.SiglipForImageClassification, contrastive_config(transformers.SiglipConfig)),
+    "dinov3": (transformers.DINOv3ViTModel, dinov3_config),
     "blip-vision": (transformers.BlipVisionModel, transformers.BlipVisionConfig),
     "blip-2-vision": (transformers.Blip2VisionModel, transformers.Blip2VisionConfig),
 }

@@ -53,6 +53,8 @@ class Batch:
     layout: Layout
     bias: torch.Tensor | None
     """(sequences, tokens), float32: added to the attention logits of every layer, by key."""
+    kept: torch.Tensor | None = None
+    """(batch or 1, patches kept), int64: which patch each token is, where it is one of them and not a mean."""
 
 
 current: contextvars.ContextVar[Forward | None] = contextvars.ContextVar("vwt_hf forward", default=None)
@@ -62,7 +64,13 @@ def register() -> None:
     """Registers `vwt_eager`, `vwt_sdpa` and `vwt_flash_attention_2` with transformers."""
     for base, forward in (("eager", eager), ("sdpa", sdpa), ("flash_attention_2", flash_attention_2)):
         AttentionInterface.register(PREFIX + base, forward)
-        AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        mask = functools.partial(_given_mask, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        AttentionMaskInterface.register(PREFIX + base, mask)
+
+
+def _given_mask(base: Callable[..., Any], *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """The mask that a caller gave, if one did: models make one of their own while they are exported."""
+    return None if attention_mask is None else base(*args, attention_mask=attention_mask, **kwargs)
 
 
 def use_for(tower: nn.Module) -> None:

@@ -27,7 +27,7 @@ from .families import (
     position_table,
     require_supported,
 )
-from .layout import Layout, attention_bias, expand, group, pool, put_prefix, represent
+from .layout import Layout, attention_bias, expand, group, medoids, pool, put_prefix, represent
 from .lexicon import Lexicon
 from .words import (
     gather_patches,
@@ -79,10 +79,10 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     require_supported(type(model), setting.restores)
     family = family_of(model)
     embeddings = find_embeddings(model, family)
+    projection = attribute(embeddings, family.projection)
     lexicon = None
     if setting.method == "inter":
         lexicon = Lexicon.resolve(setting, model, lexicon_of(model), **hub_kwargs)
-        projection = attribute(embeddings, family.projection)
         lexicon.vocabulary.require(projection.kernel_size, projection.in_channels)
         setting = lexicon.setting
     tower = find_tower(model, embeddings)
@@ -99,7 +99,11 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         if setting.restores:
             find_layers(tower)[-1].register_forward_hook(_restore_layer)
         tower.register_forward_hook(_restore_patches if setting.restores else _leave, always_call=True)
-    _replace_forward(embeddings, embed, Tokenizer(family, setting, lexicon))
+    tokenizer = Tokenizer(family, setting, lexicon)
+    _replace_forward(embeddings, embed, tokenizer)
+    for module in tower.modules():
+        if type(module).__name__ == family.rotary:
+            module.register_forward_hook(functools.partial(_rotate, tokenizer, projection.kernel_size))
     model.config.vwt = setting.to_dict()
     return model
 
@@ -120,7 +124,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _attend_by_layout]:
             del module._forward_pre_hooks[key]
-        for key in [key for key, hook in module._forward_hooks.items() if hook in OUTPUT_HOOKS]:
+        for key in [key for key, hook in module._forward_hooks.items() if getattr(hook, "func", hook) in OUTPUT_HOOKS]:
             del module._forward_hooks[key]
             module._forward_hooks_always_called.pop(key, None)
         attention.give_back_checkpoint(module)
@@ -232,20 +236,20 @@ def embed(
         extra = {} if family.always_interpolates else {"interpolate_pos_encoding": interpolate_pos_encoding}
         embeddings = type(module).forward(module, pixel_values, **extra)
         if _tokenises(setting):
-            itself = torch.arange(count, device=embeddings.device).expand(len(embeddings), -1)
-            layout = represent(itself, count, embeddings.shape[1] - count)
-            _forward_under_way().batch = attention.Batch(layout, None)
+            itself = torch.arange(count, device=embeddings.device).unsqueeze(0)
+            layout = represent(itself.expand(len(embeddings), -1), count, embeddings.shape[1] - count)
+            _forward_under_way().batch = attention.Batch(layout, None, itself)
         return embeddings
     if pixel_values.shape[1] != projection.in_channels:
         raise ValueError(
             f"pixel_values have {pixel_values.shape[1]} channels; the model expects {projection.in_channels}."
         )
-    table = _positions(module, family, pixel_values, count, bool(interpolate_pos_encoding))
-    prefix_positions, positions = table[:, : len(family.prefix)], table[:, len(family.prefix) :]
-    prefix = prefix_positions
-    if family.prefix:
-        tokens = [attribute(module, name).reshape(1, -1, table.shape[-1]) for name in family.prefix]
-        prefix = torch.cat(tokens, dim=1) + prefix_positions
+    own = [attribute(module, name).reshape(1, -1, projection.out_channels) for name in family.prefix]
+    prefix = torch.cat(own, dim=1) if own else projection.weight.new_empty(1, 0, projection.out_channels)
+    positions = None
+    if family.positions is not None:
+        table = _positions(module, family, pixel_values, count, bool(interpolate_pos_encoding))
+        prefix, positions = prefix + table[:, : len(family.prefix)], table[:, len(family.prefix) :]
     if family.registers is not None:
         prefix = torch.cat((prefix, attribute(module, family.registers)), dim=1)
 
@@ -255,8 +259,9 @@ def embed(
         if setting.groups:
             layout = represent(nearest_kept(patches, kept, grid), kept.shape[1], prefix.shape[1])
             bias = attention_bias(layout, setting.proportional_attention)
-            _forward_under_way().batch = attention.Batch(layout, bias)
-        tokens = _project(projection, gather_patches(patches, kept)) + gather_patches(positions, kept)
+            _forward_under_way().batch = attention.Batch(layout, bias, kept)
+        tokens = _project(projection, gather_patches(patches, kept))
+        tokens = tokens if positions is None else tokens + gather_patches(positions, kept)
         embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
     else:
         embeddings = _group(tokenizer.lexicon, setting, projection, patches, prefix, positions)
@@ -282,7 +287,7 @@ def _group(
     projection: Any,
     patches: torch.Tensor,
     prefix: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | None,
 ) -> torch.Tensor:
     """Groups patches by words, and leaves their layout for the layers to attend by.
 
@@ -291,11 +296,19 @@ def _group(
     Args:
         patches: (batch, patches, channels · patch height · patch width).
         prefix: (1, prefix tokens, hidden).
-        positions: (1, patches, hidden).
+        positions: (1, patches, hidden); `None` if they are not added.
 
     Returns:
         (sequences, tokens, hidden).
+
+    Raises:
+        ValueError: the model is being exported.
     """
+    if torch.compiler.is_compiling():  # by torch.export: torch.compile leaves this function alone
+        raise ValueError(
+            "method='inter' gives every image its own number of tokens, which an exported program cannot hold. Export "
+            "a model compressed with method='intra'."
+        )
     forward = _forward_under_way()
     patches = patches.float()
     words = nearest_words(patches, lexicon.on(patches.device), setting.threshold)
@@ -306,7 +319,8 @@ def _group(
     forward.batch = attention.Batch(layout, attention_bias(layout, setting.proportional_attention))
     # The projection is linear: the mean of patches is projected onto the mean of their projections, once. What a
     # convolution gives is laid out channel by channel, and is added to what is not.
-    tokens = pool(positions, layout).add_(_project(projection, pool(patches, layout)))
+    projected = _project(projection, pool(patches, layout))
+    tokens = projected.contiguous() if positions is None else pool(positions, layout).add_(projected)
     return put_prefix(tokens, prefix, layout)
 
 
@@ -388,7 +402,45 @@ def _restored(output: Any, layout: Layout) -> Any:
     return _pytree.tree_map(restored, output)
 
 
-OUTPUT_HOOKS = (_restore_layer, _restore_patches, _leave)
+def _rotate(
+    tokenizer: Tokenizer, patch_size: tuple[int, int], rotary: nn.Module, args: Any, output: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Forward hook of rotary positions, which makes the rotations (patches, head size) of patches those of tokens.
+
+    A token that is a patch has its rotation. One that is a mean has that of the patch nearest to the mean of its
+    places, which is a rotation that the model knows, jittered in training as the others are.
+
+    Returns:
+        (batch or sequences, 1, tokens, head size), or (tokens, head size) where all images share them.
+    """
+    setting, (pixel_values,) = tokenizer.setting, args
+    grid = patch_grid(pixel_values, patch_size)
+    if _tokenises(setting):
+        return _rotate_group(grid, output)
+    count = grid[0] * grid[1]
+    if setting.method == "inter" or setting.patches_kept(count) == count:
+        return output
+    kept = choose_patches(patchify(pixel_values, patch_size), grid, setting.patches_kept(count), setting)
+    return tuple(_of_kept(values, kept) for values in output)
+
+
+@torch.compiler.disable
+def _rotate_group(grid: tuple[int, int], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    batch = _forward_under_way().batch
+    assert batch is not None  # the embeddings ran before
+    if batch.kept is not None:
+        return tuple(_of_kept(values, batch.kept) for values in output)
+    place = medoids(batch.layout, grid)
+    # A last row for tokens without a place: cosine 1 and sine 0 leave them as they are.
+    still = (torch.ones_like(output[0][:1]), torch.zeros_like(output[1][:1]))
+    return tuple(torch.cat(pair)[place].unsqueeze(1) for pair in zip(output, still, strict=True))
+
+
+def _of_kept(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    return values[kept[0]] if len(kept) == 1 else values[kept].unsqueeze(1)
+
+
+OUTPUT_HOOKS = (_restore_layer, _restore_patches, _leave, _rotate)
 
 
 def _positions(

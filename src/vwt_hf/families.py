@@ -23,8 +23,9 @@ class Family:
     """Class name of the module that turns `pixel_values` into the first layer's `hidden_states`."""
     projection: str
     """The patch projection, a convolution whose stride is its kernel."""
-    positions: str
-    """The position table: a parameter (1, prefix + patches, hidden) or an `nn.Embedding` of prefix + patches."""
+    positions: str | None
+    """The position table: a parameter (1, prefix + patches, hidden) or an `nn.Embedding` of prefix + patches; `None`
+    if positions are not added to the tokens."""
     pools: str
     """What its heads read."""
     prefix: tuple[str, ...] = ("cls_token",)
@@ -35,6 +36,9 @@ class Family:
     """Whether positions are interpolated to any image size without being asked to."""
     needs_every_patch: tuple[str, ...] = ()
     """Model classes of the family that read a hidden state for every patch."""
+    rotary: str | None = None
+    """Class name of the module of the tower that gives the rotations, cosine and sine (patches, head size), by which
+    attention tells where patches lie."""
     attention: str | None = None
     """Class name of its attention, where that does not go through transformers' `AttentionInterface`."""
 
@@ -96,6 +100,17 @@ FAMILIES: tuple[Family, ...] = (
         registers="register_tokens",
         always_interpolates=True,
     ),
+    Family(
+        name="DINOv3",
+        model_types=("dinov3_vit",),
+        embeddings="DINOv3ViTEmbeddings",
+        projection="patch_embeddings",
+        positions=None,
+        pools="CLS",
+        registers="register_tokens",
+        always_interpolates=True,
+        rotary="DINOv3ViTRopePositionEmbedding",
+    ),
     _like_clip("CLIP", "clip", "CLIP", pools="CLS; the classifier: mean of the patches"),
     _like_clip("MetaCLIP 2", "metaclip_2", "MetaClip2", pools="CLS; the classifier: mean of the patches"),
     _like_clip("Chinese-CLIP", "chinese_clip", "ChineseCLIP"),
@@ -120,6 +135,19 @@ HOLDERS: tuple[Holder, ...] = (
 def supported() -> list[str]:
     """Names of the families that can be compressed."""
     return [row.name for row in (*FAMILIES, *HOLDERS)]
+
+
+def family_table() -> str:
+    """The families as a Markdown table; the README shows it."""
+    lines = ["| family | positions | prefix tokens | its heads read |", "|---|---|---|---|"]
+    names = {"cls_token": "CLS", "class_embedding": "CLS", "distillation_token": "distillation"}
+    for family in FAMILIES:
+        positions = "rotary" if family.rotary else "interpolated" if family.always_interpolates else "absolute"
+        prefix = [names[name] for name in family.prefix] + ["registers"] * (family.registers is not None)
+        lines.append(f"| {family.name} | {positions} | {', '.join(prefix) or 'none'} | {family.pools} |")
+    for holder in HOLDERS:
+        lines.append(f"| {holder.name} | its CLIP or SigLIP tower's | the tower's | a language model: every patch |")
+    return "\n".join(lines)
 
 
 def require_supported(model_class: type[PreTrainedModel], restores: bool) -> None:

@@ -144,6 +144,31 @@ def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     return means.view(*layout.sizes.shape, -1).to(values.dtype)
 
 
+def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
+    """The patch of each token that lies nearest to the mean place of its patches.
+
+    Args:
+        grid: rows and columns of patches.
+
+    Returns:
+        (sequences, tokens), int64; the number of patches for prefix tokens and padding, which have none.
+    """
+    patches = grid[0] * grid[1]
+    patch_rows = layout.rows[:, layout.prefix :]
+    places = torch.cartesian_prod(*(torch.arange(n, device=patch_rows.device, dtype=torch.float32) for n in grid))
+    means = pool(places.view(1, patches, 2), layout).flatten(0, 1)
+    distance = (places - means[patch_rows]).square().sum(dim=-1)
+    rows = patch_rows.flatten()
+    least = torch.full_like(layout.sizes.flatten(), torch.inf).scatter_reduce(0, rows, distance.flatten(), "amin")
+    index = torch.arange(patches, device=patch_rows.device).expand_as(patch_rows)
+    nearest = torch.where(distance == least[patch_rows], index, patches).flatten()
+    return (
+        torch.full_like(least, patches, dtype=torch.int64)
+        .scatter_reduce(0, rows, nearest, "amin")
+        .view_as(layout.sizes)
+    )
+
+
 def put_prefix(tokens: torch.Tensor, prefix: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Writes the prefix tokens, which all images share, into their rows, in place.
 
