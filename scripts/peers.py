@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from vwt_hf.compress import lexicon_of
 from vwt_hf.families import attribute, family_of, find_embeddings, find_tower
 
 ATTENTION = "token_merging"
@@ -295,8 +296,11 @@ def bfloat16(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters, buffers and quantised weights."""
+    """Bytes of a model's parameters, buffers, quantised weights and visual words."""
     total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    lexicon = lexicon_of(model)
+    if lexicon is not None:
+        total += sum(tensor.nbytes for tensor in lexicon.on(next(model.parameters()).device))
     for module in model.modules():
         if isinstance(module, torch.ao.nn.quantized.Linear):
             weight, bias = module.weight(), module.bias()

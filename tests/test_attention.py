@@ -65,7 +65,8 @@ def test_a_kernel_that_knows_boundaries_computes_what_masked_attention_does(prop
 def test_a_folded_bias_keeps_more_digits_than_its_dtype(dtype):
     bias = torch.arange(1, 257).log().unsqueeze(0)
     query, key, value = (torch.zeros(1, 1, 256, 64, dtype=dtype) for _ in range(3))
-    query, key, value = fold_bias(query, key, value, bias, 64**-0.5)
+    batch = Batch(group(torch.arange(256).unsqueeze(0)), bias)
+    query, key, value = fold_bias(query, key, value, batch, 64**-0.5)
     logits = (query.float() @ key.float().transpose(2, 3))[0, 0, 0] * 64**-0.5
     assert (logits - bias).abs().max() < 1e-3 < (bias.to(dtype).float() - bias).abs().max()
     assert not value.any() and value.shape[-1] == 72
@@ -101,7 +102,11 @@ def test_a_model_on_flash_attention_2_answers_as_on_sdpa(monkeypatch, setting, i
     compress(model, setting)
     torch.testing.assert_close(answers(model, images), expected, atol=1e-5, rtol=1e-5)
 
-    compress(model, {**model.config.vwt, "layout": "padded"})
+    merged = VWTConfig(dropped="merge")
+    expected = answers(compress(tiny_model("vit"), merged), images)
+    torch.testing.assert_close(answers(compress(model, merged), images), expected, atol=1e-5, rtol=1e-5)
+
+    compress(model, VWTConfig.parse({**setting.to_dict(), "vocabulary": setting.vocabulary, "layout": "padded"}))
     with pytest.raises(ValueError, match=r"layout is 'padded' and .*'flash_attention_2'.* use layout='auto'"):
         answers(model, images)
 

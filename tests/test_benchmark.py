@@ -77,7 +77,7 @@ def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothin
     assert (plain["agreement"], plain["kl"]) == (1, 0) and 0 <= plain["top1"] <= 1
 
     lines = files["md"].read_text().splitlines()
-    assert len(lines) == 2 + 2 + 2 * len(methods) and lines[2] in capsys.readouterr().out
+    assert len(lines) == 2 + (2 + 2 * len(methods)) + 1 + (2 + len(methods)) and lines[2] in capsys.readouterr().out
     columns = "batch|dtype|method|tokens|ms p50|ms p95|speed ratio|FLOPs ratio|quotient|embedding %|memory MiB|"
     columns += "memory ratio|J/image|agree %|KL|top-1 %"
     assert [name.strip() for name in lines[2].strip("|").split("|")] == columns.split("|")
@@ -194,7 +194,7 @@ def test_every_turn_runs_every_model_and_only_turns_after_the_warm_up_count():
 def test_ratios_are_of_the_uncompressed_model_over_the_method():
     plain = {"p50_ms": 20.0, "flops": 300, "embedding_seconds": 1e-3, "weight_bytes": 60, "activation_bytes": 40}
     row = {"p50_ms": 10.0, "flops": 100, "embedding_seconds": 2e-3, "weight_bytes": 60, "activation_bytes": 20}
-    benchmark.compare_rows(row, plain)
+    benchmark.compare_rows(row, plain, False)
     assert row["speed_ratio"] == 2 and row["flops_ratio"] == 3 and row["quotient"] == pytest.approx(2 / 3)
     assert row["memory_ratio"] == 1.25
     assert row["embedding_share"] == pytest.approx(0.1) and row["plain_embedding_share"] == pytest.approx(0.05)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from accelerate import cpu_offload
 
-from tiny import MODELS, MORE_MODELS, answers, forward, sample_pixel_values, tiny_model
+from tiny import MODELS, MORE_MODELS, TINY, answers, forward, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.compress import choose_patches
 from vwt_hf.families import family_of
@@ -144,6 +146,41 @@ def test_rotary_tokens_are_rotated_as_their_patches_are(images):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     alike = answers(compress(model, VWTConfig(dropped="merge", proportional_attention=False)), images)
     torch.testing.assert_close(alike[:, :4], expected[:, :4], atol=1e-5, rtol=1e-5)
+
+
+# The plain models with SigLIP's head cannot be offloaded: torch's own attention reads weights that are elsewhere.
+@setting
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("siglip", "siglip-classifier")])
+def test_offloaded_weights_are_fetched(name, setting, images):
+    model = tiny_model(name, **({"vision_use_head": False} if name == "siglip-vision" else {}))
+    expected = answers(compress(model, setting), images)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(answers(model, images), expected)
+
+
+def test_models_that_predict_masked_patches_are_refused():
+    for fields in SETTINGS.values():
+        with pytest.raises(ValueError, match="masked in the whole image"):
+            compress(transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**TINY)), fields)
+
+
+def test_a_segmentation_head_reads_every_patch_or_is_refused(images):
+    _, config = MORE_MODELS["clipseg"]
+    torch.manual_seed(0)
+    size = {"reduce_dim": 8, "extract_layers": [0, 1], "decoder_num_attention_heads": 2, "decoder_intermediate_size": 8}
+    segmenting = config(**TINY)
+    for name, value in size.items():
+        setattr(segmenting, name, value)
+    model = transformers.CLIPSegForImageSegmentation(segmenting).eval()
+    with pytest.raises(ValueError, match=r"CLIPSegForImageSegmentation reads a value for every patch.*'merge'"):
+        compress(model, SETTINGS["discard"])
+    texts = torch.tensor([[97, 5, 98]]).expand(4, -1)
+    plain = model(pixel_values=images, input_ids=texts).logits
+    for fields in (SETTINGS["merge"], SETTINGS["packed"]):
+        found = compress(model, fields)(pixel_values=images, input_ids=texts).logits
+        alone = model(pixel_values=images[2:3], input_ids=texts[:1]).logits
+        assert found.shape == plain.shape and not torch.equal(found, plain)
+        torch.testing.assert_close(found[2], alone.reshape(found[2].shape), atol=1e-4, rtol=1e-4)
 
 
 @setting

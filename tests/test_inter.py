@@ -249,9 +249,34 @@ def test_attentions_are_refused(model, images, vocabulary, layout, count):
     model.set_attn_implementation("eager")
     compress(model, inter(vocabulary, layout=layout))
     images = images[:count]
-    with pytest.raises(ValueError, match=r"output_attentions .*restore\(model\)"):
-        forward(model, images, output_attentions=True)
+    for setting in (model.config.vwt, {"dropped": "merge"}, {"dropped": "merge", "output": "compressed"}):
+        compress(model, setting)
+        with pytest.raises(ValueError, match=r"output_attentions .*restore\(model\)"):
+            forward(model, images, output_attentions=True)
     assert answers(model, images).isfinite().all() and current.get() is None
+
+
+def test_a_refused_setting_leaves_the_one_that_the_model_has(images, vocabulary):
+    model = compress(tiny_model("vit"), {"keep_ratio": 0.5})
+    expected = answers(model, images)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="grouped patches need one of"):
+        compress(model, VWTConfig(dropped="merge"))
+    model.config._attn_implementation = "sdpa"
+    assert torch.equal(answers(model, images), expected) and model.config.vwt["keep_ratio"] == 0.5
+
+
+def test_stochastic_depth_draws_for_each_image(images, vocabulary):
+    config = transformers.Dinov2Config(**TINY, drop_path_rate=0.5)
+    model = compress(transformers.Dinov2Model(config).train(), inter(vocabulary))
+    rows = []
+    find_layers(model)[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    model(images)
+    model.eval()(images)
+    assert rows == [5, 1]
+    compress(model.train(), inter(vocabulary, layout="packed"))
+    with pytest.raises(ValueError, match=r"drop_path_rate.*layout='auto'"):
+        model(images)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model, images, vocabulary, layout):
@@ -419,7 +444,21 @@ def test_a_pipeline_takes_a_vocabulary(folder, vocabulary):
     assert extract.model.config.vwt["method"] == "inter"
 
 
-def test_a_backbone_gives_a_hidden_state_to_every_patch(images, vocabulary, layout):
-    config = transformers.Dinov2Config(**TINY, out_features=["stem", "stage1", "stage2"], reshape_hidden_states=False)
-    backbone = compress(transformers.Dinov2Backbone(config).eval(), inter(vocabulary, layout=layout))
-    assert [maps.shape for maps in backbone(images).feature_maps] == [(5, 65, 32)] * 3
+@pytest.mark.parametrize(
+    ("backbone", "config", "prefix"),
+    [
+        (transformers.Dinov2Backbone, transformers.Dinov2Config, 1),
+        (transformers.DINOv3ViTBackbone, transformers.DINOv3ViTConfig, 0),
+    ],
+)
+def test_a_backbone_gives_a_hidden_state_to_every_patch(backbone, config, prefix, images, vocabulary, layout):
+    """Of its stages, and of images as alone; DINOv3's leaves its prefix tokens out."""
+    stages = {"out_features": ["stem", "stage1", "stage2"], "reshape_hidden_states": False}
+    model = backbone(config(**TINY, **stages)).eval()
+    for setting in (inter(vocabulary, layout=layout), VWTConfig(dropped="merge")):
+        compress(model, setting)
+        maps = model(images).feature_maps
+        assert [values.shape for values in maps] == [(5, prefix + 64, 32)] * 3
+        for one, image in enumerate(images):
+            for values, alone in zip(maps, model(image[None]).feature_maps, strict=True):
+                torch.testing.assert_close(values[one], alone[0], atol=1e-4, rtol=1e-4)

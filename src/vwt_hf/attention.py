@@ -27,8 +27,10 @@ from .layout import Layout
 
 try:
     from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN_SCALES = "scale" in inspect.signature(varlen_attn).parameters
 except ImportError:  # torch before 2.10
-    varlen_attn = None  # type: ignore[assignment]
+    VARLEN_SCALES = False
 
 PREFIX = "vwt_"
 BASES = ("eager", "sdpa", "flash_attention_2")
@@ -42,6 +44,8 @@ class Forward:
 
     implementation: str
     """The attention implementation of the tower's layers."""
+    draws_by_sequence: bool = False
+    """Whether layers draw random numbers for each sequence, as stochastic depth does in training."""
     batch: Batch | None = None
     """What its embeddings laid out; `None` before."""
 
@@ -55,6 +59,8 @@ class Batch:
     """(sequences, tokens), float32: added to the attention logits of every layer, by key."""
     kept: torch.Tensor | None = None
     """(batch or 1, patches kept), int64: which patch each token is, where it is one of them and not a mean."""
+    folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    """What `fold_bias` adds to queries and keys, which is the same in every layer."""
 
 
 current: contextvars.ContextVar[Forward | None] = contextvars.ContextVar("vwt_hf forward", default=None)
@@ -73,22 +79,26 @@ def _given_mask(base: Callable[..., Any], *args: Any, attention_mask: torch.Tens
     return None if attention_mask is None else base(*args, attention_mask=attention_mask, **kwargs)
 
 
-def use_for(tower: nn.Module) -> None:
+def require_usable(tower: Any) -> None:
+    """Raises `ValueError` if `tower` uses an attention implementation that cannot attend by a layout."""
+    base = (tower.config._attn_implementation or "eager").removeprefix(PREFIX)
+    if base not in BASES:
+        raise ValueError(
+            f"The model's attention implementation is {base!r}; grouped patches need one of {', '.join(BASES)}. Load "
+            "it with attn_implementation='sdpa'."
+        )
+
+
+def use_for(tower: Any) -> None:
     """Has `tower` attend by the layout of its batch.
 
     Raises:
         ValueError: the model uses an attention implementation that cannot.
     """
-    config: Any = tower.config
-    base = config._attn_implementation or "eager"
-    if base.startswith(PREFIX):
-        return
-    if base not in BASES:
-        raise ValueError(
-            f"The model's attention implementation is {base!r}; inter-image words need one of {', '.join(BASES)}. Load "
-            "it with attn_implementation='sdpa'."
-        )
-    config._attn_implementation = PREFIX + base
+    base = tower.config._attn_implementation or "eager"
+    if not base.startswith(PREFIX):
+        require_usable(tower)
+        tower.config._attn_implementation = PREFIX + base
 
 
 def give_back(config: Any) -> None:
@@ -100,16 +110,16 @@ def give_back(config: Any) -> None:
 def carry_through_checkpoints(layers: list[nn.Module]) -> None:
     """Has gradient checkpointing, where it is on, repeat layers with the layout that they first ran with."""
     for layer in layers:
-        checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+        checkpoint: Any = layer.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint:
-            layer._gradient_checkpointing_func = functools.partial(_checkpoint, checkpoint)
+            layer.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, checkpoint)
 
 
 def give_back_checkpoint(layer: nn.Module) -> None:
     """Undoes `carry_through_checkpoints`."""
-    checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+    checkpoint: Any = layer.__dict__.get("_gradient_checkpointing_func")
     if getattr(checkpoint, "func", None) is _checkpoint:
-        layer._gradient_checkpointing_func = checkpoint.args[0]
+        layer.__dict__["_gradient_checkpointing_func"] = checkpoint.args[0]
 
 
 def _checkpoint(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
@@ -139,9 +149,9 @@ def packs(implementation: str, device: torch.device, dtype: torch.dtype) -> bool
 
 def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's own variable-length flash attention takes tensors like these."""
-    if device.type != "cuda" or varlen_attn is None or dtype not in (torch.float16, torch.bfloat16):
+    if device.type != "cuda" or not VARLEN_SCALES or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return "scale" in inspect.signature(varlen_attn).parameters and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _batch(query: torch.Tensor, attention_mask: torch.Tensor | None) -> Batch:
@@ -236,7 +246,7 @@ def flash_attention_2(
     from flash_attn import flash_attn_varlen_func  # transformers refuses to load a model for it where it is missing
 
     batch = _batch(query, attention_mask)
-    if not batch.layout.packed:
+    if not batch.layout.dense:
         raise ValueError(
             "layout is 'padded' and the attention implementation 'flash_attention_2', which takes no bias to hide "
             "padding with; use layout='auto' or 'packed', or attn_implementation='sdpa'."
@@ -305,27 +315,27 @@ def _by_boundaries(
     batch: Batch,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Calls `attend`, a kernel for sequences of different lengths, on a packed batch.
+    """Calls `attend`, a kernel for sequences of different lengths, on a batch without padding.
 
     Args:
         attend: takes query, key and value (tokens, heads, head size), for the first and the others where each image
             starts (images + 1,) and the tokens of the longest, and `scale`; gives (tokens, heads, head size).
 
     Returns:
-        (1, tokens, heads, head size).
+        (sequences, tokens, heads, head size).
     """
     head_size = query.shape[-1]
     scaling = head_size**-0.5 if scaling is None else scaling
     if batch.bias is not None:
-        query, key, value = fold_bias(query, key, value, batch.bias, scaling)
-    boundaries, longest = batch.layout.boundaries, batch.layout.longest
-    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        query, key, value = fold_bias(query, key, value, batch, scaling)
+    boundaries, longest = batch.layout.boundaries.to(query.device), batch.layout.longest
+    packed = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     output = attend(*packed, boundaries, boundaries, longest, longest, scale=scaling)
-    return output[..., :head_size].contiguous().unsqueeze(0)
+    return output[..., :head_size].contiguous().unflatten(0, batch.layout.sizes.shape)
 
 
 def fold_bias(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Folds a bias by key into further dimensions of the heads, for kernels that take none.
 
@@ -334,21 +344,25 @@ def fold_bias(
 
     Args:
         query, key, value: (sequences, heads, tokens, head size).
-        bias: (sequences, tokens), float32.
+        batch: with a bias.
         scaling: what the kernel multiplies products by.
 
     Returns:
         The three with `FOLDED` more dimensions a head; those of the value are zero.
     """
-    wanted = bias / scaling
-    high = wanted.to(key.dtype)
-    low = (wanted - high.float()).to(key.dtype)
+    form = (key.dtype, key.device, scaling)
+    if form not in batch.folded:
+        assert batch.bias is not None
+        wanted = batch.bias.to(key.device) / scaling
+        of_query, of_key = key.new_zeros(FOLDED), key.new_zeros(*wanted.shape, FOLDED)
+        of_query[:2] = 1
+        of_key[..., 0] = wanted
+        of_key[..., 1] = wanted - of_key[..., 0].float()
+        batch.folded[form] = of_query, of_key.unsqueeze(1)
+    of_query, of_key = batch.folded[form]
     shape = (*query.shape[:3], FOLDED)
-    of_query, of_key = query.new_zeros(FOLDED), key.new_zeros(*bias.shape, FOLDED)
-    of_query[:2] = 1
-    of_key[..., 0], of_key[..., 1] = high, low
     return (
-        torch.cat((query, of_query.expand(shape)), dim=-1),
-        torch.cat((key, of_key.unsqueeze(1).expand(shape)), dim=-1),
+        torch.cat((query, of_query.to(query.dtype).expand(shape)), dim=-1),
+        torch.cat((key, of_key.expand(shape)), dim=-1),
         nn.functional.pad(value, (0, FOLDED)),
     )

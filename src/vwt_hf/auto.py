@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from . import attention
 from .compress import compress, lexicon_of, restore
 from .config import VWTConfig
-from .families import FAMILIES, HOLDERS, require_supported
+from .families import ROWS, require_supported
 from .lexicon import BESIDE_WEIGHTS
 from .vocabulary import VisualVocabulary
 
@@ -33,7 +33,7 @@ _NOT_GIVEN: Any = object()
 
 def register() -> None:
     """Gives every family's config the field `vwt` and has transformers' loading act on it. Idempotent."""
-    for row in (*FAMILIES, *HOLDERS):
+    for row in ROWS:
         for model_type in row.model_types:
             plain = CONFIG_MAPPING[model_type]
             if "vwt" not in vars(plain):

@@ -22,6 +22,7 @@ from .families import (
     family_of,
     find_embeddings,
     find_layers,
+    find_stack,
     find_tower,
     model_of,
     position_table,
@@ -89,6 +90,8 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     attentions = [module for module in tower.modules() if type(module).__name__ == family.attention]
     for module in (embeddings, *attentions):
         _require_replaceable(module)
+    if _tokenises(setting):
+        attention.require_usable(tower)
     _own_config(model)
     restore(model)
     if _tokenises(setting):
@@ -97,7 +100,9 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
             _replace_forward(module, attention.fused)
         tower.register_forward_pre_hook(_attend_by_layout)
         if setting.restores:
-            find_layers(tower)[-1].register_forward_hook(_restore_layer)
+            last = find_layers(tower)[-1]
+            for module in (last, find_stack(tower, last)):
+                module.register_forward_hook(_restore_within)
         tower.register_forward_hook(_restore_patches if setting.restores else _leave, always_call=True)
     tokenizer = Tokenizer(family, setting, lexicon)
     _replace_forward(embeddings, embed, tokenizer)
@@ -244,14 +249,9 @@ def embed(
         raise ValueError(
             f"pixel_values have {pixel_values.shape[1]} channels; the model expects {projection.in_channels}."
         )
-    own = [attribute(module, name).reshape(1, -1, projection.out_channels) for name in family.prefix]
-    prefix = torch.cat(own, dim=1) if own else projection.weight.new_empty(1, 0, projection.out_channels)
-    positions = None
-    if family.positions is not None:
-        table = _positions(module, family, pixel_values, count, bool(interpolate_pos_encoding))
-        prefix, positions = prefix + table[:, : len(family.prefix)], table[:, len(family.prefix) :]
-    if family.registers is not None:
-        prefix = torch.cat((prefix, attribute(module, family.registers)), dim=1)
+    prefix, positions = _prefix_and_positions(
+        module, family, pixel_values, count, projection.out_channels, bool(interpolate_pos_encoding)
+    )
 
     patches = patchify(pixel_values, projection.kernel_size)
     if tokenizer.lexicon is None:
@@ -264,7 +264,7 @@ def embed(
         tokens = tokens if positions is None else tokens + gather_patches(positions, kept)
         embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
     else:
-        embeddings = _group(tokenizer.lexicon, setting, projection, patches, prefix, positions)
+        embeddings = _group(tokenizer, tokenizer.lexicon, projection, patches, prefix, positions)
     dropout = getattr(module, "dropout", None)
     return embeddings if dropout is None else dropout(embeddings)
 
@@ -282,8 +282,8 @@ def _forward_under_way() -> attention.Forward:
 
 @torch.compiler.disable
 def _group(
+    tokenizer: Tokenizer,
     lexicon: Lexicon,
-    setting: VWTConfig,
     projection: Any,
     patches: torch.Tensor,
     prefix: torch.Tensor,
@@ -302,8 +302,9 @@ def _group(
         (sequences, tokens, hidden).
 
     Raises:
-        ValueError: the model is being exported.
+        ValueError: the model is being exported, or trained packed with stochastic depth.
     """
+    setting = tokenizer.setting
     if torch.compiler.is_compiling():  # by torch.export: torch.compile leaves this function alone
         raise ValueError(
             "method='inter' gives every image its own number of tokens, which an exported program cannot hold. Export "
@@ -312,9 +313,15 @@ def _group(
     forward = _forward_under_way()
     patches = patches.float()
     words = nearest_words(patches, lexicon.on(patches.device), setting.threshold)
+    if forward.draws_by_sequence and setting.layout == "packed":
+        raise ValueError(
+            "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws once "
+            "for each sequence: all images would skip the same layers. Use layout='auto' or 'padded'."
+        )
     packed = setting.layout == "packed"
-    if setting.layout == "auto":
-        packed = attention.packs(forward.implementation, patches.device, projection.weight.dtype)
+    if setting.layout == "auto" and not forward.draws_by_sequence:
+        own = "vwt_sdpa" if tokenizer.family.attention else forward.implementation
+        packed = attention.packs(own, patches.device, projection.weight.dtype)
     layout = group(words, prefix.shape[1], packed)
     forward.batch = attention.Batch(layout, attention_bias(layout, setting.proportional_attention))
     # The projection is linear: the mean of patches is projected onto the mean of their projections, once. What a
@@ -353,14 +360,16 @@ def choose_patches(patches: torch.Tensor, grid: tuple[int, int], keep: int, sett
 def _attend_by_layout(tower: Any, args: Any) -> None:
     """Forward pre-hook of a vision tower: opens a forward, whose layers attend by what its embeddings lay out."""
     attention.use_for(tower)  # a `set_attn_implementation` may have come after `compress`
-    if tower.training:
+    if torch.is_grad_enabled():
         attention.carry_through_checkpoints(find_layers(tower))
-    attention.current.set(attention.Forward(tower.config._attn_implementation))
+    draws = tower.training and getattr(tower.config, "drop_path_rate", 0) > 0
+    attention.current.set(attention.Forward(tower.config._attn_implementation, draws))
 
 
 @torch.compiler.disable
-def _restore_layer(layer: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of a tower's last layer: what comes after it sees every patch, with its token's hidden state."""
+def _restore_within(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of a tower's last layer and of what holds the layers: what comes after sees every patch, with its
+    token's hidden state."""
     forward = attention.current.get()
     return output if forward is None or forward.batch is None else _restored(output, forward.batch.layout)
 
@@ -378,7 +387,10 @@ def _restore_patches(tower: nn.Module, args: Any, output: Any) -> Any:
 @torch.compiler.disable
 def _leave(tower: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a vision tower that gives its tokens out as they are."""
+    forward = attention.current.get()
     attention.current.set(None)
+    if forward is not None and forward.batch is not None:
+        _refuse_attentions(output, forward.batch.layout.sizes.shape)
 
 
 def _restored(output: Any, layout: Layout) -> Any:
@@ -388,18 +400,23 @@ def _restored(output: Any, layout: Layout) -> Any:
         ValueError: there are attention weights in it.
     """
     shape = layout.sizes.shape
+    _refuse_attentions(output, shape)
 
     def restored(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dim() < 3:
-            return value
-        if value.dim() == 4 and value.shape[2:] == (shape[1], shape[1]):
-            raise ValueError(
-                "output_attentions gives the attention between tokens, of which images of a batch have different "
-                "numbers under inter-image words. Leave it out, or call vwt_hf.restore(model) first."
-            )
-        return expand(value, layout) if value.shape[:2] == shape else value
+        tokens = isinstance(value, torch.Tensor) and value.dim() >= 3 and value.shape[:2] == shape
+        return expand(value, layout) if tokens else value
 
     return _pytree.tree_map(restored, output)
+
+
+def _refuse_attentions(output: Any, shape: torch.Size) -> None:
+    """Raises `ValueError` where `output` holds attention weights between tokens (sequences, tokens) of `shape`."""
+    for value in _pytree.tree_leaves(output):
+        if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2:] == (shape[1], shape[1]):
+            raise ValueError(
+                "output_attentions gives the attention between patches, and grouped patches attend as one token. Leave "
+                "it out, or call vwt_hf.restore(model) first."
+            )
 
 
 def _rotate(
@@ -440,7 +457,25 @@ def _of_kept(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return values[kept[0]] if len(kept) == 1 else values[kept].unsqueeze(1)
 
 
-OUTPUT_HOOKS = (_restore_layer, _restore_patches, _leave, _rotate)
+OUTPUT_HOOKS = (_restore_within, _restore_patches, _leave, _rotate)
+
+
+def _prefix_and_positions(
+    module: nn.Module, family: Family, pixel_values: torch.Tensor, patches: int, hidden: int, interpolate: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The prefix tokens, (1, prefix tokens, hidden), and the positions of the patches, (1, patches, hidden), or `None`
+    if they are not added."""
+    own = [attribute(module, name).reshape(1, -1, hidden) for name in family.prefix]
+    positions = None
+    if family.positions is None:
+        prefix = torch.cat(own, dim=1)
+    else:
+        table = _positions(module, family, pixel_values, patches, interpolate)
+        prefix, positions = table[:, : len(own)], table[:, len(own) :]
+        prefix = torch.cat(own, dim=1) + prefix if own else prefix
+    if family.registers is not None:
+        prefix = torch.cat((prefix, attribute(module, family.registers)), dim=1)
+    return prefix, positions
 
 
 def _positions(

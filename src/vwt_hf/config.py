@@ -50,8 +50,8 @@ class VWTConfig:
         layout (`str`, default `"auto"`):
             inter: how a batch of images with different numbers of tokens is run. `"packed"`: as one sequence, of which
             only attention knows where images end. `"padded"`: each image as long as the longest. `"auto"`: packed
-            where attention is as fast on packed tokens (on a CPU; on CUDA in half precision), else padded. The answers
-            are the same.
+            where attention takes packed tokens as they are (on a CPU; on CUDA in half precision by sdpa or
+            flash_attention_2), else padded, as is training with stochastic depth. The answers are the same.
         proportional_attention (`bool`, default `True`):
             inter, and intra with `dropped="merge"`: whether a token that stands for s patches gets + log s on its
             attention logits, so that it draws as much attention as its patches would.

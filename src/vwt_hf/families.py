@@ -34,6 +34,8 @@ class Family:
     """Prefix tokens without a position, which follow those that have one."""
     always_interpolates: bool = False
     """Whether positions are interpolated to any image size without being asked to."""
+    predicts_masked: tuple[str, ...] = ()
+    """Model classes of the family that predict patches masked in the whole image: these cannot be compressed."""
     needs_every_patch: tuple[str, ...] = ()
     """Model classes of the family that read a hidden state for every patch."""
     rotary: str | None = None
@@ -80,14 +82,14 @@ def _like_clip(name: str, model_type: str, class_name: str, **fields: Any) -> Fa
 
 
 FAMILIES: tuple[Family, ...] = (
-    _like_vit("ViT", "vit", "ViT", needs_every_patch=("ViTForMaskedImageModeling",)),
+    _like_vit("ViT", "vit", "ViT", predicts_masked=("ViTForMaskedImageModeling",)),
     _like_vit(
         "DeiT",
         "deit",
         "DeiT",
         pools="CLS, and the distillation token",
         prefix=("cls_token", "distillation_token"),
-        needs_every_patch=("DeiTForMaskedImageModeling",),
+        predicts_masked=("DeiTForMaskedImageModeling",),
     ),
     _like_vit("ViT-MSN", "vit_msn", "ViTMSN"),
     _like_vit("I-JEPA", "ijepa", "IJepa", pools="mean of all tokens", prefix=()),
@@ -130,11 +132,12 @@ HOLDERS: tuple[Holder, ...] = (
     Holder("LLaVA", ("llava",)),
     Holder("PaliGemma", ("paligemma",)),
 )
+ROWS: tuple[Family | Holder, ...] = (*FAMILIES, *HOLDERS)
 
 
 def supported() -> list[str]:
     """Names of the families that can be compressed."""
-    return [row.name for row in (*FAMILIES, *HOLDERS)]
+    return [row.name for row in ROWS]
 
 
 def family_table() -> str:
@@ -167,6 +170,11 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
             f"{name} (model type {_model_type(model_class)!r}) cannot be compressed by vwt_hf; supported families: "
             f"{', '.join(supported())}. Load it without `vwt`."
         )
+    if isinstance(row, Family) and name in row.predicts_masked:
+        raise ValueError(
+            f"{name} predicts patches that are masked in the whole image, a value for every patch: it cannot be "
+            "compressed. Load it without `vwt`."
+        )
     if not restores and (isinstance(row, Holder) or name in row.needs_every_patch):
         raise ValueError(
             f"{name} reads a value for every patch, so none may be dropped: it cannot be compressed like this. Use "
@@ -197,7 +205,7 @@ def family_of(model: PreTrainedModel) -> Family:
 
 def _row_of(model_class: type[PreTrainedModel]) -> Family | Holder | None:
     model_type = _model_type(model_class)
-    return next((row for row in (*FAMILIES, *HOLDERS) if model_type in row.model_types), None)
+    return next((row for row in ROWS if model_type in row.model_types), None)
 
 
 def _model_type(model_class: type[PreTrainedModel]) -> str:
@@ -241,8 +249,14 @@ def find_layers(tower: nn.Module) -> list[nn.Module]:
     return [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def find_stack(tower: nn.Module, layer: nn.Module) -> nn.Module:
+    """The module of a vision tower that runs its layers, of which `layer` is one; it may be the tower itself."""
+    return next(module for module in tower.modules() for child in module.children() if layer in child.children())
+
+
 def position_table(module: nn.Module, family: Family) -> torch.Tensor:
     """The positions of an embeddings module, (1, prefix + patches, hidden)."""
+    assert family.positions is not None
     positions = attribute(module, family.positions)
     if isinstance(positions, nn.Embedding):
         # Called, not read: the weights of an offloaded module are there only while it runs.

@@ -34,6 +34,11 @@ class Layout:
         return sum(length * images for length, images in self.runs)
 
     @property
+    def dense(self) -> bool:
+        """Whether there is no padding."""
+        return self.tokens == self.sizes.numel()
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest image."""
         return self.runs[-1][0] if self.runs else 0
@@ -49,7 +54,7 @@ class Layout:
 
     @functools.cached_property
     def boundaries(self) -> torch.Tensor:
-        """(batch + 1,), int32: where each image starts in a packed sequence, and where the last one ends."""
+        """(batch + 1,), int32: where each image starts among the rows, and where the last one ends."""
         starts = self.rows[:, 0].sort().values
         return torch.nn.functional.pad(starts, (0, 1), value=self.tokens).to(torch.int32)
 
@@ -203,6 +208,6 @@ def attention_bias(layout: Layout, proportional: bool) -> torch.Tensor | None:
     """
     if proportional:
         return layout.sizes.log()
-    if layout.tokens == layout.sizes.numel():
+    if layout.dense:
         return None
     return torch.where(layout.sizes > 0, 0.0, -torch.inf)
