@@ -308,7 +308,7 @@ def line_of(setting: Any) -> str:
     """What names a setting besides numbers."""
     if not isinstance(setting, dict):
         return str(setting)
-    words = [str(value) for value in setting.values() if isinstance(value, str)]
+    words = [Path(value).name for value in setting.values() if isinstance(value, str)]
     return " ".join(words) or " ".join(setting)
 
 
@@ -626,7 +626,8 @@ def plot(results: Results, batch: int, path: Path) -> None:
         )
     axes.set_xlabel(f"milliseconds of an image, in batches of {batch}")
     axes.set_ylabel("same top-1 as the uncompressed model" if measure_name == "agreement" else "cosine to uncompressed")
-    axes.set_title(f"{results.content['options']['model']}, {results.content['machine']['device']}", fontsize="medium")
+    name = Path(results.content["options"]["model"]).name
+    axes.set_title(f"{name}, {results.content['machine']['device']}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -74,6 +74,8 @@ MORE_MODELS = {
     "altclip-vision": (transformers.AltCLIPVisionModel, transformers.AltCLIPVisionConfig),
     "clipseg": (transformers.CLIPSegModel, contrastive_config(transformers.CLIPSegConfig, eos_token_id=98)),
     "clipseg-vision": (transformers.CLIPSegVisionModel, transformers.CLIPSegVisionConfig),
+    "owlvit-vision": (transformers.OwlViTVisionModel, transformers.OwlViTVisionConfig),
+    "owlv2-vision": (transformers.Owlv2VisionModel, transformers.Owlv2VisionConfig),
     "siglip": (transformers.SiglipModel, contrastive_config(transformers.SiglipConfig)),
     "siglip-vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig),
     "siglip-classifier": (transformers.SiglipForImageClassification, contrastive_config(transformers.SiglipConfig)),

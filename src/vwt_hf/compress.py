@@ -488,7 +488,7 @@ def _positions(
         # The models' own method reads only the shape of what it is given.
         whole = table.new_empty(1, 1, table.shape[-1]).expand(1, len(family.prefix) + patches, -1)
         return attribute(module, "interpolate_pos_encoding")(whole, height, width)
-    size = attribute(module, "image_size")
+    size = attribute(module if hasattr(module, "image_size") else module.config, "image_size")
     expected = (size, size) if isinstance(size, int) else tuple(size)
     if (height, width) != expected:
         raise ValueError(

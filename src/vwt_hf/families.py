@@ -118,6 +118,8 @@ FAMILIES: tuple[Family, ...] = (
     _like_clip("Chinese-CLIP", "chinese_clip", "ChineseCLIP"),
     _like_clip("AltCLIP", "altclip", "AltCLIP"),
     _like_clip("CLIPSeg", "clipseg", "CLIPSeg", needs_every_patch=("CLIPSegForImageSegmentation",)),
+    _like_clip("OWL-ViT", "owlvit", "OwlViT", needs_every_patch=("OwlViTForObjectDetection",)),
+    _like_clip("OWLv2", "owlv2", "Owlv2", needs_every_patch=("Owlv2ForObjectDetection",)),
     _like_clip("SigLIP", "siglip", "Siglip", pools="attention over all tokens; the classifier: their mean", prefix=()),
     _like_clip("BLIP", "blip", "Blip", pools="CLS; the decoder attends to all tokens", attention="BlipAttention"),
     _like_clip(
@@ -264,7 +266,7 @@ def position_table(module: nn.Module, family: Family) -> torch.Tensor:
     return positions
 
 
-def attribute(module: nn.Module, path: str) -> Any:
+def attribute(module: Any, path: str) -> Any:
     """The attribute of `module` at a dotted `path`."""
     value: Any = module
     for name in path.split("."):
