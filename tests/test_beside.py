@@ -6,20 +6,10 @@ import pytest
 import torch
 import transformers
 
+from settings import SETTINGS
 from tiny import MODELS, MORE_MODELS, TINY, answers, sample_pixel_values, tiny_model
-from vwt_hf import VisualVocabulary, VWTConfig, compress
+from vwt_hf import compress
 
-SETTINGS = {
-    "discard": VWTConfig(keep_ratio=0.5),
-    "merge": VWTConfig(keep_ratio=0.5, dropped="merge"),
-    "inter": VWTConfig(
-        method="inter",
-        vocabulary=VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))),
-        threshold=0.3,
-        image_mean=[0.2, 0.0, -0.1],
-        image_std=[0.5, 1.0, 2.0],
-    ),
-}
 setting = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
 
 

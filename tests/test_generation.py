@@ -6,22 +6,12 @@ import pytest
 import torch
 import transformers
 
+from settings import SETTINGS
 from tiny import TINY, sample_pixel_values
-from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
+from vwt_hf import VWTConfig, compress, restore
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 99}
 IMAGE_TOKEN = 98
-SETTINGS = {
-    "discard": VWTConfig(keep_ratio=0.5),
-    "merge": VWTConfig(keep_ratio=0.5, dropped="merge"),
-    "inter": VWTConfig(
-        method="inter",
-        vocabulary=VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))),
-        threshold=0.3,
-        image_mean=[0.2, 0.0, -0.1],
-        image_std=[0.5, 1.0, 2.0],
-    ),
-}
 
 
 def blip() -> transformers.PreTrainedModel:

@@ -88,12 +88,24 @@ def batch(photographs, processor) -> torch.Tensor:
     return processor(images, return_tensors="pt")["pixel_values"]
 
 
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Every value within 1e-4 in single precision. In half precision, where single values carry the rounding of every
+    layer, each image's answer within 2e-2 of its length."""
+    if found.dtype == torch.float32:
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        return
+    found, expected = found.float().flatten(1), expected.float().flatten(1)
+    error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 2e-2, error.max()
+
+
+dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@dtype
 @pytest.mark.parametrize("proportional", [True, False])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_a_batch_of_real_images_answers_as_they_do_alone_in_either_layout(
-    name, proportional, batch, words, dtype, near
-):
+def test_a_batch_of_real_images_answers_as_they_do_alone_in_either_layout(name, proportional, batch, words, dtype):
     model = tiny_model(name, image_size=224, patch_size=14).to(dtype)
     setting = {"method": "inter", "vocabulary": words, "proportional_attention": proportional, **STATISTICS}
     compress(model, setting)
@@ -101,23 +113,17 @@ def test_a_batch_of_real_images_answers_as_they_do_alone_in_either_layout(
     alone = torch.cat([answers(model, image[None]) for image in batch])
     for layout in ("packed", "padded"):
         compress(model, {**setting, "layout": layout})
-        torch.testing.assert_close(answers(model, batch), alone, atol=near, rtol=near)
+        assert_near(answers(model, batch), alone)
 
 
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@dtype
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_a_trained_classifier_answers_a_batch_as_its_images_alone(shared, name, batch, words, dtype, near):
+def test_a_trained_classifier_answers_a_batch_as_its_images_alone(shared, name, batch, words, dtype):
     model = AutoModelForImageClassification.from_pretrained(shared / "models" / name, dtype=dtype, vwt=words)
     few = batch[-8:].to(dtype)
     alone = torch.cat([answers(model, image[None]) for image in few])
     for layout in ("packed", "padded"):
         compress(model, {**model.config.vwt, "layout": layout})
-        found = answers(model, few)
-        # Logits in half precision are compared by what they say, in probabilities.
-        if dtype == torch.bfloat16:
-            found, expected = found.float().softmax(-1), alone.float().softmax(-1)
-        else:
-            expected = alone
-        torch.testing.assert_close(found, expected, atol=near, rtol=near)
+        assert_near(answers(model, few), alone)
     plain = AutoModelForImageClassification.from_pretrained(shared / "models" / name, dtype=dtype)
     assert (alone.argmax(1) == answers(plain, few).argmax(1))[:6].sum() >= 4
