@@ -14,8 +14,9 @@ import types
 import pytest
 import torch
 
+from settings import inter
 from tiny import answers, tiny_model
-from vwt_hf import VisualVocabulary, VWTConfig, attention, compress
+from vwt_hf import VWTConfig, attention, compress
 from vwt_hf.attention import Batch, fold_bias
 from vwt_hf.layout import attention_bias, group
 
@@ -74,10 +75,7 @@ def test_a_folded_bias_keeps_more_digits_than_its_dtype(dtype):
 
 @pytest.fixture
 def setting() -> VWTConfig:
-    words = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
-    return VWTConfig(
-        method="inter", vocabulary=words, threshold=0.3, image_mean=[0.2, 0.0, -0.1], image_std=[0.5, 1.0, 2.0]
-    )
+    return inter()
 
 
 @pytest.fixture

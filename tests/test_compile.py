@@ -8,8 +8,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from settings import inter
 from tiny import MODELS, answers, sample_pixel_values, tiny_model
-from vwt_hf import VisualVocabulary, VWTConfig, compress
+from vwt_hf import VWTConfig, compress
 
 TOWERS = [name for name in MODELS if name != "clip"]
 
@@ -22,16 +23,8 @@ def fresh():
 
 
 @pytest.fixture(params=["packed", "padded"])
-def inter(request) -> VWTConfig:
-    words = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
-    return VWTConfig(
-        method="inter",
-        vocabulary=words,
-        threshold=0.3,
-        layout=request.param,
-        image_mean=[0.2, 0.0, -0.1],
-        image_std=[0.5, 1.0, 2.0],
-    )
+def words(request) -> VWTConfig:
+    return inter(layout=request.param)
 
 
 def ragged(batch: int) -> torch.Tensor:
@@ -63,8 +56,8 @@ def test_intra_compiled_by_inductor_answers_as_it_does_eagerly(mode):
 
 
 @pytest.mark.parametrize("name", ["dinov2-classifier", "clip-vision"])
-def test_inter_compiles_no_more_once_it_has_seen_a_few_batches(name, inter):
-    model = compress(tiny_model(name), inter)
+def test_inter_compiles_no_more_once_it_has_seen_a_few_batches(name, words):
+    model = compress(tiny_model(name), words)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)
     frames = []
@@ -75,8 +68,8 @@ def test_inter_compiles_no_more_once_it_has_seen_a_few_batches(name, inter):
     assert 0 < frames[0] < frames[2] == frames[-1]
 
 
-def test_inter_compiled_by_inductor_answers_as_it_does_eagerly(inter):
-    model = compress(tiny_model("vit-classifier", num_hidden_layers=1), inter)
+def test_inter_compiled_by_inductor_answers_as_it_does_eagerly(words):
+    model = compress(tiny_model("vit-classifier", num_hidden_layers=1), words)
     compiled = torch.compile(model)
     for batch in (4, 5, 3):
         pixel_values = ragged(batch)
@@ -122,8 +115,8 @@ def test_what_makes_a_host_wait_is_counted(monkeypatch):
     assert mode.count == 4
 
 
-def test_a_forward_waits_for_its_device_once_with_words_and_never_without(model, inter, monkeypatch):
+def test_a_forward_waits_for_its_device_once_with_words_and_never_without(model, words, monkeypatch):
     pixel_values = ragged(3)
     for criterion in ("variance", "random", "grid"):
         assert waits(compress(model, {"criterion": criterion}), pixel_values, monkeypatch) == 0
-    assert waits(compress(model, inter), pixel_values, monkeypatch) == 1
+    assert waits(compress(model, words), pixel_values, monkeypatch) == 1

@@ -7,6 +7,7 @@ import torch
 import transformers
 from accelerate import cpu_offload
 
+from settings import WORDS, inter
 from tiny import MODELS, MORE_MODELS, TINY, answers, forward, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.compress import choose_patches
@@ -18,25 +19,11 @@ CONTRASTIVE = ["clip", "metaclip-2", "chinese-clip", "altclip", "clipseg", "sigl
 BACKBONES = [name for name in EVERY if not name.endswith(("classifier", "projection")) and name not in CONTRASTIVE]
 """Those whose first output is hidden states."""
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
-WORDS = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
-
-
-def inter(layout: str = "auto", threshold: float = 0.3) -> VWTConfig:
-    return VWTConfig(
-        method="inter",
-        vocabulary=WORDS,
-        threshold=threshold,
-        layout=layout,
-        image_mean=[0.2, 0.0, -0.1],
-        image_std=[0.5, 1.0, 2.0],
-    )
-
-
 SETTINGS = {
     "discard": VWTConfig(keep_ratio=0.5),
     "merge": VWTConfig(keep_ratio=0.5, dropped="merge"),
-    "packed": inter("packed"),
-    "padded": inter("padded"),
+    "packed": inter(layout="packed"),
+    "padded": inter(layout="padded"),
 }
 setting = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
 dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -69,7 +56,7 @@ def test_without_words_in_reach_a_model_answers_as_the_plain_one(name, images):
     plain = answers(model, images)
     far = VisualVocabulary(-WORDS.words - 5)
     for layout in ("packed", "padded"):
-        fields = inter(layout, 1e-9).to_dict() | {"vocabulary": far}
+        fields = inter(far, layout=layout, threshold=1e-9)
         torch.testing.assert_close(answers(compress(model, fields), images), plain, atol=1e-5, rtol=1e-5)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from settings import STATISTICS, WORDS, inter
 from tiny import MODELS, TINY, answers, forward, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.attention import Forward, current
@@ -18,12 +19,10 @@ from vwt_hf.families import find_layers
 from vwt_hf.layout import group
 from vwt_hf.words import index_words, nearest_words, patchify
 
-STATISTICS = {"image_mean": [0.2, 0.0, -0.1], "image_std": [0.5, 1.0, 2.0]}
-
 
 @pytest.fixture(scope="module")
 def vocabulary() -> VisualVocabulary:
-    return VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    return WORDS
 
 
 @pytest.fixture
@@ -40,10 +39,6 @@ def images() -> torch.Tensor:
 @pytest.fixture(params=["packed", "padded"])
 def layout(request) -> str:
     return request.param
-
-
-def inter(vocabulary, **fields) -> VWTConfig:
-    return VWTConfig(**{"method": "inter", "vocabulary": vocabulary, "threshold": 0.3, **STATISTICS, **fields})
 
 
 def tokens_of(pixel_values, vocabulary, threshold=0.3) -> torch.Tensor:

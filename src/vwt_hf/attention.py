@@ -165,7 +165,7 @@ def _batch(query: torch.Tensor, attention_mask: torch.Tensor | None) -> Batch:
         )
     if attention_mask is not None:
         raise ValueError(
-            f"attention_mask {tuple(attention_mask.shape)} masks patches of the whole image, and words have taken "
+            f"attention_mask {tuple(attention_mask.shape)} masks patches of the whole image, and tokens have taken "
             "their place. Leave it out, or call vwt_hf.restore(model) first."
         )
     return batch

@@ -237,7 +237,7 @@ def embed(
     projection = attribute(module, family.projection)
     grid = patch_grid(pixel_values, projection.kernel_size)
     count = grid[0] * grid[1]
-    if setting.threshold == 0 if setting.method == "inter" else setting.patches_kept(count) == count:
+    if setting.is_plain(count):
         extra = {} if family.always_interpolates else {"interpolate_pos_encoding": interpolate_pos_encoding}
         embeddings = type(module).forward(module, pixel_values, **extra)
         if _tokenises(setting):
@@ -264,7 +264,7 @@ def embed(
         tokens = tokens if positions is None else tokens + gather_patches(positions, kept)
         embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
     else:
-        embeddings = _group(tokenizer, tokenizer.lexicon, projection, patches, prefix, positions)
+        embeddings = _group(tokenizer, projection, patches, prefix, positions)
     dropout = getattr(module, "dropout", None)
     return embeddings if dropout is None else dropout(embeddings)
 
@@ -283,7 +283,6 @@ def _forward_under_way() -> attention.Forward:
 @torch.compiler.disable
 def _group(
     tokenizer: Tokenizer,
-    lexicon: Lexicon,
     projection: Any,
     patches: torch.Tensor,
     prefix: torch.Tensor,
@@ -304,7 +303,8 @@ def _group(
     Raises:
         ValueError: the model is being exported, or trained packed with stochastic depth.
     """
-    setting = tokenizer.setting
+    setting, lexicon = tokenizer.setting, tokenizer.lexicon
+    assert lexicon is not None  # it comes with method="inter"
     if torch.compiler.is_compiling():  # by torch.export: torch.compile leaves this function alone
         raise ValueError(
             "method='inter' gives every image its own number of tokens, which an exported program cannot hold. Export "
@@ -435,7 +435,7 @@ def _rotate(
     if _tokenises(setting):
         return _rotate_group(grid, output)
     count = grid[0] * grid[1]
-    if setting.method == "inter" or setting.patches_kept(count) == count:
+    if setting.is_plain(count):
         return output
     kept = choose_patches(patchify(pixel_values, patch_size), grid, setting.patches_kept(count), setting)
     return tuple(_of_kept(values, kept) for values in output)

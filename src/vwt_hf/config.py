@@ -201,6 +201,10 @@ class VWTConfig:
                 fields[name] = fields[name] and list(fields[name])
         return fields
 
+    def is_plain(self, patches: int) -> bool:
+        """Whether a model with this setting sees an image of so many `patches` as the plain model does."""
+        return self.threshold == 0 if self.method == "inter" else self.patches_kept(patches) == patches
+
     def patches_kept(self, patches: int) -> int:
         """How many of an image's `patches` stay (paper: k = int(N · (1 − drop rate)), here without float error).
 

@@ -12,6 +12,8 @@ import functools
 
 import torch
 
+from .words import patch_places
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -158,10 +160,10 @@ def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
     Returns:
         (sequences, tokens), int64; the number of patches for prefix tokens and padding, which have none.
     """
-    patches = grid[0] * grid[1]
     patch_rows = layout.rows[:, layout.prefix :]
-    places = torch.cartesian_prod(*(torch.arange(n, device=patch_rows.device, dtype=torch.float32) for n in grid))
-    means = pool(places.view(1, patches, 2), layout).flatten(0, 1)
+    patches = patch_rows.shape[1]
+    places = patch_places(grid, patch_rows.device)
+    means = pool(places, layout).flatten(0, 1)
     distance = (places - means[patch_rows]).square().sum(dim=-1)
     rows = patch_rows.flatten()
     least = torch.full_like(layout.sizes.flatten(), torch.inf).scatter_reduce(0, rows, distance.flatten(), "amin")

@@ -34,6 +34,15 @@ def patch_grid(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> tuple
     return rows, columns
 
 
+def patch_places(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Where patches lie, (1, patches, 2) float32: row and column, counted in patches.
+
+    Args:
+        grid: rows and columns of patches.
+    """
+    return torch.cartesian_prod(*(torch.arange(n, device=device, dtype=torch.float32) for n in grid)).view(1, -1, 2)
+
+
 def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
     """Cuts images into their patches.
 
@@ -143,8 +152,7 @@ def nearest_kept(patches: torch.Tensor, kept: torch.Tensor, grid: tuple[int, int
     """
     with torch.autocast(patches.device.type, enabled=False), torch.no_grad():
         values = patches.float()
-        places = torch.cartesian_prod(*(torch.arange(n, device=patches.device, dtype=torch.float32) for n in grid))
-        places = places.view(1, -1, 2)
+        places = patch_places(grid, patches.device)
         distance = _relative(torch.cdist(values, gather_patches(values, kept)))
         distance = distance + _relative(torch.cdist(places, gather_patches(places, kept)))
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
