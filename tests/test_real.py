@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from tiny import MODELS, answers, tiny_model
+from tiny import MODELS, MORE_MODELS, answers, tiny_model
 from vwt_hf import VisualVocabulary, compress
 
 STATISTICS = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
@@ -102,9 +102,14 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
 dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
-@dtype
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, dtype) for name in MODELS for dtype in (torch.float32, torch.bfloat16)),
+        *((name, torch.float32) for name in MORE_MODELS),
+    ],
+)
 @pytest.mark.parametrize("proportional", [True, False])
-@pytest.mark.parametrize("name", list(MODELS))
 def test_a_batch_of_real_images_answers_as_they_do_alone_in_either_layout(name, proportional, batch, words, dtype):
     model = tiny_model(name, image_size=224, patch_size=14).to(dtype)
     setting = {"method": "inter", "vocabulary": words, "proportional_attention": proportional, **STATISTICS}
