@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from settings import inter
+from settings import SETTINGS, inter
 from tiny import MODELS, answers, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress
 
@@ -68,6 +68,15 @@ def test_inter_compiles_no_more_once_it_has_seen_a_few_batches(name, words):
     assert 0 < frames[0] < frames[2] == frames[-1]
 
 
+@pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
+@pytest.mark.parametrize("name", ["beit", "data2vec-classifier", "vit-mae", "aimv2-vision", "dinov3"])
+def test_positions_of_every_kind_answer_compiled_as_they_do_eagerly(name, setting):
+    model = compress(tiny_model(name), setting)
+    compiled = torch.compile(model, backend="eager")
+    for batch in (4, 3):
+        torch.testing.assert_close(answers(compiled, ragged(batch)), answers(model, ragged(batch)))
+
+
 def test_inter_compiled_by_inductor_answers_as_it_does_eagerly(words):
     model = compress(tiny_model("vit-classifier", num_hidden_layers=1), words)
     compiled = torch.compile(model)
@@ -115,6 +124,7 @@ def test_what_makes_a_host_wait_is_counted(monkeypatch):
     assert mode.count == 4
 
 
+@pytest.mark.parametrize("model", [*MODELS, "beit", "data2vec"], indirect=True)
 def test_a_forward_waits_for_its_device_once_with_words_and_never_without(model, words, monkeypatch):
     pixel_values = ragged(3)
     for criterion in ("variance", "random", "grid"):

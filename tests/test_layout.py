@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vwt_hf.layout import attention_bias, expand, group, medoids, pool, put_prefix, represent
+from vwt_hf.layout import attention_bias, expand, group, medoids, pool, pool_pairs, put_prefix, represent
 from vwt_hf.words import gather_patches, index_words, nearest_kept, nearest_words
 
 WORDS = torch.tensor([[4, 2, 4, 7, 2, 2], [9, 8, 7, 6, 5, 4], [3, 3, 3, 3, 3, 3]])
@@ -128,6 +128,23 @@ def test_a_token_lies_where_the_patch_nearest_to_the_mean_place_of_its_patches_d
             distance = (places[mine] - places[mine].mean(0)).square().sum(1)
             assert patch == mine[int(distance.argmin())]
     assert (medoids(layout, (2, 3))[layout.sizes == 0] == 6).all()
+
+
+def test_what_two_tokens_have_for_each_other_is_the_mean_over_their_patches(packed):
+    """Against a loop over the images in the order of their rows."""
+    values = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    layout = group(torch.cat((WORDS, WORDS[:1])), 2, packed)
+    found = pool_pairs(values, layout)
+    assert [len(part) for part in found] == ([1, 2, 1] if packed else [4])
+    images = [image for part in found for image in part]
+    for row, pairs in zip(layout.rows[layout.rows[:, 0].argsort()], images, strict=True):
+        of = (row - row[0]).tolist()
+        for one in range(pairs.shape[1]):
+            for other in range(pairs.shape[2]):
+                mine = [i for i in range(8) if of[i] == one]
+                its = [i for i in range(8) if of[i] == other]
+                mean = values[0][:, mine][:, :, its].mean((1, 2)) if mine and its else torch.zeros(4)
+                torch.testing.assert_close(pairs[:, one, other], mean)
 
 
 def test_images_of_one_length_are_laid_out_without_padding():

@@ -7,6 +7,7 @@ import torch
 
 from vwt_hf import VWTConfig
 from vwt_hf.words import (
+    gather_pairs,
     gather_patches,
     grid_patches,
     highest,
@@ -82,6 +83,17 @@ def test_kept_patches_are_gathered_for_one_choice_or_one_an_image(images, choice
     patches, kept = torch.randn(images, 6, 4), torch.tensor([[0, 2], [1, 5], [3, 4]])[:choices]
     expected = [patches[i % images][kept[i % choices]] for i in range(max(images, choices))]
     assert torch.equal(gather_patches(patches, kept), torch.stack(expected))
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_pairs_of_kept_patches_and_prefix_tokens_are_gathered(choices):
+    values = torch.arange(2 * 36).view(1, 2, 6, 6)
+    kept = torch.tensor([[0, 3], [1, 2], [2, 3]])[:choices]
+    found = gather_pairs(values, kept, 2)
+    assert found.shape == (choices, 2, 4, 4)
+    for pairs, patches in zip(found, kept.tolist(), strict=True):
+        index = [0, 1, *(2 + patch for patch in patches)]
+        assert torch.equal(pairs, values[0][:, index][:, :, index])
 
 
 def test_a_projection_turns_a_strip_of_patches_into_their_tokens():

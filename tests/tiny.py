@@ -55,10 +55,44 @@ def dinov3_config(**sizes) -> transformers.DINOv3ViTConfig:
     return transformers.DINOv3ViTConfig(**sizes, num_register_tokens=3)
 
 
+# Without stochastic depth, which is tested apart, and with layers that weigh as much as their input.
+BEIT = {"drop_path_rate": 0.0, "layer_scale_init_value": 1.0}
+
+
+def beit_config(**sizes) -> transformers.BeitConfig:
+    """As the fine-tuned checkpoints: a relative position bias in each layer, and the mean of the patches."""
+    return transformers.BeitConfig(**sizes, **BEIT, use_relative_position_bias=True)
+
+
+def pretrained_beit_config(**sizes) -> transformers.BeitConfig:
+    """As the pretrained checkpoints: one bias for all layers, and positions are added, too; CLS is read."""
+    own = {"use_absolute_position_embeddings": True, "use_mean_pooling": False}
+    return transformers.BeitConfig(**sizes, **BEIT, **own, use_shared_relative_position_bias=True)
+
+
+def data2vec_config(**sizes) -> transformers.Data2VecVisionConfig:
+    both = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
+    return transformers.Data2VecVisionConfig(**sizes, **BEIT, **both)
+
+
+def masked_autoencoder_config(**sizes) -> transformers.ViTMAEConfig:
+    return transformers.ViTMAEConfig(**sizes, mask_ratio=0.0)
+
+
+def native_aimv2_config(**sizes) -> transformers.Aimv2VisionConfig:
+    return transformers.Aimv2VisionConfig(**sizes, is_native=True, use_head=False)
+
+
 ROBERTA = {"pad_token_id": 1, "max_position_embeddings": 40, "project_dim": 16}
 MORE_MODELS = {
     "vit-msn": (transformers.ViTMSNModel, transformers.ViTMSNConfig),
     "vit-msn-classifier": (transformers.ViTMSNForImageClassification, transformers.ViTMSNConfig),
+    "vit-mae": (transformers.ViTMAEModel, masked_autoencoder_config),
+    "beit": (transformers.BeitModel, beit_config),
+    "beit-pretrained": (transformers.BeitModel, pretrained_beit_config),
+    "beit-classifier": (transformers.BeitForImageClassification, beit_config),
+    "data2vec": (transformers.Data2VecVisionModel, data2vec_config),
+    "data2vec-classifier": (transformers.Data2VecVisionForImageClassification, data2vec_config),
     "ijepa": (transformers.IJepaModel, transformers.IJepaConfig),
     "ijepa-classifier": (transformers.IJepaForImageClassification, transformers.IJepaConfig),
     "metaclip-2": (transformers.MetaClip2Model, contrastive_config(transformers.MetaClip2Config, eos_token_id=98)),
@@ -79,6 +113,9 @@ MORE_MODELS = {
     "siglip": (transformers.SiglipModel, contrastive_config(transformers.SiglipConfig)),
     "siglip-vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig),
     "siglip-classifier": (transformers.SiglipForImageClassification, contrastive_config(transformers.SiglipConfig)),
+    "aimv2": (transformers.Aimv2Model, contrastive_config(transformers.Aimv2Config, eos_token_id=98)),
+    "aimv2-vision": (transformers.Aimv2VisionModel, transformers.Aimv2VisionConfig),
+    "aimv2-native": (transformers.Aimv2VisionModel, native_aimv2_config),
     "dinov3": (transformers.DINOv3ViTModel, dinov3_config),
     "blip-vision": (transformers.BlipVisionModel, transformers.BlipVisionConfig),
     "blip-2-vision": (transformers.Blip2VisionModel, transformers.Blip2VisionConfig),
@@ -104,6 +141,9 @@ def sample_pixel_values(batch: int = 3, height: int = 32, width: int = 32) -> to
 
 def forward(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **kwargs):
     """The model's first output: logits, similarities to two texts (CLIP and its like) or hidden states."""
+    if "mask_ratio" in model.config.to_dict():  # its embeddings shuffle patches: by this, into the order they have
+        patches = (pixel_values.shape[2] // model.config.patch_size) * (pixel_values.shape[3] // model.config.patch_size)
+        kwargs["noise"] = torch.arange(patches, dtype=torch.float32).expand(len(pixel_values), -1)
     if hasattr(model, "text_model"):
         kwargs["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]], device=pixel_values.device)
     return model(pixel_values=pixel_values, **kwargs)[0]

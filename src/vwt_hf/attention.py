@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .layout import Layout
+from .layout import Layout, pool_pairs
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -34,6 +34,9 @@ except ImportError:  # torch before 2.10
 
 PREFIX = "vwt_"
 BASES = ("eager", "sdpa", "flash_attention_2")
+Pairs = tuple[torch.Tensor, ...] | None
+"""For each run of a packed batch, or for the whole of a padded one: (images or 1, heads, tokens, tokens), added to the
+attention logits of one layer."""
 FOLDED = 8
 """Dimensions that a bias adds to a head: two hold it, and flash kernels take multiples of eight."""
 
@@ -46,8 +49,12 @@ class Forward:
     """The attention implementation of the tower's layers."""
     draws_by_sequence: bool = False
     """Whether layers draw random numbers for each sequence, as stochastic depth does in training."""
+    relative: bool = False
+    """Whether its attention is given a bias by where patches lie to each other, in place of a mask."""
     batch: Batch | None = None
-    """What its embeddings laid out; `None` before."""
+    """What its embeddings laid out; `None` before, and where patches were dropped."""
+    kept: torch.Tensor | None = None
+    """(batch or 1, patches kept), int64: which patch each token is, where it is one of them and not a mean."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +64,6 @@ class Batch:
     layout: Layout
     bias: torch.Tensor | None
     """(sequences, tokens), float32: added to the attention logits of every layer, by key."""
-    kept: torch.Tensor | None = None
-    """(batch or 1, patches kept), int64: which patch each token is, where it is one of them and not a mean."""
     folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
     """What `fold_bias` adds to queries and keys, which is the same in every layer."""
 
@@ -76,7 +81,19 @@ def register() -> None:
 
 def _given_mask(base: Callable[..., Any], *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
     """The mask that a caller gave, if one did: models make one of their own while they are exported."""
-    return None if attention_mask is None else base(*args, attention_mask=attention_mask, **kwargs)
+    if attention_mask is None:
+        return None
+    forward = current.get()
+    if forward is not None and forward.relative:  # attention could not tell it from the bias that it is added to
+        _refuse_mask(attention_mask)
+    return base(*args, attention_mask=attention_mask, **kwargs)
+
+
+def _refuse_mask(attention_mask: torch.Tensor) -> NoReturn:
+    raise ValueError(
+        f"attention_mask {tuple(attention_mask.shape)} masks patches of the whole image, and tokens have taken their "
+        "place. Leave it out, or call vwt_hf.restore(model) first."
+    )
 
 
 def require_usable(tower: Any) -> None:
@@ -136,12 +153,17 @@ def _checkpoint(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args
     return checkpoint(within, *args)
 
 
-def packs(implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
+def packs(implementation: str, device: torch.device, dtype: torch.dtype, relative: bool) -> bool:
     """Whether `implementation` attends to packed batches as fast as it can to padded ones.
 
     On a CPU it does, length by length. On other devices a call for each length would leave the device waiting for
-    the host, so it takes a kernel that knows where images end.
+    the host, so it takes a kernel that knows where images end, and such a kernel takes no bias for pairs of tokens.
+
+    Args:
+        relative: whether attention is given such a bias.
     """
+    if relative:
+        return device.type == "cpu"
     if implementation == PREFIX + "flash_attention_2":
         return True
     return device.type == "cpu" or (implementation == PREFIX + "sdpa" and _has_flash(device, dtype))
@@ -154,8 +176,9 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _batch(query: torch.Tensor, attention_mask: torch.Tensor | None) -> Batch:
-    """The batch under way, which `query` (sequences, heads, tokens, head size) must be of."""
+def _batch(query: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[Batch, Pairs]:
+    """The batch under way, which `query` (sequences, heads, tokens, head size) must be of, and the bias for pairs of
+    its tokens that a family gives in place of `attention_mask`."""
     forward = current.get()
     batch = None if forward is None else forward.batch
     if batch is None or batch.layout.sizes.shape != (query.shape[0], query.shape[2]):
@@ -163,12 +186,12 @@ def _batch(query: torch.Tensor, attention_mask: torch.Tensor | None) -> Batch:
             f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size) outside the forward that "
             "laid its batch out. Call the model, not its layers, and repeat no layer outside its forward."
         )
-    if attention_mask is not None:
-        raise ValueError(
-            f"attention_mask {tuple(attention_mask.shape)} masks patches of the whole image, and tokens have taken "
-            "their place. Leave it out, or call vwt_hf.restore(model) first."
-        )
-    return batch
+    if attention_mask is None:
+        return batch, None
+    assert forward is not None  # it has a batch
+    if not forward.relative:
+        _refuse_mask(attention_mask)
+    return batch, (attention_mask,) if forward.kept is not None else pool_pairs(attention_mask, batch.layout)
 
 
 # Compiled models call attention as it is: what it finds in the context variable is not for a graph to hold, and lengths
@@ -185,11 +208,12 @@ def sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`sdpa` by the layout of the batch; tensors are (sequences, heads, tokens, head size)."""
-    batch = _batch(query, attention_mask)
+    batch, pairs = _batch(query, attention_mask)
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
     if (
         batch.layout.packed
+        and pairs is None
         and not dropout
         and _has_flash(query.device, query.dtype)
         and head_size % 8 == 0
@@ -200,7 +224,7 @@ def sdpa(
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return sdpa_attention_forward(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)[0]
 
-    return _by_layout(attend, query, key, value, batch), None
+    return _by_layout(attend, query, key, value, batch, pairs), None
 
 
 @torch.compiler.disable
@@ -218,7 +242,7 @@ def eager(
 
     The second value stands for the attention weights.
     """
-    batch = _batch(query, attention_mask)
+    batch, pairs = _batch(query, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -228,7 +252,7 @@ def eager(
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         return (weights @ value).transpose(1, 2)
 
-    return _by_layout(attend, query, key, value, batch), _no_weights(query)
+    return _by_layout(attend, query, key, value, batch, pairs), _no_weights(query)
 
 
 @torch.compiler.disable
@@ -245,7 +269,7 @@ def flash_attention_2(
     """`flash_attention_2` over a packed batch; tensors are (1, heads, tokens, head size)."""
     from flash_attn import flash_attn_varlen_func  # transformers refuses to load a model for it where it is missing
 
-    batch = _batch(query, attention_mask)
+    batch, _ = _batch(query, attention_mask)
     if not batch.layout.dense:
         raise ValueError(
             "layout is 'padded' and the attention implementation 'flash_attention_2', which takes no bias to hide "
@@ -271,19 +295,57 @@ def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torc
     return module.projection(output.flatten(2)), _no_weights(heads[0])
 
 
+def separate(
+    module: Any,
+    hidden_states: torch.Tensor,
+    output_attentions: bool = False,
+    relative_position_bias: torch.Tensor | None = None,
+    interpolate_pos_encoding: bool = False,
+    resolution: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Stands in for the forward of an attention with `query`, `key` and `value` projections and a relative position
+    bias that knows no interface (Data2Vec-vision).
+
+    Args:
+        module: the attention, whose parameters are used.
+        hidden_states: (sequences, tokens, hidden).
+        output_attentions: whether to give what stands for attention weights, too, which `compress` refuses.
+        relative_position_bias: as the modules that `Family.relative` names give it, if layers share one.
+        interpolate_pos_encoding: without effect, as a bias is of the size of its image.
+        resolution: height and width of the images.
+    """
+    query, key, value = (
+        projection(hidden_states).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
+        for projection in (module.query, module.key, module.value)
+    )
+    bias = relative_position_bias
+    if module.has_relative_position_bias:
+        assert resolution is not None
+        own = module.relative_position_bias(tuple(size // module.config.patch_size for size in resolution))
+        bias = own if bias is None else own + bias
+    dropout = module.dropout.p if module.training else 0.0
+    output, _ = sdpa(module, query, key, value, bias, dropout=dropout)
+    return (output.flatten(2), _no_weights(query)) if output_attentions else (output.flatten(2),)
+
+
 def _no_weights(query: torch.Tensor) -> torch.Tensor:
     """What stands for attention weights where no one tensor holds them; `compress` refuses to give it out."""
     return query.new_zeros(()).expand(*query.shape[:3], query.shape[2])
 
 
 def _by_layout(
-    attend: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    batch: Batch,
+    pairs: Pairs = None,
 ) -> torch.Tensor:
     """Calls `attend` on the batch if it is padded, else on the images of each length.
 
     Args:
-        attend: takes query, key and value (images, heads, tokens, head size) and a bias (images, 1, 1, tokens) or
-            `None`, and gives (images, tokens, heads, head size).
+        attend: takes query, key and value (images, heads, tokens, head size) and a bias (images, 1, 1, tokens),
+            (images or 1, heads, tokens, tokens) or `None`, and gives (images, tokens, heads, head size).
 
     Returns:
         (sequences, tokens, heads, head size).
@@ -291,20 +353,29 @@ def _by_layout(
     bias = None if batch.bias is None else batch.bias.to(query)
     layout = batch.layout
     if not layout.packed:
-        return attend(query, key, value, None if bias is None else bias[:, None, None])
+        return attend(query, key, value, _sum(query, bias, None if pairs is None else pairs[0]))
     rows = [images * length for length, images in layout.runs]
     parts = zip(*(tensor[0].split(rows, dim=1) for tensor in (query, key, value)), strict=True)
     biases = [None] * len(rows) if bias is None else bias[0].split(rows)
+    between = [None] * len(rows) if pairs is None else pairs
     outputs = [
         attend(
             *(tensor.unflatten(1, (images, length)).transpose(0, 1) for tensor in part),
-            None if one is None else one.view(images, 1, 1, length),
+            _sum(query, None if one is None else one.view(images, length), pair),
         ).flatten(0, 1)
-        for part, one, (length, images) in zip(parts, biases, layout.runs, strict=True)
+        for part, one, pair, (length, images) in zip(parts, biases, between, layout.runs, strict=True)
     ]
     if not outputs:
         return value.transpose(1, 2)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+
+
+def _sum(query: torch.Tensor, bias: torch.Tensor | None, pairs: torch.Tensor | None) -> torch.Tensor | None:
+    """What is added to logits: a bias by key (images, tokens) and one for pairs of tokens, if there are any."""
+    by_key = None if bias is None else bias[:, None, None]
+    if pairs is None:
+        return by_key
+    return pairs.to(query) if by_key is None else pairs.to(query) + by_key
 
 
 def _by_boundaries(

@@ -31,6 +31,7 @@ from .families import (
 from .layout import Layout, attention_bias, expand, group, medoids, pool, put_prefix, represent
 from .lexicon import Lexicon
 from .words import (
+    gather_pairs,
     gather_patches,
     grid_patches,
     highest,
@@ -81,30 +82,36 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     family = family_of(model)
     embeddings = find_embeddings(model, family)
     projection = attribute(embeddings, family.projection)
+    _require_whole_images(embeddings, family)
     lexicon = None
     if setting.method == "inter":
         lexicon = Lexicon.resolve(setting, model, lexicon_of(model), **hub_kwargs)
         lexicon.vocabulary.require(projection.kernel_size, projection.in_channels)
         setting = lexicon.setting
     tower = find_tower(model, embeddings)
-    attentions = [module for module in tower.modules() if type(module).__name__ == family.attention]
-    for module in (embeddings, *attentions):
+    attentions = [module for module in tower.modules() if type(module).__name__ in family.attentions]
+    relative = [module for module in tower.modules() if type(module).__name__ == family.relative]
+    for module in (embeddings, *attentions, *relative):
         _require_replaceable(module)
     if _tokenises(setting):
         attention.require_usable(tower)
     _own_config(model)
     restore(model)
+    tokenizer = Tokenizer(family, setting, lexicon)
+    if tokenizer.tells:
+        tower.register_forward_pre_hook(functools.partial(_open, tokenizer))
+        for module in relative:
+            _replace_forward(module, relate, len(family.prefix))
     if _tokenises(setting):
         attention.use_for(tower)
         for module in attentions:
-            _replace_forward(module, attention.fused)
-        tower.register_forward_pre_hook(_attend_by_layout)
+            _replace_forward(module, family.attentions[type(module).__name__])
         if setting.restores:
             last = find_layers(tower)[-1]
             for module in (last, find_stack(tower, last)):
                 module.register_forward_hook(_restore_within)
+    if tokenizer.tells:
         tower.register_forward_hook(_restore_patches if setting.restores else _leave, always_call=True)
-    tokenizer = Tokenizer(family, setting, lexicon)
     _replace_forward(embeddings, embed, tokenizer)
     for module in tower.modules():
         if type(module).__name__ == family.rotary:
@@ -127,7 +134,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             del module.forward
         if _is_ours(module.__dict__.get("_old_forward")):
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _attend_by_layout]:
+        for key in [key for key, hook in module._forward_pre_hooks.items() if getattr(hook, "func", None) is _open]:
             del module._forward_pre_hooks[key]
         for key in [key for key, hook in module._forward_hooks.items() if getattr(hook, "func", hook) in OUTPUT_HOOKS]:
             del module._forward_hooks[key]
@@ -152,7 +159,7 @@ def _replace_forward(module: nn.Module, function: Callable[..., Any], *args: Any
 
 def _is_ours(forward: object) -> bool:
     """Whether `_replace_forward` put it there."""
-    return isinstance(forward, functools.partial) and forward.func in (embed, attention.fused)
+    return isinstance(forward, functools.partial) and forward.func in STAND_INS
 
 
 def _require_replaceable(module: nn.Module) -> None:
@@ -175,6 +182,17 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = copies[id(config)]
 
 
+def _require_whole_images(embeddings: Any, family: Family) -> None:
+    """Raises `ValueError` where the embeddings of a family drop patches of their own."""
+    share = getattr(embeddings.config, family.masks) if family.masks else 0
+    if share:
+        raise ValueError(
+            f"{family.name} drops {share:.0%} of the patches at random before its first layer, to be trained "
+            f"({family.masks} is {share}). For features of whole images load it with {family.masks}=0.0, or set "
+            f"model.config.{family.masks} = 0.0; else load it without `vwt`."
+        )
+
+
 def _tokenises(setting: VWTConfig) -> bool:
     """Whether layers must know which patches a token stands for."""
     return setting.groups and not (setting.method == "inter" and setting.threshold == 0)
@@ -187,6 +205,11 @@ class Tokenizer:
     family: Family
     setting: VWTConfig
     lexicon: Lexicon | None
+
+    @property
+    def tells(self) -> bool:
+        """Whether layers must know which patches a token stands for, or which of them stay."""
+        return _tokenises(self.setting) or (self.family.relative is not None and self.setting.method == "intra")
 
 
 def _tokenizer_of(forward: object) -> Tokenizer | None:
@@ -212,7 +235,8 @@ def embed(
     *,
     bool_masked_pos: torch.Tensor | None = None,
     interpolate_pos_encoding: bool | None = False,
-) -> torch.Tensor:
+    noise: torch.Tensor | None = None,
+) -> Any:
     """Stands in for the forward of a family's embeddings: prefix tokens, and the tokens that the patches became.
 
     Args:
@@ -221,9 +245,10 @@ def embed(
         pixel_values: (batch, channels, height, width).
         bool_masked_pos: not supported; see Raises.
         interpolate_pos_encoding: as for the family's models.
+        noise: the order that ViT-MAE shuffles the patches of the whole image to; tokens keep the order of the patches.
 
     Returns:
-        (batch, prefix tokens + tokens, hidden).
+        (batch, prefix tokens + tokens, hidden), and what else the family's embeddings return.
 
     Raises:
         ValueError: `bool_masked_pos` is given, or the images do not fit the model in channels or size.
@@ -238,35 +263,45 @@ def embed(
     grid = patch_grid(pixel_values, projection.kernel_size)
     count = grid[0] * grid[1]
     if setting.is_plain(count):
-        extra = {} if family.always_interpolates else {"interpolate_pos_encoding": interpolate_pos_encoding}
+        extra: dict[str, Any] = {} if noise is None else {"noise": noise}
+        if not family.always_interpolates and not callable(family.positions):
+            extra["interpolate_pos_encoding"] = interpolate_pos_encoding
         embeddings = type(module).forward(module, pixel_values, **extra)
         if _tokenises(setting):
-            itself = torch.arange(count, device=embeddings.device).unsqueeze(0)
-            layout = represent(itself.expand(len(embeddings), -1), count, embeddings.shape[1] - count)
-            _forward_under_way().batch = attention.Batch(layout, None, itself)
+            tokens = embeddings[0] if isinstance(embeddings, tuple) else embeddings
+            itself = torch.arange(count, device=tokens.device).unsqueeze(0)
+            layout = represent(itself.expand(len(tokens), -1), count, tokens.shape[1] - count)
+            _lay_out(itself, attention.Batch(layout, None))
         return embeddings
     if pixel_values.shape[1] != projection.in_channels:
         raise ValueError(
             f"pixel_values have {pixel_values.shape[1]} channels; the model expects {projection.in_channels}."
         )
     prefix, positions = _prefix_and_positions(
-        module, family, pixel_values, count, projection.out_channels, bool(interpolate_pos_encoding)
+        module, family, pixel_values, grid, projection.out_channels, bool(interpolate_pos_encoding)
     )
+    norm = None if family.norm is None else attribute(module, family.norm)
 
     patches = patchify(pixel_values, projection.kernel_size)
+    kept = None
     if tokenizer.lexicon is None:
         kept = choose_patches(patches, grid, setting.patches_kept(count), setting)
         if setting.groups:
             layout = represent(nearest_kept(patches, kept, grid), kept.shape[1], prefix.shape[1])
-            bias = attention_bias(layout, setting.proportional_attention)
-            _forward_under_way().batch = attention.Batch(layout, bias, kept)
+            _lay_out(kept, attention.Batch(layout, attention_bias(layout, setting.proportional_attention)))
+        elif tokenizer.tells:
+            _lay_out(kept, None)
         tokens = _project(projection, gather_patches(patches, kept))
+        tokens = tokens if norm is None else norm(tokens)
         tokens = tokens if positions is None else tokens + gather_patches(positions, kept)
         embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
     else:
-        embeddings = _group(tokenizer, projection, patches, prefix, positions)
+        embeddings = _group(tokenizer, projection, norm, patches, prefix, positions)
     dropout = getattr(module, "dropout", None)
-    return embeddings if dropout is None else dropout(embeddings)
+    embeddings = embeddings if dropout is None else dropout(embeddings)
+    if family.outputs is None:
+        return embeddings
+    return family.outputs(embeddings, None if setting.groups else kept, len(pixel_values), grid)
 
 
 @torch.compiler.disable
@@ -281,9 +316,17 @@ def _forward_under_way() -> attention.Forward:
 
 
 @torch.compiler.disable
+def _lay_out(kept: torch.Tensor, batch: attention.Batch | None) -> None:
+    """Leaves, for the layers of the forward under way, which patches stay, and what they stand for."""
+    forward = _forward_under_way()
+    forward.kept, forward.batch = kept, batch
+
+
+@torch.compiler.disable
 def _group(
     tokenizer: Tokenizer,
     projection: Any,
+    norm: Any,
     patches: torch.Tensor,
     prefix: torch.Tensor,
     positions: torch.Tensor | None,
@@ -293,6 +336,7 @@ def _group(
     Compiled models call it as it is: how many tokens there are is known only when it has run.
 
     Args:
+        norm: what comes between projection and positions; `None` if nothing does.
         patches: (batch, patches, channels · patch height · patch width).
         prefix: (1, prefix tokens, hidden).
         positions: (1, patches, hidden); `None` if they are not added.
@@ -320,10 +364,13 @@ def _group(
         )
     packed = setting.layout == "packed"
     if setting.layout == "auto" and not forward.draws_by_sequence:
-        own = "vwt_sdpa" if tokenizer.family.attention else forward.implementation
-        packed = attention.packs(own, patches.device, projection.weight.dtype)
+        own = "vwt_sdpa" if tokenizer.family.attentions else forward.implementation
+        packed = attention.packs(own, patches.device, projection.weight.dtype, forward.relative)
     layout = group(words, prefix.shape[1], packed)
     forward.batch = attention.Batch(layout, attention_bias(layout, setting.proportional_attention))
+    if norm is not None:
+        embedded = norm(_project(projection, patches))
+        return put_prefix(pool(embedded if positions is None else embedded + positions, layout), prefix, layout)
     # The projection is linear: the mean of patches is projected onto the mean of their projections, once. What a
     # convolution gives is laid out channel by channel, and is added to what is not.
     projected = _project(projection, pool(patches, layout))
@@ -357,13 +404,15 @@ def choose_patches(patches: torch.Tensor, grid: tuple[int, int], keep: int, sett
 
 
 @torch.compiler.disable
-def _attend_by_layout(tower: Any, args: Any) -> None:
+def _open(tokenizer: Tokenizer, tower: Any, args: Any) -> None:
     """Forward pre-hook of a vision tower: opens a forward, whose layers attend by what its embeddings lay out."""
-    attention.use_for(tower)  # a `set_attn_implementation` may have come after `compress`
+    if _tokenises(tokenizer.setting):
+        attention.use_for(tower)  # a `set_attn_implementation` may have come after `compress`
     if torch.is_grad_enabled():
         attention.carry_through_checkpoints(find_layers(tower))
     draws = tower.training and getattr(tower.config, "drop_path_rate", 0) > 0
-    attention.current.set(attention.Forward(tower.config._attn_implementation, draws))
+    relative = tokenizer.family.relative is not None
+    attention.current.set(attention.Forward(tower.config._attn_implementation, draws, relative))
 
 
 @torch.compiler.disable
@@ -443,11 +492,11 @@ def _rotate(
 
 @torch.compiler.disable
 def _rotate_group(grid: tuple[int, int], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    batch = _forward_under_way().batch
-    assert batch is not None  # the embeddings ran before
-    if batch.kept is not None:
-        return tuple(_of_kept(values, batch.kept) for values in output)
-    place = medoids(batch.layout, grid)
+    forward = _forward_under_way()
+    if forward.kept is not None:
+        return tuple(_of_kept(values, forward.kept) for values in output)
+    assert forward.batch is not None  # the embeddings ran before
+    place = medoids(forward.batch.layout, grid)
     # A last row for tokens without a place: cosine 1 and sine 0 leave them as they are.
     still = (torch.ones_like(output[0][:1]), torch.zeros_like(output[1][:1]))
     return tuple(torch.cat(pair)[place].unsqueeze(1) for pair in zip(output, still, strict=True))
@@ -457,20 +506,53 @@ def _of_kept(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return values[kept[0]] if len(kept) == 1 else values[kept].unsqueeze(1)
 
 
+@torch.compiler.disable
+@torch.compiler.disable
+def relate(
+    module: nn.Module,
+    prefix: int,
+    window_size: tuple[int, int],
+    interpolate_pos_encoding: bool = False,
+    dim_size: int | None = None,
+) -> torch.Tensor:
+    """Stands in for the forward of a relative position bias.
+
+    Args:
+        module: the bias, whose table is used.
+        prefix: prefix tokens of each image.
+        window_size: rows and columns of patches.
+        interpolate_pos_encoding, dim_size: what the plain forward fits a bias of another size to. This one is of the
+            right size, which is that of the image.
+
+    Returns:
+        (batch or 1, heads, prefix + kept, prefix + kept). Where tokens are means of patches, the bias of the whole
+        image, (1, heads, prefix + patches, prefix + patches): attention, which knows the lengths, takes the means.
+    """
+    kept = _forward_under_way().kept
+    whole = type(module).forward(module, window_size)
+    return whole if kept is None else gather_pairs(whole, kept, prefix)
+
+
+STAND_INS = (embed, relate, attention.fused, attention.separate)
 OUTPUT_HOOKS = (_restore_within, _restore_patches, _leave, _rotate)
 
 
 def _prefix_and_positions(
-    module: nn.Module, family: Family, pixel_values: torch.Tensor, patches: int, hidden: int, interpolate: bool
+    module: nn.Module,
+    family: Family,
+    pixel_values: torch.Tensor,
+    grid: tuple[int, int],
+    hidden: int,
+    interpolate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The prefix tokens, (1, prefix tokens, hidden), and the positions of the patches, (1, patches, hidden), or `None`
     if they are not added."""
     own = [attribute(module, name).reshape(1, -1, hidden) for name in family.prefix]
     positions = None
-    if family.positions is None:
+    table = _positions(module, family, pixel_values, grid, interpolate)
+    if table is None:
         prefix = torch.cat(own, dim=1)
     else:
-        table = _positions(module, family, pixel_values, patches, interpolate)
         prefix, positions = table[:, : len(own)], table[:, len(own) :]
         prefix = torch.cat(own, dim=1) + prefix if own else prefix
     if family.registers is not None:
@@ -479,20 +561,25 @@ def _prefix_and_positions(
 
 
 def _positions(
-    module: nn.Module, family: Family, pixel_values: torch.Tensor, patches: int, interpolate: bool
-) -> torch.Tensor:
-    """The position table for images of this size, (1, prefix tokens with a position + patches, hidden)."""
+    module: nn.Module, family: Family, pixel_values: torch.Tensor, grid: tuple[int, int], interpolate: bool
+) -> torch.Tensor | None:
+    """The position table for images of this size, (1, prefix tokens with a position + patches, hidden); `None` if
+    positions are not added."""
     height, width = pixel_values.shape[-2:]
-    table = position_table(module, family)
+    table = position_table(module, family, grid)
+    length = len(family.prefix) + grid[0] * grid[1]
+    if table is None or (callable(family.positions) and table.shape[1] == length):
+        return table
     if interpolate or family.always_interpolates:
         # The models' own method reads only the shape of what it is given.
-        whole = table.new_empty(1, 1, table.shape[-1]).expand(1, len(family.prefix) + patches, -1)
+        whole = table.new_empty(1, 1, table.shape[-1]).expand(1, length, -1)
         return attribute(module, "interpolate_pos_encoding")(whole, height, width)
     size = attribute(module if hasattr(module, "image_size") else module.config, "image_size")
     expected = (size, size) if isinstance(size, int) else tuple(size)
     if (height, width) != expected:
+        can = hasattr(module, "interpolate_pos_encoding")
         raise ValueError(
-            f"pixel_values are {height}×{width}; the model expects {expected[0]}×{expected[1]}. Resize the images, or "
-            "pass interpolate_pos_encoding=True."
+            f"pixel_values are {height}×{width}; the model expects {expected[0]}×{expected[1]}. Resize the images"
+            + (", or pass interpolate_pos_encoding=True." if can else ".")
         )
     return table

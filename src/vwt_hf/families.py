@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from . import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +26,10 @@ class Family:
     """Class name of the module that turns `pixel_values` into the first layer's `hidden_states`."""
     projection: str
     """The patch projection, a convolution whose stride is its kernel."""
-    positions: str | None
-    """The position table: a parameter (1, prefix + patches, hidden) or an `nn.Embedding` of prefix + patches; `None`
-    if positions are not added to the tokens."""
+    positions: str | Callable[[Any, tuple[int, int]], torch.Tensor] | None
+    """The position table: a parameter (1, prefix + patches, hidden), which may be `None` in some models of the family,
+    or an `nn.Embedding` of prefix + patches; or what gives it for an embeddings module and the rows and columns of
+    patches. `None` if positions are not added to the tokens."""
     pools: str
     """What its heads read."""
     prefix: tuple[str, ...] = ("cls_token",)
@@ -41,8 +45,19 @@ class Family:
     rotary: str | None = None
     """Class name of the module of the tower that gives the rotations, cosine and sine (patches, head size), by which
     attention tells where patches lie."""
-    attention: str | None = None
-    """Class name of its attention, where that does not go through transformers' `AttentionInterface`."""
+    relative: str | None = None
+    """Class name of the modules that give attention a bias by where patches lie to each other, (1, heads, prefix +
+    patches, prefix + patches)."""
+    attentions: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    """What stands in for the forwards of its attention, by class name, where that does not go through transformers'
+    `AttentionInterface`."""
+    norm: str | None = None
+    """A norm between the projection of patches and their positions."""
+    masks: str | None = None
+    """Field of its config that says which share of the patches its embeddings drop at random, for training."""
+    outputs: Callable[..., Any] | None = None
+    """What its embeddings return, of the tokens, which patches they are (batch or 1, tokens; `None` if every patch is
+    part of one), the batch and the grid of patches; `None` if they return the tokens alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +68,34 @@ class Holder:
     """Name in messages and tables."""
     model_types: tuple[str, ...]
     """`model_type` of their configs."""
+
+
+def _masked_autoencoder_outputs(
+    tokens: torch.Tensor, kept: torch.Tensor | None, batch: int, grid: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, mask (1: dropped) and where patches went, both (batch, patches), as if what was dropped were masked."""
+    mask = torch.zeros(batch, grid[0] * grid[1], device=tokens.device)
+    if kept is not None:
+        mask = torch.ones_like(mask).scatter_(1, kept.expand(batch, -1), 0.0)
+    return tokens, mask, mask.argsort(dim=1, stable=True).argsort(dim=1)
+
+
+def _with_grid(
+    tokens: torch.Tensor, kept: torch.Tensor | None, batch: int, grid: tuple[int, int]
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    return tokens, grid
+
+
+def _aimv2_positions(module: Any, grid: tuple[int, int]) -> torch.Tensor:
+    """The position table of AIMv2: sines of rows and columns in native models, else learned for one size."""
+    if not module.config.is_native:
+        return module.position_embedding(module.position_ids)
+    from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_position_embedding as sines
+
+    rows_first = sines(
+        *grid, module.config.hidden_size, device=module.position_ids.device, dtype=module.patch_embed.weight.dtype
+    )
+    return rows_first.roll(rows_first.shape[-1] // 2, dims=-1).unsqueeze(0)
 
 
 def _like_vit(name: str, model_type: str, class_name: str, **fields: Any) -> Family:
@@ -92,7 +135,40 @@ FAMILIES: tuple[Family, ...] = (
         predicts_masked=("DeiTForMaskedImageModeling",),
     ),
     _like_vit("ViT-MSN", "vit_msn", "ViTMSN"),
+    _like_vit(
+        "ViT-MAE",
+        "vit_mae",
+        "ViTMAE",
+        pools="none: hidden states are given out",
+        predicts_masked=("ViTMAEForPreTraining",),
+        masks="mask_ratio",
+        outputs=_masked_autoencoder_outputs,
+    ),
     _like_vit("I-JEPA", "ijepa", "IJepa", pools="mean of all tokens", prefix=()),
+    _like_vit(
+        "BEiT",
+        "beit",
+        "Beit",
+        pools="mean of the patches, or CLS",
+        always_interpolates=True,
+        relative="BeitRelativePositionBias",
+        predicts_masked=("BeitForMaskedImageModeling",),
+        needs_every_patch=("BeitForSemanticSegmentation",),
+    ),
+    _like_vit(
+        "Data2Vec-vision",
+        "data2vec-vision",
+        "Data2VecVision",
+        pools="mean of the patches, or CLS",
+        always_interpolates=True,
+        relative="Data2VecVisionRelativePositionBias",
+        attentions={
+            "Data2VecVisionSelfAttention": attention.separate,
+            "Data2VecVisionSdpaSelfAttention": attention.separate,
+        },
+        needs_every_patch=("Data2VecVisionForSemanticSegmentation",),
+        outputs=_with_grid,
+    ),
     _like_vit("DINOv2", "dinov2", "Dinov2", pools="CLS and mean of the patches", always_interpolates=True),
     _like_vit(
         "DINOv2 with registers",
@@ -121,7 +197,17 @@ FAMILIES: tuple[Family, ...] = (
     _like_clip("OWL-ViT", "owlvit", "OwlViT", needs_every_patch=("OwlViTForObjectDetection",)),
     _like_clip("OWLv2", "owlv2", "Owlv2", needs_every_patch=("Owlv2ForObjectDetection",)),
     _like_clip("SigLIP", "siglip", "Siglip", pools="attention over all tokens; the classifier: their mean", prefix=()),
-    _like_clip("BLIP", "blip", "Blip", pools="CLS; the decoder attends to all tokens", attention="BlipAttention"),
+    Family(
+        name="AIMv2",
+        model_types=("aimv2", "aimv2_vision_model"),
+        embeddings="Aimv2VisionEmbeddings",
+        projection="patch_embed",
+        norm="rms_norm",
+        positions=_aimv2_positions,
+        pools="attention over all tokens",
+        prefix=(),
+    ),
+    _like_clip("BLIP", "blip", "Blip", pools="CLS; the decoder attends to all tokens", attentions={"BlipAttention": attention.fused}),
     _like_clip(
         "BLIP-2",
         "blip_2",
@@ -147,7 +233,8 @@ def family_table() -> str:
     lines = ["| family | positions | prefix tokens | its heads read |", "|---|---|---|---|"]
     names = {"cls_token": "CLS", "class_embedding": "CLS", "distillation_token": "distillation"}
     for family in FAMILIES:
-        positions = "rotary" if family.rotary else "interpolated" if family.always_interpolates else "absolute"
+        positions = "interpolated" if family.always_interpolates else "absolute"
+        positions = "rotary" if family.rotary else "relative to each other" if family.relative else positions
         prefix = [names[name] for name in family.prefix] + ["registers"] * (family.registers is not None)
         lines.append(f"| {family.name} | {positions} | {', '.join(prefix) or 'none'} | {family.pools} |")
     for holder in HOLDERS:
@@ -256,9 +343,16 @@ def find_stack(tower: nn.Module, layer: nn.Module) -> nn.Module:
     return next(module for module in tower.modules() for child in module.children() if layer in child.children())
 
 
-def position_table(module: nn.Module, family: Family) -> torch.Tensor:
-    """The positions of an embeddings module, (1, prefix + patches, hidden)."""
-    assert family.positions is not None
+def position_table(module: nn.Module, family: Family, grid: tuple[int, int]) -> torch.Tensor | None:
+    """The positions of an embeddings module, (1, prefix + patches, hidden); `None` if it adds none.
+
+    Args:
+        grid: rows and columns of patches, for families that compute positions.
+    """
+    if family.positions is None:
+        return None
+    if callable(family.positions):
+        return family.positions(module, grid)
     positions = attribute(module, family.positions)
     if isinstance(positions, nn.Embedding):
         # Called, not read: the weights of an offloaded module are there only while it runs.

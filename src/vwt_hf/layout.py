@@ -55,6 +55,20 @@ class Layout:
         return patch_rows.argsort(stable=True), held.cumsum(0) - held
 
     @functools.cached_property
+    def shares(self) -> tuple[torch.Tensor, ...]:
+        """For each run if packed, else for all images: the share of each token that a prefix token or patch is,
+        (images, prefix + patches, tokens); images in the order of their rows."""
+        starts = self.rows[:, :1]
+        order = starts.flatten().argsort()
+        lengths = [length for length, _ in self.runs] if self.packed else [self.sizes.shape[1]]
+        images = [images for _, images in self.runs] if self.packed else [len(order)]
+        share = self.sizes.flatten()[self.rows].reciprocal().unsqueeze(-1)
+        shares = share.new_zeros(*self.rows.shape, max(lengths, default=0))
+        shares.scatter_(2, (self.rows - starts).unsqueeze(-1), share)
+        parts = shares[order].split(images)
+        return tuple(part[..., :length] for part, length in zip(parts, lengths, strict=True))
+
+    @functools.cached_property
     def boundaries(self) -> torch.Tensor:
         """(batch + 1,), int32: where each image starts among the rows, and where the last one ends."""
         starts = self.rows[:, 0].sort().values
@@ -149,6 +163,29 @@ def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     # A bag of patches for each row: read once, summed in place, in parallel. index_add takes two to four times as long.
     means = torch.nn.functional.embedding_bag(order, table, starts, mode="mean")
     return means.view(*layout.sizes.shape, -1).to(values.dtype)
+
+
+def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
+    """The mean over the patches of one token and those of another, for every two tokens of an image.
+
+    Args:
+        values: (1, channels, prefix + patches, prefix + patches), shared by all images.
+
+    Returns:
+        For each run if packed, else for all images: (images, channels, tokens, tokens), float32; 0 for padding.
+    """
+    rows = layout.rows.flatten()
+    sizes = layout.sizes.flatten().long()
+    table = values[0].float().transpose(0, 1)
+    order = rows.argsort(stable=True) % layout.rows.shape[1]
+    means = torch.nn.functional.embedding_bag(order, table.flatten(1), sizes.cumsum(0) - sizes, mode="mean")
+    parts = means.view(-1, *table.shape[1:]).split([len(part) * part.shape[2] for part in layout.shares])
+    return tuple(
+        (rows.view(len(share), -1, share.shape[1]) @ share)
+        .unflatten(1, (share.shape[2], -1))
+        .transpose(1, 2)
+        for rows, share in zip(parts, layout.shares, strict=True)
+    )
 
 
 def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:

@@ -136,6 +136,22 @@ def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> to
     return chosen.unsqueeze(0).to(device)
 
 
+def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch.Tensor:
+    """What the patches that stay, and the prefix tokens, have for each other.
+
+    Args:
+        values: (1, channels, prefix + patches, prefix + patches).
+        kept: (batch or 1, keep), indices of patches.
+        prefix: prefix tokens, which come first.
+
+    Returns:
+        (batch or 1, channels, prefix + keep, prefix + keep).
+    """
+    own = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
+    index = torch.cat((own, kept + prefix), dim=1)
+    return values[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
+
+
 def nearest_kept(patches: torch.Tensor, kept: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """The kept patch that each patch is nearest to; a kept patch is nearest to itself.
 
