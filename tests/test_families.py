@@ -10,8 +10,8 @@ from accelerate import cpu_offload
 from settings import WORDS, inter
 from tiny import MODELS, MORE_MODELS, TINY, answers, forward, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, attention, compress, restore
-from vwt_hf.compress import choose_patches
 from vwt_hf.families import family_of, find_embeddings
+from vwt_hf.tokenizer import choose_patches
 from vwt_hf.words import gather_patches, patchify
 
 EVERY = [*MODELS, *MORE_MODELS]
@@ -135,61 +135,56 @@ def test_rotary_tokens_are_rotated_as_their_patches_are(images):
     torch.testing.assert_close(alike[:, :4], expected[:, :4], atol=1e-5, rtol=1e-5)
 
 
+def watch_embeddings(model) -> list[tuple[torch.Tensor, attention.Forward]]:
+    """Gets what the embeddings of `model` give, and the forward that they are part of, at each call."""
+    taken = []
+
+    def look(module, args, output):
+        taken.append((output[0] if isinstance(output, tuple) else output, attention.current.get()))
+
+    find_embeddings(model, family_of(model)).register_forward_hook(look)
+    return taken
+
+
 @pytest.mark.parametrize("name", ["beit", "beit-pretrained", "data2vec"])
-@pytest.mark.parametrize("setting", ["discard", "merge", "packed", "padded"])
+@setting
 def test_attention_is_biased_by_where_the_patches_of_tokens_lie(name, setting, images):
-    """By hand, one image at a time: the softmax of every layer, on the mean bias of the patches of its tokens."""
-    model = tiny_model(name)
-    plain, settings = tiny_model(name), SETTINGS[setting]
-    biases = [m for m in plain.modules() if type(m).__name__ == family_of(model).relative]
+    """Against the plain model's layers on one image's tokens, with the mean bias of their patches."""
+    model, plain = compress(tiny_model(name), setting), tiny_model(name)
+    taken = watch_embeddings(model)
+    biases = [module for module in plain.modules() if type(module).__name__ == family_of(model).relative]
     with torch.no_grad():
-        whole = {id(module): module((8, 8)) for module in biases}
-        compress(model, settings)
+        whole = [module((8, 8))[0] for module in biases]
         for image in images[1:]:
-            seen = {}
-
-            def look(module, args, output, seen=seen):
-                forward = attention.current.get()
-                seen.update(tokens=output[0] if isinstance(output, tuple) else output, forward=forward)
-
-            hook = find_embeddings(model, family_of(model)).register_forward_hook(look)
             found = model(pixel_values=image[None]).last_hidden_state
-            hook.remove()
-            forward, tokens = seen["forward"], seen["tokens"]
+            tokens, forward = taken[-1]
             if forward.kept is not None:
-                index = torch.cat((torch.zeros(1, dtype=torch.int64), forward.kept[0] + 1))
-                shares = torch.eye(65)[index]
+                shares = torch.eye(65)[torch.cat((torch.zeros(1, dtype=torch.int64), forward.kept[0] + 1))]
             else:
-                of = forward.batch.layout.rows[0]
-                shares = torch.nn.functional.one_hot(of, tokens.shape[1]).float().T
+                shares = torch.nn.functional.one_hot(forward.batch.layout.rows[0], tokens.shape[1]).float().T
                 shares = shares / shares.sum(1, keepdim=True).clamp(min=1)
-            by_key = torch.zeros(tokens.shape[1]) if forward.batch is None else forward.batch.layout.sizes[0].log()
-            for module in biases:
-                bias = shares @ whole[id(module)][0] @ shares.T
-                module.forward = lambda *args, bias=bias, **kwargs: bias[None]
-            # The key's bias is added once, by the first module that every layer asks.
-            shared = name != "beit"
-            for module in biases[:1] if shared else biases:
-                module.forward = lambda *args, own=module.forward, **kwargs: own() + by_key
-            find_embeddings(plain, family_of(plain)).forward = lambda *args, **kwargs: (
-                (tokens, (8, 8)) if name == "data2vec" else tokens
-            )
+            by_key = torch.zeros(()) if forward.batch is None else forward.batch.layout.sizes[0].log()
+            for index, (module, bias) in enumerate(zip(biases, whole, strict=True)):
+                # Where layers share a bias it is the first module's, and stands beside their own, if they have one.
+                once = by_key if name == "beit" or index == 0 else 0
+                replace(module, (shares @ bias @ shares.T + once)[None])
+            replace(plain.embeddings, (tokens, (8, 8)) if name == "data2vec" else tokens)
             expected = plain(pixel_values=image[None]).last_hidden_state
-            if settings.restores:
+            if setting.restores:
                 expected = expected[:, forward.batch.layout.rows[0]]
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def replace(module, output) -> None:
+    """Has `module` give `output`, whatever it is given."""
+    module.forward = lambda *args, **kwargs: output
 
 
 @pytest.mark.parametrize("name", [name for name in MORE_MODELS if name not in CONTRASTIVE])
 def test_a_token_is_the_mean_of_the_embeddings_of_its_patches(name, images):
     """The first layer's input, against the plain model's."""
-    model, taken = tiny_model(name), []
-    embeddings = find_embeddings(model, family_of(model))
-
-    def look(module, args, output):
-        taken.append((output[0] if isinstance(output, tuple) else output, attention.current.get()))
-
-    embeddings.register_forward_hook(look)
+    model = tiny_model(name)
+    taken = watch_embeddings(model)
     answers(model, images)
     answers(compress(model, SETTINGS["packed"]), images)
     (whole, _), (tokens, forward) = taken

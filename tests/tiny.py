@@ -142,7 +142,9 @@ def sample_pixel_values(batch: int = 3, height: int = 32, width: int = 32) -> to
 def forward(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **kwargs):
     """The model's first output: logits, similarities to two texts (CLIP and its like) or hidden states."""
     if "mask_ratio" in model.config.to_dict():  # its embeddings shuffle patches: by this, into the order they have
-        patches = (pixel_values.shape[2] // model.config.patch_size) * (pixel_values.shape[3] // model.config.patch_size)
+        patches = (pixel_values.shape[2] // model.config.patch_size) * (
+            pixel_values.shape[3] // model.config.patch_size
+        )
         kwargs["noise"] = torch.arange(patches, dtype=torch.float32).expand(len(pixel_values), -1)
     if hasattr(model, "text_model"):
         kwargs["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]], device=pixel_values.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import types
 from collections.abc import Callable
@@ -25,24 +24,12 @@ from .families import (
     find_stack,
     find_tower,
     model_of,
-    position_table,
     require_supported,
 )
-from .layout import Layout, attention_bias, expand, group, medoids, pool, put_prefix, represent
+from .layout import Layout, expand, medoids
 from .lexicon import Lexicon
-from .words import (
-    gather_pairs,
-    gather_patches,
-    grid_patches,
-    highest,
-    nearest_kept,
-    nearest_words,
-    patch_grid,
-    patch_strip,
-    patchify,
-    random_patches,
-    variance_scores,
-)
+from .tokenizer import Tokenizer, choose_patches, embed, forward_under_way, relate
+from .words import patch_grid, patchify
 
 
 def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> PreTrainedModel:
@@ -93,16 +80,16 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     relative = [module for module in tower.modules() if type(module).__name__ == family.relative]
     for module in (embeddings, *attentions, *relative):
         _require_replaceable(module)
-    if _tokenises(setting):
+    tokenizer = Tokenizer(family, setting, lexicon)
+    if tokenizer.attends:
         attention.require_usable(tower)
     _own_config(model)
     restore(model)
-    tokenizer = Tokenizer(family, setting, lexicon)
     if tokenizer.tells:
         tower.register_forward_pre_hook(functools.partial(_open, tokenizer))
         for module in relative:
             _replace_forward(module, relate, len(family.prefix))
-    if _tokenises(setting):
+    if tokenizer.attends:
         attention.use_for(tower)
         for module in attentions:
             _replace_forward(module, family.attentions[type(module).__name__])
@@ -193,25 +180,6 @@ def _require_whole_images(embeddings: Any, family: Family) -> None:
         )
 
 
-def _tokenises(setting: VWTConfig) -> bool:
-    """Whether layers must know which patches a token stands for."""
-    return setting.groups and not (setting.method == "inter" and setting.threshold == 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokenizer:
-    """What a compressed model's embeddings go by."""
-
-    family: Family
-    setting: VWTConfig
-    lexicon: Lexicon | None
-
-    @property
-    def tells(self) -> bool:
-        """Whether layers must know which patches a token stands for, or which of them stay."""
-        return _tokenises(self.setting) or (self.family.relative is not None and self.setting.method == "intra")
-
-
 def _tokenizer_of(forward: object) -> Tokenizer | None:
     if isinstance(forward, functools.partial) and forward.func is embed:
         return forward.args[1]
@@ -228,185 +196,10 @@ def lexicon_of(model: PreTrainedModel) -> Lexicon | None:
     return None
 
 
-def embed(
-    module: nn.Module,
-    tokenizer: Tokenizer,
-    pixel_values: torch.Tensor,
-    *,
-    bool_masked_pos: torch.Tensor | None = None,
-    interpolate_pos_encoding: bool | None = False,
-    noise: torch.Tensor | None = None,
-) -> Any:
-    """Stands in for the forward of a family's embeddings: prefix tokens, and the tokens that the patches became.
-
-    Args:
-        module: the embeddings module, whose parameters are used.
-        tokenizer: the family's row, the setting and its words.
-        pixel_values: (batch, channels, height, width).
-        bool_masked_pos: not supported; see Raises.
-        interpolate_pos_encoding: as for the family's models.
-        noise: the order that ViT-MAE shuffles the patches of the whole image to; tokens keep the order of the patches.
-
-    Returns:
-        (batch, prefix tokens + tokens, hidden), and what else the family's embeddings return.
-
-    Raises:
-        ValueError: `bool_masked_pos` is given, or the images do not fit the model in channels or size.
-    """
-    if bool_masked_pos is not None:
-        raise ValueError(
-            "bool_masked_pos masks patches of the whole image, of which a compressed model sees a part; "
-            "call vwt_hf.restore(model) first."
-        )
-    family, setting = tokenizer.family, tokenizer.setting
-    projection = attribute(module, family.projection)
-    grid = patch_grid(pixel_values, projection.kernel_size)
-    count = grid[0] * grid[1]
-    if setting.is_plain(count):
-        extra: dict[str, Any] = {} if noise is None else {"noise": noise}
-        if not family.always_interpolates and not callable(family.positions):
-            extra["interpolate_pos_encoding"] = interpolate_pos_encoding
-        embeddings = type(module).forward(module, pixel_values, **extra)
-        if _tokenises(setting):
-            tokens = embeddings[0] if isinstance(embeddings, tuple) else embeddings
-            itself = torch.arange(count, device=tokens.device).unsqueeze(0)
-            layout = represent(itself.expand(len(tokens), -1), count, tokens.shape[1] - count)
-            _lay_out(itself, attention.Batch(layout, None))
-        return embeddings
-    if pixel_values.shape[1] != projection.in_channels:
-        raise ValueError(
-            f"pixel_values have {pixel_values.shape[1]} channels; the model expects {projection.in_channels}."
-        )
-    prefix, positions = _prefix_and_positions(
-        module, family, pixel_values, grid, projection.out_channels, bool(interpolate_pos_encoding)
-    )
-    norm = None if family.norm is None else attribute(module, family.norm)
-
-    patches = patchify(pixel_values, projection.kernel_size)
-    kept = None
-    if tokenizer.lexicon is None:
-        kept = choose_patches(patches, grid, setting.patches_kept(count), setting)
-        if setting.groups:
-            layout = represent(nearest_kept(patches, kept, grid), kept.shape[1], prefix.shape[1])
-            _lay_out(kept, attention.Batch(layout, attention_bias(layout, setting.proportional_attention)))
-        elif tokenizer.tells:
-            _lay_out(kept, None)
-        tokens = _project(projection, gather_patches(patches, kept))
-        tokens = tokens if norm is None else norm(tokens)
-        tokens = tokens if positions is None else tokens + gather_patches(positions, kept)
-        embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
-    else:
-        embeddings = _group(tokenizer, projection, norm, patches, prefix, positions)
-    dropout = getattr(module, "dropout", None)
-    embeddings = embeddings if dropout is None else dropout(embeddings)
-    if family.outputs is None:
-        return embeddings
-    return family.outputs(embeddings, None if setting.groups else kept, len(pixel_values), grid)
-
-
-@torch.compiler.disable
-def _forward_under_way() -> attention.Forward:
-    forward = attention.current.get()
-    if forward is None:
-        raise RuntimeError(
-            "Embeddings that group patches ran outside the model's call, which undoes the grouping at its end. Call "
-            "model(...), not model.forward(...)."
-        )
-    return forward
-
-
-@torch.compiler.disable
-def _lay_out(kept: torch.Tensor, batch: attention.Batch | None) -> None:
-    """Leaves, for the layers of the forward under way, which patches stay, and what they stand for."""
-    forward = _forward_under_way()
-    forward.kept, forward.batch = kept, batch
-
-
-@torch.compiler.disable
-def _group(
-    tokenizer: Tokenizer,
-    projection: Any,
-    norm: Any,
-    patches: torch.Tensor,
-    prefix: torch.Tensor,
-    positions: torch.Tensor | None,
-) -> torch.Tensor:
-    """Groups patches by words, and leaves their layout for the layers to attend by.
-
-    Compiled models call it as it is: how many tokens there are is known only when it has run.
-
-    Args:
-        norm: what comes between projection and positions; `None` if nothing does.
-        patches: (batch, patches, channels · patch height · patch width).
-        prefix: (1, prefix tokens, hidden).
-        positions: (1, patches, hidden); `None` if they are not added.
-
-    Returns:
-        (sequences, tokens, hidden).
-
-    Raises:
-        ValueError: the model is being exported, or trained packed with stochastic depth.
-    """
-    setting, lexicon = tokenizer.setting, tokenizer.lexicon
-    assert lexicon is not None  # it comes with method="inter"
-    if torch.compiler.is_compiling():  # by torch.export: torch.compile leaves this function alone
-        raise ValueError(
-            "method='inter' gives every image its own number of tokens, which an exported program cannot hold. Export "
-            "a model compressed with method='intra'."
-        )
-    forward = _forward_under_way()
-    patches = patches.float()
-    words = nearest_words(patches, lexicon.on(patches.device), setting.threshold)
-    if forward.draws_by_sequence and setting.layout == "packed":
-        raise ValueError(
-            "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws once "
-            "for each sequence: all images would skip the same layers. Use layout='auto' or 'padded'."
-        )
-    packed = setting.layout == "packed"
-    if setting.layout == "auto" and not forward.draws_by_sequence:
-        own = "vwt_sdpa" if tokenizer.family.attentions else forward.implementation
-        packed = attention.packs(own, patches.device, projection.weight.dtype, forward.relative)
-    layout = group(words, prefix.shape[1], packed)
-    forward.batch = attention.Batch(layout, attention_bias(layout, setting.proportional_attention))
-    if norm is not None:
-        embedded = norm(_project(projection, patches))
-        return put_prefix(pool(embedded if positions is None else embedded + positions, layout), prefix, layout)
-    # The projection is linear: the mean of patches is projected onto the mean of their projections, once. What a
-    # convolution gives is laid out channel by channel, and is added to what is not.
-    projected = _project(projection, pool(patches, layout))
-    tokens = projected.contiguous() if positions is None else pool(positions, layout).add_(projected)
-    return put_prefix(tokens, prefix, layout)
-
-
-def _project(projection: Any, patches: torch.Tensor) -> torch.Tensor:
-    """The tokens (batch, patches, hidden) that a patch projection makes of patches (batch, patches, values)."""
-    strip = patch_strip(patches.to(projection.weight.dtype), projection.kernel_size)
-    return projection(strip).flatten(2).transpose(1, 2)
-
-
-def choose_patches(patches: torch.Tensor, grid: tuple[int, int], keep: int, setting: VWTConfig) -> torch.Tensor:
-    """Indices of the patches that stay, ascending.
-
-    Args:
-        patches: (batch, patches, channels · patch height · patch width), as `patchify` gives them.
-        grid: rows and columns of patches.
-        keep: how many stay.
-        setting: says by which criterion.
-
-    Returns:
-        (batch, keep) for `criterion="variance"`, else (1, keep): the same for all images.
-    """
-    if setting.criterion == "variance":
-        return highest(variance_scores(patches), keep)
-    if setting.criterion == "random":
-        return random_patches(grid[0] * grid[1], keep, setting.seed, patches.device)
-    return grid_patches(*grid, keep, patches.device)
-
-
 @torch.compiler.disable
 def _open(tokenizer: Tokenizer, tower: Any, args: Any) -> None:
     """Forward pre-hook of a vision tower: opens a forward, whose layers attend by what its embeddings lay out."""
-    if _tokenises(tokenizer.setting):
+    if tokenizer.attends:
         attention.use_for(tower)  # a `set_attn_implementation` may have come after `compress`
     if torch.is_grad_enabled():
         attention.carry_through_checkpoints(find_layers(tower))
@@ -481,7 +274,7 @@ def _rotate(
     """
     setting, (pixel_values,) = tokenizer.setting, args
     grid = patch_grid(pixel_values, patch_size)
-    if _tokenises(setting):
+    if tokenizer.attends:
         return _rotate_group(grid, output)
     count = grid[0] * grid[1]
     if setting.is_plain(count):
@@ -492,7 +285,7 @@ def _rotate(
 
 @torch.compiler.disable
 def _rotate_group(grid: tuple[int, int], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    forward = _forward_under_way()
+    forward = forward_under_way()
     if forward.kept is not None:
         return tuple(_of_kept(values, forward.kept) for values in output)
     assert forward.batch is not None  # the embeddings ran before
@@ -506,80 +299,5 @@ def _of_kept(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return values[kept[0]] if len(kept) == 1 else values[kept].unsqueeze(1)
 
 
-@torch.compiler.disable
-@torch.compiler.disable
-def relate(
-    module: nn.Module,
-    prefix: int,
-    window_size: tuple[int, int],
-    interpolate_pos_encoding: bool = False,
-    dim_size: int | None = None,
-) -> torch.Tensor:
-    """Stands in for the forward of a relative position bias.
-
-    Args:
-        module: the bias, whose table is used.
-        prefix: prefix tokens of each image.
-        window_size: rows and columns of patches.
-        interpolate_pos_encoding, dim_size: what the plain forward fits a bias of another size to. This one is of the
-            right size, which is that of the image.
-
-    Returns:
-        (batch or 1, heads, prefix + kept, prefix + kept). Where tokens are means of patches, the bias of the whole
-        image, (1, heads, prefix + patches, prefix + patches): attention, which knows the lengths, takes the means.
-    """
-    kept = _forward_under_way().kept
-    whole = type(module).forward(module, window_size)
-    return whole if kept is None else gather_pairs(whole, kept, prefix)
-
-
 STAND_INS = (embed, relate, attention.fused, attention.separate)
 OUTPUT_HOOKS = (_restore_within, _restore_patches, _leave, _rotate)
-
-
-def _prefix_and_positions(
-    module: nn.Module,
-    family: Family,
-    pixel_values: torch.Tensor,
-    grid: tuple[int, int],
-    hidden: int,
-    interpolate: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The prefix tokens, (1, prefix tokens, hidden), and the positions of the patches, (1, patches, hidden), or `None`
-    if they are not added."""
-    own = [attribute(module, name).reshape(1, -1, hidden) for name in family.prefix]
-    positions = None
-    table = _positions(module, family, pixel_values, grid, interpolate)
-    if table is None:
-        prefix = torch.cat(own, dim=1)
-    else:
-        prefix, positions = table[:, : len(own)], table[:, len(own) :]
-        prefix = torch.cat(own, dim=1) + prefix if own else prefix
-    if family.registers is not None:
-        prefix = torch.cat((prefix, attribute(module, family.registers)), dim=1)
-    return prefix, positions
-
-
-def _positions(
-    module: nn.Module, family: Family, pixel_values: torch.Tensor, grid: tuple[int, int], interpolate: bool
-) -> torch.Tensor | None:
-    """The position table for images of this size, (1, prefix tokens with a position + patches, hidden); `None` if
-    positions are not added."""
-    height, width = pixel_values.shape[-2:]
-    table = position_table(module, family, grid)
-    length = len(family.prefix) + grid[0] * grid[1]
-    if table is None or (callable(family.positions) and table.shape[1] == length):
-        return table
-    if interpolate or family.always_interpolates:
-        # The models' own method reads only the shape of what it is given.
-        whole = table.new_empty(1, 1, table.shape[-1]).expand(1, length, -1)
-        return attribute(module, "interpolate_pos_encoding")(whole, height, width)
-    size = attribute(module if hasattr(module, "image_size") else module.config, "image_size")
-    expected = (size, size) if isinstance(size, int) else tuple(size)
-    if (height, width) != expected:
-        can = hasattr(module, "interpolate_pos_encoding")
-        raise ValueError(
-            f"pixel_values are {height}×{width}; the model expects {expected[0]}×{expected[1]}. Resize the images"
-            + (", or pass interpolate_pos_encoding=True." if can else ".")
-        )
-    return table

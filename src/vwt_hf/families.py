@@ -55,6 +55,8 @@ class Family:
     """A norm between the projection of patches and their positions."""
     masks: str | None = None
     """Field of its config that says which share of the patches its embeddings drop at random, for training."""
+    padded: bool = False
+    """Whether `pixel_values` are patches of images of many sizes, padded, as its image processor cuts them."""
     outputs: Callable[..., Any] | None = None
     """What its embeddings return, of the tokens, which patches they are (batch or 1, tokens; `None` if every patch is
     part of one), the batch and the grid of patches; `None` if they return the tokens alone."""
@@ -207,7 +209,13 @@ FAMILIES: tuple[Family, ...] = (
         pools="attention over all tokens",
         prefix=(),
     ),
-    _like_clip("BLIP", "blip", "Blip", pools="CLS; the decoder attends to all tokens", attentions={"BlipAttention": attention.fused}),
+    _like_clip(
+        "BLIP",
+        "blip",
+        "Blip",
+        pools="CLS; the decoder attends to all tokens",
+        attentions={"BlipAttention": attention.fused},
+    ),
     _like_clip(
         "BLIP-2",
         "blip_2",

@@ -181,9 +181,7 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
     means = torch.nn.functional.embedding_bag(order, table.flatten(1), sizes.cumsum(0) - sizes, mode="mean")
     parts = means.view(-1, *table.shape[1:]).split([len(part) * part.shape[2] for part in layout.shares])
     return tuple(
-        (rows.view(len(share), -1, share.shape[1]) @ share)
-        .unflatten(1, (share.shape[2], -1))
-        .transpose(1, 2)
+        (rows.view(len(share), -1, share.shape[1]) @ share).unflatten(1, (share.shape[2], -1)).transpose(1, 2)
         for rows, share in zip(parts, layout.shares, strict=True)
     )
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .compress import choose_patches
 from .config import VWTConfig
 from .layout import group
+from .tokenizer import choose_patches
 from .words import index_words, nearest_words, patch_grid, patchify
 
 if TYPE_CHECKING:
