@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vwt_hf.layout import attention_bias, expand, group, medoids, pool, pool_pairs, put_prefix, represent
-from vwt_hf.words import gather_patches, index_words, nearest_kept, nearest_words
+from vwt_hf.words import gather_patches, index_words, nearest_kept, nearest_words, patch_places
 
 WORDS = torch.tensor([[4, 2, 4, 7, 2, 2], [9, 8, 7, 6, 5, 4], [3, 3, 3, 3, 3, 3]])
 TOKENS = [[0, 1, 0, 2, 1, 1], [0, 1, 2, 3, 4, 5], [0] * 6]
@@ -158,7 +158,7 @@ def test_images_of_one_length_are_laid_out_without_padding():
 def test_a_dropped_patch_joins_the_kept_one_that_looks_alike_and_lies_close():
     patches = torch.randn(2, 12, 5)
     kept = torch.tensor([[0, 5, 6, 11], [1, 2, 3, 8]])
-    found = nearest_kept(patches, kept, (3, 4))
+    found = nearest_kept(patches, kept, patch_places((3, 4), patches.device))
     places = torch.tensor([[row, column] for row in range(3) for column in range(4)], dtype=torch.float32)
     for image in range(2):
         pixels = torch.cdist(patches[image], gather_patches(patches, kept)[image])
@@ -169,9 +169,9 @@ def test_a_dropped_patch_joins_the_kept_one_that_looks_alike_and_lies_close():
 
 
 def test_of_patches_that_are_all_alike_the_closest_is_joined_and_each_kept_one_stays_itself():
-    found = nearest_kept(torch.ones(1, 6, 4), torch.tensor([[0, 5]]), (1, 6))
+    found = nearest_kept(torch.ones(1, 6, 4), torch.tensor([[0, 5]]), patch_places((1, 6), torch.device("cpu")))
     assert found.tolist() == [[0, 0, 0, 1, 1, 1]]
-    assert nearest_kept(torch.ones(1, 1, 4), torch.tensor([[0]]), (1, 1)).tolist() == [[0]]
+    assert nearest_kept(torch.ones(1, 1, 4), torch.tensor([[0]]), torch.zeros(1, 1, 2)).tolist() == [[0]]
 
 
 def test_a_patch_takes_the_word_of_smallest_cosine_distance_within_the_threshold():

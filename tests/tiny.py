@@ -79,6 +79,15 @@ def masked_autoencoder_config(**sizes) -> transformers.ViTMAEConfig:
     return transformers.ViTMAEConfig(**sizes, mask_ratio=0.0)
 
 
+def siglip_2_config(**sizes) -> transformers.Siglip2Config:
+    sizes = {name: size for name, size in sizes.items() if name != "image_size"} | {"num_patches": 64}
+    return transformers.Siglip2Config(vision_config=sizes, text_config=TEXT | {"projection_size": 32})
+
+
+def siglip_2_vision_config(**sizes) -> transformers.Siglip2VisionConfig:
+    return siglip_2_config(**sizes).vision_config
+
+
 def native_aimv2_config(**sizes) -> transformers.Aimv2VisionConfig:
     return transformers.Aimv2VisionConfig(**sizes, is_native=True, use_head=False)
 
@@ -113,6 +122,8 @@ MORE_MODELS = {
     "siglip": (transformers.SiglipModel, contrastive_config(transformers.SiglipConfig)),
     "siglip-vision": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig),
     "siglip-classifier": (transformers.SiglipForImageClassification, contrastive_config(transformers.SiglipConfig)),
+    "siglip2": (transformers.Siglip2Model, siglip_2_config),
+    "siglip2-vision": (transformers.Siglip2VisionModel, siglip_2_vision_config),
     "aimv2": (transformers.Aimv2Model, contrastive_config(transformers.Aimv2Config, eos_token_id=98)),
     "aimv2-vision": (transformers.Aimv2VisionModel, transformers.Aimv2VisionConfig),
     "aimv2-native": (transformers.Aimv2VisionModel, native_aimv2_config),
@@ -139,6 +150,19 @@ def sample_pixel_values(batch: int = 3, height: int = 32, width: int = 32) -> to
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
+def padded_patches(pixel_values: torch.Tensor, patch_size: int = 4) -> dict[str, torch.Tensor]:
+    """Images as SigLIP 2 takes them: the patches of images of many sizes. Those that are flat or bright are cut."""
+    rows, columns = (size // patch_size for size in pixel_values.shape[2:])
+    flat, bright = pixel_values.float().std((1, 2, 3)) < 0.5, pixel_values.float().mean((1, 2, 3)) > 0.5
+    shapes = torch.stack((rows - 2 * flat.long(), columns - 3 * bright.long()), dim=1)
+    patches = torch.zeros(len(pixel_values), rows * columns, 3 * patch_size**2)
+    for image, whole, (high, wide) in zip(patches, pixel_values.float(), shapes.tolist(), strict=True):
+        grid = whole[:, : high * patch_size, : wide * patch_size].unflatten(2, (wide, -1)).unflatten(1, (high, -1))
+        image[: high * wide] = grid.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
+    mask = torch.arange(rows * columns) < shapes.prod(1, keepdim=True)
+    return {"pixel_values": patches.to(pixel_values), "pixel_attention_mask": mask.int(), "spatial_shapes": shapes}
+
+
 def forward(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **kwargs):
     """The model's first output: logits, similarities to two texts (CLIP and its like) or hidden states."""
     if "mask_ratio" in model.config.to_dict():  # its embeddings shuffle patches: by this, into the order they have
@@ -148,6 +172,10 @@ def forward(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **k
         kwargs["noise"] = torch.arange(patches, dtype=torch.float32).expand(len(pixel_values), -1)
     if hasattr(model, "text_model"):
         kwargs["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]], device=pixel_values.device)
+    if model.config.model_type.startswith("siglip2"):
+        inputs = padded_patches(pixel_values)
+        output, real = model(**inputs, **kwargs)[0], inputs["pixel_attention_mask"].unsqueeze(-1)
+        return output * real if output.shape[:2] == real.shape[:2] else output  # what padding gets means nothing
     return model(pixel_values=pixel_values, **kwargs)[0]
 
 

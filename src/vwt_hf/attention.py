@@ -51,6 +51,8 @@ class Forward:
     """Whether layers draw random numbers for each sequence, as stochastic depth does in training."""
     relative: bool = False
     """Whether its attention is given a bias by where patches lie to each other, in place of a mask."""
+    padding: torch.Tensor | None = None
+    """(batch, patches or kept patches): which of the tower's output is no padding, where its images are padded."""
     batch: Batch | None = None
     """What its embeddings laid out; `None` before, and where patches were dropped."""
     kept: torch.Tensor | None = None

@@ -17,18 +17,18 @@ from . import attention
 from .config import VWTConfig
 from .families import (
     Family,
-    attribute,
     family_of,
     find_embeddings,
     find_layers,
     find_stack,
     find_tower,
     model_of,
+    patch_shape,
     require_supported,
 )
 from .layout import Layout, expand, medoids
 from .lexicon import Lexicon
-from .tokenizer import Tokenizer, choose_patches, embed, forward_under_way, relate
+from .tokenizer import Tokenizer, choose_patches, embed, embed_padded, forward_under_way, relate
 from .words import patch_grid, patchify
 
 
@@ -68,12 +68,12 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     require_supported(type(model), setting.restores)
     family = family_of(model)
     embeddings = find_embeddings(model, family)
-    projection = attribute(embeddings, family.projection)
+    channels, *patch_size = patch_shape(embeddings, family)
     _require_whole_images(embeddings, family)
     lexicon = None
     if setting.method == "inter":
         lexicon = Lexicon.resolve(setting, model, lexicon_of(model), **hub_kwargs)
-        lexicon.vocabulary.require(projection.kernel_size, projection.in_channels)
+        lexicon.vocabulary.require((patch_size[0], patch_size[1]), channels)
         setting = lexicon.setting
     tower = find_tower(model, embeddings)
     attentions = [module for module in tower.modules() if type(module).__name__ in family.attentions]
@@ -86,7 +86,7 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     _own_config(model)
     restore(model)
     if tokenizer.tells:
-        tower.register_forward_pre_hook(functools.partial(_open, tokenizer))
+        tower.register_forward_pre_hook(functools.partial(_open, tokenizer), with_kwargs=True)
         for module in relative:
             _replace_forward(module, relate, len(family.prefix))
     if tokenizer.attends:
@@ -99,10 +99,12 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
                 module.register_forward_hook(_restore_within)
     if tokenizer.tells:
         tower.register_forward_hook(_restore_patches if setting.restores else _leave, always_call=True)
-    _replace_forward(embeddings, embed, tokenizer)
+    _replace_forward(embeddings, embed if family.padded is None else embed_padded, tokenizer)
     for module in tower.modules():
+        if tokenizer.attends and type(module).__name__ == family.padded:
+            module.register_forward_pre_hook(_mask_padding)
         if type(module).__name__ == family.rotary:
-            module.register_forward_hook(functools.partial(_rotate, tokenizer, projection.kernel_size))
+            module.register_forward_hook(functools.partial(_rotate, tokenizer, (patch_size[0], patch_size[1])))
     model.config.vwt = setting.to_dict()
     return model
 
@@ -121,9 +123,12 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             del module.forward
         if _is_ours(module.__dict__.get("_old_forward")):
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-        for key in [key for key, hook in module._forward_pre_hooks.items() if getattr(hook, "func", None) is _open]:
+        for key in [
+            key for key, hook in module._forward_pre_hooks.items() if getattr(hook, "func", hook) in INPUT_HOOKS
+        ]:
             del module._forward_pre_hooks[key]
-        for key in [key for key, hook in module._forward_hooks.items() if getattr(hook, "func", hook) in OUTPUT_HOOKS]:
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key in [key for key, hook in module._forward_hooks.items() if _func(hook) in OUTPUT_HOOKS]:
             del module._forward_hooks[key]
             module._forward_hooks_always_called.pop(key, None)
         attention.give_back_checkpoint(module)
@@ -142,6 +147,10 @@ def _slot(module: nn.Module) -> str:
 
 def _replace_forward(module: nn.Module, function: Callable[..., Any], *args: Any) -> None:
     setattr(module, _slot(module), functools.partial(function, module, *args))
+
+
+def _func(hook: Any) -> Any:
+    return getattr(hook, "func", hook)
 
 
 def _is_ours(forward: object) -> bool:
@@ -181,7 +190,7 @@ def _require_whole_images(embeddings: Any, family: Family) -> None:
 
 
 def _tokenizer_of(forward: object) -> Tokenizer | None:
-    if isinstance(forward, functools.partial) and forward.func is embed:
+    if isinstance(forward, functools.partial) and forward.func in (embed, embed_padded):
         return forward.args[1]
     return None
 
@@ -197,15 +206,31 @@ def lexicon_of(model: PreTrainedModel) -> Lexicon | None:
 
 
 @torch.compiler.disable
-def _open(tokenizer: Tokenizer, tower: Any, args: Any) -> None:
-    """Forward pre-hook of a vision tower: opens a forward, whose layers attend by what its embeddings lay out."""
+def _open(tokenizer: Tokenizer, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a vision tower: opens a forward, whose layers attend by what its embeddings lay out.
+
+    Where images come as padded patches, what tells padding from them is taken from the tower and left for its head:
+    layers see tokens, of which none is padding or the layout says so.
+    """
     if tokenizer.attends:
         attention.use_for(tower)  # a `set_attn_implementation` may have come after `compress`
     if torch.is_grad_enabled():
         attention.carry_through_checkpoints(find_layers(tower))
     draws = tower.training and getattr(tower.config, "drop_path_rate", 0) > 0
     relative = tokenizer.family.relative is not None
-    attention.current.set(attention.Forward(tower.config._attn_implementation, draws, relative))
+    forward = attention.Forward(tower.config._attn_implementation, draws, relative)
+    attention.current.set(forward)
+    if not tokenizer.attends or tokenizer.family.padded is None:
+        return None
+    kwargs = dict(zip(("pixel_values", "pixel_attention_mask", "spatial_shapes"), args, strict=False), **kwargs)
+    forward.padding = kwargs["pixel_attention_mask"]
+    return (), kwargs | {"pixel_attention_mask": None}
+
+
+@torch.compiler.disable
+def _mask_padding(head: nn.Module, args: Any) -> Any:
+    """Forward pre-hook of a head that is told which patches are padding."""
+    return args[0], forward_under_way().padding
 
 
 @torch.compiler.disable
@@ -299,5 +324,6 @@ def _of_kept(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return values[kept[0]] if len(kept) == 1 else values[kept].unsqueeze(1)
 
 
-STAND_INS = (embed, relate, attention.fused, attention.separate)
+STAND_INS = (embed, embed_padded, relate, attention.fused, attention.separate)
+INPUT_HOOKS = (_open, _mask_padding)
 OUTPUT_HOOKS = (_restore_within, _restore_patches, _leave, _rotate)

@@ -25,7 +25,7 @@ class Family:
     embeddings: str
     """Class name of the module that turns `pixel_values` into the first layer's `hidden_states`."""
     projection: str
-    """The patch projection, a convolution whose stride is its kernel."""
+    """The patch projection, a convolution whose stride is its kernel; where images come as patches, linear."""
     positions: str | Callable[[Any, tuple[int, int]], torch.Tensor] | None
     """The position table: a parameter (1, prefix + patches, hidden), which may be `None` in some models of the family,
     or an `nn.Embedding` of prefix + patches; or what gives it for an embeddings module and the rows and columns of
@@ -55,8 +55,9 @@ class Family:
     """A norm between the projection of patches and their positions."""
     masks: str | None = None
     """Field of its config that says which share of the patches its embeddings drop at random, for training."""
-    padded: bool = False
-    """Whether `pixel_values` are patches of images of many sizes, padded, as its image processor cuts them."""
+    padded: str | None = None
+    """Class name of the head that is told which patches are padding, in families whose `pixel_values` are patches of
+    images of many sizes, as their image processor cuts and pads them."""
     outputs: Callable[..., Any] | None = None
     """What its embeddings return, of the tokens, which patches they are (batch or 1, tokens; `None` if every patch is
     part of one), the batch and the grid of patches; `None` if they return the tokens alone."""
@@ -199,6 +200,18 @@ FAMILIES: tuple[Family, ...] = (
     _like_clip("OWL-ViT", "owlvit", "OwlViT", needs_every_patch=("OwlViTForObjectDetection",)),
     _like_clip("OWLv2", "owlv2", "Owlv2", needs_every_patch=("Owlv2ForObjectDetection",)),
     _like_clip("SigLIP", "siglip", "Siglip", pools="attention over all tokens; the classifier: their mean", prefix=()),
+    Family(
+        name="SigLIP 2 (NaFlex)",
+        model_types=("siglip2", "siglip2_vision_model"),
+        embeddings="Siglip2VisionEmbeddings",
+        projection="patch_embedding",
+        positions="position_embedding",
+        pools="attention over all tokens; the classifier: their mean",
+        prefix=(),
+        always_interpolates=True,
+        needs_every_patch=("Siglip2ForImageClassification",),
+        padded="Siglip2MultiheadAttentionPoolingHead",
+    ),
     Family(
         name="AIMv2",
         model_types=("aimv2", "aimv2_vision_model"),
@@ -349,6 +362,15 @@ def find_layers(tower: nn.Module) -> list[nn.Module]:
 def find_stack(tower: nn.Module, layer: nn.Module) -> nn.Module:
     """The module of a vision tower that runs its layers, of which `layer` is one; it may be the tower itself."""
     return next(module for module in tower.modules() for child in module.children() if layer in child.children())
+
+
+def patch_shape(module: nn.Module, family: Family) -> tuple[int, int, int]:
+    """Channels, height and width of the patches that an embeddings module takes."""
+    projection = attribute(module, family.projection)
+    if family.padded is None:
+        return projection.in_channels, *projection.kernel_size
+    size = attribute(module, "patch_size")
+    return projection.in_features // size**2, size, size
 
 
 def position_table(module: nn.Module, family: Family, grid: tuple[int, int]) -> torch.Tensor | None:

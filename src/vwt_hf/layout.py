@@ -29,6 +29,9 @@ class Layout:
     runs: tuple[tuple[int, int], ...]
     """The lengths of the batch's images, ascending: (tokens, images that have so many)."""
     packed: bool
+    real: torch.Tensor | None = None
+    """(batch, patches), bool: which patches the tokens stand for, where that is not all of them. The others are in a
+    token, too, whose hidden state they get, but do not count in it."""
 
     @property
     def tokens(self) -> int:
@@ -37,8 +40,8 @@ class Layout:
 
     @property
     def dense(self) -> bool:
-        """Whether there is no padding."""
-        return self.tokens == self.sizes.numel()
+        """Whether there is no padding, and no token that stands for nothing."""
+        return self.tokens == self.sizes.numel() and self.real is None
 
     @property
     def longest(self) -> int:
@@ -50,7 +53,9 @@ class Layout:
         """The patches of the batch in the order of their rows, (batch · patches,), and where those of each row start,
         (rows,)."""
         patch_rows = self.rows[:, self.prefix :].flatten()
-        held = torch.zeros(self.sizes.numel(), dtype=torch.int64, device=self.rows.device)
+        if self.real is not None:  # those that do not count lie in a last row, which is none
+            patch_rows = torch.where(self.real.flatten(), patch_rows, self.sizes.numel())
+        held = torch.zeros(self.sizes.numel() + (self.real is not None), dtype=torch.int64, device=self.rows.device)
         held.scatter_add_(0, patch_rows, torch.ones_like(patch_rows))
         return patch_rows.argsort(stable=True), held.cumsum(0) - held
 
@@ -75,7 +80,7 @@ class Layout:
         return torch.nn.functional.pad(starts, (0, 1), value=self.tokens).to(torch.int32)
 
 
-def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True) -> Layout:
+def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True, real: torch.Tensor | None = None) -> Layout:
     """Lays patches out as tokens: those of one image that share a word become one.
 
     The tokens of an image come in the order of their first patches, so the numbers of the words do not matter.
@@ -84,7 +89,11 @@ def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True) -> La
         patch_words: (batch, patches), integers.
         prefix: prefix tokens of each image, which come before its patches.
         packed: whether the batch becomes one sequence without padding, or one padded sequence for each image.
+        real: (batch, patches), bool: which patches are no padding, the first of each image among them; `None` if all
+            are.
     """
+    if real is not None:
+        patch_words = torch.where(real, patch_words, patch_words[:, :1])
     batch, patches = patch_words.shape
     device = patch_words.device
     token_of_patch, lengths = _tokens(patch_words)
@@ -102,20 +111,21 @@ def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True) -> La
         # One more where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
         shape = (batch, longest + (longest == prefix + patches))
         starts = torch.arange(batch, device=device) * shape[1]
-    return _lay_out(token_of_patch, prefix, starts, shape, runs, packed)
+    return _lay_out(token_of_patch, prefix, starts, shape, runs, packed, real)
 
 
-def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0) -> Layout:
+def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: torch.Tensor | None = None) -> Layout:
     """Lays out images that all have `tokens` tokens, each of which stands for the patches that chose it.
 
     Args:
         token_of_patch: (batch, patches), int64 in [0, tokens): the token that each patch is part of.
         tokens: of each image, prefix tokens left out.
         prefix: prefix tokens of each image, which come before its patches.
+        real: (batch, patches), bool: which patches count; `None` if all do. A token of none is padding.
     """
     batch, length = len(token_of_patch), prefix + tokens
     starts = torch.arange(batch, device=token_of_patch.device) * length
-    return _lay_out(token_of_patch, prefix, starts, (batch, length), ((length, batch),) if batch else (), False)
+    return _lay_out(token_of_patch, prefix, starts, (batch, length), ((length, batch),) if batch else (), False, real)
 
 
 def _lay_out(
@@ -125,13 +135,16 @@ def _lay_out(
     shape: tuple[int, int],
     runs: tuple[tuple[int, int], ...],
     packed: bool,
+    real: torch.Tensor | None,
 ) -> Layout:
     """A layout whose images start at the rows `starts` (batch,)."""
     own = torch.arange(prefix, device=starts.device).expand(len(starts), -1)
     rows = torch.cat((own, token_of_patch + prefix), dim=1) + starts.unsqueeze(1)
-    sizes = torch.zeros(shape[0] * shape[1], device=starts.device)
-    sizes.scatter_add_(0, rows.flatten(), torch.ones(rows.numel(), device=starts.device))
-    return Layout(rows, sizes.view(shape), prefix, runs, packed)
+    counts = torch.ones(rows.shape, device=starts.device)
+    if real is not None:
+        counts[:, prefix:] = real
+    sizes = torch.zeros(shape[0] * shape[1], device=starts.device).scatter_add_(0, rows.flatten(), counts.flatten())
+    return Layout(rows, sizes.view(shape), prefix, runs, packed, real)
 
 
 def _tokens(patch_words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +175,7 @@ def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     table = values.flatten(0, 1).float()
     # A bag of patches for each row: read once, summed in place, in parallel. index_add takes two to four times as long.
     means = torch.nn.functional.embedding_bag(order, table, starts, mode="mean")
-    return means.view(*layout.sizes.shape, -1).to(values.dtype)
+    return means[: layout.sizes.numel()].view(*layout.sizes.shape, -1).to(values.dtype)
 
 
 def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:

@@ -10,9 +10,10 @@ from torch import nn
 
 from . import attention
 from .config import VWTConfig
-from .families import Family, attribute, position_table
+from .families import Family, attribute, patch_shape, position_table
 from .layout import attention_bias, group, pool, put_prefix, represent
 from .lexicon import Lexicon
+from .padded import choose_padded, padded_places
 from .words import (
     gather_pairs,
     gather_patches,
@@ -21,6 +22,7 @@ from .words import (
     nearest_kept,
     nearest_words,
     patch_grid,
+    patch_places,
     patch_strip,
     patchify,
     random_patches,
@@ -42,7 +44,7 @@ class Tokenizer:
         if self.setting.method == "inter":
             return self.setting.threshold > 0
         shortens = self.setting.keep_ratio < 1 or self.setting.num_patches is not None
-        return self.setting.groups or (self.family.padded and shortens)
+        return self.setting.groups or (self.family.padded is not None and shortens)
 
     @property
     def tells(self) -> bool:
@@ -109,7 +111,9 @@ def embed(
     if tokenizer.lexicon is None:
         kept = choose_patches(patches, grid, setting.patches_kept(count), setting)
         if setting.groups:
-            layout = represent(nearest_kept(patches, kept, grid), kept.shape[1], prefix.shape[1])
+            layout = represent(
+                nearest_kept(patches, kept, patch_places(grid, patches.device)), kept.shape[1], prefix.shape[1]
+            )
             _lay_out(kept, attention.Batch(layout, attention_bias(layout, setting.proportional_attention)))
         elif tokenizer.tells:
             _lay_out(kept, None)
@@ -124,6 +128,55 @@ def embed(
     if family.outputs is None:
         return embeddings
     return family.outputs(embeddings, None if setting.groups else kept, len(pixel_values), grid)
+
+
+def embed_padded(
+    module: Any, tokenizer: Tokenizer, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor
+) -> torch.Tensor:
+    """Stands in for the forward of embeddings whose images come as padded patches: the tokens that the patches became.
+
+    Args:
+        module: the embeddings module, whose parameters are used.
+        tokenizer: the family's row, the setting and its words.
+        pixel_values: (batch, patches, patch height · patch width · channels).
+        spatial_shapes: (batch, 2), rows and columns of patches of each image; what is beyond them is padding.
+
+    Returns:
+        (sequences, tokens, hidden).
+
+    Raises:
+        ValueError: the patches do not fit the model.
+    """
+    if not tokenizer.attends:
+        return type(module).forward(module, pixel_values, spatial_shapes)
+    family, setting = tokenizer.family, tokenizer.setting
+    projection = attribute(module, family.projection)
+    shape = patch_shape(module, family)
+    if pixel_values.dim() != 3 or pixel_values.shape[2] != projection.in_features:
+        raise ValueError(
+            f"pixel_values are {tuple(pixel_values.shape)}; the model expects (batch, patches, "
+            f"{projection.in_features}), patches of {shape[1]}×{shape[2]} pixels and {shape[0]} channels as its image "
+            "processor cuts them."
+        )
+    count = pixel_values.shape[1]
+    # Called, not read: the weights of an offloaded module are there only while it runs.
+    table = module.position_embedding(torch.arange(module.num_patches, device=pixel_values.device))
+    table = table.unflatten(0, (module.position_embedding_size, -1))
+    positions = module.resize_positional_embeddings(table, spatial_shapes, max_length=count)
+    places, real = padded_places(spatial_shapes, count)
+    if tokenizer.lexicon is not None:
+        as_words = pixel_values.unflatten(-1, (*shape[1:], shape[0])).movedim(-1, 2).flatten(2)
+        none = positions.new_empty(1, 0, positions.shape[-1])
+        return _group(tokenizer, projection, None, pixel_values, none, positions, (as_words, real))
+    kept, stays = choose_padded(pixel_values, places, real, setting)
+    nearest = nearest_kept(pixel_values, kept, places, real, stays)
+    if not setting.groups:
+        real = torch.zeros_like(real).scatter_(1, kept, stays)
+    layout = represent(nearest, kept.shape[1], real=real)
+    _lay_out(kept, attention.Batch(layout, attention_bias(layout, setting.proportional_attention)))
+    if not setting.restores:
+        forward_under_way().padding = stays
+    return _project(projection, gather_patches(pixel_values, kept)) + gather_patches(positions, kept)
 
 
 @torch.compiler.disable
@@ -152,6 +205,7 @@ def _group(
     patches: torch.Tensor,
     prefix: torch.Tensor,
     positions: torch.Tensor | None,
+    padded: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Groups patches by words, and leaves their layout for the layers to attend by.
 
@@ -159,9 +213,11 @@ def _group(
 
     Args:
         norm: what comes between projection and positions; `None` if nothing does.
-        patches: (batch, patches, channels · patch height · patch width).
+        patches: (batch, patches, values), in the order that the projection takes.
         prefix: (1, prefix tokens, hidden).
-        positions: (1, patches, hidden); `None` if they are not added.
+        positions: (1 or batch, patches, hidden); `None` if they are not added.
+        padded: where some patches are padding: all in the order of words, (batch, patches, channels · patch height ·
+            patch width), and which are real, (batch, patches) bool.
 
     Returns:
         (sequences, tokens, hidden).
@@ -178,7 +234,8 @@ def _group(
         )
     forward = forward_under_way()
     patches = patches.float()
-    words = nearest_words(patches, lexicon.on(patches.device), setting.threshold)
+    as_words, real = (patches, None) if padded is None else padded
+    words = nearest_words(as_words.float(), lexicon.on(patches.device), setting.threshold)
     if forward.draws_by_sequence and setting.layout == "packed":
         raise ValueError(
             "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws once "
@@ -188,7 +245,7 @@ def _group(
     if setting.layout == "auto" and not forward.draws_by_sequence:
         own = "vwt_sdpa" if tokenizer.family.attentions else forward.implementation
         packed = attention.packs(own, patches.device, projection.weight.dtype, forward.relative)
-    layout = group(words, prefix.shape[1], packed)
+    layout = group(words, prefix.shape[1], packed, real)
     forward.batch = attention.Batch(layout, attention_bias(layout, setting.proportional_attention))
     if norm is not None:
         embedded = norm(_project(projection, patches))
@@ -202,7 +259,10 @@ def _group(
 
 def _project(projection: Any, patches: torch.Tensor) -> torch.Tensor:
     """The tokens (batch, patches, hidden) that a patch projection makes of patches (batch, patches, values)."""
-    strip = patch_strip(patches.to(projection.weight.dtype), projection.kernel_size)
+    patches = patches.to(projection.weight.dtype)
+    if isinstance(projection, nn.Linear):
+        return projection(patches)
+    strip = patch_strip(patches, projection.kernel_size)
     return projection(strip).flatten(2).transpose(1, 2)
 
 

@@ -115,25 +115,35 @@ def _cached(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 @_cached
+def random_order(patches: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Patches in a seeded random order, (patches,): the same on every device."""
+    return torch.randperm(patches, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+@_cached
 def random_patches(patches: int, keep: int, seed: int, device: torch.device) -> torch.Tensor:
     """A seeded random subset of `keep` patches, ascending, (1, keep): the same on every device and for every image."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(patches, generator=generator)[:keep].sort().values
-    return chosen.unsqueeze(0).to(device)
+    return random_order(patches, seed, device)[:keep].sort().values.unsqueeze(0)
+
+
+@_cached
+def dither(size: int, device: torch.device) -> torch.Tensor:
+    """Places of a square of at least `size` rows and columns in the order of ordered dithering (Bayer 1973), (rows,
+    columns) int64: half of them is a checkerboard, a quarter is every other row and column."""
+    order = torch.zeros(1, 1, dtype=torch.int64)
+    while order.shape[0] < size:
+        order = torch.cat((torch.cat((4 * order, 4 * order + 2), 1), torch.cat((4 * order + 3, 4 * order + 1), 1)))
+    return order.to(device)
 
 
 @_cached
 def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> torch.Tensor:
     """An even cover of a rows × columns grid by `keep` patches, ascending, (1, keep).
 
-    The order is that of ordered dithering (Bayer 1973): half of the patches is a checkerboard, a quarter is every other
-    row and column, and a larger cover contains the smaller ones.
+    The order is that of `dither`, so a larger cover contains the smaller ones.
     """
-    dither = torch.zeros(1, 1, dtype=torch.int64)
-    while dither.shape[0] < max(rows, columns):
-        dither = torch.cat((torch.cat((4 * dither, 4 * dither + 2), 1), torch.cat((4 * dither + 3, 4 * dither + 1), 1)))
-    chosen = dither[:rows, :columns].flatten().argsort()[:keep].sort().values
-    return chosen.unsqueeze(0).to(device)
+    order = dither(max(rows, columns), device)
+    return order[:rows, :columns].flatten().argsort()[:keep].sort().values.unsqueeze(0)
 
 
 def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch.Tensor:
@@ -152,7 +162,13 @@ def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch
     return values[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
 
 
-def nearest_kept(patches: torch.Tensor, kept: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def nearest_kept(
+    patches: torch.Tensor,
+    kept: torch.Tensor,
+    places: torch.Tensor,
+    real: torch.Tensor | None = None,
+    stays: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The kept patch that each patch is nearest to; a kept patch is nearest to itself.
 
     Near is what looks alike and lies close by: distances of pixels and places are each measured by their mean over the
@@ -161,25 +177,35 @@ def nearest_kept(patches: torch.Tensor, kept: torch.Tensor, grid: tuple[int, int
     Args:
         patches: (batch, patches, channels · patch height · patch width).
         kept: (batch or 1, keep) patch indices, ascending.
-        grid: rows and columns of patches.
+        places: (batch or 1, patches, 2), as `patch_places` gives them.
+        real: (batch, patches), bool: which patches are no padding; `None` if all are.
+        stays: (batch, keep), bool: which of `kept` do stay; `None` if all do.
 
     Returns:
         (batch, patches), int64 in [0, keep).
     """
     with torch.autocast(patches.device.type, enabled=False), torch.no_grad():
         values = patches.float()
-        places = patch_places(grid, patches.device)
-        distance = _relative(torch.cdist(values, gather_patches(values, kept)))
-        distance = distance + _relative(torch.cdist(places, gather_patches(places, kept)))
-        own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        counts = None if real is None or stays is None else real.unsqueeze(2) & stays.unsqueeze(1)
+        distance = _relative(torch.cdist(values, gather_patches(values, kept)), counts)
+        distance = distance + _relative(torch.cdist(places, gather_patches(places, kept)), counts)
+        if stays is not None:
+            distance = distance.masked_fill(~stays.unsqueeze(1), torch.inf)
         nearest = distance.argmin(dim=2)
-        batch = len(patches)
-        return nearest.scatter(1, kept.expand(batch, -1), own.expand(batch, -1))
+        kept = kept.expand(len(patches), -1)
+        own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        if stays is not None:
+            own = torch.where(stays, own, nearest.gather(1, kept))
+        return nearest.scatter(1, kept, own)
 
 
-def _relative(distance: torch.Tensor) -> torch.Tensor:
-    """Distances (batch, patches, keep) over the mean of those of their image."""
-    return distance / distance.mean(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+def _relative(distance: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """Distances (batch, patches, keep) over the mean of those of their image which count."""
+    if counts is None:
+        mean = distance.mean(dim=(1, 2), keepdim=True)
+    else:
+        mean = (distance * counts).sum((1, 2), keepdim=True) / counts.sum((1, 2), keepdim=True)
+    return distance / mean.clamp(min=1e-6)
 
 
 def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
