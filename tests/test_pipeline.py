@@ -2,47 +2,210 @@
 
 from __future__ import annotations
 
-import json
-import string
-
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import pipeline
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import Pipeline, pipeline
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from tiny import tiny_model
-from vwt_hf import VWTConfig, compress
+from settings import SETTINGS
+from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip_2, built
+from tiny import MODELS, MORE_MODELS, TINY, contrastive_config
+from vwt_hf import VWTConfig, compress, supported
+from vwt_hf.families import FAMILIES, HOLDERS, ROWS
 
-HALF = {"keep_ratio": 0.5}
-PHOTOGRAPHS = [
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8)) for seed in range(5)
+TASKS = {
+    "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "image-feature-extraction": MODEL_MAPPING_NAMES,
+    "zero-shot-image-classification": MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "image-text-to-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+}
+COMPUTED = {
+    "image-classification": "logits",
+    "image-feature-extraction": "last_hidden_state",
+    "zero-shot-image-classification": "logits_per_image",
+}
+"""The output of the model that a task's answer is made from."""
+PROCESSOR_FIELDS = {
+    "blip-2": {"num_query_tokens": IMAGE_TOKENS[blip_2]},
+    "llava": {
+        "patch_size": TINY["patch_size"],
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    },
+}
+READ_EVERY_PATCH = [model_type for holder in HOLDERS for model_type in holder.model_types]
+PATCHES = 64
+
+
+def photograph(number: int) -> Image.Image:
+    """Noise beside a bright sky, whose patches are near words, and which is wider from one photograph to the next."""
+    pixels = np.random.default_rng(number).integers(0, 255, (50, 50, 3), dtype=np.uint8)
+    sky = pixels[:, : 10 + 8 * number]
+    sky[:] = 120 + sky // 2
+    return Image.fromarray(pixels)
+
+
+PHOTOGRAPHS = [photograph(number) for number in range(5)]
+
+
+def retrieval_config(**_) -> transformers.Blip2Config:
+    config = blip_2().config
+    config.image_text_hidden_size = 16
+    config.qformer_config.use_qformer_text_input = True
+    return config
+
+
+TINY_MODELS = {
+    **MODELS,
+    **MORE_MODELS,
+    **{make.__name__: (type(make()), lambda make=make, **_: make().config) for make in IMAGE_TOKENS},
+    "blip-2-retrieval": (transformers.Blip2ForImageTextRetrieval, retrieval_config),
+    "owlvit": (transformers.OwlViTModel, contrastive_config(transformers.OwlViTConfig)),
+    "owlv2": (transformers.Owlv2Model, contrastive_config(transformers.Owlv2Config)),
+}
+"""As those of tests/tiny.py: class and what makes its config from TINY, by name."""
+
+
+def model_type_of(model_class: type) -> str:
+    return model_class.config_class.model_type
+
+
+def names_of(model_class: type) -> list[str]:
+    """The tiny models of that class, or else one whose config serves it."""
+    alike = {
+        name: known for name, (known, _) in TINY_MODELS.items() if model_type_of(known) == model_type_of(model_class)
+    }
+    return [name for name, known in alike.items() if known is model_class] or list(alike)[:1]
+
+
+def classes(names: str | tuple[str, ...]) -> list[type]:
+    return [getattr(transformers, name) for name in ([names] if isinstance(names, str) else names)]
+
+
+BY_MAPPING = [
+    (task, model_class)
+    for task, mapping in TASKS.items()
+    for row in ROWS
+    for model_type in row.model_types
+    for model_class in classes(mapping.get(model_type, ()))
 ]
+"""Every task of every supported family."""
+REASONS = {
+    (task, model_class): "reads a text, too, and this pipeline gives it none"
+    for task, model_class in BY_MAPPING
+    if task == "image-feature-extraction" and "text_config" in model_class.config_class.sub_configs
+}
+"""Those of them that the plain models cannot do either."""
+WITH_NAMES = [(*case, name) for case in BY_MAPPING for name in names_of(case[1])]
+CASES = [case for case in WITH_NAMES if case[:2] not in REASONS]
+ONE_OF_EACH_TASK = [case for case in CASES if case[2] in ("vit-classifier", "dinov2", "clip", "llava")]
+
+
+def on(cases):
+    """A test of these cases."""
+    ids = [f"{task}-{model_class.__name__}-{name}" for task, model_class, name in cases]
+    return pytest.mark.parametrize(("task", "model_class", "name"), cases, ids=ids)
 
 
 @pytest.fixture
-def checkpoint(request, tmp_path):
-    """A folder with the tiny model that the test's parameter names, and what a pipeline needs beside it."""
-    model = tiny_model(request.param)
+def folder(task, model_class, name, tmp_path) -> str:
+    """A model of the class, with the config of that tiny model, and what a pipeline for the task needs beside it."""
+    _, config = TINY_MODELS[name]
+    model = built(lambda: model_class(config(**TINY)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                # Weights as small as those let little of an image through a Q-Former.
+                parameter.mul_(3)
     model.save_pretrained(tmp_path)
-    processor = transformers.CLIPImageProcessorPil if request.param == "clip" else transformers.ViTImageProcessorPil
-    size = {"height": 32, "width": 32}
-    processor(size=size, crop_size=size, do_center_crop=True).save_pretrained(tmp_path)
-    if request.param == "clip":
-        letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
-        vocabulary = {token: index for index, token in enumerate(letters)} | {
-            "<|startoftext|>": 97,
-            "<|endoftext|>": 98,
-        }
-        (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-        (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-        transformers.CLIPTokenizer.from_pretrained(tmp_path, model_max_length=20).save_pretrained(tmp_path)
-    return model, tmp_path
+
+    model_type = model_type_of(model_class)
+    size = {"height": TINY["image_size"], "width": TINY["image_size"]}
+    fields = {"patch_size": TINY["patch_size"], "max_num_patches": PATCHES, "image_seq_length": PATCHES}
+    image_processor = image_processor_class(model_type)(size=size, crop_size=size, **fields)
+    if task == "image-text-to-text":
+        tokenizer = tokenizer_with({"<pad>": 0, "<s>": 1, "</s>": 97, "<image>": IMAGE_TOKEN})
+        processor_class = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+        processor_class(image_processor, tokenizer, **PROCESSOR_FIELDS.get(model_type, {})).save_pretrained(tmp_path)
+    else:
+        image_processor.save_pretrained(tmp_path)
+    if task == "zero-shot-image-classification":
+        tokenizer_with({"<pad>": 1, "<s>": 97, "</s>": 98}).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def image_processor_class(model_type: str) -> type:
+    """The family's own, where it has one that needs no torchvision."""
+    row = next(row for row in ROWS if model_type in row.model_types)
+    known = [IMAGE_PROCESSOR_MAPPING_NAMES.get(each) or {} for each in (model_type, *row.model_types)]
+    return getattr(transformers, next((names["pil"] for names in known if "pil" in names), "ViTImageProcessorPil"))
+
+
+def tokenizer_with(special: dict[str, int]) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer with a token for each word of the tests, and special tokens where the tiny models expect them."""
+    texts = iter(["<unk>", "this", "is", "a", "photo", "of", "cat", "dogs", "tea", "."])
+    special_of = {index: token for token, index in special.items()}
+    vocabulary = {special_of.get(index) or next(texts, f"unused{index}"): index for index in range(99)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(token, special[token]) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=[token for token in special if token == "<image>"],
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def ask(pipe: Pipeline, batch_size: int = 1) -> tuple[list, torch.Tensor]:
+    """The answers to the photographs, and for each of them what the model computed.
+
+    Tiny models of random weights may well write the same text, or rank labels alike, whatever they see.
+    """
+    torch.manual_seed(0)  # ViT-MAE shuffles its patches.
+    computed = []
+    if pipe.task == "image-text-to-text":
+
+        def record(_, scores: torch.Tensor) -> torch.Tensor:
+            # The end of the text is ruled out by -inf, whose differences are no numbers.
+            computed.append(scores.clamp(min=-1e4))
+            return scores
+
+        text = "<image>" * (pipe.model.config.model_type in READ_EVERY_PATCH) + " a photo of"
+        how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        how["logits_processor"] = transformers.LogitsProcessorList([record])
+        # The pipeline takes a list of dicts for a chat.
+        prompts = ({"images": image, "text": text} for image in PHOTOGRAPHS)
+        answers = list(pipe(prompts, batch_size=batch_size, generate_kwargs=how))
+    else:
+        hook = pipe.model.register_forward_hook(lambda *call: computed.append(call[-1][COMPUTED[pipe.task]]))
+        labels = {"candidate_labels": ["a cat", "dogs", "tea"]} if pipe.task.startswith("zero-shot") else {}
+        answers = pipe(PHOTOGRAPHS, batch_size=batch_size, **labels)
+        hook.remove()
+    assert len(answers) == len(PHOTOGRAPHS)
+    assert {len(batch) for batch in computed} == {batch_size}
+    # From (steps of batch after batch, batch, ...) to (photographs, steps, ...); only text takes several steps.
+    by_batch = torch.stack(computed).unflatten(0, (len(PHOTOGRAPHS) // batch_size, -1))
+    return answers, by_batch.transpose(1, 2).flatten(0, 1)
 
 
 def same(found, expected) -> None:
-    """Nested lists and dicts of numbers and labels, equal up to rounding."""
+    """Nested lists and dicts of numbers, labels and texts, equal up to rounding."""
     assert type(found) is type(expected)
     if isinstance(found, dict):
         assert found.keys() == expected.keys()
@@ -57,53 +220,93 @@ def same(found, expected) -> None:
         assert found == expected
 
 
-CLASSIFIERS = ["vit-classifier", "deit-classifier", "dinov2-classifier", "registers-classifier", "clip-classifier"]
-EXTRACTORS = ["vit", "deit", "dinov2", "registers", "clip-vision"]
-TASKS = [
-    *(("image-classification", name, {}) for name in CLASSIFIERS),
-    *(("image-feature-extraction", name, {}) for name in EXTRACTORS),
-    ("zero-shot-image-classification", "clip", {"candidate_labels": ["a cat", "dogs", "tea"]}),
-]
+def allowed(model_class: type) -> dict[str, VWTConfig]:
+    needs_every_patch = {name for family in FAMILIES for name in family.needs_every_patch}
+    every_patch = model_type_of(model_class) in READ_EVERY_PATCH or model_class.__name__ in needs_every_patch
+    return {name: setting for name, setting in SETTINGS.items() if setting.restores or not every_patch}
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-@pytest.mark.parametrize(
-    ("task", "checkpoint", "kwargs"), TASKS, indirect=["checkpoint"], ids=[f"{task}-{name}" for task, name, _ in TASKS]
-)
-def test_a_pipeline_answers_as_the_compressed_model_in_memory(task, checkpoint, kwargs, batch_size):
-    model, folder = checkpoint
-    plain = pipeline(task, model=str(folder))
-    assert plain.model.config.vwt is None and type(plain.model) is type(model)
-    before = plain(PHOTOGRAPHS, batch_size=batch_size, **kwargs)
-    compressed = pipeline(task, model=str(folder), model_kwargs={"vwt": HALF})
-    assert compressed.model.config.vwt == VWTConfig(**HALF).to_dict() and type(compressed.model) is type(model)
-    found = compressed(PHOTOGRAPHS, batch_size=batch_size, **kwargs)
-    assert found != before
-
-    compress(plain.model, HALF)
-    same(found, plain(PHOTOGRAPHS, batch_size=1, **kwargs))
-    if task == "image-feature-extraction":
-        assert len(found[0][0]) == len(before[0][0]) - 32
+def test_every_task_of_every_supported_family_has_a_case():
+    model_types = {model_type_of(model_class) for _, model_class in BY_MAPPING}
+    assert [row.name for row in ROWS if model_types & {*row.model_types}] == supported()
+    assert {case[:2] for case in WITH_NAMES} == {*BY_MAPPING}, "add what is missing to tests/tiny.py"
+    assert [case[0] for case in ONE_OF_EACH_TASK] == list(TASKS)
 
 
-@pytest.mark.parametrize("checkpoint", ["vit-classifier"], indirect=True)
-def test_a_pipeline_follows_the_setting_of_a_saved_model(checkpoint):
-    model, folder = checkpoint
-    compress(model, {"keep_ratio": 0.3}).save_pretrained(folder)
-    assert pipeline("image-classification", model=str(folder)).model.config.vwt["keep_ratio"] == 0.3
-    off = pipeline("image-classification", model=str(folder), model_kwargs={"vwt": False})
+@on(CASES)
+def test_a_pipeline_answers_as_the_compressed_model_in_memory_alone_and_in_a_batch(task, model_class, folder):
+    plain = pipeline(task, model=folder)
+    assert plain.model.config.vwt is None and type(plain.model) is model_class
+    _, before = ask(plain)
+    for name, setting in allowed(model_class).items():
+        compressed = pipeline(task, model=folder, model_kwargs={"vwt": setting})
+        assert compressed.model.config.vwt == setting.to_dict() and type(compressed.model) is model_class
+        answers, found = ask(compressed)
+        if task == "image-feature-extraction":
+            shorter = PATCHES // 2 if name == "discard" else 0
+            assert {len(answer[0]) for answer in answers} == {before.shape[2] - shorter}
+        if found.shape == before.shape:
+            assert ((found - before).abs().flatten(1).amax(1) > 1e-4).all()
+
+        answers_together, found_together = ask(compressed, batch_size=5)
+        same(answers_together, answers)
+        torch.testing.assert_close(found_together, found, atol=1e-5, rtol=1e-5)
+
+        compress(plain.model, setting)
+        answers_in_memory, found_in_memory = ask(plain)
+        same(answers, answers_in_memory)
+        assert torch.equal(found, found_in_memory)
+
+
+@on([case for case in WITH_NAMES if case[:2] in REASONS])
+def test_the_plain_pipeline_fails_where_a_family_has_no_case(task, model_class, folder):
+    plain = pipeline(task, model=folder)
+    assert type(plain.model) is model_class
+    with pytest.raises((AttributeError, TypeError, ValueError), match=r"input_ids|NoneType"):
+        plain(PHOTOGRAPHS[0])
+
+
+@on(ONE_OF_EACH_TASK)
+def test_a_pipeline_follows_the_setting_of_a_saved_model(task, model_class, folder):
+    setting = VWTConfig(keep_ratio=0.3, dropped="merge")
+    compress(model_class.from_pretrained(folder), setting).save_pretrained(folder)
+    saved = pipeline(task, model=folder)
+    assert saved.model.config.vwt == setting.to_dict()
+    off = pipeline(task, model=folder, model_kwargs={"vwt": False})
     assert off.model.config.vwt is None
+    found, plain = ask(saved)[1], ask(off)[1]
+    assert ((found - plain).abs().flatten(1).amax(1) > 1e-4).all()
+    compress(off.model, setting)
+    assert torch.equal(found, ask(off)[1])
 
 
-@pytest.mark.parametrize("checkpoint", ["vit-classifier"], indirect=True)
-def test_a_bad_setting_never_falls_back_to_the_plain_model(checkpoint):
+@on(ONE_OF_EACH_TASK)
+def test_a_bad_setting_never_falls_back_to_the_plain_model(task, model_class, folder):
     with pytest.raises(ValueError, match=r"keep_ratio is 1\.3; expected a number in \(0, 1\]"):
-        pipeline("image-classification", model=str(checkpoint[1]), model_kwargs={"vwt": {"keep_ratio": 1.3}})
+        pipeline(task, model=folder, model_kwargs={"vwt": {"keep_ratio": 1.3}})
 
 
-@pytest.mark.parametrize("checkpoint", ["dinov2"], indirect=True)
-def test_features_in_half_precision(checkpoint):
-    features = pipeline(
-        "image-feature-extraction", model=str(checkpoint[1]), dtype=torch.bfloat16, model_kwargs={"vwt": True}
-    )
-    assert np.isfinite(np.array(features(PHOTOGRAPHS[0]))).all()
+@on([case for case in CASES if len(allowed(case[1])) < len(SETTINGS)])
+def test_a_setting_that_a_model_cannot_have_never_falls_back_to_the_plain_model(task, model_class, folder):
+    with pytest.raises(ValueError, match=r"reads a value for every patch.*dropped='merge' or method='inter'"):
+        pipeline(task, model=folder, model_kwargs={"vwt": True})
+
+
+@on(ONE_OF_EACH_TASK)
+def test_a_pipeline_in_half_precision_answers_as_the_compressed_model_in_memory(task, model_class, folder):
+    setting = {"keep_ratio": 0.5, "dropped": "merge"}
+    compressed = pipeline(task, model=folder, dtype=torch.bfloat16, model_kwargs={"vwt": setting})
+    _, found = ask(compressed)
+    assert compressed.model.dtype == torch.bfloat16 and found.isfinite().all()
+    plain = pipeline(task, model=folder, dtype=torch.bfloat16)
+    assert not torch.equal(found, ask(plain)[1])
+    compress(plain.model, setting)
+    assert torch.equal(found, ask(plain)[1])
+
+
+@on([case for case in ONE_OF_EACH_TASK if case[2] in ("clip", "llava")])
+def test_a_saved_pipeline_keeps_the_setting_with_its_model_alone(task, model_class, folder, tmp_path):
+    compressed = pipeline(task, model=folder, model_kwargs={"vwt": VWTConfig(dropped="merge")})
+    compressed.save_pretrained(tmp_path / "saved")
+    saying = [file.name for file in (tmp_path / "saved").iterdir() if '"vwt"' in file.read_text(errors="ignore")]
+    assert saying == ["config.json"]

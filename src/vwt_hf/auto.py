@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import attention
@@ -46,6 +46,8 @@ def register() -> None:
         PreTrainedModel.from_pretrained = classmethod(_loading(loading))  # type: ignore[method-assign,assignment]
         PreTrainedModel._from_config = classmethod(_building(building))  # type: ignore[method-assign,assignment]
         PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
+        tokenizing = vars(PreTrainedTokenizerBase)["from_pretrained"].__func__
+        PreTrainedTokenizerBase.from_pretrained = classmethod(_unasked(tokenizing))  # type: ignore[method-assign,assignment]
 
 
 def _config_with_vwt(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -90,6 +92,17 @@ def _loading(original: Any) -> Any:
             setting = setting or _setting(cls, getattr(_model(loaded).config, "vwt", None), source)
         _apply(_model(loaded), setting, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
         return loaded
+
+    return from_pretrained
+
+
+def _unasked(original: Any) -> Any:
+    """`from_pretrained` of text tokenizers, without `vwt`: pipelines hand them the model's keyword arguments, which
+    they keep and save."""
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, *args: Any, vwt: Any = None, **kwargs: Any) -> Any:
+        return original(cls, *args, **kwargs)
 
     return from_pretrained
 
