@@ -2,6 +2,7 @@
 # Lint, types and tests, at both ends of the transformers range that pyproject.toml declares. Makes its own environment.
 #   scripts/test.sh                  everything
 #   scripts/test.sh tests/test_auto.py -k clip   what pytest is to run, at both ends
+#   VWT_TEST_PROCESSES=8 scripts/test.sh         in as many processes, instead of 2
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/env.sh test
@@ -18,7 +19,10 @@ if [ ! -d "$folder/transformers" ]; then
     "$python" -m pip install -q --target "$folder.part" "transformers==$oldest.0"
     mv "$folder.part" "$folder"
 fi
+# Tiny models gain nothing from threads: a process for each core, each with a thread.
+export OMP_NUM_THREADS=1
+how=(-q -n "${VWT_TEST_PROCESSES:-2}" --dist loadfile)
 echo "newest transformers:"
-VWT_OTHER_END=$folder "$python" -m pytest -q "$@"
+VWT_OTHER_END=$folder "$python" -m pytest "${how[@]}" "$@"
 echo "oldest transformers:"
-VWT_OTHER_END='' PYTHONPATH=$folder "$python" -m pytest -q "$@"
+VWT_OTHER_END='' PYTHONPATH=$folder "$python" -m pytest "${how[@]}" "$@"

@@ -243,15 +243,13 @@ def test_what_is_no_model_is_refused():
 
 
 def test_a_model_that_holds_a_supported_tower_is_not_taken_for_one():
-    """What reads the tokens of a tower must be known: VipLLaVA takes several layers' states."""
+    """What reads the tokens of a tower must be known: that for video pools them by place."""
     vision = transformers.CLIPVisionConfig(**TINY)
     text = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
     )
-    holder = transformers.VipLlavaForConditionalGeneration(
-        transformers.VipLlavaConfig(
-            vision_config=vision, text_config=text, image_token_index=5, vision_feature_layers=[-1, -2]
-        )
+    holder = transformers.LlavaNextVideoForConditionalGeneration(
+        transformers.LlavaNextVideoConfig(vision_config=vision, text_config=text, image_token_index=5)
     )
-    with pytest.raises(ValueError, match=r"VipLlavaForConditionalGeneration .*'vipllava'.* cannot be compressed"):
+    with pytest.raises(ValueError, match=r"LlavaNextVideo.* \(model type 'llava_next_video'\) cannot be compressed"):
         compress(holder)

@@ -10,7 +10,7 @@ from accelerate import cpu_offload
 from settings import WORDS, inter
 from tiny import MODELS, MORE_MODELS, TINY, answers, forward, padded_patches, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, attention, compress, restore
-from vwt_hf.families import family_of, find_embeddings
+from vwt_hf.families import UNFIT, family_of, find_embeddings, require_supported
 from vwt_hf.tokenizer import choose_patches
 from vwt_hf.words import gather_patches, patchify
 
@@ -233,6 +233,15 @@ def test_offloaded_weights_are_fetched(name, setting, images):
     expected = answers(compress(model, setting), images)
     cpu_offload(model, execution_device=torch.device("cpu"))
     torch.testing.assert_close(answers(model, images), expected)
+
+
+@pytest.mark.parametrize("unfit", UNFIT, ids=lambda unfit: unfit.name)
+def test_what_cannot_be_compressed_says_why(unfit):
+    for model_type in unfit.model_types:
+        config_class = transformers.CONFIG_MAPPING[model_type]
+        named = config_class.__name__.removesuffix("Config") + "Model"
+        with pytest.raises(ValueError, match=rf"{named} .*cannot be compressed: it {unfit.reason}; supported"):
+            require_supported(getattr(transformers, named), restores=True)
 
 
 def test_models_that_predict_masked_patches_are_refused():

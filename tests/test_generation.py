@@ -50,8 +50,40 @@ def paligemma() -> transformers.PreTrainedModel:
     return transformers.PaliGemmaForConditionalGeneration(config)
 
 
-IMAGE_TOKENS = {blip: 0, blip_2: 4, llava: 64, paligemma: 64}
+def llava_like(kind: str, tower: type, **fields) -> transformers.PreTrainedModel:
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=tower(**TINY),
+        text_config=transformers.LlamaConfig(**TEXT, num_key_value_heads=2),
+        image_token_index=IMAGE_TOKEN,
+        **fields,
+    )
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
+def vipllava() -> transformers.PreTrainedModel:
+    return llava_like("VipLlava", transformers.CLIPVisionConfig, vision_feature_layers=[-1, -2])
+
+
+def llava_next() -> transformers.PreTrainedModel:
+    return llava_like("LlavaNext", transformers.CLIPVisionConfig, image_grid_pinpoints=[[32, 64]])
+
+
+def llava_onevision() -> transformers.PreTrainedModel:
+    return llava_like("LlavaOnevision", transformers.SiglipVisionConfig, image_grid_pinpoints=[[32, 64]])
+
+
+IMAGE_TOKENS = {
+    blip: 0,
+    blip_2: 4,
+    llava: 64,
+    vipllava: 64,
+    # The whole image, its two tiles side by side, and an end for each of their rows.
+    llava_next: 200,
+    llava_onevision: 200,
+    paligemma: 64,
+}
 """How many of them a prompt of the model holds."""
+TILED = (llava_next, llava_onevision)
 
 
 @pytest.fixture(params=list(IMAGE_TOKENS), ids=lambda make: make.__name__)
@@ -78,7 +110,11 @@ def images() -> torch.Tensor:
 
 def inputs(make, images: torch.Tensor) -> dict[str, torch.Tensor]:
     prompt = torch.tensor([[IMAGE_TOKEN] * IMAGE_TOKENS[make] + [1, 5, 7]]).repeat(len(images), 1)
-    return {"pixel_values": images, "input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    sizes = {}
+    if make in TILED:
+        images = torch.stack((images, images.flip(2), images.flip(3)), dim=1)
+        sizes = {"image_sizes": torch.tensor([[32, 64]] * len(images))}
+    return sizes | {"pixel_values": images, "input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
 
 
 def logits(model, make, images) -> torch.Tensor:
@@ -87,7 +123,7 @@ def logits(model, make, images) -> torch.Tensor:
 
 
 def allowed(make) -> list[VWTConfig]:
-    every_token = IMAGE_TOKENS[make] == 64
+    every_token = IMAGE_TOKENS[make] >= 64
     return [setting for name, setting in SETTINGS.items() if not (every_token and name == "discard")]
 
 
@@ -116,7 +152,7 @@ def test_text_is_generated_for_a_batch_as_for_its_images_alone(make, images, bea
 
 
 def test_a_language_model_that_expects_every_patch_gets_no_fewer(images):
-    for make in (llava, paligemma):
+    for make in (llava, vipllava, llava_next, llava_onevision, paligemma):
         with pytest.raises(ValueError, match=r"reads a value for every patch.*dropped='merge' or method='inter'"):
             compress(built(make), SETTINGS["discard"])
 

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
 from settings import SETTINGS
 from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip_2, built
@@ -36,16 +37,20 @@ COMPUTED = {
     "zero-shot-image-classification": "logits_per_image",
 }
 """The output of the model that a task's answer is made from."""
+PATCHES = 64
+LLAVA = {
+    "patch_size": TINY["patch_size"],
+    "num_additional_image_tokens": 1,
+    "vision_feature_select_strategy": "default",
+}
 PROCESSOR_FIELDS = {
     "blip-2": {"num_query_tokens": IMAGE_TOKENS[blip_2]},
-    "llava": {
-        "patch_size": TINY["patch_size"],
-        "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": "default",
-    },
+    "llava": LLAVA,
+    "vipllava": LLAVA,
+    "llava_next": LLAVA,
+    "llava_onevision": {"num_image_tokens": PATCHES, "vision_feature_select_strategy": "full"},
 }
 READ_EVERY_PATCH = [model_type for holder in HOLDERS for model_type in holder.model_types]
-PATCHES = 64
 
 
 def photograph(number: int) -> Image.Image:
@@ -107,6 +112,10 @@ REASONS = {
     if task == "image-feature-extraction" and "text_config" in model_class.config_class.sub_configs
 }
 """Those of them that the plain models cannot do either."""
+if not is_torchvision_available():
+    REASONS["image-text-to-text", transformers.LlavaOnevisionForConditionalGeneration] = (
+        "its processor needs torchvision"
+    )
 WITH_NAMES = [(*case, name) for case in BY_MAPPING for name in names_of(case[1])]
 CASES = [case for case in WITH_NAMES if case[:2] not in REASONS]
 ONE_OF_EACH_TASK = [case for case in CASES if case[2] in ("vit-classifier", "dinov2", "clip", "llava")]
@@ -131,8 +140,11 @@ def folder(task, model_class, name, tmp_path) -> str:
     model.save_pretrained(tmp_path)
 
     model_type = model_type_of(model_class)
+    if task == "image-text-to-text" and model_type == "llava_onevision" and not is_torchvision_available():
+        pytest.skip("its processor takes videos, too, which needs torchvision")
     size = {"height": TINY["image_size"], "width": TINY["image_size"]}
     fields = {"patch_size": TINY["patch_size"], "max_num_patches": PATCHES, "image_seq_length": PATCHES}
+    fields["image_grid_pinpoints"] = [[TINY["image_size"], 2 * TINY["image_size"]]]
     image_processor = image_processor_class(model_type)(size=size, crop_size=size, **fields)
     if task == "image-text-to-text":
         tokenizer = tokenizer_with({"<pad>": 0, "<s>": 1, "</s>": 97, "<image>": IMAGE_TOKEN})

@@ -163,20 +163,26 @@ def padded_patches(pixel_values: torch.Tensor, patch_size: int = 4) -> dict[str,
     return {"pixel_values": patches.to(pixel_values), "pixel_attention_mask": mask.int(), "spatial_shapes": shapes}
 
 
+def inputs(model: transformers.PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `model` is called with for images, (batch, channels, height, width)."""
+    given = {"pixel_values": pixel_values}
+    if model.config.model_type.startswith("siglip2"):
+        given = padded_patches(pixel_values)
+    if "mask_ratio" in model.config.to_dict():  # its embeddings shuffle patches: by this, into the order they have
+        patches = pixel_values[0, 0].numel() // model.config.patch_size**2
+        given["noise"] = torch.arange(patches, dtype=torch.float32).expand(len(pixel_values), -1)
+    if hasattr(model, "text_model"):
+        given["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]], device=pixel_values.device)
+    return given
+
+
 def forward(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **kwargs):
     """The model's first output: logits, similarities to two texts (CLIP and its like) or hidden states."""
-    if "mask_ratio" in model.config.to_dict():  # its embeddings shuffle patches: by this, into the order they have
-        patches = (pixel_values.shape[2] // model.config.patch_size) * (
-            pixel_values.shape[3] // model.config.patch_size
-        )
-        kwargs["noise"] = torch.arange(patches, dtype=torch.float32).expand(len(pixel_values), -1)
-    if hasattr(model, "text_model"):
-        kwargs["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]], device=pixel_values.device)
-    if model.config.model_type.startswith("siglip2"):
-        inputs = padded_patches(pixel_values)
-        output, real = model(**inputs, **kwargs)[0], inputs["pixel_attention_mask"].unsqueeze(-1)
-        return output * real if output.shape[:2] == real.shape[:2] else output  # what padding gets means nothing
-    return model(pixel_values=pixel_values, **kwargs)[0]
+    given = inputs(model, pixel_values)
+    output = model(**given, **kwargs)[0]
+    if "pixel_attention_mask" in given and output.shape[:2] == given["pixel_attention_mask"].shape:
+        return output * given["pixel_attention_mask"].unsqueeze(-1)  # what padding gets means nothing
+    return output
 
 
 def answers(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:

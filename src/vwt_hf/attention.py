@@ -326,7 +326,8 @@ def separate(
         own = module.relative_position_bias(tuple(size // module.config.patch_size for size in resolution))
         bias = own if bias is None else own + bias
     dropout = module.dropout.p if module.training else 0.0
-    output, _ = sdpa(module, query, key, value, bias, dropout=dropout)
+    attend = eager if module.config._attn_implementation == PREFIX + "eager" else sdpa
+    output, _ = attend(module, query, key, value, bias, dropout=dropout)
     return (output.flatten(2), _no_weights(query)) if output_attentions else (output.flatten(2),)
 
 

@@ -73,6 +73,18 @@ class Holder:
     """`model_type` of their configs."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Unfit:
+    """A family that is asked for and cannot be compressed."""
+
+    name: str
+    """Name in messages and tables."""
+    model_types: tuple[str, ...]
+    """`model_type` of their configs."""
+    reason: str
+    """Why, after "it"."""
+
+
 def _masked_autoencoder_outputs(
     tokens: torch.Tensor, kept: torch.Tensor | None, batch: int, grid: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -239,9 +251,19 @@ FAMILIES: tuple[Family, ...] = (
 )
 HOLDERS: tuple[Holder, ...] = (
     Holder("LLaVA", ("llava",)),
+    Holder("VipLLaVA", ("vipllava",)),
+    Holder("LLaVA-NeXT", ("llava_next",)),
+    Holder("LLaVA-OneVision", ("llava_onevision",)),
     Holder("PaliGemma", ("paligemma",)),
 )
 ROWS: tuple[Family | Holder, ...] = (*FAMILIES, *HOLDERS)
+UNFIT: tuple[Unfit, ...] = (
+    Unfit("Swin", ("swin", "swinv2"), "attends within windows of the whole grid and merges neighbours between stages"),
+    Unfit("SegFormer", ("segformer",), "shortens keys by convolutions over the whole grid"),
+    Unfit("PVT", ("pvt", "pvt_v2"), "shortens keys by convolutions over the whole grid"),
+    Unfit("SAM", ("sam", "sam_vision_model"), "attends within windows of the whole grid and gives out feature maps"),
+    Unfit("ConvNeXt", ("convnext", "convnextv2"), "is made of convolutions, which have no tokens to leave out"),
+)
 
 
 def supported() -> list[str]:
@@ -260,6 +282,7 @@ def family_table() -> str:
         lines.append(f"| {family.name} | {positions} | {', '.join(prefix) or 'none'} | {family.pools} |")
     for holder in HOLDERS:
         lines.append(f"| {holder.name} | its CLIP or SigLIP tower's | the tower's | a language model: every patch |")
+    lines += [f"| {unfit.name} | cannot be compressed: it {unfit.reason} | | |" for unfit in UNFIT]
     return "\n".join(lines)
 
 
@@ -276,8 +299,10 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
     name = model_class.__name__
     row = _row_of(model_class)
     if row is None:
+        model_type = _model_type(model_class)
+        reason = next((f": it {unfit.reason}" for unfit in UNFIT if model_type in unfit.model_types), " by vwt_hf")
         raise ValueError(
-            f"{name} (model type {_model_type(model_class)!r}) cannot be compressed by vwt_hf; supported families: "
+            f"{name} (model type {model_type!r}) cannot be compressed{reason}; supported families: "
             f"{', '.join(supported())}. Load it without `vwt`."
         )
     if isinstance(row, Family) and name in row.predicts_masked:

@@ -259,7 +259,8 @@ def _group(
 
 def _project(projection: Any, patches: torch.Tensor) -> torch.Tensor:
     """The tokens (batch, patches, hidden) that a patch projection makes of patches (batch, patches, values)."""
-    patches = patches.to(projection.weight.dtype)
+    if projection.weight.is_floating_point():  # a linear one may be quantized
+        patches = patches.to(projection.weight.dtype)
     if isinstance(projection, nn.Linear):
         return projection(patches)
     strip = patch_strip(patches, projection.kernel_size)

@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Compares two rotations for a token that is a mean of patches, under rotary positions: that of the mean of their
+coordinates, and that of their medoid, the patch nearest to it.
+
+    python scripts/compare_rotary.py --teacher MODEL --train FOLDER --images PHOTOGRAPHS --vocabulary my-words
+
+Trained weights with rotary positions are made here: a DINOv3 of the teacher's size, which starts from the weights of
+the teacher, a DINOv2 classifier, and learns its features from unlabelled images. Its answers, read by the teacher's
+head, with words and without are then compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForImageClassification, DINOv3ViTConfig, DINOv3ViTModel
+
+from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
+from vwt_hf.image_source import open_images, read_image
+from vwt_hf.layout import pool
+from vwt_hf.processors import load_processor
+from vwt_hf.tokenizer import forward_under_way
+from vwt_hf.words import patch_places
+
+hooks: Any = importlib.import_module("vwt_hf.compress")  # of which the package shows the function of that name
+RENAMED = (
+    ("encoder.layer.", "model.layer."),
+    ("patch_embeddings.projection", "patch_embeddings"),
+    ("mlp.fc1", "mlp.up_proj"),
+    ("mlp.fc2", "mlp.down_proj"),
+    ("layernorm", "norm"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="a DINOv2 classifier: its folder or Hub id")
+    parser.add_argument("--train", required=True, help="folder of unlabelled images to learn the features from")
+    parser.add_argument("--images", required=True, help="folder of other images to compare on")
+    parser.add_argument("--vocabulary", required=True, help="words of the teacher's patch size")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--steps", type=int, default=400, help="of learning")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=300, help="images to compare on")
+    parser.add_argument("--weights", type=Path, help="file that keeps the weights learned")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    teacher = AutoModelForImageClassification.from_pretrained(args.teacher, dtype=torch.float32).eval()
+    processor = load_processor(args.teacher)
+
+    student = as_rotary(teacher)
+    if args.weights and args.weights.exists():
+        student.load_state_dict(torch.load(args.weights, weights_only=True))
+    else:
+        learn(student, teacher, processor, args)
+        if args.weights:
+            torch.save(student.state_dict(), args.weights)
+    vocabulary = VisualVocabulary.from_pretrained(args.vocabulary)
+    batches = [pixels(processor, paths) for paths in chunked(sample(args.images, args.limit), 20)]
+
+    def answers() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([read(teacher, student(batch).last_hidden_state) for batch in tqdm(batches, leave=False)])
+
+    results: list[dict[str, Any]] = []
+    plain = answers()
+    with torch.no_grad():
+        taught = torch.cat([teacher(batch).logits for batch in batches])
+    print(f"the rotary model agrees with its teacher on {agreement(plain, taught):.2f} % of {len(plain)} images")
+    medoid = hooks._rotate_group
+    for threshold in args.thresholds:
+        fields = {"image_mean": processor.image_mean, "image_std": processor.image_std, "threshold": threshold}
+        compress(student, VWTConfig(method="inter", vocabulary=vocabulary, **fields))
+        for name, rotate in (("medoid", medoid), ("mean", by_mean(student))):
+            hooks._rotate_group = rotate
+            found = answers()
+            kl = (plain.softmax(1) * (plain.log_softmax(1) - found.log_softmax(1))).sum(1).mean().item()
+            results.append({"threshold": threshold, "rotation": name, "agree": agreement(found, plain), "kl": kl})
+            print(
+                "threshold {threshold}, {rotation}: {agree:.2f} % agree, KL {kl:.5f}".format(**results[-1]), flush=True
+            )
+        hooks._rotate_group = medoid
+        restore(student)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+def as_rotary(teacher: Any) -> DINOv3ViTModel:
+    """A model with rotary positions, and of all else the teacher's weights."""
+    of = teacher.config
+    torch.manual_seed(0)
+    student = DINOv3ViTModel(
+        DINOv3ViTConfig(
+            hidden_size=of.hidden_size,
+            num_hidden_layers=of.num_hidden_layers,
+            num_attention_heads=of.num_attention_heads,
+            intermediate_size=of.hidden_size * of.mlp_ratio,
+            patch_size=of.patch_size,
+            image_size=224,
+            num_register_tokens=0,
+            key_bias=True,
+        )
+    )
+    weights = {}
+    for name, value in teacher.base_model.state_dict().items():
+        for old, new in RENAMED:
+            name = name.replace(old, new)
+        weights[name] = value
+    weights["embeddings.mask_token"] = weights["embeddings.mask_token"].view(1, 1, -1)
+    weights.pop("embeddings.position_embeddings")
+    missing, unexpected = student.load_state_dict(weights, strict=False)
+    assert not unexpected and all("register_tokens" in name for name in missing), (missing, unexpected)
+    return student
+
+
+def learn(student: Any, teacher: Any, processor: Any, args: argparse.Namespace) -> None:
+    """Has the student give the teacher's last hidden states, on images of 8 to 16 patches a side."""
+    paths = sample(args.train, None)
+    optimizer = torch.optim.AdamW(student.train().parameters(), lr=1e-4, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-4, total_steps=args.steps)
+    student.config.pos_embed_rescale = None  # no augmentation of places
+    bar = tqdm(range(args.steps), desc="learning")
+    for _step in bar:
+        batch = pixels(processor, random.sample(paths, args.batch_size))
+        batch = batch.flip(3) if random.random() < 0.5 else batch
+        side = 14 * random.choice((8, 10, 12, 16))
+        batch = torch.nn.functional.interpolate(batch, size=(side, side), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            wanted = teacher.base_model(batch).last_hidden_state
+        found = student(batch).last_hidden_state
+        loss = (found - wanted).square().mean() + (found[:, 0] - wanted[:, 0]).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.4f}", share=f"{loss.item() / wanted.var().item():.3f}")
+    student.eval()
+
+
+def by_mean(student: Any) -> Any:
+    """What rotates tokens by the mean of their patches' coordinates; stands in for vwt_hf's own."""
+    frequencies = next(module.inv_freq for module in student.modules() if hasattr(module, "inv_freq"))
+
+    def rotate(grid: tuple[int, int], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        layout = forward_under_way().batch.layout
+        places = pool(patch_places(grid, output[0].device), layout)
+        centres = (places + 0.5) / torch.tensor(grid) * 2 - 1
+        angles = (2 * math.pi * centres[..., None] * frequencies).flatten(2).tile(2)
+        # Tokens without a place are left as they are.
+        none = torch.ones_like(layout.sizes, dtype=torch.bool)
+        none.view(-1)[layout.rows[:, layout.prefix :].flatten()] = False
+        angles = angles.masked_fill(none[..., None], 0.0)
+        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+    return rotate
+
+
+def read(teacher: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return teacher.classifier(torch.cat((hidden_states[:, 0], hidden_states[:, 1:].mean(1)), dim=1))
+
+
+def agreement(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return 100 * (found.argmax(1) == expected.argmax(1)).float().mean().item()
+
+
+def sample(folder: str, limit: int | None) -> list[Any]:
+    items = [item for _name, item in open_images(folder).items]
+    random.seed(0)
+    random.shuffle(items)
+    return items[:limit]
+
+
+def chunked(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def pixels(processor: Any, items: list[Any]) -> torch.Tensor:
+    return processor([read_image(item) for item in items], return_tensors="pt")["pixel_values"]
+
+
+if __name__ == "__main__":
+    main()
