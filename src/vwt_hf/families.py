@@ -213,7 +213,7 @@ FAMILIES: tuple[Family, ...] = (
     _like_clip("OWLv2", "owlv2", "Owlv2", needs_every_patch=("Owlv2ForObjectDetection",)),
     _like_clip("SigLIP", "siglip", "Siglip", pools="attention over all tokens; the classifier: their mean", prefix=()),
     Family(
-        name="SigLIP 2 (NaFlex)",
+        name="SigLIP 2 NaFlex",
         model_types=("siglip2", "siglip2_vision_model"),
         embeddings="Siglip2VisionEmbeddings",
         projection="patch_embedding",
