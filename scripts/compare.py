@@ -114,7 +114,8 @@ class TokenCounter:
         self.tokens = self.images = 0
         find_embeddings(model, family_of(model)).register_forward_hook(self._count)
 
-    def _count(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+    def _count(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output  # some embeddings give more than tokens
         forward = current.get()
         batch = forward and forward.batch
         if batch is None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from tiny import tiny_model
 from vwt_hf.cli import main
 
 Image = pytest.importorskip("PIL.Image", reason='needs pillow: pip install "vwt-hf[demo]"')
@@ -112,6 +113,19 @@ def test_a_folder_without_images_and_a_file_that_is_none_are_refused(checkpoint,
 
 
 def test_an_unsupported_model_is_refused_by_name(tmp_path, photographs, capsys):
-    checkpoint = save(transformers.BeitModel(transformers.BeitConfig(**VISION)), tmp_path)
+    config = transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[1], window_size=4)
+    checkpoint = save(transformers.SwinModel(config), tmp_path)
     assert run_demo(checkpoint, photographs) == 2
-    assert "BeitModel" in capsys.readouterr().err
+    assert "SwinModel" in capsys.readouterr().err
+
+
+def test_images_that_come_as_patches_are_refused(photographs, tmp_path, capsys):
+    checkpoint = save(tiny_model("siglip2-vision"), tmp_path)
+    transformers.Siglip2ImageProcessorPil(patch_size=4, max_num_patches=64).save_pretrained(checkpoint)
+    for command in ("demo", "learn"):
+        more = ["--patch-size", "4", "--size", "2"] if command == "learn" else []
+        source = (
+            [str(photographs), "--image-processor"] if command == "learn" else ["--images", str(photographs), "--model"]
+        )
+        assert main([command, *source, checkpoint, *more, "--output", str(tmp_path / "out")]) == 2
+        assert "expected whole images (batch, channels, height, width)" in capsys.readouterr().err

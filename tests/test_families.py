@@ -274,7 +274,7 @@ def test_a_segmentation_head_reads_every_patch_or_is_refused(images):
 def test_padding_is_as_if_it_were_not_there(dropped, criterion, images):
     """An image of 6 × 5 patches among 64 answers as it does without padding, with half of its own patches."""
     model = compress(tiny_model("siglip2-vision"), VWTConfig(dropped=dropped, criterion=criterion))
-    padded = padded_patches(images)
+    padded = padded_patches(images, 4)
     assert padded["spatial_shapes"].tolist() == [[6, 5], [8, 8], [6, 5], [8, 8]]
     alone = {name: values[2:3, :30] for name, values in padded.items()}
     if criterion != "random":  # the order is drawn for the number of patches, padding included
@@ -295,7 +295,7 @@ def test_a_mean_of_real_patches_reads_every_patch_or_is_refused(images):
     model = transformers.Siglip2ForImageClassification(config(**TINY)).eval()
     with pytest.raises(ValueError, match=r"Siglip2ForImageClassification reads a value for every patch.*'merge'"):
         compress(model, SETTINGS["discard"])
-    padded = padded_patches(images)
+    padded = padded_patches(images, 4)
     alone = {name: values[2:3] for name, values in padded.items()}
     with torch.no_grad():
         plain = model(**padded).logits
@@ -308,7 +308,7 @@ def test_a_mean_of_real_patches_reads_every_patch_or_is_refused(images):
 def test_what_is_no_batch_of_patches_is_refused(images):
     model = compress(tiny_model("siglip2-vision"), SETTINGS["merge"])
     with pytest.raises(ValueError, match=r"pixel_values are \(4, 64, 20\); the model expects \(batch, patches, 48\)"):
-        model(**padded_patches(images) | {"pixel_values": torch.zeros(4, 64, 20)})
+        model(**padded_patches(images, 4) | {"pixel_values": torch.zeros(4, 64, 20)})
 
 
 @pytest.mark.parametrize("kind", ["Beit", "Data2VecVision"])

@@ -108,13 +108,14 @@ class Subject:
 @pytest.fixture(scope="module", autouse=True)
 def index_once() -> Iterator[None]:
     """Models of one patch size have the same words here; making those of 32 pixels ready takes seconds."""
-    ready: dict[torch.Size, Any] = {}
+    ready: dict[bytes, Any] = {}
     index_words = lexicon.index_words
 
     def once(words: torch.Tensor) -> Any:
-        if words.shape not in ready:
-            ready[words.shape] = index_words(words)
-        return ready[words.shape]
+        key = words.numpy().tobytes()
+        if key not in ready:
+            ready[key] = index_words(words)
+        return ready[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lexicon, "index_words", once)

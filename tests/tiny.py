@@ -150,7 +150,7 @@ def sample_pixel_values(batch: int = 3, height: int = 32, width: int = 32) -> to
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def padded_patches(pixel_values: torch.Tensor, patch_size: int = 4) -> dict[str, torch.Tensor]:
+def padded_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor]:
     """Images as SigLIP 2 takes them: the patches of images of many sizes. Those that are flat or bright are cut."""
     rows, columns = (size // patch_size for size in pixel_values.shape[2:])
     flat, bright = pixel_values.float().std((1, 2, 3)) < 0.5, pixel_values.float().mean((1, 2, 3)) > 0.5
@@ -167,7 +167,7 @@ def inputs(model: transformers.PreTrainedModel, pixel_values: torch.Tensor) -> d
     """What `model` is called with for images, (batch, channels, height, width)."""
     given = {"pixel_values": pixel_values}
     if model.config.model_type.startswith("siglip2"):
-        given = padded_patches(pixel_values)
+        given = padded_patches(pixel_values, getattr(model.config, "vision_config", model.config).patch_size)
     if "mask_ratio" in model.config.to_dict():  # its embeddings shuffle patches: by this, into the order they have
         patches = pixel_values[0, 0].numel() // model.config.patch_size**2
         given["noise"] = torch.arange(patches, dtype=torch.float32).expand(len(pixel_values), -1)

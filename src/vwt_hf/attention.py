@@ -155,7 +155,7 @@ def _checkpoint(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args
     return checkpoint(within, *args)
 
 
-def packs(implementation: str, device: torch.device, dtype: torch.dtype, relative: bool) -> bool:
+def packs(implementation: str, device: torch.device, dtype: torch.dtype, relative: bool = False) -> bool:
     """Whether `implementation` attends to packed batches as fast as it can to padded ones.
 
     On a CPU it does, length by length. On other devices a call for each length would leave the device waiting for

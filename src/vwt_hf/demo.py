@@ -20,7 +20,7 @@ from . import demo_weights
 from .config import VWTConfig
 from .families import attribute, family_of, find_embeddings
 from .image_source import read_image
-from .processors import load_processor, quiet_transformers
+from .processors import load_processor, quiet_transformers, whole_images
 from .visualize import kept_patches_figure, write_png
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
@@ -85,7 +85,7 @@ def demo(
     with quiet_transformers():
         processor = load_processor(checkpoint)
         plain, pooled = load(checkpoint, False, on)
-        inputs = processor(images=[read_image(path) for path in paths], return_tensors="pt")["pixel_values"]
+        inputs = whole_images(processor(images=[read_image(path) for path in paths], return_tensors="pt"))
         pixel_values = inputs.to(on, plain.dtype)
         results = []
         for setting in settings:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .processors import whole_images
 from .words import patchify
 
 SHUFFLED = 1000
@@ -170,7 +171,7 @@ def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Te
     made = image_processor(
         images=[image], do_normalize=False, do_rescale=True, rescale_factor=1 / 255, return_tensors="pt"
     )
-    pixels = made["pixel_values"].float()
+    pixels = whole_images(made).float()
     low, high = pixels.aminmax()
     # Resizing in floating point overshoots a little.
     if low < -0.1 or high > 1.1:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
@@ -39,6 +40,22 @@ def patch_size_of(checkpoint: str) -> int | None:
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
     return size if isinstance(size, int) else None
+
+
+def whole_images(made: Any) -> torch.Tensor:
+    """The images, (batch, channels, height, width), of what an image processor made.
+
+    Raises:
+        ValueError: it cuts images into patches by itself, as SigLIP 2's for images of many sizes does.
+    """
+    pixel_values = made["pixel_values"]
+    if pixel_values.dim() != 4:
+        raise ValueError(
+            f"The image processor gives pixel_values of shape {tuple(pixel_values.shape)}; expected whole images "
+            "(batch, channels, height, width). Use the image processor of a model that takes such images, with patches "
+            "of the same size."
+        )
+    return pixel_values
 
 
 def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

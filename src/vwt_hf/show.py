@@ -11,7 +11,7 @@ import torch
 from .config import VWTConfig
 from .demo import ROWS, find_images
 from .image_source import read_image
-from .processors import load_processor, patch_size_of, processor_statistics
+from .processors import load_processor, patch_size_of, processor_statistics, whole_images
 from .visualize import kept_mask, kept_patches_figure, shared_words, word_captions, words_figure, write_png
 from .vocabulary import VisualVocabulary
 
@@ -69,9 +69,8 @@ def show(
         processor = load_processor(model)
         patch_size = required_patch_size(model)
         mean, std = processor_statistics(processor, channels=3)
-        pixel_values = processor(images=[read_image(path) for path in drawn], return_tensors="pt")[
-            "pixel_values"
-        ].float()
+        made = processor(images=[read_image(path) for path in drawn], return_tensors="pt")
+        pixel_values = whole_images(made).float()
     size = (patch_size, patch_size)
 
     if words is None:
