@@ -122,10 +122,8 @@ def test_an_unsupported_model_is_refused_by_name(tmp_path, photographs, capsys):
 def test_images_that_come_as_patches_are_refused(photographs, tmp_path, capsys):
     checkpoint = save(tiny_model("siglip2-vision"), tmp_path)
     transformers.Siglip2ImageProcessorPil(patch_size=4, max_num_patches=64).save_pretrained(checkpoint)
-    for command in ("demo", "learn"):
-        more = ["--patch-size", "4", "--size", "2"] if command == "learn" else []
-        source = (
-            [str(photographs), "--image-processor"] if command == "learn" else ["--images", str(photographs), "--model"]
-        )
-        assert main([command, *source, checkpoint, *more, "--output", str(tmp_path / "out")]) == 2
+    demo = ["demo", "--images", str(photographs), "--model", checkpoint]
+    learn = ["learn", str(photographs), "--image-processor", checkpoint, "--patch-size", "4", "--size", "2"]
+    for command in (demo, learn):
+        assert main([*command, "--output", str(tmp_path / "out")]) == 2
         assert "expected whole images (batch, channels, height, width)" in capsys.readouterr().err

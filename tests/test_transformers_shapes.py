@@ -22,7 +22,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
 from settings import STATISTICS
-from vwt_hf import VisualVocabulary, VWTConfig, compress, lexicon, restore
+from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.families import FAMILIES, find_embeddings, find_layers, find_tower
 
 Answers = dict[str, torch.Tensor]
@@ -103,23 +103,6 @@ class Subject:
     def need_every_setting(self) -> None:
         if len(self.settings) == 1:
             pytest.skip("takes its time, and is tried on the tower alone, or on a model like it with fewer patches")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def index_once() -> Iterator[None]:
-    """Models of one patch size have the same words here; making those of 32 pixels ready takes seconds."""
-    ready: dict[bytes, Any] = {}
-    index_words = lexicon.index_words
-
-    def once(words: torch.Tensor) -> Any:
-        key = words.numpy().tobytes()
-        if key not in ready:
-            ready[key] = index_words(words)
-        return ready[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lexicon, "index_words", once)
-        yield
 
 
 @pytest.fixture(scope="module", params=[*default_cases(), *checkout_cases()])

@@ -262,7 +262,11 @@ def index_words(words: torch.Tensor, axes: int = 31) -> WordIndex:
     """
     with torch.autocast(words.device.type, enabled=False):
         unit = torch.nn.functional.normalize(words.float(), dim=1)
-        basis = torch.linalg.eigh(unit.T @ unit).eigenvectors[:, -axes:]
+        if len(unit) < unit.shape[1]:  # the smaller of two matrices that give the same axes
+            along = unit.T @ torch.linalg.eigh(unit @ unit.T).eigenvectors[:, -axes:]
+            basis = torch.linalg.qr(along).Q
+        else:
+            basis = torch.linalg.eigh(unit.T @ unit).eigenvectors[:, -axes:]
         return WordIndex(unit, basis, _sketch(unit, basis))
 
 
