@@ -292,7 +292,8 @@ def _rotate(
     """Forward hook of rotary positions, which makes the rotations (patches, head size) of patches those of tokens.
 
     A token that is a patch has its rotation. One that is a mean has that of the patch nearest to the mean of its
-    places, which is a rotation that the model knows, jittered in training as the others are.
+    places, which is a rotation that the model knows, jittered in training as the others are. The rotation of the mean
+    of the coordinates agrees less with the plain model (scripts/compare_rotary.py).
 
     Returns:
         (batch or sequences, 1, tokens, head size), or (tokens, head size) where all images share them.
