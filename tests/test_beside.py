@@ -78,6 +78,20 @@ def test_lora_trains_saves_and_loads_on_a_compressed_model(setting, tmp_path):
 
 
 @setting
+@pytest.mark.parametrize(("name", "projection"), [("siglip2-vision", "patch_embedding"), ("vit", "projection")])
+def test_lora_reaches_the_projection_of_patches(name, projection, setting):
+    peft = pytest.importorskip("peft")
+    model = compress(tiny_model(name), setting)
+    given = inputs(model, sample_images())
+    with torch.no_grad():
+        expected = model(**given)[0]
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[projection]))
+        torch.testing.assert_close(adapted(**given)[0], expected)
+        compress(model, setting)
+        torch.testing.assert_close(adapted(**given)[0], expected)
+
+
+@setting
 def test_trainer_trains_and_evaluates_a_compressed_model(setting, tmp_path):
     class Images(torch.utils.data.Dataset):
         def __len__(self) -> int:

@@ -51,8 +51,9 @@ class Forward:
     """Whether layers draw random numbers for each sequence, as stochastic depth does in training."""
     relative: bool = False
     """Whether its attention is given a bias by where patches lie to each other, in place of a mask."""
-    padding: torch.Tensor | None = None
-    """(batch, patches or kept patches): which of the tower's output is no padding, where its images are padded."""
+    real: torch.Tensor | None = None
+    """(batch, patches or kept patches): which of the tower's output is real, not padding, where its images are padded;
+    before its embeddings ran, what the caller gave as such."""
     batch: Batch | None = None
     """What its embeddings laid out; `None` before, and where patches were dropped."""
     kept: torch.Tensor | None = None

@@ -80,7 +80,7 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     relative = [module for module in tower.modules() if type(module).__name__ == family.relative]
     for module in (embeddings, *attentions, *relative):
         _require_replaceable(module)
-    tokenizer = Tokenizer(family, setting, lexicon)
+    tokenizer = Tokenizer(family, setting, lexicon, bool(relative))
     if tokenizer.attends:
         attention.require_usable(tower)
     _own_config(model)
@@ -217,20 +217,21 @@ def _open(tokenizer: Tokenizer, tower: Any, args: Any, kwargs: dict[str, Any]) -
     if torch.is_grad_enabled():
         attention.carry_through_checkpoints(find_layers(tower))
     draws = tower.training and getattr(tower.config, "drop_path_rate", 0) > 0
-    relative = tokenizer.family.relative is not None
-    forward = attention.Forward(tower.config._attn_implementation, draws, relative)
+    forward = attention.Forward(tower.config._attn_implementation, draws, tokenizer.relative)
     attention.current.set(forward)
     if not tokenizer.attends or tokenizer.family.padded is None:
         return None
-    kwargs = dict(zip(("pixel_values", "pixel_attention_mask", "spatial_shapes"), args, strict=False), **kwargs)
-    forward.padding = kwargs["pixel_attention_mask"]
-    return (), kwargs | {"pixel_attention_mask": None}
+    names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+    kwargs = dict(zip(names, args, strict=False), **kwargs)
+    forward.real = kwargs.get("pixel_attention_mask")
+    return args[len(names) :], kwargs | {"pixel_attention_mask": None}
 
 
 @torch.compiler.disable
 def _mask_padding(head: nn.Module, args: Any) -> Any:
     """Forward pre-hook of a head that is told which patches are padding."""
-    return args[0], forward_under_way().padding
+    forward = attention.current.get()
+    return args if forward is None else (args[0], forward.real)
 
 
 @torch.compiler.disable

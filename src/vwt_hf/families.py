@@ -391,11 +391,18 @@ def find_stack(tower: nn.Module, layer: nn.Module) -> nn.Module:
 
 def patch_shape(module: nn.Module, family: Family) -> tuple[int, int, int]:
     """Channels, height and width of the patches that an embeddings module takes."""
-    projection = attribute(module, family.projection)
+    # By the weight, which LoRA's wrappers have, too.
+    _, *inputs = weight_of(attribute(module, family.projection)).shape
     if family.padded is None:
-        return projection.in_channels, *projection.kernel_size
+        return inputs[0], inputs[1], inputs[2]
     size = attribute(module, "patch_size")
-    return projection.in_features // size**2, size, size
+    return inputs[0] // size**2, size, size
+
+
+def weight_of(projection: Any) -> torch.Tensor:
+    """The weight of a patch projection, which quantized ones give when called for."""
+    weight = projection.weight
+    return weight() if callable(weight) else weight
 
 
 def position_table(module: nn.Module, family: Family, grid: tuple[int, int]) -> torch.Tensor | None:

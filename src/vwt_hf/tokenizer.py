@@ -10,7 +10,7 @@ from torch import nn
 
 from . import attention
 from .config import VWTConfig
-from .families import Family, attribute, patch_shape, position_table
+from .families import Family, attribute, patch_shape, position_table, weight_of
 from .layout import attention_bias, group, pool, put_prefix, represent
 from .lexicon import Lexicon
 from .padded import choose_padded, padded_places
@@ -37,6 +37,8 @@ class Tokenizer:
     family: Family
     setting: VWTConfig
     lexicon: Lexicon | None
+    relative: bool
+    """Whether the model gives attention a bias by where patches lie to each other."""
 
     @property
     def attends(self) -> bool:
@@ -49,7 +51,7 @@ class Tokenizer:
     @property
     def tells(self) -> bool:
         """Whether layers must know what the embeddings did: which patches a token stands for, or which of them stay."""
-        return self.attends or (self.family.relative is not None and self.setting.method == "intra")
+        return self.attends or (self.relative and self.setting.method == "intra")
 
 
 def embed(
@@ -84,10 +86,14 @@ def embed(
         )
     family, setting = tokenizer.family, tokenizer.setting
     projection = attribute(module, family.projection)
-    grid = patch_grid(pixel_values, projection.kernel_size)
+    channels, *patch_size = patch_shape(module, family)
+    size = (patch_size[0], patch_size[1])
+    grid = patch_grid(pixel_values, size)
     count = grid[0] * grid[1]
     if setting.is_plain(count):
         extra: dict[str, Any] = {} if noise is None else {"noise": noise}
+        if family.masks and noise is None:  # else patches come in a random order
+            extra["noise"] = torch.arange(count, device=pixel_values.device).expand(len(pixel_values), -1)
         if not family.always_interpolates and not callable(family.positions):
             extra["interpolate_pos_encoding"] = interpolate_pos_encoding
         embeddings = type(module).forward(module, pixel_values, **extra)
@@ -97,16 +103,14 @@ def embed(
             layout = represent(itself.expand(len(tokens), -1), count, tokens.shape[1] - count)
             _lay_out(itself, attention.Batch(layout, None))
         return embeddings
-    if pixel_values.shape[1] != projection.in_channels:
-        raise ValueError(
-            f"pixel_values have {pixel_values.shape[1]} channels; the model expects {projection.in_channels}."
-        )
+    if pixel_values.shape[1] != channels:
+        raise ValueError(f"pixel_values have {pixel_values.shape[1]} channels; the model expects {channels}.")
     prefix, positions = _prefix_and_positions(
-        module, family, pixel_values, grid, projection.out_channels, bool(interpolate_pos_encoding)
+        module, family, pixel_values, grid, weight_of(projection).shape[0], bool(interpolate_pos_encoding)
     )
     norm = None if family.norm is None else attribute(module, family.norm)
 
-    patches = patchify(pixel_values, projection.kernel_size)
+    patches = patchify(pixel_values, size)
     kept = None
     if tokenizer.lexicon is None:
         kept = choose_patches(patches, grid, setting.patches_kept(count), setting)
@@ -152,10 +156,11 @@ def embed_padded(
     family, setting = tokenizer.family, tokenizer.setting
     projection = attribute(module, family.projection)
     shape = patch_shape(module, family)
-    if pixel_values.dim() != 3 or pixel_values.shape[2] != projection.in_features:
+    values = shape[0] * shape[1] * shape[2]
+    if pixel_values.dim() != 3 or pixel_values.shape[2] != values:
         raise ValueError(
             f"pixel_values are {tuple(pixel_values.shape)}; the model expects (batch, patches, "
-            f"{projection.in_features}), patches of {shape[1]}×{shape[2]} pixels and {shape[0]} channels as its image "
+            f"{values}), patches of {shape[1]}×{shape[2]} pixels and {shape[0]} channels as its image "
             "processor cuts them."
         )
     count = pixel_values.shape[1]
@@ -163,7 +168,11 @@ def embed_padded(
     table = module.position_embedding(torch.arange(module.num_patches, device=pixel_values.device))
     table = table.unflatten(0, (module.position_embedding_size, -1))
     positions = module.resize_positional_embeddings(table, spatial_shapes, max_length=count)
-    places, real = padded_places(spatial_shapes, count)
+    places, real = padded_places(spatial_shapes.to(pixel_values.device), count)
+    forward = forward_under_way()
+    if forward.real is not None:
+        real = real & forward.real.bool()
+    forward.real = real
     if tokenizer.lexicon is not None:
         as_words = pixel_values.unflatten(-1, (*shape[1:], shape[0])).movedim(-1, 2).flatten(2)
         none = positions.new_empty(1, 0, positions.shape[-1])
@@ -175,7 +184,7 @@ def embed_padded(
     layout = represent(nearest, kept.shape[1], real=real)
     _lay_out(kept, attention.Batch(layout, attention_bias(layout, setting.proportional_attention)))
     if not setting.restores:
-        forward_under_way().padding = stays
+        forward.real = stays
     return _project(projection, gather_patches(pixel_values, kept)) + gather_patches(positions, kept)
 
 
@@ -259,11 +268,12 @@ def _group(
 
 def _project(projection: Any, patches: torch.Tensor) -> torch.Tensor:
     """The tokens (batch, patches, hidden) that a patch projection makes of patches (batch, patches, values)."""
-    if projection.weight.is_floating_point():  # a linear one may be quantized
-        patches = patches.to(projection.weight.dtype)
-    if isinstance(projection, nn.Linear):
+    weight = weight_of(projection)
+    if weight.is_floating_point():  # a linear one may be quantized
+        patches = patches.to(weight.dtype)
+    if weight.dim() == 2:
         return projection(patches)
-    strip = patch_strip(patches, projection.kernel_size)
+    strip = patch_strip(patches, (weight.shape[2], weight.shape[3]))
     return projection(strip).flatten(2).transpose(1, 2)
 
 
