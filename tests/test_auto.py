@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 import vwt_hf
-from tiny import MODELS, TINY, answers, tiny_model
+from tiny import MODELS, MORE_MODELS, TINY, answers, tiny_model
 from vwt_hf import VWTConfig
 
 HALF = {"method": "intra", "keep_ratio": 0.5}
@@ -53,7 +53,7 @@ def test_the_ordinary_class_loads_whole_and_compressed(model, folder, pixel_valu
 def plain_process(tmp_path_factory) -> Path:
     """Every tiny model saved plain and compressed, then loaded and saved again where vwt_hf is not imported."""
     folder = tmp_path_factory.mktemp("plain-process")
-    for name in MODELS:
+    for name in MODELS | MORE_MODELS:
         model = tiny_model(name)
         model.save_pretrained(folder / "plain" / name)
         vwt_hf.compress(model, HALF).save_pretrained(folder / "short" / name)
@@ -65,7 +65,7 @@ def plain_process(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [*MODELS, *MORE_MODELS])
 def test_without_vwt_a_checkpoint_loads_as_if_the_plugin_were_absent(name, pixel_values, plain_process, tmp_path):
     """Class, state dict, answers and the saved config are those of a process that never imports vwt_hf."""
     source, by_plain = plain_process / "plain" / name, plain_process / "plain-again" / name
@@ -78,7 +78,7 @@ def test_without_vwt_a_checkpoint_loads_as_if_the_plugin_were_absent(name, pixel
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads((by_plain / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [*MODELS, *MORE_MODELS])
 def test_a_saved_model_loads_plain_where_the_plugin_is_absent(name, pixel_values, plain_process):
     plain = answers(tiny_model(name), pixel_values)
     by_plain = torch.load(plain_process / "short-again" / name / "answers.pt")
