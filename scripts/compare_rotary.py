@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageClassification, DINOv3ViTConfig, DINOv3ViTModel
 
+from compare import TokenCounter, print_table, row
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.image_source import open_images, read_image
 from vwt_hf.layout import pool
@@ -48,10 +50,10 @@ def main() -> None:
     parser.add_argument("--vocabulary", required=True, help="words of the teacher's patch size")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     parser.add_argument("--steps", type=int, default=400, help="of learning")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="images of a step")
     parser.add_argument("--limit", type=int, default=300, help="images to compare on")
     parser.add_argument("--weights", type=Path, help="file that keeps the weights learned")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     teacher = AutoModelForImageClassification.from_pretrained(args.teacher, dtype=torch.float32).eval()
     processor = load_processor(args.teacher)
@@ -63,34 +65,35 @@ def main() -> None:
         learn(student, teacher, processor, args)
         if args.weights:
             torch.save(student.state_dict(), args.weights)
+    student.eval()  # in training positions are jittered
     vocabulary = VisualVocabulary.from_pretrained(args.vocabulary)
     batches = [pixels(processor, paths) for paths in chunked(sample(args.images, args.limit), 20)]
 
-    def answers() -> torch.Tensor:
-        with torch.no_grad():
-            return torch.cat([read(teacher, student(batch).last_hidden_state) for batch in tqdm(batches, leave=False)])
+    @torch.no_grad()
+    def answer(name: str, plain: torch.Tensor | None = None) -> torch.Tensor:
+        counter, start = TokenCounter(student), time.perf_counter()
+        found = torch.cat([read(teacher, student(batch).last_hidden_state) for batch in tqdm(batches, leave=False)])
+        expected = found if plain is None else plain
+        unlabelled: list[int | None] = [None] * len(found)
+        rows.append(row(name, counter.mean(), found, expected, unlabelled, time.perf_counter() - start))
+        return found
 
-    results: list[dict[str, Any]] = []
-    plain = answers()
+    rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        taught = torch.cat([teacher(batch).logits for batch in batches])
-    print(f"the rotary model agrees with its teacher on {agreement(plain, taught):.2f} % of {len(plain)} images")
+        answer("uncompressed, against its teacher", torch.cat([teacher(batch).logits for batch in batches]))
+    plain = answer("uncompressed")
     medoid = hooks._rotate_group
     for threshold in args.thresholds:
         fields = {"image_mean": processor.image_mean, "image_std": processor.image_std, "threshold": threshold}
         compress(student, VWTConfig(method="inter", vocabulary=vocabulary, **fields))
         for name, rotate in (("medoid", medoid), ("mean", by_mean(student))):
             hooks._rotate_group = rotate
-            found = answers()
-            kl = (plain.softmax(1) * (plain.log_softmax(1) - found.log_softmax(1))).sum(1).mean().item()
-            results.append({"threshold": threshold, "rotation": name, "agree": agreement(found, plain), "kl": kl})
-            print(
-                "threshold {threshold}, {rotation}: {agree:.2f} % agree, KL {kl:.5f}".format(**results[-1]), flush=True
-            )
+            answer(f"threshold {threshold}, {name}", plain)
         hooks._rotate_group = medoid
         restore(student)
+    print_table(rows)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        args.json.write_text(json.dumps(rows, indent=1))
 
 
 def as_rotary(teacher: Any) -> DINOv3ViTModel:
@@ -142,7 +145,6 @@ def learn(student: Any, teacher: Any, processor: Any, args: argparse.Namespace) 
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.4f}", share=f"{loss.item() / wanted.var().item():.3f}")
-    student.eval()
 
 
 def by_mean(student: Any) -> Any:
@@ -165,10 +167,6 @@ def by_mean(student: Any) -> Any:
 
 def read(teacher: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return teacher.classifier(torch.cat((hidden_states[:, 0], hidden_states[:, 1:].mean(1)), dim=1))
-
-
-def agreement(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return 100 * (found.argmax(1) == expected.argmax(1)).float().mean().item()
 
 
 def sample(folder: str, limit: int | None) -> list[Any]:

@@ -68,12 +68,12 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     require_supported(type(model), setting.restores)
     family = family_of(model)
     embeddings = find_embeddings(model, family)
-    channels, *patch_size = patch_shape(embeddings, family)
+    channels, patch_size = patch_shape(embeddings, family)
     _require_whole_images(embeddings, family)
     lexicon = None
     if setting.method == "inter":
         lexicon = Lexicon.resolve(setting, model, lexicon_of(model), **hub_kwargs)
-        lexicon.vocabulary.require((patch_size[0], patch_size[1]), channels)
+        lexicon.vocabulary.require(patch_size, channels)
         setting = lexicon.setting
     tower = find_tower(model, embeddings)
     attentions = [module for module in tower.modules() if type(module).__name__ in family.attentions]
@@ -104,7 +104,7 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         if tokenizer.attends and type(module).__name__ == family.padded:
             module.register_forward_pre_hook(_mask_padding)
         if type(module).__name__ == family.rotary:
-            module.register_forward_hook(functools.partial(_rotate, tokenizer, (patch_size[0], patch_size[1])))
+            module.register_forward_hook(functools.partial(_rotate, tokenizer, patch_size))
     model.config.vwt = setting.to_dict()
     return model
 
@@ -123,9 +123,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             del module.forward
         if _is_ours(module.__dict__.get("_old_forward")):
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-        for key in [
-            key for key, hook in module._forward_pre_hooks.items() if getattr(hook, "func", hook) in INPUT_HOOKS
-        ]:
+        for key in [key for key, hook in module._forward_pre_hooks.items() if _func(hook) in INPUT_HOOKS]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key in [key for key, hook in module._forward_hooks.items() if _func(hook) in OUTPUT_HOOKS]:

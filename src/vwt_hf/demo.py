@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from . import demo_weights
 from .config import VWTConfig
-from .families import attribute, family_of, find_embeddings
+from .families import family_of, find_embeddings, patch_shape
 from .image_source import read_image
 from .processors import load_processor, quiet_transformers, whole_images
 from .visualize import kept_patches_figure, write_png
@@ -97,7 +97,7 @@ def demo(
     normalised = getattr(processor, "do_normalize", False)
     figure = kept_patches_figure(
         pixel_values[shown],
-        attribute(find_embeddings(plain, family), family.projection).kernel_size,
+        patch_shape(find_embeddings(plain, family), family)[1],
         settings,
         names=[path.stem.replace("_", " ") for path in paths[shown]],
         captions=[

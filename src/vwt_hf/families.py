@@ -129,14 +129,10 @@ def _like_clip(name: str, model_type: str, class_name: str, **fields: Any) -> Fa
         "model_types": (model_type, f"{model_type}_vision_model"),
         "pools": "CLS",
         "prefix": ("class_embedding",),
+        "projection": "patch_embedding",
+        "positions": "position_embedding",
     }
-    return Family(
-        name=name,
-        embeddings=f"{class_name}VisionEmbeddings",
-        projection="patch_embedding",
-        positions="position_embedding",
-        **(usual | fields),
-    )
+    return Family(name=name, embeddings=f"{class_name}VisionEmbeddings", **(usual | fields))
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -212,27 +208,25 @@ FAMILIES: tuple[Family, ...] = (
     _like_clip("OWL-ViT", "owlvit", "OwlViT", needs_every_patch=("OwlViTForObjectDetection",)),
     _like_clip("OWLv2", "owlv2", "Owlv2", needs_every_patch=("Owlv2ForObjectDetection",)),
     _like_clip("SigLIP", "siglip", "Siglip", pools="attention over all tokens; the classifier: their mean", prefix=()),
-    Family(
-        name="SigLIP 2 NaFlex",
-        model_types=("siglip2", "siglip2_vision_model"),
-        embeddings="Siglip2VisionEmbeddings",
-        projection="patch_embedding",
-        positions="position_embedding",
+    _like_clip(
+        "SigLIP 2 NaFlex",
+        "siglip2",
+        "Siglip2",
         pools="attention over all tokens; the classifier: their mean",
         prefix=(),
         always_interpolates=True,
         needs_every_patch=("Siglip2ForImageClassification",),
         padded="Siglip2MultiheadAttentionPoolingHead",
     ),
-    Family(
-        name="AIMv2",
-        model_types=("aimv2", "aimv2_vision_model"),
-        embeddings="Aimv2VisionEmbeddings",
+    _like_clip(
+        "AIMv2",
+        "aimv2",
+        "Aimv2",
+        pools="attention over all tokens",
+        prefix=(),
         projection="patch_embed",
         norm="rms_norm",
         positions=_aimv2_positions,
-        pools="attention over all tokens",
-        prefix=(),
     ),
     _like_clip(
         "BLIP",
@@ -389,14 +383,14 @@ def find_stack(tower: nn.Module, layer: nn.Module) -> nn.Module:
     return next(module for module in tower.modules() for child in module.children() if layer in child.children())
 
 
-def patch_shape(module: nn.Module, family: Family) -> tuple[int, int, int]:
-    """Channels, height and width of the patches that an embeddings module takes."""
+def patch_shape(module: nn.Module, family: Family) -> tuple[int, tuple[int, int]]:
+    """Channels of the patches that an embeddings module takes, and their height and width."""
     # By the weight, which LoRA's wrappers have, too.
     _, *inputs = weight_of(attribute(module, family.projection)).shape
     if family.padded is None:
-        return inputs[0], inputs[1], inputs[2]
+        return inputs[0], (inputs[1], inputs[2])
     size = attribute(module, "patch_size")
-    return inputs[0] // size**2, size, size
+    return inputs[0] // size**2, (size, size)
 
 
 def weight_of(projection: Any) -> torch.Tensor:

@@ -55,9 +55,12 @@ class Layout:
         patch_rows = self.rows[:, self.prefix :].flatten()
         if self.real is not None:  # those that do not count lie in a last row, which is none
             patch_rows = torch.where(self.real.flatten(), patch_rows, self.sizes.numel())
-        held = torch.zeros(self.sizes.numel() + (self.real is not None), dtype=torch.int64, device=self.rows.device)
-        held.scatter_add_(0, patch_rows, torch.ones_like(patch_rows))
-        return patch_rows.argsort(stable=True), held.cumsum(0) - held
+        return _bags(patch_rows, self.sizes.numel() + (self.real is not None))
+
+    @functools.cached_property
+    def whole_bags(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `bags`, of prefix tokens and patches."""
+        return _bags(self.rows.flatten(), self.sizes.numel())
 
     @functools.cached_property
     def shares(self) -> tuple[torch.Tensor, ...]:
@@ -78,6 +81,12 @@ class Layout:
         """(batch + 1,), int32: where each image starts among the rows, and where the last one ends."""
         starts = self.rows[:, 0].sort().values
         return torch.nn.functional.pad(starts, (0, 1), value=self.tokens).to(torch.int32)
+
+
+def _bags(of: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order that puts values side by side that go to one of so many `rows`, and where those of each row start."""
+    held = torch.zeros(rows, dtype=torch.int64, device=of.device).scatter_add_(0, of, torch.ones_like(of))
+    return of.argsort(stable=True), held.cumsum(0) - held
 
 
 def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True, real: torch.Tensor | None = None) -> Layout:
@@ -187,15 +196,15 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
     Returns:
         For each run if packed, else for all images: (images, channels, tokens, tokens), float32; 0 for padding.
     """
-    rows = layout.rows.flatten()
-    sizes = layout.sizes.flatten().long()
     table = values[0].float().transpose(0, 1)
-    order = rows.argsort(stable=True) % layout.rows.shape[1]
-    means = torch.nn.functional.embedding_bag(order, table.flatten(1), sizes.cumsum(0) - sizes, mode="mean")
-    parts = means.view(-1, *table.shape[1:]).split([len(part) * part.shape[2] for part in layout.shares])
+    order, starts = layout.whole_bags
+    order = order % layout.rows.shape[1]
+    means = torch.nn.functional.embedding_bag(order, table.flatten(1), starts, mode="mean")
+    # Means over the one token's patches, (rows, channels, prefix + patches); those over the other's are a product.
+    parts = means.view(-1, *table.shape[1:]).split([len(share) * share.shape[2] for share in layout.shares])
     return tuple(
-        (rows.view(len(share), -1, share.shape[1]) @ share).unflatten(1, (share.shape[2], -1)).transpose(1, 2)
-        for rows, share in zip(parts, layout.shares, strict=True)
+        (part.view(len(share), -1, share.shape[1]) @ share).unflatten(1, (share.shape[2], -1)).transpose(1, 2)
+        for part, share in zip(parts, layout.shares, strict=True)
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from .config import VWTConfig
-from .words import dither, random_order, variance_scores
+from .words import best, dither, random_order, variance_scores
 
 
 def padded_places(spatial_shapes: torch.Tensor, patches: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +46,7 @@ def choose_padded(
     elif setting.criterion == "random":
         scores = -random_order(length, setting.seed, patches.device).argsort().float()
     else:
-        row, column = places.long().clamp(max=length - 1).unbind(-1)
+        row, column = places.long().unbind(-1)
         scores = -dither(length, patches.device)[row, column].float()
     counts = real.sum(dim=1)
     if setting.num_patches is not None:
@@ -54,6 +54,5 @@ def choose_padded(
     else:  # as VWTConfig.patches_kept
         counts = (counts.double() * setting.keep_ratio + 1e-9).long().clamp(min=1)
     keep = setting.patches_kept(length)
-    best = scores.expand_as(real).masked_fill(~real, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    kept, order = best[:, :keep].sort(dim=1)
+    kept, order = best(scores.expand_as(real).masked_fill(~real, -torch.inf), keep).sort(dim=1)
     return kept, order < counts.unsqueeze(1)

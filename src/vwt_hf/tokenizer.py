@@ -86,9 +86,8 @@ def embed(
         )
     family, setting = tokenizer.family, tokenizer.setting
     projection = attribute(module, family.projection)
-    channels, *patch_size = patch_shape(module, family)
-    size = (patch_size[0], patch_size[1])
-    grid = patch_grid(pixel_values, size)
+    channels, patch_size = patch_shape(module, family)
+    grid = patch_grid(pixel_values, patch_size)
     count = grid[0] * grid[1]
     if setting.is_plain(count):
         extra: dict[str, Any] = {} if noise is None else {"noise": noise}
@@ -110,7 +109,7 @@ def embed(
     )
     norm = None if family.norm is None else attribute(module, family.norm)
 
-    patches = patchify(pixel_values, size)
+    patches = patchify(pixel_values, patch_size)
     kept = None
     if tokenizer.lexicon is None:
         kept = choose_patches(patches, grid, setting.patches_kept(count), setting)
@@ -155,13 +154,12 @@ def embed_padded(
         return type(module).forward(module, pixel_values, spatial_shapes)
     family, setting = tokenizer.family, tokenizer.setting
     projection = attribute(module, family.projection)
-    shape = patch_shape(module, family)
-    values = shape[0] * shape[1] * shape[2]
+    channels, patch_size = patch_shape(module, family)
+    values = weight_of(projection).shape[1]
     if pixel_values.dim() != 3 or pixel_values.shape[2] != values:
         raise ValueError(
-            f"pixel_values are {tuple(pixel_values.shape)}; the model expects (batch, patches, "
-            f"{values}), patches of {shape[1]}×{shape[2]} pixels and {shape[0]} channels as its image "
-            "processor cuts them."
+            f"pixel_values are {tuple(pixel_values.shape)}; the model expects (batch, patches, {values}), patches of "
+            f"{patch_size[0]}×{patch_size[1]} pixels and {channels} channels as its image processor cuts them."
         )
     count = pixel_values.shape[1]
     # Called, not read: the weights of an offloaded module are there only while it runs.
@@ -174,14 +172,17 @@ def embed_padded(
         real = real & forward.real.bool()
     forward.real = real
     if tokenizer.lexicon is not None:
-        as_words = pixel_values.unflatten(-1, (*shape[1:], shape[0])).movedim(-1, 2).flatten(2)
+        as_words = pixel_values.unflatten(-1, (*patch_size, channels)).movedim(-1, 2).flatten(2)
         none = positions.new_empty(1, 0, positions.shape[-1])
         return _group(tokenizer, projection, None, pixel_values, none, positions, (as_words, real))
     kept, stays = choose_padded(pixel_values, places, real, setting)
-    nearest = nearest_kept(pixel_values, kept, places, real, stays)
-    if not setting.groups:
+    if setting.groups:
+        token_of_patch = nearest_kept(pixel_values, kept, places, real, stays)
+    else:  # those that do not stay count nowhere
+        own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        token_of_patch = torch.zeros_like(real, dtype=torch.int64).scatter_(1, kept, own)
         real = torch.zeros_like(real).scatter_(1, kept, stays)
-    layout = represent(nearest, kept.shape[1], real=real)
+    layout = represent(token_of_patch, kept.shape[1], real=real)
     _lay_out(kept, attention.Batch(layout, attention_bias(layout, setting.proportional_attention)))
     if not setting.restores:
         forward.real = stays
@@ -190,6 +191,11 @@ def embed_padded(
 
 @torch.compiler.disable
 def forward_under_way() -> attention.Forward:
+    """The forward of the vision tower that this code runs in.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     forward = attention.current.get()
     if forward is None:
         raise RuntimeError(

@@ -85,10 +85,14 @@ def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
     Returns:
         (batch, keep), int64.
     """
+    return best(scores, keep).sort(dim=1).values
+
+
+def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """As `highest`, the highest first."""
     if torch.onnx.is_in_onnx_export():  # which has no stable sort; its TopK keeps the earlier of equals
-        return scores.topk(keep, dim=1).indices.sort(dim=1).values
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return order[:, :keep].sort(dim=1).values
+        return scores.topk(keep, dim=1).indices
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :keep]
 
 
 def _cached(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
