@@ -321,7 +321,7 @@ def _rotate_group(grid: tuple[int, int], output: tuple[torch.Tensor, ...]) -> tu
 
 
 def _of_kept(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    return values[kept[0]] if len(kept) == 1 else values[kept].unsqueeze(1)
+    return values[kept[0]] if kept.shape[0] == 1 else values[kept].unsqueeze(1)
 
 
 STAND_INS = (embed, embed_padded, relate, attention.fused, attention.separate)

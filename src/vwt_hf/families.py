@@ -92,7 +92,10 @@ def _masked_autoencoder_outputs(
     mask = torch.zeros(batch, grid[0] * grid[1], device=tokens.device)
     if kept is not None:
         mask = torch.ones_like(mask).scatter_(1, kept.expand(batch, -1), 0.0)
-    return tokens, mask, mask.argsort(dim=1, stable=True).argsort(dim=1)
+    dropped = mask.long()
+    # The kept ones first, in their order, and then the others; counted, for ONNX has no stable sort.
+    behind = (1 - dropped).sum(dim=1, keepdim=True) + dropped.cumsum(dim=1)
+    return tokens, mask, torch.where(mask > 0, behind, (1 - dropped).cumsum(dim=1)) - 1
 
 
 def _with_grid(

@@ -132,7 +132,7 @@ def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: 
         prefix: prefix tokens of each image, which come before its patches.
         real: (batch, patches), bool: which patches count; `None` if all do. A token of none is padding.
     """
-    batch, length = len(token_of_patch), prefix + tokens
+    batch, length = token_of_patch.shape[0], prefix + tokens
     starts = torch.arange(batch, device=token_of_patch.device) * length
     return _lay_out(token_of_patch, prefix, starts, (batch, length), ((length, batch),) if batch else (), False, real)
 
@@ -147,7 +147,7 @@ def _lay_out(
     real: torch.Tensor | None,
 ) -> Layout:
     """A layout whose images start at the rows `starts` (batch,)."""
-    own = torch.arange(prefix, device=starts.device).expand(len(starts), -1)
+    own = torch.arange(prefix, device=starts.device).expand(starts.shape[0], -1)
     rows = torch.cat((own, token_of_patch + prefix), dim=1) + starts.unsqueeze(1)
     counts = torch.ones(rows.shape, device=starts.device)
     if real is not None:
@@ -241,7 +241,7 @@ def put_prefix(tokens: torch.Tensor, prefix: torch.Tensor, layout: Layout) -> to
         prefix: (1, prefix tokens, hidden).
     """
     rows = layout.rows[:, : layout.prefix].flatten()
-    shared = prefix.to(tokens.dtype).expand(len(layout.rows), -1, -1).flatten(0, 1)
+    shared = prefix.to(tokens.dtype).expand(layout.rows.shape[0], -1, -1).flatten(0, 1)
     return tokens.view(-1, tokens.shape[-1]).index_copy_(0, rows, shared).view_as(tokens)
 
 

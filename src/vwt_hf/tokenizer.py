@@ -92,14 +92,14 @@ def embed(
     if setting.is_plain(count):
         extra: dict[str, Any] = {} if noise is None else {"noise": noise}
         if family.masks and noise is None:  # else patches come in a random order
-            extra["noise"] = torch.arange(count, device=pixel_values.device).expand(len(pixel_values), -1)
+            extra["noise"] = torch.arange(count, device=pixel_values.device).expand(pixel_values.shape[0], -1)
         if not family.always_interpolates and not callable(family.positions):
             extra["interpolate_pos_encoding"] = interpolate_pos_encoding
         embeddings = type(module).forward(module, pixel_values, **extra)
         if tokenizer.attends:
             tokens = embeddings[0] if isinstance(embeddings, tuple) else embeddings
             itself = torch.arange(count, device=tokens.device).unsqueeze(0)
-            layout = represent(itself.expand(len(tokens), -1), count, tokens.shape[1] - count)
+            layout = represent(itself.expand(tokens.shape[0], -1), count, tokens.shape[1] - count)
             _lay_out(itself, attention.Batch(layout, None))
         return embeddings
     if pixel_values.shape[1] != channels:
@@ -123,14 +123,14 @@ def embed(
         tokens = _project(projection, gather_patches(patches, kept))
         tokens = tokens if norm is None else norm(tokens)
         tokens = tokens if positions is None else tokens + gather_patches(positions, kept)
-        embeddings = torch.cat((prefix.expand(len(tokens), -1, -1), tokens), dim=1)
+        embeddings = torch.cat((prefix.expand(tokens.shape[0], -1, -1), tokens), dim=1)
     else:
         embeddings = _group(tokenizer, projection, norm, patches, prefix, positions)
     dropout = getattr(module, "dropout", None)
     embeddings = embeddings if dropout is None else dropout(embeddings)
     if family.outputs is None:
         return embeddings
-    return family.outputs(embeddings, None if setting.groups else kept, len(pixel_values), grid)
+    return family.outputs(embeddings, None if setting.groups else kept, pixel_values.shape[0], grid)
 
 
 def embed_padded(

@@ -161,7 +161,7 @@ def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch
     Returns:
         (batch or 1, channels, prefix + keep, prefix + keep).
     """
-    own = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
+    own = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
     index = torch.cat((own, kept + prefix), dim=1)
     return values[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
 
@@ -196,7 +196,7 @@ def nearest_kept(
         if stays is not None:
             distance = distance.masked_fill(~stays.unsqueeze(1), torch.inf)
         nearest = distance.argmin(dim=2)
-        kept = kept.expand(len(patches), -1)
+        kept = kept.expand(patches.shape[0], -1)
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         if stays is not None:
             own = torch.where(stays, own, nearest.gather(1, kept))
@@ -226,7 +226,7 @@ def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         return patches[:, kept[0]]
     if patches.shape[0] == 1:
         return patches[0, kept]
-    return patches[torch.arange(len(patches), device=kept.device).unsqueeze(1), kept]
+    return patches[torch.arange(patches.shape[0], device=kept.device).unsqueeze(1), kept]
 
 
 def patch_strip(patches: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
