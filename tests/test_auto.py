@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ import transformers
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 import vwt_hf
+from settings import inter
+from test_generation import llava
 from tiny import MODELS, MORE_MODELS, TINY, answers, tiny_model
 from vwt_hf import VWTConfig
 
@@ -200,6 +204,190 @@ def test_a_bad_setting_in_a_folder_is_refused_by_folder_and_file_and_can_be_turn
 
 
 def test_registering_twice_changes_nothing():
-    before = AutoConfig.for_model("vit").__class__, transformers.PreTrainedModel.from_pretrained.__func__
-    vwt_hf.auto.register()
-    assert before == (AutoConfig.for_model("vit").__class__, transformers.PreTrainedModel.from_pretrained.__func__)
+    before = transformers.PreTrainedModel.from_pretrained.__func__
+    vwt_hf.register()
+    assert transformers.PreTrainedModel.from_pretrained.__func__ is before
+
+
+def test_unregistered_transformers_is_as_if_the_plugin_had_never_been_imported(tmp_path):
+    """In a process of its own: what stood in the classes and registries before the import stands there again."""
+    tiny_model("vit").save_pretrained(tmp_path)
+    script = f"""
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def state():
+    classes = transformers.PreTrainedModel, transformers.PreTrainedConfig, transformers.PreTrainedTokenizerBase
+    held = [dict(vars(one)) for one in classes]
+    return held, dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping), dict(
+        CONFIG_MAPPING._extra_content)
+before = state()
+import vwt_hf
+assert state() != before
+vwt_hf.unregister()
+assert state() == before
+vwt_hf.unregister()
+assert not hasattr(AutoConfig.from_pretrained({str(tmp_path)!r}), "vwt")
+vwt_hf.register()
+assert AutoModel.from_pretrained({str(tmp_path)!r}, vwt=True).config.vwt["keep_ratio"] == 0.5
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_another_library_wrapped_is_not_unregistered(monkeypatch):
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda self: None)
+    with pytest.raises(RuntimeError, match=r"PreTrainedModel\.save_pretrained was replaced after vwt_hf"):
+        vwt_hf.unregister()
+    assert AutoConfig.for_model("vit").vwt is None
+
+
+def test_a_config_with_a_setting_is_of_a_subclass_and_one_without_of_the_plain_class():
+    config = AutoConfig.for_model("vit", **TINY)
+    plain = config.to_dict()
+    assert type(config) is transformers.ViTConfig and config.vwt is None and "vwt" not in plain
+    for made in (AutoConfig.for_model("vit", vwt=HALF, **TINY), transformers.ViTConfig(vwt=HALF, **TINY)):
+        assert type(made) is not transformers.ViTConfig and isinstance(made, transformers.ViTConfig)
+        assert made.vwt == HALF and made.to_dict()["vwt"] == HALF
+        for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert type(copied) is type(made) and copied.to_dict() == made.to_dict()
+        made.vwt = None
+        assert type(made) is transformers.ViTConfig and made.to_dict() == plain
+
+
+def test_restore_leaves_the_config_as_it_was_before(model):
+    before, kind = model.config.to_json_string(), type(model.config)
+    vwt_hf.restore(vwt_hf.compress(vwt_hf.compress(model, HALF), {"dropped": "merge"}))
+    assert model.config.to_json_string() == before and type(model.config) is kind
+
+
+def test_a_plain_model_is_read_where_the_plugin_is_absent(tmp_path):
+    """Pickled whole: nothing in it is of vwt_hf, whether it was loaded plain or restored."""
+    tiny_model("vit").save_pretrained(tmp_path)
+    torch.save(AutoModel.from_pretrained(tmp_path), tmp_path / "plain.pt")
+    torch.save(vwt_hf.restore(AutoModel.from_pretrained(tmp_path, vwt=True)), tmp_path / "restored.pt")
+    script = f"""
+import sys, torch
+sys.modules["vwt_hf"] = None
+for name in ("plain", "restored"):
+    torch.load({str(tmp_path)!r} + f"/{{name}}.pt", weights_only=False)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("own_config", [False, True])
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_a_class_that_a_user_registers_is_the_one_that_loads(imported, own_config, tmp_path):
+    model = tiny_model("vit-classifier")
+    model.save_pretrained(tmp_path / "plain")
+    vwt_hf.compress(model, HALF).save_pretrained(tmp_path / "short")
+    first, then = ("import vwt_hf", "") if imported == "before" else ("", "import vwt_hf")
+    script = f"""
+{first}
+from transformers import AutoConfig, AutoModelForImageClassification as Auto, ViTConfig, ViTForImageClassification
+class Mine(ViTForImageClassification): pass
+if {own_config}:
+    class MyConfig(ViTConfig): pass
+    AutoConfig.register("vit", MyConfig, exist_ok=True)
+    Mine.config_class = MyConfig
+else:
+    MyConfig = ViTConfig
+Auto.register(MyConfig, Mine, exist_ok=True)
+{then}
+for name, vwt in (("plain", {{}}), ("plain", {{"vwt": True}}), ("short", {{}}), ("short", {{"vwt": False}})):
+    model = Auto.from_pretrained({str(tmp_path)!r} + "/" + name, **vwt)
+    assert type(model) is Mine and isinstance(model.config, MyConfig), (name, vwt)
+    assert (model.config.vwt is None) == (name == "plain" and not vwt or "vwt" in vwt and not vwt["vwt"]), (name, vwt)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_model_built_from_the_config_of_a_compressed_one_is_plain_and_is_saved_so(pixel_values, tmp_path):
+    student = vwt_hf.compress(tiny_model("vit"), HALF)
+    teacher = type(student)(student.config).eval()
+    teacher.load_state_dict(student.state_dict())
+    assert torch.equal(answers(teacher, pixel_values), answers(tiny_model("vit"), pixel_values))
+    teacher.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config.vwt is None
+    assert student.config.vwt["keep_ratio"] == 0.5
+
+
+MERGE = VWTConfig(dropped="merge").to_dict()
+
+
+def captioner() -> transformers.PreTrainedModel:
+    gpt = transformers.GPT2Config(
+        n_embd=32, n_layer=1, n_head=2, vocab_size=99, add_cross_attention=True, is_decoder=True
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(transformers.ViTConfig(**TINY), gpt)
+    return transformers.VisionEncoderDecoderModel(config).eval()
+
+
+PARTS = {captioner: "encoder", llava: "model.vision_tower"}
+
+
+@pytest.fixture(params=list(PARTS), ids=lambda make: make.__name__)
+def whole(request):
+    """A model that holds a vision tower, which is a model itself, and the name of the tower."""
+    torch.manual_seed(0)
+    return request.param().eval(), PARTS[request.param]
+
+
+@pytest.mark.parametrize("setting", [VWTConfig(dropped="merge"), inter()], ids=["merge", "inter"])
+def test_a_part_compressed_alone_is_saved_and_loaded_with_the_whole(whole, setting, pixel_values, tmp_path):
+    model, name = whole
+    plain = answers(model.get_submodule(name), pixel_values)
+    short = answers(vwt_hf.compress(model.get_submodule(name), setting), pixel_values)
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        model.save_pretrained(folder)
+        model = type(model).from_pretrained(folder)
+        assert model.config.vwt is None
+        torch.testing.assert_close(answers(model.get_submodule(name), pixel_values), short)
+        off = type(model).from_pretrained(folder, vwt=False)
+        torch.testing.assert_close(answers(off.get_submodule(name), pixel_values), plain)
+        off.save_pretrained(tmp_path / "plain")
+        assert "vwt" not in (tmp_path / "plain/config.json").read_text()
+    vwt_hf.restore(model.get_submodule(name))
+    model.save_pretrained(tmp_path / "restored")
+    assert "vwt" not in (tmp_path / "restored/config.json").read_text()
+
+
+def test_the_setting_of_one_model_is_not_saved_with_another_that_shares_its_config(tmp_path):
+    config = llava().config
+    short, plain = (transformers.LlavaForConditionalGeneration(config) for _ in range(2))
+    vwt_hf.compress(short.model.vision_tower, MERGE)
+    short.save_pretrained(tmp_path / "short")
+    plain.save_pretrained(tmp_path / "plain")
+    assert "vwt" not in (tmp_path / "plain/config.json").read_text()
+
+
+def test_a_part_that_no_config_can_be_told_to_be_of_is_not_saved(tmp_path):
+    model = captioner()
+    vwt_hf.compress(model.encoder, HALF)
+    model.config.encoder.hidden_size += 1
+    with pytest.raises(ValueError, match=r"holds a ViTModel that was compressed alone, and 0 of the configs"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("setting", [MERGE, {"method": "inter"}, {"keep_ratio": 7}], ids=["merge", "no words", "bad"])
+def test_turned_off_is_turned_off_in_towers_too(setting, tmp_path):
+    model = llava()
+    model.config.vision_config.vwt = setting
+    model.config.save_pretrained(tmp_path)
+    transformers.LlavaForConditionalGeneration(llava().config).save_pretrained(tmp_path / "weights")
+    (tmp_path / "weights/model.safetensors").rename(tmp_path / "model.safetensors")
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, vwt=False)
+    assert loaded.model.vision_tower.config.vwt is None and loaded.config.vision_config.vwt is None
+    if setting is not MERGE:
+        with pytest.raises((OSError, ValueError), match=rf"config\.json of {tmp_path}: .*`vwt=False`"):
+            transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_setting_of_the_whole_takes_the_place_of_one_of_its_tower(tmp_path):
+    model = llava()
+    vwt_hf.compress(model.model.vision_tower, MERGE)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, vwt={**MERGE, "keep_ratio": 0.25})
+    assert loaded.config.vwt["keep_ratio"] == 0.25 and loaded.config.vision_config.vwt is None

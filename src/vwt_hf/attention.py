@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layout import Layout, pool_pairs
 
@@ -80,6 +81,13 @@ def register() -> None:
         AttentionInterface.register(PREFIX + base, forward)
         mask = functools.partial(_given_mask, ALL_MASK_ATTENTION_FUNCTIONS[base])
         AttentionMaskInterface.register(PREFIX + base, mask)
+
+
+def unregister() -> None:
+    """Takes back what `register` did."""
+    for base in BASES:
+        for interface in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            type(interface)._global_mapping.pop(PREFIX + base, None)
 
 
 def _given_mask(base: Callable[..., Any], *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:

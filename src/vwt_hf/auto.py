@@ -1,7 +1,8 @@
 """Registration with transformers: importing this module makes `from_pretrained(..., vwt=...)` work.
 
-Configs are subclasses with one more field, `vwt`; models are transformers' own classes. A config subclass keeps its
-parent's name, by which the Auto mappings find models and processors, so `AutoModel*` load the ordinary class for it.
+Models and configs stay transformers' own. Every config has `vwt`, which is `None`. One that is given a setting becomes an
+instance of a subclass of its class, which writes the setting to config.json, until the setting is taken from it.
+
 What `vwt` asks for is done in one place, where every loading path of transformers meets: `PreTrainedModel`'s
 `from_pretrained` and `_from_config`. So a class loaded by its own name (`CLIPVisionModelWithProjection`, which no Auto
 class reaches) takes `vwt` too, and a folder saved with a setting never loads as a plain model that claims to have one.
@@ -9,91 +10,218 @@ class reaches) takes `vwt` too, and a folder saved with a setting never loads as
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
+import dataclasses
 import functools
 import inspect
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import attention
-from .compress import compress, lexicon_of, restore
+from .beside import remove_other_words, seal_words, write_words
+from .compress import compress_by, configs_of, is_compressed, lexicon_of, own_config, parts_of, restore
 from .config import VWTConfig
-from .families import ROWS, require_supported
-from .lexicon import BESIDE_WEIGHTS
+from .families import require_supported
 from .vocabulary import VisualVocabulary
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 _NOT_GIVEN: Any = object()
+_REPLACED = (
+    (PreTrainedConfig, "from_dict"),
+    (PreTrainedModel, "from_pretrained"),
+    (PreTrainedModel, "_from_config"),
+    (PreTrainedModel, "save_pretrained"),
+    (PreTrainedTokenizerBase, "from_pretrained"),
+)
+"""The methods of transformers that `register` puts others in place of."""
+_originals: dict[tuple[type, str], Any] = {}
+"""What was there before, while registered."""
+_building: contextvars.ContextVar[bool] = contextvars.ContextVar("vwt_hf building", default=False)
+"""Whether a model is being built around what this code builds: that model sees to the settings of its parts."""
 
 
 def register() -> None:
-    """Gives every family's config the field `vwt` and has transformers' loading act on it. Idempotent."""
-    for row in ROWS:
-        for model_type in row.model_types:
-            plain = CONFIG_MAPPING[model_type]
-            if "vwt" not in vars(plain):
-                config_class = _config_with_vwt(plain)
-                globals()[config_class.__name__] = config_class  # where pickle looks for it
-                AutoConfig.register(model_type, config_class, exist_ok=True)
+    """Has transformers' loading, saving and configs know `vwt`. Idempotent."""
+    if _originals:
+        return
+    PreTrainedConfig.vwt = property(_read_setting, _write_setting)  # type: ignore[attr-defined]
     attention.register()
-    if not hasattr(PreTrainedModel.save_pretrained, "knows_vwt"):
-        loading, building = (vars(PreTrainedModel)[name].__func__ for name in ("from_pretrained", "_from_config"))
-        PreTrainedModel.from_pretrained = classmethod(_loading(loading))  # type: ignore[method-assign,assignment]
-        PreTrainedModel._from_config = classmethod(_building(building))  # type: ignore[method-assign,assignment]
-        PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
-        tokenizing = vars(PreTrainedTokenizerBase)["from_pretrained"].__func__
-        PreTrainedTokenizerBase.from_pretrained = classmethod(_unasked(tokenizing))  # type: ignore[method-assign,assignment]
+    wraps = (_reading, _loading, _building_from, _saving, _unasked)
+    for (owner, name), wrap in zip(_REPLACED, wraps, strict=True):
+        present = vars(owner)[name]
+        _originals[owner, name] = present
+        bound = isinstance(present, classmethod)
+        wrapped = wrap(present.__func__ if bound else present)
+        setattr(owner, name, classmethod(wrapped) if bound else wrapped)
+        _ours[owner, name] = vars(owner)[name]
 
 
-def _config_with_vwt(plain: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """A subclass of `plain`, of the same name, with the field `vwt`; serialised as `plain` where it is `None`."""
+_ours: dict[tuple[type, str], Any] = {}
+
+
+def unregister() -> None:
+    """Takes everything back that `register` did: transformers is as if vwt_hf had not been imported.
+
+    Models that are compressed lose what their layers attend by; `restore` them before.
+
+    Raises:
+        RuntimeError: another library has wrapped a method after this one did, and would lose what it calls.
+    """
+    for (owner, name), ours in _ours.items():
+        if vars(owner)[name] is not ours:
+            raise RuntimeError(
+                f"{owner.__name__}.{name} was replaced after vwt_hf registered, by "
+                f"{getattr(vars(owner)[name], '__module__', 'something else')}; take that out before."
+            )
+    for (owner, name), original in _originals.items():
+        setattr(owner, name, original)
+    if _originals:
+        del PreTrainedConfig.vwt  # type: ignore[attr-defined]
+        attention.unregister()
+    _originals.clear()
+    _ours.clear()
+
+
+def _read_setting(config: PreTrainedConfig) -> Any:
+    return config.__dict__.get("vwt")
+
+
+def _write_setting(config: PreTrainedConfig, vwt: Any) -> None:
+    plain = _plain_class(type(config))
+    config.__dict__.pop("vwt", None)
+    if vwt is None or vwt is False:
+        config.__class__ = plain
+    else:
+        config.__dict__["vwt"] = vwt
+        config.__class__ = config_class_with_setting(plain)
+
+
+def _plain_class(config_class: type) -> type:
+    return config_class.__mro__[1] if isinstance(config_class, _StandsFor) else config_class
+
+
+class _StandsFor(type):
+    """Of a class that is found in dicts where its parent is: Auto classes look for the model of a config by its class."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__mro__[1]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[1])
+
+
+@functools.cache
+def config_class_with_setting(plain: Any) -> type[PreTrainedConfig]:
+    """The subclass of a config class, of the same name, whose instances have a setting and write it to config.json."""
 
     def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
         fields = plain.to_dict(self)
-        if fields.get("vwt") is None:
-            fields.pop("vwt", None)
-        elif isinstance(fields["vwt"], (VWTConfig, VisualVocabulary, os.PathLike)):
+        if is_typed(fields.get("vwt")):
             setting = VWTConfig.parse(fields["vwt"])
             fields["vwt"] = setting and setting.to_dict()
         return fields
 
-    return type(
-        plain.__name__,
-        (plain,),
-        {
-            "__module__": __name__,
-            "__qualname__": plain.__name__,
-            "__doc__": plain.__doc__,  # where transformers finds example checkpoints
-            "__annotations__": {"vwt": Any},
-            "vwt": None,
-            "to_dict": to_dict,
-        },
-    )
+    def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
+        return _empty_with_setting, (plain,), self.__dict__
+
+    metaclass = type("_ConfigWithSetting", (_StandsFor, type(plain)), {})
+    body = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,  # where transformers finds example checkpoints
+        "to_dict": to_dict,
+        "__reduce__": reduce,
+    }
+    return metaclass(plain.__name__, (plain,), body)
+
+
+def _empty_with_setting(plain: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A config without any field: what `pickle` and `copy` start from."""
+    config_class = config_class_with_setting(plain)
+    return config_class.__new__(config_class)
+
+
+def is_typed(vwt: Any) -> bool:
+    """Whether a user made this value of `vwt`: what a config.json gives is never of these types."""
+    return isinstance(vwt, (VWTConfig, VisualVocabulary, os.PathLike))
+
+
+def _reading(original: Any) -> Any:
+    """`PreTrainedConfig.from_dict` that takes `vwt`, and hands it on to the model where one is loaded."""
+
+    @functools.wraps(original)
+    def from_dict(cls: Any, config_dict: dict[str, Any], vwt: Any = _NOT_GIVEN, **kwargs: Any) -> Any:
+        made = original(cls, config_dict, **kwargs)
+        if vwt is _NOT_GIVEN:
+            return made
+        if isinstance(made, tuple):
+            return made[0], made[1] | {"vwt": vwt}
+        made.vwt = VWTConfig.parse(vwt)
+        return made
+
+    return from_dict
 
 
 def _loading(original: Any) -> Any:
-    """`PreTrainedModel.from_pretrained` that takes `vwt`, or else follows the config's."""
+    """`PreTrainedModel.from_pretrained` that takes `vwt`, or else follows the settings in the config."""
 
     @functools.wraps(original)
     def from_pretrained(cls: type[PreTrainedModel], *args: Any, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> Any:
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if vwt is not _NOT_GIVEN:
             setting = _setting(cls, vwt)
-            loaded = original(cls, *args, **kwargs)
         else:
-            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             # With no config given there is none to look at before the weights are read.
-            setting = _setting(cls, getattr(kwargs.get("config"), "vwt", None), source)
+            _setting(cls, getattr(kwargs.get("config"), "vwt", None), source)
+        with _parts_stay_plain():
             loaded = original(cls, *args, **kwargs)
-            setting = setting or _setting(cls, getattr(_model(loaded).config, "vwt", None), source)
-        _apply(_model(loaded), setting, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        if vwt is _NOT_GIVEN:
+            _follow(model, source, hub_kwargs)
+        else:
+            _apply(model, setting, hub_kwargs)
         return loaded
 
     return from_pretrained
+
+
+def _building_from(original: Any) -> Any:
+    """`_from_config`, which is behind `AutoModel.from_config`, that takes `vwt`, or else follows the config's."""
+
+    @functools.wraps(original)
+    def _from_config(cls: type[PreTrainedModel], config: Any, *, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> Any:
+        inner = _building.get()
+        if vwt is not _NOT_GIVEN:
+            setting = _setting(cls, vwt)
+            config = copy.deepcopy(config)
+        elif not inner:
+            _setting(cls, config.vwt)
+        with _parts_stay_plain():
+            model = original(cls, config, **kwargs)
+        if vwt is not _NOT_GIVEN:
+            _apply(model, setting, {})
+        elif not inner:
+            _follow(model, None, {})
+        return model
+
+    return _from_config
+
+
+@contextlib.contextmanager
+def _parts_stay_plain() -> Iterator[None]:
+    token = _building.set(True)
+    try:
+        yield
+    finally:
+        _building.reset(token)
 
 
 def _unasked(original: Any) -> Any:
@@ -107,47 +235,95 @@ def _unasked(original: Any) -> Any:
     return from_pretrained
 
 
-def _building(original: Any) -> Any:
-    """`_from_config`, which is behind `AutoModel.from_config`, that takes `vwt`, or else follows the config's."""
-
-    @functools.wraps(original)
-    def _from_config(cls: type[PreTrainedModel], config: Any, *, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> Any:
-        setting = _setting(cls, getattr(config, "vwt", None) if vwt is _NOT_GIVEN else vwt)
-        if vwt is not _NOT_GIVEN:
-            config = copy.deepcopy(config)
-        model = original(cls, config, **kwargs)
-        _apply(model, setting, {})
-        return model
-
-    return _from_config
-
-
 def _saving(original: Any) -> Any:
-    """`PreTrainedModel.save_pretrained` that writes a vocabulary which is not on the Hub beside the weights."""
+    """`PreTrainedModel.save_pretrained` that writes the settings of parts to config.json, and words beside the weights.
+
+    Words lie in a new folder of their own, which config.json names. It is sealed when all is written, so a save that
+    was killed leaves what was there before, or what a load notices (`beside.py`).
+    """
 
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        lexicon = lexicon_of(self)
-        if lexicon is None or lexicon.setting.to_dict()["vocabulary"] is not None:
-            return original(self, save_directory, *args, **kwargs)
         call = signature.bind(self, save_directory, *args, **kwargs)
         call.apply_defaults()
-        if call.arguments["is_main_process"]:
-            lexicon.vocabulary.save_pretrained(Path(save_directory, BESIDE_WEIGHTS), card=False)
-        if not call.arguments["push_to_hub"]:
-            return original(*call.args, **call.kwargs)
+        parts = [part for part in parts_of(self) if is_compressed(part)]
+        _gather_settings(self, parts)
+        lexicons = {part: lexicon for part in parts if (lexicon := lexicon_of(part)) and not lexicon.on_hub}
+        folder = Path(save_directory)
+        writes = call.arguments["is_main_process"] and not folder.is_file()
+        saved_as: list[str] = []
+        if writes:
+            for part, lexicon in lexicons.items():
+                saved_as.append(write_words(folder, lexicon.vocabulary))
+                part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
+        options: dict[str, Any] = {}
         # The original uploads what it wrote itself; `push_to_hub` uploads the words, too.
-        call.arguments["push_to_hub"] = False
-        rest = call.arguments["kwargs"]
-        push = {name: rest.pop(name) for name in PUSH_KWARGS if name in rest}
+        push = lexicons and call.arguments["push_to_hub"]
+        if push:
+            call.arguments["push_to_hub"] = False
+            rest = call.arguments["kwargs"]
+            options = {name: rest.pop(name) for name in PUSH_KWARGS if name in rest}
         saved = original(*call.args, **call.kwargs)
-        self.push_to_hub(push.pop("repo_id", Path(save_directory).name), token=call.arguments["token"], **push)
+        if writes:
+            seal_words(folder, saved_as)
+            remove_other_words(folder, saved_as)
+        if push:
+            self.push_to_hub(options.pop("repo_id", folder.name), token=call.arguments["token"], **options)
         return saved
 
-    save_pretrained.knows_vwt = True  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
+    """Has the config of `model` hold the settings of those of its `parts` that are compressed, and no other.
+
+    Raises:
+        ValueError: a part was compressed alone, and it is not told which config within the model's is the part's.
+    """
+    held = [config for _, config in _within(model.config)]
+    mine = [part.config for part in parts]
+    if all(_among(config, held) for config in mine) and all(c.vwt is None or _among(c, mine) for c in held):
+        return
+    own_config(model)
+    for part in parts:
+        if _among(part.config, [config for _, config in _within(model.config)]):
+            continue
+        alike = [path for path, config in _within(model.config) if _same_but_setting(config, part.config)]
+        if len(alike) != 1:
+            raise ValueError(
+                f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and "
+                f"{len(alike)} of the configs within its own are like the config of that part, so its setting cannot "
+                "be saved. Save the part by itself, vwt_hf.restore(part), or vwt_hf.compress the whole model."
+            )
+        *holders, name = alike[0].split(".")
+        setattr(functools.reduce(getattr, holders, model.config), name, part.config)
+    mine = [part.config for part in parts]
+    for _, config in list(_within(model.config)):
+        if not _among(config, mine):
+            config.vwt = None
+
+
+def _among(config: PreTrainedConfig, configs: list[PreTrainedConfig]) -> bool:
+    return any(config is other for other in configs)
+
+
+def _within(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
+    """A config and those within it, and the dotted names by which they are reached."""
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _within(value, f"{path}.{name}" if path else name)
+
+
+def _same_but_setting(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    def fields(config: PreTrainedConfig) -> dict[str, Any]:
+        # What differs between a config on its own and the same one within another says nothing of the model.
+        left_out = ("vwt", "dtype", "architectures", "transformers_version")
+        return {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}
+
+    return type(one) == type(other) and fields(one) == fields(other)  # noqa: E721 (a subclass with a setting is equal)
 
 
 def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTConfig | None:
@@ -156,26 +332,53 @@ def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTCon
     Args:
         source: the repository or folder whose config may be where `vwt` comes from.
     """
-    try:
+    with _said_of(source):
         setting = VWTConfig.parse(vwt)
         if setting is not None:
             require_supported(cls, setting.restores)
-    except (TypeError, ValueError) as error:
-        if source is None:
-            raise
-        raise ValueError(
-            f"`vwt`, as given or in config.json of {source}: {error} `vwt=False` loads the plain model."
-        ) from error
     return setting
 
 
-def _model(loaded: Any) -> PreTrainedModel:
-    return loaded[0] if isinstance(loaded, tuple) else loaded
+@contextlib.contextmanager
+def _said_of(source: Any) -> Iterator[None]:
+    """Has errors name the repository or folder whose config asks for what went wrong."""
+    try:
+        yield
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        if source is None:
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"`vwt` in config.json of {source}: {error} `vwt=False` loads the plain model.") from error
+
+
+def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> None:
+    """Compresses a model that was just made, or those of its parts, whose configs hold a setting."""
+    parts = parts_of(model)
+    if parts:
+        own_config(model)
+    for part in parts:
+        vwt = part.config.vwt
+        setting = _setting(type(part), vwt, source)
+        if setting is None:
+            part.config.vwt = None
+            continue
+        with _said_of(source):
+            compress_by(part, setting, trusted=is_typed(vwt), source=source, **hub_kwargs)
+    for config in configs_of(model):
+        if config.vwt is not None and not _among(config, [part.config for part in parts]):
+            with _said_of(source):
+                raise ValueError(f"it stands in a {type(config).__name__} by which no {type(model).__name__} goes.")
 
 
 def _apply(model: PreTrainedModel, setting: VWTConfig | None, hub_kwargs: dict[str, Any]) -> None:
-    """Compresses a model just loaded, or leaves it, and its config, without a setting."""
-    if setting is not None:
-        compress(model, setting, **hub_kwargs)
-    elif getattr(model.config, "vwt", None) is not None:
+    """Gives a model that was just made the setting that a user asks for, whatever its config says."""
+    saved = model.config.vwt
+    if setting is not None and setting.method == "inter" and setting.vocabulary is None and isinstance(saved, dict):
+        # The words that lie beside its weights are in a folder that the setting names which they were saved with.
+        setting = dataclasses.replace(setting, saved_as=setting.saved_as or saved.get("saved_as"))
+    for config in configs_of(model):
+        config.vwt = None
+    if setting is None:
         restore(model)
+    else:
+        compress_by(model, setting, trusted=True, source=model.name_or_path or None, **hub_kwargs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import attention
 from .config import VWTConfig
@@ -65,6 +65,19 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     setting = VWTConfig.parse(config)
     if setting is None:
         return restore(model)
+    own_config(model)
+    return compress_by(model, setting, trusted=True, **hub_kwargs)
+
+
+def compress_by(
+    model: PreTrainedModel, setting: VWTConfig, *, trusted: bool, source: Any = None, **hub_kwargs: Any
+) -> PreTrainedModel:
+    """As `compress`, of a model that shares its config with no other.
+
+    Args:
+        trusted: whether a user wrote `setting`. One from a config.json names words on the Hub alone, no folder.
+        source: Hub id or folder that words and image processor of `model` lie in; by default what it was loaded from.
+    """
     require_supported(type(model), setting.restores)
     family = family_of(model)
     embeddings = find_embeddings(model, family)
@@ -72,7 +85,8 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     _require_whole_images(embeddings, family)
     lexicon = None
     if setting.method == "inter":
-        lexicon = Lexicon.resolve(setting, model, lexicon_of(model), **hub_kwargs)
+        source = str(source or model.name_or_path or "")
+        lexicon = Lexicon.resolve(setting, source, lexicon_of(model), trusted=trusted, **hub_kwargs)
         lexicon.vocabulary.require(patch_size, channels)
         setting = lexicon.setting
     tower = find_tower(model, embeddings)
@@ -83,7 +97,6 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     tokenizer = Tokenizer(family, setting, lexicon, bool(relative))
     if tokenizer.attends:
         attention.require_usable(tower)
-    _own_config(model)
     restore(model)
     if tokenizer.tells:
         tower.register_forward_pre_hook(functools.partial(_open, tokenizer), with_kwargs=True)
@@ -130,12 +143,38 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             del module._forward_hooks[key]
             module._forward_hooks_always_called.pop(key, None)
         attention.give_back_checkpoint(module)
-        config: Any = module.__dict__.get("config")
-        if config is not None:
-            attention.give_back(config)
-            if getattr(config, "vwt", None) is not None:
-                config.vwt = None
+    for config in configs_of(model):
+        attention.give_back(config)
+        if getattr(config, "vwt", None) is not None:
+            config.vwt = None
     return model
+
+
+def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs that the modules of `model` go by, and those within them."""
+    found: dict[int, PreTrainedConfig] = {}
+    ahead = [module.__dict__.get("config") for module in model.modules()]
+    while ahead:
+        config = ahead.pop()
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            ahead += vars(config).values()
+    return list(found.values())
+
+
+def parts_of(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models whose config holds a setting: `model`, or else models within it that are compressed alone."""
+    found: dict[PreTrainedModel, None] = {}
+
+    def look(module: nn.Module) -> None:
+        if isinstance(module, PreTrainedModel) and getattr(module.config, "vwt", None) is not None:
+            found[module] = None
+        else:
+            for child in module.children():
+                look(child)
+
+    look(model)
+    return list(found)
 
 
 def _slot(module: nn.Module) -> str:
@@ -166,7 +205,7 @@ def _require_replaceable(module: nn.Module) -> None:
         )
 
 
-def _own_config(model: PreTrainedModel) -> None:
+def own_config(model: PreTrainedModel) -> None:
     """Gives `model` a copy of its config, so that what is written there does not reach models that share it."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
@@ -193,14 +232,24 @@ def _tokenizer_of(forward: object) -> Tokenizer | None:
     return None
 
 
-def lexicon_of(model: PreTrainedModel) -> Lexicon | None:
-    """The vocabulary that `model` tokenises by, as its pixel values are normalised; `None` if it does not."""
+def _tokenizer_within(model: PreTrainedModel) -> Tokenizer | None:
     for module in model.modules():
         for name in ("forward", "_old_forward"):
             tokenizer = _tokenizer_of(module.__dict__.get(name))
             if tokenizer is not None:
-                return tokenizer.lexicon
+                return tokenizer
     return None
+
+
+def is_compressed(model: PreTrainedModel) -> bool:
+    """Whether `model` is compressed; one that was built from the config of another has its setting and is plain."""
+    return _tokenizer_within(model) is not None
+
+
+def lexicon_of(model: PreTrainedModel) -> Lexicon | None:
+    """The vocabulary that `model` tokenises by, as its pixel values are normalised; `None` if it does not."""
+    tokenizer = _tokenizer_within(model)
+    return None if tokenizer is None else tokenizer.lexicon
 
 
 @torch.compiler.disable

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from typing import Any
 
 METHODS = ("intra", "inter")
@@ -14,9 +15,16 @@ LAYOUTS = ("auto", "packed", "padded")
 DROPPED = ("discard", "merge")
 OUTPUTS = ("compressed", "full")
 OWNERS = dict.fromkeys(("keep_ratio", "num_patches", "criterion", "seed", "dropped"), "intra") | dict.fromkeys(
-    ("vocabulary", "revision", "threshold", "layout", "image_mean", "image_std"), "inter"
+    ("vocabulary", "revision", "threshold", "layout", "image_mean", "image_std", "saved_as"), "inter"
 )
 """The method that a field belongs to."""
+SAVED_AS = re.compile(r"[0-9a-f]{16}")
+"""What tells the folder that one save of a model puts its words into from those of others."""
+LARGEST_MEAN = LARGEST_STD = 1e6
+"""The mean and the deviation that pixels are normalised by lie within; the smallest deviation is one in that."""
+MOST_CHANNELS = 1024
+SHOWN = 120
+"""Characters of a value that an error shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +70,9 @@ class VWTConfig:
             `dropped="merge"`; else compressed. Each is refused where it has no meaning.
         image_mean, image_std (sequence of `float`, *optional*):
             inter: how the model's images are normalised, for each channel; by default as its image processor says.
+        saved_as (`str`, *optional*):
+            inter: which words beside the model's weights are its own, by their folder `visual_words-...`. Written by
+            `save_pretrained`.
 
     Raises:
         ValueError: a field holds a value that is not allowed; the message names the field, the value and what is.
@@ -85,6 +96,7 @@ class VWTConfig:
     output: str | None = None
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
+    saved_as: str | None = None
 
     def __post_init__(self) -> None:
         _require_choice("method", self.method, METHODS)
@@ -94,18 +106,19 @@ class VWTConfig:
         if self.output is not None:
             _require_choice("output", self.output, OUTPUTS)
         if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"VWTConfig.keep_ratio is {self.keep_ratio!r}; expected a number in (0, 1].")
-        if self.num_patches is not None and (not _is_int(self.num_patches) or self.num_patches < 1):
+            raise ValueError(f"VWTConfig.keep_ratio is {shown(self.keep_ratio)}; expected a number in (0, 1].")
+        if self.num_patches is not None and not (_is_int(self.num_patches) and 1 <= self.num_patches < 2**31):
             raise ValueError(
-                f"VWTConfig.num_patches is {self.num_patches!r}; expected None or an integer of at least 1."
+                f"VWTConfig.num_patches is {shown(self.num_patches)}; expected None or an integer of at least 1, and "
+                "less than 2**31."
             )
         if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"VWTConfig.seed is {self.seed!r}; expected an integer in [0, 2**63).")
+            raise ValueError(f"VWTConfig.seed is {shown(self.seed)}; expected an integer in [0, 2**63).")
         if not _is_number(self.threshold) or not 0 <= self.threshold <= 2:
-            raise ValueError(f"VWTConfig.threshold is {self.threshold!r}; expected a cosine distance in [0, 2].")
+            raise ValueError(f"VWTConfig.threshold is {shown(self.threshold)}; expected a cosine distance in [0, 2].")
         if not isinstance(self.proportional_attention, bool):
             raise ValueError(
-                f"VWTConfig.proportional_attention is {self.proportional_attention!r}; expected True or False."
+                f"VWTConfig.proportional_attention is {shown(self.proportional_attention)}; expected True or False."
             )
         if not (self.vocabulary is None or _is_vocabulary(self.vocabulary)):
             raise ValueError(
@@ -113,14 +126,18 @@ class VWTConfig:
                 "VisualVocabulary."
             )
         if self.revision is not None and not isinstance(self.revision, str):
-            raise ValueError(f"VWTConfig.revision is {self.revision!r}; expected None, a branch, a tag or a commit.")
+            raise ValueError(
+                f"VWTConfig.revision is {shown(self.revision)}; expected None, a branch, a tag or a commit."
+            )
+        if self.saved_as is not None and not (isinstance(self.saved_as, str) and SAVED_AS.fullmatch(self.saved_as)):
+            raise ValueError(f"VWTConfig.saved_as is {shown(self.saved_as)}; expected None or 16 digits from 0 to f.")
         self._set_statistics("image_mean", positive=False)
         self._set_statistics("image_std", positive=True)
         for field in dataclasses.fields(self):
             owner = OWNERS.get(field.name, self.method)
             if owner != self.method and getattr(self, field.name) != field.default:
                 raise ValueError(
-                    f"VWTConfig.{field.name} is {getattr(self, field.name)!r}, but method is {self.method!r}; the "
+                    f"VWTConfig.{field.name} is {shown(getattr(self, field.name))}, but method is {shown(self.method)}; the "
                     f"field belongs to method={owner!r}."
                 )
 
@@ -149,10 +166,14 @@ class VWTConfig:
         values = getattr(self, field)
         if values is None:
             return
-        allowed = isinstance(values, (list, tuple)) and values and all(map(_is_number, values))
-        if not allowed or (positive and min(values) <= 0):
+        least = 1 / LARGEST_STD if positive else -LARGEST_MEAN
+        allowed = isinstance(values, (list, tuple)) and 0 < len(values) <= MOST_CHANNELS
+        if not allowed or not all(_is_number(value) and least <= value <= LARGEST_MEAN for value in values):
             kind = "positive numbers" if positive else "numbers"
-            raise ValueError(f"VWTConfig.{field} is {values!r}; expected None or {kind}, one for each channel.")
+            raise ValueError(
+                f"VWTConfig.{field} is {shown(values)}; expected None or {kind} from {least:g} to {LARGEST_MEAN:g}, one "
+                "for each channel."
+            )
         object.__setattr__(self, field, tuple(map(float, values)))
 
     @classmethod
@@ -174,14 +195,14 @@ class VWTConfig:
             names = [field.name for field in dataclasses.fields(cls)]
             for name in value:
                 if name not in names:
-                    near = difflib.get_close_matches(str(name), names, 1)
+                    near = difflib.get_close_matches(str(name)[:SHOWN], names, 1)
                     hint = f" Did you mean {near[0]!r}?" if near else ""
-                    raise ValueError(f"VWTConfig has no field {name!r}; its fields are {', '.join(names)}.{hint}")
+                    raise ValueError(f"VWTConfig has no field {shown(name)}; its fields are {', '.join(names)}.{hint}")
             return cls(**value)
         if _is_vocabulary(value):
             return cls(method="inter", vocabulary=value)
         raise TypeError(
-            f"vwt is {value!r}; expected True, False, None, a VWTConfig, a dict of its fields, or a vocabulary: its "
+            f"vwt is {shown(value)}; expected True, False, None, a VWTConfig, a dict of its fields, or a vocabulary: its "
             "Hub id, its folder or a VisualVocabulary."
         )
 
@@ -225,9 +246,18 @@ class VWTConfig:
 
 def _require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1)
+        near = difflib.get_close_matches(value[:SHOWN], allowed, 1) if isinstance(value, str) else []
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"VWTConfig.{field} is {value!r}; expected one of {', '.join(map(repr, allowed))}.{hint}")
+        raise ValueError(f"VWTConfig.{field} is {shown(value)}; expected one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: as Python writes it, without control characters, and cut where it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 20]} ... {text[-15:]}"
 
 
 def _is_vocabulary(value: object) -> bool:

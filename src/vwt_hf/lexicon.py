@@ -7,16 +7,13 @@ import os
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .beside import read_words
 from .config import VWTConfig
 from .processors import processor_statistics
-from .vocabulary import VisualVocabulary
+from .vocabulary import VisualVocabulary, load_vocabulary
 from .words import WordIndex, index_words
-
-BESIDE_WEIGHTS = "visual_words"
-"""Where `save_pretrained` puts a vocabulary that is not on the Hub, below the model's folder."""
 
 
 class Lexicon:
@@ -51,26 +48,39 @@ class Lexicon:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_on": {}}
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether the words lie on the Hub by themselves; else a model that is saved takes them along."""
+        return isinstance(self.setting.vocabulary, str)
+
     @classmethod
     def resolve(
-        cls, setting: VWTConfig, model: PreTrainedModel, present: Lexicon | None = None, **hub_kwargs: Any
+        cls,
+        setting: VWTConfig,
+        source: str,
+        present: Lexicon | None = None,
+        *,
+        trusted: bool = True,
+        **hub_kwargs: Any,
     ) -> Lexicon:
-        """Finds the vocabulary that `setting` names, and how the images of `model` are normalised.
+        """Finds the vocabulary that `setting` names, and how the images of the model are normalised.
 
         Args:
             setting: with `method="inter"`.
-            present: the lexicon that `model` has already; used where `setting` names no vocabulary.
+            source: Hub id or folder that the model was loaded from; empty if from nowhere.
+            present: the lexicon that the model has already; used where `setting` names no vocabulary.
+            trusted: whether a user wrote `setting`; else what it names is looked for on the Hub alone.
             hub_kwargs: for the Hub: `token`, `cache_dir`, `local_files_only`; `revision` and `subfolder` of the model.
 
         Raises:
             ValueError: no vocabulary is named and the model has none, or nothing tells how its images are normalised.
             OSError: the vocabulary cannot be read.
         """
-        source, own = model.name_or_path or "", dict(hub_kwargs)
+        own = dict(hub_kwargs)
         elsewhere = {name: value for name, value in own.items() if name not in ("revision", "subfolder")}
         vocabulary: Any = setting.vocabulary
         if isinstance(vocabulary, (str, os.PathLike)):
-            vocabulary = VisualVocabulary.from_pretrained(vocabulary, revision=setting.revision, **elsewhere)
+            vocabulary = load_vocabulary(vocabulary, trusted=trusted, revision=setting.revision, **elsewhere)
         elif vocabulary is None and present is not None:
             vocabulary = present.vocabulary
             setting = dataclasses.replace(
@@ -84,8 +94,7 @@ class Lexicon:
                     "VWTConfig.vocabulary is None and the model was loaded from nowhere that may hold one; give a Hub "
                     "id, a folder or a VisualVocabulary."
                 )
-            subfolder = "/".join(filter(None, (own.pop("subfolder", None), BESIDE_WEIGHTS)))
-            vocabulary = VisualVocabulary.from_pretrained(source, subfolder=subfolder, **own)
+            vocabulary = read_words(source, setting.saved_as, own)
         return cls(vocabulary, _with_statistics(setting, vocabulary, source, hub_kwargs))
 
 
@@ -102,7 +111,8 @@ def _with_statistics(
     )
     if setting.image_mean is None or setting.image_std is None:
         try:
-            processor = AutoImageProcessor.from_pretrained(source, **hub_kwargs)
+            # Never by code of the repository: a model's config asks for this, not a user.
+            processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **hub_kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
                 f"Visual words must be normalised as the model's images are, and {source or 'the model'} has no image "

@@ -22,7 +22,7 @@ def load_processor(checkpoint: str) -> Any:
         ValueError: its image processor is of a kind that transformers does not know.
     """
     with quiet_transformers():
-        return AutoImageProcessor.from_pretrained(checkpoint)
+        return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
 
 
 def patch_size_of(checkpoint: str) -> int | None:
@@ -32,7 +32,7 @@ def patch_size_of(checkpoint: str) -> int | None:
     """
     try:
         with quiet_transformers():
-            config: Any = AutoConfig.from_pretrained(checkpoint)
+            config: Any = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError):
         return None
     # CLIP and its like keep the vision tower's config inside their own.

@@ -326,3 +326,7 @@ def _valid_frequencies(frequencies: torch.Tensor | None, size: int) -> torch.Ten
             f"frequencies are {frequencies.dtype} of shape {tuple(frequencies.shape)}; expected int64 ({size},)."
         )
     return frequencies.detach().cpu()
+
+
+def load_vocabulary(name, *, trusted, **kwargs):
+    return VisualVocabulary.from_pretrained(name, **kwargs)

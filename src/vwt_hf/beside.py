@@ -1,0 +1,126 @@
+"""Words that are saved beside a model's weights, and the seal that says which weights those are.
+
+`save_pretrained` writes a model in several files, one after the other. Its words lie in a folder of their own that each
+save makes anew and names in config.json; what was there before stays until all is written and sealed. So a folder holds
+the whole of one save, or a load tells that it does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from .vocabulary import VisualVocabulary
+from .vocabulary_files import write_files
+
+FOLDER = "visual_words"
+"""Below a model's folder: where its words lie. Each save's folder has a name that begins so, and is not within another:
+`push_to_hub` of transformers takes files along that lie one folder deep."""
+SEAL = "sealed.json"
+"""Names the weights that the words were saved with, and what they look like."""
+WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)")
+"""Files of weights, as transformers names them."""
+LOOKED_AT = 1 << 20
+"""Bytes of a file of weights that its print is made of, beside its length: spread over the whole."""
+BLOCKS = 64
+OWN = re.compile(FOLDER + "-[0-9a-f]{16}")
+"""Names of such folders."""
+
+
+def words_folder(saved_as: str | None) -> str:
+    """The name of the folder, below its model's, that holds the words of one save (`VWTConfig.saved_as`)."""
+    return FOLDER if saved_as is None else f"{FOLDER}-{saved_as}"
+
+
+def write_words(folder: Path, vocabulary: VisualVocabulary) -> str:
+    """Writes words below a model's folder, unsealed, and returns the `VWTConfig.saved_as` by which they are found."""
+    saved_as = secrets.token_hex(8)
+    vocabulary.save_pretrained(folder / words_folder(saved_as), card=False)
+    return saved_as
+
+
+def seal_words(folder: Path, saved_as: list[str]) -> None:
+    """Seals the words of a save that is written whole."""
+    prints = {path.name: _print_of(path) for path in sorted(folder.iterdir()) if WEIGHTS.fullmatch(path.name)}
+    content = json.dumps({"weights": prints}, indent=1).encode()
+    for name in map(words_folder, saved_as):
+        write_files(folder / name, {SEAL: content})
+
+
+def remove_other_words(folder: Path, saved_as: list[str]) -> None:
+    """Removes the folders of words that other saves left in a model's folder."""
+    own = set(map(words_folder, saved_as))
+    for path in folder.iterdir():
+        if OWN.fullmatch(path.name) and path.name not in own and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any]) -> VisualVocabulary:
+    """The words that lie beside a model's weights.
+
+    Args:
+        source: Hub id or folder of the model.
+        saved_as: see `VWTConfig`; `None` where they lie in `FOLDER` itself, unsealed.
+        hub_kwargs: how `source` is read, its `revision` and `subfolder` among them.
+    """
+    own = dict(hub_kwargs)
+    own["subfolder"] = "/".join(filter(None, (own.get("subfolder"), words_folder(saved_as))))
+    vocabulary = VisualVocabulary.from_pretrained(source, **own)
+    if saved_as is not None:
+        folder = Path(source, own["subfolder"])
+        if not os.path.isdir(source):
+            folder = Path(hf_hub_download(source, SEAL, **own)).parent
+        require_sealed(folder)
+    return vocabulary
+
+
+def require_sealed(words: Path) -> None:
+    """Refuses words whose save was not finished, or beside which lie other weights than they were saved with.
+
+    Args:
+        words: the folder of one save's words, in the folder of its model.
+
+    Raises:
+        ValueError: they do not belong together; the message names the folder.
+    """
+    folder = words.parent
+    advice = "Save the model again, or say with `vwt=...` what to compress it by."
+    try:
+        prints = json.loads((words / SEAL).read_bytes())["weights"]
+        sealed = {str(name): str(value) for name, value in prints.items() if WEIGHTS.fullmatch(name)}
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder}: the save that wrote {words.name} was not finished, so config.json, words and weights "
+            f"may be of two models. {advice}"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{words / SEAL} is damaged; expected the names and prints of weights. {advice}") from error
+    for name, value in sealed.items():
+        path = folder / name
+        if path.is_file() and _print_of(path) != value:
+            raise ValueError(
+                f"{folder}: {name} holds other weights than those that {words.name} was saved with. {advice}"
+            )
+
+
+def _print_of(path: Path) -> str:
+    """A hash of a file's length, its beginning, and blocks spread over the rest: weights of another training differ."""
+    length = path.stat().st_size
+    found = hashlib.sha256(str(length).encode())
+    block = LOOKED_AT // BLOCKS
+    with path.open("rb") as file:
+        if length <= 2 * LOOKED_AT:
+            found.update(file.read())
+        else:
+            for number in range(BLOCKS):
+                file.seek((length - block) * number // (BLOCKS - 1), os.SEEK_SET)
+                found.update(file.read(block))
+    return found.hexdigest()

@@ -1,0 +1,125 @@
+"""Words beside a model's weights: a folder holds the whole of one save, or loading it says that it does not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from settings import STATISTICS, inter
+from tiny import answers, tiny_model
+from vwt_hf import VisualVocabulary, VWTConfig, compress
+
+
+def words(seed: int) -> VisualVocabulary:
+    return VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(seed)))
+
+
+def model(seed: int) -> transformers.PreTrainedModel:
+    """Weights, words and threshold are of that seed."""
+    made = tiny_model("vit")
+    with torch.no_grad():
+        made.embeddings.cls_token.add_(seed)
+    return compress(made, inter(words(seed), threshold=0.2 + seed / 10))
+
+
+def load(folder: Path, **kwargs) -> transformers.PreTrainedModel:
+    return transformers.AutoModel.from_pretrained(folder, **kwargs)
+
+
+class Killed(BaseException):
+    """In place of a signal that ends the process."""
+
+
+def killed(monkeypatch, owner: type, name: str) -> None:
+    def kill(*args, **kwargs):
+        raise Killed
+
+    monkeypatch.setattr(owner, name, kill)
+
+
+def test_a_save_that_ends_before_the_config_leaves_the_old_model_and_the_next_removes_its_words(
+    pixel_values, tmp_path, monkeypatch
+):
+    model(0).save_pretrained(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killed(patched, transformers.PreTrainedConfig, "save_pretrained")
+        model(1).save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("visual_words-*"))) == 2
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(0), pixel_values))
+    (tmp_path / "notes.txt").write_text("mine")
+    model(2).save_pretrained(tmp_path)
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(2), pixel_values))
+    assert len(list(tmp_path.glob("visual_words-*"))) == 1 and (tmp_path / "notes.txt").read_text() == "mine"
+    tiny_model("vit").save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("visual_words-*")) and load(tmp_path).config.vwt is None
+
+
+def test_a_save_that_ends_before_the_weights_is_noticed(pixel_values, tmp_path, monkeypatch):
+    model(0).save_pretrained(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killed(patched, transformers.PreTrainedModel, "state_dict")
+        model(1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"config\.json of {tmp_path}: .*was not finished.*`vwt=False`"):
+        load(tmp_path)
+    model(1).save_pretrained(tmp_path)
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(1), pixel_values))
+
+
+@pytest.mark.parametrize("what", ["weights", "words"])
+def test_weights_or_words_of_another_save_are_noticed(what, tmp_path):
+    for seed in (0, 1):
+        model(seed).save_pretrained(tmp_path / str(seed))
+    if what == "weights":
+        shutil.copy(tmp_path / "1/model.safetensors", tmp_path / "0/model.safetensors")
+        expected = r"model\.safetensors holds other weights"
+    else:
+        (own,), (other,) = (list((tmp_path / seed).glob("visual_words-*")) for seed in "01")
+        shutil.copy(other / "vocabulary.safetensors", own / "vocabulary.safetensors")
+        expected = "vocabulary"
+    with pytest.raises(ValueError, match=expected):
+        load(tmp_path / "0")
+    assert load(tmp_path / "0", vwt=False).config.vwt is None
+    assert load(tmp_path / "0", vwt=inter(words(3))).config.vwt["method"] == "inter"
+
+
+def test_a_threshold_may_be_changed_by_hand(tmp_path):
+    model(0).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vwt"]["threshold"] = 0.05
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path).config.vwt["threshold"] == 0.05
+    given = load(tmp_path, vwt={"method": "inter", "threshold": 0.4, **STATISTICS})
+    assert given.config.vwt["threshold"] == 0.4
+
+
+def test_words_in_a_folder_without_a_seal_are_loaded_where_the_setting_names_no_save(pixel_values, tmp_path):
+    made = tiny_model("vit")
+    made.config.vwt = VWTConfig(method="inter", threshold=0.2, **STATISTICS).to_dict()
+    made.config.save_pretrained(tmp_path)
+    tiny_model("vit").save_pretrained(tmp_path / "weights")
+    (tmp_path / "weights/model.safetensors").rename(tmp_path / "model.safetensors")
+    words(0).save_pretrained(tmp_path / "visual_words")
+    expected = compress(tiny_model("vit"), inter(words(0), threshold=0.2))
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(expected, pixel_values))
+
+
+@pytest.mark.parametrize(
+    "seal", [b"", b"[]", b'{"weights": 3}', b"[" * 100000], ids=["empty", "list", "number", "deep"]
+)
+def test_a_damaged_seal_is_told_by_its_name(seal, tmp_path):
+    model(0).save_pretrained(tmp_path)
+    (folder,) = tmp_path.glob("visual_words-*")
+    (folder / "sealed.json").write_bytes(seal)
+    with pytest.raises(ValueError, match=r"sealed\.json is damaged"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("saved_as", ["../../etc", "", 5, "A" * 16, "0" * 17])
+def test_a_setting_names_no_folder_but_its_own(saved_as):
+    with pytest.raises(ValueError, match="saved_as is .*expected None or 16 digits"):
+        VWTConfig(method="inter", saved_as=saved_as)
