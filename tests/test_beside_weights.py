@@ -121,5 +121,5 @@ def test_a_damaged_seal_is_told_by_its_name(seal, tmp_path):
 
 @pytest.mark.parametrize("saved_as", ["../../etc", "", 5, "A" * 16, "0" * 17])
 def test_a_setting_names_no_folder_but_its_own(saved_as):
-    with pytest.raises(ValueError, match="saved_as is .*expected None or 16 digits"):
+    with pytest.raises(ValueError, match=r"saved_as is .*expected None or 16 digits"):
         VWTConfig(method="inter", saved_as=saved_as)

@@ -1,7 +1,7 @@
 """Registration with transformers: importing this module makes `from_pretrained(..., vwt=...)` work.
 
-Models and configs stay transformers' own. Every config has `vwt`, which is `None`. One that is given a setting becomes an
-instance of a subclass of its class, which writes the setting to config.json, until the setting is taken from it.
+Models and configs stay transformers' own. Every config has `vwt`, which is `None`. One that is given a setting becomes
+an instance of a subclass of its class, which writes it to config.json, until the setting is taken from it.
 
 What `vwt` asks for is done in one place, where every loading path of transformers meets: `PreTrainedModel`'s
 `from_pretrained` and `_from_config`. So a class loaded by its own name (`CLIPVisionModelWithProjection`, which no Auto
@@ -108,7 +108,7 @@ def _plain_class(config_class: type) -> type:
 
 
 class _StandsFor(type):
-    """Of a class that is found in dicts where its parent is: Auto classes look for the model of a config by its class."""
+    """Of a class that is found in dicts where its parent is, as Auto classes look for a config's model."""
 
     def __eq__(cls, other: object) -> bool:
         return other is cls or other is cls.__mro__[1]

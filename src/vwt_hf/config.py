@@ -137,7 +137,7 @@ class VWTConfig:
             owner = OWNERS.get(field.name, self.method)
             if owner != self.method and getattr(self, field.name) != field.default:
                 raise ValueError(
-                    f"VWTConfig.{field.name} is {shown(getattr(self, field.name))}, but method is {shown(self.method)}; the "
+                    f"VWTConfig.{field.name} is {shown(getattr(self, field.name))}, but method is {self.method!r}; the "
                     f"field belongs to method={owner!r}."
                 )
 
@@ -171,8 +171,8 @@ class VWTConfig:
         if not allowed or not all(_is_number(value) and least <= value <= LARGEST_MEAN for value in values):
             kind = "positive numbers" if positive else "numbers"
             raise ValueError(
-                f"VWTConfig.{field} is {shown(values)}; expected None or {kind} from {least:g} to {LARGEST_MEAN:g}, one "
-                "for each channel."
+                f"VWTConfig.{field} is {shown(values)}; expected None or {kind} from {least:g} to {LARGEST_MEAN:g}, "
+                "one for each channel."
             )
         object.__setattr__(self, field, tuple(map(float, values)))
 
@@ -202,8 +202,8 @@ class VWTConfig:
         if _is_vocabulary(value):
             return cls(method="inter", vocabulary=value)
         raise TypeError(
-            f"vwt is {shown(value)}; expected True, False, None, a VWTConfig, a dict of its fields, or a vocabulary: its "
-            "Hub id, its folder or a VisualVocabulary."
+            f"vwt is {shown(value)}; expected True, False, None, a VWTConfig, a dict of its fields, or a vocabulary: "
+            "its Hub id, its folder or a VisualVocabulary."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def _require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None
 
 
 def shown(value: object) -> str:
-    """A value as an error message shows it: as Python writes it, without control characters, and cut where it is long."""
+    """A value as an error message shows it: as Python writes it, without control characters, cut where it is long."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
