@@ -1,7 +1,7 @@
 """Attention over ragged batches, reached through transformers' `AttentionInterface`.
 
-The embeddings of a compressed model leave the layout of the batch in a context variable, and the attention of the same
-forward finds it there: each thread and each asyncio task has its own, so one model may serve many.
+The config of a compressed tower names these functions while a forward of it runs by a plan of groups, and there they find
+the plan.
 
 A padded batch attends under a bias that hides the padding. A packed one attends by a kernel that knows where images
 end (variable-length flash attention, on CUDA in half precision), else length by length: images of one length lie side
@@ -10,10 +10,9 @@ by side and are a view of the sequence, so nothing is copied and nothing is padd
 
 from __future__ import annotations
 
-import contextvars
-import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -24,7 +23,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layout import Layout, pool_pairs
+from .forward import Forward, current_forward, forward_of, run_within
+from .model_configs import BY_PLAN
+from .plans import Grouped
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -33,7 +34,6 @@ try:
 except ImportError:  # torch before 2.10
     VARLEN_SCALES = False
 
-PREFIX = "vwt_"
 BASES = ("eager", "sdpa", "flash_attention_2")
 Pairs = tuple[torch.Tensor, ...] | None
 """For each run of a packed batch, or for the whole of a padded one: (images or 1, heads, tokens, tokens), added to the
@@ -42,59 +42,26 @@ FOLDED = 8
 """Dimensions that a bias adds to a head: two hold it, and flash kernels take multiples of eight."""
 
 
-@dataclasses.dataclass
-class Forward:
-    """A forward of a vision tower under way."""
-
-    implementation: str
-    """The attention implementation of the tower's layers."""
-    draws_by_sequence: bool = False
-    """Whether layers draw random numbers for each sequence, as stochastic depth does in training."""
-    relative: bool = False
-    """Whether its attention is given a bias by where patches lie to each other, in place of a mask."""
-    real: torch.Tensor | None = None
-    """(batch, patches or kept patches): which of the tower's output is real, not padding, where its images are padded;
-    before its embeddings ran, what the caller gave as such."""
-    batch: Batch | None = None
-    """What its embeddings laid out; `None` before, and where patches were dropped."""
-    kept: torch.Tensor | None = None
-    """(batch or 1, patches kept), int64: which patch each token is, where it is one of them and not a mean."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What a forward knows of the batch that it runs on."""
-
-    layout: Layout
-    bias: torch.Tensor | None
-    """(sequences, tokens), float32: added to the attention logits of every layer, by key."""
-    folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
-    """What `fold_bias` adds to queries and keys, which is the same in every layer."""
-
-
-current: contextvars.ContextVar[Forward | None] = contextvars.ContextVar("vwt_hf forward", default=None)
-
-
 def register() -> None:
     """Registers `vwt_eager`, `vwt_sdpa` and `vwt_flash_attention_2` with transformers."""
     for base, forward in (("eager", eager), ("sdpa", sdpa), ("flash_attention_2", flash_attention_2)):
-        AttentionInterface.register(PREFIX + base, forward)
+        AttentionInterface.register(BY_PLAN + base, _by_plan_or_plain(forward, base))
         mask = functools.partial(_given_mask, ALL_MASK_ATTENTION_FUNCTIONS[base])
-        AttentionMaskInterface.register(PREFIX + base, mask)
+        AttentionMaskInterface.register(BY_PLAN + base, mask)
 
 
 def unregister() -> None:
     """Takes back what `register` did."""
     for base in BASES:
         for interface in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            type(interface)._global_mapping.pop(PREFIX + base, None)
+            type(interface)._global_mapping.pop(BY_PLAN + base, None)
 
 
 def _given_mask(base: Callable[..., Any], *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
     """The mask that a caller gave, if one did: models make one of their own while they are exported."""
     if attention_mask is None:
         return None
-    forward = current.get()
+    forward = current_forward()
     if forward is not None and forward.relative:  # attention could not tell it from the bias that it is added to
         _refuse_mask(attention_mask)
     return base(*args, attention_mask=attention_mask, **kwargs)
@@ -109,30 +76,12 @@ def _refuse_mask(attention_mask: torch.Tensor) -> NoReturn:
 
 def require_usable(tower: Any) -> None:
     """Raises `ValueError` if `tower` uses an attention implementation that cannot attend by a layout."""
-    base = (tower.config._attn_implementation or "eager").removeprefix(PREFIX)
+    base = tower.config._attn_implementation or "eager"
     if base not in BASES:
         raise ValueError(
             f"The model's attention implementation is {base!r}; grouped patches need one of {', '.join(BASES)}. Load "
             "it with attn_implementation='sdpa'."
         )
-
-
-def use_for(tower: Any) -> None:
-    """Has `tower` attend by the layout of its batch.
-
-    Raises:
-        ValueError: the model uses an attention implementation that cannot.
-    """
-    base = tower.config._attn_implementation or "eager"
-    if not base.startswith(PREFIX):
-        require_usable(tower)
-        tower.config._attn_implementation = PREFIX + base
-
-
-def give_back(config: Any) -> None:
-    """Undoes `use_for`, in the config of a model or tower."""
-    if (getattr(config, "_attn_implementation", None) or "").startswith(PREFIX):
-        config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
 
 
 def carry_through_checkpoints(layers: list[nn.Module]) -> None:
@@ -152,32 +101,22 @@ def give_back_checkpoint(layer: nn.Module) -> None:
 
 def _checkpoint(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
     """`checkpoint(layer, *args)`; the backward pass, which repeats `layer`, may run in another thread."""
-    forward = current.get()
-
-    def within(*args: Any) -> Any:
-        token = current.set(forward)
-        try:
-            return layer(*args)
-        finally:
-            current.reset(token)
-
-    return checkpoint(within, *args)
+    return checkpoint(functools.partial(run_within, current_forward(), layer), *args)
 
 
-def packs(implementation: str, device: torch.device, dtype: torch.dtype, relative: bool = False) -> bool:
-    """Whether `implementation` attends to packed batches as fast as it can to padded ones.
+def packs(forward: Forward, knows_interface: bool, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a tower attends to packed batches as fast as it can to padded ones.
 
-    On a CPU it does, length by length. On other devices a call for each length would leave the device waiting for
-    the host, so it takes a kernel that knows where images end, and such a kernel takes no bias for pairs of tokens.
+    On a CPU it does, length by length. On other devices a call for each length would leave the device waiting for the
+    host, so it takes a kernel that knows where images end, and such a kernel takes no bias for pairs of tokens.
 
     Args:
-        relative: whether attention is given such a bias.
+        knows_interface: whether its attention goes through transformers' `AttentionInterface`; else it is by sdpa.
     """
-    if relative:
+    if device.type == "cpu" or forward.relative:
         return device.type == "cpu"
-    if implementation == PREFIX + "flash_attention_2":
-        return True
-    return device.type == "cpu" or (implementation == PREFIX + "sdpa" and _has_flash(device, dtype))
+    implementation = (forward.tower.config._attn_implementation or "eager") if knows_interface else "sdpa"
+    return implementation == "flash_attention_2" or (implementation == "sdpa" and _has_flash(device, dtype))
 
 
 def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
@@ -187,22 +126,37 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _batch(query: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[Batch, Pairs]:
-    """The batch under way, which `query` (sequences, heads, tokens, head size) must be of, and the bias for pairs of
-    its tokens that a family gives in place of `attention_mask`."""
-    forward = current.get()
-    batch = None if forward is None else forward.batch
-    if batch is None or batch.layout.sizes.shape != (query.shape[0], query.shape[2]):
+def _plan_of(
+    module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[Forward, Grouped, Pairs]:
+    """The forward under way and its plan, of whose tokens `query` (sequences, heads, tokens, head size) must be, and the
+    bias for pairs of them that a family gives in place of `attention_mask`."""
+    forward = forward_of(module)
+    plan = forward.grouped
+    if plan is None or plan.shape != (query.shape[0], query.shape[2]):
         raise RuntimeError(
-            f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size) outside the forward that "
-            "laid its batch out. Call the model, not its layers, and repeat no layer outside its forward."
+            f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size), which are not the tokens "
+            "of the forward that it is part of. Call the model, not its layers, and repeat no layer outside its forward."
         )
     if attention_mask is None:
-        return batch, None
-    assert forward is not None  # it has a batch
+        return forward, plan, None
     if not forward.relative:
         _refuse_mask(attention_mask)
-    return batch, (attention_mask,) if forward.kept is not None else pool_pairs(attention_mask, batch.layout)
+    return forward, plan, plan.pairs(attention_mask)
+
+
+def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., Any]:
+    """`by_plan`, and the attention `base` for a model that shares the config of the tower whose forward is under way."""
+
+    @functools.wraps(by_plan)
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = current_forward()
+        if forward is not None and id(module) in forward.members:
+            return by_plan(module, *args, **kwargs)
+        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)(module, *args, **kwargs)
+
+    return attend
 
 
 # Compiled models call attention as it is: what it finds in the context variable is not for a graph to hold, and lengths
@@ -219,23 +173,23 @@ def sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`sdpa` by the layout of the batch; tensors are (sequences, heads, tokens, head size)."""
-    batch, pairs = _batch(query, attention_mask)
+    forward, plan, pairs = _plan_of(module, query, attention_mask)
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
     if (
-        batch.layout.packed
+        plan.layout.packed
         and pairs is None
         and not dropout
         and _has_flash(query.device, query.dtype)
         and head_size % 8 == 0
         and head_size + FOLDED <= 256
     ):
-        return _by_boundaries(varlen_attn, query, key, value, batch, scaling), None
+        return _by_boundaries(varlen_attn, query, key, value, forward, plan, scaling), None
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return sdpa_attention_forward(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)[0]
 
-    return _by_layout(attend, query, key, value, batch, pairs), None
+    return _by_layout(attend, query, key, value, plan, pairs), None
 
 
 @torch.compiler.disable
@@ -253,7 +207,7 @@ def eager(
 
     The second value stands for the attention weights.
     """
-    batch, pairs = _batch(query, attention_mask)
+    _, plan, pairs = _plan_of(module, query, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -263,7 +217,7 @@ def eager(
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         return (weights @ value).transpose(1, 2)
 
-    return _by_layout(attend, query, key, value, batch, pairs), _no_weights(query)
+    return _by_layout(attend, query, key, value, plan, pairs), _no_weights(query)
 
 
 @torch.compiler.disable
@@ -280,8 +234,8 @@ def flash_attention_2(
     """`flash_attention_2` over a packed batch; tensors are (1, heads, tokens, head size)."""
     from flash_attn import flash_attn_varlen_func  # transformers refuses to load a model for it where it is missing
 
-    batch, _ = _batch(query, attention_mask)
-    if not batch.layout.dense:
+    forward, plan, _ = _plan_of(module, query, attention_mask)
+    if not plan.layout.dense:
         raise ValueError(
             "layout is 'padded' and the attention implementation 'flash_attention_2', which takes no bias to hide "
             "padding with; use layout='auto' or 'packed', or attn_implementation='sdpa'."
@@ -290,7 +244,7 @@ def flash_attention_2(
     def attend(*packed: Any, scale: float) -> torch.Tensor:
         return flash_attn_varlen_func(*packed, dropout_p=dropout, softmax_scale=scale, causal=False)
 
-    return _by_boundaries(attend, query, key, value, batch, scaling), None
+    return _by_boundaries(attend, query, key, value, forward, plan, scaling), None
 
 
 def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,6 +254,8 @@ def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torc
         module: the attention, whose parameters are used.
         hidden_states: (sequences, tokens, hidden).
     """
+    if not _has_plan(module):
+        return type(module).forward(module, hidden_states, **kwargs)
     heads = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     dropout = module.dropout.p if module.training else 0.0
     output, _ = sdpa(module, *heads, None, scaling=module.scale, dropout=dropout)
@@ -325,6 +281,10 @@ def separate(
         interpolate_pos_encoding: without effect, as a bias is of the size of its image.
         resolution: height and width of the images.
     """
+    if not _has_plan(module):
+        return type(module).forward(
+            module, hidden_states, output_attentions, relative_position_bias, interpolate_pos_encoding, resolution
+        )
     query, key, value = (
         projection(hidden_states).unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
         for projection in (module.query, module.key, module.value)
@@ -335,9 +295,13 @@ def separate(
         own = module.relative_position_bias(tuple(size // module.config.patch_size for size in resolution))
         bias = own if bias is None else own + bias
     dropout = module.dropout.p if module.training else 0.0
-    attend = eager if module.config._attn_implementation == PREFIX + "eager" else sdpa
+    attend = eager if module.config._attn_implementation == BY_PLAN + "eager" else sdpa
     output, _ = attend(module, query, key, value, bias, dropout=dropout)
     return (output.flatten(2), _no_weights(query)) if output_attentions else (output.flatten(2),)
+
+
+def _has_plan(module: nn.Module) -> bool:
+    return forward_of(module).grouped is not None
 
 
 def _no_weights(query: torch.Tensor) -> torch.Tensor:
@@ -350,7 +314,7 @@ def _by_layout(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    batch: Batch,
+    plan: Grouped,
     pairs: Pairs = None,
 ) -> torch.Tensor:
     """Calls `attend` on the batch if it is padded, else on the images of each length.
@@ -362,8 +326,8 @@ def _by_layout(
     Returns:
         (sequences, tokens, heads, head size).
     """
-    bias = None if batch.bias is None else batch.bias.to(query)
-    layout = batch.layout
+    bias = None if plan.key_bias is None else plan.key_bias.to(query)
+    layout = plan.layout
     if not layout.packed:
         return attend(query, key, value, _sum(query, bias, None if pairs is None else pairs[0]))
     rows = [images * length for length, images in layout.runs]
@@ -395,7 +359,8 @@ def _by_boundaries(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    batch: Batch,
+    forward: Forward,
+    plan: Grouped,
     scaling: float | None,
 ) -> torch.Tensor:
     """Calls `attend`, a kernel for sequences of different lengths, on a batch without padding.
@@ -409,16 +374,21 @@ def _by_boundaries(
     """
     head_size = query.shape[-1]
     scaling = head_size**-0.5 if scaling is None else scaling
-    if batch.bias is not None:
-        query, key, value = fold_bias(query, key, value, batch, scaling)
-    boundaries, longest = batch.layout.boundaries.to(query.device), batch.layout.longest
+    if plan.key_bias is not None:
+        query, key, value = fold_bias(query, key, value, plan.key_bias, forward.folded, scaling)
+    boundaries, longest = plan.layout.boundaries.to(query.device), plan.layout.longest
     packed = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     output = attend(*packed, boundaries, boundaries, longest, longest, scale=scaling)
-    return output[..., :head_size].contiguous().unflatten(0, batch.layout.sizes.shape)
+    return output[..., :head_size].contiguous().unflatten(0, plan.shape)
 
 
 def fold_bias(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_bias: torch.Tensor,
+    folded: dict[Any, tuple[torch.Tensor, torch.Tensor]],
+    scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Folds a bias by key into further dimensions of the heads, for kernels that take none.
 
@@ -427,22 +397,22 @@ def fold_bias(
 
     Args:
         query, key, value: (sequences, heads, tokens, head size).
-        batch: with a bias.
+        key_bias: (sequences, tokens), added to the attention logits by key.
+        folded: keeps what is added, which is the same in every layer of a forward.
         scaling: what the kernel multiplies products by.
 
     Returns:
         The three with `FOLDED` more dimensions a head; those of the value are zero.
     """
     form = (key.dtype, key.device, scaling)
-    if form not in batch.folded:
-        assert batch.bias is not None
-        wanted = batch.bias.to(key.device) / scaling
+    if form not in folded:
+        wanted = key_bias.to(key.device) / scaling
         of_query, of_key = key.new_zeros(FOLDED), key.new_zeros(*wanted.shape, FOLDED)
         of_query[:2] = 1
         of_key[..., 0] = wanted
         of_key[..., 1] = wanted - of_key[..., 0].float()
-        batch.folded[form] = of_query, of_key.unsqueeze(1)
-    of_query, of_key = batch.folded[form]
+        folded[form] = of_query, of_key.unsqueeze(1)
+    of_query, of_key = folded[form]
     shape = (*query.shape[:3], FOLDED)
     return (
         torch.cat((query, of_query.to(query.dtype).expand(shape)), dim=-1),

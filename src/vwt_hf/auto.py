@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-import dataclasses
 import functools
 import inspect
 import os
@@ -25,10 +24,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from . import attention
 from .beside import remove_other_words, seal_words, write_words
-from .compress import compress_by, configs_of, is_compressed, lexicon_of, own_config, parts_of, restore
+from .compress import compress_by, configs_of, own_config, parts_of, restore, setting_of
 from .config import VWTConfig
 from .families import require_supported
-from .vocabulary import VisualVocabulary
+from .model_configs import SETTING, is_typed
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
@@ -51,7 +50,7 @@ def register() -> None:
     """Has transformers' loading, saving and configs know `vwt`. Idempotent."""
     if _originals:
         return
-    PreTrainedConfig.vwt = property(_read_setting, _write_setting)  # type: ignore[attr-defined]
+    PreTrainedConfig.vwt = SETTING  # type: ignore[attr-defined]
     attention.register()
     wraps = (_reading, _loading, _building_from, _saving, _unasked)
     for (owner, name), wrap in zip(_REPLACED, wraps, strict=True):
@@ -87,70 +86,6 @@ def unregister() -> None:
         attention.unregister()
     _originals.clear()
     _ours.clear()
-
-
-def _read_setting(config: PreTrainedConfig) -> Any:
-    return config.__dict__.get("vwt")
-
-
-def _write_setting(config: PreTrainedConfig, vwt: Any) -> None:
-    plain = _plain_class(type(config))
-    config.__dict__.pop("vwt", None)
-    if vwt is None or vwt is False:
-        config.__class__ = plain
-    else:
-        config.__dict__["vwt"] = vwt
-        config.__class__ = config_class_with_setting(plain)
-
-
-def _plain_class(config_class: type) -> type:
-    return config_class.__mro__[1] if isinstance(config_class, _StandsFor) else config_class
-
-
-class _StandsFor(type):
-    """Of a class that is found in dicts where its parent is, as Auto classes look for a config's model."""
-
-    def __eq__(cls, other: object) -> bool:
-        return other is cls or other is cls.__mro__[1]
-
-    def __hash__(cls) -> int:
-        return hash(cls.__mro__[1])
-
-
-@functools.cache
-def config_class_with_setting(plain: Any) -> type[PreTrainedConfig]:
-    """The subclass of a config class, of the same name, whose instances have a setting and write it to config.json."""
-
-    def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
-        fields = plain.to_dict(self)
-        if is_typed(fields.get("vwt")):
-            setting = VWTConfig.parse(fields["vwt"])
-            fields["vwt"] = setting and setting.to_dict()
-        return fields
-
-    def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
-        return _empty_with_setting, (plain,), self.__dict__
-
-    metaclass = type("_ConfigWithSetting", (_StandsFor, type(plain)), {})
-    body = {
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-        "__doc__": plain.__doc__,  # where transformers finds example checkpoints
-        "to_dict": to_dict,
-        "__reduce__": reduce,
-    }
-    return metaclass(plain.__name__, (plain,), body)
-
-
-def _empty_with_setting(plain: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A config without any field: what `pickle` and `copy` start from."""
-    config_class = config_class_with_setting(plain)
-    return config_class.__new__(config_class)
-
-
-def is_typed(vwt: Any) -> bool:
-    """Whether a user made this value of `vwt`: what a config.json gives is never of these types."""
-    return isinstance(vwt, (VWTConfig, VisualVocabulary, os.PathLike))
 
 
 def _reading(original: Any) -> Any:
@@ -248,19 +183,19 @@ def _saving(original: Any) -> Any:
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, save_directory, *args, **kwargs)
         call.apply_defaults()
-        parts = [part for part in parts_of(self) if is_compressed(part)]
+        parts = [part for part in parts_of(self) if setting_of(part) is not None]
         _gather_settings(self, parts)
-        lexicons = {part: lexicon for part in parts if (lexicon := lexicon_of(part)) and not lexicon.on_hub}
+        words = {part: found for part in parts if (found := setting_of(part).words_to_save()) is not None}
         folder = Path(save_directory)
         writes = call.arguments["is_main_process"] and not folder.is_file()
         saved_as: list[str] = []
         if writes:
-            for part, lexicon in lexicons.items():
-                saved_as.append(write_words(folder, lexicon.vocabulary))
+            for part, vocabulary in words.items():
+                saved_as.append(write_words(folder, vocabulary))
                 part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
         options: dict[str, Any] = {}
         # The original uploads what it wrote itself; `push_to_hub` uploads the words, too.
-        push = lexicons and call.arguments["push_to_hub"]
+        push = words and call.arguments["push_to_hub"]
         if push:
             call.arguments["push_to_hub"] = False
             rest = call.arguments["kwargs"]
@@ -373,9 +308,8 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
 def _apply(model: PreTrainedModel, setting: VWTConfig | None, hub_kwargs: dict[str, Any]) -> None:
     """Gives a model that was just made the setting that a user asks for, whatever its config says."""
     saved = model.config.vwt
-    if setting is not None and setting.method == "inter" and setting.vocabulary is None and isinstance(saved, dict):
-        # The words that lie beside its weights are in a folder that the setting names which they were saved with.
-        setting = dataclasses.replace(setting, saved_as=setting.saved_as or saved.get("saved_as"))
+    if setting is not None and isinstance(saved, dict):
+        setting = setting.with_saved(saved)
     for config in configs_of(model):
         config.vwt = None
     if setting is None:

@@ -31,6 +31,8 @@ WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)")
 LOOKED_AT = 1 << 20
 """Bytes of a file of weights that its print is made of, beside its length: spread over the whole."""
 BLOCKS = 64
+SAVED_AS = re.compile("[0-9a-f]{16}")
+"""What tells the folder of one save from those of others."""
 OWN = re.compile(FOLDER + "-[0-9a-f]{16}")
 """Names of such folders."""
 

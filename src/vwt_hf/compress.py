@@ -1,11 +1,11 @@
-"""`compress` and `restore`: put the tokenizer into a model that is in memory, and take it out again."""
+"""`compress` and `restore`: hooks into a model that is in memory, and out again."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,22 +14,13 @@ from torch.utils import _pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import attention
-from .config import VWTConfig
-from .families import (
-    Family,
-    family_of,
-    find_embeddings,
-    find_layers,
-    find_stack,
-    find_tower,
-    model_of,
-    patch_shape,
-    require_supported,
-)
-from .layout import Layout, expand, medoids
-from .lexicon import Lexicon
-from .tokenizer import Tokenizer, choose_patches, embed, embed_padded, forward_under_way, relate
-from .words import patch_grid, patchify
+from .config import ModelFacts, VWTConfig
+from .families import Family, Tower, family_of, find_layers, find_stack, find_tower, is_of, model_of, require_supported
+from .forward import begin_forward, current_forward, end_forward, forward_of
+from .model_configs import attend_by_plan
+from .patches import Patches, padded_places
+from .plans import Grouped, Kept
+from .words import patch_grid
 
 
 def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> PreTrainedModel:
@@ -80,46 +71,70 @@ def compress_by(
     """
     require_supported(type(model), setting.restores)
     family = family_of(model)
-    embeddings = find_embeddings(model, family)
-    channels, patch_size = patch_shape(embeddings, family)
-    _require_whole_images(embeddings, family)
-    lexicon = None
-    if setting.method == "inter":
-        source = str(source or model.name_or_path or "")
-        lexicon = Lexicon.resolve(setting, source, lexicon_of(model), trusted=trusted, **hub_kwargs)
-        lexicon.vocabulary.require(patch_size, channels)
-        setting = lexicon.setting
-    tower = find_tower(model, embeddings)
-    attentions = [module for module in tower.modules() if type(module).__name__ in family.attentions]
-    relative = [module for module in tower.modules() if type(module).__name__ == family.relative]
-    for module in (embeddings, *attentions, *relative):
-        _require_replaceable(module)
-    tokenizer = Tokenizer(family, setting, lexicon, bool(relative))
-    if tokenizer.attends:
-        attention.require_usable(tower)
+    tower = find_tower(model, family)
+    _require_whole_images(tower.module.config, family)
+    source = str(source or model.name_or_path or "")
+    setting = setting.prepared(
+        ModelFacts(source, tower.patch_size, tower.channels, setting_of(model), trusted, hub_kwargs)
+    )
+    relative = [module for module in tower.module.modules() if is_of(module, family.relative)]
+    attentions = [
+        (module, stand_in)
+        for module in tower.module.modules()
+        for name, stand_in in family.attentions.items()
+        if is_of(module, name)
+    ]
+    by_sizes = setting.shortens and (setting.groups or family.padded is not None)
+    if by_sizes:
+        attention.require_usable(tower.module)
+        for module, _ in attentions:
+            _require_replaceable(module)
     restore(model)
-    if tokenizer.tells:
-        tower.register_forward_pre_hook(functools.partial(_open, tokenizer), with_kwargs=True)
-        for module in relative:
-            _replace_forward(module, relate, len(family.prefix))
-    if tokenizer.attends:
-        attention.use_for(tower)
-        for module in attentions:
-            _replace_forward(module, family.attentions[type(module).__name__])
-        if setting.restores:
-            last = find_layers(tower)[-1]
-            for module in (last, find_stack(tower, last)):
-                module.register_forward_hook(_restore_within)
-    if tokenizer.tells:
-        tower.register_forward_hook(_restore_patches if setting.restores else _leave, always_call=True)
-    _replace_forward(embeddings, embed if family.padded is None else embed_padded, tokenizer)
-    for module in tower.modules():
-        if tokenizer.attends and type(module).__name__ == family.padded:
-            module.register_forward_pre_hook(_mask_padding)
-        if type(module).__name__ == family.rotary:
-            module.register_forward_hook(functools.partial(_rotate, tokenizer, patch_size))
+    _hook_in(tower, family, setting, by_sizes, relative, attentions)
     model.config.vwt = setting.to_dict()
     return model
+
+
+def _hook_in(
+    tower: Tower,
+    family: Family,
+    setting: VWTConfig,
+    by_sizes: bool,
+    relative: list[nn.Module],
+    attentions: list[tuple[nn.Module, Any]],
+) -> None:
+    """Registers what a compressed tower needs.
+
+    Args:
+        by_sizes: whether tokens stand for different numbers of patches, which attention goes by.
+        relative: the modules that give attention a bias by where patches lie to each other.
+        attentions: those that do not know transformers' interface, and what stands in for their forwards.
+    """
+    follows = setting.shortens and (by_sizes or bool(relative))
+    if follows:
+        begin = Begin(bool(relative), by_sizes, strips_mask=by_sizes and family.padded is not None)
+        tower.module.register_forward_pre_hook(begin, with_kwargs=True)
+    reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows)
+    tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
+    for module in tower.module.modules():
+        if is_of(module, family.rotary):
+            module.register_forward_hook(Rotate(reduce), with_kwargs=True)
+        if by_sizes and is_of(module, family.padded):
+            module.register_forward_pre_hook(MaskPadding())
+    if follows:
+        for module in relative:
+            module.register_forward_pre_hook(OfWholeImage(), with_kwargs=True)
+            module.register_forward_hook(Bias())
+    if by_sizes:
+        attend_by_plan(tower.module.config)
+        for module, stand_in in attentions:
+            setattr(module, _slot(module), StandIn(stand_in, module))
+        if setting.restores:
+            last = find_layers(tower.module)[-1]
+            for module in dict.fromkeys((last, find_stack(tower.module, last), tower.module)):
+                module.register_forward_hook(Expand())
+    if follows:
+        tower.module.register_forward_hook(End(), always_call=True)
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
@@ -132,21 +147,21 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """
     model = model_of(model)
     for module in model.modules():
-        if _is_ours(module.__dict__.get("forward")):
+        if isinstance(module.__dict__.get("forward"), StandIn):
             del module.forward
-        if _is_ours(module.__dict__.get("_old_forward")):
+        if isinstance(module.__dict__.get("_old_forward"), StandIn):
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
-        for key in [key for key, hook in module._forward_pre_hooks.items() if _func(hook) in INPUT_HOOKS]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key in [key for key, hook in module._forward_hooks.items() if _func(hook) in OUTPUT_HOOKS]:
-            del module._forward_hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
+        for hooks, beside in (
+            (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+            (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+                del hooks[key]
+                for also in beside:
+                    also.pop(key, None)
         attention.give_back_checkpoint(module)
     for config in configs_of(model):
-        attention.give_back(config)
-        if getattr(config, "vwt", None) is not None:
-            config.vwt = None
+        config.vwt = None
     return model
 
 
@@ -177,32 +192,18 @@ def parts_of(model: PreTrainedModel) -> list[PreTrainedModel]:
     return list(found)
 
 
-def _slot(module: nn.Module) -> str:
-    """Where the forward of `module` is kept: accelerate's hooks (`device_map`) wrap it, and keep it elsewhere."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+def setting_of(model: nn.Module) -> VWTConfig | None:
+    """The setting that `model` is compressed by; `None` for a plain one, also if its config is that of a compressed."""
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, Reduce):
+                return hook.setting
+    return None
 
 
-def _replace_forward(module: nn.Module, function: Callable[..., Any], *args: Any) -> None:
-    setattr(module, _slot(module), functools.partial(function, module, *args))
-
-
-def _func(hook: Any) -> Any:
-    return getattr(hook, "func", hook)
-
-
-def _is_ours(forward: object) -> bool:
-    """Whether `_replace_forward` put it there."""
-    return isinstance(forward, functools.partial) and forward.func in STAND_INS
-
-
-def _require_replaceable(module: nn.Module) -> None:
-    """Raises `ValueError` where the forward of `module` is not its class's, nor one of ours."""
-    present = module.__dict__.get("forward")
-    if _slot(module) == "forward" and present is not None and not _is_ours(present):
-        raise ValueError(
-            f"Something else replaced the forward of {type(module).__name__} in this model; take that out before "
-            "compressing it."
-        )
+def lexicon_of(model: nn.Module) -> Any:
+    """The words that `model` groups patches by, as its pixel values are normalised; `None` if it has none."""
+    return getattr(setting_of(model), "words", None)
 
 
 def own_config(model: PreTrainedModel) -> None:
@@ -215,9 +216,24 @@ def own_config(model: PreTrainedModel) -> None:
             module.config = copies[id(config)]
 
 
-def _require_whole_images(embeddings: Any, family: Family) -> None:
+def _slot(module: nn.Module) -> str:
+    """Where the forward of `module` is kept: accelerate's hooks (`device_map`) wrap it, and keep it elsewhere."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def _require_replaceable(module: nn.Module) -> None:
+    """Raises `ValueError` where the forward of `module` is not its class's, nor one of ours."""
+    present = module.__dict__.get("forward")
+    if _slot(module) == "forward" and present is not None and not isinstance(present, StandIn):
+        raise ValueError(
+            f"Something else replaced the forward of {type(module).__name__} in this model; take that out before "
+            "compressing it."
+        )
+
+
+def _require_whole_images(config: Any, family: Family) -> None:
     """Raises `ValueError` where the embeddings of a family drop patches of their own."""
-    share = getattr(embeddings.config, family.masks) if family.masks else 0
+    share = getattr(config, family.masks, 0) if family.masks else 0
     if share:
         raise ValueError(
             f"{family.name} drops {share:.0%} of the patches at random before its first layer, to be trained "
@@ -226,153 +242,187 @@ def _require_whole_images(embeddings: Any, family: Family) -> None:
         )
 
 
-def _tokenizer_of(forward: object) -> Tokenizer | None:
-    if isinstance(forward, functools.partial) and forward.func in (embed, embed_padded):
-        return forward.args[1]
-    return None
+class StandIn(functools.partial):
+    """A function of ours in place of a module's forward; `restore` finds it by its type."""
 
 
-def _tokenizer_within(model: PreTrainedModel) -> Tokenizer | None:
-    for module in model.modules():
-        for name in ("forward", "_old_forward"):
-            tokenizer = _tokenizer_of(module.__dict__.get(name))
-            if tokenizer is not None:
-                return tokenizer
-    return None
+class Hook:
+    """A hook of ours; `restore` finds it by its type."""
 
 
-def is_compressed(model: PreTrainedModel) -> bool:
-    """Whether `model` is compressed; one that was built from the config of another has its setting and is plain."""
-    return _tokenizer_within(model) is not None
+@dataclasses.dataclass(eq=False)
+class Begin(Hook):
+    """Forward pre-hook of a vision tower: begins a forward, by which its parts find each other."""
+
+    relative: bool
+    """Whether its attention is given a bias by where patches lie to each other."""
+    by_sizes: bool
+    """Whether attention goes by how many patches tokens stand for."""
+    strips_mask: bool
+    """Whether images come as padded patches. What tells padding from patches is taken from the tower and left for its
+    head: layers see tokens, of which none is padding or the plan says so."""
+    _members: tuple[int, frozenset[int]] | None = None
+
+    @torch.compiler.disable
+    def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.by_sizes:
+            attention.require_usable(tower)  # `set_attn_implementation` may have come after `compress`
+            if torch.is_grad_enabled():
+                attention.carry_through_checkpoints(find_layers(tower))
+        if self._members is None or self._members[0] != id(tower):
+            self._members = id(tower), frozenset(map(id, tower.modules()))
+        forward = begin_forward(tower, self._members[1], self.relative)
+        if not self.strips_mask:
+            return None
+        names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+        kwargs = dict(zip(names, args, strict=False), **kwargs)
+        forward.real = kwargs.get("pixel_attention_mask")
+        return args[len(names) :], kwargs | {"pixel_attention_mask": None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_members": None}
 
 
-def lexicon_of(model: PreTrainedModel) -> Lexicon | None:
-    """The vocabulary that `model` tokenises by, as its pixel values are normalised; `None` if it does not."""
-    tokenizer = _tokenizer_within(model)
-    return None if tokenizer is None else tokenizer.lexicon
+@dataclasses.dataclass(eq=False)
+class Reduce(Hook):
+    """Forward hook of the embeddings: patches become tokens by the plan that the setting makes of them."""
 
+    setting: VWTConfig
+    family: Family
+    patch_size: tuple[int, int]
+    channels: int
+    follows: bool
+    """Whether what comes after goes by the plan."""
 
-@torch.compiler.disable
-def _open(tokenizer: Tokenizer, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a vision tower: opens a forward, whose layers attend by what its embeddings lay out.
-
-    Where images come as padded patches, what tells padding from them is taken from the tower and left for its head:
-    layers see tokens, of which none is padding or the layout says so.
-    """
-    if tokenizer.attends:
-        attention.use_for(tower)  # a `set_attn_implementation` may have come after `compress`
-    if torch.is_grad_enabled():
-        attention.carry_through_checkpoints(find_layers(tower))
-    draws = tower.training and getattr(tower.config, "drop_path_rate", 0) > 0
-    forward = attention.Forward(tower.config._attn_implementation, draws, tokenizer.relative)
-    attention.current.set(forward)
-    if not tokenizer.attends or tokenizer.family.padded is None:
-        return None
-    names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-    kwargs = dict(zip(names, args, strict=False), **kwargs)
-    forward.real = kwargs.get("pixel_attention_mask")
-    return args[len(names) :], kwargs | {"pixel_attention_mask": None}
-
-
-@torch.compiler.disable
-def _mask_padding(head: nn.Module, args: Any) -> Any:
-    """Forward pre-hook of a head that is told which patches are padding."""
-    forward = attention.current.get()
-    return args if forward is None else (args[0], forward.real)
-
-
-@torch.compiler.disable
-def _restore_within(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of a tower's last layer and of what holds the layers: what comes after sees every patch, with its
-    token's hidden state."""
-    forward = attention.current.get()
-    return output if forward is None or forward.batch is None else _restored(output, forward.batch.layout)
-
-
-@torch.compiler.disable
-def _restore_patches(tower: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of a vision tower: restores what its earlier layers gave, and lets the forward's layout go."""
-    forward = attention.current.get()
-    attention.current.set(None)
-    if forward is None or forward.batch is None or output is None:  # the forward raised
-        return output
-    return _restored(output, forward.batch.layout)
-
-
-@torch.compiler.disable
-def _leave(tower: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook of a vision tower that gives its tokens out as they are."""
-    forward = attention.current.get()
-    attention.current.set(None)
-    if forward is not None and forward.batch is not None:
-        _refuse_attentions(output, forward.batch.layout.sizes.shape)
-
-
-def _restored(output: Any, layout: Layout) -> Any:
-    """`output` with every tensor of tokens, (sequences, tokens, hidden), expanded to (batch, prefix + patches, hidden).
-
-    Raises:
-        ValueError: there are attention weights in it.
-    """
-    shape = layout.sizes.shape
-    _refuse_attentions(output, shape)
-
-    def restored(value: Any) -> Any:
-        tokens = isinstance(value, torch.Tensor) and value.dim() >= 3 and value.shape[:2] == shape
-        return expand(value, layout) if tokens else value
-
-    return _pytree.tree_map(restored, output)
-
-
-def _refuse_attentions(output: Any, shape: torch.Size) -> None:
-    """Raises `ValueError` where `output` holds attention weights between tokens (sequences, tokens) of `shape`."""
-    for value in _pytree.tree_leaves(output):
-        if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2:] == (shape[1], shape[1]):
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.setting.shortens:
+            return output
+        if kwargs.get("bool_masked_pos") is not None:
             raise ValueError(
-                "output_attentions gives the attention between patches, and grouped patches attend as one token. Leave "
-                "it out, or call vwt_hf.restore(model) first."
+                "bool_masked_pos masks patches of the whole image, of which a compressed model sees a part; "
+                "call vwt_hf.restore(model) first."
             )
+        pixel_values = args[0] if args else kwargs["pixel_values"]
+        if self.follows:
+            return self._reduce_and_tell(module, pixel_values, args, kwargs, output)
+        plan = self.setting.plan(self.patches(pixel_values, _tokens_of(output).shape[1]))
+        return output if plan is None else self.family.reduces(output, plan)
+
+    # How many tokens there are is known only when it has run, and the plan that it leaves is not for a graph to hold.
+    @torch.compiler.disable
+    def _reduce_and_tell(
+        self, module: nn.Module, pixel_values: torch.Tensor, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        forward, tokens = forward_of(module), _tokens_of(output)
+        patches = self.patches(pixel_values, tokens.shape[1])
+        if self.family.padded is not None:
+            spatial_shapes = args[1] if len(args) > 1 else kwargs["spatial_shapes"]
+            places, real = padded_places(spatial_shapes.to(pixel_values.device), pixel_values.shape[1])
+            real = real if forward.real is None else real & forward.real.bool()
+            patches = dataclasses.replace(patches, real=real, padded_places=places)
+        packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
+        plan = self.setting.plan(dataclasses.replace(patches, packs=packs, draws=forward.draws_by_sequence))
+        if plan is None:
+            return output
+        forward.plan = plan
+        if patches.real is not None:
+            forward.real = patches.real if self.setting.restores else getattr(plan, "stays", None)
+        return self.family.reduces(output, plan)
+
+    def patches(self, pixel_values: torch.Tensor, length: int) -> Patches:
+        """The patches of images of one size, of which the embeddings made `length` rows."""
+        if self.family.padded is not None:
+            return Patches(pixel_values, self.patch_size, self.channels, prefix=0, grid=None)
+        grid = patch_grid(pixel_values, self.patch_size)
+        return Patches(pixel_values, self.patch_size, self.channels, length - grid[0] * grid[1], grid)
 
 
-def _rotate(
-    tokenizer: Tokenizer, patch_size: tuple[int, int], rotary: nn.Module, args: Any, output: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    """Forward hook of rotary positions, which makes the rotations (patches, head size) of patches those of tokens.
-
-    A token that is a patch has its rotation. One that is a mean has that of the patch nearest to the mean of its
-    places, which is a rotation that the model knows, jittered in training as the others are. The rotation of the mean
-    of the coordinates agrees less with the plain model (scripts/compare_rotary.py).
-
-    Returns:
-        (batch or sequences, 1, tokens, head size), or (tokens, head size) where all images share them.
-    """
-    setting, (pixel_values,) = tokenizer.setting, args
-    grid = patch_grid(pixel_values, patch_size)
-    if tokenizer.attends:
-        return _rotate_group(grid, output)
-    count = grid[0] * grid[1]
-    if setting.is_plain(count):
-        return output
-    kept = choose_patches(patchify(pixel_values, patch_size), grid, setting.patches_kept(count), setting)
-    return tuple(_of_kept(values, kept) for values in output)
+def _tokens_of(output: Any) -> torch.Tensor:
+    """(batch, prefix + patches, hidden): what embeddings give, or the first of it."""
+    return output[0] if isinstance(output, tuple) else output
 
 
-@torch.compiler.disable
-def _rotate_group(grid: tuple[int, int], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    forward = forward_under_way()
-    if forward.kept is not None:
-        return tuple(_of_kept(values, forward.kept) for values in output)
-    assert forward.batch is not None  # the embeddings ran before
-    place = medoids(forward.batch.layout, grid)
-    # A last row for tokens without a place: cosine 1 and sine 0 leave them as they are.
-    still = (torch.ones_like(output[0][:1]), torch.zeros_like(output[1][:1]))
-    return tuple(torch.cat(pair)[place].unsqueeze(1) for pair in zip(output, still, strict=True))
+def _plan_under_way() -> Kept | Grouped | None:
+    forward = current_forward()
+    return None if forward is None else forward.plan
 
 
-def _of_kept(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    return values[kept[0]] if kept.shape[0] == 1 else values[kept].unsqueeze(1)
+@dataclasses.dataclass(eq=False)
+class Rotate(Hook):
+    """Forward hook of rotary positions: the rotations of patches become those of tokens."""
+
+    reduce: Reduce
+
+    def __call__(self, rotary: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.reduce.setting.shortens:
+            return output
+        if self.reduce.follows:
+            return self._rotate_as_told(output)
+        pixel_values = args[0] if args else kwargs["pixel_values"]
+        patches = self.reduce.patches(pixel_values, output[0].shape[0])
+        plan = self.reduce.setting.plan(patches)
+        return output if plan is None else plan.rotate(output)
+
+    @torch.compiler.disable
+    def _rotate_as_told(self, output: Any) -> Any:
+        plan = _plan_under_way()
+        return output if plan is None else plan.rotate(output)
 
 
-STAND_INS = (embed, embed_padded, relate, attention.fused, attention.separate)
-INPUT_HOOKS = (_open, _mask_padding)
-OUTPUT_HOOKS = (_restore_within, _restore_patches, _leave, _rotate)
+class OfWholeImage(Hook):
+    """Forward pre-hook of a relative position bias: it is asked for that of the whole image, whose size it knows."""
+
+    def __call__(self, bias: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args[:1], {}
+
+
+class Bias(Hook):
+    """Forward hook of a relative position bias: that between patches becomes that between tokens."""
+
+    @torch.compiler.disable
+    def __call__(self, bias: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        plan = _plan_under_way()
+        return output if plan is None else plan.bias(output)
+
+
+class MaskPadding(Hook):
+    """Forward pre-hook of a head that is told which patches are padding."""
+
+    @torch.compiler.disable
+    def __call__(self, head: nn.Module, args: Any) -> Any:
+        forward = current_forward()
+        return args if forward is None else (args[0], forward.real)
+
+
+class Expand(Hook):
+    """Forward hook of a tower's last layer, of what holds the layers, and of the tower: what comes after sees every patch,
+    with its token's hidden state."""
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        plan = _plan_under_way()
+        if not isinstance(plan, Grouped):
+            return output
+
+        def expanded(value: Any) -> Any:
+            tokens = isinstance(value, torch.Tensor) and value.dim() >= 3 and value.shape[:2] == plan.shape
+            return plan.expand(value) if tokens else value
+
+        return _pytree.tree_map(expanded, output)
+
+
+class End(Hook):
+    """Forward hook of a vision tower: ends its forward, and gives no attention weights out that mean nothing."""
+
+    @torch.compiler.disable
+    def __call__(self, tower: nn.Module, args: Any, output: Any) -> None:
+        forward = end_forward(tower)
+        plan = None if forward is None else forward.grouped
+        if plan is None or output is None:  # no output: the forward raised
+            return
+        for value in _pytree.tree_leaves(output):
+            if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2:] == (plan.shape[1],) * 2:
+                raise ValueError(
+                    "output_attentions gives the attention between patches, and grouped patches attend as one token. "
+                    "Leave it out, or call vwt_hf.restore(model) first."
+                )

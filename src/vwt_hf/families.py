@@ -12,32 +12,52 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import attention
+from .plans import Grouped, Kept, with_prefix
+from .words import gather_patches
+
+
+def reduce_first(output: Any, plan: Kept | Grouped) -> Any:
+    """The output of embeddings that give tokens, or a tuple of which they are the first."""
+    return (plan.reduce(output[0]), *output[1:]) if isinstance(output, tuple) else plan.reduce(output)
+
+
+def reduce_masked_autoencoder(output: Any, plan: Kept | Grouped) -> Any:
+    """The output of ViT-MAE's embeddings: tokens, mask (1: dropped) and where patches went, both (batch, patches).
+
+    They shuffle the patches; the tokens of a plan keep the order of the image, and what it drops is as if masked.
+    """
+    tokens, mask, restore = output
+    patches = mask.shape[1]
+    prefix = tokens.shape[1] - patches
+    ordered = gather_patches(tokens, with_prefix(restore, prefix))
+    kept = plan.kept if isinstance(plan, Kept) else None
+    mask = torch.zeros_like(mask)
+    if kept is not None:
+        mask = torch.ones_like(mask).scatter_(1, kept.expand(len(mask), -1), 0.0)
+    dropped = mask.long()
+    # The kept ones first, in their order, and then the others; counted, for ONNX has no stable sort.
+    behind = (1 - dropped).sum(dim=1, keepdim=True) + dropped.cumsum(dim=1)
+    restore = torch.where(mask > 0, behind, (1 - dropped).cumsum(dim=1)) - 1
+    return plan.reduce(ordered), mask, restore
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Where a family keeps what tokenising needs. Paths are dotted names below the embeddings module."""
+    """What differs between this family and a plain vision transformer, and what the README says of it."""
 
     name: str
     """Name in messages and tables."""
     model_types: tuple[str, ...]
     """`model_type` of the configs that `AutoConfig` maps to this family's vision models."""
     embeddings: str
-    """Class name of the module that turns `pixel_values` into the first layer's `hidden_states`."""
-    projection: str
-    """The patch projection, a convolution whose stride is its kernel; where images come as patches, linear."""
-    positions: str | Callable[[Any, tuple[int, int]], torch.Tensor] | None
-    """The position table: a parameter (1, prefix + patches, hidden), which may be `None` in some models of the family,
-    or an `nn.Embedding` of prefix + patches; or what gives it for an embeddings module and the rows and columns of
-    patches. `None` if positions are not added to the tokens."""
+    """Class name of the module that turns `pixel_values` into the first layer's `hidden_states`: prefix tokens, and then
+    a row for each patch."""
     pools: str
     """What its heads read."""
-    prefix: tuple[str, ...] = ("cls_token",)
-    """Prefix tokens that have a position, in order."""
-    registers: str | None = None
-    """Prefix tokens without a position, which follow those that have one."""
-    always_interpolates: bool = False
-    """Whether positions are interpolated to any image size without being asked to."""
+    prefix: str = "CLS"
+    """The tokens that come before the patches."""
+    positions: str = "absolute"
+    """How the model tells where patches lie."""
     predicts_masked: tuple[str, ...] = ()
     """Model classes of the family that predict patches masked in the whole image: these cannot be compressed."""
     needs_every_patch: tuple[str, ...] = ()
@@ -51,16 +71,13 @@ class Family:
     attentions: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     """What stands in for the forwards of its attention, by class name, where that does not go through transformers'
     `AttentionInterface`."""
-    norm: str | None = None
-    """A norm between the projection of patches and their positions."""
     masks: str | None = None
     """Field of its config that says which share of the patches its embeddings drop at random, for training."""
     padded: str | None = None
     """Class name of the head that is told which patches are padding, in families whose `pixel_values` are patches of
     images of many sizes, as their image processor cuts and pads them."""
-    outputs: Callable[..., Any] | None = None
-    """What its embeddings return, of the tokens, which patches they are (batch or 1, tokens; `None` if every patch is
-    part of one), the batch and the grid of patches; `None` if they return the tokens alone."""
+    reduces: Callable[[Any, Kept | Grouped], Any] = reduce_first
+    """What becomes of the output of its embeddings under a plan, where they give more than tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,167 +102,69 @@ class Unfit:
     """Why, after "it"."""
 
 
-def _masked_autoencoder_outputs(
-    tokens: torch.Tensor, kept: torch.Tensor | None, batch: int, grid: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, mask (1: dropped) and where patches went, both (batch, patches), as if what was dropped were masked."""
-    mask = torch.zeros(batch, grid[0] * grid[1], device=tokens.device)
-    if kept is not None:
-        mask = torch.ones_like(mask).scatter_(1, kept.expand(batch, -1), 0.0)
-    dropped = mask.long()
-    # The kept ones first, in their order, and then the others; counted, for ONNX has no stable sort.
-    behind = (1 - dropped).sum(dim=1, keepdim=True) + dropped.cumsum(dim=1)
-    return tokens, mask, torch.where(mask > 0, behind, (1 - dropped).cumsum(dim=1)) - 1
+def _like_vit(name: str, model_type: str, class_name: str, pools: str = "CLS", **fields: Any) -> Family:
+    return Family(name, (model_type,), f"{class_name}Embeddings", pools, **fields)
 
 
-def _with_grid(
-    tokens: torch.Tensor, kept: torch.Tensor | None, batch: int, grid: tuple[int, int]
-) -> tuple[torch.Tensor, tuple[int, int]]:
-    return tokens, grid
-
-
-def _aimv2_positions(module: Any, grid: tuple[int, int]) -> torch.Tensor:
-    """The position table of AIMv2: sines of rows and columns in native models, else learned for one size."""
-    if not module.config.is_native:
-        return module.position_embedding(module.position_ids)
-    from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_position_embedding as sines
-
-    rows_first = sines(
-        *grid, module.config.hidden_size, device=module.position_ids.device, dtype=module.patch_embed.weight.dtype
-    )
-    return rows_first.roll(rows_first.shape[-1] // 2, dims=-1).unsqueeze(0)
-
-
-def _like_vit(name: str, model_type: str, class_name: str, **fields: Any) -> Family:
-    return Family(
-        name=name,
-        model_types=(model_type,),
-        embeddings=f"{class_name}Embeddings",
-        projection="patch_embeddings.projection",
-        positions="position_embeddings",
-        **({"pools": "CLS"} | fields),
-    )
-
-
-def _like_clip(name: str, model_type: str, class_name: str, **fields: Any) -> Family:
-    usual = {
-        "model_types": (model_type, f"{model_type}_vision_model"),
-        "pools": "CLS",
-        "prefix": ("class_embedding",),
-        "projection": "patch_embedding",
-        "positions": "position_embedding",
-    }
-    return Family(name=name, embeddings=f"{class_name}VisionEmbeddings", **(usual | fields))
+def _like_clip(name: str, model_type: str, class_name: str, pools: str = "CLS", **fields: Any) -> Family:
+    own = {"model_types": (model_type, f"{model_type.replace('-', '_')}_vision_model")} | fields
+    return Family(name, embeddings=f"{class_name}VisionEmbeddings", pools=pools, **own)
 
 
 FAMILIES: tuple[Family, ...] = (
     _like_vit("ViT", "vit", "ViT", predicts_masked=("ViTForMaskedImageModeling",)),
     _like_vit(
-        "DeiT",
-        "deit",
-        "DeiT",
-        pools="CLS, and the distillation token",
-        prefix=("cls_token", "distillation_token"),
+        "DeiT", "deit", "DeiT", "CLS, and the distillation token", prefix="CLS, distillation",
         predicts_masked=("DeiTForMaskedImageModeling",),
     ),
     _like_vit("ViT-MSN", "vit_msn", "ViTMSN"),
     _like_vit(
-        "ViT-MAE",
-        "vit_mae",
-        "ViTMAE",
-        pools="none: hidden states are given out",
-        predicts_masked=("ViTMAEForPreTraining",),
-        masks="mask_ratio",
-        outputs=_masked_autoencoder_outputs,
+        "ViT-MAE", "vit_mae", "ViTMAE", "none: hidden states are given out", masks="mask_ratio",
+        predicts_masked=("ViTMAEForPreTraining",), reduces=reduce_masked_autoencoder,
     ),
-    _like_vit("I-JEPA", "ijepa", "IJepa", pools="mean of all tokens", prefix=()),
+    _like_vit("I-JEPA", "ijepa", "IJepa", "mean of all tokens", prefix="none"),
     _like_vit(
-        "BEiT",
-        "beit",
-        "Beit",
-        pools="mean of the patches, or CLS",
-        always_interpolates=True,
-        relative="BeitRelativePositionBias",
-        predicts_masked=("BeitForMaskedImageModeling",),
+        "BEiT", "beit", "Beit", "mean of the patches, or CLS", positions="relative to each other",
+        relative="BeitRelativePositionBias", predicts_masked=("BeitForMaskedImageModeling",),
         needs_every_patch=("BeitForSemanticSegmentation",),
     ),
     _like_vit(
-        "Data2Vec-vision",
-        "data2vec-vision",
-        "Data2VecVision",
-        pools="mean of the patches, or CLS",
-        always_interpolates=True,
-        relative="Data2VecVisionRelativePositionBias",
-        attentions={
-            "Data2VecVisionSelfAttention": attention.separate,
-            "Data2VecVisionSdpaSelfAttention": attention.separate,
-        },
+        "Data2Vec-vision", "data2vec-vision", "Data2VecVision", "mean of the patches, or CLS",
+        positions="relative to each other", relative="Data2VecVisionRelativePositionBias",
+        attentions=dict.fromkeys(
+            ("Data2VecVisionSelfAttention", "Data2VecVisionSdpaSelfAttention"), attention.separate
+        ),
         needs_every_patch=("Data2VecVisionForSemanticSegmentation",),
-        outputs=_with_grid,
     ),
-    _like_vit("DINOv2", "dinov2", "Dinov2", pools="CLS and mean of the patches", always_interpolates=True),
+    _like_vit("DINOv2", "dinov2", "Dinov2", "CLS and mean of the patches", positions="interpolated"),
     _like_vit(
-        "DINOv2 with registers",
-        "dinov2_with_registers",
-        "Dinov2WithRegisters",
-        pools="CLS and mean of the patches",
-        registers="register_tokens",
-        always_interpolates=True,
+        "DINOv2 with registers", "dinov2_with_registers", "Dinov2WithRegisters", "CLS and mean of the patches",
+        prefix="CLS, registers", positions="interpolated",
     ),
-    Family(
-        name="DINOv3",
-        model_types=("dinov3_vit",),
-        embeddings="DINOv3ViTEmbeddings",
-        projection="patch_embeddings",
-        positions=None,
-        pools="CLS",
-        registers="register_tokens",
-        always_interpolates=True,
+    _like_vit(
+        "DINOv3", "dinov3_vit", "DINOv3ViT", prefix="CLS, registers", positions="rotary",
         rotary="DINOv3ViTRopePositionEmbedding",
     ),
-    _like_clip("CLIP", "clip", "CLIP", pools="CLS; the classifier: mean of the patches"),
-    _like_clip("MetaCLIP 2", "metaclip_2", "MetaClip2", pools="CLS; the classifier: mean of the patches"),
+    _like_clip("CLIP", "clip", "CLIP", "CLS; the classifier: mean of the patches"),
+    _like_clip("MetaCLIP 2", "metaclip_2", "MetaClip2", "CLS; the classifier: mean of the patches"),
     _like_clip("Chinese-CLIP", "chinese_clip", "ChineseCLIP"),
     _like_clip("AltCLIP", "altclip", "AltCLIP"),
     _like_clip("CLIPSeg", "clipseg", "CLIPSeg", needs_every_patch=("CLIPSegForImageSegmentation",)),
     _like_clip("OWL-ViT", "owlvit", "OwlViT", needs_every_patch=("OwlViTForObjectDetection",)),
     _like_clip("OWLv2", "owlv2", "Owlv2", needs_every_patch=("Owlv2ForObjectDetection",)),
-    _like_clip("SigLIP", "siglip", "Siglip", pools="attention over all tokens; the classifier: their mean", prefix=()),
+    _like_clip("SigLIP", "siglip", "Siglip", "attention over all tokens; the classifier: their mean", prefix="none"),
     _like_clip(
-        "SigLIP 2 NaFlex",
-        "siglip2",
-        "Siglip2",
-        pools="attention over all tokens; the classifier: their mean",
-        prefix=(),
-        always_interpolates=True,
-        needs_every_patch=("Siglip2ForImageClassification",),
+        "SigLIP 2 NaFlex", "siglip2", "Siglip2", "attention over all tokens; the classifier: their mean",
+        prefix="none", positions="interpolated", needs_every_patch=("Siglip2ForImageClassification",),
         padded="Siglip2MultiheadAttentionPoolingHead",
     ),
+    _like_clip("AIMv2", "aimv2", "Aimv2", "attention over all tokens", prefix="none"),
     _like_clip(
-        "AIMv2",
-        "aimv2",
-        "Aimv2",
-        pools="attention over all tokens",
-        prefix=(),
-        projection="patch_embed",
-        norm="rms_norm",
-        positions=_aimv2_positions,
-    ),
-    _like_clip(
-        "BLIP",
-        "blip",
-        "Blip",
-        pools="CLS; the decoder attends to all tokens",
+        "BLIP", "blip", "Blip", "CLS; the decoder attends to all tokens",
         attentions={"BlipAttention": attention.fused},
     ),
-    _like_clip(
-        "BLIP-2",
-        "blip_2",
-        "Blip2",
-        pools="CLS; the Q-Former attends to all tokens",
-        model_types=("blip-2", "blip_2_vision_model"),
-    ),
-)
+    _like_clip("BLIP-2", "blip-2", "Blip2", "CLS; the Q-Former attends to all tokens"),
+)  # fmt: skip
 HOLDERS: tuple[Holder, ...] = (
     Holder("LLaVA", ("llava",)),
     Holder("VipLLaVA", ("vipllava",)),
@@ -271,12 +190,7 @@ def supported() -> list[str]:
 def family_table() -> str:
     """The families as a Markdown table; the README shows it."""
     lines = ["| family | positions | prefix tokens | its heads read |", "|---|---|---|---|"]
-    names = {"cls_token": "CLS", "class_embedding": "CLS", "distillation_token": "distillation"}
-    for family in FAMILIES:
-        positions = "interpolated" if family.always_interpolates else "absolute"
-        positions = "rotary" if family.rotary else "relative to each other" if family.relative else positions
-        prefix = [names[name] for name in family.prefix] + ["registers"] * (family.registers is not None)
-        lines.append(f"| {family.name} | {positions} | {', '.join(prefix) or 'none'} | {family.pools} |")
+    lines += [f"| {row.name} | {row.positions} | {row.prefix} | {row.pools} |" for row in FAMILIES]
     for holder in HOLDERS:
         lines.append(f"| {holder.name} | its CLIP or SigLIP tower's | the tower's | a language model: every patch |")
     lines += [f"| {unfit.name} | cannot be compressed: it {unfit.reason} | | |" for unfit in UNFIT]
@@ -327,7 +241,7 @@ def family_of(model: PreTrainedModel) -> Family:
         return row
     for module in model.modules():
         for family in FAMILIES:
-            if _is_embeddings(module, family):
+            if is_of(module, family.embeddings):
                 return family
     raise ValueError(
         f"{type(model).__name__} holds no vision tower of {', '.join(family.name for family in FAMILIES)}, so it "
@@ -344,17 +258,34 @@ def _model_type(model_class: type[PreTrainedModel]) -> str:
     return getattr(getattr(model_class, "config_class", None), "model_type", "")
 
 
-def _is_embeddings(module: nn.Module, family: Family) -> bool:
-    # The class must be transformers' own: another library's class of the same name may compute something else.
-    return type(module).__name__ == family.embeddings and type(module).__module__.startswith("transformers.")
+def is_of(module: nn.Module, name: str | None) -> bool:
+    """Whether `module` is of transformers' class of that name, or of a subclass that a wrapper made of it."""
+    # Another library's class of the same name may compute something else.
+    return name is not None and any(
+        kind.__name__ == name and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
+    )
 
 
-def find_embeddings(model: PreTrainedModel, family: Family) -> nn.Module:
-    """The module of `model` that turns `pixel_values` into the first layer's `hidden_states`.
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """A vision tower within a model."""
+
+    module: Any
+    """What runs embeddings and layers."""
+    embeddings: nn.Module
+    """The child of it that turns `pixel_values` into `hidden_states`: its own, or a wrapper around it."""
+    patch_size: tuple[int, int]
+    """Height and width of a patch, in pixels."""
+    channels: int
+    """Of its images."""
+
+
+def find_tower(model: PreTrainedModel, family: Family) -> Tower:
+    """The vision tower of `model`.
 
     Raises:
-        ValueError: there is none of the class that transformers gives this family, or the model is a backbone that lays
-            its tokens out as feature maps.
+        ValueError: there is none with the embeddings that transformers gives this family, or the model is a backbone
+            that lays its tokens out as feature maps.
     """
     if getattr(model.config, "reshape_hidden_states", False) and type(model).__name__.endswith("Backbone"):
         raise ValueError(
@@ -362,18 +293,30 @@ def find_embeddings(model: PreTrainedModel, family: Family) -> nn.Module:
             "columns), which need every patch. Pass reshape_hidden_states=False to get sequences of the kept patches, "
             "or load it without `vwt`."
         )
+    above: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if _is_embeddings(module, family):
-            return module
+        above.update((child, module) for child in module.children() if child not in above)
+        if is_of(module, family.embeddings):
+            embeddings, tower = module, above.get(module)
+            # A wrapper (PEFT's of modules to save, FSDP's) is not transformers'; the tower calls the outermost.
+            while tower is not None and not _is_transformers(tower):
+                embeddings, tower = tower, above.get(tower)
+            if tower is not None:
+                return Tower(tower, embeddings, *_patch_shape(tower.config))
     raise ValueError(
         f"{type(model).__name__} has no {family.embeddings} of transformers, where {family.name} models turn pixel "
         "values into tokens, so it cannot be compressed. Load it without `vwt`."
     )
 
 
-def find_tower(model: PreTrainedModel, embeddings: nn.Module) -> nn.Module:
-    """The vision tower of `model`: the module that `embeddings` belong to."""
-    return next(module for module in model.modules() if embeddings in module.children())
+def _is_transformers(module: nn.Module) -> bool:
+    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+
+
+def _patch_shape(config: Any) -> tuple[tuple[int, int], int]:
+    size = config.patch_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return (height, width), getattr(config, "num_channels", 3)
 
 
 def find_layers(tower: nn.Module) -> list[nn.Module]:
@@ -384,47 +327,6 @@ def find_layers(tower: nn.Module) -> list[nn.Module]:
 def find_stack(tower: nn.Module, layer: nn.Module) -> nn.Module:
     """The module of a vision tower that runs its layers, of which `layer` is one; it may be the tower itself."""
     return next(module for module in tower.modules() for child in module.children() if layer in child.children())
-
-
-def patch_shape(module: nn.Module, family: Family) -> tuple[int, tuple[int, int]]:
-    """Channels of the patches that an embeddings module takes, and their height and width."""
-    # By the weight, which LoRA's wrappers have, too.
-    _, *inputs = weight_of(attribute(module, family.projection)).shape
-    if family.padded is None:
-        return inputs[0], (inputs[1], inputs[2])
-    size = attribute(module, "patch_size")
-    return inputs[0] // size**2, (size, size)
-
-
-def weight_of(projection: Any) -> torch.Tensor:
-    """The weight of a patch projection, which quantized ones give when called for."""
-    weight = projection.weight
-    return weight() if callable(weight) else weight
-
-
-def position_table(module: nn.Module, family: Family, grid: tuple[int, int]) -> torch.Tensor | None:
-    """The positions of an embeddings module, (1, prefix + patches, hidden); `None` if it adds none.
-
-    Args:
-        grid: rows and columns of patches, for families that compute positions.
-    """
-    if family.positions is None:
-        return None
-    if callable(family.positions):
-        return family.positions(module, grid)
-    positions = attribute(module, family.positions)
-    if isinstance(positions, nn.Embedding):
-        # Called, not read: the weights of an offloaded module are there only while it runs.
-        return positions(attribute(module, "position_ids"))
-    return positions
-
-
-def attribute(module: Any, path: str) -> Any:
-    """The attribute of `module` at a dotted `path`."""
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def model_of(model: object) -> PreTrainedModel:

@@ -1,0 +1,13 @@
+"""The rules by which patches become tokens, by the name that `VWTConfig(method=...)` gives.
+
+A method is a file: a subclass of `VWTConfig` with the method's own fields, their checks, and `plan`. Nothing else in the
+package asks which method it is.
+"""
+
+from __future__ import annotations
+
+from ..config import VWTConfig
+from .inter import InterConfig
+from .intra import IntraConfig
+
+METHODS: dict[str, type[VWTConfig]] = {"intra": IntraConfig, "inter": InterConfig}

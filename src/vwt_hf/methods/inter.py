@@ -1,0 +1,223 @@
+"""`method="inter"`: patches near one word of a vocabulary become one token (paper, inter-image approach)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+# Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from ..beside import SAVED_AS, read_words
+from ..config import ModelFacts, VWTConfig, is_number, require_choice, shown
+from ..patches import Patches
+from ..plans import Grouped
+from ..processors import processor_statistics
+from ..vocabulary import VisualVocabulary, load_vocabulary
+from ..words import WordIndex, index_words, nearest_words
+
+LAYOUTS = ("auto", "packed", "padded")
+LARGEST_MEAN = LARGEST_STD = 1e6
+"""The mean and the deviation that pixels are normalised by lie within; the smallest deviation is one in that."""
+MOST_CHANNELS = 1024
+
+
+class ReadyWords:
+    """A vocabulary as a model with these statistics sees it, ready to be searched on whatever device asks.
+
+    Args:
+        vocabulary: the words, in raw RGB.
+        image_mean, image_std: how the model's images are normalised, one number for each channel.
+    """
+
+    def __init__(
+        self, vocabulary: VisualVocabulary, image_mean: tuple[float, ...], image_std: tuple[float, ...]
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.image_mean, self.image_std = image_mean, image_std
+        self._on: dict[torch.device, WordIndex] = {}
+        self.on(torch.device("cpu"))  # what cannot be searched is refused where it is loaded
+
+    def on(self, device: torch.device) -> WordIndex:
+        """The words in the model's pixel space, for `nearest_words` on `device`."""
+        index = self._on.get(device)
+        if index is None:
+            # Outside inference mode, so that a later training step may use what is kept.
+            with torch.inference_mode(False), torch.device("cpu"):
+                index = index_words(self.vocabulary.normalized(self.image_mean, self.image_std)).to(device)
+            # Tracing (torch.export) sees tensors without values, which must not be kept.
+            if type(index.words) is torch.Tensor:
+                self._on[device] = index
+        return index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_on": {}}
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class InterConfig(VWTConfig):
+    """Replace patches that are near one word of a vocabulary by one token, the average of their embeddings.
+
+    Args:
+        vocabulary (`str` or `VisualVocabulary`, *optional*):
+            A Hub id, a folder, or the vocabulary itself. `None`: the one that was saved with the model.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a vocabulary on the Hub. The setting of a loaded model holds the commit.
+        threshold (`float`, default 0.1):
+            Largest cosine distance from a word, in [0, 2], at which a patch takes it. 0 is the plain model.
+        layout (`str`, default `"auto"`):
+            How a batch of images with different numbers of tokens is run. `"packed"`: as one sequence, of which only
+            attention knows where images end. `"padded"`: each image as long as the longest. `"auto"`: packed where
+            attention takes packed tokens as they are (on a CPU; on CUDA in half precision by sdpa or
+            flash_attention_2), else padded, as is training with stochastic depth. The answers are the same.
+        image_mean, image_std (sequence of `float`, *optional*):
+            How the model's images are normalised, for each channel; by default as its image processor says.
+        saved_as (`str`, *optional*):
+            Which words beside the model's weights are its own, by their folder `visual_words-...`. Written by
+            `save_pretrained`.
+    """
+
+    method: str = "inter"
+    vocabulary: Any = None
+    revision: str | None = None
+    threshold: float = 0.1
+    layout: str = "auto"
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+    saved_as: str | None = None
+    words: ReadyWords | None = dataclasses.field(default=None, compare=False)
+    """The vocabulary for the model that it was made ready for; never saved."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("layout", self.layout, LAYOUTS)
+        if not is_number(self.threshold) or not 0 <= self.threshold <= 2:
+            raise ValueError(f"VWTConfig.threshold is {shown(self.threshold)}; expected a cosine distance in [0, 2].")
+        if not (self.vocabulary is None or is_vocabulary(self.vocabulary)):
+            raise ValueError(
+                f"VWTConfig.vocabulary is a {type(self.vocabulary).__name__}; expected a Hub id, a folder or a "
+                "VisualVocabulary."
+            )
+        if self.revision is not None and not isinstance(self.revision, str):
+            raise ValueError(
+                f"VWTConfig.revision is {shown(self.revision)}; expected None, a branch, a tag or a commit."
+            )
+        if self.saved_as is not None and not (isinstance(self.saved_as, str) and SAVED_AS.fullmatch(self.saved_as)):
+            raise ValueError(f"VWTConfig.saved_as is {shown(self.saved_as)}; expected None or 16 digits from 0 to f.")
+        self._set_statistics("image_mean", least=-LARGEST_MEAN, most=LARGEST_MEAN)
+        self._set_statistics("image_std", least=1 / LARGEST_STD, most=LARGEST_STD)
+        if self.output == "compressed":
+            raise ValueError(
+                "VWTConfig.output is 'compressed', but under method='inter' the images of a batch have different "
+                "numbers of tokens, which no one tensor holds; use output='full'."
+            )
+
+    def _set_statistics(self, field: str, least: float, most: float) -> None:
+        values = getattr(self, field)
+        if values is None:
+            return
+        allowed = isinstance(values, (list, tuple)) and 0 < len(values) <= MOST_CHANNELS
+        if not allowed or not all(is_number(value) and least <= value <= most for value in values):
+            raise ValueError(
+                f"VWTConfig.{field} is {shown(values)}; expected None or numbers from {least:g} to {most:g}, one for "
+                "each channel."
+            )
+        object.__setattr__(self, field, tuple(map(float, values)))
+
+    @property
+    def groups(self) -> bool:
+        return True
+
+    @property
+    def shortens(self) -> bool:
+        return self.threshold > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        # A vocabulary that is no Hub id is saved beside the model's weights.
+        fields["vocabulary"] = self.vocabulary if isinstance(self.vocabulary, str) else None
+        return fields
+
+    def words_to_save(self) -> VisualVocabulary | None:
+        return None if self.words is None or isinstance(self.vocabulary, str) else self.words.vocabulary
+
+    def with_saved(self, saved: dict[str, Any]) -> VWTConfig:
+        if self.vocabulary is not None or self.saved_as is not None:
+            return self
+        return dataclasses.replace(self, saved_as=saved.get("saved_as"))
+
+    def prepared(self, model: ModelFacts) -> VWTConfig:
+        setting, vocabulary = self, self.vocabulary
+        own = model.hub_kwargs
+        elsewhere = {name: value for name, value in own.items() if name not in ("revision", "subfolder")}
+        if isinstance(vocabulary, (str, os.PathLike)):
+            vocabulary = load_vocabulary(vocabulary, trusted=model.trusted, revision=self.revision, **elsewhere)
+        elif vocabulary is None and isinstance(model.present, InterConfig) and model.present.words is not None:
+            words = model.present.words
+            vocabulary = words.vocabulary
+            setting = dataclasses.replace(
+                self, image_mean=self.image_mean or words.image_mean, image_std=self.image_std or words.image_std
+            )
+        elif vocabulary is None:
+            if not model.source:
+                raise ValueError(
+                    "VWTConfig.vocabulary is None and the model was loaded from nowhere that may hold one; give a Hub "
+                    "id, a folder or a VisualVocabulary."
+                )
+            vocabulary = read_words(model.source, self.saved_as, own)
+        vocabulary.require(model.patch_size, model.channels)
+        # A setting has no field for a subfolder: words from one are saved beside the weights.
+        on_hub = vocabulary.revision is not None and not vocabulary.subfolder
+        setting = dataclasses.replace(
+            setting,
+            vocabulary=vocabulary.source if on_hub else vocabulary,
+            revision=vocabulary.revision if on_hub else None,
+        )
+        if setting.image_mean is None or setting.image_std is None:
+            mean, std = _statistics_of(model, vocabulary.channels)
+            setting = dataclasses.replace(
+                setting, image_mean=setting.image_mean or mean, image_std=setting.image_std or std
+            )
+        assert setting.image_mean is not None and setting.image_std is not None
+        return dataclasses.replace(setting, words=ReadyWords(vocabulary, setting.image_mean, setting.image_std))
+
+    def plan(self, patches: Patches) -> Grouped | None:
+        if not self.shortens:
+            return None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves plans of groups alone
+            raise ValueError(
+                "method='inter' gives every image its own number of tokens, which an exported or traced program cannot "
+                "hold. Export a model compressed with method='intra'."
+            )
+        if patches.draws and self.layout == "packed":
+            raise ValueError(
+                "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws "
+                "once for each sequence: all images would skip the same layers. Use layout='auto' or 'padded'."
+            )
+        packed = self.layout == "packed" or (self.layout == "auto" and patches.packs and not patches.draws)
+        assert self.words is not None  # `prepared` came before
+        pixels = patches.pixels_as_words().float()
+        words = nearest_words(pixels, self.words.on(pixels.device), self.threshold)
+        return patches.group(words, packed, self.proportional_attention)
+
+
+def is_vocabulary(value: object) -> bool:
+    """Whether `value` names a vocabulary or is one."""
+    if isinstance(value, (str, os.PathLike)):
+        return bool(os.fspath(value))
+    return hasattr(value, "words") and hasattr(value, "normalized")
+
+
+def _statistics_of(model: ModelFacts, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """How the image processor of a model normalises its images; its code, if it has any, is never run."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(model.source, trust_remote_code=False, **model.hub_kwargs)
+        return processor_statistics(processor, channels)
+    except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"Visual words must be normalised as the model's images are, and {model.source or 'the model'} has no "
+            f"image processor that tells how ({error}). Give VWTConfig(image_mean=..., image_std=...)."
+        ) from error

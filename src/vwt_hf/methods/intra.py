@@ -1,0 +1,133 @@
+"""`method="intra"`: some of an image's own patches stay (paper, intra-image approach)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from ..config import CRITERIA, VWTConfig, is_int, is_number, require_choice, shown
+from ..patches import Patches
+from ..plans import Grouped, Kept
+from ..words import best, dithered, grid_patches, highest, nearest_kept, random_order, random_patches, variance_scores
+
+DROPPED = ("discard", "merge")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class IntraConfig(VWTConfig):
+    """Keep some of an image's own patches.
+
+    Args:
+        keep_ratio (`float`, default 0.5):
+            Share of patches kept, in (0, 1]; `int(patches * keep_ratio)` stay. 1.0 is the plain model.
+        num_patches (`int`, *optional*):
+            Number of patches kept, whatever the image size; overrides `keep_ratio`. An image with no more patches than
+            that keeps all of them.
+        criterion (`str`, default `"variance"`):
+            Which patches stay. `"variance"`: those whose channel and pixel values vary most (the paper's).
+            `"random"`: a random subset, drawn once from `seed` and shared by all images of one size.
+            `"grid"`: an even cover of the image, whatever it shows.
+        seed (`int`, default 0):
+            Of `criterion="random"`.
+        dropped (`str`, default `"discard"`):
+            What becomes of the patches that do not stay. `"discard"`: nothing sees them (the paper's).
+            `"merge"`: each joins the nearest patch that stays, which then stands for both.
+    """
+
+    method: str = "intra"
+    keep_ratio: float = 0.5
+    num_patches: int | None = None
+    criterion: str = "variance"
+    seed: int = 0
+    dropped: str = "discard"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("criterion", self.criterion, CRITERIA)
+        require_choice("dropped", self.dropped, DROPPED)
+        if not is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"VWTConfig.keep_ratio is {shown(self.keep_ratio)}; expected a number in (0, 1].")
+        if self.num_patches is not None and not (is_int(self.num_patches) and 1 <= self.num_patches < 2**31):
+            raise ValueError(
+                f"VWTConfig.num_patches is {shown(self.num_patches)}; expected None or an integer of at least 1, and "
+                "less than 2**31."
+            )
+        if not is_int(self.seed) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"VWTConfig.seed is {shown(self.seed)}; expected an integer in [0, 2**63).")
+        if self.output == "full" and not self.groups:
+            raise ValueError(
+                "VWTConfig.output is 'full', but dropped is 'discard', which leaves dropped patches without a hidden "
+                "state; use dropped='merge'."
+            )
+
+    @property
+    def groups(self) -> bool:
+        return self.dropped == "merge"
+
+    @property
+    def shortens(self) -> bool:
+        return self.keep_ratio < 1 or self.num_patches is not None
+
+    def patches_kept(self, patches: int) -> int:
+        """How many of an image's `patches` stay (paper: k = int(N · (1 − drop rate)), here without float error).
+
+        Raises:
+            ValueError: none would stay.
+        """
+        if self.num_patches is not None:
+            return min(self.num_patches, patches)
+        # 0.29 * 100 is 28.999999999999996: a product this close to an integer means that integer.
+        kept = int(patches * self.keep_ratio + 1e-9)
+        if kept < 1:
+            raise ValueError(
+                f"keep_ratio={self.keep_ratio} keeps none of an image's {patches} patches; "
+                f"use a keep_ratio of at least {math.ceil(1000 / patches) / 1000}."
+            )
+        return kept
+
+    def plan(self, patches: Patches) -> Kept | Grouped | None:
+        keep = self.patches_kept(patches.count)
+        if patches.real is not None:
+            kept, stays = self._choose_real(patches, keep)
+        elif keep == patches.count:
+            return None
+        else:
+            kept, stays = self._choose(patches, keep), None
+        if not self.groups:
+            return patches.keep(kept, stays)
+        nearest = nearest_kept(patches.pixels(), kept, patches.places, patches.real, stays)
+        return patches.represent(nearest, kept, stays, self.proportional_attention)
+
+    def _choose(self, patches: Patches, keep: int) -> torch.Tensor:
+        """Indices of the patches that stay, ascending, (batch, keep), or (1, keep): the same for all images."""
+        if self.criterion == "variance":
+            return highest(variance_scores(patches.pixels()), keep)
+        if self.criterion == "random":
+            return random_patches(patches.count, keep, self.seed, patches.device)
+        assert patches.grid is not None  # images are not padded
+        return grid_patches(*patches.grid, keep, patches.device)
+
+    def _choose_real(self, patches: Patches, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The patches that stay of images that are padded: each keeps its share of its own, at least one.
+
+        Returns:
+            Indices of patches, (batch, keep), ascending, and which of them stay, (batch, keep) bool.
+        """
+        real = patches.real
+        assert real is not None
+        if self.criterion == "variance":
+            scores = variance_scores(patches.pixels())
+        elif self.criterion == "random":
+            scores = -random_order(patches.count, self.seed, patches.device).argsort().float()
+        else:
+            row, column = patches.places.long().unbind(-1)
+            scores = -dithered(row, column, patches.count).float()
+        counts = real.sum(dim=1)
+        if self.num_patches is not None:
+            counts = counts.clamp(max=self.num_patches)
+        else:  # as `patches_kept`
+            counts = (counts.double() * self.keep_ratio + 1e-9).long().clamp(min=1)
+        kept, order = best(scores.expand_as(real).masked_fill(~real, -torch.inf), keep).sort(dim=1)
+        return kept, order < counts.unsqueeze(1)

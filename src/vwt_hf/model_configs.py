@@ -1,0 +1,111 @@
+"""The field `vwt` of transformers' configs, and the class of a config that has a setting.
+
+A config without a setting is of its plain class. One that is given a setting becomes an instance of a subclass of the
+same name, and so does the config that a compressed tower goes by: its layers look there for how to attend, and while
+they run by a plan they are told so. What is stored in a config never is of a forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .config import VWTConfig
+from .forward import current_forward
+from .vocabulary import VisualVocabulary
+
+BY_PLAN = "vwt_"
+"""Before the name of an attention implementation: that one, by the plan of the forward under way."""
+
+
+def _read_setting(config: PreTrainedConfig) -> Any:
+    return config.__dict__.get("vwt")
+
+
+def _write_setting(config: PreTrainedConfig, vwt: Any) -> None:
+    config.__dict__.pop("vwt", None)
+    if vwt is None or vwt is False:
+        config.__class__ = _plain_class(type(config))
+    else:
+        config.__dict__["vwt"] = vwt
+        config.__class__ = config_subclass(_plain_class(type(config)), _by_plan(config))
+
+
+def attend_by_plan(config: PreTrainedConfig) -> None:
+    """Has the layers that go by `config` attend by the plan of their forward, until its `vwt` is set to `None`."""
+    config.__class__ = config_subclass(_plain_class(type(config)), by_plan=True)
+
+
+def _by_plan(config: PreTrainedConfig) -> bool:
+    return isinstance(type(config), _StandsFor) and "_attn_implementation" in vars(type(config))
+
+
+def _plain_class(config_class: type) -> type:
+    return config_class.__mro__[1] if isinstance(config_class, _StandsFor) else config_class
+
+
+class _StandsFor(type):
+    """Of a class that is found in dicts where its parent is, as Auto classes look for a config's model."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__mro__[1]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[1])
+
+
+@functools.cache
+def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
+    """The subclass of a config class, of the same name, whose instances have a setting and write it to config.json.
+
+    Args:
+        by_plan: whether layers are told to attend by the plan of their forward. Reading what does that breaks the graph
+            of a compiled model, so what needs it not goes without.
+    """
+
+    def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
+        fields = plain.to_dict(self)
+        if is_typed(fields.get("vwt")):
+            setting = VWTConfig.parse(fields["vwt"])
+            fields["vwt"] = setting and setting.to_dict()
+        return fields
+
+    def read_implementation(self: PreTrainedConfig) -> str | None:
+        base = plain._attn_implementation.fget(self)
+        forward = current_forward()
+        if forward is None or forward.grouped is None or forward.tower.config is not self:
+            return base
+        return BY_PLAN + (base or "eager")
+
+    def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
+        return _empty, (plain, by_plan), self.__dict__
+
+    metaclass = type("_ConfigWithSetting", (_StandsFor, type(plain)), {})
+    body = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,  # where transformers finds example checkpoints
+        "to_dict": to_dict,
+        "__reduce__": reduce,
+    }
+    if by_plan:
+        body["_attn_implementation"] = property(read_implementation, plain._attn_implementation.fset)
+    return metaclass(plain.__name__, (plain,), body)
+
+
+def _empty(plain: type[PreTrainedConfig], by_plan: bool) -> PreTrainedConfig:
+    """A config without any field: what `pickle` and `copy` start from."""
+    config_class = config_subclass(plain, by_plan)
+    return config_class.__new__(config_class)
+
+
+def is_typed(vwt: Any) -> bool:
+    """Whether a user made this value of `vwt`: what a config.json gives is never of these types."""
+    return isinstance(vwt, (VWTConfig, VisualVocabulary, os.PathLike))
+
+
+
+SETTING = property(_read_setting, _write_setting, doc="What `vwt` asks for: a setting as JSON, or `None`.")

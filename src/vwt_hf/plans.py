@@ -1,0 +1,114 @@
+"""What becomes of the patches of one batch: a plan, which knows how to do it to anything that has one row a patch.
+
+Two kinds: `Kept`, as many patches of every image, as they are; and `Grouped`, tokens that stand for several patches or,
+where images are padded, for none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .layout import Layout, expand, medoids, pool, pool_pairs
+from .words import gather_pairs, gather_patches
+
+Rotations = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine of the angles by which rotary positions turn queries and keys."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Some patches stay, the same number of each image, and the others are left out."""
+
+    kept: torch.Tensor
+    """(batch, keep), or (1, keep) if it is the same for all images; int64: which patches stay, ascending."""
+    prefix: int
+    """Prefix tokens of each image, which always stay."""
+
+    def reduce(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, prefix + patches, hidden) → (batch, prefix + keep, hidden)."""
+        return gather_patches(tokens, with_prefix(self.kept, self.prefix).to(tokens.device))
+
+    def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The same: patches that were left out have no token."""
+        return hidden_states
+
+    def rotate(self, rotations: Rotations) -> Rotations:
+        """(patches, head size) → (keep, head size), or (batch, 1, keep, head size)."""
+        kept = self.kept.to(rotations[0].device)
+        cosine, sine = (part[kept[0]] if kept.shape[0] == 1 else part[kept].unsqueeze(1) for part in rotations)
+        return cosine, sine
+
+    def bias(self, values: torch.Tensor) -> torch.Tensor:
+        """(1, heads, prefix + patches, prefix + patches) → (batch or 1, heads, prefix + keep, prefix + keep)."""
+        return gather_pairs(values, self.kept.to(values.device), self.prefix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """Tokens stand for groups of patches: each is the mean of its group, or one patch of it as it is."""
+
+    layout: Layout
+    """Which token each patch is part of, and where the tokens of a batch lie."""
+    key_bias: torch.Tensor | None
+    """(sequences, tokens), float32: added to the attention logits of every layer, by key; `None` for nothing."""
+    grid: tuple[int, int] | None
+    """Rows and columns of patches; `None` where images are padded, and differ in them."""
+    representatives: torch.Tensor | None = None
+    """(batch or 1, tokens), int64: the patch that is the token, if tokens are no means."""
+    stays: torch.Tensor | None = None
+    """(batch, tokens), bool: which representatives count, where images are padded; `None` if all do."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Sequences, and tokens of each with its prefix."""
+        return self.layout.sizes.shape
+
+    def reduce(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, prefix + patches, hidden) → (sequences, prefix + tokens, hidden)."""
+        if self.representatives is not None:
+            return Kept(self.representatives, self.layout.prefix).reduce(tokens)
+        prefix = self.layout.prefix
+        means = pool(tokens[:, prefix:], self.layout)
+        if prefix:
+            rows = self.layout.rows[:, :prefix].flatten()
+            means.view(-1, means.shape[-1]).index_copy_(0, rows, tokens[:, :prefix].flatten(0, 1))
+        return means
+
+    def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(sequences, prefix + tokens, hidden) → (batch, prefix + patches, hidden): each patch gets its token's."""
+        return expand(hidden_states, self.layout)
+
+    def rotate(self, rotations: Rotations) -> Rotations:
+        """(patches, head size) → (sequences, 1, prefix + tokens, head size); or as `Kept.rotate`, without the prefix.
+
+        A token that is a mean has the rotation of the patch nearest to the mean of its places, which is a rotation that
+        the model knows, jittered in training as the others are. The rotation of the mean of the coordinates agrees less
+        with the plain model (scripts/compare_rotary.py).
+        """
+        if self.representatives is not None:
+            return Kept(self.representatives, self.layout.prefix).rotate(rotations)
+        assert self.grid is not None  # images that are padded have no rotations
+        place = medoids(self.layout, self.grid)
+        # A last row for tokens without a place: cosine 1 and sine 0 leave them as they are.
+        still = (torch.ones_like(rotations[0][:1]), torch.zeros_like(rotations[1][:1]))
+        cosine, sine = (torch.cat(pair)[place].unsqueeze(1) for pair in zip(rotations, still, strict=True))
+        return cosine, sine
+
+    def bias(self, values: torch.Tensor) -> torch.Tensor:
+        """(1, heads, prefix + patches, prefix + patches) → as `Kept.bias`, or as it is, for `pairs` to take means."""
+        if self.representatives is not None:
+            return Kept(self.representatives, self.layout.prefix).bias(values)
+        return values
+
+    def pairs(self, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What `bias` gave, for the tokens of each run if packed, else for all images: (images or 1, heads, tokens,
+        tokens), added to attention logits."""
+        return (bias,) if self.representatives is not None else pool_pairs(bias, self.layout)
+
+
+def with_prefix(kept: torch.Tensor, prefix: int) -> torch.Tensor:
+    """(batch or 1, keep) indices of patches → (batch or 1, prefix + keep) rows, those of the prefix tokens first."""
+    own = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
+    return torch.cat((own, kept + prefix), dim=1)
