@@ -7,7 +7,7 @@ LONGEST = 200
 
 
 def plain(text: str) -> str:
-    """`text` with � for whatever a terminal would act upon: escape sequences, line ends, marks that turn text around."""
+    """`text` with � for what a terminal acts upon: escape sequences, line ends, marks that turn text around."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 

@@ -340,8 +340,8 @@ def load_vocabulary(
             name = check_hub_id(name)
         except ValueError as error:
             raise ValueError(
-                f"A model's config may name a vocabulary on the Hub alone, and {error} To use a folder, pass it yourself: "
-                "vwt=FOLDER."
+                f"A model's config may name a vocabulary on the Hub alone, and {error} To use a folder, pass it "
+                "yourself: vwt=FOLDER."
             ) from None
     located = locate(name, revision=revision, subfolder=subfolder, folders=trusted, pickles=trusted and pickles, **hub)
     words, frequencies, info = read_vocabulary(located)
@@ -365,7 +365,7 @@ def _mapped(words: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch
 
 def _valid_words(words: torch.Tensor) -> torch.Tensor:
     if not isinstance(words, torch.Tensor) or not words.is_floating_point():
-        kind = words.dtype if isinstance(words, torch.Tensor) else type(words).__name__
+        kind = str(words.dtype) if isinstance(words, torch.Tensor) else type(words).__name__
         raise ValueError(f"words are {kind}; expected a floating-point tensor, raw RGB in [0, 1].")
     if words.is_nested or words.layout != torch.strided or words.is_meta:
         kind = "nested" if words.is_nested else "on the meta device" if words.is_meta else str(words.layout)

@@ -66,11 +66,17 @@ def render_card(repo_id: str, shape: tuple[int, ...], info: VocabularyInfo, pict
 
 def _in_cells(info: VocabularyInfo) -> VocabularyInfo:
     """`info` with its names as they stand in a table: as code, in which neither Markdown nor HTML means anything."""
-    names = {name: getattr(info, name) for name in ("dataset", "base_model", "library_version")}
-    return dataclasses.replace(info, **{name: _code(text) for name, text in names.items() if text})
+    return dataclasses.replace(
+        info,
+        dataset=_code(info.dataset),
+        base_model=_code(info.base_model),
+        library_version=_code(info.library_version),
+    )
 
 
-def _code(text: str) -> str:
+def _code(text: str | None) -> str | None:
+    if not text:
+        return None
     # A line of a table ends its cells at every |, in code too.
     return "`" + plain(text[:SHOWN_TEXT]).replace("`", "'").replace("|", "/") + "`"
 

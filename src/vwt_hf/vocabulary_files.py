@@ -4,9 +4,9 @@
 (size,) int64. `vocabulary.json` names that file, its SHA-256 and shape, and how the words came about. Nothing read is
 ever executed.
 
-Replacing `vocabulary.json` is what makes a save count: until then the folder is the old vocabulary, and from then on the
-new one. So the words are written under a name of their own first, which that file gives; once it counts they become
-`vocabulary.safetensors`. A save that was killed leaves other files for the next one to remove.
+Replacing `vocabulary.json` is what makes a save count: until then the folder is the old vocabulary, and from then on
+the new one. So the words are written under a name of their own first, which that file gives; once the save counts they
+become `vocabulary.safetensors`. A save that was killed leaves other files for the next one to remove.
 """
 
 from __future__ import annotations

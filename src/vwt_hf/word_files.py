@@ -32,10 +32,10 @@ _TENSORS = {"words", "frequencies"}
 _MOST_RECORDS = 64
 _MOST_PICKLE_BYTES = 2**12
 # What torch.save writes for one tensor, and nothing that could make an object of another kind or fill memory.
-_OPCODES = set(
-    "PROTO GLOBAL BINPUT BINGET MARK BINUNICODE BININT BININT1 BININT2 LONG1 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
-    "BINPERSID NEWTRUE NEWFALSE REDUCE STOP".split()
-)
+_OPCODES = {
+    "PROTO", "GLOBAL", "BINPUT", "BINGET", "MARK", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "EMPTY_TUPLE",
+    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "BINPERSID", "NEWTRUE", "NEWFALSE", "REDUCE", "STOP",
+}  # fmt: skip
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -60,8 +60,8 @@ def read_safetensors(
         said = int.from_bytes(file.read(8), "little")
         if said > _MOST_HEADER_BYTES:
             raise ValueError(
-                f"it is no safetensors file of words: its header claims {said:,} bytes; expected {_MOST_HEADER_BYTES:,} "
-                "at most"
+                f"it is no safetensors file of words: its header claims {said:,} bytes; expected "
+                f"{_MOST_HEADER_BYTES:,} at most"
             )
         try:
             with safetensors.safe_open(path, framework="pt") as opened:
@@ -101,8 +101,8 @@ def _read_opened(
             digest.update(piece)
         if digest.hexdigest() != sha256:
             raise ValueError(
-                f"it is not the file that vocabulary.json was written for: its sha256 is {digest.hexdigest()}, expected "
-                f"{sha256}; save or download both again"
+                f"it is not the file that vocabulary.json was written for: its sha256 is {digest.hexdigest()}, "
+                f"expected {sha256}; save or download both again"
             )
     read = torch.empty(found)
     rows = max(1, _PIECE // max(1, math.prod(found[1:])))
@@ -261,8 +261,8 @@ def _require_dense(tensor: _Tensor, values: int, records: dict[str, zipfile.ZipI
         raise _Another(f"it holds a {dtype} tensor {shown(shape)}")
     if tensor.offset or tensor.stride != (values, 1) or tensor.stored.values != math.prod(shape):
         raise _Another(
-            f"it holds a tensor {shape} of stride {shown(tensor.stride)} in a storage of {tensor.stored.values:,} values, "
-            "which is not one value for each place; save tensor.contiguous().clone()"
+            f"it holds a tensor {shape} of stride {shown(tensor.stride)} in a storage of {tensor.stored.values:,} "
+            "values, which is not one value for each place; save tensor.contiguous().clone()"
         )
     _require_bytes(math.prod(shape))
     record = records.get(f"data/{tensor.stored.key}")
