@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
+import json
 import math
 import pickle
 import pickletools
@@ -27,7 +28,6 @@ _MOST_HEADER_BYTES = 2**16
 _PIECE = 2**20
 """Values that are converted at once."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TENSORS = {"words", "frequencies"}
 
 _MOST_RECORDS = 64
 _MOST_PICKLE_BYTES = 2**12
@@ -64,52 +64,69 @@ def read_safetensors(
                 f"{_MOST_HEADER_BYTES:,} at most"
             )
         try:
-            with safetensors.safe_open(path, framework="pt") as opened:
-                return _read_opened(opened, shape, file, sha256)
-        except (safetensors.SafetensorError, OSError) as error:
+            # Which refuses headers that lie about where tensors are. It maps the file, and reads no tensor.
+            with safetensors.safe_open(path, framework="pt"):
+                header = json.loads(file.read(said))
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise ValueError(
                 f"it is truncated or no safetensors file ({plain(str(error))[:200]}); save or download it again"
             ) from error
+        header.pop("__metadata__", None)
+        words, counts = _described_tensors(header, shape)
+        if sha256 is not None:
+            _require_content(file, sha256)
+        start = 8 + said
+        read = torch.empty(words["shape"])
+        _read_values(file, start + words["data_offsets"][0], _DTYPES[words["dtype"]], into=read)
+        if counts is None:
+            return read, None
+        numbers = torch.empty(counts["shape"], dtype=torch.int64)
+        _read_values(file, start + counts["data_offsets"][0], torch.int64, into=numbers)
+        return read, numbers
 
 
-def _read_opened(
-    opened: Any, shape: tuple[Any, ...], file: io.BufferedReader, sha256: str | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    names = list(opened.keys())
+def _described_tensors(
+    tensors: dict[str, dict[str, Any]], shape: tuple[Any, ...]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What the header says about words and frequencies, once it is what is expected."""
+    names = list(tensors)
     if "words" not in names:
         raise ValueError(f"it has no tensor 'words', only {_listed(names)}")
-    if set(names) != _TENSORS and names != ["words"]:
-        raise ValueError(
-            f"it has the tensors {_listed(names)}; expected 'words', and 'frequencies' at most beside them"
-        )
-    words = opened.get_slice("words")
-    if words.get_dtype() not in _DTYPES:
-        raise ValueError(f"words are {words.get_dtype()}; expected floating point: {', '.join(_DTYPES)}")
-    found = tuple(words.get_shape())
+    if not set(names) <= {"words", "frequencies"}:
+        raise ValueError(f"it has the tensors {_listed(names)}; expected 'words', and at most 'frequencies' beside it")
+    words, counts = tensors["words"], tensors.get("frequencies")
+    if words["dtype"] not in _DTYPES:
+        raise ValueError(f"words are {shown(words['dtype'])}; expected floating point: {', '.join(_DTYPES)}")
+    found = tuple(words["shape"])
     if found != shape:
-        raise ValueError(f"words have shape {found}, but vocabulary.json says {shown(shape)}")
+        raise ValueError(f"words have shape {shown(found)}, but vocabulary.json says {shown(shape)}")
     _require_bytes(math.prod(found))
-    counts = opened.get_slice("frequencies") if "frequencies" in names else None
-    if counts is not None and (counts.get_dtype() != "I64" or tuple(counts.get_shape()) != found[:1]):
+    if counts is not None and (counts["dtype"] != "I64" or tuple(counts["shape"]) != found[:1]):
         raise ValueError(
-            f"frequencies are {counts.get_dtype()} of shape {tuple(counts.get_shape())}; expected I64 {found[:1]}"
+            f"frequencies are {shown(counts['dtype'])} of shape {shown(tuple(counts['shape']))}; "
+            f"expected I64 {found[:1]}"
         )
-    if sha256 is not None:
-        file.seek(0)
-        digest = hashlib.sha256()
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-        if digest.hexdigest() != sha256:
-            raise ValueError(
-                f"it is not the file that vocabulary.json was written for: its sha256 is {digest.hexdigest()}, "
-                f"expected {sha256}; save or download both again"
-            )
-    read = torch.empty(found)
-    rows = max(1, _PIECE // max(1, math.prod(found[1:])))
-    for start in range(0, found[0] if read.numel() else 0, rows):
-        read[start : start + rows] = words[start : start + rows]
-    # Cloned, since what safetensors gives may be the file itself, mapped into memory.
-    return read, None if counts is None else opened.get_tensor("frequencies").clone()
+    return words, counts
+
+
+def _require_content(file: io.BufferedReader, sha256: str) -> None:
+    file.seek(0)
+    digest = hashlib.sha256()
+    while piece := file.read(_PIECE):
+        digest.update(piece)
+    if digest.hexdigest() != sha256:
+        raise ValueError(
+            f"it is not the file that vocabulary.json was written for: its sha256 is {digest.hexdigest()}, expected "
+            f"{sha256}; save or download both again"
+        )
+
+
+def _read_values(file: io.BufferedReader, start: int, dtype: torch.dtype, into: torch.Tensor) -> None:
+    """Fills a tensor with the values at `start` of a file, piece by piece."""
+    file.seek(start)
+    for part in into.view(-1).split(_PIECE):
+        if len(part):
+            part.copy_(torch.frombuffer(bytearray(_exactly(file, len(part) * dtype.itemsize)), dtype=dtype))
 
 
 def _listed(names: list[str]) -> str:
@@ -159,12 +176,10 @@ def read_bare_tensor(path: Path, shape: tuple[int, ...], scale: torch.Tensor, sh
             tensor = _described(archive.read(records["data.pkl"]))
             record = _require_dense(tensor, values, records)
             read = torch.empty(tensor.shape[0], *shape)
-            rows = max(1, _PIECE // values)
             with archive.open(record) as file:
-                for part in read.split(rows):
-                    raw = bytearray(_exactly(file, len(part) * values * tensor.stored.dtype.itemsize))
-                    numbers = torch.frombuffer(raw, dtype=tensor.stored.dtype).view(len(part), *shape)
-                    part.copy_(numbers.double() * scale + shift)
+                for part in read.split(max(1, _PIECE // values)):
+                    raw = bytearray(_exactly(file, part.numel() * tensor.stored.dtype.itemsize))
+                    part.copy_(torch.frombuffer(raw, dtype=tensor.stored.dtype).view_as(part).double() * scale + shift)
         return read
     except _Another as error:
         raise ValueError(f"{error}; {expected}") from error
@@ -274,5 +289,5 @@ def _require_dense(tensor: _Tensor, values: int, records: dict[str, zipfile.ZipI
 def _exactly(file: Any, count: int) -> bytes:
     raw = file.read(count)
     if len(raw) != count:
-        raise EOFError("it ends too early")
+        raise ValueError("it ends too early")
     return raw
