@@ -46,6 +46,8 @@ LARGEST_VALUE = 1000.0
 LONGEST_TEXT = 1000
 """Characters of a name that `vocabulary.json` records."""
 _MOST_INFO_BYTES = 2**16
+_ATTEMPTS = 100
+"""To read a folder that is being saved into."""
 _UNSETTLED = re.compile(r"vocabulary-[0-9a-f]{16}\.safetensors")
 """The name of words from when they are written until they are called `WORDS_FILE`."""
 
@@ -162,15 +164,15 @@ def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None
     """
     if located.file.name == LEGACY_FILE:
         return _read_legacy(located)
-    for _ in range(5):
+    for _ in range(_ATTEMPTS):
         content = _read_info(located)
         try:
             return _read_words(located, _fields(located, content))
-        except ValueError:
-            # The words of a save that ended meanwhile; the facts were of the one before.
+        except (ValueError, FileNotFoundError):
+            # Where a save ended meanwhile, the words are its own, and the facts those of the one before.
             if located.download is not None or _read_info(located) == content:
                 raise
-    return _read_words(located, _fields(located, _read_info(located)))
+    _refuse(located, INFO_FILE, "it is being replaced all the time; load it once nobody saves into the folder")
 
 
 def _read_words(located: Located, fields: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyInfo]:
@@ -343,7 +345,7 @@ def write_vocabulary(folder: Path, contents: dict[str, bytes]) -> None:
             save.place(unsettled)
             save.place(INFO_FILE)
         finally:
-            if _words_named(folder) != unsettled:
+            if _present_info(folder).get("file") != unsettled:
                 remove([folder / unsettled])
         for name in beside:
             save.place(name)
@@ -357,20 +359,20 @@ def _settle(folder: Path, save: Save) -> None:
     left = [path for path in folder.iterdir() if _UNSETTLED.fullmatch(path.name)] + save.left_overs()
     if not save.is_alone():
         return
-    name = _words_named(folder)
-    if name is not None and _UNSETTLED.fullmatch(name):
+    info = _present_info(folder)
+    if _UNSETTLED.fullmatch(str(info.get("file"))):
         # A second name first, for the folder to be whole at every step.
-        os.link(folder / name, save.new / WORDS_FILE)
-        info = json.loads((folder / INFO_FILE).read_bytes())
+        os.link(folder / info["file"], save.new / WORDS_FILE)
         save.write({INFO_FILE: _json(info | {"file": WORDS_FILE})})
         save.place(WORDS_FILE)
         save.place(INFO_FILE)
     remove(left)
 
 
-def _words_named(folder: Path) -> str | None:
-    """The words file that `vocabulary.json` of a folder names."""
+def _present_info(folder: Path) -> dict[str, Any]:
+    """What `vocabulary.json` of a folder holds; nothing where it is none."""
     try:
-        return str(json.loads((folder / INFO_FILE).read_bytes())["file"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
+        info = json.loads((folder / INFO_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return info if isinstance(info, dict) else {}

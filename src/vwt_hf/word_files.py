@@ -11,13 +11,13 @@ import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import torch
 
 from .printable import plain, shown
@@ -28,6 +28,12 @@ _MOST_HEADER_BYTES = 2**16
 _PIECE = 2**20
 """Values that are converted at once."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "C64": 64,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+"""Of one value of each dtype of the format."""
 
 _MOST_RECORDS = 64
 _MOST_PICKLE_BYTES = 2**12
@@ -57,25 +63,15 @@ def read_safetensors(
         ValueError: the file is damaged, holds something else, or is another than that of `sha256`.
     """
     with open(path, "rb") as file:
-        said = int.from_bytes(file.read(8), "little")
-        if said > _MOST_HEADER_BYTES:
-            raise ValueError(
-                f"it is no safetensors file of words: its header claims {said:,} bytes; expected "
-                f"{_MOST_HEADER_BYTES:,} at most"
-            )
         try:
-            # Which refuses headers that lie about where tensors are. It maps the file, and reads no tensor.
-            with safetensors.safe_open(path, framework="pt"):
-                header = json.loads(file.read(said))
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            start, header = _header(file)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"it is truncated or no safetensors file ({plain(str(error))[:200]}); save or download it again"
             ) from error
-        header.pop("__metadata__", None)
         words, counts = _described_tensors(header, shape)
         if sha256 is not None:
             _require_content(file, sha256)
-        start = 8 + said
         read = torch.empty(words["shape"])
         _read_values(file, start + words["data_offsets"][0], _DTYPES[words["dtype"]], into=read)
         if counts is None:
@@ -83,6 +79,37 @@ def read_safetensors(
         numbers = torch.empty(counts["shape"], dtype=torch.int64)
         _read_values(file, start + counts["data_offsets"][0], torch.int64, into=numbers)
         return read, numbers
+
+
+def _header(file: io.BufferedReader) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where the tensors of a safetensors file begin, and what its header says about each.
+
+    The package safetensors maps whole files into memory, and so cannot read one piece by piece.
+
+    Raises:
+        ValueError: the header lies: the tensors are not all of the file's bytes, each once.
+        TypeError, KeyError, RecursionError: it is none.
+    """
+    length = os.fstat(file.fileno()).st_size
+    said = int.from_bytes(_exactly(file, 8), "little")
+    if said > _MOST_HEADER_BYTES:
+        raise ValueError(f"its header claims {said:,} bytes; expected {_MOST_HEADER_BYTES:,} at most")
+    header = json.loads(_exactly(file, said).decode("utf-8"))
+    header.pop("__metadata__", None)
+    end = 0
+    for name, tensor in sorted(header.items(), key=lambda named: named[1]["data_offsets"]):
+        begin, stop = tensor["data_offsets"]
+        shape, bits = tensor["shape"], _BITS.get(tensor["dtype"])
+        if bits is None:
+            raise ValueError(f"the dtype of {shown(name)} is {shown(tensor['dtype'])}")
+        if not isinstance(shape, list) or not all(map(_count, (begin, stop, *shape))):
+            raise ValueError(f"the shape or the offsets of {shown(name)} are no lists of integers")
+        if begin != end or 8 * (stop - begin) != math.prod(shape) * bits:
+            raise ValueError(f"the values of {shown(name)}, {shown(shape)}, are not the bytes {begin} to {stop}")
+        end = stop
+    if 8 + said + end != length:
+        raise ValueError(f"its header tells of {8 + said + end:,} bytes, and it has {length:,}")
+    return 8 + said, header
 
 
 def _described_tensors(
