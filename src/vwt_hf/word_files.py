@@ -95,6 +95,8 @@ def _header(file: io.BufferedReader) -> tuple[int, dict[str, dict[str, Any]]]:
     if said > _MOST_HEADER_BYTES:
         raise ValueError(f"its header claims {said:,} bytes; expected {_MOST_HEADER_BYTES:,} at most")
     header = json.loads(_exactly(file, said).decode("utf-8"))
+    if not isinstance(header, dict):
+        raise TypeError(f"its header is a {type(header).__name__}")
     header.pop("__metadata__", None)
     end = 0
     for name, tensor in sorted(header.items(), key=lambda named: named[1]["data_offsets"]):
