@@ -185,7 +185,8 @@ def test_a_folder_uploaded_before_its_words_were_settled_loads(hub, files, vocab
 NO_HUB_IDS = [
     "/etc", "./words", "../words", "~/words", "words/", "a/b/c", "", ".", "..", "C:\\words", "\\\\evil.example\\share",
     "//evil.example/share", "evil.example\\share/words", "a--b/c", "a..b", "me/words.git", "-me/words", "me/.words",
-    "https://evil.example/words", "me/words\n", "me/wörds", "me/words\0", "me/" + "x" * 100, "datasets/me/words", None, 3,
+    "https://evil.example/words", "me/words\n", "me/wörds", "me/words\0", "me/" + "x" * 100,
+    "datasets/me/words", None, 3,
 ]  # fmt: skip
 
 
@@ -233,7 +234,7 @@ NO_REVISIONS = [
 def test_a_revision_that_git_has_not_is_refused_and_nothing_is_asked_of_the_hub(hub, files, revision):
     hub.put("me/words", files)
     for load in (VisualVocabulary.from_pretrained, lambda name, **at: load_vocabulary(name, trusted=False, **at)):
-        with pytest.raises(ValueError, match="revision is .*expected None, or a branch, tag or commit"):
+        with pytest.raises(ValueError, match=r"revision is .*expected None, or a branch, tag or commit"):
             load("me/words", revision=revision)
     assert not hub.requests
 
@@ -246,7 +247,7 @@ def test_every_branch_of_plain_letters_is_a_revision(hub, files, vocabulary, rev
 
 @pytest.mark.parametrize("subfolder", ["..", "a/../..", "/etc", "a//b", "a\\..\\b", "C:", "a\n", 3])
 def test_a_subfolder_that_leads_out_is_refused(hub, files, subfolder):
-    with pytest.raises(ValueError, match="subfolder is .*expected None, or names of folders"):
+    with pytest.raises(ValueError, match=r"subfolder is .*expected None, or names of folders"):
         VisualVocabulary.from_pretrained("me/words", subfolder=subfolder)
     assert not hub.requests
 
