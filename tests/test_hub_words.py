@@ -18,6 +18,7 @@ from transformers import AutoModel
 
 from tiny import answers, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress
+from vwt_hf.vocabulary import load_vocabulary
 
 STATISTICS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
@@ -159,6 +160,115 @@ def test_the_authors_bare_tensor_is_imported_and_said(hub):
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     torch.testing.assert_close(loaded.normalized(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD), words, atol=1e-5, rtol=1e-5)
+
+
+def test_words_that_their_facts_do_not_name_are_refused_by_the_repositorys_name(hub, files):
+    hub.put("me/words", changed(files, file="vocabulary-0123456789abcdef.safetensors"))
+    with pytest.raises(ValueError, match=r"me/words: vocabulary-0123456789abcdef\.safetensors: it is missing"):
+        VisualVocabulary.from_pretrained("me/words")
+
+
+def test_files_of_two_commits_are_refused(hub, files, vocabulary):
+    words = safetensors.torch.save({"words": vocabulary.words.flip(0)})
+    hub.put("me/words", files | {"vocabulary.safetensors": words})
+    with pytest.raises(ValueError, match=r"me/words: vocabulary\.safetensors: it is not the file that"):
+        VisualVocabulary.from_pretrained("me/words")
+
+
+def test_a_folder_uploaded_before_its_words_were_settled_loads(hub, files, vocabulary):
+    name = "vocabulary-0123456789abcdef.safetensors"
+    moved = {"vocabulary.json": changed(files, file=name)["vocabulary.json"], name: files["vocabulary.safetensors"]}
+    hub.put("me/words", moved)
+    assert torch.equal(VisualVocabulary.from_pretrained("me/words").words, vocabulary.words)
+
+
+NO_HUB_IDS = [
+    "/etc", "./words", "../words", "~/words", "words/", "a/b/c", "", ".", "..", "C:\\words", "\\\\evil.example\\share",
+    "//evil.example/share", "evil.example\\share/words", "a--b/c", "a..b", "me/words.git", "-me/words", "me/.words",
+    "https://evil.example/words", "me/words\n", "me/wörds", "me/words\0", "me/" + "x" * 100,
+    "datasets/me/words", None, 3,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_HUB_IDS)
+def test_a_name_that_is_not_trusted_is_a_hub_id_before_anything_is_asked_of_the_disk(hub, name, monkeypatch):
+    asked = []
+    for function in ("isdir", "isfile", "exists", "realpath", "abspath"):
+        monkeypatch.setattr(os.path, function, lambda *at, **_: asked.append(at))
+    for function in ("stat", "lstat", "open", "scandir"):
+        monkeypatch.setattr(os, function, lambda *at, **_: asked.append(at))
+    with pytest.raises(ValueError, match="is no Hub id; expected 'name' or 'owner/name'") as refusal:
+        load_vocabulary(name, trusted=False)
+    monkeypatch.undo()
+    assert not asked and not hub.requests and str(refusal.value).isprintable()
+
+
+def test_a_name_that_is_not_trusted_is_never_a_folder(hub, files, vocabulary, tmp_path, monkeypatch):
+    hub.put("me/words", files)
+    VisualVocabulary(vocabulary.words.flip(0)).save_pretrained(tmp_path / "me" / "words")
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(load_vocabulary("me/words", trusted=False).words, vocabulary.words)
+    assert torch.equal(VisualVocabulary.from_pretrained("me/words").words, vocabulary.words.flip(0))
+    with pytest.raises((OSError, HfHubHTTPError)):
+        load_vocabulary("me/nothing", trusted=False)
+
+
+def test_a_pickle_is_read_where_the_user_named_it_alone(hub):
+    hub.put("authors/vwt", {"vocab.pt": torch_file(torch.randn(5, 3 * 16 * 16))})
+    with pytest.warns(UserWarning, match="vocab.pt"):
+        assert len(load_vocabulary("authors/vwt", trusted=True)) == 5
+    asked = len(hub.requests)
+    for arguments in ({"trusted": False}, {"trusted": True, "pickles": False}):
+        with pytest.raises(FileNotFoundError, match=r"authors/vwt holds no vocabulary\.json"):
+            load_vocabulary("authors/vwt", **arguments)
+    assert not any("vocab.pt" in request.path for request in hub.requests[asked:])
+
+
+NO_REVISIONS = [
+    "../../ESCAPED", "a/../b", "/main", "-x", ".hidden", "a/.hidden", "a\\b", "a\nb", "a b", "a~1", "a^", "a:b", "a?",
+    "a*", "a[0]", "a@{1}", "a//b", "a/", "a.", "a.lock", "%2e%2e", "x" * 300, "", "a\0", 3,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("revision", NO_REVISIONS)
+def test_a_revision_that_git_has_not_is_refused_and_nothing_is_asked_of_the_hub(hub, files, revision):
+    hub.put("me/words", files)
+    for load in (VisualVocabulary.from_pretrained, lambda name, **at: load_vocabulary(name, trusted=False, **at)):
+        with pytest.raises(ValueError, match=r"revision is .*expected None, or a branch, tag or commit"):
+            load("me/words", revision=revision)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("revision", ["v1.0", "refs/pr/1", "feature/words_2+x", "a@b"])
+def test_every_branch_of_plain_letters_is_a_revision(hub, files, vocabulary, revision):
+    hub.put("me/words", files, revision)
+    assert torch.equal(load_vocabulary("me/words", trusted=False, revision=revision).words, vocabulary.words)
+
+
+@pytest.mark.parametrize("subfolder", ["..", "a/../..", "/etc", "a//b", "a\\..\\b", "C:", "a\n", 3])
+def test_a_subfolder_that_leads_out_is_refused(hub, files, subfolder):
+    with pytest.raises(ValueError, match=r"subfolder is .*expected None, or names of folders"):
+        VisualVocabulary.from_pretrained("me/words", subfolder=subfolder)
+    assert not hub.requests
+
+
+def test_a_cached_file_that_leads_out_of_its_repository_is_refused(hub, files, tmp_path):
+    hub.put("me/words", files)
+    VisualVocabulary.from_pretrained("me/words")
+    (words,) = cached("vocabulary.safetensors")
+    (tmp_path / "elsewhere").write_bytes(words.read_bytes())
+    words.unlink()
+    words.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"me/words: vocabulary\.safetensors: it is a link that leads out"):
+        VisualVocabulary.from_pretrained("me/words", local_files_only=True)
+
+
+def test_a_snapshot_of_the_cache_is_a_folder_too(hub, files, vocabulary):
+    hub.put("me/words", files)
+    VisualVocabulary.from_pretrained("me/words")
+    (words,) = cached("vocabulary.safetensors")
+    assert words.is_symlink()
+    assert torch.equal(VisualVocabulary.from_pretrained(words.parent).words, vocabulary.words)
 
 
 @pytest.fixture

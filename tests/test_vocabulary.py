@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import io
 import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +21,13 @@ import datasets
 import huggingface_hub
 import PIL.Image
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 import vwt_hf
-from vwt_hf import image_source, learn, vocabulary_card, vocabulary_files
+from vwt_hf import cli, facts, image_source, learn, vocabulary_card, vocabulary_files
 from vwt_hf.vocabulary import VisualVocabulary
 from vwt_hf.vocabulary_files import VocabularyInfo
 from vwt_hf.words import patchify
@@ -238,6 +244,9 @@ def test_statistics_of_another_number_of_channels_are_refused() -> None:
         words.normalized((0.5, 0.5), 0.5)
     with pytest.raises(ValueError, match="expected positive numbers"):
         words.normalized(0.5, 0.0)
+    for wrong in ("half", 10**400, [10**5000] * 3, float("nan"), None):
+        with pytest.raises(ValueError, match=r"image_mean is .* expected a number"):
+            words.normalized(wrong, 0.5)  # type: ignore[arg-type]
 
 
 def test_a_model_of_other_patches_is_refused_by_both_numbers() -> None:
@@ -322,10 +331,37 @@ def edit(saved: Path, **changes: Any) -> None:
     (saved / "vocabulary.json").write_text(json.dumps({**fields, **changes}))
 
 
-def rewrite(saved: Path, words: torch.Tensor) -> None:
-    save_file({"words": words}, saved / "vocabulary.safetensors")
-    if words.ndim == 4:
-        edit(saved, size=words.shape[0], channels=words.shape[1], patch_size=words.shape[2])
+def rewrite(saved: Path, words: torch.Tensor, **others: torch.Tensor) -> None:
+    write_words(saved, safetensors.torch.save({"words": words, **others}))
+    edit(saved, size=words.shape[0], channels=words.shape[1], patch_size=words.shape[2])
+
+
+def write_words(saved: Path, content: bytes) -> None:
+    (saved / "vocabulary.safetensors").write_bytes(content)
+    edit(saved, sha256=hashlib.sha256(content).hexdigest())
+
+
+def header_of(content: bytes) -> dict[str, Any]:
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+
+def with_header(saved: Path, change: Any) -> None:
+    """Changes the header of the words file in place, its bytes after it as they are."""
+    content = (saved / "vocabulary.safetensors").read_bytes()
+    header = header_of(content)
+    values = content[8 + int.from_bytes(content[:8], "little") :]
+    changed = change(header)
+    text = changed if isinstance(changed, bytes) else json.dumps(changed).encode()
+    write_words(saved, len(text).to_bytes(8, "little") + text + values)
+
+
+def raw(saved: Path, content: bytes) -> None:
+    (saved / "vocabulary.json").write_bytes(content)
+
+
+def linked_outside(saved: Path, name: str) -> None:
+    (saved / name).rename(saved.parent / name)
+    (saved / name).symlink_to(saved.parent / name)
 
 
 def cut(saved: Path) -> None:
@@ -344,7 +380,84 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "climbs": (lambda at: edit(at, file="../secret.safetensors"), "expected a file name without a folder"),
     "climbs on Windows": (lambda at: edit(at, file="..\\secret"), "expected a file name without a folder"),
     "absolute": (lambda at: edit(at, file="/etc/passwd"), "expected a file name without a folder"),
-    "integers": (lambda at: rewrite(at, torch.ones(6, 3, 4, 4, dtype=torch.int64)), "words are torch.int64"),
+    "integers": (lambda at: rewrite(at, torch.ones(6, 3, 4, 4, dtype=torch.int64)), "words are 'I64'"),
+    "booleans": (lambda at: rewrite(at, torch.ones(6, 3, 4, 4, dtype=torch.bool)), "words are 'BOOL'"),
+    "complex": (lambda at: rewrite(at, torch.ones(6, 3, 4, 4, dtype=torch.complex64)), "words are 'C64'"),
+    "float8": (lambda at: rewrite(at, torch.ones(6, 3, 4, 4).to(torch.float8_e4m3fn)), "words are 'F8_E4M3'"),
+    "overflowing": (
+        lambda at: rewrite(at, torch.full((6, 3, 4, 4), 3e38)),
+        "from 3e[+]38 to 3e[+]38; expected raw RGB",
+    ),
+    "half infinite": (lambda at: rewrite(at, torch.full((6, 3, 4, 4), torch.inf)), "6 of 6 words .* not finite"),
+    "other tensors": (
+        lambda at: rewrite(at, torch.rand(6, 3, 4, 4), more=torch.ones(1)),
+        "has the tensors more, words",
+    ),
+    "negative counts": (
+        lambda at: rewrite(at, torch.rand(6, 3, 4, 4), frequencies=-torch.ones(6, dtype=torch.int64)),
+        "frequencies are -1 and more",
+    ),
+    "counts of floats": (lambda at: rewrite(at, torch.rand(6, 3, 4, 4), frequencies=torch.ones(6)), "expected I64"),
+    "other content": (
+        lambda at: save_file({"words": torch.rand(6, 3, 4, 4)}, at / "vocabulary.safetensors"),
+        "it is not the file that vocabulary.json was written for",
+    ),
+    "a long header": (
+        lambda at: write_words(at, (2**40).to_bytes(8, "little") + b"{}"),
+        "its header claims 1,099,511,627,776 bytes; expected 65,536 at most",
+    ),
+    "header of a list": (lambda at: with_header(at, lambda _: b"[]"), "its header is a list"),
+    "header of nonsense": (lambda at: with_header(at, lambda _: b'{"words": 3}'), "no safetensors file"),
+    "deep header": (lambda at: with_header(at, lambda _: b"[" * 30_000), "no safetensors file"),
+    "offsets that overlap": (
+        lambda at: with_header(at, lambda old: {**old, "frequencies": {**old["frequencies"], "data_offsets": [8, 56]}}),
+        "are not the bytes",
+    ),
+    "a shape beyond the bytes": (
+        lambda at: with_header(at, lambda old: {**old, "words": {**old["words"], "shape": [6, 3, 4, 5000]}}),
+        "are not the bytes",
+    ),
+    "a shape that is no list": (
+        lambda at: with_header(at, lambda old: {**old, "words": {**old["words"], "shape": 6}}),
+        "no lists of integers",
+    ),
+    "an unknown dtype": (
+        lambda at: with_header(at, lambda old: {**old, "words": {**old["words"], "dtype": "F31"}}),
+        "the dtype of 'words' is 'F31'",
+    ),
+    "more bytes than told": (
+        lambda at: write_words(at, (at / "vocabulary.safetensors").read_bytes() + b"more"),
+        "its header tells of",
+    ),
+    "deep JSON": (lambda at: raw(at, b'{"a":' + b"[" * 60_000 + b"]}"), r"vocabulary\.json: it is (no JSON|larger)"),
+    "deep and short JSON": (lambda at: raw(at, b'{"a":' + b"[" * 20_000), r"vocabulary\.json: it is no JSON"),
+    "long JSON": (lambda at: edit(at, x="x" * 70_000), "larger than 65,536 bytes"),
+    "long integer": (lambda at: edit(at, image_mean=[10**400] * 3), "an integer of 401 digits"),
+    "integer beyond Python": (lambda at: raw(at, b'{"seed": ' + b"1" * 5000 + b"}"), "an integer of 5000 digits"),
+    "not a number": (lambda at: edit(at, inertia=float("nan")), "NaN is no number"),
+    "infinite by its exponent": (lambda at: raw(at, b'{"inertia": 1e999}'), "inertia is inf"),
+    "a field twice": (lambda at: raw(at, b'{"size": 6, "size": 7}'), "'size' stands in it twice"),
+    "UTF-16": (lambda at: raw(at, "{}".encode("utf-16")), "it is no JSON"),
+    "byte order mark": (lambda at: raw(at, b"\xef\xbb\xbf{}"), "it is no JSON"),
+    "not UTF-8": (lambda at: raw(at, b'{"dataset": "\xff"}'), "it is no JSON"),
+    "empty JSON": (lambda at: raw(at, b""), "it is no JSON"),
+    "patches a list": (lambda at: edit(at, patches=[1]), r"patches is \[1\]; expected an integer"),
+    "patches a string": (lambda at: edit(at, patches="many"), "patches is 'many'; expected an integer"),
+    "images negative": (lambda at: edit(at, images=-1), "images is -1; expected an integer"),
+    "seed true": (lambda at: edit(at, seed=True), "seed is True; expected an integer"),
+    "inertia a string": (lambda at: edit(at, inertia="x"), "inertia is 'x'; expected a number"),
+    "data set a list": (lambda at: edit(at, dataset=["me/mine"]), "dataset is .*; expected a string"),
+    "data set of a book": (lambda at: edit(at, dataset="x" * 2000), "dataset is 'x.*…; expected a string of 1000"),
+    "deviation of nothing": (lambda at: edit(at, image_std=[1e-300] * 3), "image_std is .*; expected one number in"),
+    "deviation without end": (lambda at: edit(at, image_std=[1e300] * 3), "image_std is .*; expected one number in"),
+    "mean without end": (lambda at: edit(at, image_mean=[1e300] * 3), "image_mean is .*; expected one number in"),
+    "mean of booleans": (lambda at: edit(at, image_mean=[True] * 3), "image_mean is .*; expected one number in"),
+    "hash of a word": (lambda at: edit(at, sha256="words"), "sha256 is 'words'; expected 64"),
+    "file a list": (lambda at: edit(at, file=["vocabulary.safetensors"]), "file is .*; expected a file name"),
+    "other files": (lambda at: edit(at, file="model.safetensors"), "file is 'model.safetensors'; expected a file name"),
+    "size a string": (lambda at: edit(at, size="6"), r"says \('6', 3, 4, 4\)"),
+    "words linked outside": (lambda at: linked_outside(at, "vocabulary.safetensors"), "a link that leads out"),
+    "facts linked outside": (lambda at: linked_outside(at, "vocabulary.json"), "a link that leads out"),
     "not finite": (lambda at: rewrite(at, torch.full((6, 3, 4, 4), torch.nan)), "6 of 6 words .* not finite"),
     "no words": (lambda at: rewrite(at, torch.ones(0, 3, 4, 4)), "the vocabulary is empty"),
     "no such tensor": (
@@ -364,6 +477,75 @@ def test_a_folder_that_is_not_what_it_says_is_refused_by_name(saved: Path, name:
         VisualVocabulary.from_pretrained(saved)
     assert str(saved) in str(refusal.value)
     assert ".json" in str(refusal.value) or ".safetensors" in str(refusal.value)
+    assert len(str(refusal.value).replace(str(saved), "")) < 500
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_the_command_refuses_such_a_folder_in_one_line(
+    saved: Path, name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    REFUSALS[name][0](saved)
+    assert cli.main(["vocab", str(saved), "--output", str(tmp_path / "words.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"vwt-hf vocab: {saved}: vocabulary")
+
+
+def test_a_link_within_the_folder_is_followed(saved: Path) -> None:
+    (saved / "vocabulary.safetensors").rename(saved / "words")
+    (saved / "vocabulary.safetensors").symlink_to("words")
+    assert len(VisualVocabulary.from_pretrained(saved)) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_words_of_other_precision_are_read_in_float32(saved: Path, dtype: torch.dtype) -> None:
+    words = torch.rand(6, 3, 4, 4).to(dtype)
+    rewrite(saved, words)
+    loaded = VisualVocabulary.from_pretrained(saved).words
+    assert loaded.dtype == torch.float32 and torch.equal(loaded, words.float())
+
+
+NASTY = "\x1b]0;owned\x07\x1b[31m\u202eevil\n| <img src=x onerror=alert(1)> `x` ![](http://example.org/x.png) |\ud800"
+
+
+def test_names_that_strangers_wrote_do_nothing_to_a_terminal(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(saved, dataset=NASTY, base_model=NASTY, library_version=NASTY)
+    facts.vocab(str(saved), output=str(saved.parent / "x.png"))
+    shown = capsys.readouterr().out
+    assert "evil" in shown and all(letter.isprintable() for letter in shown.replace("\n", ""))
+    assert len(shown.splitlines()) == len(facts.facts(VisualVocabulary.from_pretrained(saved))) + 2
+
+
+def test_errors_show_what_strangers_wrote_harmlessly(saved: Path) -> None:
+    for field in ("file", "sha256", "patches", "image_mean"):
+        edit(saved, **{field: NASTY})
+        with pytest.raises(ValueError, match=field) as refusal:
+            VisualVocabulary.from_pretrained(saved)
+        assert str(refusal.value).isprintable()
+        edit(saved, file="vocabulary.safetensors", sha256=None, patches=None, image_mean=None)
+
+
+def test_names_that_strangers_wrote_are_text_in_a_card(saved: Path) -> None:
+    edit(saved, dataset=NASTY, base_model=f"{NASTY}/x", library_version=NASTY)
+    VisualVocabulary.from_pretrained(saved).save_pretrained(saved)
+    card = huggingface_hub.ModelCard((saved / "README.md").read_text(encoding="utf-8"))
+    assert card.data.datasets is None and card.data.base_model is None
+    rows = [line for line in card.content.splitlines() if "evil" in line]
+    assert len(rows) == 3
+    for row in rows:
+        # One code span that fills the second of two cells.
+        assert re.fullmatch(r"\| [a-z -]+ \| `[^`|]*` \|", row) and row.isprintable()
+
+
+def test_a_card_names_its_folder_as_python_reads_it(tmp_path: Path) -> None:
+    folder = tmp_path / 'a "quoted" folder'
+    VisualVocabulary(torch.rand(2, 3, 4, 4)).save_pretrained(folder)
+    call = re.search(r"from_pretrained\((.*)\)", (folder / "README.md").read_text())
+    assert call is not None and ast.literal_eval(call.group(1)) == str(folder)
+
+
+def test_a_vocabulary_without_a_deviation_has_a_card(tmp_path: Path) -> None:
+    VisualVocabulary(torch.rand(2, 3, 4, 4), info=VocabularyInfo(image_mean=(0.5,) * 3)).save_pretrained(tmp_path)
+    assert "# 2 visual words" in (tmp_path / "README.md").read_text()
 
 
 def test_words_that_are_no_words_are_refused() -> None:
@@ -373,6 +555,21 @@ def test_words_that_are_no_words_are_refused() -> None:
         VisualVocabulary([1.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"expected int64 \(4,\)"):
         VisualVocabulary(torch.rand(4, 3, 4, 4), torch.ones(3))
+    with pytest.raises(ValueError, match="words are on the meta device"):
+        VisualVocabulary(torch.rand(4, 3, 4, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"words are torch\.sparse_coo"):
+        VisualVocabulary(torch.rand(4, 3, 4, 4).to_sparse())
+    with pytest.raises(ValueError, match=r"4 of 4 words .* not finite"):
+        VisualVocabulary(torch.full((4, 3, 4, 4), 1e300, dtype=torch.float64))
+
+
+def test_words_of_any_length_have_a_direction() -> None:
+    words = torch.rand(3, 3, 4, 4)
+    expected = torch.nn.functional.normalize(VisualVocabulary(words).normalized(0.0, 0.5), dim=1)
+    long = VisualVocabulary(words * 3e38).normalized(0.0, 0.5)
+    torch.testing.assert_close(torch.nn.functional.normalize(long, dim=1), expected)
+    sharp = VisualVocabulary(words).normalized(0.0, 1e-300)
+    torch.testing.assert_close(torch.nn.functional.normalize(sharp, dim=1), expected)
 
 
 def test_a_place_without_a_vocabulary_is_named(tmp_path: Path) -> None:
@@ -412,13 +609,97 @@ def test_a_malicious_pickle_is_refused_without_being_run(tmp_path: Path, writer:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "content", [torch.rand(5, 100), torch.ones(5, 768, dtype=torch.int64), {"words": torch.rand(5, 768)}, [1]]
-)
-def test_any_other_vocab_pt_is_refused(tmp_path: Path, content: Any) -> None:
-    torch.save(content, tmp_path / "vocab.pt")
-    with pytest.raises(ValueError, match=r"vocab\.pt: it holds a .*expected one float tensor \(size, 768\)"):
+OTHERS: dict[str, Any] = {
+    "another width": torch.rand(5, 100),
+    "integers": torch.ones(5, 768, dtype=torch.int64),
+    "a dict": {"words": torch.rand(5, 768)},
+    "a list": [1],
+    "one value for all": torch.zeros(1).expand(300_000, 768),
+    "a view of more": torch.rand(50, 768)[:5],
+    "columns": torch.rand(768, 5).T,
+    "no values": torch.zeros(5, 768, device="meta"),
+    "sparse": torch.eye(768)[:4].to_sparse(),
+    "nested": torch.nested.nested_tensor([torch.zeros(4, 768)], layout=torch.strided),
+    "float8": torch.rand(4, 768).to(torch.float8_e4m3fn),
+    "beyond all pixels": torch.full((4, 768), 1e30),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_other_vocab_pt_is_refused(tmp_path: Path, name: str) -> None:
+    torch.save(OTHERS[name], tmp_path / "vocab.pt")
+    with pytest.raises(ValueError, match=r"vocab\.pt: .*expected (one float tensor \(size, 768\)|raw RGB)") as refusal:
         VisualVocabulary.from_pretrained(tmp_path)
+    assert str(refusal.value).startswith(str(tmp_path))
+
+
+def packed(tmp_path: Path, change: Any) -> Path:
+    """A good `vocab.pt` whose records are put together anew, as `change(name, content)` says."""
+    plain = io.BytesIO()
+    torch.save(torch.rand(40, 768), plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(tmp_path / "vocab.pt", "w") as new:
+        for record in old.infolist():
+            change(new, record.filename, old.read(record))
+    return tmp_path
+
+
+def without_description(new: zipfile.ZipFile, name: str, content: bytes) -> None:
+    if not name.endswith("data.pkl"):
+        new.writestr(name, content)
+
+
+ZIPS: dict[str, Any] = {
+    "deflated": lambda new, name, content: new.writestr(name, content, zipfile.ZIP_DEFLATED),
+    "too short": lambda new, name, content: new.writestr(name, content[:-8] if name.endswith("data/0") else content),
+    "too long": lambda new, name, content: new.writestr(name, content + bytes(8) * name.endswith("data/0")),
+    "big-endian": lambda new, name, content: new.writestr(name, b"big" if name.endswith("byteorder") else content),
+    "without a description": without_description,
+    "many records": lambda new, name, content: [new.writestr(f"{name}{i or ''}", content) for i in range(12)],
+    "more records than a list holds": lambda new, name, content: [
+        new.writestr(f"{name}{i or ''}", b"") for i in range(300)
+    ],
+    "a memo that fills memory": lambda new, name, content: new.writestr(
+        name, content[:-1] + b"r\xff\xff\xff\x7f." if name.endswith("data.pkl") else content
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ZIPS)
+def test_a_vocab_pt_that_torch_would_not_write_is_refused(tmp_path: Path, name: str) -> None:
+    packed(tmp_path, lambda new, at, content: new.writestr(at, content))
+    with pytest.warns(UserWarning, match=r"vocab\.pt"):
+        assert len(VisualVocabulary.from_pretrained(tmp_path)) == 40
+    with pytest.raises(ValueError, match=r"vocab\.pt: .*expected one float tensor"):
+        VisualVocabulary.from_pretrained(packed(tmp_path, ZIPS[name]))
+
+
+PEAK = """
+import re, sys, warnings, torch
+from vwt_hf import VisualVocabulary
+warnings.simplefilter("ignore")
+def status(name): return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+VisualVocabulary.from_pretrained(sys.argv[1])
+for folder in sys.argv[2:]:
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    vocabulary = VisualVocabulary.from_pretrained(folder)
+    print((status("VmHWM") - before) / (4 * vocabulary.words.numel()))
+    del vocabulary
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux, to measure peak memory")
+def test_loading_takes_little_more_memory_than_the_words(tmp_path: Path, saved: Path) -> None:
+    words = torch.rand(30_000, 3, 16, 16)
+    VisualVocabulary(words, torch.ones(30_000, dtype=torch.int64)).save_pretrained(tmp_path / "new", card=False)
+    (tmp_path / "old").mkdir()
+    torch.save(words.flatten(1), tmp_path / "old" / "vocab.pt")
+    command = [sys.executable, "-c", PEAK, str(saved), str(tmp_path / "new"), str(tmp_path / "old")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ratios = [float(line) for line in done.stdout.split()]
+    assert len(ratios) == 2 and all(0.9 < ratio < 2 for ratio in ratios), ratios
 
 
 def cached(saved: Path, cache: Path, commit: str = "a" * 40) -> None:

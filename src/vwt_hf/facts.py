@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .printable import plain
 from .vocabulary import VisualVocabulary
 from .vocabulary_card import SHOWN, render_words
 
@@ -40,8 +41,8 @@ def facts(vocabulary: VisualVocabulary) -> list[tuple[str, str]]:
         ("size", f"{len(vocabulary):,} words"),
         ("patch size", f"{size}×{size} pixels"),
         ("channels", str(vocabulary.channels)),
-        ("data set", info.dataset or UNKNOWN),
-        ("image processor of", info.base_model or UNKNOWN),
+        ("data set", plain(info.dataset or UNKNOWN)),
+        ("image processor of", plain(info.base_model or UNKNOWN)),
         ("its mean", numbers(info.image_mean)),
         ("its standard deviation", numbers(info.image_std)),
         ("patches", number(info.patches)),
@@ -50,8 +51,8 @@ def facts(vocabulary: VisualVocabulary) -> list[tuple[str, str]]:
         ("inertia", UNKNOWN if info.inertia is None else f"{info.inertia:.4g}"),
         ("seed", UNKNOWN if info.seed is None else str(info.seed)),
         ("ten most frequent words", top_share(vocabulary)),
-        ("vwt-hf", info.library_version or UNKNOWN),
-        ("source", vocabulary.source or UNKNOWN),
+        ("vwt-hf", plain(info.library_version or UNKNOWN)),
+        ("source", plain(vocabulary.source or UNKNOWN)),
         ("commit", vocabulary.revision or "none: it is a folder"),
     ]
 
@@ -59,10 +60,12 @@ def facts(vocabulary: VisualVocabulary) -> list[tuple[str, str]]:
 def top_share(vocabulary: VisualVocabulary) -> str:
     """Share of the patches that the ten most frequent words stand for: how much of the data is a few flat colours."""
     counts = vocabulary.frequencies
-    if counts is None or not int(counts.sum()):
+    # In float64, which the sum of counts that a stranger wrote does not overflow.
+    total = 0.0 if counts is None else float(counts.double().sum())
+    if counts is None or not total:
         return UNKNOWN
-    top = counts.sort(descending=True).values[:10].sum()
-    return f"{100 * float(top) / float(counts.sum()):.1f} % of the patches"
+    top = float(counts.double().sort(descending=True).values[:10].sum())
+    return f"{100 * top / total:.1f} % of the patches"
 
 
 def number(value: int | None) -> str:

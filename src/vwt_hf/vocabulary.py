@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
+from .hub_names import check_hub_id
 from .learn import learn_words
+from .printable import shown
 from .vocabulary_card import CARD_FILE, PICTURE_FILE, render_card, render_words
-from .vocabulary_files import VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_files
+from .vocabulary_files import VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_vocabulary
+
+LONGEST_WORD = 1e15
+"""Of a word's values in a model's pixel space: from here on, sums of squares near the end of float32."""
+_PIECE = 2**20
+"""Values that are mapped at once."""
 
 
 class VisualVocabulary:
@@ -94,20 +101,28 @@ class VisualVocabulary:
             image_std: likewise.
 
         Returns:
-            (size, channels · p · p) float32, flattened as (channel, row, column).
+            (size, channels · p · p) float32, flattened as (channel, row, column). A word beyond `LONGEST_WORD` comes
+            shortened, since cosine distances of such overflow; its direction, which is all that they ask for, stays.
 
         Raises:
             ValueError: the number of statistics is another, or a standard deviation is not positive.
         """
         mean, std = self._statistics("image_mean", image_mean), self._statistics("image_std", image_std)
         if not (std > 0).all():
-            raise ValueError(f"image_std is {image_std!r}; expected positive numbers.")
-        return ((self.words.double() - mean) / std).float().flatten(1)
+            raise ValueError(f"image_std is {shown(image_std)}; expected positive numbers.")
+        # Piece by piece: float64 takes twice the memory.
+        rows = max(1, _PIECE // self.words[0].numel())
+        return torch.cat([_mapped(words.double(), mean, std) for words in self.words.split(rows)])
 
     def _statistics(self, name: str, value: float | Sequence[float]) -> torch.Tensor:
-        values = torch.as_tensor(value, dtype=torch.float64).flatten()
+        try:
+            values = torch.as_tensor(value, dtype=torch.float64).flatten()
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            values = torch.empty(0)
         if len(values) not in (1, self.channels) or not values.isfinite().all():
-            raise ValueError(f"{name} is {value!r}; expected a number, or one for each of {self.channels} channels.")
+            raise ValueError(
+                f"{name} is {shown(value)}; expected a number, or one for each of {self.channels} channels."
+            )
         return values.expand(self.channels).view(-1, 1, 1)
 
     @classmethod
@@ -135,11 +150,13 @@ class VisualVocabulary:
 
         Raises:
             FileNotFoundError: there is no vocabulary.
-            ValueError: a file is damaged or holds something else; the message names repository or folder, and file.
+            ValueError: a file is damaged or holds something else; the message names repository or folder, and file. Or
+                `revision` or `subfolder` is none that could be.
             huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or may not be read.
         """
-        located = locate(
+        return load_vocabulary(
             pretrained_model_name_or_path,
+            trusted=True,
             revision=revision,
             subfolder=subfolder,
             token=token,
@@ -147,27 +164,20 @@ class VisualVocabulary:
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        words, frequencies, info = read_vocabulary(located)
-        try:
-            vocabulary = cls(words, frequencies, info)
-        except ValueError as error:
-            raise ValueError(f"{located.source}: {located.file.name}: {error}") from error
-        vocabulary.source, vocabulary.revision = located.source, located.commit
-        vocabulary.subfolder = subfolder
-        return vocabulary
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, card: bool = True, repo_id: str | None = None
     ) -> None:
         """Writes `vocabulary.safetensors` and `vocabulary.json`, and a card with a picture of the words.
 
-        All are written before any old file is replaced: a write that fails leaves the folder as it was.
+        An error leaves the old vocabulary as it was, and a process that is killed leaves the old one or the new one,
+        whole, also where several save into one folder at once. The card is written last.
 
         Args:
             card: whether to write `README.md` and `words.png`; without, a folder that has its own keeps it.
             repo_id: what the card's usage snippet loads; by default the folder.
         """
-        write_files(Path(save_directory), self._contents(repo_id or str(save_directory), card))
+        write_vocabulary(Path(save_directory), self._contents(repo_id or str(save_directory), card))
 
     def push_to_hub(
         self,
@@ -304,18 +314,72 @@ class VisualVocabulary:
         )
 
 
+def load_vocabulary(
+    name: str | os.PathLike[str],
+    *,
+    trusted: bool,
+    pickles: bool = True,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    **hub: Any,
+) -> VisualVocabulary:
+    """Loads a vocabulary that the user names, or that a file names which a stranger may have written.
+
+    Args:
+        name: a folder or a Hub id.
+        trusted: whether the user gave `name`. Else it is a Hub id alone, never looked for on this machine, and a
+            `vocab.pt` is not read.
+        pickles: whether a `vocab.pt` is read where `trusted` allows it.
+        revision, subfolder, hub: as for `VisualVocabulary.from_pretrained`, which also lists the errors.
+
+    Raises:
+        ValueError: also where a name that is not trusted is no Hub id.
+    """
+    if not trusted:
+        try:
+            name = check_hub_id(name)
+        except ValueError as error:
+            raise ValueError(
+                f"A model's config may name a vocabulary on the Hub alone, and {error} To use a folder, pass it "
+                "yourself: vwt=FOLDER."
+            ) from None
+    located = locate(name, revision=revision, subfolder=subfolder, folders=trusted, pickles=trusted and pickles, **hub)
+    words, frequencies, info = read_vocabulary(located)
+    try:
+        vocabulary = VisualVocabulary(words, frequencies, info)
+    except ValueError as error:
+        raise ValueError(f"{located.source}: {located.file.name}: {error}") from error
+    vocabulary.source, vocabulary.revision = located.source, located.commit
+    vocabulary.subfolder = subfolder
+    return vocabulary
+
+
+def _mapped(words: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(words − mean) / std in float32, flat; rows that are too long for it shortened."""
+    mapped = ((words - mean) / std).flatten(1)
+    # By the ratio of the deviations alone, which overflows for no word.
+    direction = ((words - mean) / (std / std.min())).flatten(1)
+    longest = direction.abs().amax(dim=1, keepdim=True)
+    return torch.where(longest / std.min() > LONGEST_WORD, direction / longest, mapped).float()
+
+
 def _valid_words(words: torch.Tensor) -> torch.Tensor:
     if not isinstance(words, torch.Tensor) or not words.is_floating_point():
-        kind = words.dtype if isinstance(words, torch.Tensor) else type(words).__name__
+        kind = str(words.dtype) if isinstance(words, torch.Tensor) else type(words).__name__
         raise ValueError(f"words are {kind}; expected a floating-point tensor, raw RGB in [0, 1].")
+    if words.is_nested or words.layout != torch.strided or words.is_meta:
+        kind = "nested" if words.is_nested else "on the meta device" if words.is_meta else str(words.layout)
+        raise ValueError(f"words are {kind}; expected a dense tensor (size, channels, p, p) with values.")
     if words.ndim != 4 or words.shape[2] != words.shape[3]:
         raise ValueError(f"words have shape {tuple(words.shape)}; expected (size, channels, p, p).")
     if not words.numel():
         raise ValueError(f"the vocabulary is empty, of shape {tuple(words.shape)}; expected at least one word.")
-    if not words.isfinite().all():
+    words = words.detach().to("cpu", torch.float32).contiguous()
+    # Of the extremes first, which take no memory.
+    if not torch.stack(words.aminmax()).isfinite().all():
         broken = int((~words.flatten(1).isfinite().all(dim=1)).sum())
         raise ValueError(f"{broken} of {len(words)} words hold values that are not finite; learn or save them again.")
-    return words.detach().to("cpu", torch.float32).contiguous()
+    return words
 
 
 def _valid_frequencies(frequencies: torch.Tensor | None, size: int) -> torch.Tensor | None:
@@ -325,6 +389,8 @@ def _valid_frequencies(frequencies: torch.Tensor | None, size: int) -> torch.Ten
         raise ValueError(
             f"frequencies are {frequencies.dtype} of shape {tuple(frequencies.shape)}; expected int64 ({size},)."
         )
+    if int(frequencies.min()) < 0:
+        raise ValueError(f"frequencies are {int(frequencies.min())} and more; expected counts, of at least 0.")
     return frequencies.detach().cpu()
 
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from .hub_names import check_hub_id
+from .printable import plain
 from .vocabulary_files import VocabularyInfo
 
 PICTURE_FILE = "words.png"
 CARD_FILE = "README.md"
 SHOWN = 144
 """Words in the picture."""
+SHOWN_TEXT = 300
+"""Characters of a name in the card."""
 
 
 def template() -> str:
@@ -49,25 +54,41 @@ def render_card(repo_id: str, shape: tuple[int, ...], info: VocabularyInfo, pict
     made = ModelCard.from_template(
         data,
         template_str=template(),
-        repo_id=repo_id,
+        repo_id=json.dumps(plain(repo_id), ensure_ascii=False),
         size=shape[0],
         channels=shape[1],
         patch_size=shape[-1],
-        info=info,
+        info=_in_cells(info),
         picture=picture,
     )
     return str(made).encode()
 
 
+def _in_cells(info: VocabularyInfo) -> VocabularyInfo:
+    """`info` with its names as they stand in a table: as code, in which neither Markdown nor HTML means anything."""
+    return dataclasses.replace(
+        info,
+        dataset=_code(info.dataset),
+        base_model=_code(info.base_model),
+        library_version=_code(info.library_version),
+    )
+
+
+def _code(text: str | None) -> str | None:
+    if not text:
+        return None
+    # A line of a table ends its cells at every |, in code too.
+    return "`" + plain(text[:SHOWN_TEXT]).replace("`", "'").replace("|", "/") + "`"
+
+
 def _is_hub_id(name: str) -> bool:
     """Whether a name may stand in a card's metadata, where the Hub makes it a link."""
-    if name.count("/") != 1 or Path(name).exists():
-        return False
     try:
-        validate_repo_id(name)
-    except HFValidationError:
+        check_hub_id(name)
+    except ValueError:
         return False
-    return True
+    # After that check, since a name that a stranger wrote might be a path to anywhere.
+    return "/" in name and not Path(name).exists()
 
 
 def render_words(words: torch.Tensor, frequencies: torch.Tensor | None) -> bytes:

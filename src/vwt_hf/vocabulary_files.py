@@ -1,16 +1,24 @@
 """A vocabulary on disk and on the Hub: which files, how they are written whole, and what is refused on reading.
 
 `vocabulary.safetensors` holds `words` (size, channels, p, p) float32 in raw RGB [0, 1] and, where known, `frequencies`
-(size,) int64. `vocabulary.json` names that file, its shape and how the words came about. Nothing read is ever executed.
+(size,) int64. `vocabulary.json` names that file, its SHA-256 and shape, and how the words came about. Nothing read is
+ever executed.
+
+Replacing `vocabulary.json` is what makes a save count: until then the folder is the old vocabulary, and from then on
+the new one. So the words are written under a name of their own first, which that file gives; once the save counts they
+become `vocabulary.safetensors`. A save that was killed leaves other files for the next one to remove.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import re
-import tempfile
+import secrets
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -18,13 +26,30 @@ from typing import Any, NamedTuple, NoReturn
 import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .bounds import checked_statistics, is_number
+from .hub_names import check_revision, check_subfolder
+from .printable import plain, shown
+from .whole_saves import Save, remove, saving, write_files
+from .word_files import MOST_BYTES, read_bare_tensor, read_safetensors
+
+__all__ = ["write_files"]
 
 WORDS_FILE = "vocabulary.safetensors"
 INFO_FILE = "vocabulary.json"
 LEGACY_FILE = "vocab.pt"
 LEGACY_SHAPE = (3, 16, 16)
+LARGEST_VALUE = 1000.0
+"""Of a word that is read, either side of 0. Raw RGB is in [0, 1]; far beyond, distances overflow."""
+LONGEST_TEXT = 1000
+"""Characters of a name that `vocabulary.json` records."""
+_MOST_INFO_BYTES = 2**16
+_ATTEMPTS = 100
+"""To read a folder that is being saved into."""
+_UNSETTLED = re.compile(r"vocabulary-[0-9a-f]{16}\.safetensors")
+"""The name of words from when they are written until they are called `WORDS_FILE`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +77,19 @@ class VocabularyInfo:
     """Version of vwt_hf that learned the words."""
 
     def __post_init__(self) -> None:
-        for name in ("image_mean", "image_std"):
-            value = getattr(self, name)
-            if value is not None:
-                if not isinstance(value, (list, tuple)) or not all(isinstance(v, (int, float)) for v in value):
-                    raise ValueError(f"{name} is {value!r}; expected one number for each channel, or None.")
-                object.__setattr__(self, name, tuple(map(float, value)))
+        for name, positive in (("image_mean", False), ("image_std", True)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checked_statistics(name, getattr(self, name), positive=positive))
+        for name in ("dataset", "base_model", "library_version"):
+            text = getattr(self, name)
+            if text is not None and not (isinstance(text, str) and len(text) <= LONGEST_TEXT):
+                raise ValueError(f"{name} is {shown(text)}; expected a string of {LONGEST_TEXT} characters at most.")
+        for name, low in (("patches", 0), ("images", 0), ("unreadable", 0), ("seed", -(2**63))):
+            count = getattr(self, name)
+            if count is not None and not (type(count) is int and low <= count < 2**64):
+                raise ValueError(f"{name} is {shown(count)}; expected an integer in [{low}, 2**64).")
+        if self.inertia is not None and not is_number(self.inertia, 0, 1e300):
+            raise ValueError(f"inertia is {shown(self.inertia)}; expected a number in [0, 1e300].")
 
 
 class Located(NamedTuple):
@@ -73,19 +105,34 @@ class Located(NamedTuple):
     """Arguments by which further files of the repository are had; `None` for a folder."""
 
 
-def locate(source: str | os.PathLike[str], *, revision: str | None, subfolder: str | None, **hub: Any) -> Located:
+def locate(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None,
+    subfolder: str | None,
+    folders: bool = True,
+    pickles: bool = True,
+    **hub: Any,
+) -> Located:
     """Finds a vocabulary in a folder or on the Hub, downloading no more than its first file.
+
+    Args:
+        folders: whether `source` may be a folder of this machine.
+        pickles: whether a `vocab.pt` is taken where there is no `vocabulary.json`.
 
     Raises:
         FileNotFoundError: it holds none.
+        ValueError: the revision or subfolder is none that could be.
         huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or may not be read.
     """
-    source = str(source)
+    source, revision, subfolder = str(source), check_revision(revision), check_subfolder(subfolder)
     where = f"{source}/{subfolder}" if subfolder else source
-    missing = f"{where} holds neither {INFO_FILE} nor {LEGACY_FILE}; expected a folder that save_pretrained wrote, or "
-    if os.path.isdir(source):
+    names = (INFO_FILE, LEGACY_FILE) if pickles else (INFO_FILE,)
+    holds_none = f"holds neither {INFO_FILE} nor {LEGACY_FILE}" if pickles else f"holds no {INFO_FILE}"
+    missing = f"{where} {holds_none}; expected a folder that save_pretrained wrote, or "
+    if folders and os.path.isdir(source):
         folder = Path(source) / (subfolder or "")
-        for name in (INFO_FILE, LEGACY_FILE):
+        for name in names:
             if (folder / name).is_file():
                 return Located(source, None, folder / name, None)
         raise FileNotFoundError(f"{missing}a repository on the Hub.")
@@ -94,7 +141,7 @@ def locate(source: str | os.PathLike[str], *, revision: str | None, subfolder: s
         raise FileNotFoundError(f"{source} is no folder; expected one that save_pretrained wrote, or a Hub id.")
     download = {"repo_id": source, "revision": revision, "subfolder": subfolder, **hub}
     failure: Exception | None = None
-    for name in (INFO_FILE, LEGACY_FILE):
+    for name in names:
         try:
             path = hf_hub_download(filename=name, **download)
         except EntryNotFoundError as error:
@@ -110,77 +157,141 @@ def locate(source: str | os.PathLike[str], *, revision: str | None, subfolder: s
 def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyInfo]:
     """Words (size, channels, p, p) in raw RGB, frequencies (size,) if known, and information.
 
+    Memory holds the words and little else, and no more than the files are long.
+
     Raises:
         ValueError: a file is damaged, or holds something else; the message names the source and the file.
     """
     if located.file.name == LEGACY_FILE:
         return _read_legacy(located)
-    fields = _read_json(located)
-    name = fields.pop("file", WORDS_FILE)
-    # A file name alone: whoever wrote the JSON must not reach other files of this machine.
-    if not isinstance(name, str) or name != os.path.basename(name) or "\\" in name or name in ("", ".", ".."):
-        _refuse(located, INFO_FILE, f"file is {name!r}; expected a file name without a folder")
-    if located.download is not None:
-        path = Path(hf_hub_download(filename=name, **located.download))
-    else:
-        path = located.file.parent / name
-    if not path.is_file():
-        _refuse(located, name, f"it is missing, and {INFO_FILE} names it; save or download the vocabulary again")
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        _refuse(located, name, f"it is truncated or no safetensors file ({error}); save or download it again")
-    words = tensors.get("words")
-    if words is None:
-        _refuse(located, name, f"it has no tensor 'words', only {', '.join(tensors) or 'none'}")
-    said = tuple(fields.pop(key, None) for key in ("size", "channels", "patch_size"))
-    expected = (*said, said[-1])
-    if tuple(words.shape) != expected:
-        _refuse(located, name, f"words have shape {tuple(words.shape)}, but {INFO_FILE} says {expected}")
+    for _ in range(_ATTEMPTS):
+        content = _read_info(located)
+        try:
+            return _read_words(located, _fields(located, content))
+        except (ValueError, FileNotFoundError):
+            # Where a save ended meanwhile, the words are its own, and the facts those of the one before.
+            if located.download is not None or _read_info(located) == content:
+                raise
+    _refuse(located, INFO_FILE, "it is being replaced all the time; load it once nobody saves into the folder")
+
+
+def _read_words(located: Located, fields: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyInfo]:
+    name, sha256 = fields.pop("file", WORDS_FILE), fields.pop("sha256", None)
+    # One of the names that are given here: whoever wrote the JSON must not reach other files of this machine.
+    if not isinstance(name, str) or not (name == WORDS_FILE or _UNSETTLED.fullmatch(name)):
+        expected = f"a file name without a folder: {WORDS_FILE}, or vocabulary-<16 hexadecimal digits>.safetensors"
+        _refuse(located, INFO_FILE, f"file is {shown(name)}; expected {expected}")
+    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+        _refuse(located, INFO_FILE, f"sha256 is {shown(sha256)}; expected 64 hexadecimal digits")
     known = {field.name for field in dataclasses.fields(VocabularyInfo)}
     try:
         info = VocabularyInfo(**{key: value for key, value in fields.items() if key in known})
     except ValueError as error:
         _refuse(located, INFO_FILE, str(error))
-    return words, tensors.get("frequencies"), info
+    path = located.file.parent / name
+    if located.download is not None:
+        try:
+            path = Path(hf_hub_download(filename=name, **located.download))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            path = located.file.parent / name
+    if not path.is_file():
+        _refuse(located, name, f"it is missing, and {INFO_FILE} names it; save or download the vocabulary again")
+    _require_inside(located, path)
+    size, channels, patch_size = (fields.get(key) for key in ("size", "channels", "patch_size"))
+    try:
+        words, frequencies = read_safetensors(path, (size, channels, patch_size, patch_size), sha256)
+        _require_sane(words)
+    except ValueError as error:
+        _refuse(located, name, str(error))
+    return words, frequencies, info
+
+
+def _require_sane(words: torch.Tensor) -> None:
+    if not words.numel():
+        return
+    low, high = (float(value) for value in words.aminmax())
+    # What is not finite is refused by VisualVocabulary, which counts it.
+    if math.isfinite(low) and math.isfinite(high) and max(-low, high) > LARGEST_VALUE:
+        raise ValueError(
+            f"words hold values from {low:.4g} to {high:.4g}; expected raw RGB, which is in [0, 1], and nothing beyond "
+            f"±{LARGEST_VALUE:g}"
+        )
+
+
+def _require_inside(located: Located, path: Path) -> None:
+    """Refuses a link that leads out of the vocabulary's folder, or of its repository in huggingface_hub's cache."""
+    allowed = [located.file.parent.resolve()]
+    folder = Path(os.path.abspath(located.file.parent))
+    # Files of a snapshot are links to models--me--words/blobs.
+    allowed += [at.parent.resolve() for at in folder.parents if at.name == "snapshots" and "--" in at.parent.name]
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in allowed):
+        _refuse(located, path.name, "it is a link that leads out of the vocabulary's folder; expected a file in it")
 
 
 def _refuse(located: Located, file: str, reason: str) -> NoReturn:
-    raise ValueError(f"{located.source}: {file}: {reason}.")
+    raise ValueError(f"{plain(located.source)}: {file}: {reason.removesuffix('.')}.")
 
 
-def _read_json(located: Located) -> dict[str, Any]:
+def _read_info(located: Located) -> bytes:
+    _require_inside(located, located.file)
+    with open(located.file, "rb") as file:
+        content = file.read(_MOST_INFO_BYTES + 1)
+    if len(content) > _MOST_INFO_BYTES:
+        _refuse(located, INFO_FILE, f"it is larger than {_MOST_INFO_BYTES:,} bytes; expected a few facts about words")
+    return content
+
+
+def _fields(located: Located, content: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(located.file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        _refuse(located, INFO_FILE, f"it is no JSON ({error})")
+        fields = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_without_repetition,
+            parse_int=_short_integer,
+            parse_constant=_no_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        _refuse(located, INFO_FILE, f"it is no JSON ({plain(str(error))[:200]})")
     if not isinstance(fields, dict):
         _refuse(located, INFO_FILE, f"it holds a {type(fields).__name__}; expected an object")
     return fields
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} stands in it twice")
+    return fields
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"an integer of {len(digits)} digits; expected 20 at most")
+    return int(digits)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _read_legacy(located: Located) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyInfo]:
     """The format that the paper's authors published: a bare tensor (size, 3 · 16 · 16) in CLIP's pixel space."""
-    values = LEGACY_SHAPE[0] * LEGACY_SHAPE[1] * LEGACY_SHAPE[2]
-    expected = f"expected one float tensor (size, {values}), 16×16 RGB patches normalised as CLIP's"
+    _require_inside(located, located.file)
+    mean = torch.tensor(OPENAI_CLIP_MEAN, dtype=torch.float64).view(-1, 1, 1)
+    std = torch.tensor(OPENAI_CLIP_STD, dtype=torch.float64).view(-1, 1, 1)
     try:
-        # weights_only: tensors are read, and nothing that a pickle asks to run is run.
-        tensor = torch.load(located.file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        _refuse(located, LEGACY_FILE, f"it cannot be read as tensors alone, and nothing else is ({reason}); {expected}")
-    if not isinstance(tensor, torch.Tensor):
-        _refuse(located, LEGACY_FILE, f"it holds a {type(tensor).__name__}; {expected}")
-    if tensor.ndim != 2 or tensor.shape[1] != values or not tensor.is_floating_point():
-        _refuse(located, LEGACY_FILE, f"it holds a {tensor.dtype} tensor {tuple(tensor.shape)}; {expected}")
+        words = read_bare_tensor(located.file, LEGACY_SHAPE, scale=std, shift=mean)
+        _require_sane(words)
+    except ValueError as error:
+        _refuse(located, LEGACY_FILE, str(error))
     warnings.warn(
         f"{located.source}: {LEGACY_FILE} says nothing about its words: they are taken for 16×16 patches normalised "
         "by CLIP's mean and standard deviation, and mapped to raw RGB. save_pretrained writes them as safetensors.",
-        stacklevel=4,
+        stacklevel=5,
     )
-    mean = torch.tensor(OPENAI_CLIP_MEAN, dtype=torch.float64).view(-1, 1, 1)
-    std = torch.tensor(OPENAI_CLIP_STD, dtype=torch.float64).view(-1, 1, 1)
-    words = (tensor.double().unflatten(1, LEGACY_SHAPE) * std + mean).float()
     return words, None, VocabularyInfo(image_mean=tuple(OPENAI_CLIP_MEAN), image_std=tuple(OPENAI_CLIP_STD))
 
 
@@ -190,29 +301,78 @@ def tensor_bytes(tensors: dict[str, torch.Tensor], header: dict[str, str] | None
 
 
 def vocabulary_files(words: torch.Tensor, frequencies: torch.Tensor | None, info: VocabularyInfo) -> dict[str, bytes]:
-    """The contents of `vocabulary.safetensors` and `vocabulary.json`."""
+    """The contents of `vocabulary.safetensors` and `vocabulary.json`.
+
+    Raises:
+        ValueError: the words are more than would be read again.
+    """
+    if 4 * words.numel() > MOST_BYTES:
+        raise ValueError(f"{len(words):,} words take {4 * words.numel():,} bytes; expected {MOST_BYTES:,} at most.")
     tensors = {"words": words} if frequencies is None else {"words": words, "frequencies": frequencies}
+    content = tensor_bytes(tensors, {"format": "pt"})
     size, channels, patch_size, _ = words.shape
     fields = {
         "file": WORDS_FILE,
+        "sha256": hashlib.sha256(content).hexdigest(),
         "size": size,
         "channels": channels,
         "patch_size": patch_size,
         **dataclasses.asdict(info),
     }
-    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-    return {WORDS_FILE: tensor_bytes(tensors, {"format": "pt"}), INFO_FILE: text.encode()}
+    return {WORDS_FILE: content, INFO_FILE: _json(fields)}
 
 
-def write_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Writes files into `folder`, made if need be; one that cannot be written leaves all old ones as they were."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Beside the files that they replace, since a rename is atomic within one file system alone.
-    with tempfile.TemporaryDirectory(prefix=".vwt-", dir=folder) as new:
-        for name, content in contents.items():
-            with open(Path(new) / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in contents:
-            os.replace(Path(new) / name, folder / name)
+def _json(fields: dict[str, Any]) -> bytes:
+    # A folder's name may hold bytes that are no letters, which UTF-8 cannot write.
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def write_vocabulary(folder: Path, contents: dict[str, bytes]) -> None:
+    """Writes a vocabulary into `folder`, made if need be, and what lies beside it.
+
+    An error leaves the old vocabulary as it was. However this ends, the folder holds the old one or the new one. The
+    files beside it follow: a process that is killed right then leaves old ones, a card of the vocabulary before.
+
+    Args:
+        contents: `vocabulary.safetensors` and `vocabulary.json`, as `vocabulary_files` makes them, and other files.
+    """
+    unsettled = f"vocabulary-{secrets.token_hex(8)}.safetensors"
+    beside = {name: content for name, content in contents.items() if name not in (WORDS_FILE, INFO_FILE)}
+    info = _json(json.loads(contents[INFO_FILE]) | {"file": unsettled})
+    with saving(folder) as save:
+        save.write({unsettled: contents[WORDS_FILE], INFO_FILE: info, **beside})
+        try:
+            save.place(unsettled)
+            save.place(INFO_FILE)
+        finally:
+            if _present_info(folder).get("file") != unsettled:
+                remove([folder / unsettled])
+        for name in beside:
+            save.place(name)
+        # The vocabulary counts. Where it cannot be settled, as a program holds the old words open, the next save does.
+        with contextlib.suppress(OSError):
+            _settle(folder, save)
+
+
+def _settle(folder: Path, save: Save) -> None:
+    """Calls the words of a vocabulary `WORDS_FILE`, and removes what killed saves left, unless another save runs."""
+    left = [path for path in folder.iterdir() if _UNSETTLED.fullmatch(path.name)] + save.left_overs()
+    if not save.is_alone():
+        return
+    info = _present_info(folder)
+    if _UNSETTLED.fullmatch(str(info.get("file"))):
+        # A second name first, for the folder to be whole at every step.
+        os.link(folder / info["file"], save.new / WORDS_FILE)
+        save.write({INFO_FILE: _json(info | {"file": WORDS_FILE})})
+        save.place(WORDS_FILE)
+        save.place(INFO_FILE)
+    remove(left)
+
+
+def _present_info(folder: Path) -> dict[str, Any]:
+    """What `vocabulary.json` of a folder holds; nothing where it is none."""
+    try:
+        info = json.loads((folder / INFO_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return info if isinstance(info, dict) else {}

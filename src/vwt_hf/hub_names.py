@@ -1,0 +1,67 @@
+"""Which repository ids, revisions and subfolders are taken: nothing that could name another place than it seems to."""
+
+from __future__ import annotations
+
+import re
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .printable import shown
+
+_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]*(/[A-Za-z0-9_][A-Za-z0-9._@+-]*)*")
+_LONGEST_REVISION = 200
+
+
+def check_hub_id(name: object) -> str:
+    """A repository's id on the Hub; looks at the name alone, at neither disk nor network.
+
+    Raises:
+        ValueError: it is none: a folder, a path, an address.
+    """
+    try:
+        # huggingface_hub takes letters of every alphabet, the Hub does not.
+        if isinstance(name, str) and _ID.fullmatch(name):
+            validate_repo_id(name)
+            return name
+    except HFValidationError:
+        pass
+    raise ValueError(
+        f"{shown(name)} is no Hub id; expected 'name' or 'owner/name' of the letters a to z, digits, '-', '_' and '.', "
+        "of at most 96 characters, beginning and ending with a letter or digit, without '--', '..' or a final '.git'."
+    )
+
+
+def check_revision(revision: object) -> str | None:
+    """A branch, tag or commit, or `None` for the main branch.
+
+    Raises:
+        ValueError: it is none that git could have, or none of plain letters. huggingface_hub makes paths of it.
+    """
+    if revision is None:
+        return None
+    plain_name = isinstance(revision, str) and len(revision) <= _LONGEST_REVISION and _REVISION.fullmatch(revision)
+    if not isinstance(revision, str) or not plain_name or ".." in revision or revision.endswith((".", ".lock")):
+        raise ValueError(
+            f"revision is {shown(revision)}; expected None, or a branch, tag or commit of at most {_LONGEST_REVISION} "
+            "letters a to z, digits and ._/@+- that has no '..' and begins no part with '.' or '-'."
+        )
+    return revision
+
+
+def check_subfolder(subfolder: object) -> str | None:
+    """A folder within a repository or folder, or `None` for its top.
+
+    Raises:
+        ValueError: it is absolute or leads out.
+    """
+    if subfolder is None or subfolder == "":
+        return None
+    parts = subfolder.split("/") if isinstance(subfolder, str) else [""]
+    if any(part in ("", ".", "..") or not part.isprintable() or set(part) & set('\\:*?"<>|') for part in parts):
+        raise ValueError(
+            f"subfolder is {shown(subfolder)}; expected None, or names of folders with '/' between them, without '..', "
+            "'\\' or ':'."
+        )
+    return "/".join(parts)

@@ -1,0 +1,137 @@
+"""Files that are written whole or not at all, whenever the process that writes them ends.
+
+Every file is written and flushed beside its place and then renamed into it. Saves into one folder share a lock for as
+long as they run, which ends with their process: what an earlier save left behind is removed by a later one only while
+no other runs. No save ever waits for another to end. Where a file system has no such locks (Windows, some that are
+shared over a network) files are as whole, but two saves at once into one folder may remove each other's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+_PREFIX = ".vwt-save-"
+_LEFT_OVER = re.compile(re.escape(_PREFIX) + "[a-z0-9_]{8}")
+"""The folder of one save, as `tempfile` names it."""
+_PATIENCE = 2.0
+"""Seconds for which a save asks for its share of the lock, which another has for the milliseconds of tidying up."""
+
+
+class Save:
+    """A save that is going on. Made by `saving`."""
+
+    def __init__(self, folder: Path, new: Path, lock: int | None) -> None:
+        self.folder, self.new = folder, new
+        self._lock = lock
+        self._shares = lock is None or _locked_soon(lock)
+
+    def write(self, contents: dict[str, bytes]) -> None:
+        """Writes files where nobody looks for them yet, down to the disk."""
+        for name, content in contents.items():
+            with open(self.new / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def place(self, name: str, as_name: str | None = None) -> None:
+        """Puts a file that `write` wrote into the folder, in place of an older one."""
+        os.replace(self.new / name, self.folder / (as_name or name))
+        if self._lock is not None:
+            # A rename must not reach the disk before one that came earlier. Not every file system can tell.
+            with contextlib.suppress(OSError):
+                os.fsync(self._lock)
+
+    def is_alone(self) -> bool:
+        """Whether no other save into the folder runs, nor begins before this one ends."""
+        return self._shares and (self._lock is None or _locked(self._lock, alone=True))
+
+    def left_overs(self) -> list[Path]:
+        """What saves that were killed left of what they wrote: theirs alone, if `is_alone` says so afterwards."""
+        found = [path for path in self.folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
+        return [path for path in found if path != self.new and path.is_dir() and not path.is_symlink()]
+
+
+@contextlib.contextmanager
+def saving(folder: Path) -> Iterator[Save]:
+    """Begins a save into `folder`, made if need be; what was written and not placed is removed at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _open_folder(folder)
+    try:
+        # Beside the files that they replace, since a rename is atomic within one file system alone.
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as new:
+            yield Save(folder, Path(new), lock)
+    finally:
+        if lock is not None:
+            _unlock(lock)
+            os.close(lock)
+
+
+def write_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Writes files into `folder`, made if need be; one that cannot be written leaves all old ones as they were.
+
+    Each file is whole at any time. Files that belong together are the old ones or the new ones only if they are one.
+    """
+    with saving(folder) as save:
+        save.write(contents)
+        for name in contents:
+            save.place(name)
+        left = save.left_overs()
+        if left and save.is_alone():
+            remove(left)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Removes files and folders, as far as they can be: what stays is removed by a later save."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _open_folder(folder: Path) -> int | None:
+    """A descriptor of the folder to lock and to flush; `None` on Windows, which has none."""
+    try:
+        return os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return None
+
+
+def _locked_soon(descriptor: int) -> bool:
+    end = time.monotonic() + _PATIENCE
+    while not _locked(descriptor, alone=False):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _locked(descriptor: int, *, alone: bool) -> bool:
+    """Locks a folder without waiting. `True` also where its file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    """A process forked meanwhile has the descriptor too, with which closing alone would leave it locked."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
