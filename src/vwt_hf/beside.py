@@ -18,7 +18,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from .vocabulary import VisualVocabulary
+from .vocabulary import VisualVocabulary, load_vocabulary
 from .vocabulary_files import write_files
 
 FOLDER = "visual_words"
@@ -28,6 +28,7 @@ SEAL = "sealed.json"
 """Names the weights that the words were saved with, and what they look like."""
 WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)")
 """Files of weights, as transformers names them."""
+MOST_SEAL_BYTES = 1 << 20
 LOOKED_AT = 1 << 20
 """Bytes of a file of weights that its print is made of, beside its length: spread over the whole."""
 BLOCKS = 64
@@ -75,7 +76,7 @@ def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any]) ->
     """
     own = dict(hub_kwargs)
     own["subfolder"] = "/".join(filter(None, (own.get("subfolder"), words_folder(saved_as))))
-    vocabulary = VisualVocabulary.from_pretrained(source, **own)
+    vocabulary = load_vocabulary(source, trusted=True, pickles=False, **own)
     if saved_as is not None:
         folder = Path(source, own["subfolder"])
         if not os.path.isdir(source):
@@ -96,7 +97,8 @@ def require_sealed(words: Path) -> None:
     folder = words.parent
     advice = "Save the model again, or say with `vwt=...` what to compress it by."
     try:
-        prints = json.loads((words / SEAL).read_bytes())["weights"]
+        with (words / SEAL).open("rb") as file:
+            prints = json.loads(file.read(MOST_SEAL_BYTES))["weights"]
         sealed = {str(name): str(value) for name, value in prints.items() if WEIGHTS.fullmatch(name)}
     except FileNotFoundError as error:
         raise ValueError(

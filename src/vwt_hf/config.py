@@ -8,6 +8,8 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+from .printable import LONGEST, shown
+
 if TYPE_CHECKING:
     from .patches import Patches
     from .plans import Grouped, Kept
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
 
 CRITERIA = ("variance", "random", "grid")
 OUTPUTS = ("compressed", "full")
-SHOWN = 120
-"""Characters of a value that an error shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,17 +185,8 @@ def require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
 
 def nearest_hint(given: object, allowed: Any) -> str:
     """A sentence that names the allowed word that is most like what was given, if one is."""
-    near = difflib.get_close_matches(given[:SHOWN], allowed, 1) if isinstance(given, str) else []
+    near = difflib.get_close_matches(given[:LONGEST], allowed, 1) if isinstance(given, str) else []
     return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def shown(value: object) -> str:
-    """A value as an error message shows it: as Python writes it, without control characters, cut where it is long."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
-        return f"a {type(value).__name__}"
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 20]} ... {text[-15:]}"
 
 
 def is_int(value: object) -> bool:

@@ -392,7 +392,3 @@ def _valid_frequencies(frequencies: torch.Tensor | None, size: int) -> torch.Ten
     if int(frequencies.min()) < 0:
         raise ValueError(f"frequencies are {int(frequencies.min())} and more; expected counts, of at least 0.")
     return frequencies.detach().cpu()
-
-
-def load_vocabulary(name, *, trusted, **kwargs):
-    return VisualVocabulary.from_pretrained(name, **kwargs)

@@ -12,17 +12,16 @@ import torch
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..beside import SAVED_AS, read_words
-from ..config import ModelFacts, VWTConfig, is_number, require_choice, shown
+from ..bounds import checked_statistics
+from ..config import ModelFacts, VWTConfig, is_number, require_choice
 from ..patches import Patches
 from ..plans import Grouped
+from ..printable import shown
 from ..processors import processor_statistics
 from ..vocabulary import VisualVocabulary, load_vocabulary
 from ..words import WordIndex, index_words, nearest_words
 
 LAYOUTS = ("auto", "packed", "padded")
-LARGEST_MEAN = LARGEST_STD = 1e6
-"""The mean and the deviation that pixels are normalised by lie within; the smallest deviation is one in that."""
-MOST_CHANNELS = 1024
 
 
 class ReadyWords:
@@ -107,25 +106,15 @@ class InterConfig(VWTConfig):
             )
         if self.saved_as is not None and not (isinstance(self.saved_as, str) and SAVED_AS.fullmatch(self.saved_as)):
             raise ValueError(f"VWTConfig.saved_as is {shown(self.saved_as)}; expected None or 16 digits from 0 to f.")
-        self._set_statistics("image_mean", least=-LARGEST_MEAN, most=LARGEST_MEAN)
-        self._set_statistics("image_std", least=1 / LARGEST_STD, most=LARGEST_STD)
+        for field, positive in (("image_mean", False), ("image_std", True)):
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, checked_statistics(f"VWTConfig.{field}", value, positive=positive))
         if self.output == "compressed":
             raise ValueError(
                 "VWTConfig.output is 'compressed', but under method='inter' the images of a batch have different "
                 "numbers of tokens, which no one tensor holds; use output='full'."
             )
-
-    def _set_statistics(self, field: str, least: float, most: float) -> None:
-        values = getattr(self, field)
-        if values is None:
-            return
-        allowed = isinstance(values, (list, tuple)) and 0 < len(values) <= MOST_CHANNELS
-        if not allowed or not all(is_number(value) and least <= value <= most for value in values):
-            raise ValueError(
-                f"VWTConfig.{field} is {shown(values)}; expected None or numbers from {least:g} to {most:g}, one for "
-                "each channel."
-            )
-        object.__setattr__(self, field, tuple(map(float, values)))
 
     @property
     def groups(self) -> bool:

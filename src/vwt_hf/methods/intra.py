@@ -7,9 +7,10 @@ import math
 
 import torch
 
-from ..config import CRITERIA, VWTConfig, is_int, is_number, require_choice, shown
+from ..config import CRITERIA, VWTConfig, is_int, is_number, require_choice
 from ..patches import Patches
 from ..plans import Grouped, Kept
+from ..printable import shown
 from ..words import best, dithered, grid_patches, highest, nearest_kept, random_order, random_patches, variance_scores
 
 DROPPED = ("discard", "merge")
