@@ -263,7 +263,7 @@ def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path, pr
     with pytest.raises(ValueError, match="a run with size=12, this one has size=13"):
         make(folder, processor, checkpoint=progress, resume=True, size=13)
     larger = transformers.CLIPImageProcessorPil(**{**PROCESSOR, "size": {"shortest_edge": 40}})
-    with pytest.raises(ValueError, match="edge': 32.*, this one has image_processor=.*edge': 40"):
+    with pytest.raises(ValueError, match=r"edge': 32.*, this one has image_processor=.*edge': 40"):
         make(folder, larger, checkpoint=progress, resume=True)
     file = progress / learn.CHECKPOINT
     file.write_bytes(file.read_bytes()[:100])

@@ -100,7 +100,9 @@ def _described(folder: Path, files: list[Path]) -> str:
     """A folder's images: as many others differ in their number, or in the digest of their names and sizes."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+        digest.update(
+            f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode(errors="surrogateescape")
+        )
     return f"a folder of {len(files)} image files (names and sizes: {digest.hexdigest()[:16]})"
 
 

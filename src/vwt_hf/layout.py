@@ -97,7 +97,8 @@ def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True, real:
     Args:
         patch_words: (batch, patches), integers.
         prefix: prefix tokens of each image, which come before its patches.
-        packed: whether the batch becomes one sequence without padding, or one padded sequence for each image.
+        packed: whether the batch becomes one sequence without padding, or one padded sequence for each image. A batch
+            without images is padded.
         real: (batch, patches), bool: which patches are no padding, the first of each image among them; `None` if all
             are.
     """
@@ -110,13 +111,14 @@ def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True, real:
     images_of_length.scatter_add_(0, lengths, torch.ones_like(lengths))
     counted = images_of_length.tolist()  # the one synchronisation with the device
     runs = tuple((length + prefix, images) for length, images in enumerate(counted) if images)
+    packed = packed and batch > 0  # a sequence of no tokens is none that a convolution takes
     if packed:
         order = lengths.argsort(stable=True)
         ends = (lengths[order] + prefix).cumsum(0)
         starts = torch.empty_like(lengths).scatter_(0, order, ends - lengths[order] - prefix)
         shape = (1, sum(length * images for length, images in runs))
     else:
-        longest = runs[-1][0] if runs else 0
+        longest = runs[-1][0] if runs else prefix + 1
         # One more where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
         shape = (batch, longest + (longest == prefix + patches))
         starts = torch.arange(batch, device=device) * shape[1]
@@ -184,7 +186,7 @@ def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     table = values.flatten(0, 1).float()
     # A bag of patches for each row: read once, summed in place, in parallel. index_add takes two to four times as long.
     means = torch.nn.functional.embedding_bag(order, table, starts, mode="mean")
-    return means[: layout.sizes.numel()].view(*layout.sizes.shape, -1).to(values.dtype)
+    return means[: layout.sizes.numel()].view(*layout.sizes.shape, table.shape[1]).to(values.dtype)
 
 
 def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from .config import VWTConfig
-from .words import best, dither, random_order, variance_scores
+from .words import best, dithered, random_order, variance_scores
 
 
 def padded_places(spatial_shapes: torch.Tensor, patches: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +47,7 @@ def choose_padded(
         scores = -random_order(length, setting.seed, patches.device).argsort().float()
     else:
         row, column = places.long().unbind(-1)
-        scores = -dither(length, patches.device)[row, column].float()
+        scores = -dithered(row, column, length).float()
     counts = real.sum(dim=1)
     if setting.num_patches is not None:
         counts = counts.clamp(max=setting.num_patches)

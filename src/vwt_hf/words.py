@@ -6,16 +6,29 @@ column), as its projection's weight is.
 
 from __future__ import annotations
 
+import collections
 import functools
+import operator
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-SKETCHED = 500
-"""Words from which on it is cheaper to look at sketches first."""
 _PRODUCTS = 2**24
 """Inner products held at once (64 MiB), which bounds memory for large vocabularies."""
+_ROWS = 1024
+"""Patches whose inner products a CPU makes at once: few enough that they are in its cache when they are looked at."""
+_EQUAL = 1e-6
+"""Cosines that differ by no more are equal: a matrix product rounds by a few ten-millionths, and not in all shapes to
+the same value. Squared distances that are no larger a share of squared lengths are zero."""
+_EQUALLY_NEAR = 1e-5
+"""Distances, in means over an image, that differ by no more are equal."""
+_KEPT = 2**24
+"""Bytes of choices that are the same for all images and are kept for the next ones, in all."""
+_KEPT_MOST = 64
+"""Choices kept."""
 
 
 def patch_grid(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
@@ -95,59 +108,108 @@ def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
     return scores.argsort(dim=1, descending=True, stable=True)[:, :keep]
 
 
-def _cached(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Keeps what `choose` gave for its last arguments.
+_kept: collections.OrderedDict[tuple[Any, ...], torch.Tensor] = collections.OrderedDict()
+"""What `_same_for_all` keeps; last used last."""
+_keeping = threading.Lock()
 
-    `functools.lru_cache` would keep the tensors without values that it sees while torch.export traces, too.
+
+def _same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Makes what `choose` gives a constant of any graph that is traced, and keeps it for the next call.
+
+    Args:
+        choose: takes whole numbers and, last, a device. It works out numbers without torch and makes a tensor of them
+            in one step: torch's random numbers would be drawn anew by every call of what torch.export or
+            torch.jit.trace makes.
     """
-    kept: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    @torch.compiler.assume_constant_result
+    def constant(*args: Any) -> torch.Tensor:
+        key = (choose, *args)
+        with _keeping:
+            found = _kept.get(key)
+            if found is not None:
+                _kept.move_to_end(key)
+                return found
+        # Outside inference mode, so that a later training step may save it for its backward pass.
+        with torch.inference_mode(False):
+            found = choose(*args)
+        # torch.export sees tensors without values, and torch.jit.trace checks that it sees the same steps twice.
+        if type(found) is torch.Tensor and found.nbytes <= _KEPT and not torch.jit.is_tracing():
+            with _keeping:
+                _kept[key] = found
+                while len(_kept) > _KEPT_MOST or sum(kept.nbytes for kept in _kept.values()) > _KEPT:
+                    _kept.popitem(last=False)
+        return found
 
     @functools.wraps(choose)
     def chosen(*args: Any) -> torch.Tensor:
-        found = kept.get(args)
-        if found is None:
-            # Outside inference mode, so that a later training step may save it for its backward pass.
-            with torch.inference_mode(False):
-                found = choose(*args)
-            if type(found) is torch.Tensor:
-                if len(kept) >= 64:
-                    kept.clear()
-                kept[args] = found
-        return found
+        # Sizes are tensors in torch.jit.trace, and symbols in torch.compile.
+        return constant(*[operator.index(number) for number in args[:-1]], args[-1])
 
     return chosen
 
 
-@_cached
+def _whole_numbers(values: Any, device: torch.device) -> torch.Tensor:
+    return torch.tensor(np.asarray(values).tolist(), dtype=torch.int64, device=device)
+
+
+def _shuffled(patches: int, seed: int) -> list[int]:
+    """What `torch.randperm` draws on a CPU with a generator of that seed: Fisher and Yates, by the Mersenne Twister."""
+    draws = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=patches, dtype=np.uint32).tolist()
+    order = list(range(patches))
+    for place in range(patches - 1):
+        other = place + draws[place] % (patches - place)
+        order[place], order[other] = order[other], order[place]
+    return order
+
+
+@_same_for_all
 def random_order(patches: int, seed: int, device: torch.device) -> torch.Tensor:
     """Patches in a seeded random order, (patches,): the same on every device."""
-    return torch.randperm(patches, generator=torch.Generator().manual_seed(seed)).to(device)
+    return _whole_numbers(_shuffled(patches, seed), device)
 
 
-@_cached
+@_same_for_all
 def random_patches(patches: int, keep: int, seed: int, device: torch.device) -> torch.Tensor:
     """A seeded random subset of `keep` patches, ascending, (1, keep): the same on every device and for every image."""
-    return random_order(patches, seed, device)[:keep].sort().values.unsqueeze(0)
+    return _whole_numbers([sorted(_shuffled(patches, seed)[:keep])], device)
 
 
-@_cached
-def dither(size: int, device: torch.device) -> torch.Tensor:
-    """Places of a square of at least `size` rows and columns in the order of ordered dithering (Bayer 1973), (rows,
-    columns) int64: half of them is a checkerboard, a quarter is every other row and column."""
-    order = torch.zeros(1, 1, dtype=torch.int64)
-    while order.shape[0] < size:
-        order = torch.cat((torch.cat((4 * order, 4 * order + 2), 1), torch.cat((4 * order + 3, 4 * order + 1), 1)))
-    return order.to(device)
+def _spread(size: int) -> np.ndarray:
+    """For each number below the first power of two from `size` on: its bits, from the last, as digits of base four."""
+    bits, numbers = (size - 1).bit_length(), np.arange(2 ** (size - 1).bit_length())
+    return sum(((numbers >> bit & 1) << 2 * (bits - 1 - bit) for bit in range(bits)), np.zeros_like(numbers))
 
 
-@_cached
+@_same_for_all
+def _spread_on(size: int, device: torch.device) -> torch.Tensor:
+    return _whole_numbers(_spread(size), device)
+
+
+def _dither(row: Any, column: Any, spread: Any) -> Any:
+    """When places of a grid come in ordered dithering (Bayer 1973): the first half of them is a checkerboard, the first
+    quarter is every other row and column.
+
+    Args:
+        row, column: whole numbers.
+        spread: as `_spread` gives it for more rows and columns than these.
+    """
+    return 2 * spread[row ^ column] + spread[row]
+
+
+def dithered(row: torch.Tensor, column: torch.Tensor, size: int) -> torch.Tensor:
+    """As `_dither`, for places on a device: int64, of the shape of `row` and `column`, which are below `size`."""
+    return _dither(row, column, _spread_on(size, row.device))
+
+
+@_same_for_all
 def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> torch.Tensor:
     """An even cover of a rows × columns grid by `keep` patches, ascending, (1, keep).
 
-    The order is that of `dither`, so a larger cover contains the smaller ones.
+    The order is that of `_dither`, so a larger cover contains the smaller ones.
     """
-    order = dither(max(rows, columns), device)
-    return order[:rows, :columns].flatten().argsort()[:keep].sort().values.unsqueeze(0)
+    order = _dither(np.arange(rows)[:, None], np.arange(columns), _spread(max(rows, columns)))
+    return _whole_numbers([np.sort(order.ravel().argsort()[:keep])], device)
 
 
 def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch.Tensor:
@@ -176,7 +238,8 @@ def nearest_kept(
     """The kept patch that each patch is nearest to; a kept patch is nearest to itself.
 
     Near is what looks alike and lies close by: distances of pixels and places are each measured by their mean over the
-    image, then added.
+    image, then added. Of kept patches equally near, to rounding, the first is taken, so that an image is told in a
+    batch as it is alone.
 
     Args:
         patches: (batch, patches, channels · patch height · patch width).
@@ -191,16 +254,31 @@ def nearest_kept(
     with torch.autocast(patches.device.type, enabled=False), torch.no_grad():
         values = patches.float()
         counts = None if real is None or stays is None else real.unsqueeze(2) & stays.unsqueeze(1)
-        distance = _relative(torch.cdist(values, gather_patches(values, kept)), counts)
+        distance = _relative(_distances(values, kept), counts)
         distance = distance + _relative(torch.cdist(places, gather_patches(places, kept)), counts)
         if stays is not None:
             distance = distance.masked_fill(~stays.unsqueeze(1), torch.inf)
-        nearest = distance.argmin(dim=2)
+        nearest = _first(distance.le_(distance.amin(dim=2, keepdim=True) + _EQUALLY_NEAR))
         kept = kept.expand(patches.shape[0], -1)
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         if stays is not None:
             own = torch.where(stays, own, nearest.gather(1, kept))
         return nearest.scatter(1, kept, own)
+
+
+def _distances(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances of all patches to those kept, (batch, patches, keep); 0 where rounding may have made them.
+
+    Args:
+        values: (batch, patches, values), float32.
+        kept: (batch or 1, keep), patches.
+    """
+    # From a point amid them lengths are of the order of distances, and what rounds the former hardly moves the latter.
+    centred = values - gather_patches(values, kept).mean(dim=1, keepdim=True)
+    length = torch.linalg.vector_norm(centred, dim=2, keepdim=True).square()
+    lengths = length + gather_patches(length, kept).transpose(1, 2)
+    squared = torch.baddbmm(lengths, centred, gather_patches(centred, kept).transpose(1, 2), alpha=-2)
+    return squared.masked_fill_(squared <= _EQUAL * lengths, 0).sqrt_()
 
 
 def _relative(distance: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
@@ -243,35 +321,24 @@ def patch_strip(patches: torch.Tensor, patch_size: tuple[int, int]) -> torch.Ten
 
 
 class WordIndex(NamedTuple):
-    """Words made ready for `nearest_words` by `index_words`; each of length 1, in float32."""
+    """Words made ready for `nearest_words` by `index_words`."""
 
     words: torch.Tensor
-    """(size, channels · patch height · patch width)."""
-    basis: torch.Tensor
-    """(channels · patch height · patch width, axes): orthonormal axes along which the words differ most."""
-    sketch: torch.Tensor
-    """(size, axes + 1): coordinates on the axes, and the length of what is left of the word beside them."""
+    """(size, channels · patch height · patch width), float32: each of length 1."""
 
     def to(self, device: torch.device) -> WordIndex:
         """The same index on another device."""
-        return WordIndex(*(tensor.to(device) for tensor in self))
+        return WordIndex(self.words.to(device))
 
 
-def index_words(words: torch.Tensor, axes: int = 31) -> WordIndex:
+def index_words(words: torch.Tensor) -> WordIndex:
     """Makes words ready for the search; a word of zeros stays one, at distance 1 from every patch.
 
     Args:
         words: (size, channels · patch height · patch width).
-        axes: how many axes a sketch has.
     """
     with torch.autocast(words.device.type, enabled=False):
-        unit = torch.nn.functional.normalize(words.float(), dim=1)
-        if len(unit) < unit.shape[1]:  # the smaller of two matrices that give the same axes
-            along = unit.T @ torch.linalg.eigh(unit @ unit.T).eigenvectors[:, -axes:]
-            basis = torch.linalg.qr(along).Q
-        else:
-            basis = torch.linalg.eigh(unit.T @ unit).eigenvectors[:, -axes:]
-        return WordIndex(unit, basis, _sketch(unit, basis))
+        return WordIndex(torch.nn.functional.normalize(words.float(), dim=1))
 
 
 @torch.no_grad()
@@ -279,61 +346,55 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
     """The word of each patch, by cosine distance (paper, inter-image approach); computed in float32.
 
     A patch farther than `threshold` from every word stays alone: its number is past the words' and no other patch of
-    its image has it. Of words equally near the first wins. The cosine with a patch of zeros is taken as 0, its distance
-    as 1.
-
-    On a CPU and with `SKETCHED` words, patches that are provably farther than `threshold` from all words are told by
-    their sketches and never compared in full. Elsewhere that would cost a synchronisation.
+    its image has it. Of words equally near, to rounding, the first wins, so that an image is told in a batch as it is
+    alone. The cosine with a patch of zeros is taken as 0, its distance as 1.
 
     Args:
         patches: (batch, patches, channels · patch height · patch width).
         index: of the words.
-        threshold: largest distance 1 − cos at which a patch takes a word, in [0, 2].
+        threshold: largest distance 1 − cos at which a patch takes a word, in [0, 2]; at 0 none does.
 
     Returns:
         (batch, patches), int64: a word in [0, size), or size + the patch's own index.
     """
     # Autocast would search in half precision.
     with torch.autocast(patches.device.type, enabled=False):
-        return _nearest_words(patches.float(), index, threshold)
+        return _nearest_words(patches.float(), index.words, threshold)
 
 
-def _nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> torch.Tensor:
-    batch, count = patches.shape[:2]
-    values = patches.flatten(0, 1)
-    length = torch.linalg.vector_norm(values, dim=1)
-    least = (1 - threshold) * length
-    if values.is_cpu and len(index.words) >= SKETCHED:
-        bound = torch.cat(
-            [
-                (part @ index.sketch.T).amax(dim=1)
-                for part in _sketch(values, index.basis).split(max(1, _PRODUCTS // 8 // len(index.sketch)))
-            ]
-        )
-        # The slack is what rounding may take from the bound.
-        candidates = (bound >= least - 1e-4 * length).nonzero().squeeze(1)
-        similarity, word = torch.full_like(length, -torch.inf), torch.zeros_like(length, dtype=torch.int64)
-        similarity[candidates], word[candidates] = _largest_products(values[candidates], index.words)
-    else:
-        similarity, word = _largest_products(values, index.words)
-    near = similarity >= least
+def _nearest_words(patches: torch.Tensor, words: torch.Tensor, threshold: float) -> torch.Tensor:
+    own = (torch.arange(patches.shape[1], device=patches.device) + len(words)).expand(patches.shape[:2])
+    if threshold == 0:
+        return own
+    length = torch.linalg.vector_norm(patches, dim=2)
+    slack = _EQUAL * length
+    similarity, word = _largest_products(patches.flatten(0, 1), words, slack.flatten())
+    near = similarity.view_as(length) >= (1 - threshold) * length - slack
     if threshold < 1:
         near &= length > 0
-    own = torch.arange(count, device=patches.device) + len(index.words)
-    return torch.where(near.view(batch, count), word.view(batch, count), own)
+    return torch.where(near, word.view_as(own), own)
 
 
-def _sketch(vectors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """(vectors, axes + 1): coordinates on the axes, and the length of the rest.
+def _largest_products(
+    rows: torch.Tensor, words: torch.Tensor, slack: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row its largest inner product with a word, and the first word that has it but for `slack` (rows,)."""
+    most, first = [], []
+    at_once = max(1, _PRODUCTS // len(words))
+    at_once = min(at_once, _ROWS) if rows.is_cpu else at_once
+    for part, less in zip(rows.split(at_once), slack.unsqueeze(1).split(at_once), strict=True):
+        products = part @ words.T
+        largest = products.amax(dim=1, keepdim=True)
+        most.append(largest.squeeze(1))
+        first.append(_first(products.ge_(largest - less)))
+    return torch.cat(most), torch.cat(first)
 
-    By Cauchy and Schwarz the product of two sketches is never less than that of their vectors.
+
+def _first(marks: torch.Tensor) -> torch.Tensor:
+    """The first place along the last dimension where `marks`, float32 zeros and ones, are 1; they are overwritten.
+
+    Several times as fast on a CPU as `argmax`.
     """
-    along = vectors @ basis
-    rest = (vectors.square().sum(dim=1) - along.square().sum(dim=1)).clamp(min=0).sqrt()
-    return torch.cat((along, rest.unsqueeze(1)), dim=1)
-
-
-def _largest_products(rows: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row its largest inner product with a word, and the first word that has it; (rows,) each."""
-    found = [(part @ words.T).max(dim=1) for part in rows.split(max(1, _PRODUCTS // len(words)))]
-    return torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])
+    places = marks.shape[-1]
+    from_last = marks.mul_(torch.arange(places, 0, -1, device=marks.device, dtype=marks.dtype)).amax(dim=-1)
+    return (places - from_last).clamp_(max=places - 1).to(torch.int64)
