@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from settings import inter
-from tiny import answers, tiny_model
+from tiny import answers, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, attention, compress
 from vwt_hf.attention import Batch, fold_bias
 from vwt_hf.layout import attention_bias, group
@@ -130,3 +130,17 @@ def test_a_mask_over_patches_is_refused(setting, images):
     model = compress(tiny_model("vit"), setting)
     with pytest.raises(ValueError, match=r"attention_mask .*restore\(model\)"):
         model(images, attention_mask=torch.ones(4, 1, 65, 65))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [VWTConfig(), VWTConfig(dropped="merge"), *(inter(layout=name) for name in ("packed", "padded", "auto"))],
+    ids=str,
+)
+def test_a_batch_without_images_is_answered_where_the_plain_model_answers_it(setting):
+    """BLIP's own attention takes one; transformers' does not, of which most families' is."""
+    model, nothing = tiny_model("blip-vision"), sample_pixel_values()[:0]
+    plain = answers(model, nothing)
+    found = answers(compress(model, setting), nothing)
+    tokens = plain.shape[1] if setting.restores else 32 + 1
+    assert found.shape == (0, tokens, plain.shape[2]) and found.dtype == plain.dtype

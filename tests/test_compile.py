@@ -3,6 +3,8 @@ keeps a device waiting."""
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -44,6 +46,34 @@ def test_intra_is_one_graph(name, criterion):
     expected = answers(model, pixel_values)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(answers(compiled, pixel_values), expected)
+
+
+@pytest.mark.parametrize("criterion", ["random", "grid"])
+@pytest.mark.parametrize("tool", ["torch.export", "torch.jit.trace", "torch.compile"])
+def test_a_model_traced_before_its_first_call_keeps_the_patches_that_it_keeps_eagerly(tool, criterion, monkeypatch):
+    """And so does the model itself, after it was traced."""
+    monkeypatch.setattr("vwt_hf.words._kept", collections.OrderedDict())
+
+    class Tokens(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = compress(tiny_model("vit"), {"criterion": criterion, "seed": 11})
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.model(pixel_values=pixel_values)[0]
+
+    tokens, pixel_values = Tokens().eval(), sample_pixel_values()
+    with torch.no_grad():
+        if tool == "torch.export":
+            traced = torch.export.export(tokens, (pixel_values,)).module()
+        elif tool == "torch.jit.trace":
+            traced = torch.jit.trace(tokens, pixel_values)
+        else:
+            traced = torch.compile(tokens, fullgraph=True, backend="eager")
+        answers = [traced(pixel_values) for _ in range(2)]
+        expected = tokens(pixel_values)
+    assert torch.equal(answers[0], answers[1])
+    torch.testing.assert_close(answers[0], expected)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

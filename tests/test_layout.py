@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from vwt_hf.layout import attention_bias, expand, group, medoids, pool, pool_pairs, put_prefix, represent
-from vwt_hf.words import gather_patches, index_words, nearest_kept, nearest_words, patch_places
+from vwt_hf.words import (
+    gather_patches,
+    grid_patches,
+    highest,
+    index_words,
+    nearest_kept,
+    nearest_words,
+    patch_places,
+    patchify,
+    variance_scores,
+)
 
 WORDS = torch.tensor([[4, 2, 4, 7, 2, 2], [9, 8, 7, 6, 5, 4], [3, 3, 3, 3, 3, 3]])
 TOKENS = [[0, 1, 0, 2, 1, 1], [0, 1, 2, 3, 4, 5], [0] * 6]
@@ -184,20 +194,105 @@ def test_a_patch_takes_the_word_of_smallest_cosine_distance_within_the_threshold
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("size", "axes"), [(30, 1), (30, 15), (30, 27), (20, 15), (20, 27)])
-def test_skipping_by_sketches_changes_nothing(size, axes, monkeypatch):
-    """Smooth patches near smooth words, and noise that no word is near: what is skipped has no word in reach."""
-    monkeypatch.setattr("vwt_hf.words.SKETCHED", 1)
-    generator = torch.Generator().manual_seed(0)
-    words = torch.rand(size, 1, generator=generator) + 0.1 * torch.rand(size, 27, generator=generator)
-    near = words[torch.randint(size, (200,), generator=generator)] + 0.1 * torch.randn(200, 27, generator=generator)
-    patches = torch.cat((near, torch.randn(200, 27, generator=generator))).unsqueeze(0)
-    distance = 1 - torch.nn.functional.cosine_similarity(patches.unsqueeze(2), words, dim=3)
-    for threshold in (0.01, 0.1, 0.7):
-        found = nearest_words(patches, index_words(words, axes), threshold)
-        taken = distance.amin(2) <= threshold
-        assert taken.sum() > 0 and torch.equal(found < size, taken)
-        assert torch.equal(found[taken], distance.argmin(2)[taken])
+def structured(rows: int, columns: int, side: int) -> torch.Tensor:
+    """Images in which patches are alike and equally near: a gradient, tiles, one half flat, a checkerboard, bars, one
+    colour, zeros, noise, nearly flat noise."""
+    height, width = rows * side, columns * side
+    generator = torch.Generator().manual_seed(rows * columns * side)
+    noise = torch.randn(3, height, width, generator=generator)
+    half, bars = noise.clone(), noise.clone()
+    half[:, : height // 2] = 0.7
+    bars[:, : height // 3] = 1
+    bars[:, -height // 3 :] = 1
+    images = [
+        torch.linspace(-1, 1, width).expand(3, height, width),
+        noise[:, :4, :4].repeat(1, height, width)[:, :height, :width],
+        half,
+        ((torch.arange(height)[:, None] + torch.arange(width)) % 2 * 2 - 1).float().expand(3, height, width),
+        bars,
+        torch.tensor([0.3, -0.9, 0.1])[:, None, None].expand(3, height, width),
+        torch.zeros(3, height, width),
+        noise,
+        1 + 0.01 * noise,
+    ]
+    return patchify(torch.stack(images), (side, side))
+
+
+@pytest.mark.parametrize(("rows", "columns", "side"), [(7, 5, 4), (9, 11, 14), (4, 4, 3), (16, 16, 6), (1, 9, 5)])
+def test_patches_of_a_batch_join_those_that_they_join_alone(rows, columns, side):
+    patches, places = structured(rows, columns, side), patch_places((rows, columns), torch.device("cpu"))
+    for keep in {max(1, rows * columns // share) for share in (2, 4, 9)}:
+        for kept in (grid_patches(rows, columns, keep, patches.device), highest(variance_scores(patches), keep)):
+            together = nearest_kept(patches, kept, places)
+            alone = [
+                nearest_kept(image[None], kept[min(number, len(kept) - 1)][None], places)
+                for number, image in enumerate(patches)
+            ]
+            assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize(("rows", "columns", "side"), [(7, 5, 4), (9, 11, 14), (1, 1, 3), (16, 16, 6)])
+def test_patches_of_a_batch_take_the_words_that_they_take_alone(rows, columns, side):
+    """Among them flat words, which all have one direction, and words that are there twice."""
+    patches = structured(rows, columns, side)
+    values = patches.shape[2]
+    some = patches.flatten(0, 1)[:: max(1, rows * columns // 3)]
+    flat = torch.rand(5, 1, generator=torch.Generator().manual_seed(0)).expand(5, values)
+    index = index_words(torch.cat((some, flat, 3 * some, torch.zeros(1, values), -flat)))
+    for threshold in (0.05, 0.5, 1, 2):
+        together = nearest_words(patches, index, threshold)
+        assert torch.equal(together, torch.cat([nearest_words(image[None], index, threshold) for image in patches]))
+
+
+@pytest.mark.parametrize("size", [2, 9, 600])
+def test_of_words_that_differ_by_rounding_the_first_wins_wherever_they_are(size):
+    generator = torch.Generator().manual_seed(size)
+    words = torch.randn(size, 27, generator=generator)
+    words[-1] = words[0] * 1.7
+    index = index_words(words)
+    patches = words[:1] * torch.rand(1, 50, 1, generator=generator)
+    assert (nearest_words(patches, index, 0.1) == 0).all()
+    further = words[:1] + 0.01 * torch.randn(1, 50, 27, generator=generator)
+    assert (nearest_words(further, index, 0.1) == 0).all()
+
+
+def test_a_patch_that_is_a_word_or_on_the_threshold_takes_it_but_at_threshold_0():
+    patches = torch.randn(1, 40, 27, generator=torch.Generator().manual_seed(0))
+    index = index_words(patches[0])
+    assert torch.equal(nearest_words(patches, index, 1e-9), torch.arange(40)[None])
+    assert torch.equal(nearest_words(patches, index, 0), torch.arange(40)[None] + 40)
+    beside = torch.tensor([[[1.0, 3.0**0.5], [1.0, 1.0]]])  # 60° and 45° from the word
+    assert nearest_words(beside, index_words(torch.tensor([[2.0, 0.0]])), 0.5).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("scale", [3e3, 1e-3])
+@pytest.mark.parametrize(("size", "values"), [(1, 588), (7, 588), (600, 12), (1030, 27), (700, 3)])
+def test_a_word_is_found_among_few_and_many_of_any_size(size, values, scale):
+    generator = torch.Generator().manual_seed(size)
+    words = torch.randn(size, values, generator=generator) * scale
+    which = torch.randint(size, (2, 1500), generator=generator)
+    patches = words[which] * (0.5 + torch.rand(2, 1500, 1, generator=generator)) / scale
+    distance = (
+        1
+        - torch.nn.functional.normalize(patches.double(), dim=2)
+        @ torch.nn.functional.normalize(words.double(), dim=1).T
+    )
+    found = nearest_words(patches, index_words(words), 0.001)
+    assert (found < size).all()
+    # One that is as near as the nearest but for rounding: three values have many words about them.
+    assert (distance.gather(2, found[..., None])[..., 0] <= distance.amin(2) + 2e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_no_word(dtype):
+    patches, words = torch.rand(2, 40, 27), torch.rand(600, 27)
+    expected = nearest_words(patches, index_words(words), 0.1)
+    torch.set_default_dtype(dtype)
+    try:
+        index = index_words(words)
+        assert index.words.dtype == torch.float32 and torch.equal(nearest_words(patches, index, 0.1), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_brightness_does_not_matter_to_the_cosine_and_halves_are_scored_in_float32():

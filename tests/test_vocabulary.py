@@ -199,6 +199,68 @@ def test_a_killed_run_resumes_to_the_same_words(
     assert resumed.info.unreadable == 1
 
 
+@pytest.mark.parametrize("buffered", [16, 10_000])
+@pytest.mark.parametrize("kind", ["folder", "data set", "stream", "iterable"])
+def test_a_finished_run_goes_on_with_more_images_as_if_it_had_them_from_the_start(
+    folder: Path, tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch, kind: str, buffered: int
+) -> None:
+    """Whether the first run ends amid a batch (10, 3, 21 images of 4 a batch) or with one (12), and with fewer, too."""
+    for name in ("a", "k", "z"):
+        (folder / f"{name}.png").write_bytes(b"no image")
+    monkeypatch.setattr("vwt_hf.kmeans.BUFFERED_AT_LEAST", buffered)
+    monkeypatch.setattr("vwt_hf.kmeans.BUFFERED", 1)
+    images = {
+        "folder": folder,
+        "data set": stored(folder),
+        "stream": stored(folder).to_iterable_dataset(),
+        "iterable": [*photographs(9), "broken.png", *photographs(14, seed=1)],
+    }[kind]
+    progress = tmp_path / "progress"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in (3, 10, 12, 22, 21, None):
+            whole = make(images, processor, max_images=number)
+            grown = make(images, processor, max_images=number, checkpoint=progress, resume=True)
+            assert torch.equal(grown.words, whole.words) and torch.equal(grown.frequencies, whole.frequencies)
+            assert grown.info == whole.info
+
+
+def test_an_iterable_may_have_more_images_at_its_end(tmp_path: Path, processor: Any) -> None:
+    images = photographs(19)
+    make(images[:10], processor, checkpoint=tmp_path)
+    grown, whole = make(iter(images), processor, checkpoint=tmp_path, resume=True), make(images, processor)
+    assert torch.equal(grown.words, whole.words) and grown.info == whole.info
+
+
+def test_a_checkpoint_over_other_images_is_refused(folder: Path, tmp_path: Path, processor: Any) -> None:
+    kinds = {"folder": folder, "data set": stored(folder), "iterable": photographs(24), "stream": None}
+    kinds["stream"] = stored(folder).to_iterable_dataset()
+    for kind, images in kinds.items():
+        make(images, processor, checkpoint=tmp_path / kind, max_images=20)
+    photographs(1, seed=3)[0].save(folder / "class0" / "0.png")
+    refusals = [
+        ("folder", folder, {}, r"learned from a folder of 24 image files \(.*images is a folder of 24 image files \("),
+        ("folder", photographs(24), {}, "images is images in their own order"),
+        ("data set", kinds["data set"].select(range(22)), {}, "data set of 24 rows, and images is .* of 22 rows"),
+        ("iterable", photographs(19), {}, "images holds 19 images, fewer than the 20 that were learned from"),
+        ("stream", kinds["stream"].take(19), {}, "images holds 19 images, fewer than the 20"),
+        ("iterable", kinds["iterable"], {"max_images": 19}, "learned from 20 images, and max_images is 19"),
+    ]
+    for kind, images, changes, message in refusals:
+        with pytest.raises(ValueError, match=message):
+            make(images, processor, checkpoint=tmp_path / kind, resume=True, **changes)
+
+
+def test_a_checkpoint_of_another_format_is_refused(
+    folder: Path, tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learn, "CHECKPOINT_FORMAT", 1)
+    make(folder, processor, checkpoint=tmp_path / "progress")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"another version of vwt-hf \(format 1; this one reads 2\).*delete the file"):
+        make(folder, processor, checkpoint=tmp_path / "progress", resume=True)
+
+
 def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path, processor: Any) -> None:
     progress = tmp_path / "progress"
     make(folder, processor, checkpoint=progress)
@@ -206,6 +268,9 @@ def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path, pr
         make(folder, processor, checkpoint=progress)
     with pytest.raises(ValueError, match="a run with size=12, this one has size=13"):
         make(folder, processor, checkpoint=progress, resume=True, size=13)
+    larger = transformers.CLIPImageProcessorPil(**{**PROCESSOR, "size": {"shortest_edge": 40}})
+    with pytest.raises(ValueError, match=r"edge': 32.*, this one has image_processor=.*edge': 40"):
+        make(folder, larger, checkpoint=progress, resume=True)
     file = progress / learn.CHECKPOINT
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):

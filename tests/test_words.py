@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from vwt_hf import VWTConfig
+from vwt_hf import VWTConfig, words
 from vwt_hf.words import (
+    dithered,
     gather_pairs,
     gather_patches,
     grid_patches,
     highest,
     patch_strip,
     patchify,
+    random_order,
     random_patches,
     variance_scores,
 )
@@ -75,6 +79,69 @@ def test_a_random_subset_follows_its_seed_alone():
         first, random_patches(256, 64, 8, CPU)
     )
     assert first.shape == (1, 64) and (first[0, 1:] > first[0, :-1]).all()
+
+
+@pytest.mark.parametrize("patches", [1, 2, 64, 197, 4096])
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 3, -5])
+def test_a_random_order_is_the_one_that_torch_draws(patches, seed):
+    expected = torch.randperm(patches, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(random_order(patches, seed, CPU), expected)
+    keep = (patches + 1) // 2
+    assert torch.equal(random_patches(patches, keep, seed, CPU), expected[:keep].sort().values.unsqueeze(0))
+
+
+def bayer(size: int) -> torch.Tensor:
+    """The matrix of ordered dithering, made of smaller ones."""
+    if size == 1:
+        return torch.zeros(1, 1, dtype=torch.int64)
+    quarter = 4 * bayer(size // 2)
+    return torch.cat((torch.cat((quarter, quarter + 2), 1), torch.cat((quarter + 3, quarter + 1), 1)))
+
+
+def test_places_are_ordered_by_the_matrix_of_ordered_dithering():
+    for size in (1, 2, 5, 8, 33, 100):
+        matrix = bayer(2 ** (size - 1).bit_length())[:size, :size]
+        row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        assert torch.equal(dithered(row, column, size), matrix)
+        for columns in {1, size // 2 + 1, size}:
+            order = matrix[:, :columns].flatten().argsort()
+            for keep in {1, len(order) // 3 + 1, len(order)}:
+                assert torch.equal(grid_patches(size, columns, keep, CPU)[0], order[:keep].sort().values)
+
+
+def test_the_order_of_a_strip_of_patches_takes_memory_by_its_length():
+    """A square of its length would take 512 GB."""
+    row, column = torch.zeros(2**18, dtype=torch.int64), torch.arange(2**18)
+    assert dithered(row, column, 2**18).argsort()[:4].tolist() == [0, 2**17, 2**16, 2**17 + 2**16]
+    assert grid_patches(1, 2**18, 2, CPU).tolist() == [[0, 2**17]]
+
+
+def test_choices_that_are_kept_stay_within_their_bytes_whatever_sizes_come():
+    for columns in range(512, 524):  # 2 MiB each
+        last = grid_patches(512, columns, 2**18, CPU)
+        assert sum(kept.nbytes for kept in words._kept.values()) <= 2**24
+    assert grid_patches(512, columns, 2**18, CPU) is last
+    grid_patches(1500, 1500, 2**21 + 1, CPU)  # larger than all that may be kept
+    assert max(kept.nbytes for kept in words._kept.values()) == last.nbytes
+    for keep in range(1, 200):
+        grid_patches(20, 20, keep, CPU)
+    assert len(words._kept) <= 64
+
+
+def test_many_threads_are_given_the_same_choices():
+    def choose(number: int) -> torch.Tensor:
+        return grid_patches(9, 9, number % 80 + 1, CPU)
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, found in enumerate(pool.map(choose, range(2000))):
+            assert found.shape == (1, number % 80 + 1)
+
+
+@pytest.mark.parametrize("values", [12, 27, 588])
+def test_scores_of_a_batch_are_those_of_its_images_alone(values):
+    patches = torch.randn(5, 99, values, generator=torch.Generator().manual_seed(0))
+    patches[1:3] = patches[0, :1]
+    assert torch.equal(variance_scores(patches), torch.cat([variance_scores(image[None]) for image in patches]))
 
 
 @pytest.mark.parametrize("images", [1, 3])

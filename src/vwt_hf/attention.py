@@ -328,6 +328,8 @@ def _by_layout(
     """
     bias = None if plan.key_bias is None else plan.key_bias.to(query)
     layout = plan.layout
+    if not layout.runs:  # no images, of which an interface may not tell the shape
+        return value.transpose(1, 2)
     if not layout.packed:
         return attend(query, key, value, _sum(query, bias, None if pairs is None else pairs[0]))
     rows = [images * length for length, images in layout.runs]
@@ -341,8 +343,6 @@ def _by_layout(
         ).flatten(0, 1)
         for part, one, pair, (length, images) in zip(parts, biases, between, layout.runs, strict=True)
     ]
-    if not outputs:
-        return value.transpose(1, 2)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
 
 

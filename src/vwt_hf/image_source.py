@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,9 @@ class ImageSource(NamedTuple):
     """How many there are in all, if known."""
     name: str | None
     """Of the data set, if known."""
+    order: str
+    """What decides which image comes when, beside the seed: where it is another, so are the first so many images.
+    Reads as a part of a sentence."""
 
 
 class PatchBatch(NamedTuple):
@@ -57,14 +61,15 @@ def open_images(
         max_images: end after this many, the skipped ones included.
 
     Raises:
-        ValueError: the folder has no images, the data set has no such column or several splits.
+        ValueError: the folder has no images, the data set has no such column or several splits; while the images are
+            iterated over: a stream or iterable has fewer than `skip`.
         TypeError: `images` is of another type.
     """
     if isinstance(images, (str, os.PathLike)):
         files = _image_files(Path(images))
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
         items: Iterator[tuple[str, Any]] = ((str(files[i]), files[i]) for i in order[skip:])
-        return ImageSource(items, len(order), Path(images).resolve().name)
+        return ImageSource(items, len(order), Path(images).resolve().name, _described(Path(images), files))
     if isinstance(images, Mapping):
         raise ValueError(f"images has the splits {', '.join(map(str, images))}; pass one of them, as images['train'].")
     if type(images).__module__.split(".")[0] == "datasets":
@@ -77,7 +82,28 @@ def open_images(
     if max_images is not None and total is not None:
         total = min(total, max_images)
     numbered = ((f"image {i}", image) for i, image in enumerate(images))
-    return ImageSource(itertools.islice(numbered, skip, max_images), total, None)
+    return ImageSource(_after(skip, itertools.islice(numbered, max_images)), total, None, "images in their own order")
+
+
+def _after(skip: int, items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """`items` without the first `skip`."""
+    skipped = sum(1 for _ in itertools.islice(items, skip))
+    if skipped < skip:
+        raise ValueError(
+            f"images holds {skipped} images, fewer than the {skip} that were learned from already; give the same "
+            "images, from their start."
+        )
+    yield from items
+
+
+def _described(folder: Path, files: list[Path]) -> str:
+    """A folder's images: as many others differ in their number, or in the digest of their names and sizes."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(
+            f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode(errors="surrogateescape")
+        )
+    return f"a folder of {len(files)} image files (names and sizes: {digest.hexdigest()[:16]})"
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -100,7 +126,8 @@ def _dataset(dataset: Any, column: str | None, seed: int, skip: int, max_images:
         column = _image_column(dataset.features, column)
         encoded = _undecoded(dataset, column).with_format(None)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
-        return ImageSource(((f"row {i}", encoded[i][column]) for i in order[skip:]), len(order), name)
+        items = ((f"row {i}", encoded[i][column]) for i in order[skip:])
+        return ImageSource(items, len(order), name, f"column {column!r} of a data set of {len(dataset)} rows")
     if not isinstance(dataset, datasets.IterableDataset):
         raise TypeError(f"images is a {type(dataset).__name__}; expected a Dataset or an IterableDataset.")
     features = dataset.features
@@ -112,9 +139,8 @@ def _dataset(dataset: Any, column: str | None, seed: int, skip: int, max_images:
     else:
         column = _image_column(features, column)
         shuffled = _undecoded(dataset, column).shuffle(seed=seed, buffer_size=SHUFFLED)
-    rows = enumerate(shuffled.skip(skip) if skip else shuffled, start=skip)
-    left = None if max_images is None else max(0, max_images - skip)
-    return ImageSource(itertools.islice(((f"row {i}", row[column]) for i, row in rows), left), max_images, name)
+    rows = itertools.islice(((f"row {i}", row[column]) for i, row in enumerate(shuffled)), max_images)
+    return ImageSource(_after(skip, rows), max_images, name, f"column {column!r} of a streaming data set")
 
 
 def _undecoded(dataset: Any, column: str) -> Any:

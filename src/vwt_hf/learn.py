@@ -23,8 +23,12 @@ from .vocabulary_files import VocabularyInfo, tensor_bytes, write_files
 CHECKPOINT = "learning.safetensors"
 CHECKPOINT_EVERY = 100
 """Batches between checkpoints: what a kill loses at most."""
+CHECKPOINT_FORMAT = 2
+"""Of checkpoints: one of another format is refused."""
 NAMED = 5
 """How many unreadable images a warning names."""
+CUTS = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
+"""What an image processor's settings say about the pixels that patches are cut from."""
 
 
 @dataclasses.dataclass
@@ -34,6 +38,8 @@ class Progress:
     images: int = 0
     unreadable: int = 0
     first_unreadable: list[str] = dataclasses.field(default_factory=list)
+    order: str = ""
+    """As `ImageSource.order`."""
 
     def add(self, batch: PatchBatch) -> None:
         """Counts a batch's images."""
@@ -74,9 +80,11 @@ def learn_words(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kmeans = MiniBatchKMeans(size, channels * patch_size**2, seed=seed, device=device)
     mean, std = processor_statistics(image_processor, channels)
+    made = image_processor.to_dict()
     settings = {
         "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size,
         "image_mean": list(mean), "image_std": list(std),
+        "image_processor": ", ".join(f"{name} {made[name]}" for name in CUTS if name in made),
     }  # fmt: skip
     done = Progress()
     file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
@@ -88,11 +96,26 @@ def learn_words(
         done = load_checkpoint(file, kmeans, settings)
 
     skip = done.images + done.unreadable
+    if max_images is not None and max_images < skip:
+        raise ValueError(
+            f"{file} has learned from {skip} images, and max_images is {max_images}; give at least {skip}, or another "
+            "checkpoint folder to learn from fewer."
+        )
     source = open_images(images, column=column, seed=seed, skip=skip, max_images=max_images)
+    if skip and done.order != source.order:
+        raise ValueError(
+            f"{file} is of a run that learned from {done.order}, and images is {source.order}; give the same images, "
+            "or another checkpoint folder."
+        )
+    done.order = source.order
+    whole = True
     bar = tqdm(total=source.total, initial=skip, unit="image", desc="Learning words", disable=not progress)
     started, before = time.monotonic(), kmeans.seen
     with bar:
         for number, batch in enumerate(patch_batches(source.items, image_processor, patch_size, batch_size), start=1):
+            whole = batch.images + len(batch.unreadable) == batch_size
+            if file is not None and not whole:  # a run of more images makes another batch of the last ones
+                save_checkpoint(file, kmeans, settings, done)
             done.add(batch)
             if batch.images:
                 kmeans.update(batch.patches)
@@ -100,9 +123,9 @@ def learn_words(
             if kmeans.seen:
                 rate = (kmeans.seen - before) / (time.monotonic() - started)
                 bar.set_postfix({"inertia": f"{kmeans.inertia:.4g}", "patches/s": f"{rate:.0f}"}, refresh=False)
-            if file is not None and number % CHECKPOINT_EVERY == 0:
+            if file is not None and whole and number % CHECKPOINT_EVERY == 0:
                 save_checkpoint(file, kmeans, settings, done)
-    if file is not None:
+    if file is not None and whole:
         save_checkpoint(file, kmeans, settings, done)
     _report(done)
     words, counts = kmeans.finish()
@@ -143,26 +166,38 @@ def _report(done: Progress) -> None:
 
 
 def save_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any], done: Progress) -> None:
-    """Writes everything a run needs to go on, in one file, which is whole or not there."""
+    """Writes everything a run needs to go on, in one file, which is whole or not there.
+
+    Args:
+        kmeans, done: after a whole batch, so that what comes next is cut into batches as if never interrupted.
+    """
     state = kmeans.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     numbers = {name: value for name, value in state.items() if name not in tensors}
-    header = {"state": json.dumps({"settings": settings, "numbers": numbers, "done": dataclasses.asdict(done)})}
-    write_files(file.parent, {file.name: tensor_bytes(tensors, header)})
+    state = {
+        "format": CHECKPOINT_FORMAT, "settings": settings, "numbers": numbers, "done": dataclasses.asdict(done)
+    }  # fmt: skip
+    write_files(file.parent, {file.name: tensor_bytes(tensors, {"state": json.dumps(state)})})
 
 
 def load_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any]) -> Progress:
     """Puts `kmeans` where the checkpoint left it.
 
     Raises:
-        ValueError: the file is damaged, or of a run with other settings.
+        ValueError: the file is damaged, of another format, or of a run with other settings.
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+            # Copies are aligned as what they were saved from, without which products may round otherwise.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (it is no dict)
             header = json.loads(opened.metadata()["state"])
     except Exception as error:
         raise ValueError(f"{file} cannot be read ({error}); delete it to start again.") from error
+    if header.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{file} was written by another version of vwt-hf (format {header.get('format', 1)}; this one reads "
+            f"{CHECKPOINT_FORMAT}); go on with that version, or delete the file to start again."
+        )
     for name, value in settings.items():
         if header["settings"].get(name) != value:
             raise ValueError(

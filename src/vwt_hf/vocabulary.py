@@ -269,10 +269,13 @@ class VisualVocabulary:
             column (`str`, *optional*):
                 The data set's image column; by default its first.
             checkpoint (folder, *optional*):
-                Where to save progress, every 100 batches and at the end: what a kill loses at most.
+                Where to save progress, every 100 batches and at the end: what a kill loses at most. It holds whole
+                batches alone, of which a run of more images has the same.
             resume (`bool`, default `False`):
                 Go on from `checkpoint`, with the same images and arguments; the result is that of a run never
-                interrupted. Starts anew where the folder holds no progress. `max_images` may be another.
+                interrupted, bit for bit. `max_images` may be larger than before, or any number down to the images that
+                the checkpoint has learned from, and an iterable that keeps its order may have more images at its end.
+                Starts anew where the folder holds no progress.
             max_images (`int`, *optional*):
                 Learn from no more images than these.
             device (`torch.device` or `str`, *optional*):
@@ -286,7 +289,9 @@ class VisualVocabulary:
 
         Raises:
             ValueError: there are no images, none can be read, they have fewer patches than words are wanted, or the
-                checkpoint is of a run with other arguments.
+                checkpoint is damaged, of another version, of a run with other arguments, over other images (a folder's
+                names and sizes, a data set's rows, and how many there are, are looked at) or over more than
+                `max_images`.
             FileExistsError: `checkpoint` holds an earlier run and `resume` is `False`.
             TypeError: `images` or `image_processor` is of another type.
 
