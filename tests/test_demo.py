@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from vwt_hf.cli.demo import PHOTOGRAPHS, find_photographs
 
 from vwt_hf import VWTConfig, compress, demo_weights
+from vwt_hf.cli.demo import PHOTOGRAPHS, find_photographs
 from vwt_hf.processors import AutoImageProcessor
 from vwt_hf.visualize import fade, kept_mask, kept_patches_figure, photographs_of
 

@@ -115,7 +115,8 @@ def work(args: argparse.Namespace) -> None:
                 counted[i] += count.tokens
             runs = [functools.partial(embed, model, pixel_values, pooled) for model in models]
             seconds += torch.tensor(time_in_turn(runs, device, args.repeats))
-            drawn.append(pixel_values[: ROWS - sum(map(len, drawn))].cpu())
+            if (room := ROWS - sum(map(len, drawn))) > 0:
+                drawn.append(pixel_values[:room].cpu())
             if drawn[0].shape[1:] != pixel_values.shape[1:]:
                 raise ValueError(
                     f"{checkpoint}: the image processor gives images of shapes {tuple(drawn[0].shape[1:])} and "
