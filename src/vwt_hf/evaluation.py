@@ -80,7 +80,7 @@ def _images_and_tokens(
     """How many images the embeddings were given, and how many tokens they made of them."""
     forward = current.get()
     if forward is not None and forward.batch is not None:
-        return len(forward.batch.layout.rows), forward.batch.layout.tokens
+        return len(forward.batch.layout.rows), int((forward.batch.layout.sizes > 0).sum())
     output = output[0] if isinstance(output, tuple) else output  # some embeddings give more than tokens
     shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
     if isinstance(shapes, torch.Tensor) and shapes.shape == (len(output), 2):  # patches that come padded
