@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import datasets
@@ -98,9 +100,12 @@ def test_rotated_photographs_are_read_upright_from_files_data_sets_and_memory(tm
 
 
 def bomb() -> bytes:
+    """A file of a hundred bytes that says that it has 400 million pixels."""
     file = io.BytesIO()
-    PIL.Image.new("1", (20000, 20000)).save(file, "PNG")
-    return file.getvalue()
+    PIL.Image.new("L", (1, 1)).save(file, "PNG")
+    start, header, end = file.getvalue()[:12], file.getvalue()[12:29], file.getvalue()[33:]
+    header = header[:4] + struct.pack(">II", 20000, 20000) + header[12:]
+    return start + header + struct.pack(">I", zlib.crc32(header)) + end
 
 
 def truncated() -> bytes:

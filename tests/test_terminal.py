@@ -14,6 +14,16 @@ from vwt_hf.terminal import aligned, markdown, printable, require_folder, requir
 
 CLI = [sys.executable, "-W", "ignore", "-m", "vwt_hf.cli"]
 
+SCRIPT = """
+import re
+import sys
+from vwt_hf.cli import main
+if __name__ == '__main__':
+    sys.argv[0] = re.sub(r'(-script\\.pyw|\\.exe)?$', '', sys.argv[0])
+    sys.exit(main())
+"""
+"""What pip installs as `vwt-hf`."""
+
 
 @pytest.mark.parametrize(
     ("error", "line"),
@@ -73,10 +83,19 @@ def test_a_reader_that_has_gone_is_no_traceback(arguments):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize("verb", [[], ["demo"], ["learn"], ["vocab"], ["show"]])
-def test_help_imports_no_torch_and_can_be_printed_in_any_encoding(verb):
-    env = dict(os.environ, PYTHONIOENCODING="ascii")
-    done = subprocess.run([*CLI[:1], "-X", "importtime", *CLI[3:], *verb, "--help"], capture_output=True, env=env)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["-m", "vwt_hf.cli", *verb] for verb in ([], ["demo"], ["learn"], ["vocab"], ["show"])),
+        ["-c", "import sys; from vwt_hf.cli import main; sys.exit(main())"],
+        ["vwt-hf"],
+    ],
+)
+def test_help_imports_no_torch_and_can_be_printed_in_any_encoding(arguments, tmp_path):
+    (tmp_path / "vwt-hf").write_text(SCRIPT)
+    env = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONPATH=os.pathsep.join(sys.path))
+    command = [sys.executable, "-X", "importtime", *arguments, "--help"]
+    done = subprocess.run(command, capture_output=True, env=env, cwd=tmp_path)
     assert done.returncode == 0 and b"usage: vwt-hf" in done.stdout
     imported = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
     assert b"vwt_hf.cli.demo" in imported and not imported & {b"torch", b"transformers", b"numpy"}

@@ -11,10 +11,12 @@ __all__ = ["VWTConfig", "VisualVocabulary", "compress", "count_tokens", "restore
 
 
 def _is_the_command() -> bool:
-    """Whether this process is `vwt-hf` or `python -m vwt_hf.cli`, and no program that imports the package."""
-    # What python was told to run, a file or the name after -m; the arguments that follow it are those of sys.argv.
+    """Whether all that this process runs is `vwt-hf`, and it is no program that imports the package for itself."""
+    # What python was told to run: a file, the module after -m or the code after -c. What follows is in sys.argv, too.
     ran = sys.orig_argv[-len(sys.argv)] if 0 < len(sys.argv) <= len(sys.orig_argv) else ""
-    return ran == "vwt_hf.cli" or os.path.basename(ran).lower().removesuffix(".exe") == "vwt-hf"
+    statements = {"import sys", "from vwt_hf.cli import main", "sys.exit(main())"}
+    script = os.path.basename(ran).lower().removesuffix(".exe")
+    return script == "vwt-hf" or ran == "vwt_hf.cli" or statements.issuperset(ran.split("; "))
 
 
 # The command gives help at once, and importing torch takes seconds: there a verb registers when it runs.
