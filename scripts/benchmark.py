@@ -471,8 +471,8 @@ def judge(methods: list[Method], reference: PreTrainedModel, paths: list[Path], 
     parts: list[list[torch.Tensor]] = [[] for _ in models]
     with contextlib.ExitStack() as stack:
         counts = [stack.enter_context(method.count(method.model)) for method in methods]
-        batches = pixel_batches(paths, processor, QUALITY_BATCH)
-        for made in tqdm(batches, desc="answers", total=-(-len(paths) // QUALITY_BATCH), leave=False):
+        batches, total = pixel_batches(paths, processor, QUALITY_BATCH), -(-len(paths) // QUALITY_BATCH)
+        for made in stack.enter_context(tqdm(batches, desc="answers", total=total, leave=False)):
             pixel_values = whole_images(made).to(reference.device)
             for model, own in zip(models, parts, strict=True):
                 own.append(answer(model, pixel_values.to(model.dtype)).float().cpu())

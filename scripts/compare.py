@@ -76,8 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         model = model.to(device).eval()
         batches = pixel_batches(paths, processor, options.batch_size)
-        bar = tqdm(batches, total=-(-len(paths) // options.batch_size), desc=name_of(setting), leave=False)
-        logits, tokens, seconds = classify(model, bar, functools.partial(logits_of, model))
+        total = -(-len(paths) // options.batch_size)
+        with tqdm(batches, total=total, desc=name_of(setting), leave=False) as bar:
+            logits, tokens, seconds = classify(model, bar, functools.partial(logits_of, model))
         if setting is None:
             plain = logits
             truth, said = true_labels([path.parent.name for path in paths], model.config)

@@ -228,3 +228,34 @@ def test_a_peer_that_cannot_be_had_is_left_out_and_the_rest_is_measured(capsys):
     methods = benchmark.methods_of(options, tiny_model("vit").to(torch.float16))
     assert [method.name for method in methods] == ["uncompressed", "ToMe r 4", "bf16"]
     assert "Left out: dynamic int8 runs float32 models on a CPU" in capsys.readouterr().out
+
+
+def test_names_in_the_plot_are_text_whatever_matplotlib_makes_of_them(tmp_path):
+    row = {"dtype": "float32", "batch": 1, "p50_ms": 3.0, "agreement": 0.5}
+    lines = ("uncompressed", "_a$$b", "caf\udce9\n")
+    header = {"options": {"dtype": ["float32"], "model": "x/Ba$$in"}, "machine": {"device": "cpu"}}
+    results = benchmark.Results(None, header)
+    for line in lines:
+        results.add("timing", [row | {"method": line, "line": line}])
+        results.add("quality", [row | {"method": line, "line": line}])
+    drawn = []
+    figure_class = benchmark.require_matplotlib()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure_class, "savefig", lambda figure, *_, **__: drawn.append(figure))
+        benchmark.plot(results, 1, tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    texts = [axes.title, *axes.get_legend().get_texts()]
+    assert [text.get_text() for text in texts] == ["Ba$$in, cpu", "uncompressed", "_a$$b", r"caf\udce9\n"]
+    assert not any(text.get_parse_math() for text in texts)
+    benchmark.plot(results, 1, tmp_path / "a.pdf")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [("--plot a.exe", r"--plot is a\.exe; expected"), ("--json .", "is a folder"), ("--vwt 7", "vwt is 7; expected")],
+)
+def test_what_cannot_be_done_is_said_before_a_model_is_loaded(photographs, monkeypatch, options, reason):
+    monkeypatch.setattr(benchmark, "load", pytest.fail)
+    with pytest.raises((OSError, TypeError, ValueError), match=reason):
+        benchmark.main(f"--model nowhere --images {photographs} {options}".split())

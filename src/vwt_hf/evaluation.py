@@ -206,13 +206,14 @@ def time_in_turn(
     """
     taken: list[list[float]] = [[] for _ in runs]
     begun = time.perf_counter()
-    for turn in tqdm(range(-warm_up, turns), desc=label, leave=False, disable=label is None):
-        if turn == 0:
-            begun = time.perf_counter()
-        if turn >= FEWEST_TURNS and time.perf_counter() - begun > seconds:
-            break
-        for run, own in zip(runs, taken, strict=True):
-            spent = stopwatch(run, device)
-            if turn >= 0:
-                own.append(spent)
+    with tqdm(range(-warm_up, turns), desc=label, leave=False, disable=label is None) as bar:
+        for turn in bar:
+            if turn == 0:
+                begun = time.perf_counter()
+            if turn >= FEWEST_TURNS and time.perf_counter() - begun > seconds:
+                break
+            for run, own in zip(runs, taken, strict=True):
+                spent = stopwatch(run, device)
+                if turn >= 0:
+                    own.append(spent)
     return taken

@@ -133,7 +133,7 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
             raise IsADirectoryError(f"{file} is a folder; expected the name of a file to write.")
         require_folder(file.parent)
         with contextlib.suppress(FileNotFoundError):
-            file.lstat()  # raises for names that no file can have
+            file.lstat()
         if file.is_file():
             file.open("ab").close()
 
@@ -141,11 +141,11 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
 def require_folder(folder: str | os.PathLike[str]) -> None:
     """As `require_writable`, for files within `folder`."""
     path = Path(folder).absolute()
-    with contextlib.suppress(FileNotFoundError):
-        path.lstat()
     there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not there.is_dir():
         raise NotADirectoryError(f"{there} is no folder; expected one to write into.")
+    with contextlib.suppress(FileNotFoundError):
+        path.lstat()  # raises for names that none can have
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
