@@ -30,22 +30,23 @@ pooled output. A run that is cut off goes on where it stopped if it is started a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import itertools
 import json
-import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -53,14 +54,31 @@ from transformers import AutoModel, AutoModelForImageClassification, CLIPVisionM
 
 import peers
 import vwt_hf
-from compare import RATIOS, TokenCounter, find_images, name_of
+from compare import RATIOS, name_of
 from energy import Meter, NoMeter, find_meter
+from vwt_hf import count_tokens
+from vwt_hf.evaluation import (
+    FEWEST_TURNS,
+    accuracy,
+    agreement,
+    cosines,
+    divergence,
+    share,
+    stopwatch,
+    synchronize,
+    time_in_turn,
+    true_labels,
+    usable_device,
+)
 from vwt_hf.families import family_of, find_embeddings, find_layers, find_tower
-from vwt_hf.processors import load_processor
+from vwt_hf.image_source import find_images, pixel_batches
+from vwt_hf.processors import load_processor, whole_images
+from vwt_hf.terminal import markdown, printable, require_writable, run_command, write_file
+from vwt_hf.visualize import require_matplotlib
 
 DTYPES = ["float32", "bfloat16", "float16"]
 PEERS = ["random", "tome", "int8", "bf16"]
-WARM_UP, FEWEST_TURNS = 2, 5
+WARM_UP = 2
 EMBEDDING_TURNS = 3
 ENERGY_SECONDS = 3.0
 QUALITY_BATCH = 32
@@ -68,12 +86,17 @@ QUALITY_BATCH = 32
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    device = torch.device(options.device)
-    paths = find_images(options.images, options.limit)
+    require_writable(options.json, options.markdown, options.plot)
+    if options.plot:
+        require_format(options.plot)
+    for setting in options.settings:
+        vwt_hf.VWTConfig.parse(setting)
+    device = usable_device(options.device)
+    paths = find_images([options.images], options.limit)
     reference = load(options.model).to(device).eval()
     plain = {name: copy.deepcopy(reference).to(getattr(torch, name)) for name in options.dtype}
     machine = describe(reference, device)
-    print(f"{options.model} ({type(reference).__name__}), {machine}")
+    print(f"{printable(options.model)} ({type(reference).__name__}), {machine}")
     meter = energy_meter(device)
     results = Results(options.json, header(options, machine, len(paths)))
 
@@ -92,11 +115,11 @@ def main(arguments: list[str] | None = None) -> None:
             results.add("quality", [{"dtype": dtype} | row for row in rows])
 
     text = f"{markdown(table(results))}\n{markdown(summary(results))}"
-    print(f"\n{text}")
     if options.markdown:
-        options.markdown.write_text(f"{options.model}, {machine}\n\n{text}", encoding="utf-8")
+        write_file(options.markdown, f"{printable(options.model)}, {machine}\n\n{text}")
     if options.plot:
         plot(results, max(options.batch_sizes), options.plot)
+    print(f"\n{text}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -116,7 +139,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", nargs="+", default=["float32"], choices=DTYPES, help="agreement is with the first; default float32"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="torch device; default: cuda where there is one, else cpu")
     parser.add_argument(
         "--peers",
         nargs="+",
@@ -244,9 +267,7 @@ class Results:
     def add(self, kind: str, rows: list[dict[str, Any]]) -> None:
         self.content[kind] += rows
         if self._path is not None:
-            part = self._path.with_name(self._path.name + ".part")
-            part.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
-            os.replace(part, self._path)  # a run that is cut off here leaves the whole file of before
+            write_file(self._path, json.dumps(self.content, indent=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,8 +278,8 @@ class Method:
     line: str
     """Methods that share it are joined by a line in the plot."""
     model: PreTrainedModel
-    counter: type = TokenCounter
-    """What counts its tokens."""
+    count: Callable[[PreTrainedModel], Any] = count_tokens
+    """What counts its tokens, as `count_tokens` does."""
     counts_flops: bool = True
 
 
@@ -301,7 +322,7 @@ def peers_of(options: argparse.Namespace, plain: PreTrainedModel) -> Iterator[Ca
 
 
 def tome(plain: PreTrainedModel, r: int) -> Method:
-    return Method(f"ToMe r {r}", "ToMe", peers.tome(share(plain), r), peers.LayerTokenCounter)
+    return Method(f"ToMe r {r}", "ToMe", peers.tome(share(plain), r), peers.count_layer_tokens)
 
 
 def line_of(setting: Any) -> str:
@@ -312,23 +333,11 @@ def line_of(setting: Any) -> str:
     return " ".join(words) or " ".join(setting)
 
 
-def share(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` with modules of its own and the same weights."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
 def sample(options: argparse.Namespace, model: PreTrainedModel) -> torch.Tensor:
     """As many images as the largest batch takes, if there are, as `pixel_values` (images, channels, height, width)."""
-    paths = find_images(options.images, max(options.batch_sizes))
-    return read(paths, load_processor(options.model)).to(model.device, model.dtype)
-
-
-def read(paths: list[Path], processor: Any) -> torch.Tensor:
-    images = []
-    for path in paths:
-        with Image.open(path) as image:
-            images.append(image.convert("RGB"))
-    return processor(images, return_tensors="pt")["pixel_values"]
+    paths = find_images([options.images], max(options.batch_sizes))
+    (made,) = pixel_batches(paths, load_processor(options.model), len(paths))
+    return whole_images(made).to(model.device, model.dtype)
 
 
 @torch.inference_mode()
@@ -338,7 +347,8 @@ def measure(
     """One row a method on `batch`, (batch, channels, height, width); the uncompressed model comes first."""
     batches = [batch.to(method.model.dtype) for method in methods]
     runs = [forward_of(method.model, own, options.compile) for method, own in zip(methods, batches, strict=True)]
-    seconds = in_turn(runs, batch.device, options.turns, options.seconds, f"batch {len(batch)}")
+    turns = {"turns": options.turns, "warm_up": WARM_UP, "seconds": options.seconds}
+    seconds = time_in_turn(runs, batch.device, **turns, label=f"batch {len(batch)}")
     rows = []
     described = tqdm(list(zip(methods, batches, runs, seconds, strict=True)), "memory, operations", leave=False)
     for method, own, run, taken in described:
@@ -392,37 +402,6 @@ def forward_of(model: PreTrainedModel, batch: torch.Tensor, mode: str | None) ->
     return functools.partial(model, pixel_values=batch)
 
 
-def in_turn(
-    runs: list[Callable[[], object]], device: torch.device, turns: int, seconds: float, label: str
-) -> list[list[float]]:
-    """Seconds of each forward, by run; they take turns, so that a machine that slows down slows them all."""
-    taken: list[list[float]] = [[] for _ in runs]
-    begun = time.perf_counter()
-    for turn in tqdm(range(-WARM_UP, turns), desc=label, leave=False):
-        if turn == 0:
-            begun = time.perf_counter()
-        if turn >= FEWEST_TURNS and time.perf_counter() - begun > seconds:
-            break
-        for run, own in zip(runs, taken, strict=True):
-            spent = stopwatch(run, device)
-            if turn >= 0:
-                own.append(spent)
-    return taken
-
-
-def stopwatch(run: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def embedding_seconds(model: PreTrainedModel, batch: torch.Tensor) -> float:
     """Median seconds from pixels to the first layer's input, inside whole forwards."""
     module = find_embeddings(model, family_of(model))
@@ -442,12 +421,14 @@ def embedding_seconds(model: PreTrainedModel, batch: torch.Tensor) -> float:
 
 def count(method: Method, batch: torch.Tensor) -> dict[str, Any]:
     """Tokens of an image, and floating point operations of a forward."""
-    model = share(method.model)  # the counter's hook stays in it
-    tokens = method.counter(model)
     # The counter of operations sees the matrix products of this attention, and not what fused kernels do on a CPU.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as operations:
-        model(pixel_values=batch)
-    return {"tokens": tokens.mean(), "flops": operations.get_total_flops() if method.counts_flops else None}
+    with (
+        method.count(method.model) as tokens,
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as operations,
+    ):
+        method.model(pixel_values=batch)
+    return {"tokens": round(tokens.mean, 1), "flops": operations.get_total_flops() if method.counts_flops else None}
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
@@ -486,20 +467,23 @@ def joules(meter: Meter, run: Callable[[], object], device: torch.device) -> flo
 @torch.inference_mode()
 def judge(methods: list[Method], reference: PreTrainedModel, paths: list[Path], processor: Any) -> list[dict[str, Any]]:
     """One row a method: how its answers on all images stand to those of `reference`, and to the folders' names."""
-    models = [share(method.model) for method in methods]  # counters' hooks stay in them
-    counters = [method.counter(model) for method, model in zip(methods, models, strict=True)]
-    parts: list[list[torch.Tensor]] = [[] for _ in (reference, *models)]
-    for start in tqdm(range(0, len(paths), QUALITY_BATCH), desc="answers", leave=False):
-        pixel_values = read(paths[start : start + QUALITY_BATCH], processor).to(reference.device)
-        for model, own in zip((reference, *models), parts, strict=True):
-            own.append(answer(model, pixel_values.to(model.dtype)).float().cpu())
+    models = [reference, *(method.model for method in methods)]
+    parts: list[list[torch.Tensor]] = [[] for _ in models]
+    with contextlib.ExitStack() as stack:
+        counts = [stack.enter_context(method.count(method.model)) for method in methods]
+        batches, total = pixel_batches(paths, processor, QUALITY_BATCH), -(-len(paths) // QUALITY_BATCH)
+        for made in stack.enter_context(tqdm(batches, desc="answers", total=total, leave=False)):
+            pixel_values = whole_images(made).to(reference.device)
+            for model, own in zip(models, parts, strict=True):
+                own.append(answer(model, pixel_values.to(model.dtype)).float().cpu())
     expected, *found = (torch.cat(own) for own in parts)
-    labels = reference.config.label2id if classifies(reference) else None
-    truth = [(labels or {}).get(path.parent.name) for path in paths]
+    truth, said = true_labels([path.parent.name for path in paths], reference.config)
+    if classifies(reference):
+        print(*map(printable, said), sep="\n", end="\n" if said else "")
     return [
-        {"method": method.name, "line": method.line, "images": len(paths), "tokens": counter.mean()}
-        | (cosine(own, expected) if labels is None else agreement(own, expected, truth))
-        for method, counter, own in zip(methods, counters, found, strict=True)
+        {"method": method.name, "line": method.line, "images": len(paths), "tokens": round(count.mean, 1)}
+        | (judged(own, expected, truth) if classifies(reference) else {"cosine": cosines(own, expected).mean().item()})
+        for method, count, own in zip(methods, counts, found, strict=True)
     ]
 
 
@@ -517,26 +501,13 @@ def answer(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     return tokens[:, 0] if family_of(model).prefix else tokens.mean(dim=1)
 
 
-def agreement(logits: torch.Tensor, expected: torch.Tensor, truth: list[int | None]) -> dict[str, float | None]:
-    """Shares in [0, 1], and KL in nats.
-
-    Args:
-        logits, expected: (images, labels), of a method and of the reference.
-        truth: each image's label, `None` where it is not known.
-    """
-    top = logits.argmax(-1)
-    labelled = [index for index, label in enumerate(truth) if label is not None]
-    right = sum(int(top[index]) == truth[index] for index in labelled)
-    wanted, given = expected.double().log_softmax(-1), logits.double().log_softmax(-1)
+def judged(logits: torch.Tensor, expected: torch.Tensor, truth: Sequence[Collection[int]]) -> dict[str, float | None]:
+    """Shares in [0, 1], and KL in nats; see `vwt_hf.evaluation`."""
     return {
-        "agreement": (top == expected.argmax(-1)).double().mean().item(),
-        "kl": (wanted.exp() * (wanted - given)).sum(-1).mean().item(),
-        "top1": right / len(labelled) if labelled else None,
+        "agreement": agreement(logits, expected),
+        "kl": divergence(logits, expected),
+        "top1": accuracy(logits, truth),
     }
-
-
-def cosine(pooled: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    return {"cosine": torch.cosine_similarity(pooled, expected, dim=-1).mean().item()}
 
 
 def table(results: Results) -> list[dict[str, Any]]:
@@ -595,24 +566,21 @@ def rounded(value: float | None, digits: int, times: int = 1) -> str | None:
     return None if value is None else f"{times * value:.{digits}f}"
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table of the columns in which some row has a value; n/a stands where one has none."""
-    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        lines.append("| " + " | ".join("n/a" if row[name] is None else str(row[name]) for name in columns) + " |")
-    return "\n".join(lines) + "\n"
+def require_format(path: Path) -> None:
+    """Raises `ValueError` where matplotlib cannot draw into a file of that name's ending, and `ImportError` without."""
+    kinds = require_matplotlib()().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"--plot is {path}; expected a name that ends in .{', .'.join(sorted(kinds))}.")
 
 
 def plot(results: Results, batch: int, path: Path) -> None:
     """Agreement (or cosine) against milliseconds of an image, one point a method, methods of one kind joined."""
-    from matplotlib.figure import Figure  # drawn by Agg, without a display
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = require_matplotlib()(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     measure_name = "agreement" if "agreement" in results.content["quality"][0] else "cosine"
     dtypes = results.content["options"]["dtype"]
     colours: dict[str, str] = {}
+    labels: list[str] = []
     for (dtype, line), points in points_of(results, batch, measure_name).items():
         is_plain = line == "uncompressed"
         axes.plot(
@@ -622,15 +590,20 @@ def plot(results: Results, batch: int, path: Path) -> None:
             color=colours.setdefault(line, f"C{len(colours)}"),
             linestyle=("-", "--", ":")[dtypes.index(dtype)],
             fillstyle=("full", "none", "left")[dtypes.index(dtype)],
-            label=line if len(dtypes) == 1 else f"{line}, {dtype}",
+            label=str(len(labels)),  # not the label, which may have a leading _ or $ that matplotlib acts on
         )
+        labels.append(line if len(dtypes) == 1 else f"{line}, {dtype}")
     axes.set_xlabel(f"milliseconds of an image, in batches of {batch}")
     axes.set_ylabel("same top-1 as the uncompressed model" if measure_name == "agreement" else "cosine to uncompressed")
     name = Path(results.content["options"]["model"]).name
-    axes.set_title(f"{name}, {results.content['machine']['device']}", fontsize="medium")
+    title = printable(f"{name}, {results.content['machine']['device']}")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    for text, label in zip(axes.legend(fontsize="small").get_texts(), labels, strict=True):
+        text.set(text=printable(label), parse_math=False)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150, format=path.suffix[1:].lower())
+    write_file(path, file.getvalue())
 
 
 def points_of(results: Results, batch: int, value: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
@@ -643,4 +616,4 @@ def points_of(results: Results, batch: int, value: str) -> dict[tuple[str, str],
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmark.py", main))

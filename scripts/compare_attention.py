@@ -13,19 +13,20 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmark import read
-from compare import find_images, print_table
 from vwt_hf import VisualVocabulary
 from vwt_hf.attention import Batch, _by_layout
+from vwt_hf.evaluation import time_in_turn
+from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.layout import Layout, attention_bias, group
-from vwt_hf.processors import load_processor, processor_statistics
+from vwt_hf.processors import load_processor, processor_statistics, whole_images
+from vwt_hf.terminal import markdown, run_command
 from vwt_hf.words import index_words, nearest_words, patchify
 
 Run = Callable[[], object]
@@ -47,12 +48,17 @@ def main() -> None:
     index = index_words(vocabulary.normalized(*processor_statistics(processor, vocabulary.channels)))
     rows = []
     for size in options.batch_sizes:
-        pixel_values = read(find_images(options.images, size), processor)
+        paths = find_images([options.images], size)
+        (made,) = pixel_batches(paths, processor, len(paths))
+        pixel_values = whole_images(made)
         patch_words = nearest_words(patchify(pixel_values, (vocabulary.patch_size,) * 2), index, 0.1)
         runs = back_ends(group(patch_words, 1), options)
-        rows.append({"batch": len(pixel_values)} | in_turn(runs, options.turns))
+        with torch.inference_mode():
+            taken = time_in_turn(list(runs.values()), torch.device("cpu"), options.turns)
+        medians = (round(1e3 * statistics.median(seconds), 2) for seconds in taken)
+        rows.append({"batch": len(pixel_values)} | dict(zip(runs, medians, strict=True)))
     print(f"ms a layer, {options.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print_table(rows)
+    print(markdown(rows), end="")
 
 
 def back_ends(layout: Layout, options: argparse.Namespace) -> dict[str, Run]:
@@ -100,18 +106,5 @@ def by_group(packed: list[torch.Tensor], bias: torch.Tensor, lengths: list[int],
     return torch.cat(outputs)
 
 
-@torch.inference_mode()
-def in_turn(runs: dict[str, Run], turns: int) -> dict[str, float]:
-    """Median milliseconds of each run; they take turns, so that a machine that slows down slows them all."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(turns + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                taken[name].append(time.perf_counter() - start)
-    return {name: round(1e3 * statistics.median(seconds), 2) for name, seconds in taken.items()}
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("compare_attention.py", main))

@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 from sklearn.cluster import MiniBatchKMeans as ScikitLearn
 
-from compare import print_table
 from vwt_hf.image_source import open_images, patch_batches
 from vwt_hf.kmeans import MiniBatchKMeans, statistics
 from vwt_hf.processors import load_processor
+from vwt_hf.terminal import markdown, require_writable, run_command, write_file
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--max-images", type=int)
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
+    require_writable(options.json)
 
     source = open_images(options.images, max_images=options.max_images)
     processor = load_processor(options.processor)
@@ -75,10 +77,10 @@ def main() -> None:
                         "inertia": round(inertia, 3),
                     }
                 )
-    print_table(rows)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+                if options.json:
+                    write_file(options.json, json.dumps(rows, indent=1))
+    print(markdown(rows), end="")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("compare_clustering.py", main))

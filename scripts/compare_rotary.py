@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import math
 import random
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageClassification, DINOv3ViTConfig, DINOv3ViTModel
 
-from compare import TokenCounter, print_table, row
+from compare import classify, row
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
-from vwt_hf.image_source import open_images, read_image
+from vwt_hf.image_source import open_images, pixel_batches
 from vwt_hf.layout import pool
-from vwt_hf.processors import load_processor
+from vwt_hf.processors import load_processor, whole_images
+from vwt_hf.terminal import markdown, require_writable, run_command, write_file
 from vwt_hf.tokenizer import forward_under_way
 from vwt_hf.words import patch_places
 
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="file that keeps the weights learned")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
+    require_writable(args.weights, args.json)
     teacher = AutoModelForImageClassification.from_pretrained(args.teacher, dtype=torch.float32).eval()
     processor = load_processor(args.teacher)
 
@@ -64,23 +67,26 @@ def main() -> None:
     else:
         learn(student, teacher, processor, args)
         if args.weights:
-            torch.save(student.state_dict(), args.weights)
+            weights = io.BytesIO()
+            torch.save(student.state_dict(), weights)
+            write_file(args.weights, weights.getvalue())
     student.eval()  # in training positions are jittered
     vocabulary = VisualVocabulary.from_pretrained(args.vocabulary)
-    batches = [pixels(processor, paths) for paths in chunked(sample(args.images, args.limit), 20)]
+    batches = list(pixel_batches(sample(args.images, args.limit), processor, 20))
 
-    @torch.no_grad()
     def answer(name: str, plain: torch.Tensor | None = None) -> torch.Tensor:
-        counter, start = TokenCounter(student), time.perf_counter()
-        found = torch.cat([read(teacher, student(batch).last_hidden_state) for batch in tqdm(batches, leave=False)])
-        expected = found if plain is None else plain
-        unlabelled: list[int | None] = [None] * len(found)
-        rows.append(row(name, counter.mean(), found, expected, unlabelled, time.perf_counter() - start))
+        def by_the_head(made: dict[str, torch.Tensor]) -> torch.Tensor:
+            return read(teacher, student(**made).last_hidden_state)
+
+        found, tokens, seconds = classify(student, tqdm(batches, leave=False), by_the_head)
+        rows.append(row(name, tokens, found, found if plain is None else plain, [()] * len(found), seconds))
+        if args.json:
+            write_file(args.json, json.dumps(rows, indent=1))
         return found
 
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        answer("uncompressed, against its teacher", torch.cat([teacher(batch).logits for batch in batches]))
+        answer("uncompressed, against its teacher", torch.cat([teacher(**made).logits for made in batches]))
     plain = answer("uncompressed")
     medoid = hooks._rotate_group
     for threshold in args.thresholds:
@@ -91,9 +97,7 @@ def main() -> None:
             answer(f"threshold {threshold}, {name}", plain)
         hooks._rotate_group = medoid
         restore(student)
-    print_table(rows)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    print(markdown(rows), end="")
 
 
 def as_rotary(teacher: Any) -> DINOv3ViTModel:
@@ -132,7 +136,8 @@ def learn(student: Any, teacher: Any, processor: Any, args: argparse.Namespace) 
     student.config.pos_embed_rescale = None  # no augmentation of places
     bar = tqdm(range(args.steps), desc="learning")
     for _step in bar:
-        batch = pixels(processor, random.sample(paths, args.batch_size))
+        (made,) = pixel_batches(random.sample(paths, args.batch_size), processor, args.batch_size)
+        batch = whole_images(made)
         batch = batch.flip(3) if random.random() < 0.5 else batch
         side = 14 * random.choice((8, 10, 12, 16))
         batch = torch.nn.functional.interpolate(batch, size=(side, side), mode="bilinear", antialias=True)
@@ -176,13 +181,5 @@ def sample(folder: str, limit: int | None) -> list[Any]:
     return items[:limit]
 
 
-def chunked(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def pixels(processor: Any, items: list[Any]) -> torch.Tensor:
-    return processor([read_image(item) for item in items], return_tensors="pt")["pixel_values"]
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("compare_rotary.py", main))

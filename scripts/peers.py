@@ -5,10 +5,12 @@ Token Merging (Bolya et al., arXiv 2210.09461) is written from its description a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from vwt_hf.compress import lexicon_of
+from vwt_hf.evaluation import TokenCount
 from vwt_hf.families import attribute, family_of, find_embeddings, find_tower
 
 ATTENTION = "token_merging"
@@ -253,21 +256,21 @@ AttentionInterface.register(ATTENTION, proportional_attention)
 AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-class LayerTokenCounter:
-    """Counts the tokens that enter each of a model's layers."""
+@contextlib.contextmanager
+def count_layer_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
+    """As `vwt_hf.count_tokens`, of all of a model's layers: `mean` is the tokens of an image in a layer."""
+    count = TokenCount()
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.tokens = self.images = 0
-        for layer in layers_of(model):
-            layer.register_forward_pre_hook(self._count)
+    def add(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        count.images += args[0].shape[0]
+        count.tokens += args[0].shape[0] * args[0].shape[1]
 
-    def _count(self, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self.images += args[0].shape[0]
-        self.tokens += args[0].shape[0] * args[0].shape[1]
-
-    def mean(self) -> float:
-        """Tokens of an image, averaged over the layers."""
-        return round(self.tokens / self.images, 1)
+    hooks = [layer.register_forward_pre_hook(add) for layer in layers_of(model)]
+    try:
+        yield count
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def dynamic_int8(model: PreTrainedModel) -> PreTrainedModel:

@@ -18,7 +18,9 @@ from tiny import sample_pixel_values, tiny_model
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import benchmark
-from vwt_hf import VisualVocabulary, compress
+from vwt_hf import VisualVocabulary, compress, terminal
+from vwt_hf.evaluation import share
+from vwt_hf.image_source import find_images
 
 CPU = torch.device("cpu")
 
@@ -131,28 +133,28 @@ def test_results_of_other_options_or_versions_are_never_mixed(tmp_path):
         benchmark.Results(path, header)
 
 
-@pytest.mark.parametrize("step", ["write_text", "replace"])
+@pytest.mark.parametrize("step", ["write", "replace"])
 def test_a_run_cut_off_while_it_writes_leaves_the_file_of_before(step, tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     results = benchmark.Results(path, {"options": {}, "machine": {}})
     results.add("timing", [{"batch": 1}])
     before = path.read_text()
 
-    def half_written(self: Path, text: str, **_: object) -> None:
-        with self.open("w") as file:
-            file.write(text[:20])
+    def half_written(self: Path, data: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(data[:20])
         raise KeyboardInterrupt
 
     def not_replaced(*_: object) -> None:
         raise KeyboardInterrupt
 
-    if step == "write_text":
-        monkeypatch.setattr(Path, "write_text", half_written)
+    if step == "write":
+        monkeypatch.setattr(Path, "write_bytes", half_written)
     else:
-        monkeypatch.setattr(benchmark.os, "replace", not_replaced)
+        monkeypatch.setattr(terminal.os, "replace", not_replaced)
     with pytest.raises(KeyboardInterrupt):
         results.add("timing", [{"batch": 2}])
-    assert path.read_text() == before
+    assert path.read_text() == before and [own.name for own in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_machine_without_an_energy_counter_says_why_and_has_no_column(capsys, monkeypatch):
@@ -162,9 +164,6 @@ def test_a_machine_without_an_energy_counter_says_why_and_has_no_column(capsys, 
     monkeypatch.setattr(benchmark, "find_meter", none)
     assert benchmark.energy_meter(CPU) is None
     assert capsys.readouterr().out == "Energy cannot be measured here: no counter in /sys.\n"
-    assert benchmark.markdown([{"J/image": None, "KL": None}, {"J/image": None, "KL": "1"}]) == (
-        "| KL |\n|---|\n| n/a |\n| 1 |\n"
-    )
 
 
 def test_the_peak_is_what_a_function_holds_at_once():
@@ -181,16 +180,6 @@ def test_the_peak_is_what_a_function_holds_at_once():
     assert benchmark.peak_bytes(lambda: None, CPU) == 0
 
 
-def test_every_turn_runs_every_model_and_only_turns_after_the_warm_up_count():
-    order = []
-    runs = [lambda: order.append("plain"), lambda: order.append("short")]
-    seconds = benchmark.in_turn(runs, CPU, turns=3, seconds=60, label="")
-    assert [len(own) for own in seconds] == [3, 3]
-    assert order == ["plain", "short"] * (benchmark.WARM_UP + 3)
-    out_of_time = benchmark.in_turn(runs, CPU, turns=50, seconds=0, label="")
-    assert [len(own) for own in out_of_time] == [benchmark.FEWEST_TURNS] * 2
-
-
 def test_ratios_are_of_the_uncompressed_model_over_the_method():
     plain = {"p50_ms": 20.0, "flops": 300, "embedding_seconds": 1e-3, "weight_bytes": 60, "activation_bytes": 40}
     row = {"p50_ms": 10.0, "flops": 100, "embedding_seconds": 2e-3, "weight_bytes": 60, "activation_bytes": 20}
@@ -200,38 +189,17 @@ def test_ratios_are_of_the_uncompressed_model_over_the_method():
     assert row["embedding_share"] == pytest.approx(0.1) and row["plain_embedding_share"] == pytest.approx(0.05)
 
 
-def test_agreement_and_divergence_are_those_worked_out_by_hand():
-    expected = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-    logits = torch.tensor([[0.0, np.log(3)], [1.0, 0.0], [0.0, 2.0]])
-    found = benchmark.agreement(logits, expected, [1, None, 0])
-    assert found["agreement"] == pytest.approx(2 / 3)
-    # One image of (1/2, 1/2) against (1/4, 3/4): KL = log(4/3) / 2.
-    assert found["kl"] == pytest.approx(np.log(4 / 3) / 2 / 3, rel=1e-6)
-    assert found["top1"] == 0.5
-    assert benchmark.agreement(logits, expected, [None] * 3)["top1"] is None
-
-
 @pytest.mark.parametrize("name", ["vit", "clip-projection", "dinov2"])
 def test_a_model_without_a_classifier_is_judged_by_the_cosine_of_its_pooled_output(name, photographs):
     model = tiny_model(name)
     methods = [
         benchmark.Method("uncompressed", "uncompressed", model),
-        benchmark.Method("short", "short", compress(benchmark.share(model), {"keep_ratio": 0.1})),
+        benchmark.Method("short", "short", compress(share(model), {"keep_ratio": 0.1})),
     ]
     processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
-    plain, short = benchmark.judge(methods, model, benchmark.find_images(photographs, 3), processor)
+    plain, short = benchmark.judge(methods, model, find_images([photographs], 3), processor)
     assert plain["cosine"] == pytest.approx(1, abs=1e-6) and short["cosine"] < 0.9999
     assert (plain["images"], plain["tokens"], short["tokens"]) == (3, 65, 7)
-
-
-def test_a_copy_shares_the_weights_and_takes_its_own_hooks():
-    model = tiny_model("vit")
-    copied = benchmark.share(model)
-    for own, of_copy in zip(model.parameters(), copied.parameters(), strict=True):
-        assert own is of_copy
-    compress(copied, {"keep_ratio": 0.5})
-    assert model(pixel_values=sample_pixel_values()).last_hidden_state.shape[1] == 65
-    assert copied(pixel_values=sample_pixel_values()).last_hidden_state.shape[1] == 33
 
 
 def test_counting_leaves_no_hook_in_a_model_that_is_timed():
@@ -260,3 +228,34 @@ def test_a_peer_that_cannot_be_had_is_left_out_and_the_rest_is_measured(capsys):
     methods = benchmark.methods_of(options, tiny_model("vit").to(torch.float16))
     assert [method.name for method in methods] == ["uncompressed", "ToMe r 4", "bf16"]
     assert "Left out: dynamic int8 runs float32 models on a CPU" in capsys.readouterr().out
+
+
+def test_names_in_the_plot_are_text_whatever_matplotlib_makes_of_them(tmp_path):
+    row = {"dtype": "float32", "batch": 1, "p50_ms": 3.0, "agreement": 0.5}
+    lines = ("uncompressed", "_a$$b", "caf\udce9\n")
+    header = {"options": {"dtype": ["float32"], "model": "x/Ba$$in"}, "machine": {"device": "cpu"}}
+    results = benchmark.Results(None, header)
+    for line in lines:
+        results.add("timing", [row | {"method": line, "line": line}])
+        results.add("quality", [row | {"method": line, "line": line}])
+    drawn = []
+    figure_class = benchmark.require_matplotlib()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure_class, "savefig", lambda figure, *_, **__: drawn.append(figure))
+        benchmark.plot(results, 1, tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    texts = [axes.title, *axes.get_legend().get_texts()]
+    assert [text.get_text() for text in texts] == ["Ba$$in, cpu", "uncompressed", "_a$$b", r"caf\udce9\n"]
+    assert not any(text.get_parse_math() for text in texts)
+    benchmark.plot(results, 1, tmp_path / "a.pdf")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [("--plot a.exe", r"--plot is a\.exe; expected"), ("--json .", "is a folder"), ("--vwt 7", "vwt is 7; expected")],
+)
+def test_what_cannot_be_done_is_said_before_a_model_is_loaded(photographs, monkeypatch, options, reason):
+    monkeypatch.setattr(benchmark, "load", pytest.fail)
+    with pytest.raises((OSError, TypeError, ValueError), match=reason):
+        benchmark.main(f"--model nowhere --images {photographs} {options}".split())

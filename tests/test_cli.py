@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,59 @@ def test_images_that_come_as_patches_are_refused(photographs, tmp_path, capsys):
     for command in (demo, learn):
         assert main([*command, "--output", str(tmp_path / "out")]) == 2
         assert "expected whole images (batch, channels, height, width)" in capsys.readouterr().err
+
+
+def test_the_command_works_as_a_process_of_its_own_in_an_encoding_without_arrows(checkpoint, photographs):
+    arguments = ["demo", "--model", checkpoint, "--images", str(photographs), "--repeats", "1", "--device", "cpu"]
+    env = dict(os.environ, PYTHONIOENCODING="cp1252")
+    command = [sys.executable, "-W", "ignore", "-m", "vwt_hf.cli", *arguments, "--output", str(photographs / "out")]
+    done = subprocess.run(command, capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr.decode("cp1252")
+    assert b"17 -> 9" in done.stdout and (photographs / "out" / "kept_patches.png").is_file()
+
+
+@pytest.mark.parametrize("name", [b"Ba$$in.png", b"caf\xe9.png", b"a\nb.png", b"_{x^.png", b"\\frac.png"])
+def test_names_of_photographs_are_drawn_and_printed_as_text(tmp_path, capsys, name):
+    file = os.path.join(os.fsencode(tmp_path), name)
+    with open(file, "wb") as opened:
+        Image.new("RGB", (64, 64), "red").save(opened, "PNG")
+    arguments = ["show", os.fsdecode(file), "--keep-ratio", "0.5", "--output", str(tmp_path / "out" / "show.png")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and len(printed.out.splitlines()) == 2
+    assert (tmp_path / "out" / "show.png").is_file()
+
+
+def test_more_photographs_than_a_picture_holds_all_count(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(14):
+        Image.effect_noise((40, 40), 20 + 5 * index).save(folder / f"{index:02}.png")
+    assert run_demo(checkpoint, folder, "--keep-ratio", "0.5", "--batch-size", "5") == 0
+    printed = capsys.readouterr().out
+    assert "14 photographs at 32×32" in printed and "(the first 12 photographs)" in printed
+
+
+@pytest.mark.parametrize("verb", ["demo", "show", "learn", "vocab"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(photographs, tmp_path, capsys, verb):
+    images = {"demo": ["--images", "nowhere"], "show": ["nowhere", "--keep-ratio", "0.5"]}
+    images |= {"learn": ["nowhere/at/all", "--image-processor", "nowhere"], "vocab": ["nowhere/at/all"]}
+    output = photographs / "notes.txt" / "out"
+    assert main([verb, *images[verb], "--output", str(output)]) == 2
+    assert "notes.txt is no folder; expected one to write into" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["demo", "show"])
+def test_a_photograph_that_cannot_be_read_is_named(checkpoint, photographs, tmp_path, capsys, verb):
+    whole = (photographs / "ramp.JPG").read_bytes()
+    (photographs / "broken.jpg").write_bytes(whole[: len(whole) // 2])
+    given = {"demo": ["--images", str(photographs)], "show": [str(photographs), "--keep-ratio", "0.5"]}[verb]
+    assert main([verb, *given, "--model", checkpoint, "--output", str(tmp_path / "out")]) == 2
+    assert "broken.jpg cannot be read" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_photographs_of_different_sizes_are_refused(photographs, tmp_path, capsys):
+    checkpoint = save(transformers.ViTModel(transformers.ViTConfig(**VISION)), tmp_path)
+    transformers.ViTImageProcessorPil(do_resize=False).save_pretrained(checkpoint)
+    assert main(["show", str(photographs), "--keep-ratio", "0.5", "--model", checkpoint]) == 2
+    assert "gives pixel_values of shapes" in capsys.readouterr().err

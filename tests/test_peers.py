@@ -66,17 +66,17 @@ def test_merging_equal_patches_changes_no_answer(name):
     images = colours[grid].permute(0, 3, 1, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
     expected = answers(model, images)
     merged = peers.tome(model, 8)
-    counter = peers.LayerTokenCounter(merged)
-    torch.testing.assert_close(answers(merged, images), expected, atol=1e-5, rtol=1e-5)
+    with peers.count_layer_tokens(merged) as count:
+        torch.testing.assert_close(answers(merged, images), expected, atol=1e-5, rtol=1e-5)
     prefix = {"deit-classifier": 2, "registers-classifier": 4}.get(name, 1)
-    assert counter.mean() == prefix + (64 + 56 + 48) / 3
+    assert count.mean == prefix + (64 + 56 + 48) / 3
 
 
 def test_each_layer_merges_r_pairs_and_never_more_than_half_of_its_patches():
     model = peers.tome(tiny_model("vit", num_hidden_layers=4), 20)
-    counter = peers.LayerTokenCounter(model)
-    hidden_states = answers(model, sample_pixel_values())
-    assert counter.mean() == (65 + 45 + 25 + 13) / 4
+    with peers.count_layer_tokens(model) as count:
+        hidden_states = answers(model, sample_pixel_values())
+    assert count.mean == (65 + 45 + 25 + 13) / 4
     assert hidden_states.shape[1] == 65
     assert all(len(image.unique(dim=0)) == 1 + 6 for image in hidden_states)
 

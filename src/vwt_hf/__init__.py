@@ -3,13 +3,29 @@
 Importing this package registers it with transformers; models that do not ask for `vwt` are untouched.
 """
 
-from .auto import register, unregister
-from .compress import compress, restore
-from .config import VWTConfig
-from .families import supported
-from .vocabulary import VisualVocabulary
+import os
+import sys
 
 __version__ = "0.1.0"
-__all__ = ["VWTConfig", "VisualVocabulary", "compress", "register", "restore", "supported", "unregister"]
+__all__ = ["VWTConfig", "VisualVocabulary", "compress", "count_tokens", "register", "restore", "supported", "unregister"]
 
-register()
+
+def _is_the_command() -> bool:
+    """Whether all that this process runs is `vwt-hf`, and it is no program that imports the package for itself."""
+    # What python was told to run: a file, the module after -m or the code after -c. What follows is in sys.argv, too.
+    ran = sys.orig_argv[-len(sys.argv)] if 0 < len(sys.argv) <= len(sys.orig_argv) else ""
+    statements = {"import sys", "from vwt_hf.cli import main", "sys.exit(main())"}
+    script = os.path.basename(ran).lower().removesuffix(".exe")
+    return script == "vwt-hf" or ran == "vwt_hf.cli" or statements.issuperset(ran.split("; "))
+
+
+# The command gives help at once, and importing torch takes seconds: there a verb registers when it runs.
+if not _is_the_command():
+    from .auto import register, unregister
+    from .compress import compress, restore
+    from .config import VWTConfig
+    from .evaluation import count_tokens
+    from .families import supported
+    from .vocabulary import VisualVocabulary
+
+    register()

@@ -1,12 +1,13 @@
-"""Whatever holds a user's images, as a stream of patches: read, resized as for the model, cut, a batch at a time."""
+"""Whatever holds a user's images: found, read upright in eight bits, resized as for the model, a batch at a time."""
 
 from __future__ import annotations
 
 import collections
 import hashlib
+import io
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,15 @@ from typing import Any, NamedTuple
 import torch
 
 from .processors import whole_images
+from .terminal import printable
 from .words import patchify
+
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "MPO", "PPM", "ICO", "QOI", "PCX", "SGI", "TGA",
+)  # fmt: skip
+"""What Pillow decodes by itself; others (EPS, WMF, ...) run programs, or hold no photographs."""
+WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
+"""What may be white in grey images of more than eight bits, by Pillow's mode."""
 
 SHUFFLED = 1000
 """Images among which a streaming data set is shuffled; they are held encoded."""
@@ -66,7 +75,9 @@ def open_images(
         TypeError: `images` is of another type.
     """
     if isinstance(images, (str, os.PathLike)):
-        files = _image_files(Path(images))
+        if not Path(images).is_dir():
+            raise ValueError(f"images is {str(images)!r}, which is no folder; expected a folder of image files.")
+        files = find_images([images])
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
         items: Iterator[tuple[str, Any]] = ((str(files[i]), files[i]) for i in order[skip:])
         return ImageSource(items, len(order), Path(images).resolve().name, _described(Path(images), files))
@@ -106,16 +117,35 @@ def _described(folder: Path, files: list[Path]) -> str:
     return f"a folder of {len(files)} image files (names and sizes: {digest.hexdigest()[:16]})"
 
 
-def _image_files(folder: Path) -> list[Path]:
+def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = None) -> list[Path]:
+    """Image files: those named, and for a folder those in it, searched through all levels, in the order of their names.
+
+    Args:
+        limit: take no more than these, spread evenly.
+
+    Raises:
+        ValueError: a folder holds no image.
+        FileNotFoundError: a path does not exist.
+    """
+    files: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            within = sorted(path for path in place.rglob("*") if path.suffix.lower() in _endings() and path.is_file())
+            if not within:
+                some = ", ".join((".jpg", ".png", ".webp", ".tiff", ".gif", ".bmp"))
+                raise ValueError(f"{place} holds no image files; expected some that end in {some} and so on.")
+            files += within
+        elif place.exists():
+            files.append(place)
+        else:
+            raise FileNotFoundError(f"{place} does not exist; expected an image or a folder of images.")
+    return files if limit is None else files[:: max(1, len(files) // limit)][:limit]
+
+
+def _endings() -> set[str]:
     import PIL.Image
 
-    if not folder.is_dir():
-        raise ValueError(f"images is {str(folder)!r}, which is no folder; expected a folder of image files.")
-    endings = PIL.Image.registered_extensions()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    if not files:
-        raise ValueError(f"{folder} holds no image files; expected some of {', '.join(sorted(endings)[:8])} and so on.")
-    return files
+    return {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
 
 
 def _dataset(dataset: Any, column: str | None, seed: int, skip: int, max_images: int | None) -> ImageSource:
@@ -171,17 +201,111 @@ def _image_column(features: Mapping[str, Any], column: str | None) -> str:
     )
 
 
-def read_image(item: Any) -> Any:
-    """An RGB PIL image, upright, from a PIL image, a path, or a data set's undecoded `{"bytes", "path"}`."""
+class UnreadableImage(ValueError):
+    """An image cannot be read; the message names it and says why."""
+
+
+def read_image(item: Any, name: str | None = None) -> Any:
+    """An RGB PIL image, upright, from a PIL image, a path, or a data set's undecoded `{"bytes", "path"}`.
+
+    Transparency is left out, as transformers does. Grey of 16 bits is scaled to 8. Grey of 32 bits is scaled, too: what
+    is white is the least of 255 (1 in floating point), 65535 and 2**31 - 1 that no value exceeds by a tenth.
+
+    Args:
+        name: what an error calls it; by default its path.
+
+    Raises:
+        UnreadableImage: it is no image of a format in `FORMATS`, is damaged, or so large that it may be an attack.
+    """
+    try:
+        return _upright(item)
+    # Decoders raise nearly anything for a broken file.
+    except Exception as error:
+        where = item.get("path") if isinstance(item, Mapping) else item
+        name = name or (os.fspath(where) if isinstance(where, (str, os.PathLike)) else "an image")
+        raise UnreadableImage(f"{printable(name)} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _upright(item: Any) -> Any:
     import PIL.Image
     import PIL.ImageOps
 
-    if isinstance(item, Mapping):
-        import datasets
+    if isinstance(item, PIL.Image.Image):
+        return _in_eight_bits(PIL.ImageOps.exif_transpose(item), item.format)
+    PIL.Image.init()
+    formats = [kind for kind in FORMATS if kind in PIL.Image.OPEN]  # some Pillows lack some
+    with PIL.Image.open(_file(item), formats=formats) as image:
+        return _in_eight_bits(PIL.ImageOps.exif_transpose(image), image.format)
 
-        item = datasets.Image().decode_example(dict(item))
-    image = item if isinstance(item, PIL.Image.Image) else PIL.Image.open(item)
-    return PIL.ImageOps.exif_transpose(image).convert("RGB")
+
+def _file(item: Any) -> Any:
+    """What Pillow opens: a path, or a file in memory."""
+    if not isinstance(item, Mapping):
+        return item
+    if item["bytes"] is not None:
+        return io.BytesIO(item["bytes"])
+    path = os.fspath(item["path"])
+    if "://" not in path:
+        return path
+    import fsspec  # of datasets, whose streams name files on the Hub
+
+    with fsspec.open(path, "rb") as file:
+        return io.BytesIO(file.read())
+
+
+def _in_eight_bits(image: Any, kind: str | None) -> Any:
+    """`image` in RGB; Pillow itself would make all that is above 255 white.
+
+    Args:
+        kind: the file's format, of which some have whole numbers of 16 bits alone.
+    """
+    import numpy as np
+    import PIL.Image
+
+    mode = image.mode[:4]  # I;16B is I;16 of another byte order
+    if mode not in WHITE:
+        # Palettes that are partly transparent, and colours multiplied by their opacity, have no direct way to RGB.
+        through = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode)
+        return (image if through is None else image.convert(through)).convert("RGB")
+    values = np.asarray(image).astype(np.float64)
+    top = values.max(initial=0, where=np.isfinite(values))
+    whites = (65535,) if mode == "I" and kind in ("PNG", "PPM") else WHITE[mode]
+    white = next((white for white in whites if top <= 1.1 * white), top)
+    grey = np.rint(np.nan_to_num(values.clip(0, white)) * (255 / white)).astype(np.uint8)
+    return PIL.Image.fromarray(grey).convert("RGB")
+
+
+def pixel_batches(items: Sequence[Any], image_processor: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """What an image processor makes of images, each of its tensors (images, ...), a batch at a time.
+
+    One image is decoded at a time, so memory does not grow with their number.
+
+    Args:
+        items: each as `read_image` takes it.
+
+    Raises:
+        UnreadableImage: one cannot be read, or the processor cannot take it.
+        ValueError: the processor gives images of a batch different sizes.
+    """
+    for start in range(0, len(items), batch_size):
+        made = [_processed(item, image_processor) for item in items[start : start + batch_size]]
+        sizes = sorted({tuple(one["pixel_values"].shape[1:]) for one in made})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{type(image_processor).__name__} gives pixel_values of shapes {sizes[0]} and {sizes[-1]}; expected "
+                "one for all images of a batch. Use batches of one image."
+            )
+        yield {name: torch.cat([one[name] for one in made]) for name in made[0]}
+
+
+def _processed(item: Any, image_processor: Any) -> dict[str, torch.Tensor]:
+    image = read_image(item)
+    try:
+        return dict(image_processor(images=[image], return_tensors="pt"))
+    except Exception as error:
+        raise UnreadableImage(
+            f"{printable(item)} ({image.width}×{image.height}) is refused by {type(image_processor).__name__}: {error}"
+        ) from error
 
 
 def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Tensor:
@@ -217,10 +341,11 @@ def patch_batches(
         patches, unreadable = [], []
         for name, item in batch:
             try:
-                patches.append(image_patches(read_image(item), image_processor, patch_size))
-            # Decoders raise nearly anything for a broken file; one is no reason to lose a run of hours.
+                patches.append(image_patches(read_image(item, name), image_processor, patch_size))
+            except UnreadableImage as error:  # one is no reason to lose a run of hours
+                unreadable.append(str(error))
             except Exception as error:
-                unreadable.append(f"{name} ({type(error).__name__}: {error})")
+                unreadable.append(f"{printable(name)} ({type(error).__name__}: {error})")
         return PatchBatch(torch.cat(patches) if patches else torch.zeros(0, 1), len(patches), unreadable)
 
     workers = min(4, os.cpu_count() or 1)

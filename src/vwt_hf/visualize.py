@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +12,7 @@ import torch
 
 from .config import VWTConfig
 from .layout import group
+from .terminal import printable, write_file
 from .tokenizer import choose_patches
 from .words import index_words, nearest_words, patch_grid, patchify
 
@@ -126,32 +128,41 @@ def draw(columns: Sequence[Column], names: Sequence[str], panel: float) -> Figur
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'matplotlib, which draws the picture, is not installed; pip install "vwt-hf[demo]".'
-        ) from error
-
+    figure_class = require_matplotlib()
     height, width = columns[0].pictures.shape[1:3]
     size = (panel * len(columns) + 0.3, (panel * height / width + 0.2) * len(names) + 0.3)
-    figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
+    figure = figure_class(figsize=size, dpi=110, layout="constrained", facecolor="white")
     axes = figure.subplots(len(names), len(columns), squeeze=False)
     for x, column in enumerate(columns):
         axes[0, x].set_title(column.heading, fontsize=10, fontweight="bold" if x else "normal")
         for y, picture in enumerate(column.pictures):
             # Rounded here: matplotlib cuts off, and normalising and back leaves colours a hair below what they were.
             axes[y, x].imshow((picture * 255).round().to(torch.uint8).numpy())
-            axes[y, x].set_xlabel(column.below[y], fontsize=8.5, labelpad=3)
+            axes[y, x].set_xlabel(column.below[y], fontsize=8.5, labelpad=3, parse_math=False)
             axes[y, x].set(xticks=[], yticks=[])
             axes[y, x].spines[:].set_visible(False)
     for y, name in enumerate(names):
-        axes[y, 0].set_ylabel(name, fontsize=10)
+        axes[y, 0].set_ylabel(printable(name), fontsize=10, parse_math=False)
     return figure
 
 
+def require_matplotlib() -> type[Figure]:
+    """The class of matplotlib's figures that need no display.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'matplotlib, which draws the picture, is not installed; pip install "vwt-hf[demo]".'
+        ) from error
+    return Figure
+
+
 def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
-    """Writes `figure` as a PNG.
+    """Writes `figure` as a PNG, wholly or not at all; makes its folder.
 
     Args:
         small: with 256 dithered colours, a third of the size of a full one: small enough for a README.
@@ -171,7 +182,9 @@ def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
         # only.
         palette = picture.quantize(256, Image.Quantize.FASTOCTREE)
         picture = picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
-    picture.save(path, format="PNG", optimize=True)
+    file = io.BytesIO()
+    picture.save(file, format="PNG", optimize=True)
+    write_file(path, file.getvalue())
 
 
 def kept_mask(pixel_values: torch.Tensor, patch_size: tuple[int, int], setting: VWTConfig) -> torch.Tensor:
@@ -229,6 +242,8 @@ def shared_words(
         its word; and the tokens of each image.
     """
     rows, columns = patch_grid(pixel_values, patch_size)
+    if threshold == 0:  # the plain model, whatever rounding makes of the distance between equals
+        return torch.full((len(pixel_values), rows, columns), -1), [rows * columns] * len(pixel_values)
     word = nearest_words(patchify(pixel_values, patch_size), index_words(words), threshold)
     layout = group(word, packed=False)
     alone = layout.sizes.flatten()[layout.rows] < 2

@@ -1,0 +1,53 @@
+"""The command `vwt-hf`: one file a verb. A verb imports what needs torch when it runs, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ..terminal import run_command
+from . import demo, learn, show, vocab
+
+VERBS = {"demo": demo, "learn": learn, "vocab": vocab, "show": show}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `vwt-hf`.
+
+    Args:
+        argv: the arguments; by default the process's own.
+
+    Returns:
+        The exit status: 0; 2 where what was asked for cannot be done, and one line on stderr says why; 130 after
+        Ctrl-C; 141 where the output was closed.
+    """
+    args = argparse.Namespace(prog="vwt-hf")
+    status = run_command(args.prog, lambda: _parser().parse_args(argv, args))
+    return status or run_command(args.prog, lambda: _work(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vwt-hf",
+        description="Shortens the patch sequence of a Hugging Face vision transformer, without training.",
+        epilog="`vwt-hf VERB --help` tells what a verb does, its options and examples.",
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        own = verbs.add_parser(
+            name,
+            help=verb.HELP,
+            description=verb.DESCRIPTION,
+            epilog=verb.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.add_arguments(own)
+        own.set_defaults(work=verb.work, prog=own.prog)
+    return parser
+
+
+def _work(args: argparse.Namespace) -> None:
+    from ..auto import register
+
+    register()  # a process that is the command has not, so that help comes at once
+    args.work(args)

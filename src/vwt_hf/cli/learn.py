@@ -1,0 +1,172 @@
+"""`vwt-hf learn`: words from a folder of images or a data set on the Hub, saved where a model finds them."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from ..terminal import aligned, printable, require_folder
+
+HELP = "learn a vocabulary of visual words from images"
+DESCRIPTION = """\
+Learns visual words, patches that stand for all patches alike, in one pass of mini-batch k-means over images, and
+writes them to OUTPUT: vocabulary.safetensors, vocabulary.json, a card and a picture of the words. Every model with the
+words' patch size can use them: AutoModel.from_pretrained(..., vwt="OUTPUT").
+
+Images go through the resizing and cropping of a model's image processor; none of its weights are needed. Images that
+cannot be read are counted and left out. Memory does not grow with the number of images.
+
+Progress is saved every 100 batches: after an interruption the same command with --resume goes on from there, and the
+words are those of a run never interrupted."""
+EXAMPLES = """\
+examples:
+  vwt-hf learn photographs/ --image-processor google/vit-base-patch16-224
+  vwt-hf learn photographs/ --image-processor google/vit-base-patch16-224 --resume
+  vwt-hf learn ethz/food101 --image-processor facebook/dinov2-small --streaming --max-images 20000 --output food-words
+  vwt-hf learn photographs/ --image-processor openai/clip-vit-base-patch32 --push-to-hub me/words-p32 --private"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own."""
+    parser.add_argument("images", metavar="IMAGES", help="a folder of images, searched recursively, or a Hub data set")
+    parser.add_argument(
+        "--image-processor", required=True, metavar="MODEL", help="Hub id or folder of a model, or of its processor"
+    )
+    parser.add_argument("--size", type=int, default=1000, help="words to learn (default: 1000)")
+    parser.add_argument("--patch-size", type=int, help="side of a word in pixels (default: as MODEL cuts its patches)")
+    parser.add_argument("--output", default="vwt-words", metavar="FOLDER", help="for the words (default: vwt-words)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images' order and of k-means (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images in a batch (default: 32)")
+    parser.add_argument("--max-images", type=int, help="learn from no more than these (default: all)")
+    parser.add_argument("--column", help="the data set's image column (default: its first)")
+    parser.add_argument("--split", default="train", help="of the data set (default: train)")
+    parser.add_argument(
+        "--streaming", action="store_true", help="read the data set over the network instead of downloading it first"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="for the progress, to keep: with --resume and a larger --max-images, learning goes on after the end "
+        "(default: OUTPUT/.checkpoint, removed at the end)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    parser.add_argument("--push-to-hub", metavar="ID", help="upload the words to this repository, made if need be")
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        default=None,
+        help="make the repository private (default: as Hub settings say)",
+    )
+
+
+def work(args: argparse.Namespace) -> None:
+    """Learns a vocabulary, writes it, pushes it where asked to, and prints what came of it.
+
+    Raises:
+        ValueError: a setting or the images cannot be used, or nothing tells the patch size.
+        OSError: images, image processor or checkpoint cannot be read, or the output cannot be written.
+    """
+    progress = Path(args.checkpoint) if args.checkpoint else Path(args.output) / ".checkpoint"
+    for folder in (args.output, progress):
+        require_folder(folder)
+
+    from ..evaluation import usable_device
+    from ..processors import load_processor, patch_size_of
+    from ..vocabulary import VisualVocabulary
+
+    source, dataset = open_source(args.images, column=args.column, split=args.split, streaming=args.streaming)
+    processor = load_processor(args.image_processor)
+    patch_size = args.patch_size if args.patch_size is not None else patch_size_of(args.image_processor)
+    if patch_size is None:
+        raise ValueError(f"{args.image_processor} has no model config that says its patch size; give --patch-size.")
+    device = usable_device(args.device)
+    if args.push_to_hub:
+        _require_hub(args.push_to_hub)
+
+    started = time.monotonic()
+    try:
+        vocabulary = VisualVocabulary.learn(
+            source,
+            processor,
+            args.size,
+            patch_size=patch_size,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            column=args.column,
+            checkpoint=progress,
+            resume=args.resume,
+            max_images=args.max_images,
+            device=device,
+            dataset=dataset,
+            base_model=None if Path(args.image_processor).exists() else args.image_processor,
+        )
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{progress} holds the progress of an earlier run; add --resume to go on with it, or delete that folder to "
+            "start again."
+        ) from error
+    seconds = time.monotonic() - started
+    vocabulary.save_pretrained(args.output, repo_id=args.push_to_hub)
+    if args.checkpoint is None:
+        shutil.rmtree(progress)
+
+    info = vocabulary.info
+    print(f"{len(vocabulary):,} words of {vocabulary.patch_size}×{vocabulary.patch_size} pixels\n")
+    rows = [
+        ("patches", f"{info.patches:,}"),
+        ("images", f"{info.images:,}"),
+        ("unreadable", f"{info.unreadable:,}"),
+        ("inertia", f"{info.inertia:.4g}, the mean squared distance of a patch to its word"),
+        ("seconds", f"{seconds:.1f}" + (", since it was resumed" if args.resume else "")),
+        ("vocabulary", args.output),
+    ]
+    print(aligned(rows))
+    if args.push_to_hub:
+        # The words are safe in the output folder already, whatever the network does.
+        commit = vocabulary.push_to_hub(args.push_to_hub, private=args.private)
+        print(f"on the Hub: {printable(commit.commit_url)}")
+
+
+def _require_hub(repo_id: str) -> None:
+    """Asks whether the Hub knows this user, before words are learned for it.
+
+    Raises:
+        ValueError: `repo_id` is no name of a repository.
+        OSError: nobody is logged in, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
+    HfApi().whoami()
+
+
+def open_source(images: str, *, column: str | None, split: str, streaming: bool) -> tuple[Any, str | None]:
+    """What `VisualVocabulary.learn` takes as images, and the name to record; `None` for the folder's own.
+
+    Raises:
+        ValueError: `images` is a file, or a folder with options that only a data set has.
+        OSError: `images` is neither a folder nor a data set on the Hub.
+    """
+    path = Path(images)
+    if path.is_dir():
+        if column is not None or streaming:
+            raise ValueError(f"--column and --streaming are for data sets, and {images} is a folder; leave them out.")
+        return path, None
+    expected = "expected a folder of images, or the Hub id of a data set"
+    if path.exists():
+        raise ValueError(f"{images} is a file; {expected}.")
+    # A Hub id has one slash at most, and load_dataset takes a path for a file to read.
+    if path.is_absolute() or len(path.parts) > 2 or images.startswith((".", "~")) or images.endswith("/"):
+        raise FileNotFoundError(f"{images} does not exist; {expected}.")
+
+    import datasets
+
+    try:
+        return datasets.load_dataset(images, split=split, streaming=streaming), images
+    except OSError as error:
+        raise OSError(f"{images} is no folder here, and cannot be had as a data set: {error}") from error

@@ -1,0 +1,169 @@
+"""`vwt-hf show`: what a tokenizer does to photographs, drawn over them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import CRITERIA, VWTConfig
+from ..terminal import printable, require_writable
+from .demo import ROWS
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..vocabulary import VisualVocabulary
+
+HELP = "draw what the tokenizer does to photographs: same word, same colour"
+DESCRIPTION = """\
+Draws each photograph as a model sees it, and beside it what becomes of its patches.
+
+With --vocabulary: patches that share a word, and so become one token, are tinted in the word's colour, the same in all
+photographs. Patches that stay alone are untouched.
+With --keep-ratio: the patches that are dropped are faded.
+
+Loads no weights. Without --model, photographs are cropped to a square of 224 pixels (or the multiple of the patch size
+that is nearest) and normalised as the vocabulary records, else by 0.5; with --keep-ratio, patches are 16×16."""
+EXAMPLES = """\
+examples:
+  vwt-hf show cat.jpg dog.jpg --vocabulary vwt-words
+  vwt-hf show holiday/ --vocabulary me/words-p14 --threshold 0.05 --model facebook/dinov2-small
+  vwt-hf show cat.jpg --keep-ratio 0.5 --criterion grid --output kept.png"""
+SIDE = 224
+"""Pixels of a photograph's sides where no model says otherwise, or the multiple of the patch size that is nearest."""
+PATCH_SIZE = 16
+"""Where neither a vocabulary nor a model says."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own."""
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="photographs, or folders of them")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--vocabulary", metavar="WORDS", help="Hub id or folder of a vocabulary: draw who shares a word")
+    what.add_argument(
+        "--keep-ratio", type=float, metavar="RATIO", help="share of the patches that stay, in (0, 1]: draw which"
+    )
+    parser.add_argument("--revision", help="of the vocabulary: branch, tag or commit on the Hub (default: main)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="largest cosine distance at which a patch takes a word, in [0, 2] (default: 0.1)",
+    )
+    parser.add_argument("--criterion", choices=CRITERIA, help="which patches stay (default: variance)")
+    parser.add_argument(
+        "--model", help="Hub id or folder of a model: use its image processor, its patch size, mean and deviation"
+    )
+    parser.add_argument(
+        "--output", default="vwt-show.png", metavar="FILE.png", help="for the picture (default: vwt-show.png)"
+    )
+
+
+def work(args: argparse.Namespace) -> None:
+    """Writes a picture of which patches share a word, or of which ones are kept, and prints their numbers.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a setting, the vocabulary, the model or the images cannot be used.
+        OSError: one of them cannot be read, or the picture cannot be written.
+    """
+    names = ("vocabulary", "revision", "threshold", "keep_ratio", "criterion")
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    setting = VWTConfig(method="intra" if args.vocabulary is None else "inter", **given)
+    require_writable(args.output)
+
+    import torch
+
+    from ..image_source import find_images, pixel_batches
+    from ..processors import load_processor, processor_statistics, whole_images
+    from ..visualize import (
+        kept_mask,
+        kept_patches_figure,
+        require_matplotlib,
+        shared_words,
+        word_captions,
+        words_figure,
+        write_png,
+    )
+    from ..vocabulary import VisualVocabulary
+
+    require_matplotlib()
+    paths = find_images(args.images)
+    drawn = paths[:ROWS]
+    titles = [path.stem.replace("_", " ") for path in drawn]
+    words = None
+    if args.vocabulary is not None:
+        words = VisualVocabulary.from_pretrained(args.vocabulary, revision=args.revision)
+    if args.model is None:
+        patch_size = words.patch_size if words else PATCH_SIZE
+        mean, std = default_statistics(words)
+        pixel_values = default_pixel_values(drawn, patch_size, mean, std)
+    else:
+        processor = load_processor(args.model)
+        patch_size = required_patch_size(args.model)
+        mean, std = processor_statistics(processor, channels=3)
+        made = pixel_batches(drawn, processor, len(drawn))
+        pixel_values = torch.cat([whole_images(batch).float() for batch in made])
+    size = (patch_size, patch_size)
+
+    if words is None:
+        mask = kept_mask(pixel_values, size, setting)
+        captions = [f"{int(kept.sum())} of {kept.numel()} patches" for kept in mask]
+        below = [[caption] for caption in captions]
+        figure = kept_patches_figure(
+            pixel_values, size, [setting], names=titles, captions=below, image_mean=mean, image_std=std
+        )
+    else:
+        words.require(size, channels=pixel_values.shape[1])
+        seen = words.normalized(mean, std)
+        captions = word_captions(*shared_words(pixel_values, size, seen, setting.threshold))
+        figure = words_figure(pixel_values, size, seen, setting.threshold, names=titles, image_mean=mean, image_std=std)
+    # A palette would make neighbours of the words' many colours one.
+    write_png(figure, Path(args.output), small=words is None)
+    for path, caption in zip(drawn, captions, strict=True):
+        print(f"{printable(path)}: {caption}")
+    more = f" (the first {ROWS} of {len(paths)} photographs)" if len(paths) > ROWS else ""
+    print(f"picture: {printable(args.output)}{more}")
+
+
+def default_statistics(words: VisualVocabulary | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixel values where no model has any: those that the vocabulary records."""
+    if words is not None and words.info.image_mean is not None and words.info.image_std is not None:
+        return words.info.image_mean, words.info.image_std
+    # ViT's own. Without any, all patches point to the same side of the origin, and cosine distances tell little.
+    return (0.5,) * 3, (0.5,) * 3
+
+
+def default_pixel_values(
+    paths: Sequence[Path], patch_size: int, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """The middle square of each photograph, (photographs, 3, side, side), normalised.
+
+    Raises:
+        UnreadableImage: a file is no image that can be read.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    from ..image_source import read_image
+
+    side = max(1, round(SIDE / patch_size)) * patch_size
+    squares = [ImageOps.fit(read_image(path), (side, side), Image.Resampling.BICUBIC) for path in paths]
+    pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2) / 255
+    return (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+
+
+def required_patch_size(model: str) -> int:
+    """The patch size of a Hub id's or folder's model.
+
+    Raises:
+        ValueError: its config does not say.
+    """
+    from ..processors import patch_size_of
+
+    patch_size = patch_size_of(model)
+    if patch_size is None:
+        raise ValueError(f"{model} has no model config that says its patch size; name a vision transformer.")
+    return patch_size

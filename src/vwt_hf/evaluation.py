@@ -1,0 +1,220 @@
+"""How a compressed model stands to the plain one: answers, tokens and time, each by one definition."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .families import family_of, find_tower
+from .forward import current_forward
+
+FEWEST_TURNS = 5
+"""Turns that are timed however long they take."""
+
+
+@dataclasses.dataclass
+class TokenCount:
+    """Tokens that forwards of a model ran on, padding left out."""
+
+    tokens: int = 0
+    images: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Tokens of an image.
+
+        Raises:
+            ValueError: no forward ran.
+        """
+        if not self.images:
+            raise ValueError("no tokens were counted; call the model inside `with count_tokens(model)`.")
+        return self.tokens / self.images
+
+
+@contextlib.contextmanager
+def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
+    """Counts how many tokens enter the first layer of a model, prefix tokens included and padding left out.
+
+    Args:
+        model: of a supported family, plain or compressed. All its forwards inside the block count, of any thread.
+
+    Raises:
+        ValueError: the family is not supported.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> from vwt_hf import compress
+        >>> model = compress(ViTModel(ViTConfig(num_hidden_layers=1)), {"keep_ratio": 0.25})
+        >>> with count_tokens(model) as count:
+        ...     _ = model(pixel_values=torch.zeros(2, 3, 224, 224))
+        >>> count.tokens, count.images, count.mean  # CLS + 49 of 196 patches
+        (100, 2, 50.0)
+    """
+    count = TokenCount()
+
+    def add(embeddings: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        images, tokens = _images_and_tokens(embeddings, args, kwargs, output)
+        count.images += images
+        count.tokens += tokens
+
+    hook = find_tower(model, family_of(model)).embeddings.register_forward_hook(add, with_kwargs=True)
+    try:
+        yield count
+    finally:
+        hook.remove()
+
+
+def _images_and_tokens(
+    embeddings: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> tuple[int, int]:
+    """How many images the embeddings were given, and how many tokens they made of them."""
+    forward = current_forward()
+    plan = None if forward is None or id(embeddings) not in forward.members else forward.grouped
+    if plan is not None:
+        return len(plan.layout.rows), int((plan.layout.sizes > 0).sum())
+    output = output[0] if isinstance(output, tuple) else output  # some embeddings give more than tokens
+    shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
+    if isinstance(shapes, torch.Tensor) and shapes.shape == (len(output), 2):  # patches that come padded
+        return len(output), int(shapes.prod(dim=1).sum())
+    return output.shape[0], output.shape[0] * output.shape[1]
+
+
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` with modules of its own and the same weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Share of the images with the same first answer as `expected`, in [0, 1]; both (images, labels)."""
+    return (logits.argmax(-1) == expected.argmax(-1)).double().mean().item()
+
+
+def divergence(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean KL divergence from `expected`, in nats; both (images, labels)."""
+    wanted, given = expected.double().log_softmax(-1), logits.double().log_softmax(-1)
+    return (wanted.exp() * (wanted - given)).sum(-1).mean().item()
+
+
+def accuracy(logits: torch.Tensor, truth: Sequence[Collection[int]]) -> float | None:
+    """Share of the images whose first answer is right, in [0, 1]; `None` where no image's label is known.
+
+    Args:
+        logits: (images, labels).
+        truth: for each image the labels that are right; none if that is not known, and then it does not count.
+    """
+    known = [(top, right) for top, right in zip(logits.argmax(-1).tolist(), truth, strict=True) if right]
+    return sum(top in right for top, right in known) / len(known) if known else None
+
+
+def cosines(features: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Cosine of each image's features with those expected, (images,); both (images, values)."""
+    return torch.cosine_similarity(features.float(), expected.float(), dim=-1)
+
+
+def label_ids(config: Any) -> dict[str, set[int]]:
+    """The answers of a classifier that have a name, by name: several where classes share it.
+
+    Its `id2label` says; `label2id` only for names that are not there.
+    """
+    ids: dict[str, set[int]] = {}
+    for index, name in (config.id2label or {}).items():
+        ids.setdefault(str(name), set()).add(int(index))
+    for name, index in (config.label2id or {}).items():
+        if str(name) not in ids and str(index).isdecimal():
+            ids[str(name)] = {int(index)}
+    return ids
+
+
+def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list[str]]:
+    """The labels of images by the names of the folders that they lie in, and what has to be said of them.
+
+    Returns:
+        For each image the right answers, none where the folder has no label's name; and sentences.
+    """
+    ids, folders = label_ids(config), set(names)
+    truth = [ids.get(name, set()) for name in names]
+    said = [
+        f"Labels {', '.join(map(str, sorted(ids[name])))} are all called {name!r}: each is right for that folder."
+        for name in sorted(folders)
+        if len(ids.get(name, ())) > 1
+    ]
+    for name, index in (config.label2id or {}).items():
+        if name in folders and str(index) not in map(str, ids[str(name)]):
+            said.append(f"{name!r} is label {index} by label2id; id2label, which says otherwise, is trusted.")
+    unknown = sum(not right for right in truth)
+    if 0 < unknown < len(truth):
+        said.append(f"{unknown} of {len(truth)} images lie in folders named as no label: top-1 is of the others.")
+    return truth, said
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device called `name`, by default CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: this torch cannot use it.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"device is {name!r}, which torch {torch.__version__} cannot use here; expected cpu, cuda, cuda:1, ... "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until an accelerator has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def stopwatch(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def time_in_turn(
+    runs: Sequence[Callable[[], object]],
+    device: torch.device,
+    turns: int,
+    *,
+    warm_up: int = 1,
+    seconds: float = math.inf,
+    label: str | None = None,
+) -> list[list[float]]:
+    """Seconds of each call, by run; runs take turns, so that a machine that slows down slows them all.
+
+    Args:
+        turns: how often each is called, after `warm_up` calls that do not count.
+        seconds: no turn starts later than this, if there were `FEWEST_TURNS`.
+        label: of a progress bar; `None` for none.
+    """
+    taken: list[list[float]] = [[] for _ in runs]
+    begun = time.perf_counter()
+    with tqdm(range(-warm_up, turns), desc=label, leave=False, disable=label is None) as bar:
+        for turn in bar:
+            if turn == 0:
+                begun = time.perf_counter()
+            if turn >= FEWEST_TURNS and time.perf_counter() - begun > seconds:
+                break
+            for run, own in zip(runs, taken, strict=True):
+                spent = stopwatch(run, device)
+                if turn >= 0:
+                    own.append(spent)
+    return taken

@@ -1,0 +1,173 @@
+"""What commands and scripts say, write and end with: safe text, tables, whole files, one line in place of a traceback.
+
+Nothing here imports torch, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import functools
+import io
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PLAIN = {"→": "->", "×": "x", "−": "-", "·": "*", "≤": "<=", "≥": ">=", "Δ": "delta", "…": "..."}
+"""What stands for a character where the output's encoding lacks it; else its code does."""
+
+
+def run_command(prog: str, work: Callable[[], object]) -> int:
+    """Runs a command for a terminal: whatever goes wrong is one line on stderr, never a traceback.
+
+    Args:
+        prog: what the line starts with.
+        work: what the command does.
+
+    Returns:
+        The exit status: 0; 2 where `work` cannot be done; 130 where it was interrupted; 141 where nobody reads what it
+        prints any more.
+
+    Raises:
+        SystemExit: `work` did, as argparse does after help.
+    """
+    with _forgiving(sys.stdout), _forgiving(sys.stderr), warnings.catch_warnings():
+        warnings.showwarning = functools.partial(_print_warning, prog)
+        try:
+            try:
+                work()
+            finally:
+                # Here, where a reader that has gone is noticed, and not while Python ends.
+                print(end="", flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print goes nowhere
+            return 141
+        except KeyboardInterrupt:
+            _print_line(prog, "interrupted")
+            return 130
+        except SystemExit as end:
+            if not isinstance(end.code, str):
+                raise
+            _print_line(prog, end.code)
+            return 2
+        except Exception as error:  # libraries raise nearly anything for bad input
+            expected = isinstance(error, (ImportError, OSError, ValueError)) and str(error)
+            _print_line(prog, str(error) if expected else f"{type(error).__name__}: {error}")
+            return 2
+    return 0
+
+
+@contextlib.contextmanager
+def _forgiving(stream: Any) -> Iterator[None]:
+    """Has `stream` write what its encoding lacks in other characters, instead of raising."""
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="vwt_hf")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
+
+
+def _in_plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c, c.encode("ascii", "backslashreplace").decode()) for c in lacking), error.end
+
+
+codecs.register_error("vwt_hf", _in_plain)
+
+
+def _print_line(prog: str, message: object) -> None:
+    # Some of transformers' messages run over many lines.
+    print(f"{prog}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+def _print_warning(prog: str, message: Warning | str, *where: Any) -> None:
+    """Without the line of code that `warnings` shows, which is of no use on a terminal."""
+    _print_line(prog, f"warning: {message}")
+
+
+def printable(text: object) -> str:
+    """`text` on one line, with control characters and bytes that are no text (as file names may hold) as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
+    """Rows as text, each column as wide as its longest cell; `right`: cells end below each other."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    pad = str.rjust if right else str.ljust
+    return "\n".join("   ".join(map(pad, row, widths)).rstrip() for row in cells)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of the columns in which some row has a value; n/a stands where one has none."""
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+
+    def line(cells: Iterator[Any]) -> str:
+        return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |\n"
+
+    below = (line("n/a" if row[name] is None else row[name] for name in columns) for row in rows)
+    return line(iter(columns)) + "|" + "---|" * len(columns) + "\n" + "".join(below)
+
+
+def require_writable(*files: str | os.PathLike[str] | None) -> None:
+    """Asks whether files can be written, made with their folders if need be, before work is spent on what goes in.
+
+    Args:
+        files: `None` is no file.
+
+    Raises:
+        OSError: one cannot; the message names it.
+    """
+    for file in (Path(file) for file in files if file is not None):
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder; expected the name of a file to write.")
+        require_folder(file.parent)
+        with contextlib.suppress(FileNotFoundError):
+            file.lstat()
+        if file.is_file():
+            file.open("ab").close()
+
+
+def require_folder(folder: str | os.PathLike[str]) -> None:
+    """As `require_writable`, for files within `folder`."""
+    path = Path(folder).absolute()
+    there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is no folder; expected one to write into.")
+    with contextlib.suppress(FileNotFoundError):
+        path.lstat()  # raises for names that none can have
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(f"{there} cannot be written into ({error.strerror}); name another folder.") from error
+
+
+def write_file(file: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file, whole or not at all: one that was there stays as it was until then. Makes its folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file():  # a pipe or device, which no file may take the place of
+        path.write_bytes(data)
+        return
+    path = path.resolve()  # a link stays one
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,131 @@
+"""Each figure has one definition, checked against figures worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+import vwt_hf
+from settings import SETTINGS, inter
+from tiny import MODELS, MORE_MODELS, answers, padded_patches, sample_pixel_values, tiny_model
+from vwt_hf import compress, evaluation
+from vwt_hf.evaluation import accuracy, agreement, cosines, divergence, label_ids, share, time_in_turn, true_labels
+
+CPU = torch.device("cpu")
+PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "registers": 4, "clip": 1, "beit": 1, "ijepa": 0, "siglip": 0, "dinov3": 4}
+
+
+def test_agreement_and_divergence_are_those_worked_out_by_hand():
+    expected = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    logits = torch.tensor([[0.0, math.log(3)], [1.0, 0.0], [0.0, 2.0]])
+    assert agreement(logits, expected) == pytest.approx(2 / 3)
+    # One image of (1/2, 1/2) against (1/4, 3/4): KL = log(4/3) / 2.
+    assert divergence(logits, expected) == pytest.approx(math.log(4 / 3) / 2 / 3, rel=1e-6)
+    assert accuracy(logits, [{1}, (), {0}]) == 0.5 and accuracy(logits, [(), {0, 1}, ()]) == 1
+    assert accuracy(logits, [()] * 3) is None
+    assert cosines(expected[1:], logits[1:] * 2).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("name", PREFIX)
+def test_tokens_of_a_plain_and_a_compressed_model_are_counted(name):
+    model = tiny_model(name)
+    for setting, tokens in ((None, 64), ({"keep_ratio": 0.5}, 32), (SETTINGS["merge"], 32)):
+        if setting is not None:
+            compress(model, setting)
+        with vwt_hf.count_tokens(model) as count:
+            answers(model, sample_pixel_values())
+            answers(model, sample_pixel_values(batch=2))
+        assert (count.images, count.mean) == (5, PREFIX[name] + tokens)
+    assert not any(hook for module in vwt_hf.restore(model).modules() for hook in module._forward_hooks)
+
+
+@pytest.mark.parametrize("name", sorted({*MODELS, *MORE_MODELS} - {"siglip2"}))
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_padding_is_left_out_and_a_batch_has_the_tokens_of_its_images(name, layout):
+    model = compress(tiny_model(name), inter(layout=layout))
+    images = sample_pixel_values()
+    images[1] = 1.0
+    with vwt_hf.count_tokens(model) as batch:
+        answers(model, images)
+    with vwt_hf.count_tokens(model) as alone:
+        for image in images:
+            answers(model, image[None])
+    assert (batch.tokens, batch.images) == (alone.tokens, 3) and batch.mean < 60
+
+
+@pytest.mark.parametrize("setting", [None, {"keep_ratio": 1.0}, {"keep_ratio": 0.5}])
+def test_patches_that_come_padded_count_without_their_padding(setting):
+    images = torch.cat((sample_pixel_values(), torch.ones(1, 3, 32, 32)))
+    given = padded_patches(images, 4)
+    assert not given["pixel_attention_mask"].all()
+    model = tiny_model("siglip2-vision")
+    if setting is not None:
+        compress(model, setting)
+    with vwt_hf.count_tokens(model) as count:
+        model(**given)
+    real = given["pixel_attention_mask"].sum(1)
+    expected = real if setting != {"keep_ratio": 0.5} else real // 2
+    assert (count.tokens, count.images) == (int(expected.sum()), 4)
+
+
+def test_a_mean_of_nothing_is_an_error_and_an_unsupported_model_is_refused():
+    with vwt_hf.count_tokens(tiny_model("vit")) as count:
+        pass
+    with pytest.raises(ValueError, match="no tokens were counted"):
+        _ = count.mean
+    swin = transformers.SwinModel(transformers.SwinConfig(depths=[1], num_heads=[1], embed_dim=8))
+    with pytest.raises(ValueError, match="Swin"), vwt_hf.count_tokens(swin):
+        pass
+
+
+def test_a_copy_shares_the_weights_and_takes_its_own_hooks():
+    model = tiny_model("vit")
+    copied = share(model)
+    for own, of_copy in zip(model.parameters(), copied.parameters(), strict=True):
+        assert own is of_copy
+    compress(copied, {"keep_ratio": 0.5})
+    assert model(pixel_values=sample_pixel_values()).last_hidden_state.shape[1] == 65
+    assert copied(pixel_values=sample_pixel_values()).last_hidden_state.shape[1] == 33
+
+
+def test_every_turn_runs_every_model_and_only_turns_after_the_warm_up_count():
+    order = []
+    runs = [lambda: order.append("plain"), lambda: order.append("short")]
+    seconds = time_in_turn(runs, CPU, 3, warm_up=2)
+    assert [len(own) for own in seconds] == [3, 3]
+    assert order == ["plain", "short"] * (2 + 3)
+    out_of_time = time_in_turn(runs, CPU, 50, seconds=0)
+    assert [len(own) for own in out_of_time] == [evaluation.FEWEST_TURNS] * 2
+
+
+def labels(id2label, label2id) -> SimpleNamespace:
+    return SimpleNamespace(id2label=id2label, label2id=label2id)
+
+
+def test_labels_are_found_by_number_whatever_their_table_looks_like():
+    assert label_ids(labels({0: "crane", 1: "dog", 2: "crane"}, {"crane": 2, "dog": 1})) == {
+        "crane": {0, 2},
+        "dog": {1},
+    }
+    assert label_ids(labels({"0": "cat"}, {"cat": "0"})) == {"cat": {0}}
+    assert label_ids(labels({0: "LABEL_0", 1: "LABEL_1"}, {"cat": "0", "dog": 1}))["dog"] == {1}
+    assert label_ids(labels({0: "cat"}, {"cat": 0, "dog": "last"})) == {"cat": {0}}
+    assert label_ids(labels(None, None)) == {}
+
+
+def test_what_is_ambiguous_about_labels_is_said():
+    cranes = labels({0: "crane", 1: "dog", 2: "crane"}, {"crane": 2, "dog": 1})
+    assert true_labels(["dog", "dog"], cranes) == ([{1}, {1}], [])
+    truth, said = true_labels(["crane", "dog", "holiday"], cranes)
+    assert truth == [{0, 2}, {1}, set()]
+    assert said == [
+        "Labels 0, 2 are all called 'crane': each is right for that folder.",
+        "1 of 3 images lie in folders named as no label: top-1 is of the others.",
+    ]
+    _, said = true_labels(["cat"], labels({0: "cat", 1: "dog"}, {"cat": 1, "dog": 0}))
+    assert said == ["'cat' is label 1 by label2id; id2label, which says otherwise, is trusted."]
+    assert true_labels(["holiday"] * 2, cranes) == ([set(), set()], [])

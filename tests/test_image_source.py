@@ -1,0 +1,212 @@
+"""Images are found in one way, read upright in eight bits, and named where they cannot be read."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+
+from vwt_hf.image_source import UnreadableImage, find_images, open_images, pixel_batches, read_image
+
+RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    """What 8-bit RGB of a grey image in [0, 1] should be."""
+    return np.repeat(np.rint(255 * values)[..., None], 3, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ((RAMP * 65535).astype(np.uint16), "a.png"),
+        ((RAMP * 65535).astype(np.uint16), "a.tif"),
+        ((RAMP * 65535).astype(">u2"), "a.tif"),
+        ((RAMP * 65535).astype(np.int32), "a.pgm"),
+        ((RAMP * 65535).astype(np.int32), "a.tif"),
+        ((RAMP * 255).round().astype(np.int32), "a.tif"),
+        ((RAMP * (2**31 - 1)).astype(np.int32), "a.tif"),
+        (RAMP.astype(np.float32), "a.tif"),
+        ((RAMP * 255).astype(np.float32), "a.tif"),
+        ((RAMP * 65535).astype(np.float32), "a.tif"),
+        (np.where(RAMP == 1, np.nan, np.where(RAMP > 0.9, np.inf, RAMP)).astype(np.float32), "a.tif"),
+    ],
+)
+def test_grey_of_more_than_eight_bits_keeps_its_shades(tmp_path, values, name):
+    PIL.Image.fromarray(values).save(tmp_path / name)
+    expected = grey(np.where(RAMP == 1, 0, np.where(RAMP > 0.9, 1, RAMP)) if np.isnan(values).any() else RAMP)
+    for item in (tmp_path / name, {"bytes": (tmp_path / name).read_bytes(), "path": None}):
+        found = read_image(item)
+        assert found.mode == "RGB" and np.abs(np.asarray(found) - expected).max() <= 1
+
+
+def test_a_dark_scan_of_16_bits_stays_dark(tmp_path):
+    for name, kind in (("a.png", np.uint16), ("a.pgm", np.int32)):
+        PIL.Image.fromarray(np.full((8, 8), 200, kind)).save(tmp_path / name)
+        assert np.asarray(read_image(tmp_path / name)).max() == 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa"])
+def test_colours_of_every_mode_are_those_that_they_look_like(mode):
+    colours = PIL.Image.new("RGB", (8, 4), "white")
+    colours.paste((0, 0, 0), (4, 0, 8, 4))
+    through = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode)
+    image = (colours.convert(through) if through else colours).convert(mode)
+    assert np.abs(np.asarray(read_image(image), dtype=int) - np.asarray(colours)).max() <= 1
+
+
+def test_transparency_is_left_out_and_the_colours_stay(tmp_path):
+    palette = PIL.Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 30, 90])
+    palette.save(tmp_path / "a.png", transparency=bytes([255, 0]))
+    PIL.Image.new("RGBA", (4, 4), (200, 30, 90, 0)).save(tmp_path / "b.png")
+    for name in ("a.png", "b.png"):
+        assert read_image(tmp_path / name).getcolors() == [(16, (200, 30, 90))]
+
+
+def rotated(kind: str) -> bytes:
+    """A red left and a green right half, as a camera held sideways stores them."""
+    image = PIL.Image.new("RGB", (16, 32), "red")
+    image.paste("green", (0, 0, 16, 16))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    file = io.BytesIO()
+    image.save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+def is_upright(image: PIL.Image.Image) -> bool:
+    left, right = image.getpixel((4, 8)), image.getpixel((28, 8))
+    return image.size == (32, 16) and left[0] > 200 > left[1] and right[1] > 100 > right[0]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_rotated_photographs_are_read_upright_from_files_data_sets_and_memory(tmp_path, kind):
+    (tmp_path / f"a.{kind.lower()}").write_bytes(rotated(kind))
+    stored = [{"bytes": rotated(kind), "path": None}]
+    data = datasets.Dataset.from_dict({"image": stored}, features=datasets.Features({"image": datasets.Image()}))
+    sources = [tmp_path, data, data.to_iterable_dataset(), [PIL.Image.open(io.BytesIO(rotated(kind)))]]
+    for source in sources:
+        ((_, item),) = open_images(source).items
+        assert is_upright(read_image(item))
+
+
+def bomb() -> bytes:
+    """A file of a hundred bytes that says that it has 400 million pixels."""
+    file = io.BytesIO()
+    PIL.Image.new("L", (1, 1)).save(file, "PNG")
+    start, header, end = file.getvalue()[:12], file.getvalue()[12:29], file.getvalue()[33:]
+    header = header[:4] + struct.pack(">II", 20000, 20000) + header[12:]
+    return start + header + struct.pack(">I", zlib.crc32(header)) + end
+
+
+def truncated() -> bytes:
+    file = io.BytesIO()
+    PIL.Image.effect_noise((300, 300), 80).save(file, "JPEG")
+    return file.getvalue()[:5000]
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(bomb, "DecompressionBombError"), (truncated, "truncated"), (lambda: EPS, "cannot identify"), (bytes, "Unidenti")],
+)
+def test_an_image_that_cannot_be_read_is_named_with_the_reason(tmp_path, content, why):
+    file = tmp_path / "b\x1bad.png"
+    file.write_bytes(content())
+    for item in (file, str(file), {"bytes": content(), "path": str(file)}, {"bytes": None, "path": str(file)}):
+        with pytest.raises(UnreadableImage, match=rf"b\\x1bad\.png cannot be read .*{why}"):
+            read_image(item)
+    with pytest.raises(UnreadableImage, match=rf"row 7 cannot be read .*{why}"):
+        read_image({"bytes": content(), "path": None}, "row 7")
+
+
+def test_no_program_is_run_for_a_file_that_asks_for_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
+    (tmp_path / "a.png").write_bytes(EPS)
+    (tmp_path / "b.eps").write_bytes(EPS)
+    for item in (tmp_path / "a.png", tmp_path / "b.eps", {"bytes": EPS, "path": "a.png"}):
+        with pytest.raises(UnreadableImage):
+            read_image(item)
+
+
+def test_folders_are_searched_through_all_levels_for_what_pillow_decodes_itself(tmp_path):
+    for name in ("b/2.JPG", "b/1.png", "a.webp", "c.tif", "notes.txt", "page.pdf", "drawing.eps", "d.png/inner.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path])]
+    assert found == ["a.webp", "b/1.png", "b/2.JPG", "c.tif", "d.png/inner.gif"]
+    assert find_images([tmp_path], 2) == [tmp_path / "a.webp", tmp_path / "b/2.JPG"]
+    assert find_images([tmp_path / "c.tif", str(tmp_path / "b")], 9) == [
+        tmp_path / name for name in ("c.tif", "b/1.png", "b/2.JPG")
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no image"):
+        find_images([tmp_path / "empty"])
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png does not exist"):
+        find_images([tmp_path / "nowhere.png"])
+
+
+@pytest.fixture
+def photographs(tmp_path) -> list[Path]:
+    values = np.random.default_rng(0).integers(0, 255, (5, 40, 50, 3), dtype=np.uint8)
+    paths = [tmp_path / f"{index}.png" for index in range(5)]
+    for path, pixels in zip(paths, values, strict=True):
+        PIL.Image.fromarray(pixels).save(path)
+    return paths
+
+
+def test_a_batch_is_what_the_processor_makes_of_all_of_its_images(photographs):
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    whole = processor([read_image(path) for path in photographs], return_tensors="pt")["pixel_values"]
+    batches = [made["pixel_values"] for made in pixel_batches(photographs, processor, 2)]
+    assert [len(batch) for batch in batches] == [2, 2, 1] and torch.equal(torch.cat(batches), whole)
+
+
+def test_one_image_is_decoded_at_a_time(photographs, monkeypatch):
+    """Photographs of many megapixels would fill memory else."""
+    alive = peak = 0
+
+    class Counted(PIL.Image.Image):
+        def __init__(self) -> None:
+            nonlocal alive, peak
+            super().__init__()
+            alive += 1
+            peak = max(peak, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def read(item: object) -> PIL.Image.Image:
+        image, counted = PIL.Image.open(item), Counted()
+        counted.im, counted._mode, counted._size = image.convert("RGB").im, "RGB", image.size
+        return counted
+
+    monkeypatch.setattr("vwt_hf.image_source.read_image", read)
+    for made in pixel_batches(photographs, transformers.ViTImageProcessorPil(), 5):
+        assert len(made["pixel_values"]) == 5
+    assert peak == 1
+
+
+def test_an_image_that_the_processor_refuses_is_named_and_so_are_sizes_that_differ(photographs, tmp_path):
+    PIL.Image.new("RGB", (50, 20)).save(tmp_path / "flat.png")
+    uncropped = transformers.ViTImageProcessorPil(do_resize=False)
+    with pytest.raises(ValueError, match=r"shapes \(3, 20, 50\) and \(3, 40, 50\)"):
+        list(pixel_batches([*photographs, tmp_path / "flat.png"], uncropped, 6))
+
+    def refuses(**_: object) -> None:
+        raise RuntimeError("too flat")
+
+    with pytest.raises(UnreadableImage, match=r"flat\.png \(50×20\) is refused by function: too flat"):
+        list(pixel_batches([tmp_path / "flat.png"], refuses, 1))

@@ -1,0 +1,166 @@
+"""What a command ends with: its exit status, one line, and files that are whole."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vwt_hf.terminal import aligned, markdown, printable, require_folder, require_writable, run_command, write_file
+
+CLI = [sys.executable, "-W", "ignore", "-m", "vwt_hf.cli"]
+
+SCRIPT = """
+import re
+import sys
+from vwt_hf.cli import main
+if __name__ == '__main__':
+    sys.argv[0] = re.sub(r'(-script\\.pyw|\\.exe)?$', '', sys.argv[0])
+    sys.exit(main())
+"""
+"""What pip installs as `vwt-hf`."""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("size is 0"), "size is 0"),
+        (FileNotFoundError("x\ndoes not exist"), "x does not exist"),
+        (RecursionError("too deep"), "RecursionError: too deep"),
+        (OverflowError("too large"), "OverflowError: too large"),
+        (MemoryError(), "MemoryError:"),
+        (KeyError("field"), "KeyError: 'field'"),
+        (ValueError("clears the screen \x1b[2J"), r"clears the screen \x1b[2J"),
+        (SystemExit("another run"), "another run"),
+    ],
+)
+def test_whatever_goes_wrong_is_status_2_and_one_line(capsys, error, line):
+    def work() -> None:
+        raise error
+
+    assert run_command("tool", work) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"tool: {line}\n" and printed.out == ""
+
+
+def test_an_interruption_is_status_130_and_what_argparse_raises_goes_on(capsys):
+    def work(error: BaseException) -> None:
+        raise error
+
+    assert run_command("tool", lambda: work(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "tool: interrupted\n"
+    with pytest.raises(SystemExit) as end:
+        run_command("tool", lambda: work(SystemExit(0)))
+    assert end.value.code == 0
+
+
+def test_what_the_encoding_lacks_is_written_in_other_characters(monkeypatch):
+    files = [io.TextIOWrapper(io.BytesIO(), encoding="cp1252", errors="strict") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", files[0])
+    monkeypatch.setattr(sys, "stderr", files[1])
+
+    def work() -> None:
+        print("17 → 9 × \udce9 語")
+        raise ValueError("Δ")
+
+    assert run_command("tool", work) == 2
+    assert files[0].buffer.getvalue().split() == [b"17", b"->", b"9", b"\xd7", rb"\udce9", rb"\u8a9e"]
+    assert files[1].buffer.getvalue().split() == [b"tool:", b"delta"]
+    assert [file.errors for file in files] == ["strict", "strict"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["show", "--help"]])
+def test_a_reader_that_has_gone_is_no_traceback(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    env = dict(os.environ, PYTHONUNBUFFERED="")
+    done = subprocess.run([*CLI, *arguments], stdout=write, stderr=subprocess.PIPE, timeout=60, env=env)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["-m", "vwt_hf.cli", *verb] for verb in ([], ["demo"], ["learn"], ["vocab"], ["show"])),
+        ["-c", "import sys; from vwt_hf.cli import main; sys.exit(main())"],
+        ["vwt-hf"],
+    ],
+)
+def test_help_imports_no_torch_and_can_be_printed_in_any_encoding(arguments, tmp_path):
+    (tmp_path / "vwt-hf").write_text(SCRIPT)
+    env = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONPATH=os.pathsep.join(sys.path))
+    command = [sys.executable, "-X", "importtime", *arguments, "--help"]
+    done = subprocess.run(command, capture_output=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0 and b"usage: vwt-hf" in done.stdout
+    imported = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
+    assert b"vwt_hf.cli.demo" in imported and not imported & {b"torch", b"transformers", b"numpy"}
+
+
+def test_a_program_that_uses_the_commands_function_is_registered():
+    code = "from vwt_hf.cli import main; from transformers import AutoConfig as A; print(A.for_model('vit', vwt=1).vwt)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
+def test_names_are_one_line_without_control_characters_or_bytes_that_are_no_text():
+    assert printable("café → 9.png") == "café → 9.png"
+    assert printable(os.fsdecode(b"a\xe9\n\x1b[2J\xe2\x80\xae.png")) == r"a\udce9\n\x1b[2J\u202e.png"
+
+
+def test_aligned_cells_stand_below_each_other():
+    assert aligned([("a", "1"), ("bcd", "22")]) == "a     1\nbcd   22"
+    assert aligned([("a", "1"), ("bcd", "22")], right=True) == "  a    1\nbcd   22"
+
+
+def test_a_table_has_the_columns_that_have_values_and_cells_stay_cells():
+    rows = [{"J/image": None, "KL": None, "name": "a|b\n"}, {"J/image": None, "KL": "1", "name": 2}]
+    assert markdown(rows) == "| KL | name |\n|---|---|\n| n/a | a\\|b\\n |\n| 1 | 2 |\n"
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "new" / "rows.json"
+    write_file(file, "→")
+    assert file.read_text(encoding="utf-8") == "→"
+    (tmp_path / "link").symlink_to(file)
+
+    def fails(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match="disk full"):
+            write_file(file, b"other")
+    assert file.read_text(encoding="utf-8") == "→" and list(file.parent.iterdir()) == [file]
+    write_file(tmp_path / "link", b"other")
+    assert (tmp_path / "link").is_symlink() and file.read_bytes() == b"other"
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_file(pipe, b"rows")
+    assert os.read(reader, 10) == b"rows" and pipe.is_fifo()
+    os.close(reader)
+
+
+def test_a_place_that_cannot_be_written_is_named_and_one_that_can_is_left_as_it_is(tmp_path):
+    (tmp_path / "file").write_text("old")
+    require_writable(None, tmp_path / "file", tmp_path / "new" / "folder" / "rows.json")
+    require_folder(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"] and (tmp_path / "file").read_text() == "old"
+    for refused, why in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "rows.json", "file is no folder"),
+        (tmp_path / ("long" * 100), "too long"),
+        (Path("/proc/rows.json"), "/proc cannot be written into"),
+    ):
+        with pytest.raises(OSError, match=why):
+            require_writable(refused)
+    with pytest.raises(OSError, match="file is no folder"):
+        require_folder(tmp_path / "file")
