@@ -70,7 +70,7 @@ from vwt_hf.evaluation import (
     true_labels,
     usable_device,
 )
-from vwt_hf.families import family_of, find_embeddings, find_layers, find_tower
+from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.processors import load_processor, whole_images
 from vwt_hf.terminal import markdown, printable, require_writable, run_command, write_file
@@ -397,14 +397,14 @@ def forward_of(model: PreTrainedModel, batch: torch.Tensor, mode: str | None) ->
         return functools.partial(torch.compile(model, mode=mode, dynamic=False), pixel_values=batch)
     # Grouping breaks the graph, after which torch would compile no model's outer forward as a whole: layers alone here.
     model = share(model)
-    for layer in find_layers(find_tower(model, find_embeddings(model, family_of(model)))):
+    for layer in find_layers(find_tower(model, family_of(model)).module):
         layer.compile(mode=mode)
     return functools.partial(model, pixel_values=batch)
 
 
 def embedding_seconds(model: PreTrainedModel, batch: torch.Tensor) -> float:
     """Median seconds from pixels to the first layer's input, inside whole forwards."""
-    module = find_embeddings(model, family_of(model))
+    module = find_tower(model, family_of(model)).embeddings
     clock: list[float] = []
 
     def stamp(*_: Any) -> None:

@@ -21,10 +21,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vwt_hf import VisualVocabulary
-from vwt_hf.attention import Batch, _by_layout
+from vwt_hf.attention import _by_layout
 from vwt_hf.evaluation import time_in_turn
 from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.layout import Layout, attention_bias, group
+from vwt_hf.plans import Grouped
 from vwt_hf.processors import load_processor, processor_statistics, whole_images
 from vwt_hf.terminal import markdown, run_command
 from vwt_hf.words import index_words, nearest_words, patchify
@@ -66,15 +67,16 @@ def back_ends(layout: Layout, options: argparse.Namespace) -> dict[str, Run]:
     dtype = getattr(torch, options.dtype)
     shape = (3, 1, layout.tokens, options.heads, options.head_size)
     packed = list(torch.randn(shape, dtype=dtype).transpose(2, 3))
-    batch = Batch(layout, attention_bias(layout, proportional=True))
+    bias = attention_bias(layout, proportional=True)
+    plan = Grouped(layout, bias, None)
     lengths = [length for length, images in layout.runs for _ in range(images)]
     runs: dict[str, Run] = {
-        "by length": functools.partial(_by_layout, attend, *packed, batch),
-        "by image": functools.partial(by_image, packed, batch.bias.to(dtype), lengths),
+        "by length": functools.partial(_by_layout, attend, *packed, plan),
+        "by image": functools.partial(by_image, packed, bias.to(dtype), lengths),
     }
     for count in (8, 4, 2, 1):
         name = "padded inside" if count == 1 else f"{count} groups"
-        runs[name] = functools.partial(by_group, packed, batch.bias.to(dtype), lengths, count)
+        runs[name] = functools.partial(by_group, packed, bias.to(dtype), lengths, count)
     longest = (3, len(lengths), layout.longest, options.heads, options.head_size)
     padding = torch.zeros(len(lengths), 1, 1, layout.longest, dtype=dtype)
     runs["padded batch"] = functools.partial(attend, *torch.randn(longest, dtype=dtype).transpose(2, 3), padding)

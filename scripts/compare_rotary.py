@@ -12,7 +12,6 @@ head, with words and without are then compared.
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import json
 import math
@@ -29,12 +28,11 @@ from compare import classify, row
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.image_source import open_images, pixel_batches
 from vwt_hf.layout import pool
+from vwt_hf.plans import Grouped
 from vwt_hf.processors import load_processor, whole_images
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
-from vwt_hf.tokenizer import forward_under_way
 from vwt_hf.words import patch_places
 
-hooks: Any = importlib.import_module("vwt_hf.compress")  # of which the package shows the function of that name
 RENAMED = (
     ("encoder.layer.", "model.layer."),
     ("patch_embeddings.projection", "patch_embeddings"),
@@ -88,14 +86,14 @@ def main() -> None:
     with torch.no_grad():
         answer("uncompressed, against its teacher", torch.cat([teacher(**made).logits for made in batches]))
     plain = answer("uncompressed")
-    medoid = hooks._rotate_group
+    medoid = Grouped.rotate
     for threshold in args.thresholds:
         fields = {"image_mean": processor.image_mean, "image_std": processor.image_std, "threshold": threshold}
         compress(student, VWTConfig(method="inter", vocabulary=vocabulary, **fields))
         for name, rotate in (("medoid", medoid), ("mean", by_mean(student))):
-            hooks._rotate_group = rotate
+            Grouped.rotate = rotate
             answer(f"threshold {threshold}, {name}", plain)
-        hooks._rotate_group = medoid
+        Grouped.rotate = medoid
         restore(student)
     print(markdown(rows), end="")
 
@@ -156,10 +154,10 @@ def by_mean(student: Any) -> Any:
     """What rotates tokens by the mean of their patches' coordinates; stands in for vwt_hf's own."""
     frequencies = next(module.inv_freq for module in student.modules() if hasattr(module, "inv_freq"))
 
-    def rotate(grid: tuple[int, int], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        layout = forward_under_way().batch.layout
-        places = pool(patch_places(grid, output[0].device), layout)
-        centres = (places + 0.5) / torch.tensor(grid) * 2 - 1
+    def rotate(plan: Grouped, rotations: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        layout = plan.layout
+        places = pool(patch_places(plan.grid, rotations[0].device), layout)
+        centres = (places + 0.5) / torch.tensor(plan.grid) * 2 - 1
         angles = (2 * math.pi * centres[..., None] * frequencies).flatten(2).tile(2)
         # Tokens without a place are left as they are.
         none = torch.ones_like(layout.sizes, dtype=torch.bool)

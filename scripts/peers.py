@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from vwt_hf.compress import lexicon_of
 from vwt_hf.evaluation import TokenCount
-from vwt_hf.families import attribute, family_of, find_embeddings, find_tower
+from vwt_hf.families import family_of, find_tower
 
 ATTENTION = "token_merging"
 
@@ -179,10 +179,9 @@ def tome(model: PreTrainedModel, r: int) -> PreTrainedModel:
     if r < 0:
         raise ValueError(f"r is {r}; expected how many pairs of patches each layer merges, 0 or more.")
     family = family_of(model)
-    embeddings = find_embeddings(model, family)
-    prefix = len(family.prefix)
-    if family.registers is not None:
-        prefix += attribute(embeddings, family.registers).shape[1]
+    registers = getattr(find_tower(model, family).module.config, "num_register_tokens", 0)
+    counts = {"none": 0, "registers": registers}
+    prefix = sum(counts.get(token, 1) for token in family.prefix.split(", "))
     layers = layers_of(model)
     merging = Merging(prefix, r)
     for layer in layers:
@@ -201,7 +200,7 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         Unsupported: none of its modules is a layer of a class in `PARTS`.
     """
-    tower = find_tower(model, find_embeddings(model, family_of(model)))
+    tower = find_tower(model, family_of(model)).module
     layers = [module for module in tower.modules() if type(module).__name__ in PARTS]
     if not layers:
         raise Unsupported(
@@ -301,9 +300,9 @@ def bfloat16(model: PreTrainedModel) -> PreTrainedModel:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters, buffers, quantised weights and visual words."""
     total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    lexicon = lexicon_of(model)
-    if lexicon is not None:
-        total += sum(tensor.nbytes for tensor in lexicon.on(next(model.parameters()).device))
+    words = lexicon_of(model)
+    if words is not None:
+        total += sum(tensor.nbytes for tensor in words.on(next(model.parameters()).device))
     for module in model.modules():
         if isinstance(module, torch.ao.nn.quantized.Linear):
             weight, bias = module.weight(), module.bias()

@@ -17,10 +17,18 @@ import torch
 from settings import inter
 from tiny import answers, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, attention, compress
-from vwt_hf.attention import Batch, fold_bias
+from vwt_hf.attention import fold_bias
+from vwt_hf.forward import Forward
 from vwt_hf.layout import attention_bias, group
+from vwt_hf.plans import Grouped
 
 WORDS = torch.tensor([[4, 2, 4, 7, 2, 2], [9, 8, 7, 6, 5, 4], [3, 3, 3, 3, 3, 3], [1, 1, 1, 1, 1, 0]])
+
+
+def forward_of(implementation: str | None) -> Forward:
+    """A forward of a tower that attends by that implementation."""
+    tower = types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation=implementation))
+    return Forward(tower, frozenset(), relative=False, outer=None)
 
 
 def varlen_reference(query, key, value, starts, key_starts, longest, longest_key, *, scale):
@@ -47,9 +55,9 @@ def test_the_stand_in_takes_the_arguments_of_the_kernel():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kernel_that_knows_boundaries_computes_what_masked_attention_does(proportional, dtype):
     layout = group(WORDS, 1)
-    batch = Batch(layout, attention_bias(layout, proportional))
+    plan = Grouped(layout, attention_bias(layout, proportional), None)
     query, key, value = torch.randn(3, 1, 2, layout.tokens, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = attention._by_boundaries(varlen_reference, query, key, value, batch, 0.3)
+    found = attention._by_boundaries(varlen_reference, query, key, value, forward_of(None), plan, 0.3)
     image = torch.bucketize(torch.arange(layout.tokens), layout.boundaries[1:], right=True)
     mask = torch.where(image[:, None] == image, 0.0, -torch.inf)
     if proportional:
@@ -66,8 +74,7 @@ def test_a_kernel_that_knows_boundaries_computes_what_masked_attention_does(prop
 def test_a_folded_bias_keeps_more_digits_than_its_dtype(dtype):
     bias = torch.arange(1, 257).log().unsqueeze(0)
     query, key, value = (torch.zeros(1, 1, 256, 64, dtype=dtype) for _ in range(3))
-    batch = Batch(group(torch.arange(256).unsqueeze(0)), bias)
-    query, key, value = fold_bias(query, key, value, batch, 64**-0.5)
+    query, key, value = fold_bias(query, key, value, bias, {}, 64**-0.5)
     logits = (query.float() @ key.float().transpose(2, 3))[0, 0, 0] * 64**-0.5
     assert (logits - bias).abs().max() < 1e-3 < (bias.to(dtype).float() - bias).abs().max()
     assert not value.any() and value.shape[-1] == 72
@@ -121,9 +128,10 @@ def test_a_model_on_torchs_flash_kernel_answers_as_without_it(monkeypatch, setti
 
 def test_auto_packs_where_attention_takes_packed_tokens_as_they_are():
     cpu, cuda, mps = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
-    assert attention.packs("vwt_sdpa", cpu, torch.float32) and attention.packs("vwt_eager", cpu, torch.bfloat16)
-    assert attention.packs("vwt_flash_attention_2", cuda, torch.bfloat16)
-    assert not attention.packs("vwt_sdpa", cuda, torch.float32) and not attention.packs("vwt_sdpa", mps, torch.float16)
+    sdpa, eager, flash = map(forward_of, ("sdpa", "eager", "flash_attention_2"))
+    assert attention.packs(sdpa, True, cpu, torch.float32) and attention.packs(eager, True, cpu, torch.bfloat16)
+    assert attention.packs(flash, True, cuda, torch.bfloat16)
+    assert not attention.packs(sdpa, True, cuda, torch.float32) and not attention.packs(sdpa, True, mps, torch.float16)
 
 
 def test_a_mask_over_patches_is_refused(setting, images):

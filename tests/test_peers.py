@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tiny import MODELS, answers, sample_pixel_values, tiny_model
-from vwt_hf.families import attribute, family_of, find_embeddings
+from vwt_hf.families import family_of, find_tower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -58,7 +58,9 @@ def test_merging_no_pair_is_the_plain_model(name):
 def test_merging_equal_patches_changes_no_answer(name):
     # Only if sizes reach every attention and the mean of the patches; four colours, so each patch has equal ones.
     model = tiny_model(name, num_hidden_layers=3)
-    positions = attribute(find_embeddings(model, family_of(model)), family_of(model).positions)
+    embeddings = find_tower(model, family_of(model)).embeddings
+    positions = getattr(embeddings, "position_embeddings", None)
+    positions = embeddings.position_embedding if positions is None else positions
     with torch.no_grad():
         (positions.weight if isinstance(positions, nn.Embedding) else positions).zero_()
     colours = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))

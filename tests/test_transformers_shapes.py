@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from settings import STATISTICS
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
-from vwt_hf.families import FAMILIES, find_embeddings, find_layers, find_tower
+from vwt_hf.families import FAMILIES, find_layers, find_tower
 
 Answers = dict[str, torch.Tensor]
 
@@ -136,7 +136,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     def count(layer: Any, args: Any, kwargs: Any) -> None:
         subject.tokens = (args[0] if args else kwargs["hidden_states"]).shape[:2].numel()
 
-    layers = find_layers(find_tower(model, find_embeddings(model, family)))
+    layers = find_layers(find_tower(model, family).module)
     layers[0].register_forward_pre_hook(count, with_kwargs=True)
     subject.plain = subject.answers(images[2:])
     subject.plain_tokens = subject.tokens

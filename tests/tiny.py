@@ -188,3 +188,36 @@ def forward(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **k
 def answers(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
     with torch.no_grad():
         return forward(model, pixel_values, **kwargs)
+
+
+def watch_embeddings(model: transformers.PreTrainedModel) -> list[tuple[torch.Tensor, object]]:
+    """Gets what enters the layers of `model`, and the plan by which it came about, at each call from now on.
+
+    The plan is `None` for a plain model, and where nothing after the embeddings goes by it.
+    """
+    # Not from the top: these models are also made in processes without vwt_hf.
+    from vwt_hf.families import family_of, find_tower
+    from vwt_hf.forward import current_forward
+
+    taken: list[tuple[torch.Tensor, object]] = []
+
+    def look(module, args, output):
+        forward = current_forward()
+        taken.append((output[0] if isinstance(output, tuple) else output, forward and forward.plan))
+
+    find_tower(model, family_of(model)).embeddings.register_forward_hook(look)
+    return taken
+
+
+def traces(model: transformers.PreTrainedModel) -> list[tuple]:
+    """What compressing could leave in a model: each module's hooks, attributes, and the class of its config."""
+    return [
+        (
+            list(module._forward_hooks.values()),
+            list(module._forward_pre_hooks.values()),
+            sorted(vars(module)),
+            module.__dict__.get("forward"),
+            type(module.__dict__.get("config")).__mro__,
+        )
+        for module in model.modules()
+    ]

@@ -7,7 +7,16 @@ import os
 import sys
 
 __version__ = "0.1.0"
-__all__ = ["VWTConfig", "VisualVocabulary", "compress", "count_tokens", "register", "restore", "supported", "unregister"]
+__all__ = [
+    "VWTConfig",
+    "VisualVocabulary",
+    "compress",
+    "count_tokens",
+    "register",
+    "restore",
+    "supported",
+    "unregister",
+]
 
 
 def _is_the_command() -> bool:

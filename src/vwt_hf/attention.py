@@ -1,7 +1,7 @@
 """Attention over ragged batches, reached through transformers' `AttentionInterface`.
 
-The config of a compressed tower names these functions while a forward of it runs by a plan of groups, and there they find
-the plan.
+The config of a compressed tower names these functions while a forward of it runs by a plan of groups, which they find
+in the forward's own state.
 
 A padded batch attends under a bias that hides the padding. A packed one attends by a kernel that knows where images
 end (variable-length flash attention, on CUDA in half precision), else length by length: images of one length lie side
@@ -129,14 +129,17 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
 def _plan_of(
     module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[Forward, Grouped, Pairs]:
-    """The forward under way and its plan, of whose tokens `query` (sequences, heads, tokens, head size) must be, and the
-    bias for pairs of them that a family gives in place of `attention_mask`."""
+    """The forward under way, its plan, and the bias for pairs of tokens that a family gives as `attention_mask`.
+
+    Args:
+        query: (sequences, heads, tokens, head size), which must be of the plan's tokens.
+    """
     forward = forward_of(module)
     plan = forward.grouped
     if plan is None or plan.shape != (query.shape[0], query.shape[2]):
         raise RuntimeError(
             f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size), which are not the tokens "
-            "of the forward that it is part of. Call the model, not its layers, and repeat no layer outside its forward."
+            "of the forward under way. Call the model, not its layers, and repeat no layer outside its forward."
         )
     if attention_mask is None:
         return forward, plan, None
@@ -146,14 +149,14 @@ def _plan_of(
 
 
 def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., Any]:
-    """`by_plan`, and the attention `base` for a model that shares the config of the tower whose forward is under way."""
+    """`by_plan`; for a model that shares the config of the tower whose forward is under way, the attention `base`."""
 
     @functools.wraps(by_plan)
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = current_forward()
         if forward is not None and id(module) in forward.members:
             return by_plan(module, *args, **kwargs)
-        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)(module, *args, **kwargs)
 
     return attend

@@ -15,7 +15,6 @@ import contextvars
 import copy
 import functools
 import inspect
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,7 +184,12 @@ def _saving(original: Any) -> Any:
         call.apply_defaults()
         parts = [part for part in parts_of(self) if setting_of(part) is not None]
         _gather_settings(self, parts)
-        words = {part: found for part in parts if (found := setting_of(part).words_to_save()) is not None}
+        words = {}
+        for part in parts:
+            setting = setting_of(part)
+            vocabulary = None if setting is None else setting.words_to_save()
+            if vocabulary is not None:
+                words[part] = vocabulary
         folder = Path(save_directory)
         writes = call.arguments["is_main_process"] and not folder.is_file()
         saved_as: list[str] = []

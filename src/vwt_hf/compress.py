@@ -20,6 +20,7 @@ from .forward import begin_forward, current_forward, end_forward, forward_of
 from .model_configs import attend_by_plan
 from .patches import Patches, padded_places
 from .plans import Grouped, Kept
+from .vouch import vouch
 from .words import patch_grid
 
 
@@ -73,6 +74,8 @@ def compress_by(
     family = family_of(model)
     tower = find_tower(model, family)
     _require_whole_images(tower.module.config, family)
+    if family.tried and setting_of(model) is None:
+        vouch(model, tower)
     source = str(source or model.name_or_path or "")
     setting = setting.prepared(
         ModelFacts(source, tower.patch_size, tower.channels, setting_of(model), trusted, hub_kwargs)
@@ -395,8 +398,8 @@ class MaskPadding(Hook):
 
 
 class Expand(Hook):
-    """Forward hook of a tower's last layer, of what holds the layers, and of the tower: what comes after sees every patch,
-    with its token's hidden state."""
+    """Forward hook of a tower's last layer, of what holds the layers, and of the tower: what comes after sees every
+    patch, with its token's hidden state."""
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:

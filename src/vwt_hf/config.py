@@ -78,6 +78,12 @@ class VWTConfig:
             _require_fields(cls, method, fields)
         return object.__new__(cls)
 
+    if TYPE_CHECKING:  # the fields are the method's
+
+        def __init__(self, method: str = ..., **fields: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __post_init__(self) -> None:
         if self.output is not None:
             require_choice("output", self.output, OUTPUTS)
@@ -103,6 +109,13 @@ class VWTConfig:
     def restores(self) -> bool:
         """Whether what a model gives out has a hidden state for every patch."""
         return self.groups if self.output is None else self.output == "full"
+
+    def require_sane(self) -> None:
+        """Refuses what is allowed and yet makes no sense, as a file may hold it.
+
+        Raises:
+            ValueError: the message names the field, the value and what is expected.
+        """
 
     def prepared(self, model: ModelFacts) -> VWTConfig:
         """The setting with all that it needs for `model`, such as words that are read from the Hub.
@@ -141,7 +154,9 @@ class VWTConfig:
         if isinstance(value, VWTConfig):
             return value
         if isinstance(value, dict):
-            return VWTConfig(**{str(name): field for name, field in value.items()})
+            setting = VWTConfig(**{str(name): field for name, field in value.items()})
+            setting.require_sane()
+            return setting
         if isinstance(value, (str, os.PathLike)) or hasattr(value, "normalized"):
             return VWTConfig(method="inter", vocabulary=value or None)
         raise TypeError(
@@ -171,9 +186,8 @@ def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str
                     f"method={other!r}."
                 )
         hint = nearest_hint(name, names)
-        raise ValueError(
-            f"VWTConfig has no field {shown(name)}; the fields of method={method!r} are {', '.join(sorted(names))}.{hint}"
-        )
+        its_own = ", ".join(sorted(names))
+        raise ValueError(f"VWTConfig has no field {shown(name)}; the fields of method={method!r} are {its_own}.{hint}")
 
 
 def require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -16,6 +16,10 @@ from .plans import Grouped, Kept, with_prefix
 from .words import gather_patches
 
 
+HEADS = ("Model", "ForImageClassification")
+"""How names of classes end that give out hidden states, or whose heads read CLS or a mean and so take fewer tokens."""
+
+
 def reduce_first(output: Any, plan: Kept | Grouped) -> Any:
     """The output of embeddings that give tokens, or a tuple of which they are the first."""
     return (plan.reduce(output[0]), *output[1:]) if isinstance(output, tuple) else plan.reduce(output)
@@ -50,8 +54,8 @@ class Family:
     model_types: tuple[str, ...]
     """`model_type` of the configs that `AutoConfig` maps to this family's vision models."""
     embeddings: str
-    """Class name of the module that turns `pixel_values` into the first layer's `hidden_states`: prefix tokens, and then
-    a row for each patch."""
+    """Class name of the module that turns `pixel_values` into the first layer's `hidden_states`: prefix tokens, then a
+    row for each patch."""
     pools: str
     """What its heads read."""
     prefix: str = "CLS"
@@ -76,6 +80,8 @@ class Family:
     padded: str | None = None
     """Class name of the head that is told which patches are padding, in families whose `pixel_values` are patches of
     images of many sizes, as their image processor cuts and pads them."""
+    tried: bool = False
+    """Whether it is no row of the table: each model is tried when it is compressed (`vouch.py`)."""
     reduces: Callable[[Any, Kept | Grouped], Any] = reduce_first
     """What becomes of the output of its embeddings under a plan, where they give more than tokens."""
 
@@ -212,6 +218,8 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
     if row is None:
         model_type = _model_type(model_class)
         reason = next((f": it {unfit.reason}" for unfit in UNFIT if model_type in unfit.model_types), " by vwt_hf")
+        if reason == " by vwt_hf" and _may_hold(model_class):
+            return
         raise ValueError(
             f"{name} (model type {model_type!r}) cannot be compressed{reason}; supported families: "
             f"{', '.join(supported())}. Load it without `vwt`."
@@ -239,6 +247,8 @@ def family_of(model: PreTrainedModel) -> Family:
     row = _row_of(type(model))
     if isinstance(row, Family):
         return row
+    if row is None:
+        return _general_family(model)
     for module in model.modules():
         for family in FAMILIES:
             if is_of(module, family.embeddings):
@@ -247,6 +257,39 @@ def family_of(model: PreTrainedModel) -> Family:
         f"{type(model).__name__} holds no vision tower of {', '.join(family.name for family in FAMILIES)}, so it "
         "cannot be compressed. Load it without `vwt`."
     )
+
+
+class NotVouched(ValueError):
+    """Why the general rule does not hold for a model of a type without a row; said after "it"."""
+
+
+def not_vouched(model: PreTrainedModel, reason: NotVouched) -> NotVouched:
+    """The error that says so of `model`."""
+    return NotVouched(
+        f"{type(model).__name__} (model type {_model_type(type(model))!r}) cannot be compressed: it {reason}. Load it "
+        "without `vwt`."
+    )
+
+
+def _may_hold(model_class: type[PreTrainedModel]) -> bool:
+    """Whether the general rule could hold for a class: it sees images alone and gives out hidden states or classes."""
+    config_class = getattr(model_class, "config_class", None)
+    return (
+        model_class.main_input_name == "pixel_values"
+        and model_class.__name__.endswith(HEADS)
+        and not getattr(config_class, "sub_configs", None)
+        and hasattr(config_class, "patch_size")
+    )
+
+
+def _general_family(model: PreTrainedModel) -> Family:
+    """A row for a model whose type has none, by what its modules look like; `vouch` tries whether it holds."""
+    for module in model.modules():
+        convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+        named = type(module).__name__.endswith("Embeddings") and _is_transformers(module)
+        if named and len(convolutions) == 1 and convolutions[0].kernel_size == convolutions[0].stride:
+            return Family(_model_type(type(model)), (), type(module).__name__, "", tried=True)
+    raise not_vouched(model, NotVouched("has no embeddings whose only convolution makes a row of each patch"))
 
 
 def _row_of(model_class: type[PreTrainedModel]) -> Family | Holder | None:

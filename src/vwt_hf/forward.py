@@ -32,8 +32,8 @@ class Forward:
     plan: Kept | Grouped | None = None
     """What became of the patches; `None` before the embeddings ran, and where they stay as they are."""
     real: torch.Tensor | None = None
-    """Which rows of the tower's output are no padding, (batch, rows), where its images are padded; before its embeddings
-    ran, which of its patches the caller says are none."""
+    """Which rows of the tower's output are no padding, (batch, rows), where its images are padded; before its
+    embeddings ran, which of its patches the caller says are none."""
     folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
     """What `attention.fold_bias` adds to queries and keys, which is the same in every layer."""
 

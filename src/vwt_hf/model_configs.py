@@ -96,7 +96,7 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     return metaclass(plain.__name__, (plain,), body)
 
 
-def _empty(plain: type[PreTrainedConfig], by_plan: bool) -> PreTrainedConfig:
+def _empty(plain: Any, by_plan: bool) -> PreTrainedConfig:
     """A config without any field: what `pickle` and `copy` start from."""
     config_class = config_subclass(plain, by_plan)
     return config_class.__new__(config_class)
@@ -105,7 +105,6 @@ def _empty(plain: type[PreTrainedConfig], by_plan: bool) -> PreTrainedConfig:
 def is_typed(vwt: Any) -> bool:
     """Whether a user made this value of `vwt`: what a config.json gives is never of these types."""
     return isinstance(vwt, (VWTConfig, VisualVocabulary, os.PathLike))
-
 
 
 SETTING = property(_read_setting, _write_setting, doc="What `vwt` asks for: a setting as JSON, or `None`.")

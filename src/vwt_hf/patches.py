@@ -122,5 +122,3 @@ def padded_places(spatial_shapes: torch.Tensor, patches: int) -> tuple[torch.Ten
     columns = columns.unsqueeze(1)
     places = torch.stack((index // columns, index % columns), dim=-1)
     return places.float(), index < rows.unsqueeze(1) * columns
-
-

@@ -12,8 +12,9 @@ import torch
 
 from .config import VWTConfig
 from .layout import group
+from .patches import Patches
+from .plans import Kept
 from .terminal import printable, write_file
-from .tokenizer import choose_patches
 from .words import index_words, nearest_words, patch_grid, patchify
 
 if TYPE_CHECKING:
@@ -190,10 +191,11 @@ def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
 def kept_mask(pixel_values: torch.Tensor, patch_size: tuple[int, int], setting: VWTConfig) -> torch.Tensor:
     """Which patches stay, (batch, rows, columns), bool: the choice of the compressed model itself."""
     rows, columns = patch_grid(pixel_values, patch_size)
-    keep = setting.patches_kept(rows * columns)
-    kept = choose_patches(patchify(pixel_values, patch_size), (rows, columns), keep, setting)
+    plan = setting.plan(Patches(pixel_values, patch_size, pixel_values.shape[1], 0, (rows, columns)))
     mask = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool, device=pixel_values.device)
-    mask.scatter_(1, kept.expand(len(pixel_values), -1), True)
+    if not isinstance(plan, Kept):  # all stay, or stand for others
+        return torch.ones_like(mask).unflatten(1, (rows, columns)).cpu()
+    mask.scatter_(1, plan.kept.expand(len(pixel_values), -1), True)
     return mask.unflatten(1, (rows, columns)).cpu()
 
 

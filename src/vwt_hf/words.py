@@ -7,6 +7,7 @@ column), as its projection's weight is.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import operator
 import threading
@@ -29,6 +30,16 @@ _KEPT = 2**24
 """Bytes of choices that are the same for all images and are kept for the next ones, in all."""
 _KEPT_MOST = 64
 """Choices kept."""
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast, which would compute in half precision.
+
+    It leaves no trace in what is exported where autocast is off: torch cannot load a program with one.
+    """
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def patch_grid(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
@@ -251,7 +262,7 @@ def nearest_kept(
     Returns:
         (batch, patches), int64 in [0, keep).
     """
-    with torch.autocast(patches.device.type, enabled=False), torch.no_grad():
+    with without_autocast(patches.device), torch.no_grad():
         values = patches.float()
         counts = None if real is None or stays is None else real.unsqueeze(2) & stays.unsqueeze(1)
         distance = _relative(_distances(values, kept), counts)
@@ -337,7 +348,7 @@ def index_words(words: torch.Tensor) -> WordIndex:
     Args:
         words: (size, channels · patch height · patch width).
     """
-    with torch.autocast(words.device.type, enabled=False):
+    with without_autocast(words.device):
         return WordIndex(torch.nn.functional.normalize(words.float(), dim=1))
 
 
@@ -358,7 +369,7 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
         (batch, patches), int64: a word in [0, size), or size + the patch's own index.
     """
     # Autocast would search in half precision.
-    with torch.autocast(patches.device.type, enabled=False):
+    with without_autocast(patches.device):
         return _nearest_words(patches.float(), index.words, threshold)
 
 

@@ -87,7 +87,7 @@ def work(args: argparse.Namespace) -> None:
     from ..compress import compress
     from ..demo_weights import convert
     from ..evaluation import cosines, count_tokens, share, time_in_turn, usable_device
-    from ..families import family_of, find_embeddings, patch_shape
+    from ..families import family_of, find_tower
     from ..image_source import pixel_batches
     from ..processors import load_processor, quiet_transformers, whole_images
     from ..visualize import kept_patches_figure, require_matplotlib, write_png
@@ -126,10 +126,9 @@ def work(args: argparse.Namespace) -> None:
     tokens = [round(count / len(paths)) for count in counted]
 
     normalised = getattr(processor, "do_normalize", False)
-    family = family_of(plain)
     figure = kept_patches_figure(
         shown,
-        patch_shape(find_embeddings(plain, family), family)[1],
+        find_tower(plain, family_of(plain)).patch_size,
         settings,
         names=[path.stem.replace("_", " ") for path in paths[:ROWS]],
         captions=[

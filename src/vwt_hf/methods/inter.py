@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from typing import Any
 
 import torch
@@ -106,15 +107,27 @@ class InterConfig(VWTConfig):
             )
         if self.saved_as is not None and not (isinstance(self.saved_as, str) and SAVED_AS.fullmatch(self.saved_as)):
             raise ValueError(f"VWTConfig.saved_as is {shown(self.saved_as)}; expected None or 16 digits from 0 to f.")
-        for field, positive in (("image_mean", False), ("image_std", True)):
-            value = getattr(self, field)
-            if value is not None:
-                object.__setattr__(self, field, checked_statistics(f"VWTConfig.{field}", value, positive=positive))
+        for field, least in (("image_mean", -sys.float_info.max), ("image_std", sys.float_info.min)):
+            values = getattr(self, field)
+            if values is None:
+                continue
+            allowed = isinstance(values, (list, tuple)) and values
+            if not allowed or not all(is_number(value) and least <= value <= sys.float_info.max for value in values):
+                kind = "positive numbers" if least > 0 else "numbers"
+                raise ValueError(
+                    f"VWTConfig.{field} is {shown(values)}; expected None or {kind}, one for each channel."
+                )
+            object.__setattr__(self, field, tuple(map(float, values)))
         if self.output == "compressed":
             raise ValueError(
                 "VWTConfig.output is 'compressed', but under method='inter' the images of a batch have different "
                 "numbers of tokens, which no one tensor holds; use output='full'."
             )
+
+    def require_sane(self) -> None:
+        for field, positive in (("image_mean", False), ("image_std", True)):
+            if getattr(self, field) is not None:
+                checked_statistics(f"VWTConfig.{field}", getattr(self, field), positive=positive)
 
     @property
     def groups(self) -> bool:

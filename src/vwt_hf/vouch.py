@@ -1,0 +1,102 @@
+"""The general rule: a vision transformer of a model type without a row in the family table, tried before it is trusted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .families import NotVouched, Tower, find_layers, not_vouched
+
+MOST_PREFIX = 16
+"""Prefix tokens that are believed; more rows than that beside the patches are something else."""
+NEAR = 1e-3
+"""How far apart, in shares of the largest value, outputs may be that are the same but for rounding."""
+@torch.no_grad()
+def vouch(model: PreTrainedModel, tower: Tower) -> None:
+    """Tries on noise what the general rule rests on: each patch is one row, and layers do not ask where a row lies.
+
+    Raises:
+        NotVouched: it does not hold, or it cannot be tried.
+    """
+    try:
+        _vouch(tower)
+    except NotVouched as error:
+        raise not_vouched(model, error) from error
+
+
+def _vouch(tower: Tower) -> None:
+    if not find_layers(tower.module):
+        raise NotVouched("has no layers of a kind that transformers checkpoints")
+    if not getattr(tower.module, "_supports_attention_backend", False):
+        raise NotVouched("has attention that does not go through transformers' AttentionInterface")
+    if any(parameter.is_meta for parameter in tower.module.parameters()):
+        raise NotVouched("has weights that are elsewhere, so it cannot be tried; load it whole")
+    training = [module for module in tower.module.modules() if module.training]
+    tower.module.eval()
+    try:
+        _try(tower)
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        raise NotVouched(f"cannot be tried on an image ({str(error).splitlines()[0]})") from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _try(tower: Tower) -> None:
+    size = tower.module.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    rows, columns = height // tower.patch_size[0], width // tower.patch_size[1]
+    patches, middle = rows * columns, (rows // 2) * columns + columns // 2
+    weight = next(parameter for parameter in tower.module.parameters() if parameter.is_floating_point())
+    noise = torch.randn(2, tower.channels, height, width, generator=torch.Generator().manual_seed(0))
+    pixel_values = noise.to(weight.device, weight.dtype)
+
+    embedded, plain = _run(tower, pixel_values, lambda tokens: tokens)
+    prefix = embedded.shape[1] - patches
+    if not 0 <= prefix <= MOST_PREFIX or plain.shape != embedded.shape:
+        raise NotVouched(f"makes {embedded.shape[1]} rows of {patches} patches and gives {tuple(plain.shape)} out")
+    other = pixel_values.clone()
+    top, left = (middle // columns) * tower.patch_size[0], (middle % columns) * tower.patch_size[1]
+    other[..., top : top + tower.patch_size[0], left : left + tower.patch_size[1]] += 1
+    changed, _ = _run(tower, other, lambda tokens: tokens)
+    rows_changed = (changed != embedded).any(dim=2).any(dim=0).nonzero().flatten().tolist()
+    if rows_changed != [prefix + middle]:
+        raise NotVouched(f"changes rows {rows_changed[:5]} with patch {middle}, which should be row {prefix + middle}")
+    order = torch.cat((torch.arange(prefix), prefix + torch.randperm(patches, generator=torch.Generator().manual_seed(0))))
+    order = order.to(weight.device)
+    _, shuffled = _run(tower, pixel_values, lambda tokens: tokens[:, order])
+    if (shuffled - plain[:, order]).abs().max() > NEAR * plain.abs().max():
+        raise NotVouched("answers by where in the sequence a patch lies, by more than the positions in its embeddings")
+    kept = prefix + patches // 2
+    _, short = _run(tower, pixel_values, lambda tokens: tokens[:, :kept])
+    if short.shape[1] != kept:
+        raise NotVouched(f"gives {short.shape[1]} hidden states of {kept} tokens")
+
+
+def _run(tower: Tower, pixel_values: torch.Tensor, change: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the embeddings give, and what the tower gives when they give that, changed."""
+    taken = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor):
+            raise NotVouched("has embeddings that give more than tokens")
+        taken.append(output)
+        return change(output)
+
+    with _hooked(tower.embeddings, hook):
+        output = tower.module(pixel_values)
+    return taken[0], output[0]
+
+
+@contextlib.contextmanager
+def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
