@@ -1,7 +1,7 @@
 """Processes that are killed while they save: what they were writing over is found whole, old or new, never a mixture.
 
-Each one is forked, so that a kill takes milliseconds. VWT_LONG=1 kills a thousand instead of a hundred, at random times
-by a seed that it prints; VWT_SEED gives that seed.
+Each one is forked, so that a kill takes milliseconds. The short form kills at every step of each kind of save and at a
+few random times, VWT_LONG=1 a thousand times, by a seed that failing tests print; VWT_SEED gives that seed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ resource = pytest.importorskip("resource")
 
 LONG = os.environ.get("VWT_LONG") == "1"
 SEED = int(os.environ.get("VWT_SEED", random.randrange(2**32) if LONG else 0))
-AT_RANDOM = 170 if LONG else 4
+AT_RANDOM = 200 if LONG else 4
 """Kills of each kind of save at a random time."""
 TOGETHER = 60 if LONG else 4
 """Pairs of processes that save at once."""
