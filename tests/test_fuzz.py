@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 
 def trying(examples: int, drawing: fuzzing.Drawing) -> Callable[[Callable[[Case], None]], Callable[[str], None]]:
-    """Makes a claim about a case a test of every model, on so many cases each, with settings as `drawing` draws them."""
+    """Makes a claim about a case a test of every model, on so many cases each with settings as `drawing` draws."""
 
     def tested(claim: Callable[[Case], None]) -> Callable[[str], None]:
         def test(name: str) -> None:
