@@ -24,6 +24,7 @@ def grey(values: np.ndarray) -> np.ndarray:
     return np.repeat(np.rint(255 * values)[..., None], 3, axis=2)
 
 
+@pytest.mark.filterwarnings("error")  # numbers that no byte holds
 @pytest.mark.parametrize(
     ("values", "name"),
     [
