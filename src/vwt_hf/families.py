@@ -15,7 +15,6 @@ from . import attention
 from .plans import Grouped, Kept, with_prefix
 from .words import gather_patches
 
-
 HEADS = ("Model", "ForImageClassification")
 """How names of classes end that give out hidden states, or whose heads read CLS or a mean and so take fewer tokens."""
 

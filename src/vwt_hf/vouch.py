@@ -1,4 +1,4 @@
-"""The general rule: a vision transformer of a model type without a row in the family table, tried before it is trusted."""
+"""The general rule: a vision transformer whose model type has no row in the family table, tried before it is trusted."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ MOST_PREFIX = 16
 """Prefix tokens that are believed; more rows than that beside the patches are something else."""
 NEAR = 1e-3
 """How far apart, in shares of the largest value, outputs may be that are the same but for rounding."""
+
+
 @torch.no_grad()
 def vouch(model: PreTrainedModel, tower: Tower) -> None:
     """Tries on noise what the general rule rests on: each patch is one row, and layers do not ask where a row lies.
@@ -67,7 +69,9 @@ def _try(tower: Tower) -> None:
     rows_changed = (changed != embedded).any(dim=2).any(dim=0).nonzero().flatten().tolist()
     if rows_changed != [prefix + middle]:
         raise NotVouched(f"changes rows {rows_changed[:5]} with patch {middle}, which should be row {prefix + middle}")
-    order = torch.cat((torch.arange(prefix), prefix + torch.randperm(patches, generator=torch.Generator().manual_seed(0))))
+    order = torch.cat(
+        (torch.arange(prefix), prefix + torch.randperm(patches, generator=torch.Generator().manual_seed(0)))
+    )
     order = order.to(weight.device)
     _, shuffled = _run(tower, pixel_values, lambda tokens: tokens[:, order])
     if (shuffled - plain[:, order]).abs().max() > NEAR * plain.abs().max():
