@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -129,7 +130,10 @@ def _hook_in(
             module.register_forward_pre_hook(OfWholeImage(), with_kwargs=True)
             module.register_forward_hook(Bias())
     if by_sizes:
-        attend_by_plan(tower.module.config)
+        # More than one where a part is a copy, as PEFT's modules to save are.
+        for config in [module.__dict__.get("config") for module in tower.module.modules()]:
+            if isinstance(config, PreTrainedConfig):
+                attend_by_plan(config)
         for module, stand_in in attentions:
             setattr(module, _slot(module), StandIn(stand_in, module))
         if setting.restores:
@@ -264,17 +268,18 @@ class Begin(Hook):
     strips_mask: bool
     """Whether images come as padded patches. What tells padding from patches is taken from the tower and left for its
     head: layers see tokens, of which none is padding or the plan says so."""
-    _members: tuple[int, frozenset[int]] | None = None
+    _members: weakref.WeakSet[nn.Module] | None = None
 
     @torch.compiler.disable
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.by_sizes:
             attention.require_usable(tower)  # `set_attn_implementation` may have come after `compress`
             if torch.is_grad_enabled():
-                attention.carry_through_checkpoints(find_layers(tower))
-        if self._members is None or self._members[0] != id(tower):
-            self._members = id(tower), frozenset(map(id, tower.modules()))
-        forward = begin_forward(tower, self._members[1], self.relative)
+                attention.carry_through_checkpoints(tower)
+        members = self._members
+        if members is None or tower not in members:  # as in a copy for another thread, which has these hooks, too
+            members = self._members = weakref.WeakSet(tower.modules())
+        forward = begin_forward(tower, members, self.relative)
         if not self.strips_mask:
             return None
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -345,9 +350,10 @@ def _tokens_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _plan_under_way() -> Kept | Grouped | None:
+def _plan_of(module: nn.Module) -> Kept | Grouped | None:
+    """The plan of the forward that `module` runs in as a part of its tower, if there is one."""
     forward = current_forward()
-    return None if forward is None else forward.plan
+    return forward.plan if forward is not None and forward.has(module) else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -360,15 +366,15 @@ class Rotate(Hook):
         if not self.reduce.setting.shortens:
             return output
         if self.reduce.follows:
-            return self._rotate_as_told(output)
+            return self._rotate_as_told(rotary, output)
         pixel_values = args[0] if args else kwargs["pixel_values"]
         patches = self.reduce.patches(pixel_values, output[0].shape[0])
         plan = self.reduce.setting.plan(patches)
         return output if plan is None else plan.rotate(output)
 
     @torch.compiler.disable
-    def _rotate_as_told(self, output: Any) -> Any:
-        plan = _plan_under_way()
+    def _rotate_as_told(self, rotary: nn.Module, output: Any) -> Any:
+        plan = _plan_of(rotary)
         return output if plan is None else plan.rotate(output)
 
 
@@ -384,7 +390,7 @@ class Bias(Hook):
 
     @torch.compiler.disable
     def __call__(self, bias: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        plan = _plan_under_way()
+        plan = _plan_of(bias)
         return output if plan is None else plan.bias(output)
 
 
@@ -394,7 +400,7 @@ class MaskPadding(Hook):
     @torch.compiler.disable
     def __call__(self, head: nn.Module, args: Any) -> Any:
         forward = current_forward()
-        return args if forward is None else (args[0], forward.real)
+        return (args[0], forward.real) if forward is not None and forward.has(head) else args
 
 
 class Expand(Hook):
@@ -403,7 +409,7 @@ class Expand(Hook):
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        plan = _plan_under_way()
+        plan = _plan_of(module)
         if not isinstance(plan, Grouped):
             return output
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import sys
+import types
+import weakref
 from typing import Any
 
 import torch
@@ -23,8 +26,8 @@ class Forward:
 
     tower: Any
     """The vision tower that runs."""
-    members: frozenset[int]
-    """The `id` of each module of the tower."""
+    members: weakref.WeakSet[nn.Module]
+    """The modules of the tower that are known."""
     relative: bool
     """Whether its attention is given a bias by where patches lie to each other, in place of a mask."""
     outer: Forward | None
@@ -34,6 +37,8 @@ class Forward:
     real: torch.Tensor | None = None
     """Which rows of the tower's output are no padding, (batch, rows), where its images are padded; before its
     embeddings ran, which of its patches the caller says are none."""
+    called_by: types.FrameType | None = None
+    """The call of the tower, while it runs; `None` once it has ended."""
     folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
     """What `attention.fold_bias` adds to queries and keys, which is the same in every layer."""
 
@@ -47,18 +52,39 @@ class Forward:
         """Whether layers draw random numbers for each sequence, as stochastic depth does in training."""
         return self.tower.training and getattr(self.tower.config, "drop_path_rate", 0) > 0
 
+    @property
+    def left(self) -> bool:
+        """Whether the call of the tower is over and no hook was told, as by an interrupt (`KeyboardInterrupt`)."""
+        if self.called_by is None:
+            return False
+        try:
+            self.called_by.clear()  # refused while the call runs, in whichever thread
+        except RuntimeError:
+            return False
+        return True
+
+    def has(self, module: nn.Module) -> bool:
+        """Whether `module` is a part of the tower, also one that was put into it after it first ran."""
+        if module not in self.members and any(module is part for part in self.tower.modules()):
+            self.members.add(module)
+        return module in self.members
+
 
 _current: contextvars.ContextVar[Forward | None] = contextvars.ContextVar("vwt_hf forward", default=None)
 
 
 def current_forward() -> Forward | None:
     """The forward that this code runs in; `None` if it runs in none of a compressed tower."""
-    return _current.get()
+    forward = _current.get()
+    while forward is not None and forward.left:
+        forward = forward.outer
+        _current.set(forward)
+    return forward
 
 
-def begin_forward(tower: nn.Module, members: frozenset[int], relative: bool) -> Forward:
+def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool) -> Forward:
     """Begins a forward of `tower`, within the one that is under way if there is one."""
-    forward = Forward(tower, members, relative, outer=_current.get())
+    forward = Forward(tower, members, relative, outer=current_forward(), called_by=_calling_frame())
     _current.set(forward)
     return forward
 
@@ -68,10 +94,19 @@ def end_forward(tower: nn.Module) -> Forward | None:
     forward = _current.get()
     while forward is not None:
         _current.set(forward.outer)
+        forward.called_by = None  # a frame holds what its call was given
         if forward.tower is tower:
             return forward
         forward = forward.outer
     return None
+
+
+def _calling_frame() -> types.FrameType | None:
+    """Where torch calls the module whose hook this is called from."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals is not nn.modules.module.__dict__:
+        frame = frame.f_back
+    return frame
 
 
 def run_within(forward: Forward | None, function: Any, *args: Any) -> Any:
@@ -89,8 +124,8 @@ def forward_of(module: nn.Module) -> Forward:
     Raises:
         RuntimeError: there is none.
     """
-    forward = _current.get()
-    if forward is None or id(module) not in forward.members:
+    forward = current_forward()
+    if forward is None or not forward.has(module):
         raise RuntimeError(
             f"{type(module).__name__} ran outside the call of its compressed model, which says what its tokens stand "
             "for and gives every patch its own in the end. Call model(...), not model.forward(...) or a layer."

@@ -7,6 +7,7 @@ they run by a plan they are told so. What is stored in a config never is of a fo
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import os
 from typing import Any
@@ -51,10 +52,10 @@ class _StandsFor(type):
     """Of a class that is found in dicts where its parent is, as Auto classes look for a config's model."""
 
     def __eq__(cls, other: object) -> bool:
-        return other is cls or other is cls.__mro__[1]
+        return isinstance(other, type) and _plain_class(other) is _plain_class(cls)
 
     def __hash__(cls) -> int:
-        return hash(cls.__mro__[1])
+        return hash(_plain_class(cls))
 
 
 @functools.cache
@@ -76,8 +77,8 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     def read_implementation(self: PreTrainedConfig) -> str | None:
         base = plain._attn_implementation.fget(self)
         forward = current_forward()
-        if forward is None or forward.grouped is None or forward.tower.config is not self:
-            return base
+        if forward is None or forward.grouped is None:
+            return base  # else attention looks whether it is of that forward: a layer may have a copy of the config
         return BY_PLAN + (base or "eager")
 
     def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
@@ -93,6 +94,8 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     }
     if by_plan:
         body["_attn_implementation"] = property(read_implementation, plain._attn_implementation.fset)
+    # By its name `pickle` would find the plain class.
+    copyreg.pickle(metaclass, lambda _: (config_subclass, (plain, by_plan)))
     return metaclass(plain.__name__, (plain,), body)
 
 
