@@ -151,10 +151,10 @@ def _lay_out(
     """A layout whose images start at the rows `starts` (batch,)."""
     own = torch.arange(prefix, device=starts.device).expand(starts.shape[0], -1)
     rows = torch.cat((own, token_of_patch + prefix), dim=1) + starts.unsqueeze(1)
-    counts = torch.ones(rows.shape, device=starts.device)
+    counts = torch.ones(rows.shape, device=starts.device, dtype=torch.float32)
     if real is not None:
         counts[:, prefix:] = real
-    sizes = torch.zeros(shape[0] * shape[1], device=starts.device).scatter_add_(0, rows.flatten(), counts.flatten())
+    sizes = counts.new_zeros(shape[0] * shape[1]).scatter_add_(0, rows.flatten(), counts.flatten())
     return Layout(rows, sizes.view(shape), prefix, runs, packed, real)
 
 

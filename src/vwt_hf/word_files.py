@@ -72,11 +72,11 @@ def read_safetensors(
         words, counts = _described_tensors(header, shape)
         if sha256 is not None:
             _require_content(file, sha256)
-        read = torch.empty(words["shape"])
+        read = torch.empty(words["shape"], dtype=torch.float32, device="cpu")
         _read_values(file, start + words["data_offsets"][0], _DTYPES[words["dtype"]], into=read)
         if counts is None:
             return read, None
-        numbers = torch.empty(counts["shape"], dtype=torch.int64)
+        numbers = torch.empty(counts["shape"], dtype=torch.int64, device="cpu")
         _read_values(file, start + counts["data_offsets"][0], torch.int64, into=numbers)
         return read, numbers
 
@@ -204,7 +204,7 @@ def read_bare_tensor(path: Path, shape: tuple[int, ...], scale: torch.Tensor, sh
             records = _records(archive, path.stat().st_size)
             tensor = _described(archive.read(records["data.pkl"]))
             record = _require_dense(tensor, values, records)
-            read = torch.empty(tensor.shape[0], *shape)
+            read = torch.empty(tensor.shape[0], *shape, dtype=torch.float32, device="cpu")
             with archive.open(record) as file:
                 for part in read.split(max(1, _PIECE // values)):
                     raw = bytearray(_exactly(file, part.numel() * tensor.stored.dtype.itemsize))
