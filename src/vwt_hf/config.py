@@ -69,7 +69,7 @@ class VWTConfig:
     output: str | None = None
     proportional_attention: bool = True
 
-    def __new__(cls, method: Any = "intra", *args: Any, **fields: Any) -> VWTConfig:
+    def __new__(cls, /, method: Any = "intra", *args: Any, **fields: Any) -> VWTConfig:
         if cls is VWTConfig:
             from .methods import METHODS
 
@@ -85,6 +85,14 @@ class VWTConfig:
         def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
+        from .methods import METHODS
+
+        require_choice("method", self.method, tuple(METHODS))
+        if not isinstance(self, METHODS[self.method]):
+            raise ValueError(
+                f"VWTConfig.method is {self.method!r}, but the other fields are those of another method; make a "
+                f"VWTConfig(method={self.method!r}, ...) of its own."
+            )
         if self.output is not None:
             require_choice("output", self.output, OUTPUTS)
         if not isinstance(self.proportional_attention, bool):
@@ -133,6 +141,10 @@ class VWTConfig:
     def words_to_save(self) -> VisualVocabulary | None:
         """Words that a model with this setting takes along where it is saved; `None` if there are none."""
         return None
+
+    def is_saved_as(self, vwt: Any) -> bool:
+        """Whether `vwt`, of a config, is this setting, wherever its words lie."""
+        return isinstance(vwt, dict) and vwt | {"saved_as": None} == self.to_dict() | {"saved_as": None}
 
     def with_saved(self, saved: dict[str, Any]) -> VWTConfig:
         """The setting, given for a checkpoint that was saved with the setting `saved`."""

@@ -149,7 +149,10 @@ class InterConfig(VWTConfig):
     def with_saved(self, saved: dict[str, Any]) -> VWTConfig:
         if self.vocabulary is not None or self.saved_as is not None:
             return self
-        return dataclasses.replace(self, saved_as=saved.get("saved_as"))
+        known: dict[str, Any] = {name: saved.get(name) for name in ("saved_as", "image_mean", "image_std")}
+        setting = dataclasses.replace(self, **{k: v for k, v in known.items() if getattr(self, k) is None})
+        setting.require_sane()
+        return setting
 
     def prepared(self, model: ModelFacts) -> VWTConfig:
         setting, vocabulary = self, self.vocabulary
