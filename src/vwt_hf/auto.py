@@ -19,17 +19,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import attention
-from .beside import remove_other_words, seal_words, write_words
+from .beside import remove_other_words, seal_words, words_folder, write_words
 from .compress import compress_by, configs_of, own_config, parts_of, restore, setting_of
 from .config import VWTConfig
 from .families import require_supported
 from .model_configs import SETTING, is_typed
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 _NOT_GIVEN: Any = object()
 _REPLACED = (
     (PreTrainedConfig, "from_dict"),
@@ -182,7 +182,7 @@ def _saving(original: Any) -> Any:
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, save_directory, *args, **kwargs)
         call.apply_defaults()
-        parts = [part for part in parts_of(self) if setting_of(part) is not None]
+        parts = _compressed_parts(self)
         _gather_settings(self, parts)
         words = {}
         for part in parts:
@@ -197,22 +197,37 @@ def _saving(original: Any) -> Any:
             for part, vocabulary in words.items():
                 saved_as.append(write_words(folder, vocabulary))
                 part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
-        options: dict[str, Any] = {}
-        # The original uploads what it wrote itself; `push_to_hub` uploads the words, too.
-        push = words and call.arguments["push_to_hub"]
-        if push:
-            call.arguments["push_to_hub"] = False
-            rest = call.arguments["kwargs"]
-            options = {name: rest.pop(name) for name in PUSH_KWARGS if name in rest}
-        saved = original(*call.args, **call.kwargs)
+        upload = self._upload_modified_files
+
+        def upload_sealed(working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any) -> Any:
+            """What the original calls when all is written, to upload what was not there before it began."""
+            seal_words(folder, saved_as)
+            own = set(map(words_folder, saved_as))
+            before = {name: time for name, time in files_timestamps.items() if name not in own}
+            return upload(working_dir, repo_id, before, **kwargs)
+
+        try:
+            if saved_as:
+                self.__dict__["_upload_modified_files"] = upload_sealed
+            saved = original(*call.args, **call.kwargs)
+        finally:
+            self.__dict__.pop("_upload_modified_files", None)
         if writes:
             seal_words(folder, saved_as)
             remove_other_words(folder, saved_as)
-        if push:
-            self.push_to_hub(options.pop("repo_id", folder.name), token=call.arguments["token"], **options)
         return saved
 
     return save_pretrained
+
+
+def _compressed_parts(model: nn.Module) -> list[PreTrainedModel]:
+    """The models in whose config the setting stands that is followed: `model`, or else those of its parts."""
+    inner = list(dict.fromkeys(part for child in model.children() for part in _compressed_parts(child)))
+    if not isinstance(model, PreTrainedModel) or model.config.vwt is None:
+        return inner
+    setting = setting_of(model)
+    # A part may have been compressed anew by itself, and then the whole's setting is none that is followed.
+    return [model] if setting is not None and (setting.is_saved_as(model.config.vwt) or not inner) else inner
 
 
 def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
