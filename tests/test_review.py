@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import pickle
 from pathlib import Path
 
@@ -207,3 +208,22 @@ def test_a_setting_for_words_that_were_saved_keeps_how_they_are_normalised(tmp_p
     loaded = transformers.AutoModel.from_pretrained(tmp_path, vwt=near)
     expected = compress(tiny_model("vit"), dataclasses.replace(words(), threshold=0.2))
     assert torch.equal(answers(loaded, pixel_values), answers(expected, pixel_values))
+
+
+@pytest.mark.parametrize("task", ["image-classification", "image-feature-extraction"])
+def test_a_pipeline_says_where_a_setting_goes_rather_than_leave_it_out(task):
+    model = tiny_model("vit-classifier" if task == "image-classification" else "vit")
+    processor = transformers.ViTImageProcessorPil() if hasattr(transformers, "ViTImageProcessorPil") else None
+    processor = processor or transformers.ViTImageProcessor()
+    for given in ({"vwt": True}, {"vwt": False, "model_kwargs": {}}):
+        with pytest.raises(TypeError, match="model_kwargs="):
+            transformers.pipeline(task, model=model, image_processor=processor, **given)
+
+
+def test_a_seal_that_is_no_file_is_not_waited_for(tmp_path):
+    compress(tiny_model("vit"), words()).save_pretrained(tmp_path)
+    (seal,) = tmp_path.glob("visual_words-*/sealed.json")
+    seal.unlink()
+    os.mkfifo(seal)
+    with pytest.raises(ValueError, match="was not finished"):
+        transformers.AutoModel.from_pretrained(tmp_path)

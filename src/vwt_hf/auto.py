@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pipelines.base import Pipeline
 
 from . import attention
 from .beside import remove_other_words, seal_words, words_folder, write_words
@@ -28,6 +29,7 @@ from .compress import compress_by, configs_of, own_config, parts_of, restore, se
 from .config import VWTConfig
 from .families import require_supported
 from .model_configs import SETTING, is_typed
+from .printable import shown
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _NOT_GIVEN: Any = object()
@@ -37,6 +39,7 @@ _REPLACED = (
     (PreTrainedModel, "_from_config"),
     (PreTrainedModel, "save_pretrained"),
     (PreTrainedTokenizerBase, "from_pretrained"),
+    (Pipeline, "__init__"),
 )
 """The methods of transformers that `register` puts others in place of."""
 _originals: dict[tuple[type, str], Any] = {}
@@ -51,7 +54,7 @@ def register() -> None:
         return
     PreTrainedConfig.vwt = SETTING  # type: ignore[attr-defined]
     attention.register()
-    wraps = (_reading, _loading, _building_from, _saving, _unasked)
+    wraps = (_reading, _loading, _building_from, _saving, _unasked, _explaining)
     for (owner, name), wrap in zip(_REPLACED, wraps, strict=True):
         present = vars(owner)[name]
         _originals[owner, name] = present
@@ -167,6 +170,21 @@ def _unasked(original: Any) -> Any:
         return original(cls, *args, **kwargs)
 
     return from_pretrained
+
+
+def _explaining(original: Any) -> Any:
+    """`Pipeline.__init__` that says where `vwt` goes: some pipelines take any argument and leave it out silently."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> None:
+        if vwt is not _NOT_GIVEN:
+            raise TypeError(
+                f"vwt={shown(vwt)} was given to a pipeline, which hands it on to no model. Write pipeline(..., "
+                'model_kwargs={"vwt": ...}), or compress the model and give that to the pipeline.'
+            )
+        original(self, *args, **kwargs)
+
+    return __init__
 
 
 def _saving(original: Any) -> Any:

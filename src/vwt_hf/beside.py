@@ -96,15 +96,15 @@ def require_sealed(words: Path) -> None:
     """
     folder = words.parent
     advice = "Save the model again, or say with `vwt=...` what to compress it by."
+    if not (words / SEAL).is_file():
+        raise ValueError(
+            f"{folder}: the save that wrote {words.name} was not finished, so config.json, words and weights "
+            f"may be of two models. {advice}"
+        )
     try:
         with (words / SEAL).open("rb") as file:
             prints = json.loads(file.read(MOST_SEAL_BYTES))["weights"]
         sealed = {str(name): str(value) for name, value in prints.items() if WEIGHTS.fullmatch(name)}
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder}: the save that wrote {words.name} was not finished, so config.json, words and weights "
-            f"may be of two models. {advice}"
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{words / SEAL} is damaged; expected the names and prints of weights. {advice}") from error
     for name, value in sealed.items():
