@@ -18,6 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tiny import answers, sample_pixel_values, tiny_model
@@ -227,3 +228,20 @@ def test_a_seal_that_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(seal)
     with pytest.raises(ValueError, match="was not finished"):
         transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_embeddings_that_fsdp_shards_have_the_gradient_of_those_that_it_does_not(tmp_path, pixel_values):
+    def gradient(model: nn.Module) -> torch.Tensor:
+        images = pixel_values.clone().requires_grad_()
+        model(images).last_hidden_state.square().sum().backward()
+        return images.grad
+
+    model = compress(tiny_model("vit"), words())
+    expected = gradient(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model.embeddings)
+        fully_shard(model)
+        torch.testing.assert_close(gradient(model), expected, atol=1e-4, rtol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()

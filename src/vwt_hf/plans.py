@@ -71,10 +71,11 @@ class Grouped:
             return Kept(self.representatives, self.layout.prefix).reduce(tokens)
         prefix = self.layout.prefix
         means = pool(tokens[:, prefix:], self.layout)
-        if prefix:
-            rows = self.layout.rows[:, :prefix].flatten()
-            means.view(-1, means.shape[-1]).index_copy_(0, rows, tokens[:, :prefix].flatten(0, 1))
-        return means
+        if not prefix:
+            return means
+        rows = self.layout.rows[:, :prefix].flatten()
+        # Not in place: of a view that was written to, torch makes the gradient anew, and under FSDP it crashes there.
+        return means.flatten(0, 1).index_copy(0, rows, tokens[:, :prefix].flatten(0, 1)).view_as(means)
 
     def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(sequences, prefix + tokens, hidden) → (batch, prefix + patches, hidden): each patch gets its token's."""
