@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vwt_hf.layout import attention_bias, expand, group, medoids, pool, pool_pairs, put_prefix, represent
+from vwt_hf.layout import attention_bias, expand, group, medoids, pool, pool_pairs, represent
 from vwt_hf.words import (
     gather_patches,
     grid_patches,
@@ -95,14 +95,6 @@ def test_gradients_of_pooling_are_shared_by_the_patches_of_a_token(packed):
     pool(values, group(WORDS, 1, packed)).sum().backward()
     sizes = torch.tensor([[tokens.count(token) for token in tokens] for tokens in TOKENS])
     torch.testing.assert_close(values.grad, (1 / sizes).unsqueeze(-1).expand(-1, -1, 5))
-
-
-def test_prefix_tokens_come_first_in_every_image(packed):
-    layout, prefix = group(WORDS, 2, packed), torch.randn(1, 2, 4)
-    tokens = torch.randn(*layout.sizes.shape, 4)
-    before = by_image(tokens.clone(), layout)
-    for was, found in zip(before, by_image(put_prefix(tokens, prefix, layout), layout), strict=True):
-        assert torch.equal(found[:2], prefix[0]) and torch.equal(found[2:], was[2:])
 
 
 def test_expanding_gives_each_patch_its_token_and_leaves_prefix_tokens(packed):

@@ -33,7 +33,7 @@ def words(**fields) -> VWTConfig:
     return VWTConfig(
         method="inter",
         vocabulary=vocabulary,
-        threshold=0.3,
+        threshold=0.75,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         **fields,
@@ -205,9 +205,9 @@ def test_a_model_whose_parts_peft_copied_before_is_compressed_as_the_plain_one(s
 
 def test_a_setting_for_words_that_were_saved_keeps_how_they_are_normalised(tmp_path, pixel_values):
     compress(tiny_model("vit"), words()).save_pretrained(tmp_path)  # with no image processor beside it
-    near = {"method": "inter", "threshold": 0.2}
+    near = {"method": "inter", "threshold": 0.7}
     loaded = transformers.AutoModel.from_pretrained(tmp_path, vwt=near)
-    expected = compress(tiny_model("vit"), dataclasses.replace(words(), threshold=0.2))
+    expected = compress(tiny_model("vit"), dataclasses.replace(words(), threshold=0.7))
     assert torch.equal(answers(loaded, pixel_values), answers(expected, pixel_values))
 
 

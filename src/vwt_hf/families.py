@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import attention
-from .plans import Grouped, Kept, with_prefix
-from .words import gather_patches
+from .plans import Grouped, Kept
+from .words import gather_patches, with_prefix
 
 HEADS = ("Model", "ForImageClassification")
 """How names of classes end that give out hidden states, or whose heads read CLS or a mean and so take fewer tokens."""

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .printable import printable
 from .processors import whole_images
-from .terminal import printable
 from .words import patchify
 
 FORMATS = (

@@ -235,18 +235,6 @@ def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
     )
 
 
-def put_prefix(tokens: torch.Tensor, prefix: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Writes the prefix tokens, which all images share, into their rows, in place.
-
-    Args:
-        tokens: (sequences, tokens, hidden), contiguous.
-        prefix: (1, prefix tokens, hidden).
-    """
-    rows = layout.rows[:, : layout.prefix].flatten()
-    shared = prefix.to(tokens.dtype).expand(layout.rows.shape[0], -1, -1).flatten(0, 1)
-    return tokens.view(-1, tokens.shape[-1]).index_copy_(0, rows, shared).view_as(tokens)
-
-
 def expand(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Gives each patch its token's hidden state: the way back to one value a patch, and to the order of the images.
 

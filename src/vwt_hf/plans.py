@@ -11,7 +11,7 @@ import dataclasses
 import torch
 
 from .layout import Layout, expand, medoids, pool, pool_pairs
-from .words import gather_pairs, gather_patches
+from .words import gather_pairs, gather_patches, with_prefix
 
 Rotations = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine of the angles by which rotary positions turn queries and keys."""
@@ -107,9 +107,3 @@ class Grouped:
         """What `bias` gave, for the tokens of each run if packed, else for all images: (images or 1, heads, tokens,
         tokens), added to attention logits."""
         return (bias,) if self.representatives is not None else pool_pairs(bias, self.layout)
-
-
-def with_prefix(kept: torch.Tensor, prefix: int) -> torch.Tensor:
-    """(batch or 1, keep) indices of patches → (batch or 1, prefix + keep) rows, those of the prefix tokens first."""
-    own = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
-    return torch.cat((own, kept + prefix), dim=1)

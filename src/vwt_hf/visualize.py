@@ -14,7 +14,8 @@ from .config import VWTConfig
 from .layout import group
 from .patches import Patches
 from .plans import Kept
-from .terminal import printable, write_file
+from .printable import printable
+from .terminal import write_file
 from .words import index_words, nearest_words, patch_grid, patchify
 
 if TYPE_CHECKING:

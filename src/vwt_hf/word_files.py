@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .printable import plain, shown
+from .printable import printable, shown
 
 MOST_BYTES = 2**32
 """Of the words in float32: 1.4 million words of 16×16 RGB pixels."""
@@ -67,7 +67,7 @@ def read_safetensors(
             start, header = _header(file)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"it is truncated or no safetensors file ({plain(str(error))[:200]}); save or download it again"
+                f"it is truncated or no safetensors file ({printable(str(error))[:200]}); save or download it again"
             ) from error
         words, counts = _described_tensors(header, shape)
         if sha256 is not None:
@@ -213,7 +213,7 @@ def read_bare_tensor(path: Path, shape: tuple[int, ...], scale: torch.Tensor, sh
     except _Another as error:
         raise ValueError(f"{error}; {expected}") from error
     except Exception as error:  # whatever zipfile, zlib and pickle raise on what is no such file
-        reason = plain(str(error).strip())[:200] or type(error).__name__
+        reason = printable(str(error).strip())[:200] or type(error).__name__
         raise ValueError(f"it cannot be read as tensors alone, and nothing else is ({reason}); {expected}") from error
 
 

@@ -223,6 +223,12 @@ def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> to
     return _whole_numbers([np.sort(order.ravel().argsort()[:keep])], device)
 
 
+def with_prefix(kept: torch.Tensor, prefix: int) -> torch.Tensor:
+    """(batch or 1, keep) indices of patches → (batch or 1, prefix + keep) rows, those of the prefix tokens first."""
+    own = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
+    return torch.cat((own, kept + prefix), dim=1)
+
+
 def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch.Tensor:
     """What the patches that stay, and the prefix tokens, have for each other.
 
@@ -234,8 +240,7 @@ def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch
     Returns:
         (batch or 1, channels, prefix + keep, prefix + keep).
     """
-    own = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
-    index = torch.cat((own, kept + prefix), dim=1)
+    index = with_prefix(kept, prefix)
     return values[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
 
 
@@ -316,19 +321,6 @@ def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     if patches.shape[0] == 1:
         return patches[0, kept]
     return patches[torch.arange(patches.shape[0], device=kept.device).unsqueeze(1), kept]
-
-
-def patch_strip(patches: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-    """Lays patches side by side as one image, one patch high, that a patch projection turns into their tokens.
-
-    Args:
-        patches: (batch, patches, channels · patch height · patch width).
-        patch_size: height and width of a patch, in pixels.
-
-    Returns:
-        (batch, channels, patch height, patches · patch width).
-    """
-    return patches.unflatten(-1, (-1, *patch_size)).permute(0, 2, 3, 1, 4).flatten(-2)
 
 
 class WordIndex(NamedTuple):
