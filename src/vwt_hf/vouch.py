@@ -1,4 +1,4 @@
-"""The general rule: a vision transformer whose model type has no row in the family table, tried before it is trusted."""
+"""The general rule: a vision transformer whose model type has no row in the family table is tried before it is used."""
 
 from __future__ import annotations
 
