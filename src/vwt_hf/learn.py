@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import time
@@ -15,6 +14,7 @@ import torch
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
+from . import __version__
 from .image_source import PatchBatch, open_images, patch_batches
 from .kmeans import MiniBatchKMeans
 from .processors import processor_statistics
@@ -145,7 +145,7 @@ def learn_words(
         unreadable=done.unreadable,
         inertia=kmeans.inertia,
         seed=seed,
-        library_version=importlib.metadata.version("vwt-hf"),
+        library_version=__version__,
     )
     return words.cpu().unflatten(1, (channels, patch_size, patch_size)), counts.cpu(), info
 
