@@ -33,13 +33,13 @@ CUTS = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a run of learning has come: what it has counted."""
 
     images: int = 0
     unreadable: int = 0
     first_unreadable: list[str] = dataclasses.field(default_factory=list)
     order: str = ""
-    """As `ImageSource.order`."""
+    """`ImageSource.order` of the images that it learns from."""
 
     def add(self, batch: PatchBatch) -> None:
         """Counts a batch's images."""
