@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import vwt_hf
 from loopback_hub import LoopbackHub
@@ -114,7 +115,9 @@ def headings(written: str) -> list[str]:
     return re.findall(r"^#+ (.*)", written, re.MULTILINE)
 
 
-def test_the_python_in_it_runs(tiny_hub: LoopbackHub):
+def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
+    # From the top, transformers 5.17 offers it only with torchvision, as the README says.
+    monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
     printed = blocks("python")
     use: dict[str, Any] = {}
     words: dict[str, Any] = {}
