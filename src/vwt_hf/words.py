@@ -348,8 +348,10 @@ def index_words(words: torch.Tensor) -> WordIndex:
     Args:
         words: (size, channels · patch height · patch width).
     """
-    with without_autocast(words.device):
-        return WordIndex(torch.nn.functional.normalize(words.float(), dim=1))
+    # By numpy, in one thread: torch's wait for one another, for long where other processes have the cores.
+    values = words.detach().float().cpu().numpy()
+    length = np.sqrt(values[:, None] @ values[:, :, None])[:, 0]  # several times as fast as np.linalg.norm
+    return WordIndex(torch.from_numpy(values / np.maximum(length, 1e-12)).to(words.device))
 
 
 @torch.no_grad()
