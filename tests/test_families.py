@@ -9,8 +9,8 @@ from accelerate import cpu_offload
 
 from settings import WORDS, inter
 from tiny import (
+    COMMON,
     MODELS,
-    MORE_MODELS,
     TINY,
     answers,
     forward,
@@ -25,7 +25,7 @@ from vwt_hf.families import UNFIT, family_of, is_of, require_supported
 from vwt_hf.plans import Kept
 from vwt_hf.words import gather_patches, highest, patchify, variance_scores
 
-EVERY = [*MODELS, *MORE_MODELS]
+EVERY = list(MODELS)
 CONTRASTIVE = ["clip", "metaclip-2", "chinese-clip", "altclip", "clipseg", "siglip", "siglip2", "aimv2"]
 BACKBONES = [name for name in EVERY if not name.endswith(("classifier", "projection")) and name not in CONTRASTIVE]
 """Those whose first output is hidden states."""
@@ -181,7 +181,7 @@ def replace(module, output) -> None:
     module.forward = lambda *args, **kwargs: output
 
 
-@pytest.mark.parametrize("name", [name for name in MORE_MODELS if name not in CONTRASTIVE])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*COMMON, *CONTRASTIVE)])
 def test_a_token_is_the_mean_of_the_embeddings_of_its_patches(name, images):
     """The first layer's input, against the plain model's."""
     plain, model = tiny_model(name), compress(tiny_model(name), SETTINGS["packed"])
@@ -255,7 +255,7 @@ def test_models_that_predict_masked_patches_are_refused():
 
 
 def test_a_segmentation_head_reads_every_patch_or_is_refused(images):
-    _, config = MORE_MODELS["clipseg"]
+    _, config = MODELS["clipseg"]
     torch.manual_seed(0)
     size = {"reduce_dim": 8, "extract_layers": [0, 1], "decoder_num_attention_heads": 2, "decoder_intermediate_size": 8}
     segmenting = config(**TINY)
@@ -313,7 +313,7 @@ def test_patches_that_a_caller_masks_are_as_padding(setting, images):
 
 def test_a_mean_of_real_patches_reads_every_patch_or_is_refused(images):
     torch.manual_seed(0)
-    _, config = MORE_MODELS["siglip2"]
+    _, config = MODELS["siglip2"]
     model = transformers.Siglip2ForImageClassification(config(**TINY)).eval()
     with pytest.raises(ValueError, match=r"Siglip2ForImageClassification reads a value for every patch.*'merge'"):
         compress(model, SETTINGS["discard"])

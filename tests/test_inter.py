@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from settings import STATISTICS, WORDS, inter
-from tiny import MODELS, TINY, answers, forward, sample_pixel_values, tiny_model, watch_embeddings
+from tiny import COMMON, TINY, answers, forward, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.families import find_layers
 from vwt_hf.forward import current_forward
@@ -121,7 +121,7 @@ def test_one_word_takes_all_patches_at_threshold_two(model, images, vocabulary):
     assert answers(model, images).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith(("classifier", "projection", "clip"))])
+@pytest.mark.parametrize("name", [name for name in COMMON if not name.endswith(("classifier", "projection", "clip"))])
 def test_every_patch_gets_the_hidden_state_of_its_token(name, images, vocabulary, layout):
     model = compress(tiny_model(name), inter(vocabulary, layout=layout))
     output = model(images, output_hidden_states=True)
