@@ -16,7 +16,6 @@ from vwt_hf import compress, restore
 from vwt_hf.families import FAMILIES
 
 
-
 def one_of_each_family() -> list[str]:
     """The first model of each family that sees images alone."""
     found: dict[str, str] = {}
