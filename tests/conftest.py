@@ -33,7 +33,7 @@ def pixel_values() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def other_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of the tiny models of the common families, written by the transformers at the other end of the declared range."""
+    """Checkpoints of the common tiny models, written by the transformers at the other end of the declared range."""
     if "VWT_OTHER_END" not in os.environ:
         pytest.skip("needs VWT_OTHER_END, the PYTHONPATH of another transformers version; scripts/test.sh sets it")
     folder = tmp_path_factory.mktemp("other-end")

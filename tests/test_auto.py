@@ -113,7 +113,7 @@ def test_a_saved_model_comes_back_with_its_setting_and_without_when_told(model, 
 
 @pytest.mark.parametrize("name", COMMON)
 def test_checkpoints_written_by_the_other_end_of_the_range_load_whole(name, pixel_values, other_end):
-    """`other_end`: checkpoints of the common families, written by another transformers than the one that runs the tests."""
+    """`other_end`: checkpoints written by another transformers than the one that runs the tests."""
     model = tiny_model(name)
     loaded, info = load(model, other_end / name, vwt={"keep_ratio": 1.0}, output_loading_info=True)
     assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))

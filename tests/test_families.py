@@ -44,6 +44,10 @@ every = pytest.mark.parametrize("name", EVERY)
 
 @pytest.fixture
 def images() -> torch.Tensor:
+    return sample_images()
+
+
+def sample_images() -> torch.Tensor:
     """White, noise, nearly flat and half flat: very different lengths."""
     pixel_values = sample_pixel_values(4)
     pixel_values[0] = 1.3
