@@ -32,7 +32,7 @@ def reload(folder: str) -> None:
 
 
 def write_checkpoints(output: str) -> str:
-    """Saves the common tiny models, with its answers, below `output`; returns the transformers version that wrote them."""
+    """Saves the common tiny models, with their answers, below `output`; returns the transformers version."""
     for name in COMMON:
         model = tiny_model(name)
         model.save_pretrained(Path(output, name))
