@@ -104,8 +104,9 @@ def test_pictures_links_and_files_lead_somewhere():
     for document in DOCUMENTS:
         written = (ROOT / document).read_text(encoding="utf-8")
         anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings(written)}
+        assert document != "README.md" or ".png)" in written
         for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", written):
-            assert target.startswith("http") or (ROOT / target).exists(), (document, target)
+            assert target.startswith("https://") or (ROOT / target).exists(), (document, target)
             assert target or anchor in anchors, (document, anchor)
         for target in re.findall(r"`((?:src|tests|scripts|model_cards)/[\w/.]+)`", written):
             assert (ROOT / target).exists(), (document, target)
@@ -118,14 +119,22 @@ def headings(written: str) -> list[str]:
 def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
     # From the top, transformers 5.17 offers it only with torchvision, as the README says.
     monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
-    printed = blocks("python")
+    first, second = blocks("python")
+    loading, in_memory = first.split("# A model in memory")
     use: dict[str, Any] = {}
+    exec(compile(loading, "README.md", "exec"), use)
+    assert use["model"].config.vwt["num_patches"] == 98 and use["classify"].model.config.vwt["keep_ratio"] == 0.5
+    exec(compile(f"# {in_memory}", "README.md", "exec"), use)
+    assert use["model"].config.vwt is None and use["count"].mean == 197
+    for how, keeps in (({}, 0.5), ({"vwt": False}, None)):
+        setting = transformers.AutoModel.from_pretrained("short", **how).config.vwt
+        assert (setting and setting["keep_ratio"]) == keeps
     words: dict[str, Any] = {}
-    for block, names in zip(printed, (use, words), strict=True):
-        exec(compile(block, "README.md", "exec"), names)
-    assert use["count"].mean == 197  # of a model that is plain again
+    exec(compile(second, "README.md", "exec"), words)
     assert {"vocabulary.safetensors", "vocabulary.json"} <= tiny_hub.files("me/my-words").keys()
-    assert words["model"].config.vwt["threshold"] == 0.05
+    assert len(words["words"]) == 1000 and words["words"].patch_size == 16
+    setting = words["model"].config.vwt
+    assert setting["vocabulary"] == "me/my-words" and setting["threshold"] == 0.05
 
 
 def test_the_commands_of_vwt_hf_in_it_run(tiny_hub: LoopbackHub, capsys: pytest.CaptureFixture[str]):

@@ -154,7 +154,7 @@ def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., A
     @functools.wraps(by_plan)
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = current_forward()
-        if forward is not None and id(module) in forward.members:
+        if forward is not None and forward.holds(module):
             return by_plan(module, *args, **kwargs)
         own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)(module, *args, **kwargs)

@@ -38,6 +38,12 @@ class Forward:
     folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
     """What `attention.fold_bias` adds to queries and keys, which is the same in every layer."""
 
+    def holds(self, module: nn.Module) -> bool:
+        """Whether `module` is a part of the tower, which may have got new ones since it was looked at."""
+        if id(module) not in self.members:
+            self.members = frozenset(map(id, self.tower.modules()))
+        return id(module) in self.members
+
     @property
     def grouped(self) -> Grouped | None:
         """The plan, if its tokens stand for different numbers of patches."""
@@ -91,7 +97,7 @@ def forward_of(module: nn.Module) -> Forward:
         RuntimeError: there is none.
     """
     forward = _current.get()
-    if forward is None or id(module) not in forward.members:
+    if forward is None or not forward.holds(module):
         raise RuntimeError(
             f"{type(module).__name__} ran outside the call of its compressed model, which says what its tokens stand "
             "for and gives every patch its own in the end. Call model(...), not model.forward(...) or a layer."
