@@ -85,7 +85,7 @@ def require_usable(tower: Any) -> None:
 
 
 def carry_through_checkpoints(layers: list[nn.Module]) -> None:
-    """Has gradient checkpointing, where it is on, repeat layers with the layout that they first ran with."""
+    """Makes gradient checkpointing, where it is on, repeat each layer within the `Forward` that it first ran in."""
     for layer in layers:
         checkpoint: Any = layer.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint:

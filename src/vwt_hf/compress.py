@@ -109,9 +109,10 @@ def _hook_in(
     """Registers what a compressed tower needs.
 
     Args:
-        by_sizes: whether tokens stand for different numbers of patches, which attention goes by.
+        by_sizes: whether tokens stand for different numbers of patches, so that attention needs the plan.
         relative: the modules that give attention a bias by where patches lie to each other.
-        attentions: those that do not know transformers' interface, and what stands in for their forwards.
+        attentions: attention modules that do not use transformers' `AttentionInterface`, each with the function that
+            replaces its forward.
     """
     follows = setting.shortens and (by_sizes or bool(relative))
     if follows:
@@ -169,7 +170,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configs that the modules of `model` go by, and those within them."""
+    """Every config that a module of `model` holds, and the configs within those, each once."""
     found: dict[int, PreTrainedConfig] = {}
     ahead = [module.__dict__.get("config") for module in model.modules()]
     while ahead:
@@ -181,7 +182,7 @@ def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def parts_of(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """The models whose config holds a setting: `model`, or else models within it that are compressed alone."""
+    """`model` if its config holds a setting, else the models within it whose own configs do: parts compressed alone."""
     found: dict[PreTrainedModel, None] = {}
 
     def look(module: nn.Module) -> None:
@@ -196,7 +197,7 @@ def parts_of(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 
 def setting_of(model: nn.Module) -> VWTConfig | None:
-    """The setting that `model` is compressed by; `None` for a plain one, also if its config is that of a compressed."""
+    """The setting whose hooks `model` has; `None` for a plain model, whatever its config says."""
     for module in model.modules():
         for hook in module._forward_hooks.values():
             if isinstance(hook, Reduce):
@@ -205,7 +206,7 @@ def setting_of(model: nn.Module) -> VWTConfig | None:
 
 
 def lexicon_of(model: nn.Module) -> Any:
-    """The words that `model` groups patches by, as its pixel values are normalised; `None` if it has none."""
+    """The words that `model` groups patches by, mapped to its pixel values; `None` if it has none."""
     return getattr(setting_of(model), "words", None)
 
 
@@ -220,7 +221,7 @@ def own_config(model: PreTrainedModel) -> None:
 
 
 def _slot(module: nn.Module) -> str:
-    """Where the forward of `module` is kept: accelerate's hooks (`device_map`) wrap it, and keep it elsewhere."""
+    """The attribute that holds the forward of `module`: accelerate (`device_map`) moves it to another and wraps it."""
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
@@ -255,15 +256,15 @@ class Hook:
 
 @dataclasses.dataclass(eq=False)
 class Begin(Hook):
-    """Forward pre-hook of a vision tower: begins a forward, by which its parts find each other."""
+    """Forward pre-hook of a vision tower: begins the `Forward` that its embeddings, attention and heads share."""
 
     relative: bool
     """Whether its attention is given a bias by where patches lie to each other."""
     by_sizes: bool
-    """Whether attention goes by how many patches tokens stand for."""
+    """Whether tokens stand for different numbers of patches, so that attention needs the plan."""
     strips_mask: bool
-    """Whether images come as padded patches. What tells padding from patches is taken from the tower and left for its
-    head: layers see tokens, of which none is padding or the plan says so."""
+    """Whether images come as padded patches. Then `pixel_attention_mask` is kept from the layers, which see tokens and
+    not patches, and stored in the `Forward` for the head."""
     _members: tuple[int, frozenset[int]] | None = None
 
     @torch.compiler.disable
@@ -295,7 +296,7 @@ class Reduce(Hook):
     patch_size: tuple[int, int]
     channels: int
     follows: bool
-    """Whether what comes after goes by the plan."""
+    """Whether modules that run after the embeddings need the plan, so that it is stored in the `Forward`."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.setting.shortens:
@@ -333,7 +334,7 @@ class Reduce(Hook):
         return self.family.reduces(output, plan)
 
     def patches(self, pixel_values: torch.Tensor, length: int) -> Patches:
-        """The patches of images of one size, of which the embeddings made `length` rows."""
+        """The patches in `pixel_values`, of which the embeddings made `length` rows with their prefix tokens."""
         if self.family.padded is not None:
             return Patches(pixel_values, self.patch_size, self.channels, prefix=0, grid=None)
         grid = patch_grid(pixel_values, self.patch_size)
@@ -373,7 +374,7 @@ class Rotate(Hook):
 
 
 class OfWholeImage(Hook):
-    """Forward pre-hook of a relative position bias: it is asked for that of the whole image, whose size it knows."""
+    """Forward pre-hook of a relative position bias: has it computed for the whole image, not for the fewer tokens."""
 
     def __call__(self, bias: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[:1], {}
@@ -389,7 +390,7 @@ class Bias(Hook):
 
 
 class MaskPadding(Hook):
-    """Forward pre-hook of a head that is told which patches are padding."""
+    """Forward pre-hook of a head that takes a mask of padded patches: gives it the mask of the rows that it gets."""
 
     @torch.compiler.disable
     def __call__(self, head: nn.Module, args: Any) -> Any:
@@ -415,7 +416,7 @@ class Expand(Hook):
 
 
 class End(Hook):
-    """Forward hook of a vision tower: ends its forward, and gives no attention weights out that mean nothing."""
+    """Forward hook of a vision tower: ends its `Forward`, and refuses attention weights, which grouped patches lack."""
 
     @torch.compiler.disable
     def __call__(self, tower: nn.Module, args: Any, output: Any) -> None:

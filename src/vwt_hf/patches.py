@@ -88,7 +88,7 @@ class Patches:
         Args:
             nearest: (batch, patches) int64 in [0, keep): which of `kept` each patch is represented by.
             kept, stays: as for `keep`.
-            proportional: whether attention goes by how many patches a token stands for.
+            proportional: whether a token draws as much attention as the patches that it stands for would.
         """
         if self.real is not None:
             kept, stays = self._real_ones(self.real, kept, stays)

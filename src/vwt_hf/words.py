@@ -1,4 +1,4 @@
-"""Which patches stay: functions on tensors, with no model in sight.
+"""Cutting images into patches, choosing those that stay and finding each patch's word: functions on tensors alone.
 
 Patches are numbered in row-major order, as a ViT's own patch embedding numbers them, and flattened as (channel, row,
 column), as its projection's weight is.
@@ -187,7 +187,10 @@ def random_patches(patches: int, keep: int, seed: int, device: torch.device) -> 
 
 
 def _spread(size: int) -> np.ndarray:
-    """For each number below the first power of two from `size` on: its bits, from the last, as digits of base four."""
+    """The bits of each number in reverse order, read as digits of base four.
+
+    Of all numbers from 0 up to the least power of two that is no less than `size`, which is left out.
+    """
     bits, numbers = (size - 1).bit_length(), np.arange(2 ** (size - 1).bit_length())
     return sum(((numbers >> bit & 1) << 2 * (bits - 1 - bit) for bit in range(bits)), np.zeros_like(numbers))
 
@@ -198,8 +201,9 @@ def _spread_on(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _dither(row: Any, column: Any, spread: Any) -> Any:
-    """When places of a grid come in ordered dithering (Bayer 1973): the first half of them is a checkerboard, the first
-    quarter is every other row and column.
+    """The rank of each place of a grid in ordered dithering (Bayer 1973).
+
+    The first half of the ranks is a checkerboard, the first quarter is every other row and column.
 
     Args:
         row, column: whole numbers.
@@ -224,7 +228,7 @@ def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> to
 
 
 def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch.Tensor:
-    """What the patches that stay, and the prefix tokens, have for each other.
+    """The part of a table of pairs of tokens that is about the prefix tokens and the patches that stay.
 
     Args:
         values: (1, channels, prefix + patches, prefix + patches).
