@@ -18,7 +18,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageC
 import vwt_hf
 from settings import inter
 from test_generation import llava
-from tiny import MODELS, MORE_MODELS, TINY, answers, tiny_model
+from tiny import COMMON, MODELS, TINY, answers, tiny_model
 from vwt_hf import VWTConfig
 
 HALF = {"method": "intra", "keep_ratio": 0.5}
@@ -57,7 +57,7 @@ def test_the_ordinary_class_loads_whole_and_compressed(model, folder, pixel_valu
 def plain_process(tmp_path_factory) -> Path:
     """Every tiny model saved plain and compressed, then loaded and saved again where vwt_hf is not imported."""
     folder = tmp_path_factory.mktemp("plain-process")
-    for name in MODELS | MORE_MODELS:
+    for name in MODELS:
         model = tiny_model(name)
         model.save_pretrained(folder / "plain" / name)
         vwt_hf.compress(model, HALF).save_pretrained(folder / "short" / name)
@@ -69,7 +69,7 @@ def plain_process(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [*MODELS, *MORE_MODELS])
+@pytest.mark.parametrize("name", list(MODELS))
 def test_without_vwt_a_checkpoint_loads_as_if_the_plugin_were_absent(name, pixel_values, plain_process, tmp_path):
     """Class, state dict, answers and the saved config are those of a process that never imports vwt_hf."""
     source, by_plain = plain_process / "plain" / name, plain_process / "plain-again" / name
@@ -82,7 +82,7 @@ def test_without_vwt_a_checkpoint_loads_as_if_the_plugin_were_absent(name, pixel
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads((by_plain / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", [*MODELS, *MORE_MODELS])
+@pytest.mark.parametrize("name", list(MODELS))
 def test_a_saved_model_loads_plain_where_the_plugin_is_absent(name, pixel_values, plain_process):
     plain = answers(tiny_model(name), pixel_values)
     by_plain = torch.load(plain_process / "short-again" / name / "answers.pt")
@@ -111,9 +111,9 @@ def test_a_saved_model_comes_back_with_its_setting_and_without_when_told(model, 
     assert other.config.vwt["keep_ratio"] == 0.9
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", COMMON)
 def test_checkpoints_written_by_the_other_end_of_the_range_load_whole(name, pixel_values, other_end):
-    """`other_end`: checkpoints of every family, written by another transformers than the one that runs the tests."""
+    """`other_end`: checkpoints written by another transformers than the one that runs the tests."""
     model = tiny_model(name)
     loaded, info = load(model, other_end / name, vwt={"keep_ratio": 1.0}, output_loading_info=True)
     assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))

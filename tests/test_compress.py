@@ -16,7 +16,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 import vwt_hf
 from tiny import TINY, answers, forward, sample_pixel_values, tiny_model, traces, watch_embeddings
 from vwt_hf import VWTConfig, compress, restore
-from vwt_hf.words import grid_patches
+from vwt_hf.words import gather_patches, grid_patches, highest, patchify, variance_scores
 
 
 def test_keeping_everything_equals_the_plain_model(model, pixel_values):
@@ -122,10 +122,13 @@ def test_supported_lists_the_families():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_same_patches_and_answers_nearly_the_same(model, pixel_values, dtype):
     pixel_values = pixel_values.to(dtype).float()
-    compress(model, {"keep_ratio": 0.5})
-    expected = answers(model, pixel_values)
-    found = answers(model.to(dtype), pixel_values.to(dtype))
+    whole, short = embedded(model.to(dtype), pixel_values.to(dtype), {"keep_ratio": 0.5})
+    found = answers(model, pixel_values.to(dtype))
     assert found.dtype == dtype
+    kept = highest(variance_scores(patchify(pixel_values, (4, 4))), 32)
+    prefix = whole.shape[1] - 64
+    assert torch.equal(short, torch.cat((whole[:, :prefix], gather_patches(whole[:, prefix:], kept)), dim=1))
+    expected = answers(model.float(), pixel_values)
     torch.testing.assert_close(found.float(), expected, atol=0.08, rtol=0.08)
 
 

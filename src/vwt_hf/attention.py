@@ -92,7 +92,7 @@ def require_usable(tower: Any) -> None:
 
 
 def carry_through_checkpoints(tower: nn.Module) -> None:
-    """Has gradient checkpointing, where it is on, repeat layers with the layout that they first ran with."""
+    """Makes gradient checkpointing, where it is on, repeat each layer within the `Forward` that it first ran in."""
     for module in tower.modules():
         for name in CHECKPOINTS:
             checkpoint: Any = module.__dict__.get(name)
@@ -163,7 +163,7 @@ def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., A
     @functools.wraps(by_plan)
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = current_forward()
-        if forward is not None and forward.has(module):
+        if forward is not None and forward.holds(module):
             return by_plan(module, *args, **kwargs)
         own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)(module, *args, **kwargs)

@@ -43,13 +43,13 @@ _REPLACED = (
 )
 """The methods of transformers that `register` puts others in place of."""
 _originals: dict[tuple[type, str], Any] = {}
-"""What was there before, while registered."""
+"""Transformers' own methods, kept while others are in their place."""
 _building: contextvars.ContextVar[bool] = contextvars.ContextVar("vwt_hf building", default=False)
-"""Whether a model is being built around what this code builds: that model sees to the settings of its parts."""
+"""True while a model is loaded or built: models built within it stay plain, and it compresses its parts afterwards."""
 
 
 def register() -> None:
-    """Has transformers' loading, saving and configs know `vwt`. Idempotent."""
+    """Makes transformers' loading, saving and configs take `vwt`. A second call changes nothing."""
     if _originals:
         return
     PreTrainedConfig.vwt = SETTING  # type: ignore[attr-defined]
@@ -65,6 +65,7 @@ def register() -> None:
 
 
 _ours: dict[tuple[type, str], Any] = {}
+"""The methods put in their place, by which `unregister` sees whether another library has wrapped them."""
 
 
 def unregister() -> None:
@@ -252,7 +253,7 @@ def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> No
     """Has the config of `model` hold the settings of those of its `parts` that are compressed, and no other.
 
     Raises:
-        ValueError: a part was compressed alone, and it is not told which config within the model's is the part's.
+        ValueError: a part was compressed alone, and which config within the model's is the part's cannot be told.
     """
     held = [config for _, config in _within(model.config)]
     mine = [part.config for part in parts]
@@ -313,7 +314,7 @@ def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTCon
 
 @contextlib.contextmanager
 def _said_of(source: Any) -> Iterator[None]:
-    """Has errors name the repository or folder whose config asks for what went wrong."""
+    """Makes errors name the repository or folder `source` whose config.json holds the setting; `None` for none."""
     try:
         yield
     except (FileNotFoundError, TypeError, ValueError) as error:

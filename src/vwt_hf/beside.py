@@ -25,7 +25,7 @@ FOLDER = "visual_words"
 """Below a model's folder: where its words lie. Each save's folder has a name that begins so, and is not within another:
 `push_to_hub` of transformers takes files along that lie one folder deep."""
 SEAL = "sealed.json"
-"""Names the weights that the words were saved with, and what they look like."""
+"""The file in that folder that names the files of weights of the same save, each with a hash of its content."""
 WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)")
 """Files of weights, as transformers names them."""
 MOST_SEAL_BYTES = 1 << 20
@@ -33,7 +33,7 @@ LOOKED_AT = 1 << 20
 """Bytes of a file of weights that its print is made of, beside its length: spread over the whole."""
 BLOCKS = 64
 SAVED_AS = re.compile("[0-9a-f]{16}")
-"""What tells the folder of one save from those of others."""
+"""The form of `VWTConfig.saved_as`, which each save draws at random and ends the name of its folder with."""
 OWN = re.compile(FOLDER + "-[0-9a-f]{16}")
 """Names of such folders."""
 

@@ -28,11 +28,11 @@ class ModelFacts:
     patch_size: tuple[int, int]
     """Height and width of a patch, in pixels."""
     channels: int
-    """Of its images."""
+    """Colour channels of its images: 3 for RGB."""
     present: VWTConfig | None = None
-    """The setting that it has already."""
+    """The setting that it is compressed by already; `None` for a plain model."""
     trusted: bool = True
-    """Whether a user wrote the new setting. One from a config.json may name no folder of this machine."""
+    """Whether a user wrote the setting. One that a config.json holds may name no folder of this machine."""
     hub_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How `source` is read: `token`, `cache_dir`, `local_files_only`, and its `revision` and `subfolder`."""
 
@@ -115,11 +115,13 @@ class VWTConfig:
 
     @property
     def restores(self) -> bool:
-        """Whether what a model gives out has a hidden state for every patch."""
+        """Whether `last_hidden_state` has a row for every patch of the image, not for every token alone."""
         return self.groups if self.output is None else self.output == "full"
 
     def require_sane(self) -> None:
-        """Refuses what is allowed and yet makes no sense, as a file may hold it.
+        """Refuses numbers that are valid and make no sense, such as a standard deviation of 1e-30.
+
+        Called for a setting that is given as a dict, as a config.json holds it.
 
         Raises:
             ValueError: the message names the field, the value and what is expected.
@@ -135,11 +137,11 @@ class VWTConfig:
         return self
 
     def plan(self, patches: Patches) -> Kept | Grouped | None:
-        """What becomes of the patches of a batch; `None` if they stay as they are."""
+        """Decides for a batch which patches stay, or which of them become one token; `None`: all stay as they are."""
         raise NotImplementedError
 
     def words_to_save(self) -> VisualVocabulary | None:
-        """Words that a model with this setting takes along where it is saved; `None` if there are none."""
+        """The words to save beside a model's weights; `None` if there are none, or they are on the Hub."""
         return None
 
     def is_saved_as(self, vwt: Any) -> bool:
@@ -147,7 +149,11 @@ class VWTConfig:
         return isinstance(vwt, dict) and vwt | {"saved_as": None} == self.to_dict() | {"saved_as": None}
 
     def with_saved(self, saved: dict[str, Any]) -> VWTConfig:
-        """The setting, given for a checkpoint that was saved with the setting `saved`."""
+        """This setting, given by a user, with what it lacks of the setting that the checkpoint was saved with.
+
+        Args:
+            saved: the checkpoint's setting, as `to_dict` made it.
+        """
         return self
 
     @classmethod

@@ -1,8 +1,9 @@
 """What one forward of a compressed vision tower knows, and where its parts find it.
 
-A pre-hook of the tower begins a forward, a hook of its embeddings leaves the plan by which patches became tokens, and
-attention, rotations and heads go by it. All of it is one object behind one context variable: each thread and each
-asyncio task has its own, so one model may serve many, and a forward within another's gives way to it when it ends.
+A pre-hook of the tower begins a forward, a hook of its embeddings stores the plan by which patches became tokens, and
+attention, rotations and heads read it. All of it is one object behind one context variable: each thread and each
+asyncio task has its own, so one model may serve many. When a forward ends that ran within another, the other is the
+current one again.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ class Forward:
     members: weakref.WeakSet[nn.Module]
     """The modules of the tower that are known."""
     relative: bool
-    """Whether its attention is given a bias by where patches lie to each other, in place of a mask."""
+    """Whether its attention takes a bias by where patches lie to each other, handed over as its mask."""
     outer: Forward | None
     """The forward that this one runs within, of another model; `None` if there is none."""
     plan: Kept | Grouped | None = None
-    """What became of the patches; `None` before the embeddings ran, and where they stay as they are."""
+    """Which tokens the patches became; `None` before the embeddings ran, and where all patches stay as they are."""
     real: torch.Tensor | None = None
-    """Which rows of the tower's output are no padding, (batch, rows), where its images are padded; before its
-    embeddings ran, which of its patches the caller says are none."""
+    """(batch, rows), bool, where images are padded: which rows of the tower's output are no padding. Until the
+    embeddings have run it is the caller's `pixel_attention_mask`, (batch, patches), or `None`."""
     called_by: types.FrameType | None = None
     """The call of the tower, while it runs; `None` once it has ended."""
     folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
@@ -63,7 +64,7 @@ class Forward:
             return False
         return True
 
-    def has(self, module: nn.Module) -> bool:
+    def holds(self, module: nn.Module) -> bool:
         """Whether `module` is a part of the tower, also one that was put into it after it first ran."""
         if module not in self.members and any(module is part for part in self.tower.modules()):
             self.members.add(module)
@@ -125,7 +126,7 @@ def forward_of(module: nn.Module) -> Forward:
         RuntimeError: there is none.
     """
     forward = current_forward()
-    if forward is None or not forward.has(module):
+    if forward is None or not forward.holds(module):
         raise RuntimeError(
             f"{type(module).__name__} ran outside the call of its compressed model, which says what its tokens stand "
             "for and gives every patch its own in the end. Call model(...), not model.forward(...) or a layer."

@@ -1,7 +1,7 @@
-"""What becomes of the patches of one batch: a plan, which knows how to do it to anything that has one row a patch.
+"""A plan says which tokens the patches of a batch become, and shortens any tensor that has a row for each patch.
 
-Two kinds: `Kept`, as many patches of every image, as they are; and `Grouped`, tokens that stand for several patches or,
-where images are padded, for none.
+There are two kinds. `Kept`: some patches of each image stay, as many of every image. `Grouped`: each token stands for
+several patches or, where images are padded, for none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Kept:
         return gather_patches(tokens, with_prefix(self.kept, self.prefix).to(tokens.device))
 
     def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The same: patches that were left out have no token."""
+        """Returns them unchanged: patches that were left out have no hidden state."""
         return hidden_states
 
     def rotate(self, rotations: Rotations) -> Rotations:
@@ -98,12 +98,15 @@ class Grouped:
         return cosine, sine
 
     def bias(self, values: torch.Tensor) -> torch.Tensor:
-        """(1, heads, prefix + patches, prefix + patches) → as `Kept.bias`, or as it is, for `pairs` to take means."""
+        """As `Kept.bias` where each token is one of its patches; else unchanged, and `pairs` takes the means."""
         if self.representatives is not None:
             return Kept(self.representatives, self.layout.prefix).bias(values)
         return values
 
     def pairs(self, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What `bias` gave, for the tokens of each run if packed, else for all images: (images or 1, heads, tokens,
-        tokens), added to attention logits."""
+        """What is added to attention logits, made of what `bias` gave.
+
+        Returns:
+            For each run of a packed batch, or for the whole of a padded one: (images or 1, heads, tokens, tokens).
+        """
         return (bias,) if self.representatives is not None else pool_pairs(bias, self.layout)

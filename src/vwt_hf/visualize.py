@@ -103,7 +103,7 @@ def words_figure(
 
 
 def word_captions(shared: torch.Tensor, tokens: list[int]) -> list[str]:
-    """What became of each photograph's patches, as `shared_words` tells it: "256 patches → 145 tokens, 37 words"."""
+    """For each photograph, from what `shared_words` returned: "256 patches → 145 tokens, 37 words"."""
     captions = []
     for image, count in zip(shared, tokens, strict=True):
         words = len(image[image >= 0].unique())

@@ -42,7 +42,7 @@ INFO_FILE = "vocabulary.json"
 LEGACY_FILE = "vocab.pt"
 LEGACY_SHAPE = (3, 16, 16)
 LARGEST_VALUE = 1000.0
-"""Of a word that is read, either side of 0. Raw RGB is in [0, 1]; far beyond, distances overflow."""
+"""Largest absolute value of a word that is read. Raw RGB is in [0, 1]; far beyond, distances overflow."""
 LONGEST_TEXT = 1000
 """Characters of a name that `vocabulary.json` records."""
 _MOST_INFO_BYTES = 2**16

@@ -1,4 +1,4 @@
-"""The general rule: a vision transformer whose model type has no row in the family table is tried, then trusted."""
+"""The general rule: a vision transformer whose model type has no row in the family table is tried before it is used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from .families import NotVouched, Tower, find_layers, not_vouched
 
 MOST_PREFIX = 16
-"""Prefix tokens that are believed; more rows than that beside the patches are something else."""
+"""The most prefix tokens that a model is taken to have; more rows than that beside the patches are something else."""
 NEAR = 1e-3
-"""How far apart, in shares of the largest value, outputs may be that are the same but for rounding."""
+"""Outputs that differ by no more than this share of the largest value are taken to differ by rounding alone."""
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def _try(tower: Tower) -> None:
 
 
 def _run(tower: Tower, pixel_values: torch.Tensor, change: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the embeddings give, and what the tower gives when they give that, changed."""
+    """The output of the embeddings, and that of the tower when its layers get `change(output of the embeddings)`."""
     taken = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
