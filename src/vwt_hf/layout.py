@@ -151,10 +151,11 @@ def _lay_out(
     """A layout whose images start at the rows `starts` (batch,)."""
     own = torch.arange(prefix, device=starts.device).expand(starts.shape[0], -1)
     rows = torch.cat((own, token_of_patch + prefix), dim=1) + starts.unsqueeze(1)
-    counts = torch.ones(rows.shape, device=starts.device)
+    counts = torch.ones(rows.shape, dtype=torch.float32, device=starts.device)
     if real is not None:
         counts[:, prefix:] = real
-    sizes = torch.zeros(shape[0] * shape[1], device=starts.device).scatter_add_(0, rows.flatten(), counts.flatten())
+    sizes = torch.zeros(shape[0] * shape[1], dtype=torch.float32, device=starts.device)
+    sizes.scatter_add_(0, rows.flatten(), counts.flatten())
     return Layout(rows, sizes.view(shape), prefix, runs, packed, real)
 
 
@@ -271,4 +272,4 @@ def attention_bias(layout: Layout, proportional: bool) -> torch.Tensor | None:
         return layout.sizes.log()
     if layout.dense:
         return None
-    return torch.where(layout.sizes > 0, 0.0, -torch.inf)
+    return torch.zeros_like(layout.sizes).masked_fill(layout.sizes == 0, -torch.inf)
