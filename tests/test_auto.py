@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -133,13 +131,6 @@ def test_from_config_takes_vwt_and_leaves_the_callers_config_alone():
     assert AutoModel.from_config(config).config.vwt["keep_ratio"] == 0.3
 
 
-def test_a_setting_in_a_config_survives_its_own_round_trip(tmp_path):
-    config = AutoConfig.for_model("clip")
-    config.vwt = VWTConfig(keep_ratio=0.25)
-    config.save_pretrained(tmp_path)
-    assert VWTConfig.parse(AutoConfig.from_pretrained(tmp_path).vwt) == VWTConfig(keep_ratio=0.25)
-
-
 @pytest.mark.parametrize("name", ["dinov2", "registers"])
 def test_a_backbone_gives_sequences_of_the_kept_patches(name, pixel_values):
     model_type = tiny_model(name).config.model_type
@@ -240,40 +231,6 @@ def test_what_another_library_wrapped_is_not_unregistered(monkeypatch):
     with pytest.raises(RuntimeError, match=r"PreTrainedModel\.save_pretrained was replaced after vwt_hf"):
         vwt_hf.unregister()
     assert AutoConfig.for_model("vit").vwt is None
-
-
-def test_a_config_with_a_setting_is_of_a_subclass_and_one_without_of_the_plain_class():
-    config = AutoConfig.for_model("vit", **TINY)
-    plain = config.to_dict()
-    assert type(config) is transformers.ViTConfig and config.vwt is None and "vwt" not in plain
-    for made in (AutoConfig.for_model("vit", vwt=HALF, **TINY), transformers.ViTConfig(vwt=HALF, **TINY)):
-        assert type(made) is not transformers.ViTConfig and isinstance(made, transformers.ViTConfig)
-        assert made.vwt == HALF and made.to_dict()["vwt"] == HALF
-        for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-            assert type(copied) is type(made) and copied.to_dict() == made.to_dict()
-        made.vwt = None
-        assert type(made) is transformers.ViTConfig and made.to_dict() == plain
-
-
-def test_restore_leaves_the_config_as_it_was_before(model):
-    before, kind = model.config.to_json_string(), type(model.config)
-    vwt_hf.restore(vwt_hf.compress(vwt_hf.compress(model, HALF), {"dropped": "merge"}))
-    assert model.config.to_json_string() == before and type(model.config) is kind
-
-
-def test_a_plain_model_is_read_where_the_plugin_is_absent(tmp_path):
-    """Pickled whole: nothing in it is of vwt_hf, whether it was loaded plain or restored."""
-    tiny_model("vit").save_pretrained(tmp_path)
-    torch.save(AutoModel.from_pretrained(tmp_path), tmp_path / "plain.pt")
-    torch.save(vwt_hf.restore(AutoModel.from_pretrained(tmp_path, vwt=True)), tmp_path / "restored.pt")
-    script = f"""
-import sys, torch
-sys.modules["vwt_hf"] = None
-for name in ("plain", "restored"):
-    torch.load({str(tmp_path)!r} + f"/{{name}}.pt", weights_only=False)
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("own_config", [False, True])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import io
 
 import pytest
 import torch
 import transformers
 from accelerate import cpu_offload
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from settings import SETTINGS
-from tiny import MODELS, TINY, answers, inputs, sample_pixel_values, tiny_model
-from vwt_hf import compress, restore
-from vwt_hf.families import FAMILIES
+from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
+from vwt_hf import VWTConfig, compress, restore
+from vwt_hf.families import FAMILIES, find_layers
 
 
 def one_of_each_family() -> list[str]:
@@ -219,6 +222,17 @@ class Answers(torch.nn.Module):
         return tuple(model(**given)[0] for model in self.models)
 
 
+class FirstOutput(torch.nn.Module):
+    """The first output of a model about images, as what is traced."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values)[0]
+
+
 def two_batches(model: transformers.PreTrainedModel) -> list[dict[str, torch.Tensor]]:
     """In the second one other patches stay."""
     return [inputs(model, images) for images in (sample_images(), sample_images().flip(0))]
@@ -226,10 +240,25 @@ def two_batches(model: transformers.PreTrainedModel) -> list[dict[str, torch.Ten
 
 @pytest.mark.parametrize("kind", ["discard", "merge"])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_an_exported_program_answers_as_the_model(name, kind):
+def test_an_exported_program_answers_as_the_model_when_saved_and_loaded(name, kind):
     model = compress(tiny_model(name), SETTINGS[kind])
     batches = two_batches(model)
-    program = torch.export.export(Answers(model), (), batches[0], strict=False).module()
+    saved = io.BytesIO()
+    torch.export.save(torch.export.export(Answers(model), (), batches[0], strict=False), saved)
+    saved.seek(0)
+    program = torch.export.load(saved).module()
+    for batch in batches:
+        torch.testing.assert_close(program(**batch)[0], model(**batch)[0])
+
+
+@pytest.mark.parametrize("criterion", ["random", "grid"])
+@pytest.mark.parametrize("dropped", ["discard", "merge"])
+def test_an_exported_program_keeps_the_same_patches_of_all_images(dropped, criterion):
+    model = compress(tiny_model("dinov2"), VWTConfig(dropped=dropped, criterion=criterion, seed=5))
+    batches, saved = two_batches(model), io.BytesIO()
+    torch.export.save(torch.export.export(Answers(model), (), batches[0], strict=False), saved)
+    saved.seek(0)
+    program = torch.export.load(saved).module()
     for batch in batches:
         torch.testing.assert_close(program(**batch)[0], model(**batch)[0])
 
@@ -279,8 +308,91 @@ def test_all_that_a_masked_autoencoder_gives_out_is_exported_to_onnx(tmp_path):
         torch.testing.assert_close(torch.from_numpy(one), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_words_are_not_exported_and_say_why():
-    model = compress(transformers.ViTModel(transformers.ViTConfig(**TINY)).eval(), SETTINGS["inter"])
-    with pytest.raises(ValueError, match=r"its own number of tokens.*method='intra'"):
-        torch.export.export(model, (), {"pixel_values": sample_images()}, strict=False)
-    assert answers(model, sample_images()).isfinite().all()
+def test_words_are_not_exported_or_traced_and_say_why():
+    model = compress(tiny_model("vit"), SETTINGS["inter"])
+    for kind in ("export", "trace"):
+        with pytest.raises(ValueError, match=r"its own number of tokens.*method='intra'"):
+            if kind == "export":
+                torch.export.export(model, (), {"pixel_values": sample_images()}, strict=False)
+            else:
+                torch.jit.trace(FirstOutput(model), sample_images())
+    fresh = compress(tiny_model("vit"), SETTINGS["inter"])
+    assert torch.equal(answers(model, sample_images()), answers(fresh, sample_images()))
+
+
+@pytest.mark.parametrize("kind", [None, *SETTINGS])
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_layers_above_frozen_embeddings_learn_through_checkpoints(name, kind):
+    """Checkpoints that re-enter need an input that asks for gradients, which a hook within the embeddings sees to."""
+
+    def gradients(**checkpoints) -> dict[str, torch.Tensor]:
+        model = tiny_model(name)
+        if kind is not None:
+            compress(model, SETTINGS[kind])
+        model.embeddings.requires_grad_(False)
+        if checkpoints:
+            model.gradient_checkpointing_enable(checkpoints)
+            model.enable_input_require_grads()
+        forward(model.train(), sample_images()).square().sum().backward()
+        assert all(parameter.grad is None for parameter in model.embeddings.parameters())
+        return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+
+    expected = gradients()
+    assert any("layer" in parameter for parameter in expected)
+    for reentrant in (True, False):
+        found = gradients(use_reentrant=reentrant)
+        assert found.keys() == expected.keys()
+        for parameter, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[parameter], msg=parameter)
+
+
+@setting
+def test_a_copy_of_the_embeddings_that_peft_trains_is_what_tokens_are_of(setting):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["embeddings"])
+    adapted = peft.get_peft_model(tiny_model("vit-classifier"), config)
+    expected = tiny_model("vit-classifier")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in expected.vit.embeddings.named_parameters():
+            parameter.add_(torch.randn_like(parameter))
+            adapted.get_parameter(f"base_model.model.vit.embeddings.modules_to_save.default.{name}").copy_(parameter)
+    images = sample_images()
+    plain = answers(expected, images)
+    torch.testing.assert_close(answers(adapted.eval(), images), plain)
+
+    entering = []
+    for model in (compress(expected, setting), compress(adapted.get_base_model(), setting)):
+        find_layers(model)[0].register_forward_pre_hook(lambda layer, args: entering.append(args[0]))
+    short = answers(expected, images)
+    torch.testing.assert_close(answers(adapted, images), short)
+    torch.testing.assert_close(*entering)
+    assert (short - plain).abs().max() > 1e-5
+    restore(adapted.get_base_model())
+    torch.testing.assert_close(answers(adapted, images), plain)
+
+
+SHARDED = (("vit-classifier", "discard"), ("dinov2-classifier", "merge"), ("vit-classifier", "inter"))
+
+
+def answer_sharded(rank: int, folder: str) -> None:
+    """What a process of two does: shards compressed models by size, and writes what they answer."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    wrap = functools.partial(size_based_auto_wrap_policy, min_num_params=1000)
+    for name, kind in SHARDED:
+        model = compress(tiny_model(name), SETTINGS[kind])
+        model = FullyShardedDataParallel(model, auto_wrap_policy=wrap, device_id=torch.device("cpu"))
+        assert sum(isinstance(module, FullyShardedDataParallel) for module in model.modules()) > 3
+        with torch.no_grad():
+            torch.save(model(pixel_values=sample_images()).logits, f"{folder}/{name}-{kind}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_a_model_sharded_by_size_over_two_processes_answers_as_in_one(tmp_path):
+    torch.multiprocessing.spawn(answer_sharded, (str(tmp_path),), nprocs=2)
+    for name, kind in SHARDED:
+        expected = answers(compress(tiny_model(name), SETTINGS[kind]), sample_images())
+        for rank in (0, 1):
+            torch.testing.assert_close(torch.load(tmp_path / f"{name}-{kind}-{rank}.pt"), expected)
