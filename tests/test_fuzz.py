@@ -159,7 +159,7 @@ def test_half_precision_answers_with_finite_numbers(case: Case) -> None:
         model = new_model(case).to(dtype)
         batch = inputs(case, model)
         batch["pixel_values"] = batch["pixel_values"].to(dtype)
-        # oneDNN convolves bfloat16 images that are no whole number of patches beyond their ends, in plain models, too.
+        # oneDNN reads beyond bfloat16 images that are no whole number of patches, in plain models, too.
         with torch.backends.mkldnn.flags(enabled=False):
             plain = outputs(model, batch, case)
             found = outputs(compress(model, setting_of(case)), batch, case)
