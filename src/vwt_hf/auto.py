@@ -213,7 +213,7 @@ def _saving(original: Any) -> Any:
         folder = Path(save_directory)
         writes = call.arguments["is_main_process"] and not folder.is_file()
         # Every process of a distributed save comes here; one of them writes, and removes what killed saves left.
-        with sharing(folder) if writes else contextlib.nullcontext() as is_alone:
+        with sharing(folder) if writes else contextlib.nullcontext(lambda: False) as is_alone:
             saved_as = []
             if writes:
                 for part, vocabulary in words.items():
