@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from tiny import sample_pixel_values, tiny_model
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import benchmark
-from vwt_hf import VisualVocabulary, compress, terminal
+from vwt_hf import VisualVocabulary, compress
 from vwt_hf.evaluation import share
 from vwt_hf.image_source import find_images
 
@@ -140,18 +141,11 @@ def test_a_run_cut_off_while_it_writes_leaves_the_file_of_before(step, tmp_path,
     results.add("timing", [{"batch": 1}])
     before = path.read_text()
 
-    def half_written(self: Path, data: bytes) -> None:
-        with self.open("wb") as file:
-            file.write(data[:20])
+    def cut_off(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def not_replaced(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if step == "write":
-        monkeypatch.setattr(Path, "write_bytes", half_written)
-    else:
-        monkeypatch.setattr(terminal.os, "replace", not_replaced)
+    # "write": what was written has not reached the disk; "replace": it has, and the old file is still in its place.
+    monkeypatch.setattr(os, {"write": "fsync", "replace": "replace"}[step], cut_off)
     with pytest.raises(KeyboardInterrupt):
         results.add("timing", [{"batch": 2}])
     assert path.read_text() == before and [own.name for own in tmp_path.iterdir()] == [path.name]
