@@ -223,6 +223,8 @@ def same(found, expected) -> None:
         found, expected = list(found.values()), list(expected.values())
     if isinstance(found, list):
         assert len(found) == len(expected)
+        if found and isinstance(found[0], dict) and "label" in found[0]:  # in the order of scores, which may be equal
+            found, expected = (sorted(answers, key=lambda answer: answer["label"]) for answers in (found, expected))
         for one, other in zip(found, expected, strict=True):
             same(one, other)
     elif isinstance(found, float):
