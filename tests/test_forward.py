@@ -109,6 +109,24 @@ def test_an_error_within_a_forward_leaves_it_as_it_was(setting):
 
 
 @outer
+def test_a_model_that_is_refused_before_it_begins_leaves_the_forward_around_it(setting):
+    model = compress(tiny_model("vit"), setting)
+    expected = answers(model, images(3))
+    other = compress(tiny_model("vit"), SETTINGS["inter"])
+    other.config._attn_implementation = "flex_attention"
+
+    def call(*args) -> None:
+        within = current_forward()
+        with pytest.raises(ValueError, match="attention implementation is 'flex_attention'"):
+            answers(other, images(5))
+        assert current_forward() is within
+
+    for register in places(model).values():
+        register(call)
+    assert torch.equal(answers(model, images(3)), expected)
+
+
+@outer
 def test_a_forward_that_fails_leaves_nothing_to_the_next(setting):
     model = compress(tiny_model("vit"), setting)
     expected = answers(model, images(3))

@@ -91,12 +91,18 @@ def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relativ
 
 
 def end_forward(tower: nn.Module) -> Forward | None:
-    """Ends the forward of `tower`, and those within it that an error left; `None` if there is none."""
-    forward = _current.get()
+    """Ends the forward of `tower`, and those within it that an error left.
+
+    Returns:
+        The forward; `None` if `tower` has none under way, and then those of other towers go on.
+    """
+    ended, forward = [], _current.get()
     while forward is not None:
-        _current.set(forward.outer)
-        forward.called_by = None  # a frame holds what its call was given
+        ended.append(forward)
         if forward.tower is tower:
+            for one in ended:
+                one.called_by = None  # a frame holds what its call was given
+            _current.set(forward.outer)
             return forward
         forward = forward.outer
     return None
