@@ -55,7 +55,7 @@ def register() -> None:
         return
     PreTrainedConfig.vwt = SETTING  # type: ignore[attr-defined]
     attention.register()
-    wraps = (_reading, _loading, _building_from, _saving, _unasked, _explaining)
+    wraps = (_reading, _loading, _building_from, _saving, _leaving_out, _explaining)
     for (owner, name), wrap in zip(_REPLACED, wraps, strict=True):
         present = vars(owner)[name]
         _originals[owner, name] = present
@@ -163,7 +163,7 @@ def _parts_stay_plain() -> Iterator[None]:
         _building.reset(token)
 
 
-def _unasked(original: Any) -> Any:
+def _leaving_out(original: Any) -> Any:
     """`from_pretrained` of text tokenizers, without `vwt`: pipelines hand them the model's keyword arguments, which
     they keep and save."""
 
@@ -350,7 +350,10 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
     for config in configs_of(model):
         if config.vwt is not None and not _among(config, [part.config for part in parts]):
             with _said_of(source):
-                raise ValueError(f"it stands in a {type(config).__name__} by which no {type(model).__name__} goes.")
+                raise ValueError(
+                    f"the setting is in a {type(config).__name__} that belongs to no model within this "
+                    f"{type(model).__name__}; move it to the config of the whole or of its vision tower."
+                )
 
 
 def _apply(model: PreTrainedModel, setting: VWTConfig | None, hub_kwargs: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from .vocabulary import VisualVocabulary, load_vocabulary
-from .vocabulary_files import write_files
+from .whole_saves import write_files
 
 FOLDER = "visual_words"
 """Below a model's folder: where its words lie. Each save's folder has a name that begins so, and is not within another:
@@ -34,7 +34,7 @@ LOOKED_AT = 1 << 20
 BLOCKS = 64
 SAVED_AS = re.compile("[0-9a-f]{16}")
 """The form of `VWTConfig.saved_as`, which each save draws at random and ends the name of its folder with."""
-OWN = re.compile(FOLDER + "-[0-9a-f]{16}")
+OWN = re.compile(f"{FOLDER}-{SAVED_AS.pattern}")
 """Names of such folders."""
 
 

@@ -1,7 +1,8 @@
-"""How images may be normalised: the mean and standard deviation that a file or a user may give."""
+"""Which numbers a user or a file may give, among them the mean and standard deviation that normalise images."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from .printable import shown
@@ -27,7 +28,12 @@ def checked_statistics(field: str, value: Any, *, positive: bool) -> tuple[float
     return tuple(map(float, value))
 
 
-def is_number(value: object, low: float, high: float) -> bool:
-    """Whether `value` is a number in [low, high], however large an integer it is."""
+def is_number(value: object, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
+    """Whether `value` is a number in [low, high], and not True or False; by default any finite one."""
     # Compared before it is made a float: an integer may be larger than any.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_int(value: object) -> bool:
+    """Whether `value` is a whole number, and not True or False."""
+    return isinstance(value, int) and not isinstance(value, bool)

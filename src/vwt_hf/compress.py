@@ -313,13 +313,13 @@ class Reduce(Hook):
             )
         pixel_values = args[0] if args else kwargs["pixel_values"]
         if self.follows:
-            return self._reduce_and_tell(module, pixel_values, args, kwargs, output)
+            return self._reduce_and_store(module, pixel_values, args, kwargs, output)
         plan = self.setting.plan(self.patches(pixel_values, _tokens_of(output).shape[1]))
         return output if plan is None else self.family.reduces(output, plan)
 
     # How many tokens there are is known only when it has run, and the plan that it leaves is not for a graph to hold.
     @torch.compiler.disable
-    def _reduce_and_tell(
+    def _reduce_and_store(
         self, module: nn.Module, pixel_values: torch.Tensor, args: Any, kwargs: dict[str, Any], output: Any
     ) -> Any:
         forward, tokens = forward_of(module), _tokens_of(output)
@@ -367,14 +367,14 @@ class Rotate(Hook):
         if not self.reduce.setting.shortens:
             return output
         if self.reduce.follows:
-            return self._rotate_as_told(rotary, output)
+            return self._rotate_as_stored(rotary, output)
         pixel_values = args[0] if args else kwargs["pixel_values"]
         patches = self.reduce.patches(pixel_values, output[0].shape[0])
         plan = self.reduce.setting.plan(patches)
         return output if plan is None else plan.rotate(output)
 
     @torch.compiler.disable
-    def _rotate_as_told(self, rotary: nn.Module, output: Any) -> Any:
+    def _rotate_as_stored(self, rotary: nn.Module, output: Any) -> Any:
         plan = _plan_of(rotary)
         return output if plan is None else plan.rotate(output)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -188,18 +187,23 @@ class VWTConfig:
 
         A vocabulary that is no Hub id becomes `None`: it is saved beside the model's weights.
         """
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare}
+        fields = {name: getattr(self, name) for name in _field_names(type(self))}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _field_names(method_class: type[VWTConfig]) -> list[str]:
+    """The fields that a user gives, and config.json holds."""
+    return [field.name for field in dataclasses.fields(method_class) if field.compare]
 
 
 def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str, Any]) -> None:
     """Refuses fields that a method does not have, and says whose they are."""
     from .methods import METHODS
 
-    names = {field.name for field in dataclasses.fields(method_class) if field.compare}
-    for name in fields.keys() - names:
+    names = _field_names(method_class)
+    for name in fields.keys() - set(names):
         for other, other_class in METHODS.items():
-            if name in {field.name for field in dataclasses.fields(other_class) if field.compare}:
+            if name in _field_names(other_class):
                 raise ValueError(
                     f"VWTConfig.{name} is {shown(fields[name])}, but method is {method!r}; the field belongs to "
                     f"method={other!r}."
@@ -220,13 +224,3 @@ def nearest_hint(given: object, allowed: Any) -> str:
     """A sentence that names the allowed word that is most like what was given, if one is."""
     near = difflib.get_close_matches(given[:LONGEST], allowed, 1) if isinstance(given, str) else []
     return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def is_int(value: object) -> bool:
-    """Whether `value` is a whole number, and not True or False."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether `value` is a finite number, and not True or False."""
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))

@@ -218,11 +218,12 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
     row = _row_of(model_class)
     if row is None:
         model_type = _model_type(model_class)
-        reason = next((f": it {unfit.reason}" for unfit in UNFIT if model_type in unfit.model_types), " by vwt_hf")
-        if reason == " by vwt_hf" and _may_hold(model_class):
+        unfit = next((unfit for unfit in UNFIT if model_type in unfit.model_types), None)
+        if unfit is None and _may_hold(model_class):
             return
+        why = " by vwt_hf" if unfit is None else f": it {unfit.reason}"
         raise ValueError(
-            f"{name} (model type {model_type!r}) cannot be compressed{reason}; supported families: "
+            f"{name} (model type {model_type!r}) cannot be compressed{why}; supported families: "
             f"{', '.join(supported())}. Load it without `vwt`."
         )
     if isinstance(row, Family) and name in row.predicts_masked:

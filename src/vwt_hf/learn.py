@@ -18,7 +18,8 @@ from . import __version__
 from .image_source import PatchBatch, open_images, patch_batches
 from .kmeans import MiniBatchKMeans
 from .processors import processor_statistics
-from .vocabulary_files import VocabularyInfo, tensor_bytes, write_files
+from .vocabulary_files import VocabularyInfo, tensor_bytes
+from .whole_saves import write_files
 
 CHECKPOINT = "learning.safetensors"
 CHECKPOINT_EVERY = 100

@@ -32,10 +32,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .bounds import checked_statistics, is_number
 from .hub_names import check_revision, check_subfolder
 from .printable import printable, shown
-from .whole_saves import Save, remove, saving, write_files
+from .whole_saves import Save, remove, saving
 from .word_files import MOST_BYTES, read_bare_tensor, read_safetensors
-
-__all__ = ["write_files"]
 
 WORDS_FILE = "vocabulary.safetensors"
 INFO_FILE = "vocabulary.json"

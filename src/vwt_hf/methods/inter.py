@@ -13,8 +13,8 @@ import torch
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..beside import SAVED_AS, read_words
-from ..bounds import checked_statistics
-from ..config import ModelFacts, VWTConfig, is_number, require_choice
+from ..bounds import checked_statistics, is_number
+from ..config import ModelFacts, VWTConfig, require_choice
 from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
@@ -45,9 +45,13 @@ class ReadyWords:
         """The words in the model's pixel space, for `nearest_words` on `device`."""
         index = self._on.get(device)
         if index is None:
+            cpu = torch.device("cpu")
             # Outside inference mode, so that a later training step may use what is kept.
-            with torch.inference_mode(False), torch.device("cpu"):
-                index = index_words(self.vocabulary.normalized(self.image_mean, self.image_std)).to(device)
+            with torch.inference_mode(False), cpu:
+                if device == cpu:
+                    index = index_words(self.vocabulary.normalized(self.image_mean, self.image_std))
+                else:
+                    index = self.on(cpu).to(device)
             # Tracing (torch.export) sees tensors without values, which must not be kept.
             if type(index.words) is torch.Tensor:
                 self._on[device] = index
@@ -112,7 +116,7 @@ class InterConfig(VWTConfig):
             if values is None:
                 continue
             allowed = isinstance(values, (list, tuple)) and values
-            if not allowed or not all(is_number(value) and least <= value <= sys.float_info.max for value in values):
+            if not allowed or not all(is_number(value, least) for value in values):
                 kind = "positive numbers" if least > 0 else "numbers"
                 raise ValueError(
                     f"VWTConfig.{field} is {shown(values)}; expected None or {kind}, one for each channel."

@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from ..config import CRITERIA, VWTConfig, is_int, is_number, require_choice
+from ..bounds import is_int, is_number
+from ..config import CRITERIA, VWTConfig, require_choice
 from ..patches import Patches
 from ..plans import Grouped, Kept
 from ..printable import shown
