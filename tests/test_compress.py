@@ -16,7 +16,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 
 import vwt_hf
 from settings import SETTINGS
-from tiny import TINY, answers, forward, inputs, sample_pixel_values, tiny_model, traces, watch_embeddings
+from tiny import TINY, answers, forward, inputs, require_restored, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, restore
 from vwt_hf.words import gather_patches, grid_patches, highest, patchify, variance_scores
 
@@ -60,14 +60,7 @@ def test_a_batch_answers_as_its_images_do_alone(model, pixel_values, criterion):
 
 
 def test_restore_gives_the_exact_plain_model_back(model, pixel_values):
-    plain, names, before = answers(model, pixel_values), list(model.state_dict()), traces(model)
-    compress(compress(model, {"keep_ratio": 0.3}), {"keep_ratio": 0.6})
-    assert model.config.vwt["keep_ratio"] == 0.6
-    assert not torch.equal(answers(model, pixel_values), plain)
-    restore(model)
-    assert torch.equal(answers(model, pixel_values), plain)
-    assert model.config.vwt is None and list(model.state_dict()) == names
-    assert traces(model) == before
+    require_restored(model, pixel_values, {"keep_ratio": 0.3}, {"keep_ratio": 0.6})
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

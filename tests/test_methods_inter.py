@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from settings import STATISTICS, WORDS, inter
-from tiny import COMMON, TINY, answers, forward, sample_pixel_values, tiny_model, traces, watch_embeddings
+from tiny import COMMON, TINY, answers, forward, require_restored, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.compress import lexicon_of
 from vwt_hf.families import find_layers
@@ -193,14 +193,7 @@ def test_gradients_reach_every_parameter_that_the_plain_model_trains(model, imag
 
 
 def test_restore_gives_the_exact_plain_model_back(model, images, vocabulary):
-    plain, names, before = answers(model, images), list(model.state_dict()), traces(model)
-    compress(compress(compress(model, inter(vocabulary)), {"keep_ratio": 0.5}), inter(vocabulary, threshold=0.2))
-    assert model.config.vwt["threshold"] == 0.2
-    assert not torch.equal(answers(model, images), plain)
-    restore(model)
-    assert torch.equal(answers(model, images), plain)
-    assert model.config.vwt is None and list(model.state_dict()) == names
-    assert traces(model) == before
+    require_restored(model, images, inter(vocabulary), {"keep_ratio": 0.5}, inter(vocabulary, threshold=0.2))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

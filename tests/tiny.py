@@ -232,3 +232,19 @@ def traces(model: transformers.PreTrainedModel) -> list[tuple]:
         )
         for module in model.modules()
     ]
+
+
+def require_restored(model: transformers.PreTrainedModel, images: torch.Tensor, *settings) -> None:
+    """Asserts that restore gives the exact plain model back, after `model` was compressed by these, one by one."""
+    # Not from the top: these models are also made in processes without vwt_hf.
+    from vwt_hf import VWTConfig, compress, restore
+
+    plain, names, before = answers(model, images), list(model.state_dict()), traces(model)
+    for setting in settings:
+        compress(model, setting)
+    assert model.config.vwt == VWTConfig.parse(settings[-1]).to_dict()
+    assert not torch.equal(answers(model, images), plain)
+    restore(model)
+    assert torch.equal(answers(model, images), plain)
+    assert model.config.vwt is None and list(model.state_dict()) == names
+    assert traces(model) == before
