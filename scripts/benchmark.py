@@ -183,13 +183,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def load(name: str) -> PreTrainedModel:
     """The uncompressed model in float32."""
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     if any("ForImageClassification" in architecture for architecture in config.architectures or []):
         model_class = AutoModelForImageClassification
     else:
         # The whole of CLIP wants texts as well.
         model_class = CLIPVisionModelWithProjection if config.model_type == "clip" else AutoModel
-    model = model_class.from_pretrained(name, dtype=torch.float32, vwt=False)
+    model = model_class.from_pretrained(name, dtype=torch.float32, vwt=False, trust_remote_code=False)
     # So do others that have a tower for them: what is measured is the vision tower.
     tower = next((getattr(model, name) for name in ("vision_model", "vision_tower") if hasattr(model, name)), None)
     if hasattr(model, "text_model") or hasattr(model, "language_model"):

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for setting in (None, *settings):
         model = AutoModelForImageClassification.from_pretrained(
-            options.model, dtype=getattr(torch, options.dtype), vwt=setting
+            options.model, dtype=getattr(torch, options.dtype), vwt=setting, trust_remote_code=False
         )
         model = model.to(device).eval()
         batches = pixel_batches(paths, processor, options.batch_size)

@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     require_writable(args.weights, args.json)
-    teacher = AutoModelForImageClassification.from_pretrained(args.teacher, dtype=torch.float32).eval()
+    teacher = AutoModelForImageClassification.from_pretrained(
+        args.teacher, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     processor = load_processor(args.teacher)
 
     student = as_rotary(teacher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,11 @@ import transformers
 
 from tiny import tiny_model
 from vwt_hf.cli import main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import benchmark
+import compare
 
 Image = pytest.importorskip("PIL.Image", reason='needs pillow: pip install "vwt-hf[demo]"')
 pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "vwt-hf[demo]"')
@@ -186,3 +192,29 @@ def test_photographs_of_different_sizes_are_refused(photographs, tmp_path, capsy
     transformers.ViTImageProcessorPil(do_resize=False).save_pretrained(checkpoint)
     assert main(["show", str(photographs), "--keep-ratio", "0.5", "--model", checkpoint]) == 2
     assert "gives pixel_values of shapes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def with_code(checkpoint, tmp_path, monkeypatch) -> tuple[str, list]:
+    """A checkpoint whose model is code of its own, and what came of it: questions asked, and that the code ran."""
+    folder, came = Path(checkpoint), []
+    config = json.loads((folder / "config.json").read_text())
+    names = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
+    config |= {"model_type": "own", "auto_map": dict.fromkeys(names, "own.Own")}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *question: came.append(question) or "y")
+    return checkpoint, came
+
+
+def test_no_command_runs_or_asks_to_run_code_of_a_repository(with_code, photographs, tmp_path, capsys):
+    checkpoint, came = with_code
+    assert run_demo(checkpoint, photographs) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    for script, options in (
+        (compare.main, ["--model", checkpoint, "--images", str(photographs), "--vwt", "true"]),
+        (lambda options: benchmark.load(options[1]), ["--model", checkpoint]),
+    ):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            script(options)
+    assert not came and not (tmp_path / "ran").exists()

@@ -215,6 +215,7 @@ def load(checkpoint: str, device: torch.device) -> tuple[PreTrainedModel, bool]:
     loaded: Any = AutoModel.from_pretrained(
         checkpoint,
         vwt=False,
+        trust_remote_code=False,
         # Half precision is slower than single on most CPUs.
         dtype=torch.float32 if device.type == "cpu" else "auto",
         output_loading_info=True,
