@@ -134,7 +134,7 @@ def forward_of(module: nn.Module) -> Forward:
     forward = current_forward()
     if forward is None or not forward.holds(module):
         raise RuntimeError(
-            f"{type(module).__name__} ran outside the call of its compressed model, which says what its tokens stand "
-            "for and gives every patch its own in the end. Call model(...), not model.forward(...) or a layer."
+            f"{type(module).__name__} ran outside a call of its compressed model, which keeps what each token stands "
+            "for and gives every patch a hidden state at its end. Call model(...), not model.forward(...) or a layer."
         )
     return forward
