@@ -189,21 +189,37 @@ class InterConfig(VWTConfig):
     def plan(self, patches: Patches) -> Grouped | None:
         if not self.shortens:
             return None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves plans of groups alone
-            raise ValueError(
-                "method='inter' gives every image its own number of tokens, which an exported or traced program cannot "
-                "hold. Export a model compressed with method='intra'."
-            )
-        if patches.draws and self.layout == "packed":
-            raise ValueError(
-                "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws "
-                "once for each sequence: all images would skip the same layers. Use layout='auto' or 'padded'."
-            )
-        packed = self.layout == "packed" or (self.layout == "auto" and patches.packs and not patches.draws)
+        packed = packs(patches, self.layout, self.method)
         assert self.words is not None  # `prepared` came before
         pixels = patches.pixels_as_words().float()
         words = nearest_words(pixels, self.words.on(pixels.device), self.threshold)
         return patches.group(words, packed, self.proportional_attention)
+
+    def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
+        return patches.grouped_by(words, packs(patches, self.layout, self.method), self.proportional_attention)
+
+
+def packs(patches: Patches, layout: str, method: str) -> bool:
+    """Whether a batch of images with different numbers of tokens becomes one sequence.
+
+    Args:
+        layout: see `InterConfig`.
+        method: named in errors.
+
+    Raises:
+        ValueError: neither an exported program nor this training can hold such a batch.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves plans of groups alone
+        raise ValueError(
+            f"method={method!r} gives every image its own number of tokens, which an exported or traced program cannot "
+            "hold. Export a model compressed with method='intra'."
+        )
+    if patches.draws and layout == "packed":
+        raise ValueError(
+            "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws "
+            "once for each sequence: all images would skip the same layers. Use layout='auto' or 'padded'."
+        )
+    return layout == "packed" or (layout == "auto" and patches.packs and not patches.draws)
 
 
 def is_vocabulary(value: object) -> bool:
