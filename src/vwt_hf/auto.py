@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import attention
 from .beside import remove_other_words, seal_words, write_words
 from .compress import compress_by, configs_of, own_config, parts_of, restore, setting_of
 from .config import VWTConfig
 from .families import require_supported
+from .forward import call_with
 from .model_configs import SETTING, is_typed
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -36,11 +37,13 @@ _REPLACED = (
     (PreTrainedModel, "from_pretrained"),
     (PreTrainedModel, "_from_config"),
     (PreTrainedModel, "save_pretrained"),
+    (PreTrainedModel, "__call__"),
+    (GenerationMixin, "generate"),
     (PreTrainedTokenizerBase, "from_pretrained"),
 )
 """The methods of transformers that `register` puts others in place of."""
 _originals: dict[tuple[type, str], Any] = {}
-"""What was there before, while registered."""
+"""What was there before, while registered; `_NOT_GIVEN` for what a class took from its parent."""
 _building: contextvars.ContextVar[bool] = contextvars.ContextVar("vwt_hf building", default=False)
 """Whether a model is being built around what this code builds: that model sees to the settings of its parts."""
 
@@ -51,12 +54,12 @@ def register() -> None:
         return
     PreTrainedConfig.vwt = SETTING  # type: ignore[attr-defined]
     attention.register()
-    wraps = (_reading, _loading, _building_from, _saving, _unasked)
+    wraps = (_reading, _loading, _building_from, _saving, _calling, _generating, _unasked)
     for (owner, name), wrap in zip(_REPLACED, wraps, strict=True):
-        present = vars(owner)[name]
+        present = vars(owner).get(name, _NOT_GIVEN)
         _originals[owner, name] = present
         bound = isinstance(present, classmethod)
-        wrapped = wrap(present.__func__ if bound else present)
+        wrapped = wrap(present.__func__ if bound else getattr(owner, name))
         setattr(owner, name, classmethod(wrapped) if bound else wrapped)
         _ours[owner, name] = vars(owner)[name]
 
@@ -79,7 +82,10 @@ def unregister() -> None:
                 f"{getattr(vars(owner)[name], '__module__', 'something else')}; take that out before."
             )
     for (owner, name), original in _originals.items():
-        setattr(owner, name, original)
+        if original is _NOT_GIVEN:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
     if _originals:
         del PreTrainedConfig.vwt  # type: ignore[attr-defined]
         attention.unregister()
@@ -156,6 +162,34 @@ def _parts_stay_plain() -> Iterator[None]:
         yield
     finally:
         _building.reset(token)
+
+
+def _calling(original: Any) -> Any:
+    """Calls of models, of which a plain one refuses `patch_words`: it would leave them out without a word."""
+
+    @functools.wraps(original)
+    def __call__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("patch_words") is not None and setting_of(self) is None:
+            raise ValueError(
+                f"patch_words were given to a {type(self).__name__} that is not compressed. Load it with the `vwt` of "
+                'the image processor that made them, or call vwt_hf.compress(model, {"method": "given"}).'
+            )
+        return original(self, *args, **kwargs)
+
+    return __call__
+
+
+def _generating(original: Any) -> Any:
+    """`generate` that takes `patch_words`: it knows no other arguments than those of `forward`, and repeats images."""
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
+        if patch_words is None:
+            return original(self, *args, **kwargs)
+        with call_with(self, patch_words, repeats=True):
+            return original(self, *args, **kwargs)
+
+    return generate
 
 
 def _unasked(original: Any) -> Any:
