@@ -37,6 +37,10 @@ class ModelFacts:
     """Whether a user wrote the new setting. One from a config.json may name no folder of this machine."""
     hub_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How `source` is read: `token`, `cache_dir`, `local_files_only`, and its `revision` and `subfolder`."""
+    words_folder: str | None = None
+    """Where words lie beside what `source` holds, if not where a model's do."""
+    image_processor: Any = None
+    """Which makes its images; `None` if it is the one that `source` holds."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -106,6 +110,11 @@ class VWTConfig:
     @property
     def shortens(self) -> bool:
         """Whether any image gets fewer tokens; if not, the model is the plain one."""
+        return True
+
+    @property
+    def searches(self) -> bool:
+        """Whether it finds out by itself what becomes of the patches of an image, so an image processor may do it."""
         return True
 
     @property

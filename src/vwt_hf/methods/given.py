@@ -47,6 +47,10 @@ class GivenConfig(VWTConfig):
     def groups(self) -> bool:
         return True
 
+    @property
+    def searches(self) -> bool:
+        return False
+
     def plan(self, patches: Patches) -> Kept | Grouped | None:
         raise ValueError(
             f"The model goes by the words of its caller and was given none with {len(patches.pixel_values)} images; "

@@ -12,7 +12,7 @@ import torch
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..beside import SAVED_AS, read_words
+from ..beside import FOLDER, SAVED_AS, read_words
 from ..bounds import checked_statistics
 from ..config import ModelFacts, VWTConfig, is_number, require_choice
 from ..patches import Patches
@@ -169,7 +169,7 @@ class InterConfig(VWTConfig):
                     "VWTConfig.vocabulary is None and the model was loaded from nowhere that may hold one; give a Hub "
                     "id, a folder or a VisualVocabulary."
                 )
-            vocabulary = read_words(model.source, self.saved_as, own)
+            vocabulary = read_words(model.source, self.saved_as, own, model.words_folder or FOLDER)
         vocabulary.require(model.patch_size, model.channels)
         # A setting has no field for a subfolder: words from one are saved beside the weights.
         on_hub = vocabulary.revision is not None and not vocabulary.subfolder
@@ -232,7 +232,10 @@ def is_vocabulary(value: object) -> bool:
 def _statistics_of(model: ModelFacts, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """How the image processor of a model normalises its images; its code, if it has any, is never run."""
     try:
-        processor = AutoImageProcessor.from_pretrained(model.source, trust_remote_code=False, **model.hub_kwargs)
+        processor = model.image_processor
+        if processor is None:
+            kwargs = {"trust_remote_code": False, **model.hub_kwargs}
+            processor = AutoImageProcessor.from_pretrained(model.source, vwt=False, **kwargs)
         return processor_statistics(processor, channels)
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
         raise ValueError(
