@@ -13,11 +13,12 @@ import torch
 from .config import VWTConfig
 from .layout import group
 from .patches import Patches
-from .plans import Kept
+from .plans import DROPPED, Grouped, Kept
 from .terminal import printable, write_file
 from .words import index_words, nearest_words, patch_grid, patchify
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
 PANEL = 2.0  # inches
@@ -197,6 +198,45 @@ def kept_mask(pixel_values: torch.Tensor, patch_size: tuple[int, int], setting: 
         return torch.ones_like(mask).unflatten(1, (rows, columns)).cpu()
     mask.scatter_(1, plan.kept.expand(len(pixel_values), -1), True)
     return mask.unflatten(1, (rows, columns)).cpu()
+
+
+def seen_pictures(
+    patches: Patches, plan: Kept | Grouped, image_mean: Sequence[float] | None, image_std: Sequence[float] | None
+) -> list[np.ndarray]:
+    """What is left of each image: a patch shows its token, the mean of its group or the one that stands for it.
+
+    Patches without a token are pale grey, and so are pixels beyond the last whole patch.
+
+    Args:
+        patches: of a batch, whole images or padded patches.
+        plan: what becomes of them.
+        image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
+
+    Returns:
+        For each image (height, width, channels), uint8.
+    """
+    height, width = patches.patch_size
+    words = plan.patch_words(len(patches.pixel_values), patches.count)
+    rows = patches.pixels_as_words().float()
+    if isinstance(plan, Grouped):
+        # Without the prefix tokens, which pixels have none of.
+        rows = plan.expand(plan.reduce(rows))
+    pictures = []
+    for image, row in enumerate(rows):
+        grid = patches.grid
+        if grid is None:
+            assert patches.real is not None  # padded patches say which are real
+            high, wide = (int(end) + 1 for end in patches.places[image][patches.real[image]].amax(dim=0))
+            whole = row.new_zeros(1, patches.channels, high * height, wide * width)
+            grid = (high, wide)
+        else:
+            whole = patches.pixel_values[image : image + 1].clone()
+        tiles = row[: grid[0] * grid[1]].unflatten(-1, (patches.channels, height, width)).unflatten(0, grid)
+        whole[0, :, : grid[0] * height, : grid[1] * width] = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        mask = (words[image, : grid[0] * grid[1]] != DROPPED).view(1, *grid).cpu()
+        photograph = photographs_of(whole, image_mean, image_std)
+        pictures.append((fade(photograph, mask, patches.patch_size)[0] * 255).round().to(torch.uint8).numpy())
+    return pictures
 
 
 def photographs_of(
