@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
 
-from . import attention
+from . import attention, image_processing
 from .beside import remove_other_words, seal_words, write_words
 from .compress import compress_by, configs_of, own_config, parts_of, restore, setting_of
 from .config import VWTConfig
@@ -39,6 +40,9 @@ _REPLACED = (
     (PreTrainedModel, "save_pretrained"),
     (PreTrainedModel, "__call__"),
     (GenerationMixin, "generate"),
+    (ImageProcessingMixin, "from_pretrained"),
+    (ImageProcessingMixin, "save_pretrained"),
+    (ProcessorMixin, "save_pretrained"),
     (PreTrainedTokenizerBase, "from_pretrained"),
 )
 """The methods of transformers that `register` puts others in place of."""
@@ -53,8 +57,10 @@ def register() -> None:
     if _originals:
         return
     PreTrainedConfig.vwt = SETTING  # type: ignore[attr-defined]
+    ImageProcessingMixin.vwt = image_processing.SETTING  # type: ignore[attr-defined]
     attention.register()
-    wraps = (_reading, _loading, _building_from, _saving, _calling, _generating, _unasked)
+    models = (_reading, _loading, _building_from, _saving, _calling, _generating)
+    wraps = (*models, _loading_processor, _saving_processor, _saving_processor, _unasked)
     for (owner, name), wrap in zip(_REPLACED, wraps, strict=True):
         present = vars(owner).get(name, _NOT_GIVEN)
         _originals[owner, name] = present
@@ -88,6 +94,7 @@ def unregister() -> None:
             setattr(owner, name, original)
     if _originals:
         del PreTrainedConfig.vwt  # type: ignore[attr-defined]
+        del ImageProcessingMixin.vwt  # type: ignore[attr-defined]
         attention.unregister()
     _originals.clear()
     _ours.clear()
@@ -190,6 +197,50 @@ def _generating(original: Any) -> Any:
             return original(self, *args, **kwargs)
 
     return generate
+
+
+def _loading_processor(original: Any) -> Any:
+    """`from_pretrained` of image processors that takes `vwt`, or else follows the setting in the processor's file."""
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, *args: Any, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> Any:
+        loaded = original(cls, *args, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        if vwt is _NOT_GIVEN:
+            image_processing.follow(processor, source, hub_kwargs)
+        else:
+            image_processing.apply(processor, vwt, source, hub_kwargs)
+        return loaded
+
+    return from_pretrained
+
+
+def _saving_processor(original: Any) -> Any:
+    """`save_pretrained` of image processors, and of processors that hold one, that writes its words below the folder.
+
+    They are written first and found by the name that the processor's file gives, so that a save which was killed leaves
+    what was there before.
+    """
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        processor = self if isinstance(self, ImageProcessingMixin) else getattr(self, "image_processor", None)
+        if getattr(processor, "vwt", None) is None:
+            return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
+        folder = Path(save_directory)
+        if folder.is_file():
+            return original(self, save_directory, **kwargs)
+        saved_as = image_processing.write_words_of(processor, folder)
+        options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
+        saved = original(self, save_directory, **kwargs)
+        image_processing.remove_words_but(folder, saved_as)
+        if push_to_hub:  # the original uploads what it wrote itself
+            self.push_to_hub(options.pop("repo_id", folder.name), token=kwargs.get("token"), **options)
+        return saved
+
+    return save_pretrained
 
 
 def _unasked(original: Any) -> Any:
