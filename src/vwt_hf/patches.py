@@ -112,7 +112,7 @@ class Patches:
         Args:
             patch_words: (..., patches) integers, one row for each image. Rows of −1 alone are of images that are none,
                 as a processor pads tiles with.
-            repeats: whether each row may stand for several images that follow one another.
+            repeats: whether each image, with its tiles, may come several times in a row.
 
         Raises:
             TypeError: they are no integers in a tensor.
@@ -128,11 +128,12 @@ class Patches:
                 f"patch_words are {given}, and the model cuts {batch} images into {own} patches each: expected "
                 f"({batch}, {self.count}). Make them with an image processor for this model, from the same images."
             )
+        images = int((patch_words != DROPPED).any(dim=-1).sum())
+        if repeats and 0 < images < batch and batch % images == 0:
+            patch_words = patch_words.repeat_interleave(batch // images, dim=0)
         words = patch_words.to(self.device, torch.int64).flatten(0, -2)
         if len(words) > batch:
             words = words[(words != DROPPED).any(dim=1)]
-        if repeats and 0 < len(words) < batch and batch % len(words) == 0:
-            words = words.repeat_interleave(batch // len(words), dim=0)
         if len(words) != batch:
             raise ValueError(
                 f"patch_words are {given}, of {len(words)} images, and the model is given {batch} images: expected "
