@@ -206,7 +206,8 @@ class Tokenizing:
         words = _tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
         plan = tokenizer.plan(patches, words.flatten(0, -2))
         mean, std = processor_statistics(self, patches.channels)
-        return [Image.fromarray(picture) for picture in seen_pictures(patches, plan, mean, std)]
+        seen = [(picture * 255).round().to(torch.uint8) for picture in seen_pictures(patches, plan, mean, std)]
+        return [Image.fromarray(picture.squeeze(-1).numpy()) for picture in seen]
 
     def to_dict(self) -> dict[str, Any]:
         """As the image processor without `vwt`, with the setting."""

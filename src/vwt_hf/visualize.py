@@ -18,7 +18,6 @@ from .terminal import printable, write_file
 from .words import index_words, nearest_words, patch_grid, patchify
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
 
 PANEL = 2.0  # inches
@@ -38,7 +37,9 @@ def kept_patches_figure(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> Figure:
-    """Draws each photograph as the model sees it, and beside it, for each setting, with the dropped patches faded.
+    """Draws each photograph as the model sees it, and beside it, for each setting, what is left of it.
+
+    Dropped patches are faded, or show the patch that stands for them.
 
     Args:
         pixel_values: (photographs, channels, height, width), as the model gets them.
@@ -56,10 +57,12 @@ def kept_patches_figure(
         ValueError: an image is smaller than a patch, or a setting keeps no patch.
     """
     photographs = photographs_of(pixel_values, image_mean, image_std)
+    patches = Patches(pixel_values, patch_size, pixel_values.shape[1], 0, patch_grid(pixel_values, patch_size))
     columns = [Column("what the model sees", photographs, [""] * len(photographs))]
     for index, setting in enumerate(settings):
-        faded = fade(photographs, kept_mask(pixel_values, patch_size, setting), patch_size)
-        columns.append(Column(f"keep_ratio={setting.keep_ratio:g}", faded, [row[index] for row in captions]))
+        plan = setting.plan(patches)
+        seen = photographs if plan is None else torch.stack(seen_pictures(patches, plan, image_mean, image_std))
+        columns.append(Column(f"keep_ratio={setting.keep_ratio:g}", seen, [row[index] for row in captions]))
     return draw(columns, names, PANEL)
 
 
@@ -202,7 +205,7 @@ def kept_mask(pixel_values: torch.Tensor, patch_size: tuple[int, int], setting: 
 
 def seen_pictures(
     patches: Patches, plan: Kept | Grouped, image_mean: Sequence[float] | None, image_std: Sequence[float] | None
-) -> list[np.ndarray]:
+) -> list[torch.Tensor]:
     """What is left of each image: a patch shows its token, the mean of its group or the one that stands for it.
 
     Patches without a token are pale grey, and so are pixels beyond the last whole patch.
@@ -213,7 +216,7 @@ def seen_pictures(
         image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
 
     Returns:
-        For each image (height, width, channels), uint8.
+        For each image (height, width, channels) in [0, 1], float32 on the CPU.
     """
     height, width = patches.patch_size
     words = plan.patch_words(len(patches.pixel_values), patches.count)
@@ -234,8 +237,7 @@ def seen_pictures(
         tiles = row[: grid[0] * grid[1]].unflatten(-1, (patches.channels, height, width)).unflatten(0, grid)
         whole[0, :, : grid[0] * height, : grid[1] * width] = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         mask = (words[image, : grid[0] * grid[1]] != DROPPED).view(1, *grid).cpu()
-        photograph = photographs_of(whole, image_mean, image_std)
-        pictures.append((fade(photograph, mask, patches.patch_size)[0] * 255).round().to(torch.uint8).numpy())
+        pictures.append(fade(photographs_of(whole, image_mean, image_std), mask, patches.patch_size)[0])
     return pictures
 
 
