@@ -360,11 +360,74 @@ def test_padded_patches_are_decoded_to_images_of_many_sizes(folders):
     ]
 
 
+@pytest.mark.parametrize("setting", [VWTConfig(dropped="merge"), inter()], ids=["merge", "inter"])
+def test_a_pushed_image_processor_comes_back_with_its_words(setting, hub, folder):
+    processor = AutoImageProcessor.from_pretrained(folder, vwt=setting)
+    expected = processor(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    processor.push_to_hub("me/pushed")
+    processor.save_pretrained(folder / "here", push_to_hub=True, repo_id="me/saved")
+    for name in ("me/pushed", "me/saved"):
+        files = set(hub.files(name))
+        assert "preprocessor_config.json" in files
+        assert any(file.endswith("vocabulary.safetensors") for file in files) == (setting.method == "inter")
+        loaded = AutoImageProcessor.from_pretrained(name)
+        assert torch.equal(loaded(PHOTOGRAPHS, return_tensors="pt")[NAME], expected)
+
+
+def test_a_vocabulary_on_the_hub_is_named_by_its_commit(hub, folder, tmp_path):
+    commit = VisualVocabulary(WORDS.words).push_to_hub("me/words").oid
+    processor = AutoImageProcessor.from_pretrained(folder, vwt="me/words")
+    processor.save_pretrained(tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["preprocessor_config.json"]
+    assert (processor.vwt["vocabulary"], processor.vwt["revision"]) == ("me/words", commit)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path / "alone")
+    found = loaded(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    assert torch.equal(found, processor(PHOTOGRAPHS, return_tensors="pt")[NAME])
+
+
+class Photographs(torch.utils.data.Dataset):
+    def __init__(self, processor) -> None:
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(PHOTOGRAPHS)
+
+    def __getitem__(self, place: int):
+        return {name: value[0] for name, value in self.processor(PHOTOGRAPHS[place], return_tensors="pt").items()}
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader_make_the_words(method, folders):
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=inter())
+    loader = torch.utils.data.DataLoader(
+        Photographs(processor), batch_size=5, num_workers=1, multiprocessing_context=method
+    )
+    (batch,) = loader
+    assert torch.equal(batch[NAME], processor(PHOTOGRAPHS, return_tensors="pt")[NAME])
+
+
+def test_a_mapped_and_a_transformed_dataset_have_words(folders):
+    datasets = pytest.importorskip("datasets")
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=inter())
+    expected = processor(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    dataset = datasets.Dataset.from_dict(
+        {"image": PHOTOGRAPHS}, features=datasets.Features({"image": datasets.Image()})
+    )
+
+    def process(batch):
+        return processor([image.convert("RGB") for image in batch["image"]])
+
+    mapped = dataset.map(process, batched=True, remove_columns="image").with_format("torch")
+    assert torch.equal(mapped[:][NAME], expected)
+    transformed = dataset.with_transform(process)
+    assert torch.equal(torch.from_numpy(np.stack(transformed[:][NAME])), expected)
+
+
 @pytest.mark.parametrize("classifier", ["dinov2-small-caltech101", "vit-small-caltech101"])
 def test_trained_classifiers_answer_alike_by_either_one_s_words(classifier, shared, searched):
-    """Every photograph of the shared data, by every method, in single precision."""
+    """By every method, in single precision, on photographs of many kinds of things."""
     folder = shared / "models" / classifier
-    paths = sorted((shared / "data/caltech101/validation").glob("*/*"))[::20]
+    paths = sorted((shared / "data/caltech101/validation").glob("*/*"))[::60]
     plain = AutoImageProcessor.from_pretrained(folder)
     train = shared / "data/imagenet-sample/train"
     words = VisualVocabulary.learn(train, plain, size=100, patch_size=14, max_images=60, progress=False)
