@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from vwt_hf.demo_weights import convert
-from vwt_hf.terminal import printable, run_command
+from vwt_hf.printable import printable
+from vwt_hf.terminal import run_command
 
 
 def main() -> None:

@@ -16,12 +16,12 @@ import torch
 import transformers
 
 from loopback_hub import LoopbackHub, connect_client, loopback_only
-from tiny import MODELS, sample_pixel_values, tiny_model
+from tiny import COMMON, sample_pixel_values, tiny_model
 
 SHARED = Path(os.environ.get("VWT_SHARED", Path(__file__).parents[2] / "shared"))
 
 
-@pytest.fixture(params=list(MODELS))
+@pytest.fixture(params=COMMON)
 def model(request: pytest.FixtureRequest) -> transformers.PreTrainedModel:
     return tiny_model(request.param)
 
@@ -33,7 +33,7 @@ def pixel_values() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def other_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of every tiny model, written by the transformers at the other end of the declared range."""
+    """Checkpoints of the common tiny models, written by the transformers at the other end of the declared range."""
     if "VWT_OTHER_END" not in os.environ:
         pytest.skip("needs VWT_OTHER_END, the PYTHONPATH of another transformers version; scripts/test.sh sets it")
     folder = tmp_path_factory.mktemp("other-end")

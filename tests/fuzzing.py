@@ -6,10 +6,9 @@ A `Case` is plain data, so that what hypothesis prints of a failing one is all t
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -115,20 +114,14 @@ class Case:
 
 def every_model() -> list[str]:
     """The names of all tiny models, of every family."""
-    return [*(tiny.MODELS | tiny.MORE_MODELS)]
+    return [*tiny.MODELS]
 
 
 def new_model(case: Case) -> transformers.PreTrainedModel:
     """The case's model, which was never called."""
-    return copy.deepcopy(_model(case.name, case.image_size, case.patch_size, case.attention))
-
-
-@functools.cache
-def _model(name: str, *key: Any) -> transformers.PreTrainedModel:
-    image_size, patch_size, attention = key
-    model = tiny.tiny_model(name, image_size=image_size, patch_size=patch_size)
-    if attention != model.config._attn_implementation:
-        model.set_attn_implementation(attention)
+    model = tiny.tiny_model(case.name, image_size=case.image_size, patch_size=case.patch_size)
+    if case.attention != model.config._attn_implementation:
+        model.set_attn_implementation(case.attention)
     return model
 
 
@@ -158,7 +151,11 @@ def inputs(case: Case, model: transformers.PreTrainedModel) -> dict[str, Any]:
         given["noise"] = torch.arange(case.patches, dtype=torch.float32).expand(len(images), -1)
     if hasattr(model, "text_model"):
         given["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]])
-    return given | ({"interpolate_pos_encoding": True} if case.interpolate else {})
+    return given | _asked(case.interpolate)
+
+
+def _asked(interpolate: bool) -> dict[str, bool]:
+    return {"interpolate_pos_encoding": True} if interpolate else {}
 
 
 def _padded(case: Case, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -330,15 +327,26 @@ def facts_of(name: str) -> Facts:
     model = tiny.tiny_model(name)
     family = family_of(model)
     padded = family.padded is not None
-    always = family.always_interpolates or getattr(model.config, "is_native", False)
+    always = padded or _takes(name)
     return Facts(
-        interpolates=always or padded,
-        interpolates_if_asked=not (always or padded or callable(family.positions)),
+        interpolates=always,
+        interpolates_if_asked=not always and _takes(name, interpolate=True),
         padded=padded,
-        oblong=family.projection == "patch_embeddings.projection",
+        oblong=not padded and _takes(name, (16, 24), [(16, 24)]),
         masks=family.masks is not None,
         attentions=["sdpa", "eager"] if model._supports_sdpa else ["eager"],
     )
+
+
+def _takes(
+    name: str, image_size: Any = 24, sizes: Iterable[tuple[int, int]] = ((16, 20), (28, 36)), interpolate: bool = False
+) -> bool:
+    """Whether the plain model, made for images of one size, answers about images of others, small and large."""
+    try:
+        model = tiny.tiny_model(name, image_size=image_size)
+        return all(tiny.answers(model, torch.zeros(1, 3, *size), **_asked(interpolate)).numel() for size in sizes)
+    except (RuntimeError, TypeError, ValueError):
+        return False
 
 
 @functools.cache

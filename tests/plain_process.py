@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from tiny import MODELS, MORE_MODELS, answers, sample_pixel_values, tiny_model
+from tiny import COMMON, MODELS, answers, sample_pixel_values, tiny_model
 
 
 def reload(folder: str) -> None:
     """Loads what lies in `folder`/plain and /short with plain transformers; writes what came of it to /*-again."""
     for kind in ("plain", "short"):
-        for name in MODELS | MORE_MODELS:
+        for name in MODELS:
             source, target = Path(folder, kind, name), Path(folder, f"{kind}-again", name)
             model_class = type(tiny_model(name))
             model = model_class.from_pretrained(source)
@@ -26,14 +26,14 @@ def reload(folder: str) -> None:
                 "keys": list(model.state_dict()),
             }
             (target / "facts.json").write_text(json.dumps(facts))
-            if name in MODELS:  # of the others it does not know every tower
+            if name in COMMON:  # of the others it does not know every tower
                 transformers.AutoModel.from_pretrained(source)
     assert "vwt_hf" not in sys.modules
 
 
 def write_checkpoints(output: str) -> str:
-    """Saves every tiny model, with its answers, below `output`; returns the transformers version that wrote them."""
-    for name in MODELS:
+    """Saves the common tiny models, with their answers, below `output`; returns the transformers version."""
+    for name in COMMON:
         model = tiny_model(name)
         model.save_pretrained(Path(output, name))
         torch.save(answers(model, sample_pixel_values()), Path(output, name, "answers.pt"))

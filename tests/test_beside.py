@@ -1,288 +1,125 @@
-"""Beside other libraries: PEFT, Trainer, accelerate, quantization, export."""
+"""Words beside a model's weights: a folder holds the whole of one save, or loading it says that it does not."""
 
 from __future__ import annotations
 
-import functools
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from accelerate import cpu_offload
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from settings import SETTINGS
-from tiny import MODELS, MORE_MODELS, TINY, answers, inputs, sample_pixel_values, tiny_model
-from vwt_hf import compress, restore
-from vwt_hf.families import FAMILIES
-
-EVERY = MODELS | MORE_MODELS
+from settings import STATISTICS, inter
+from tiny import answers, tiny_model
+from vwt_hf import VisualVocabulary, VWTConfig, compress
 
 
-def one_of_each_family() -> list[str]:
-    """The first model of each family that sees images alone."""
-    found: dict[str, str] = {}
-    for name, (model_class, _) in EVERY.items():
-        family = next(row.name for row in FAMILIES if model_class.config_class.model_type in row.model_types)
-        if "text_config" not in model_class.config_class.sub_configs:
-            found.setdefault(family, name)
-    return list(found.values())
+def words(seed: int) -> VisualVocabulary:
+    return VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(seed)))
 
 
-ONE_OF_EACH = one_of_each_family()
-# Merging goes through all that families differ in; what settings differ in is the same for all of them.
-PAIRS = [(name, kind) for name in ONE_OF_EACH for kind in SETTINGS if kind == "merge" or name == "vit"]
-setting = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
-pairs = pytest.mark.parametrize(("name", "kind"), PAIRS)
-# SigLIP 2's plain embeddings read a weight where an offloaded one is not, and take 8 bits for the dtype of patches.
-pairs_by_call = pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[0] != "siglip2-vision"])
-
-
-def sample_images(batch: int = 4) -> torch.Tensor:
-    """Noise, which is near to no word, with flat parts, which words group: more in each image than in the last."""
-    images = sample_pixel_values(batch)
-    for index, image in enumerate(images):
-        image[:, : 8 * index] = 0.7
-    return images
-
-
-def differ(found: torch.Tensor, plain: torch.Tensor) -> bool:
-    """Whether `found` are not the answers of the plain model, not even those of its weights in 8 bits."""
-    return found.shape != plain.shape or bool((found - plain).abs().max() > 0.3)
-
-
-def test_a_model_of_every_family_is_here():
-    assert len(ONE_OF_EACH) == len(FAMILIES)
-
-
-@setting
-def test_lora_trains_saves_and_loads_on_a_compressed_model(setting, tmp_path):
-    peft = pytest.importorskip("peft")
-    images, labels = sample_images(), torch.tensor([0, 1, 0, 1])
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
-    torch.manual_seed(0)
-    model = peft.get_peft_model(compress(tiny_model("vit-classifier"), setting), config)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    losses = []
-    for _ in range(3):
-        loss = model(pixel_values=images, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[2] < losses[0]
-    assert any("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    expected = answers(model.eval(), images)
-    model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(compress(tiny_model("vit-classifier"), setting), tmp_path).eval()
-    torch.testing.assert_close(answers(loaded, images), expected)
-
-
-@setting
-@pytest.mark.parametrize(("name", "projection"), [("siglip2-vision", "patch_embedding"), ("vit", "projection")])
-def test_lora_reaches_the_projection_of_patches(name, projection, setting):
-    peft = pytest.importorskip("peft")
-    model = compress(tiny_model(name), setting)
-    given = inputs(model, sample_images())
+def model(seed: int) -> transformers.PreTrainedModel:
+    """Weights, words and threshold are of that seed."""
+    made = tiny_model("vit")
     with torch.no_grad():
-        expected = model(**given)[0]
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[projection]))
-        torch.testing.assert_close(adapted(**given)[0], expected)
-        compress(model, setting)
-        torch.testing.assert_close(adapted(**given)[0], expected)
+        made.embeddings.cls_token.add_(seed)
+    return compress(made, inter(words(seed), threshold=0.2 + seed / 10))
 
 
-@setting
-def test_trainer_trains_and_evaluates_a_compressed_model(setting, tmp_path):
-    class Images(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return 6
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            return {"pixel_values": sample_images(6)[index], "labels": torch.tensor(index % 2)}
-
-    model = compress(tiny_model("vit-classifier"), setting)
-    arguments = transformers.TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=3, per_device_eval_batch_size=4, report_to=[], use_cpu=True
-    )
-    trainer = transformers.Trainer(model, arguments, train_dataset=Images(), eval_dataset=Images())
-    assert trainer.train().training_loss > 0
-    measured = trainer.evaluate()["eval_loss"]
-    batch = torch.utils.data.default_collate([Images()[index] for index in range(6)])
-    with torch.no_grad():
-        assert measured == pytest.approx(model.eval()(**batch).loss.item(), rel=1e-4)
-    trainer.save_model(tmp_path / "saved")
-    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(answers(loaded, batch["pixel_values"]), answers(model, batch["pixel_values"]))
+def load(folder: Path, **kwargs) -> transformers.PreTrainedModel:
+    return transformers.AutoModel.from_pretrained(folder, **kwargs)
 
 
-@pytest.mark.parametrize("placement", ["auto", "split", "disk"])
-@pairs_by_call
-def test_device_map_places_a_model_that_answers_saves_and_is_restored_as_in_memory(name, kind, placement, tmp_path):
-    # Without SigLIP's head, whose torch attention reads weights that are elsewhere in the plain model, too.
-    model, images = tiny_model(name, vision_use_head=False), sample_images()
-    plain = answers(model, images)
-    model.save_pretrained(tmp_path / "plain")
-    load = functools.partial(type(model).from_pretrained, tmp_path / "plain", vwt=SETTINGS[kind])
-    expected = answers(load(), images)
-    assert differ(expected, plain)
-    where = {
-        "auto": {"device_map": "auto"},
-        "split": {"device_map": "auto", "max_memory": {"cpu": sum(p.nbytes for p in model.parameters()) * 6 // 10}},
-        "disk": {"device_map": {"": "disk"}},
-    }
-    loaded = load(**where[placement], offload_folder=tmp_path / "offloaded")
-    offloaded = [parameter.is_meta for parameter in loaded.parameters()]
-    assert (any(offloaded), all(offloaded)) == (placement != "auto", placement == "disk")
-    images = images.to(loaded.device if placement == "auto" else "cpu")
-    torch.testing.assert_close(answers(loaded, images).cpu(), expected)
-    loaded.save_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(answers(type(model).from_pretrained(tmp_path / "saved"), images.cpu()), expected)
-    torch.testing.assert_close(answers(restore(loaded), images).cpu(), plain)
+class Killed(BaseException):
+    """In place of a signal that ends the process."""
 
 
-@pairs_by_call
-def test_a_model_is_compressed_and_restored_while_its_weights_are_offloaded(name, kind):
-    model, images = tiny_model(name, vision_use_head=False), sample_images()
-    plain = answers(model, images)
-    expected = answers(compress(tiny_model(name, vision_use_head=False), SETTINGS[kind]), images)
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    torch.testing.assert_close(answers(compress(model, SETTINGS[kind]), images), expected)
-    torch.testing.assert_close(answers(restore(model), images), plain)
+def killed(monkeypatch, owner: type, name: str) -> None:
+    def kill(*args, **kwargs):
+        raise Killed
+
+    monkeypatch.setattr(owner, name, kill)
 
 
-@setting
-def test_linear_layers_in_8_bits_answer_nearly_as_in_32(setting):
-    quantization = pytest.importorskip("torch.ao.quantization")
-    model = compress(tiny_model("dinov2-classifier"), setting)
-    images = sample_images()
-    expected = answers(model, images)
-    small = quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    assert any("quantized" in type(module).__module__ for module in small.modules())
-    torch.testing.assert_close(answers(small, images), expected, atol=0.05, rtol=0.05)
+def test_a_save_that_ends_before_the_config_leaves_the_old_model_and_the_next_removes_its_words(
+    pixel_values, tmp_path, monkeypatch
+):
+    model(0).save_pretrained(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killed(patched, transformers.PreTrainedConfig, "save_pretrained")
+        model(1).save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("visual_words-*"))) == 2
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(0), pixel_values))
+    (tmp_path / "notes.txt").write_text("mine")
+    model(2).save_pretrained(tmp_path)
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(2), pixel_values))
+    assert len(list(tmp_path.glob("visual_words-*"))) == 1 and (tmp_path / "notes.txt").read_text() == "mine"
+    tiny_model("vit").save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("visual_words-*")) and load(tmp_path).config.vwt is None
 
 
-def torchao_config() -> transformers.TorchAoConfig:
-    quantization = pytest.importorskip("torchao.quantization")
-    return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+def test_a_save_that_ends_before_the_weights_is_noticed(pixel_values, tmp_path, monkeypatch):
+    model(0).save_pretrained(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killed(patched, transformers.PreTrainedModel, "state_dict")
+        model(1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"config\.json of {tmp_path}: .*was not finished.*`vwt=False`"):
+        load(tmp_path)
+    model(1).save_pretrained(tmp_path)
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(1), pixel_values))
 
 
-def bitsandbytes_config() -> transformers.BitsAndBytesConfig:
-    pytest.importorskip("bitsandbytes")
-    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+@pytest.mark.parametrize("what", ["weights", "words"])
+def test_weights_or_words_of_another_save_are_noticed(what, tmp_path):
+    for seed in (0, 1):
+        model(seed).save_pretrained(tmp_path / str(seed))
+    if what == "weights":
+        shutil.copy(tmp_path / "1/model.safetensors", tmp_path / "0/model.safetensors")
+        expected = r"model\.safetensors holds other weights"
+    else:
+        (own,), (other,) = (list((tmp_path / seed).glob("visual_words-*")) for seed in "01")
+        shutil.copy(other / "vocabulary.safetensors", own / "vocabulary.safetensors")
+        expected = "vocabulary"
+    with pytest.raises(ValueError, match=expected):
+        load(tmp_path / "0")
+    assert load(tmp_path / "0", vwt=False).config.vwt is None
+    assert load(tmp_path / "0", vwt=inter(words(3))).config.vwt["method"] == "inter"
 
 
-def require_answers_in_8_bits(model: transformers.PreTrainedModel, images: torch.Tensor, whole: torch.Tensor) -> None:
-    """Asserts that weights are in 8 bits, and that answers are near to those, `whole`, of weights in 32."""
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    # Both libraries leave torch's own attention, which SigLIP's head is, as it is.
-    weights = [module.weight for module in linear if not isinstance(module, NonDynamicallyQuantizableLinear)]
-    # torchao's tensors say float32 and hold `qdata`.
-    assert {getattr(weight, "qdata", weight).dtype for weight in weights} == {torch.int8}
-    found = answers(model, images)
-    torch.testing.assert_close(found, whole, atol=0.1, rtol=0)
-    torch.testing.assert_close(found, torch.cat([answers(model, image[None]) for image in images]), atol=1e-4, rtol=0)
+def test_a_threshold_may_be_changed_by_hand(tmp_path):
+    model(0).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vwt"]["threshold"] = 0.05
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path).config.vwt["threshold"] == 0.05
+    given = load(tmp_path, vwt={"method": "inter", "threshold": 0.4, **STATISTICS})
+    assert given.config.vwt["threshold"] == 0.4
 
 
-@pytest.mark.parametrize("config", [torchao_config, bitsandbytes_config])
-@pairs_by_call
-def test_a_model_loaded_in_8_bits_answers_nearly_as_in_32_saves_and_is_restored(name, kind, config, tmp_path):
-    model, images = tiny_model(name), sample_images()
-    plain = answers(model, images)
-    model.save_pretrained(tmp_path / "plain")
-    load = functools.partial(type(model).from_pretrained, device_map="cpu")
-    loaded = load(tmp_path / "plain", vwt=SETTINGS[kind], quantization_config=config())
-    expected = answers(compress(model, SETTINGS[kind]), images)
-    assert differ(expected, plain)
-    require_answers_in_8_bits(loaded, images, expected)
-    loaded.save_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(answers(load(tmp_path / "saved"), images), answers(loaded, images))
-    require_answers_in_8_bits(restore(loaded), images, plain)
+def test_words_in_a_folder_without_a_seal_are_loaded_where_the_setting_names_no_save(pixel_values, tmp_path):
+    made = tiny_model("vit")
+    made.config.vwt = VWTConfig(method="inter", threshold=0.2, **STATISTICS).to_dict()
+    made.config.save_pretrained(tmp_path)
+    tiny_model("vit").save_pretrained(tmp_path / "weights")
+    (tmp_path / "weights/model.safetensors").rename(tmp_path / "model.safetensors")
+    words(0).save_pretrained(tmp_path / "visual_words")
+    expected = compress(tiny_model("vit"), inter(words(0), threshold=0.2))
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(expected, pixel_values))
 
 
-@pairs
-def test_torchao_quantizes_a_compressed_model(name, kind):
-    quantization = pytest.importorskip("torchao.quantization")
-    model, images = tiny_model(name), sample_images()
-    plain = answers(model, images)
-    expected = answers(compress(model, SETTINGS[kind]), images)
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    require_answers_in_8_bits(model, images, expected)
-    require_answers_in_8_bits(restore(model), images, plain)
+@pytest.mark.parametrize(
+    "seal", [b"", b"[]", b'{"weights": 3}', b"[" * 100000], ids=["empty", "list", "number", "deep"]
+)
+def test_a_damaged_seal_is_told_by_its_name(seal, tmp_path):
+    model(0).save_pretrained(tmp_path)
+    (folder,) = tmp_path.glob("visual_words-*")
+    (folder / "sealed.json").write_bytes(seal)
+    with pytest.raises(ValueError, match=r"sealed\.json is damaged"):
+        load(tmp_path)
 
 
-class Answers(torch.nn.Module):
-    """The first output of each of some models, as what is exported."""
-
-    def __init__(self, *models: torch.nn.Module) -> None:
-        super().__init__()
-        self.models = torch.nn.ModuleList(models).eval()
-
-    def forward(self, **given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(model(**given)[0] for model in self.models)
-
-
-def two_batches(model: transformers.PreTrainedModel) -> list[dict[str, torch.Tensor]]:
-    """In the second one other patches stay."""
-    return [inputs(model, images) for images in (sample_images(), sample_images().flip(0))]
-
-
-@pytest.mark.parametrize("kind", ["discard", "merge"])
-@pytest.mark.parametrize("name", list(EVERY))
-def test_an_exported_program_answers_as_the_model(name, kind):
-    model = compress(tiny_model(name), SETTINGS[kind])
-    batches = two_batches(model)
-    program = torch.export.export(Answers(model), (), batches[0], strict=False).module()
-    for batch in batches:
-        torch.testing.assert_close(program(**batch)[0], model(**batch)[0])
-
-
-# How SigLIP 2 resizes its positions is for one number of images in transformers 5.17, in plain models, too.
-@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "siglip2-vision"])
-def test_an_exported_program_takes_batches_of_any_size(name):
-    for kind in ("discard", "merge"):
-        model = compress(tiny_model(name, num_hidden_layers=1), SETTINGS[kind])
-        given, batch = inputs(model, sample_images()), torch.export.Dim("batch")
-        shapes = {key: {0: batch} for key in given}
-        program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
-        for images in (sample_images(7), sample_images()[2:3]):
-            given = inputs(model, images)
-            torch.testing.assert_close(program(**given)[0], model(**given)[0])
-
-
-# Torch exports the check of sizes in SigLIP 2's plain embeddings to ONNX no more than in compressed ones.
-# Without gradients: with them torch takes sdpa with a relative position bias apart into views that it cannot have.
-@torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "siglip2-vision"])
-def test_onnx_answers_as_torch(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    # Two in one program: the half of what a conversion takes does not depend on how much there is to convert.
-    models = [compress(tiny_model(name, num_hidden_layers=1), SETTINGS[kind]) for kind in ("discard", "merge")]
-    batches = two_batches(models[0])
-    torch.onnx.export(
-        Answers(*models), (), tmp_path / "model.onnx", kwargs=batches[0], dynamo=True, verbose=False, optimize=False
-    )
-    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    for batch in batches:
-        found = session.run(None, {taken.name: batch[taken.name].numpy() for taken in session.get_inputs()})
-        for one, model in zip(found, models, strict=True):
-            torch.testing.assert_close(torch.from_numpy(one), model(**batch)[0], atol=1e-4, rtol=1e-4)
-
-
-def test_all_that_a_masked_autoencoder_gives_out_is_exported_to_onnx(tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    model = compress(tiny_model("vit-mae", num_hidden_layers=1), SETTINGS["discard"])
-    given, other = two_batches(model)
-    torch.onnx.export(model, (), tmp_path / "model.onnx", kwargs=given, dynamo=True, verbose=False, optimize=False)
-    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    found = session.run(None, {taken.name: other[taken.name].numpy() for taken in session.get_inputs()})
-    for one, expected in zip(found, model(**other).values(), strict=True):
-        torch.testing.assert_close(torch.from_numpy(one), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_words_are_not_exported_and_say_why():
-    model = compress(transformers.ViTModel(transformers.ViTConfig(**TINY)).eval(), SETTINGS["inter"])
-    with pytest.raises(ValueError, match=r"its own number of tokens.*method='intra'"):
-        torch.export.export(model, (), {"pixel_values": sample_images()}, strict=False)
-    assert answers(model, sample_images()).isfinite().all()
+@pytest.mark.parametrize("saved_as", ["../../etc", "", 5, "A" * 16, "0" * 17])
+def test_a_setting_names_no_folder_but_its_own(saved_as):
+    with pytest.raises(ValueError, match=r"saved_as is .*expected None or 16 digits"):
+        VWTConfig(method="inter", saved_as=saved_as)

@@ -11,10 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from settings import SETTINGS, inter
-from tiny import MODELS, answers, sample_pixel_values, tiny_model
+from tiny import COMMON, answers, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress
 
-TOWERS = [*(name for name in MODELS if name != "clip"), "vit-mae", "aimv2-vision", "aimv2-native", "dinov3"]
+TOWERS = [*(name for name in COMMON if name != "clip"), "vit-mae", "aimv2-vision", "aimv2-native", "dinov3"]
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ def test_what_makes_a_host_wait_is_counted(monkeypatch):
     assert mode.count == 4
 
 
-@pytest.mark.parametrize("model", [*MODELS, "beit", "data2vec"], indirect=True)
+@pytest.mark.parametrize("model", [*COMMON, "beit", "data2vec"], indirect=True)
 def test_a_forward_waits_for_its_device_once_with_words_and_never_without(model, words, monkeypatch):
     pixel_values = ragged(3)
     for criterion in ("variance", "random", "grid"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import pickle
@@ -14,9 +15,16 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 
 import vwt_hf
-from tiny import TINY, answers, forward, sample_pixel_values, tiny_model, traces, watch_embeddings
+from settings import SETTINGS
+from tiny import TINY, answers, forward, inputs, sample_pixel_values, tiny_model, traces, watch_embeddings
 from vwt_hf import VWTConfig, compress, restore
-from vwt_hf.words import grid_patches
+from vwt_hf.words import gather_patches, grid_patches, highest, patchify, variance_scores
+
+BY_PLACE = [
+    VWTConfig(criterion="random", seed=3),
+    VWTConfig(criterion="grid"),
+    VWTConfig(criterion="grid", dropped="merge"),
+]
 
 
 def test_keeping_everything_equals_the_plain_model(model, pixel_values):
@@ -122,10 +130,13 @@ def test_supported_lists_the_families():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_same_patches_and_answers_nearly_the_same(model, pixel_values, dtype):
     pixel_values = pixel_values.to(dtype).float()
-    compress(model, {"keep_ratio": 0.5})
-    expected = answers(model, pixel_values)
-    found = answers(model.to(dtype), pixel_values.to(dtype))
+    whole, short = embedded(model.to(dtype), pixel_values.to(dtype), {"keep_ratio": 0.5})
+    found = answers(model, pixel_values.to(dtype))
     assert found.dtype == dtype
+    kept = highest(variance_scores(patchify(pixel_values, (4, 4))), 32)
+    prefix = whole.shape[1] - 64
+    assert torch.equal(short, torch.cat((whole[:, :prefix], gather_patches(whole[:, prefix:], kept)), dim=1))
+    expected = answers(model.float(), pixel_values)
     torch.testing.assert_close(found.float(), expected, atol=0.08, rtol=0.08)
 
 
@@ -262,3 +273,31 @@ def test_a_model_that_holds_a_supported_tower_is_not_taken_for_one():
     )
     with pytest.raises(ValueError, match=r"LlavaNextVideo.* \(model type 'llava_next_video'\) cannot be compressed"):
         compress(holder)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov3", "beit", "siglip2-vision", "blip-vision"])
+@pytest.mark.parametrize("fields", [*SETTINGS.values(), *BY_PLACE], ids=[*SETTINGS, "random", "grid", "merged grid"])
+def test_defaults_of_torch_change_no_answer(name, fields, pixel_values, monkeypatch):
+    """Another default dtype, and another default device, on which nothing has values."""
+    pixel_values[0] = 1.3
+    model = compress(tiny_model(name), fields)
+    given = inputs(model, pixel_values)
+    with torch.no_grad():
+        expected = model(**given)[0]
+        for change in (default_dtype(torch.float64), default_dtype(torch.bfloat16), torch.device("meta")):
+            monkeypatch.setattr("vwt_hf.words._kept", collections.OrderedDict())
+            again = compress(tiny_model(name), fields)
+            with change:
+                torch.testing.assert_close(again(**given)[0], expected)
+                torch.testing.assert_close(compress(again, fields)(**given)[0], expected)
+            torch.testing.assert_close(again(**given)[0], expected)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -9,11 +9,12 @@ from accelerate import cpu_offload
 
 from settings import WORDS, inter
 from tiny import (
+    COMMON,
     MODELS,
-    MORE_MODELS,
     TINY,
     answers,
     forward,
+    inputs,
     padded_patches,
     sample_pixel_values,
     tiny_model,
@@ -21,11 +22,11 @@ from tiny import (
     watch_embeddings,
 )
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
-from vwt_hf.families import UNFIT, family_of, is_of, require_supported
+from vwt_hf.families import UNFIT, family_of, find_layers, find_tower, is_of, require_supported
 from vwt_hf.plans import Kept
 from vwt_hf.words import gather_patches, highest, patchify, variance_scores
 
-EVERY = [*MODELS, *MORE_MODELS]
+EVERY = list(MODELS)
 CONTRASTIVE = ["clip", "metaclip-2", "chinese-clip", "altclip", "clipseg", "siglip", "siglip2", "aimv2"]
 BACKBONES = [name for name in EVERY if not name.endswith(("classifier", "projection")) and name not in CONTRASTIVE]
 """Those whose first output is hidden states."""
@@ -43,6 +44,10 @@ every = pytest.mark.parametrize("name", EVERY)
 
 @pytest.fixture
 def images() -> torch.Tensor:
+    return sample_images()
+
+
+def sample_images() -> torch.Tensor:
     """White, noise, nearly flat and half flat: very different lengths."""
     pixel_values = sample_pixel_values(4)
     pixel_values[0] = 1.3
@@ -114,21 +119,49 @@ def test_gradients_are_finite_and_reach_what_the_plain_model_trains(name, settin
     assert trained() == plain
 
 
+@pytest.mark.parametrize("kind", ["merge", "packed", "padded"])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_patch_has_the_hidden_state_of_its_token_where_none_is_lost(name, images):
+def test_every_patch_has_the_hidden_state_of_its_token_where_none_is_lost(name, kind, images):
     model = tiny_model(name)
-    usual = answers(model, images).shape
-    for fields in (SETTINGS["merge"], SETTINGS["packed"], SETTINGS["padded"]):
-        full = answers(compress(model, fields), images)
-        assert full.shape == usual
-        patches = full[1, -64:]
-        assert len(patches.unique(dim=0)) < 64 or fields is not SETTINGS["merge"]
-    compressed = answers(compress(model, VWTConfig(dropped="merge", output="compressed")), images)
-    assert compressed.shape[1] == usual[1] - 32
-    # The tokens that were given out for the patches are those; the shorter of padded images leave some over.
-    merged = answers(compress(model, SETTINGS["merge"]), images)
+    usual = answers(model, images)
+    last = find_layers(find_tower(model, family_of(model)).module)[-1]
+    tokens = outputs_of(last)  # before compression gives every patch its own
+    compress(model, SETTINGS[kind])
+    patches, taken = outputs_of(last), watch_embeddings(model)
+    full = answers(model, images)
+    layout = taken[0][1].layout
+    rows = layout.rows
+    assert layout.tokens < rows.numel()
+    assert torch.equal(patches[0], tokens[0].flatten(0, 1)[rows])
+    # And so in the end, where each token has a state of its own.
+    assert full.shape == usual.shape
     for image in range(len(images) if family_of(model).padded is None else 0):
-        assert torch.equal(merged[image].unique(dim=0), compressed[image].unique(dim=0))
+        assert_as_equal(full[image], rows[image])
+
+
+def outputs_of(module) -> list[torch.Tensor]:
+    """Gets what `module` gives out as its hooks leave it that are registered so far, at each call from now on."""
+    taken: list[torch.Tensor] = []
+    module.register_forward_hook(
+        lambda module, args, output: taken.append(output[0] if isinstance(output, tuple) else output)
+    )
+    return taken
+
+
+def assert_as_equal(states: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Asserts that hidden states, (patches, hidden), are equal where their tokens, (patches,), are, and there alone."""
+    which = states.unique(dim=0, return_inverse=True)[1]
+    assert torch.equal(which.unsqueeze(0) == which.unsqueeze(1), tokens.unsqueeze(0) == tokens.unsqueeze(1))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_tokens_that_are_given_out_are_those_that_patches_have_the_hidden_states_of(name, images):
+    model = compress(tiny_model(name), VWTConfig(dropped="merge", output="compressed"))
+    taken = watch_embeddings(model)
+    tokens = model(**inputs(model, images))[0]
+    full = compress(model, SETTINGS["merge"])(**inputs(model, images))[0]
+    assert tokens.shape[1] == full.shape[1] - 32
+    assert torch.equal(full, tokens.flatten(0, 1)[taken[0][1].layout.rows])
 
 
 def test_rotary_tokens_are_rotated_as_their_patches_are(images):
@@ -181,7 +214,7 @@ def replace(module, output) -> None:
     module.forward = lambda *args, **kwargs: output
 
 
-@pytest.mark.parametrize("name", [name for name in MORE_MODELS if name not in CONTRASTIVE])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*COMMON, *CONTRASTIVE)])
 def test_a_token_is_the_mean_of_the_embeddings_of_its_patches(name, images):
     """The first layer's input, against the plain model's."""
     plain, model = tiny_model(name), compress(tiny_model(name), SETTINGS["packed"])
@@ -255,7 +288,7 @@ def test_models_that_predict_masked_patches_are_refused():
 
 
 def test_a_segmentation_head_reads_every_patch_or_is_refused(images):
-    _, config = MORE_MODELS["clipseg"]
+    _, config = MODELS["clipseg"]
     torch.manual_seed(0)
     size = {"reduce_dim": 8, "extract_layers": [0, 1], "decoder_num_attention_heads": 2, "decoder_intermediate_size": 8}
     segmenting = config(**TINY)
@@ -313,7 +346,7 @@ def test_patches_that_a_caller_masks_are_as_padding(setting, images):
 
 def test_a_mean_of_real_patches_reads_every_patch_or_is_refused(images):
     torch.manual_seed(0)
-    _, config = MORE_MODELS["siglip2"]
+    _, config = MODELS["siglip2"]
     model = transformers.Siglip2ForImageClassification(config(**TINY)).eval()
     with pytest.raises(ValueError, match=r"Siglip2ForImageClassification reads a value for every patch.*'merge'"):
         compress(model, SETTINGS["discard"])

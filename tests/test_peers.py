@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tiny import MODELS, answers, sample_pixel_values, tiny_model
+from tiny import COMMON, answers, sample_pixel_values, tiny_model
 from vwt_hf.families import family_of, find_tower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -48,7 +48,7 @@ def merged_by_loops(
     return tokens, totals
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COMMON)
 def test_merging_no_pair_is_the_plain_model(name):
     expected = answers(tiny_model(name), sample_pixel_values())
     assert torch.equal(answers(peers.tome(tiny_model(name), 0), sample_pixel_values()), expected)

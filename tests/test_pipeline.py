@@ -21,7 +21,7 @@ from transformers.utils import is_torchvision_available
 
 from settings import SETTINGS
 from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip_2, built
-from tiny import MODELS, MORE_MODELS, TINY, contrastive_config
+from tiny import MODELS, TINY, contrastive_config
 from vwt_hf import VWTConfig, compress, supported
 from vwt_hf.families import FAMILIES, HOLDERS, ROWS
 
@@ -73,7 +73,6 @@ def retrieval_config(**_) -> transformers.Blip2Config:
 
 TINY_MODELS = {
     **MODELS,
-    **MORE_MODELS,
     **{make.__name__: (type(make()), lambda make=make, **_: make().config) for make in IMAGE_TOKENS},
     "blip-2-retrieval": (transformers.Blip2ForImageTextRetrieval, retrieval_config),
     "owlvit": (transformers.OwlViTModel, contrastive_config(transformers.OwlViTConfig)),

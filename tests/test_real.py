@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from tiny import MODELS, MORE_MODELS, answers, tiny_model
+from tiny import COMMON, MODELS, answers, tiny_model
 from vwt_hf import VisualVocabulary, compress
 
 STATISTICS = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
@@ -105,8 +105,8 @@ dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *((name, dtype) for name in MODELS for dtype in (torch.float32, torch.bfloat16)),
-        *((name, torch.float32) for name in MORE_MODELS),
+        *((name, dtype) for name in COMMON for dtype in (torch.float32, torch.bfloat16)),
+        *((name, torch.float32) for name in MODELS if name not in COMMON),
     ],
 )
 @pytest.mark.parametrize("proportional", [True, False])

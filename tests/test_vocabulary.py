@@ -27,7 +27,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import vwt_hf
-from vwt_hf import cli, facts, image_source, learn, vocabulary_card, vocabulary_files
+from vwt_hf import cli, image_source, learn, vocabulary_card, vocabulary_files
+from vwt_hf.cli import vocab
 from vwt_hf.vocabulary import VisualVocabulary
 from vwt_hf.vocabulary_files import VocabularyInfo
 from vwt_hf.words import patchify
@@ -574,10 +575,10 @@ NASTY = "\x1b]0;owned\x07\x1b[31m\u202eevil\n| <img src=x onerror=alert(1)> `x` 
 
 def test_names_that_strangers_wrote_do_nothing_to_a_terminal(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(saved, dataset=NASTY, base_model=NASTY, library_version=NASTY)
-    facts.vocab(str(saved), output=str(saved.parent / "x.png"))
+    assert cli.main(["vocab", str(saved), "--output", str(saved.parent / "x.png")]) == 0
     shown = capsys.readouterr().out
     assert "evil" in shown and all(letter.isprintable() for letter in shown.replace("\n", ""))
-    assert len(shown.splitlines()) == len(facts.facts(VisualVocabulary.from_pretrained(saved))) + 2
+    assert len(shown.splitlines()) == len(vocab.facts(VisualVocabulary.from_pretrained(saved))) + 2
 
 
 def test_errors_show_what_strangers_wrote_harmlessly(saved: Path) -> None:

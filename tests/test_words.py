@@ -14,7 +14,6 @@ from vwt_hf.words import (
     gather_patches,
     grid_patches,
     highest,
-    patch_strip,
     patchify,
     random_order,
     random_patches,
@@ -161,16 +160,6 @@ def test_pairs_of_kept_patches_and_prefix_tokens_are_gathered(choices):
     for pairs, patches in zip(found, kept.tolist(), strict=True):
         index = [0, 1, *(2 + patch for patch in patches)]
         assert torch.equal(pairs, values[0][:, index][:, :, index])
-
-
-def test_a_projection_turns_a_strip_of_patches_into_their_tokens():
-    pixel_values, projection = torch.randn(2, 3, 8, 12), torch.nn.Conv2d(3, 5, (4, 6), stride=(4, 6))
-    tokens = projection(pixel_values).flatten(2)
-    kept = torch.tensor([[0, 3], [1, 2]])
-    strip = patch_strip(gather_patches(patchify(pixel_values, (4, 6)), kept), (4, 6))
-    assert strip.shape == (2, 3, 4, 12)
-    expected = tokens.take_along_dim(kept.unsqueeze(1), 2)
-    torch.testing.assert_close(projection(strip).flatten(2), expected)
 
 
 @pytest.mark.parametrize(("ratio", "patches", "kept"), [(0.29, 100, 29), (0.5, 257, 128), (1.0, 5, 5), (0.999, 5, 4)])

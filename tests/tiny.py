@@ -25,23 +25,6 @@ def registers_config(**sizes) -> transformers.Dinov2WithRegistersConfig:
     return transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=3)
 
 
-MODELS = {
-    "vit": (transformers.ViTModel, transformers.ViTConfig),
-    "vit-classifier": (transformers.ViTForImageClassification, transformers.ViTConfig),
-    "deit": (transformers.DeiTModel, transformers.DeiTConfig),
-    "deit-classifier": (transformers.DeiTForImageClassificationWithTeacher, transformers.DeiTConfig),
-    "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config),
-    "dinov2-classifier": (transformers.Dinov2ForImageClassification, transformers.Dinov2Config),
-    "registers": (transformers.Dinov2WithRegistersModel, registers_config),
-    "registers-classifier": (transformers.Dinov2WithRegistersForImageClassification, registers_config),
-    "clip": (transformers.CLIPModel, clip_config),
-    "clip-vision": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig),
-    "clip-projection": (transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionConfig),
-    "clip-classifier": (transformers.CLIPForImageClassification, clip_config),
-}
-"""Models of the families that every test goes through: class and what makes its config from TINY, by name."""
-
-
 def contrastive_config(config_class: type, **text):
     """What makes a config of a model with a text tower beside its vision tower."""
 
@@ -93,7 +76,19 @@ def native_aimv2_config(**sizes) -> transformers.Aimv2VisionConfig:
 
 
 ROBERTA = {"pad_token_id": 1, "max_position_embeddings": 40, "project_dim": 16}
-MORE_MODELS = {
+MODELS = {
+    "vit": (transformers.ViTModel, transformers.ViTConfig),
+    "vit-classifier": (transformers.ViTForImageClassification, transformers.ViTConfig),
+    "deit": (transformers.DeiTModel, transformers.DeiTConfig),
+    "deit-classifier": (transformers.DeiTForImageClassificationWithTeacher, transformers.DeiTConfig),
+    "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config),
+    "dinov2-classifier": (transformers.Dinov2ForImageClassification, transformers.Dinov2Config),
+    "registers": (transformers.Dinov2WithRegistersModel, registers_config),
+    "registers-classifier": (transformers.Dinov2WithRegistersForImageClassification, registers_config),
+    "clip": (transformers.CLIPModel, clip_config),
+    "clip-vision": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig),
+    "clip-projection": (transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionConfig),
+    "clip-classifier": (transformers.CLIPForImageClassification, clip_config),
     "vit-msn": (transformers.ViTMSNModel, transformers.ViTMSNConfig),
     "vit-msn-classifier": (transformers.ViTMSNForImageClassification, transformers.ViTMSNConfig),
     "vit-mae": (transformers.ViTMAEModel, masked_autoencoder_config),
@@ -131,13 +126,29 @@ MORE_MODELS = {
     "blip-vision": (transformers.BlipVisionModel, transformers.BlipVisionConfig),
     "blip-2-vision": (transformers.Blip2VisionModel, transformers.Blip2VisionConfig),
 }
-"""Models of the other families, which the conformance matrix of test_families.py goes through."""
+"""The models that tests go through, of every family: class and what makes its config from TINY, by name."""
+
+COMMON = (
+    "vit",
+    "vit-classifier",
+    "deit",
+    "deit-classifier",
+    "dinov2",
+    "dinov2-classifier",
+    "registers",
+    "registers-classifier",
+    "clip",
+    "clip-vision",
+    "clip-projection",
+    "clip-classifier",
+)
+"""Those of the families that most checkpoints are of, which tests go through that look at what families share."""
 
 
 def tiny_model(name: str, **sizes) -> transformers.PreTrainedModel:
     """The model of that name, the same at every call; `sizes` are fields of TINY to change."""
     torch.manual_seed(0)
-    model_class, config = (MODELS | MORE_MODELS)[name]
+    model_class, config = MODELS[name]
     model = model_class(config(**(TINY | sizes))).eval()
     # Some families start their prefix tokens, positions or heads at zero, which would hide an error in them.
     with torch.no_grad():

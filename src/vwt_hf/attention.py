@@ -35,6 +35,8 @@ except ImportError:  # torch before 2.10
     VARLEN_SCALES = False
 
 BASES = ("eager", "sdpa", "flash_attention_2")
+CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+"""Where layers of transformers, and torch's wrappers around them (`checkpoint_wrapper`), keep what checkpoints them."""
 Pairs = tuple[torch.Tensor, ...] | None
 """For each run of a packed batch, or for the whole of a padded one: (images or 1, heads, tokens, tokens), added to the
 attention logits of one layer."""
@@ -74,9 +76,14 @@ def _refuse_mask(attention_mask: torch.Tensor) -> NoReturn:
     )
 
 
+def _base_of(tower: Any) -> str:
+    """The attention implementation that a tower was given, also while it attends by a plan."""
+    return (tower.config._attn_implementation or "eager").removeprefix(BY_PLAN)
+
+
 def require_usable(tower: Any) -> None:
     """Raises `ValueError` if `tower` uses an attention implementation that cannot attend by a layout."""
-    base = tower.config._attn_implementation or "eager"
+    base = _base_of(tower)
     if base not in BASES:
         raise ValueError(
             f"The model's attention implementation is {base!r}; grouped patches need one of {', '.join(BASES)}. Load "
@@ -84,24 +91,26 @@ def require_usable(tower: Any) -> None:
         )
 
 
-def carry_through_checkpoints(layers: list[nn.Module]) -> None:
-    """Has gradient checkpointing, where it is on, repeat layers with the layout that they first ran with."""
-    for layer in layers:
-        checkpoint: Any = layer.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint:
-            layer.__dict__["_gradient_checkpointing_func"] = functools.partial(_checkpoint, checkpoint)
+def carry_through_checkpoints(tower: nn.Module) -> None:
+    """Makes gradient checkpointing, where it is on, repeat each layer within the `Forward` that it first ran in."""
+    for module in tower.modules():
+        for name in CHECKPOINTS:
+            checkpoint: Any = module.__dict__.get(name)
+            if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint:
+                module.__dict__[name] = functools.partial(_checkpoint, checkpoint)
 
 
-def give_back_checkpoint(layer: nn.Module) -> None:
-    """Undoes `carry_through_checkpoints`."""
-    checkpoint: Any = layer.__dict__.get("_gradient_checkpointing_func")
-    if getattr(checkpoint, "func", None) is _checkpoint:
-        layer.__dict__["_gradient_checkpointing_func"] = checkpoint.args[0]
+def give_back_checkpoint(module: nn.Module) -> None:
+    """Undoes `carry_through_checkpoints` for one module."""
+    for name in CHECKPOINTS:
+        checkpoint: Any = module.__dict__.get(name)
+        if getattr(checkpoint, "func", None) is _checkpoint:
+            module.__dict__[name] = checkpoint.args[0]
 
 
-def _checkpoint(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
-    """`checkpoint(layer, *args)`; the backward pass, which repeats `layer`, may run in another thread."""
-    return checkpoint(functools.partial(run_within, current_forward(), layer), *args)
+def _checkpoint(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`checkpoint(layer, ...)`; the backward pass, which repeats `layer`, may run in another thread."""
+    return checkpoint(functools.partial(run_within, current_forward(), layer), *args, **kwargs)
 
 
 def packs(forward: Forward, knows_interface: bool, device: torch.device, dtype: torch.dtype) -> bool:
@@ -115,7 +124,7 @@ def packs(forward: Forward, knows_interface: bool, device: torch.device, dtype: 
     """
     if device.type == "cpu" or forward.relative:
         return device.type == "cpu"
-    implementation = (forward.tower.config._attn_implementation or "eager") if knows_interface else "sdpa"
+    implementation = _base_of(forward.tower) if knows_interface else "sdpa"
     return implementation == "flash_attention_2" or (implementation == "sdpa" and _has_flash(device, dtype))
 
 
@@ -154,7 +163,7 @@ def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., A
     @functools.wraps(by_plan)
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = current_forward()
-        if forward is not None and id(module) in forward.members:
+        if forward is not None and forward.holds(module):
             return by_plan(module, *args, **kwargs)
         own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)(module, *args, **kwargs)

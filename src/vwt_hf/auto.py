@@ -19,16 +19,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.pipelines.base import Pipeline
 
 from . import attention, image_processing
-from .beside import remove_other_words, seal_words, write_words
+from .beside import remove_other_words, seal_words, words_folder, write_words
 from .compress import compress_by, configs_of, own_config, parts_of, restore, setting_of
 from .config import VWTConfig
 from .families import require_supported
 from .forward import call_with
 from .model_configs import SETTING, is_typed
+from .printable import shown
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
@@ -44,23 +47,24 @@ _REPLACED = (
     (ImageProcessingMixin, "save_pretrained"),
     (ProcessorMixin, "save_pretrained"),
     (PreTrainedTokenizerBase, "from_pretrained"),
+    (Pipeline, "__init__"),
 )
 """The methods of transformers that `register` puts others in place of."""
 _originals: dict[tuple[type, str], Any] = {}
-"""What was there before, while registered; `_NOT_GIVEN` for what a class took from its parent."""
+"""Transformers' own methods, kept while others are in their place; `_NOT_GIVEN` for what a class inherits."""
 _building: contextvars.ContextVar[bool] = contextvars.ContextVar("vwt_hf building", default=False)
-"""Whether a model is being built around what this code builds: that model sees to the settings of its parts."""
+"""True while a model is loaded or built: models built within it stay plain, and it compresses its parts afterwards."""
 
 
 def register() -> None:
-    """Has transformers' loading, saving and configs know `vwt`. Idempotent."""
+    """Makes transformers' loading, saving and configs take `vwt`. A second call changes nothing."""
     if _originals:
         return
     PreTrainedConfig.vwt = SETTING  # type: ignore[attr-defined]
     ImageProcessingMixin.vwt = image_processing.SETTING  # type: ignore[attr-defined]
     attention.register()
     models = (_reading, _loading, _building_from, _saving, _calling, _generating)
-    wraps = (*models, _loading_processor, _saving_processor, _saving_processor, _unasked)
+    wraps = (*models, _loading_processor, _saving_processor, _saving_processor, _unasked, _explaining)
     for (owner, name), wrap in zip(_REPLACED, wraps, strict=True):
         present = vars(owner).get(name, _NOT_GIVEN)
         _originals[owner, name] = present
@@ -71,6 +75,7 @@ def register() -> None:
 
 
 _ours: dict[tuple[type, str], Any] = {}
+"""The methods put in their place, by which `unregister` sees whether another library has wrapped them."""
 
 
 def unregister() -> None:
@@ -254,6 +259,21 @@ def _unasked(original: Any) -> Any:
     return from_pretrained
 
 
+def _explaining(original: Any) -> Any:
+    """`Pipeline.__init__` that says where `vwt` goes: some pipelines take any argument and leave it out silently."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> None:
+        if vwt is not _NOT_GIVEN:
+            raise TypeError(
+                f"vwt={shown(vwt)} was given to a pipeline, which hands it on to no model. Write pipeline(..., "
+                'model_kwargs={"vwt": ...}), or compress the model and give that to the pipeline.'
+            )
+        original(self, *args, **kwargs)
+
+    return __init__
+
+
 def _saving(original: Any) -> Any:
     """`PreTrainedModel.save_pretrained` that writes the settings of parts to config.json, and words beside the weights.
 
@@ -267,7 +287,7 @@ def _saving(original: Any) -> Any:
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, save_directory, *args, **kwargs)
         call.apply_defaults()
-        parts = [part for part in parts_of(self) if setting_of(part) is not None]
+        parts = _compressed_parts(self)
         _gather_settings(self, parts)
         words = {}
         for part in parts:
@@ -282,29 +302,44 @@ def _saving(original: Any) -> Any:
             for part, vocabulary in words.items():
                 saved_as.append(write_words(folder, vocabulary))
                 part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
-        options: dict[str, Any] = {}
-        # The original uploads what it wrote itself; `push_to_hub` uploads the words, too.
-        push = words and call.arguments["push_to_hub"]
-        if push:
-            call.arguments["push_to_hub"] = False
-            rest = call.arguments["kwargs"]
-            options = {name: rest.pop(name) for name in PUSH_KWARGS if name in rest}
-        saved = original(*call.args, **call.kwargs)
+        upload = self._upload_modified_files
+
+        def upload_sealed(working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any) -> Any:
+            """What the original calls when all is written, to upload what was not there before it began."""
+            seal_words(folder, saved_as)
+            own = set(map(words_folder, saved_as))
+            before = {name: time for name, time in files_timestamps.items() if name not in own}
+            return upload(working_dir, repo_id, before, **kwargs)
+
+        try:
+            if saved_as:
+                self.__dict__["_upload_modified_files"] = upload_sealed
+            saved = original(*call.args, **call.kwargs)
+        finally:
+            self.__dict__.pop("_upload_modified_files", None)
         if writes:
             seal_words(folder, saved_as)
             remove_other_words(folder, saved_as)
-        if push:
-            self.push_to_hub(options.pop("repo_id", folder.name), token=call.arguments["token"], **options)
         return saved
 
     return save_pretrained
+
+
+def _compressed_parts(model: nn.Module) -> list[PreTrainedModel]:
+    """The models in whose config the setting stands that is followed: `model`, or else those of its parts."""
+    inner = list(dict.fromkeys(part for child in model.children() for part in _compressed_parts(child)))
+    if not isinstance(model, PreTrainedModel) or model.config.vwt is None:
+        return inner
+    setting = setting_of(model)
+    # A part may have been compressed anew by itself, and then the whole's setting is none that is followed.
+    return [model] if setting is not None and (setting.is_saved_as(model.config.vwt) or not inner) else inner
 
 
 def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
     """Has the config of `model` hold the settings of those of its `parts` that are compressed, and no other.
 
     Raises:
-        ValueError: a part was compressed alone, and it is not told which config within the model's is the part's.
+        ValueError: a part was compressed alone, and which config within the model's is the part's cannot be told.
     """
     held = [config for _, config in _within(model.config)]
     mine = [part.config for part in parts]
@@ -365,7 +400,7 @@ def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTCon
 
 @contextlib.contextmanager
 def _said_of(source: Any) -> Iterator[None]:
-    """Has errors name the repository or folder whose config asks for what went wrong."""
+    """Makes errors name the repository or folder `source` whose config.json holds the setting; `None` for none."""
     try:
         yield
     except (FileNotFoundError, TypeError, ValueError) as error:

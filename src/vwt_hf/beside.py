@@ -27,7 +27,7 @@ FOLDER = "visual_words"
 PROCESSOR_FOLDER = "processor_words"
 """Likewise where an image processor's words lie, which are told from the model's: each is saved by itself."""
 SEAL = "sealed.json"
-"""Names the weights that the words were saved with, and what they look like."""
+"""The file in that folder that names the files of weights of the same save, each with a hash of its content."""
 WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)")
 """Files of weights, as transformers names them."""
 MOST_SEAL_BYTES = 1 << 20
@@ -35,7 +35,7 @@ LOOKED_AT = 1 << 20
 """Bytes of a file of weights that its print is made of, beside its length: spread over the whole."""
 BLOCKS = 64
 SAVED_AS = re.compile("[0-9a-f]{16}")
-"""What tells the folder of one save from those of others."""
+"""The form of `VWTConfig.saved_as`, which each save draws at random and ends the name of its folder with."""
 
 
 def words_folder(saved_as: str | None, named: str = FOLDER) -> str:
@@ -99,15 +99,15 @@ def require_sealed(words: Path) -> None:
     """
     folder = words.parent
     advice = "Save the model again, or say with `vwt=...` what to compress it by."
+    if not (words / SEAL).is_file():
+        raise ValueError(
+            f"{folder}: the save that wrote {words.name} was not finished, so config.json, words and weights "
+            f"may be of two models. {advice}"
+        )
     try:
         with (words / SEAL).open("rb") as file:
             prints = json.loads(file.read(MOST_SEAL_BYTES))["weights"]
         sealed = {str(name): str(value) for name, value in prints.items() if WEIGHTS.fullmatch(name)}
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder}: the save that wrote {words.name} was not finished, so config.json, words and weights "
-            f"may be of two models. {advice}"
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{words / SEAL} is damaged; expected the names and prints of weights. {advice}") from error
     for name, value in sealed.items():

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -121,9 +122,10 @@ def _hook_in(
     """Registers what a compressed tower needs.
 
     Args:
-        by_sizes: whether tokens stand for different numbers of patches, which attention goes by.
+        by_sizes: whether tokens stand for different numbers of patches, so that attention needs the plan.
         relative: the modules that give attention a bias by where patches lie to each other.
-        attentions: those that do not know transformers' interface, and what stands in for their forwards.
+        attentions: attention modules that do not use transformers' `AttentionInterface`, each with the function that
+            replaces its forward.
     """
     follows = setting.shortens and (by_sizes or bool(relative))
     entered = [
@@ -150,7 +152,10 @@ def _hook_in(
             module.register_forward_pre_hook(OfWholeImage(), with_kwargs=True)
             module.register_forward_hook(Bias())
     if by_sizes:
-        attend_by_plan(tower.module.config)
+        # More than one where a part is a copy, as PEFT's modules to save are.
+        for config in [module.__dict__.get("config") for module in tower.module.modules()]:
+            if isinstance(config, PreTrainedConfig):
+                attend_by_plan(config)
         for module, stand_in in attentions:
             setattr(module, _slot(module), StandIn(stand_in, module))
         if setting.restores:
@@ -223,7 +228,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configs that the modules of `model` go by, and those within them."""
+    """Every config that a module of `model` holds, and the configs within those, each once."""
     found: dict[int, PreTrainedConfig] = {}
     ahead = [module.__dict__.get("config") for module in model.modules()]
     while ahead:
@@ -235,7 +240,7 @@ def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def parts_of(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """The models whose config holds a setting: `model`, or else models within it that are compressed alone."""
+    """`model` if its config holds a setting, else the models within it whose own configs do: parts compressed alone."""
     found: dict[PreTrainedModel, None] = {}
 
     def look(module: nn.Module) -> None:
@@ -250,7 +255,7 @@ def parts_of(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 
 def setting_of(model: nn.Module) -> VWTConfig | None:
-    """The setting that `model` is compressed by; `None` for a plain one, also if its config is that of a compressed."""
+    """The setting whose hooks `model` has; `None` for a plain model, whatever its config says."""
     for module in model.modules():
         for hook in module._forward_hooks.values():
             if isinstance(hook, Reduce):
@@ -259,7 +264,7 @@ def setting_of(model: nn.Module) -> VWTConfig | None:
 
 
 def lexicon_of(model: nn.Module) -> Any:
-    """The words that `model` groups patches by, as its pixel values are normalised; `None` if it has none."""
+    """The words that `model` groups patches by, mapped to its pixel values; `None` if it has none."""
     return getattr(setting_of(model), "words", None)
 
 
@@ -274,7 +279,7 @@ def own_config(model: PreTrainedModel) -> None:
 
 
 def _slot(module: nn.Module) -> str:
-    """Where the forward of `module` is kept: accelerate's hooks (`device_map`) wrap it, and keep it elsewhere."""
+    """The attribute that holds the forward of `module`: accelerate (`device_map`) moves it to another and wraps it."""
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
@@ -358,26 +363,27 @@ class EndWords(Hook):
 
 @dataclasses.dataclass(eq=False)
 class Begin(Hook):
-    """Forward pre-hook of a vision tower: begins a forward, by which its parts find each other."""
+    """Forward pre-hook of a vision tower: begins the `Forward` that its embeddings, attention and heads share."""
 
     relative: bool
     """Whether its attention is given a bias by where patches lie to each other."""
     by_sizes: bool
-    """Whether attention goes by how many patches tokens stand for."""
+    """Whether tokens stand for different numbers of patches, so that attention needs the plan."""
     strips_mask: bool
-    """Whether images come as padded patches. What tells padding from patches is taken from the tower and left for its
-    head: layers see tokens, of which none is padding or the plan says so."""
-    _members: tuple[int, frozenset[int]] | None = None
+    """Whether images come as padded patches. Then `pixel_attention_mask` is kept from the layers, which see tokens and
+    not patches, and stored in the `Forward` for the head."""
+    _members: weakref.WeakSet[nn.Module] | None = None
 
     @torch.compiler.disable
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.by_sizes:
             attention.require_usable(tower)  # `set_attn_implementation` may have come after `compress`
             if torch.is_grad_enabled():
-                attention.carry_through_checkpoints(find_layers(tower))
-        if self._members is None or self._members[0] != id(tower):
-            self._members = id(tower), frozenset(map(id, tower.modules()))
-        forward = begin_forward(tower, self._members[1], self.relative)
+                attention.carry_through_checkpoints(tower)
+        members = self._members
+        if members is None or tower not in members:  # as in a copy for another thread, which has these hooks, too
+            members = self._members = weakref.WeakSet(tower.modules())
+        forward = begin_forward(tower, members, self.relative)
         if not self.strips_mask:
             return None
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -398,7 +404,7 @@ class Reduce(Hook):
     patch_size: tuple[int, int]
     channels: int
     follows: bool
-    """Whether what comes after goes by the plan."""
+    """Whether modules that run after the embeddings need the plan, so that it is stored in the `Forward`."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         pixel_values = args[0] if args else kwargs["pixel_values"]
@@ -461,7 +467,7 @@ class Reduce(Hook):
             )
 
     def patches(self, pixel_values: torch.Tensor, length: int) -> Patches:
-        """The patches of images of one size, of which the embeddings made `length` rows."""
+        """The patches in `pixel_values`, of which the embeddings made `length` rows with their prefix tokens."""
         if self.family.padded is not None:
             return Patches(pixel_values, self.patch_size, self.channels, prefix=0, grid=None)
         grid = patch_grid(pixel_values, self.patch_size)
@@ -473,9 +479,10 @@ def _tokens_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _plan_under_way() -> Kept | Grouped | None:
+def _plan_of(module: nn.Module) -> Kept | Grouped | None:
+    """The plan of the forward that `module` runs in as a part of its tower, if there is one."""
     forward = current_forward()
-    return None if forward is None else forward.plan
+    return forward.plan if forward is not None and forward.holds(module) else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -488,20 +495,20 @@ class Rotate(Hook):
         if not self.reduce.setting.shortens:
             return output
         if self.reduce.follows:
-            return self._rotate_as_told(output)
+            return self._rotate_as_told(rotary, output)
         pixel_values = args[0] if args else kwargs["pixel_values"]
         patches = self.reduce.patches(pixel_values, output[0].shape[0])
         plan = self.reduce.plan(patches, None if torch.compiler.is_compiling() else given_words())
         return output if plan is None else plan.rotate(output)
 
     @torch.compiler.disable
-    def _rotate_as_told(self, output: Any) -> Any:
-        plan = _plan_under_way()
+    def _rotate_as_told(self, rotary: nn.Module, output: Any) -> Any:
+        plan = _plan_of(rotary)
         return output if plan is None else plan.rotate(output)
 
 
 class OfWholeImage(Hook):
-    """Forward pre-hook of a relative position bias: it is asked for that of the whole image, whose size it knows."""
+    """Forward pre-hook of a relative position bias: has it computed for the whole image, not for the fewer tokens."""
 
     def __call__(self, bias: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[:1], {}
@@ -512,17 +519,17 @@ class Bias(Hook):
 
     @torch.compiler.disable
     def __call__(self, bias: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        plan = _plan_under_way()
+        plan = _plan_of(bias)
         return output if plan is None else plan.bias(output)
 
 
 class MaskPadding(Hook):
-    """Forward pre-hook of a head that is told which patches are padding."""
+    """Forward pre-hook of a head that takes a mask of padded patches: gives it the mask of the rows that it gets."""
 
     @torch.compiler.disable
     def __call__(self, head: nn.Module, args: Any) -> Any:
         forward = current_forward()
-        return args if forward is None else (args[0], forward.real)
+        return (args[0], forward.real) if forward is not None and forward.holds(head) else args
 
 
 class Expand(Hook):
@@ -531,7 +538,7 @@ class Expand(Hook):
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        plan = _plan_under_way()
+        plan = _plan_of(module)
         if not isinstance(plan, Grouped):
             return output
 
@@ -543,7 +550,7 @@ class Expand(Hook):
 
 
 class End(Hook):
-    """Forward hook of a vision tower: ends its forward, and gives no attention weights out that mean nothing."""
+    """Forward hook of a vision tower: ends its `Forward`, and refuses attention weights, which grouped patches lack."""
 
     @torch.compiler.disable
     def __call__(self, tower: nn.Module, args: Any, output: Any) -> None:

@@ -30,11 +30,11 @@ class ModelFacts:
     patch_size: tuple[int, int]
     """Height and width of a patch, in pixels."""
     channels: int
-    """Of its images."""
+    """Colour channels of its images: 3 for RGB."""
     present: VWTConfig | None = None
-    """The setting that it has already."""
+    """The setting that it is compressed by already; `None` for a plain model."""
     trusted: bool = True
-    """Whether a user wrote the new setting. One from a config.json may name no folder of this machine."""
+    """Whether a user wrote the setting. One that a config.json holds may name no folder of this machine."""
     hub_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How `source` is read: `token`, `cache_dir`, `local_files_only`, and its `revision` and `subfolder`."""
     words_folder: str | None = None
@@ -76,7 +76,7 @@ class VWTConfig:
     output: str | None = None
     proportional_attention: bool = True
 
-    def __new__(cls, method: Any = "intra", *args: Any, **fields: Any) -> VWTConfig:
+    def __new__(cls, /, method: Any = "intra", *args: Any, **fields: Any) -> VWTConfig:
         if cls is VWTConfig:
             from .methods import METHODS
 
@@ -92,6 +92,14 @@ class VWTConfig:
         def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
+        from .methods import METHODS
+
+        require_choice("method", self.method, tuple(METHODS))
+        if not isinstance(self, METHODS[self.method]):
+            raise ValueError(
+                f"VWTConfig.method is {self.method!r}, but the other fields are those of another method; make a "
+                f"VWTConfig(method={self.method!r}, ...) of its own."
+            )
         if self.output is not None:
             require_choice("output", self.output, OUTPUTS)
         if not isinstance(self.proportional_attention, bool):
@@ -119,11 +127,13 @@ class VWTConfig:
 
     @property
     def restores(self) -> bool:
-        """Whether what a model gives out has a hidden state for every patch."""
+        """Whether `last_hidden_state` has a row for every patch of the image, not for every token alone."""
         return self.groups if self.output is None else self.output == "full"
 
     def require_sane(self) -> None:
-        """Refuses what is allowed and yet makes no sense, as a file may hold it.
+        """Refuses numbers that are valid and make no sense, such as a standard deviation of 1e-30.
+
+        Called for a setting that is given as a dict, as a config.json holds it.
 
         Raises:
             ValueError: the message names the field, the value and what is expected.
@@ -139,7 +149,7 @@ class VWTConfig:
         return self
 
     def plan(self, patches: Patches) -> Kept | Grouped | None:
-        """What becomes of the patches of a batch; `None` if they stay as they are."""
+        """Decides for a batch which patches stay, or which of them become one token; `None`: all stay as they are."""
         raise NotImplementedError
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
@@ -154,11 +164,19 @@ class VWTConfig:
         raise NotImplementedError
 
     def words_to_save(self) -> VisualVocabulary | None:
-        """Words that a model with this setting takes along where it is saved; `None` if there are none."""
+        """The words to save beside a model's weights; `None` if there are none, or they are on the Hub."""
         return None
 
+    def is_saved_as(self, vwt: Any) -> bool:
+        """Whether `vwt`, of a config, is this setting, wherever its words lie."""
+        return isinstance(vwt, dict) and vwt | {"saved_as": None} == self.to_dict() | {"saved_as": None}
+
     def with_saved(self, saved: dict[str, Any]) -> VWTConfig:
-        """The setting, given for a checkpoint that was saved with the setting `saved`."""
+        """This setting, given by a user, with what it lacks of the setting that the checkpoint was saved with.
+
+        Args:
+            saved: the checkpoint's setting, as `to_dict` made it.
+        """
         return self
 
     @classmethod

@@ -79,7 +79,7 @@ def _images_and_tokens(
 ) -> tuple[int, int]:
     """How many images the embeddings were given, and how many tokens they made of them."""
     forward = current_forward()
-    plan = None if forward is None or id(embeddings) not in forward.members else forward.grouped
+    plan = None if forward is None or not forward.holds(embeddings) else forward.grouped
     if plan is not None:
         return len(plan.layout.rows), int((plan.layout.sizes > 0).sum())
     output = output[0] if isinstance(output, tuple) else output  # some embeddings give more than tokens

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import attention
-from .plans import Grouped, Kept, with_prefix
-from .words import gather_patches
+from .plans import Grouped, Kept
+from .words import gather_patches, with_prefix
 
 HEADS = ("Model", "ForImageClassification")
-"""How names of classes end that give out hidden states, or whose heads read CLS or a mean and so take fewer tokens."""
+"""Endings of the names of model classes that the general rule takes: they give out hidden states, or classify by CLS or
+a mean of the tokens."""
 
 
 def reduce_first(output: Any, plan: Kept | Grouped) -> Any:
@@ -72,17 +73,18 @@ class Family:
     """Class name of the modules that give attention a bias by where patches lie to each other, (1, heads, prefix +
     patches, prefix + patches)."""
     attentions: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
-    """What stands in for the forwards of its attention, by class name, where that does not go through transformers'
-    `AttentionInterface`."""
+    """Functions that replace the `forward` of its attention modules, by the modules' class name, where these do not use
+    transformers' `AttentionInterface`."""
     masks: str | None = None
     """Field of its config that says which share of the patches its embeddings drop at random, for training."""
     padded: str | None = None
     """Class name of the head that is told which patches are padding, in families whose `pixel_values` are patches of
     images of many sizes, as their image processor cuts and pads them."""
     tried: bool = False
-    """Whether it is no row of the table: each model is tried when it is compressed (`vouch.py`)."""
+    """Whether the general rule made this row for a model type that the table lacks: then each model is tried when it is
+    compressed (`vouch.py`)."""
     reduces: Callable[[Any, Kept | Grouped], Any] = reduce_first
-    """What becomes of the output of its embeddings under a plan, where they give more than tokens."""
+    """Shortens the output of its embeddings by a plan; another function where that output holds more than tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,11 +261,11 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 class NotVouched(ValueError):
-    """Why the general rule does not hold for a model of a type without a row; said after "it"."""
+    """The general rule does not hold for a model whose type has no row. The message goes on after "it"."""
 
 
 def not_vouched(model: PreTrainedModel, reason: NotVouched) -> NotVouched:
-    """The error that says so of `model`."""
+    """The error to raise: `reason` in a whole sentence that names `model` and says what to do."""
     return NotVouched(
         f"{type(model).__name__} (model type {_model_type(type(model))!r}) cannot be compressed: it {reason}. Load it "
         "without `vwt`."
@@ -319,7 +321,7 @@ class Tower:
     patch_size: tuple[int, int]
     """Height and width of a patch, in pixels."""
     channels: int
-    """Of its images."""
+    """Colour channels of its images: 3 for RGB."""
 
 
 def find_tower(model: PreTrainedModel, family: Family) -> Tower:

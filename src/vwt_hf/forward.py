@@ -1,8 +1,9 @@
 """What one forward of a compressed vision tower knows, and where its parts find it.
 
-A pre-hook of the tower begins a forward, a hook of its embeddings leaves the plan by which patches became tokens, and
-attention, rotations and heads go by it. All of it is one object behind one context variable: each thread and each
-asyncio task has its own, so one model may serve many, and a forward within another's gives way to it when it ends.
+A pre-hook of the tower begins a forward, a hook of its embeddings stores the plan by which patches became tokens, and
+attention, rotations and heads read it. All of it is one object behind one context variable: each thread and each
+asyncio task has its own, so one model may serve many. When a forward ends that ran within another, the other is the
+current one again.
 
 A call with `patch_words` is such a forward, too, of the model that is called: its towers run within it.
 """
@@ -12,6 +13,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import sys
+import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,23 +61,25 @@ class GivenWords:
 
 @dataclasses.dataclass(eq=False)
 class Forward:
-    """A forward of a vision tower under way, or a call with `patch_words` of a model that holds one."""
+    """A forward of a vision tower under way."""
 
     tower: Any
-    """The vision tower that runs, or the model that was called."""
-    members: frozenset[int]
-    """The `id` of each module of the tower; none for a call."""
+    """The vision tower that runs."""
+    members: weakref.WeakSet[nn.Module]
+    """The modules of the tower that are known."""
     relative: bool
-    """Whether its attention is given a bias by where patches lie to each other, in place of a mask."""
+    """Whether its attention takes a bias by where patches lie to each other, handed over as its mask."""
     outer: Forward | None
     """The forward that this one runs within, of another model; `None` if there is none."""
     given: GivenWords | None = None
-    """The words of the call that this is, or is within; `None` if there are none."""
+    """The words of the call that this is, or runs within; `None` if there are none."""
     plan: Kept | Grouped | None = None
-    """What became of the patches; `None` before the embeddings ran, and where they stay as they are."""
+    """Which tokens the patches became; `None` before the embeddings ran, and where all patches stay as they are."""
     real: torch.Tensor | None = None
-    """Which rows of the tower's output are no padding, (batch, rows), where its images are padded; before its
-    embeddings ran, which of its patches the caller says are none."""
+    """(batch, rows), bool, where images are padded: which rows of the tower's output are no padding. Until the
+    embeddings have run it is the caller's `pixel_attention_mask`, (batch, patches), or `None`."""
+    called_by: types.FrameType | None = None
+    """The call of the tower, while it runs; `None` once it has ended."""
     folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
     """What `attention.fold_bias` adds to queries and keys, which is the same in every layer."""
 
@@ -87,19 +93,50 @@ class Forward:
         """Whether layers draw random numbers for each sequence, as stochastic depth does in training."""
         return self.tower.training and getattr(self.tower.config, "drop_path_rate", 0) > 0
 
+    @property
+    def left(self) -> bool:
+        """Whether the call of the tower is over and no hook was told, as by an interrupt (`KeyboardInterrupt`)."""
+        if self.called_by is None:
+            return False
+        try:
+            self.called_by.clear()  # refused while the call runs, in whichever thread
+        except RuntimeError:
+            return False
+        return True
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether `module` is a part of the tower, also one that was put into it after it first ran."""
+        if module not in self.members and any(module is part for part in self.tower.modules()):
+            self.members.add(module)
+        return module in self.members
+
+
+@dataclasses.dataclass(eq=False)
+class Call(Forward):
+    """A call with `patch_words` under way, of a model that is or holds a vision tower: `tower` is that model."""
+
+    def holds(self, module: nn.Module) -> bool:
+        """No module runs by a plan of the call, as it has none."""
+        return False
+
 
 _current: contextvars.ContextVar[Forward | None] = contextvars.ContextVar("vwt_hf forward", default=None)
 
 
 def current_forward() -> Forward | None:
     """The forward that this code runs in; `None` if it runs in none of a compressed tower."""
-    return _current.get()
+    forward = _current.get()
+    while forward is not None and forward.left:
+        forward = forward.outer
+        _current.set(forward)
+    return forward
 
 
-def begin_forward(tower: nn.Module, members: frozenset[int], relative: bool) -> Forward:
+def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool) -> Forward:
     """Begins a forward of `tower`, within the one that is under way if there is one."""
-    outer = _current.get()
-    forward = Forward(tower, members, relative, outer, given=None if outer is None else outer.given)
+    outer = current_forward()
+    given = None if outer is None else outer.given
+    forward = Forward(tower, members, relative, outer, given, called_by=_calling_frame())
     _current.set(forward)
     return forward
 
@@ -109,6 +146,7 @@ def end_forward(tower: nn.Module) -> Forward | None:
     forward = _current.get()
     while forward is not None:
         _current.set(forward.outer)
+        forward.called_by = None  # a frame holds what its call was given
         if forward.tower is tower:
             return forward
         forward = forward.outer
@@ -117,21 +155,22 @@ def end_forward(tower: nn.Module) -> Forward | None:
 
 def given_words() -> GivenWords | None:
     """The `patch_words` of the call that this code runs in; `None` if it was given none."""
-    forward = _current.get()
+    forward = current_forward()
     return None if forward is None else forward.given
 
 
 def begin_call(model: nn.Module, patch_words: torch.Tensor) -> None:
     """Begins a call of `model` with words, within what is under way."""
-    _current.set(Forward(model, frozenset(), False, _current.get(), GivenWords(patch_words, repeats=False)))
+    _current.set(_call(model, GivenWords(patch_words, repeats=False), _calling_frame()))
 
 
 def end_call(model: nn.Module) -> GivenWords | None:
     """Ends a call of `model` that `begin_call` began, and returns its words; `None` if none is under way."""
-    forward = _current.get()
-    if forward is None or forward.given is None or forward.members or forward.tower is not model:
+    forward = current_forward()
+    if not isinstance(forward, Call) or forward.tower is not model:
         return None
     _current.set(forward.outer)
+    forward.called_by = None  # a frame holds what its call was given
     return forward.given
 
 
@@ -143,12 +182,24 @@ def call_with(model: nn.Module, patch_words: torch.Tensor, repeats: bool) -> Ite
         ValueError: nothing went by them.
     """
     given = GivenWords(patch_words, repeats)
-    token = _current.set(Forward(model, frozenset(), False, _current.get(), given))
+    token = _current.set(_call(model, given, None))
     try:
         yield
     finally:
         _current.reset(token)
     given.require_taken()
+
+
+def _call(model: nn.Module, given: GivenWords, called_by: types.FrameType | None) -> Call:
+    return Call(model, weakref.WeakSet(), False, current_forward(), given, called_by=called_by)
+
+
+def _calling_frame() -> types.FrameType | None:
+    """Where torch calls the module whose hook this is called from."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals is not nn.modules.module.__dict__:
+        frame = frame.f_back
+    return frame
 
 
 def run_within(forward: Forward | None, function: Any, *args: Any) -> Any:
@@ -166,8 +217,8 @@ def forward_of(module: nn.Module) -> Forward:
     Raises:
         RuntimeError: there is none.
     """
-    forward = _current.get()
-    if forward is None or id(module) not in forward.members:
+    forward = current_forward()
+    if forward is None or not forward.holds(module):
         raise RuntimeError(
             f"{type(module).__name__} ran outside the call of its compressed model, which says what its tokens stand "
             "for and gives every patch its own in the end. Call model(...), not model.forward(...) or a layer."

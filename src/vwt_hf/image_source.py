@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .printable import printable
 from .processors import whole_images
-from .terminal import printable
 from .words import patchify
 
 FORMATS = (
@@ -37,14 +37,14 @@ class ImageSource(NamedTuple):
     total: int | None
     """How many there are in all, if known."""
     name: str | None
-    """Of the data set, if known."""
+    """Name of the data set, if known."""
     order: str
-    """What decides which image comes when, beside the seed: where it is another, so are the first so many images.
-    Reads as a part of a sentence."""
+    """What they are, as part of a sentence: "a folder of 12 image files ...". With the seed it decides which image
+    comes when, so a checkpoint records it and other images are refused."""
 
 
 class PatchBatch(NamedTuple):
-    """What became of one batch of images."""
+    """The patches of one batch of images, and the images that could not be read."""
 
     patches: torch.Tensor
     """(patches, channels · patch height · patch width) float32, raw RGB in [0, 1]."""
@@ -335,7 +335,7 @@ def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Te
 def patch_batches(
     items: Iterator[tuple[str, Any]], image_processor: Any, patch_size: int, batch_size: int
 ) -> Iterator[PatchBatch]:
-    """Reads images in threads, a few batches ahead, and yields what became of each batch, in order."""
+    """Reads images in threads, a few batches ahead, and yields the patches of each batch, in order."""
 
     def make(batch: list[tuple[str, Any]]) -> PatchBatch:
         patches, unreadable = [], []

@@ -96,7 +96,7 @@ class MiniBatchKMeans:
         self.device = torch.device(device or "cpu")
         self.words: torch.Tensor | None = None
         """(size, values) float32; `None` until the buffer is full."""
-        self.weights = torch.zeros(size, device=self.device)
+        self.weights = torch.zeros(size, device=self.device, dtype=torch.float32)
         """(size,): patches behind each word, faded; `words · weights` are the faded sums."""
         self.counts = torch.zeros(size, dtype=torch.int64, device=self.device)
         """(size,): patches assigned to each word when they were seen."""
@@ -162,7 +162,9 @@ class MiniBatchKMeans:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs to go on as if never interrupted: tensors and plain numbers."""
-        words = torch.zeros(0, self.values, device=self.device) if self.words is None else self.words
+        words = (
+            torch.zeros(0, self.values, device=self.device, dtype=torch.float32) if self.words is None else self.words
+        )
         return {
             "words": words,
             "weights": self.weights,

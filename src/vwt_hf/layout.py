@@ -151,10 +151,10 @@ def _lay_out(
     """A layout whose images start at the rows `starts` (batch,)."""
     own = torch.arange(prefix, device=starts.device).expand(starts.shape[0], -1)
     rows = torch.cat((own, token_of_patch + prefix), dim=1) + starts.unsqueeze(1)
-    counts = torch.ones(rows.shape, device=starts.device)
+    counts = torch.ones(rows.shape, device=starts.device, dtype=torch.float32)
     if real is not None:
         counts[:, prefix:] = real
-    sizes = torch.zeros(shape[0] * shape[1], device=starts.device).scatter_add_(0, rows.flatten(), counts.flatten())
+    sizes = counts.new_zeros(shape[0] * shape[1]).scatter_add_(0, rows.flatten(), counts.flatten())
     return Layout(rows, sizes.view(shape), prefix, runs, packed, real)
 
 
@@ -233,18 +233,6 @@ def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
         .scatter_reduce(0, rows, nearest, "amin")
         .view_as(layout.sizes)
     )
-
-
-def put_prefix(tokens: torch.Tensor, prefix: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Writes the prefix tokens, which all images share, into their rows, in place.
-
-    Args:
-        tokens: (sequences, tokens, hidden), contiguous.
-        prefix: (1, prefix tokens, hidden).
-    """
-    rows = layout.rows[:, : layout.prefix].flatten()
-    shared = prefix.to(tokens.dtype).expand(layout.rows.shape[0], -1, -1).flatten(0, 1)
-    return tokens.view(-1, tokens.shape[-1]).index_copy_(0, rows, shared).view_as(tokens)
 
 
 def expand(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:

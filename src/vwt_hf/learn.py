@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import time
@@ -15,6 +14,7 @@ import torch
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
+from . import __version__
 from .image_source import PatchBatch, open_images, patch_batches
 from .kmeans import MiniBatchKMeans
 from .processors import processor_statistics
@@ -33,13 +33,13 @@ CUTS = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a run of learning has come: what it has counted."""
 
     images: int = 0
     unreadable: int = 0
     first_unreadable: list[str] = dataclasses.field(default_factory=list)
     order: str = ""
-    """As `ImageSource.order`."""
+    """`ImageSource.order` of the images that it learns from."""
 
     def add(self, batch: PatchBatch) -> None:
         """Counts a batch's images."""
@@ -145,7 +145,7 @@ def learn_words(
         unreadable=done.unreadable,
         inertia=kmeans.inertia,
         seed=seed,
-        library_version=importlib.metadata.version("vwt-hf"),
+        library_version=__version__,
     )
     return words.cpu().unflatten(1, (channels, patch_size, patch_size)), counts.cpu(), info
 

@@ -1,12 +1,13 @@
 """The field `vwt` of transformers' configs, and the class of a config that has a setting.
 
 A config without a setting is of its plain class. One that is given a setting becomes an instance of a subclass of the
-same name, and so does the config that a compressed tower goes by: its layers look there for how to attend, and while
-they run by a plan they are told so. What is stored in a config never is of a forward.
+same name. So does the config of a compressed vision tower: its layers read there which attention to use, and while a
+forward groups patches they read this package's. Nothing about a forward is ever stored in a config.
 """
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import os
 from typing import Any
@@ -18,7 +19,7 @@ from .forward import current_forward
 from .vocabulary import VisualVocabulary
 
 BY_PLAN = "vwt_"
-"""Before the name of an attention implementation: that one, by the plan of the forward under way."""
+"""Begins the names of this package's attention implementations: `vwt_sdpa` is sdpa by the plan of the forward."""
 
 
 def _read_setting(config: PreTrainedConfig) -> Any:
@@ -35,7 +36,10 @@ def _write_setting(config: PreTrainedConfig, vwt: Any) -> None:
 
 
 def attend_by_plan(config: PreTrainedConfig) -> None:
-    """Has the layers that go by `config` attend by the plan of their forward, until its `vwt` is set to `None`."""
+    """Has layers that read `config` use this package's attention in forwards that group patches.
+
+    It lasts until `config.vwt` is set to `None`.
+    """
     config.__class__ = config_subclass(_plain_class(type(config)), by_plan=True)
 
 
@@ -48,13 +52,13 @@ def _plain_class(config_class: type) -> type:
 
 
 class _StandsFor(type):
-    """Of a class that is found in dicts where its parent is, as Auto classes look for a config's model."""
+    """Metaclass of classes that are equal to their parent, so that Auto classes find the parent's models for them."""
 
     def __eq__(cls, other: object) -> bool:
-        return other is cls or other is cls.__mro__[1]
+        return isinstance(other, type) and _plain_class(other) is _plain_class(cls)
 
     def __hash__(cls) -> int:
-        return hash(cls.__mro__[1])
+        return hash(_plain_class(cls))
 
 
 @functools.cache
@@ -62,8 +66,8 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     """The subclass of a config class, of the same name, whose instances have a setting and write it to config.json.
 
     Args:
-        by_plan: whether layers are told to attend by the plan of their forward. Reading what does that breaks the graph
-            of a compiled model, so what needs it not goes without.
+        by_plan: whether layers that read it use this package's attention in forwards that group patches. The property
+            that does so breaks the graph of a compiled model, so configs that do not need it lack it.
     """
 
     def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
@@ -76,8 +80,8 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     def read_implementation(self: PreTrainedConfig) -> str | None:
         base = plain._attn_implementation.fget(self)
         forward = current_forward()
-        if forward is None or forward.grouped is None or forward.tower.config is not self:
-            return base
+        if forward is None or forward.grouped is None:
+            return base  # else attention looks whether it is of that forward: a layer may have a copy of the config
         return BY_PLAN + (base or "eager")
 
     def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
@@ -93,6 +97,8 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     }
     if by_plan:
         body["_attn_implementation"] = property(read_implementation, plain._attn_implementation.fset)
+    # By its name `pickle` would find the plain class.
+    copyreg.pickle(metaclass, lambda _: (config_subclass, (plain, by_plan)))
     return metaclass(plain.__name__, (plain,), body)
 
 

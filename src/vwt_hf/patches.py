@@ -71,9 +71,7 @@ class Patches:
         """
         if self.real is None:
             return Kept(kept, self.prefix)
-        kept = kept.expand(self.real.shape[0], -1)
-        counts = self.real.gather(1, kept)
-        stays = counts if stays is None else stays & counts
+        kept, stays = self._real_ones(self.real, kept, stays)
         # Tokens are padding where their patch is; those that do not stay count nowhere.
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         token_of_patch = torch.zeros_like(self.real, dtype=torch.int64).scatter_(1, kept, own)
@@ -90,10 +88,21 @@ class Patches:
         Args:
             nearest: (batch, patches) int64 in [0, keep): which of `kept` each patch is represented by.
             kept, stays: as for `keep`.
-            proportional: whether attention goes by how many patches a token stands for.
+            proportional: whether a token draws as much attention as the patches that it stands for would.
         """
+        if self.real is not None:
+            kept, stays = self._real_ones(self.real, kept, stays)
         layout = represent(nearest, kept.shape[1], self.prefix, self.real)
         return Grouped(layout, attention_bias(layout, proportional), self.grid, kept, stays)
+
+    @staticmethod
+    def _real_ones(
+        real: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`kept` of each image, and which of them stay and are no padding: (batch, keep) both."""
+        kept = kept.expand(real.shape[0], -1)
+        counts = real.gather(1, kept)
+        return kept, counts if stays is None else stays & counts
 
     def group(self, words: torch.Tensor, packed: bool, proportional: bool) -> Grouped:
         """A plan by which the patches of an image that share a word become one token, their mean.

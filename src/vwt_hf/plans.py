@@ -1,7 +1,7 @@
-"""What becomes of the patches of one batch: a plan, which knows how to do it to anything that has one row a patch.
+"""A plan says which tokens the patches of a batch become, and shortens any tensor that has a row for each patch.
 
-Two kinds: `Kept`, as many patches of every image, as they are; and `Grouped`, tokens that stand for several patches or,
-where images are padded, for none.
+There are two kinds. `Kept`: some patches of each image stay, as many of every image. `Grouped`: each token stands for
+several patches or, where images are padded, for none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import torch
 
 from .layout import Layout, expand, medoids, pool, pool_pairs
-from .words import gather_pairs, gather_patches
+from .words import gather_pairs, gather_patches, with_prefix
 
 DROPPED = -1
 """In `patch_words`: of a patch that is part of no token."""
@@ -33,7 +33,7 @@ class Kept:
         return gather_patches(tokens, with_prefix(self.kept, self.prefix).to(tokens.device))
 
     def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The same: patches that were left out have no token."""
+        """Returns them unchanged: patches that were left out have no hidden state."""
         return hidden_states
 
     def rotate(self, rotations: Rotations) -> Rotations:
@@ -85,10 +85,11 @@ class Grouped:
             return Kept(self.representatives, self.layout.prefix).reduce(tokens)
         prefix = self.layout.prefix
         means = pool(tokens[:, prefix:], self.layout)
-        if prefix:
-            rows = self.layout.rows[:, :prefix].flatten()
-            means.view(-1, means.shape[-1]).index_copy_(0, rows, tokens[:, :prefix].flatten(0, 1))
-        return means
+        if not prefix:
+            return means
+        rows = self.layout.rows[:, :prefix].flatten()
+        # Not in place: of a view that was written to, torch makes the gradient anew, and under FSDP it crashes there.
+        return means.flatten(0, 1).index_copy(0, rows, tokens[:, :prefix].flatten(0, 1)).view_as(means)
 
     def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(sequences, prefix + tokens, hidden) → (batch, prefix + patches, hidden): each patch gets its token's."""
@@ -111,14 +112,17 @@ class Grouped:
         return cosine, sine
 
     def bias(self, values: torch.Tensor) -> torch.Tensor:
-        """(1, heads, prefix + patches, prefix + patches) → as `Kept.bias`, or as it is, for `pairs` to take means."""
+        """As `Kept.bias` where each token is one of its patches; else unchanged, and `pairs` takes the means."""
         if self.representatives is not None:
             return Kept(self.representatives, self.layout.prefix).bias(values)
         return values
 
     def pairs(self, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What `bias` gave, for the tokens of each run if packed, else for all images: (images or 1, heads, tokens,
-        tokens), added to attention logits."""
+        """What is added to attention logits, made of what `bias` gave.
+
+        Returns:
+            For each run of a packed batch, or for the whole of a padded one: (images or 1, heads, tokens, tokens).
+        """
         return (bias,) if self.representatives is not None else pool_pairs(bias, self.layout)
 
     def patch_words(self, batch: int, patches: int) -> torch.Tensor:
@@ -138,9 +142,3 @@ class Grouped:
             tokens = layout.rows[:, layout.prefix :] - starts - layout.prefix
             words = self.representatives.expand(batch, -1).gather(1, tokens)
         return words if layout.real is None else words.masked_fill(~layout.real, DROPPED)
-
-
-def with_prefix(kept: torch.Tensor, prefix: int) -> torch.Tensor:
-    """(batch or 1, keep) indices of patches → (batch or 1, prefix + keep) rows, those of the prefix tokens first."""
-    own = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
-    return torch.cat((own, kept + prefix), dim=1)

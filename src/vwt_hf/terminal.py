@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .printable import printable
+from .whole_saves import write_files
+
 PLAIN = {"→": "->", "×": "x", "−": "-", "·": "*", "≤": "<=", "≥": ">=", "Δ": "delta", "…": "..."}
 """What stands for a character where the output's encoding lacks it; else its code does."""
 
@@ -95,11 +98,6 @@ def _print_warning(prog: str, message: Warning | str, *where: Any) -> None:
     _print_line(prog, f"warning: {message}")
 
 
-def printable(text: object) -> str:
-    """`text` on one line, with control characters and bytes that are no text (as file names may hold) as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
 def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
     """Rows as text, each column as wide as its longest cell; `right`: cells end below each other."""
     cells = [[printable(cell) for cell in row] for row in rows]
@@ -165,9 +163,4 @@ def write_file(file: str | os.PathLike[str], content: str | bytes) -> None:
         path.write_bytes(data)
         return
     path = path.resolve()  # a link stays one
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_files(path.parent, {path.name: data})

@@ -14,7 +14,8 @@ from .config import VWTConfig
 from .layout import group
 from .patches import Patches
 from .plans import DROPPED, Grouped, Kept
-from .terminal import printable, write_file
+from .printable import printable
+from .terminal import write_file
 from .words import index_words, nearest_words, patch_grid, patchify
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def words_figure(
 
 
 def word_captions(shared: torch.Tensor, tokens: list[int]) -> list[str]:
-    """What became of each photograph's patches, as `shared_words` tells it: "256 patches → 145 tokens, 37 words"."""
+    """For each photograph, from what `shared_words` returned: "256 patches → 145 tokens, 37 words"."""
     captions = []
     for image, count in zip(shared, tokens, strict=True):
         words = len(image[image >= 0].unique())

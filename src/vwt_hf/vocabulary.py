@@ -17,7 +17,7 @@ from .vocabulary_card import CARD_FILE, PICTURE_FILE, render_card, render_words
 from .vocabulary_files import VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_vocabulary
 
 LONGEST_WORD = 1e15
-"""Of a word's values in a model's pixel space: from here on, sums of squares near the end of float32."""
+"""Largest absolute value of a word in a model's pixel space: sums of squares of larger ones could overflow float32."""
 _PIECE = 2**20
 """Values that are mapped at once."""
 
@@ -55,7 +55,7 @@ class VisualVocabulary:
         self.revision: str | None = None
         """Commit of the Hub that it was loaded from or pushed as."""
         self.subfolder: str | None = None
-        """Of `source`, where it lies."""
+        """Folder within `source` that it lies in; `None` for its top."""
 
     def __len__(self) -> int:
         return len(self.words)

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from .hub_names import check_hub_id
-from .printable import plain
+from .printable import printable
 from .vocabulary_files import VocabularyInfo
 
 PICTURE_FILE = "words.png"
@@ -54,7 +54,7 @@ def render_card(repo_id: str, shape: tuple[int, ...], info: VocabularyInfo, pict
     made = ModelCard.from_template(
         data,
         template_str=template(),
-        repo_id=json.dumps(plain(repo_id), ensure_ascii=False),
+        repo_id=json.dumps(printable(repo_id), ensure_ascii=False),
         size=shape[0],
         channels=shape[1],
         patch_size=shape[-1],
@@ -78,7 +78,7 @@ def _code(text: str | None) -> str | None:
     if not text:
         return None
     # A line of a table ends its cells at every |, in code too.
-    return "`" + plain(text[:SHOWN_TEXT]).replace("`", "'").replace("|", "/") + "`"
+    return "`" + printable(text[:SHOWN_TEXT]).replace("`", "'").replace("|", "/") + "`"
 
 
 def _is_hub_id(name: str) -> bool:

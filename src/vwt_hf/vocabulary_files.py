@@ -31,7 +31,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .bounds import checked_statistics, is_number
 from .hub_names import check_revision, check_subfolder
-from .printable import plain, shown
+from .printable import printable, shown
 from .whole_saves import Save, remove, saving, write_files
 from .word_files import MOST_BYTES, read_bare_tensor, read_safetensors
 
@@ -42,7 +42,7 @@ INFO_FILE = "vocabulary.json"
 LEGACY_FILE = "vocab.pt"
 LEGACY_SHAPE = (3, 16, 16)
 LARGEST_VALUE = 1000.0
-"""Of a word that is read, either side of 0. Raw RGB is in [0, 1]; far beyond, distances overflow."""
+"""Largest absolute value of a word that is read. Raw RGB is in [0, 1]; far beyond, distances overflow."""
 LONGEST_TEXT = 1000
 """Characters of a name that `vocabulary.json` records."""
 _MOST_INFO_BYTES = 2**16
@@ -232,7 +232,7 @@ def _require_inside(located: Located, path: Path) -> None:
 
 
 def _refuse(located: Located, file: str, reason: str) -> NoReturn:
-    raise ValueError(f"{plain(located.source)}: {file}: {reason.removesuffix('.')}.")
+    raise ValueError(f"{printable(located.source)}: {file}: {reason.removesuffix('.')}.")
 
 
 def _read_info(located: Located) -> bytes:
@@ -253,7 +253,7 @@ def _fields(located: Located, content: bytes) -> dict[str, Any]:
             parse_constant=_no_constant,
         )
     except (ValueError, RecursionError) as error:
-        _refuse(located, INFO_FILE, f"it is no JSON ({plain(str(error))[:200]})")
+        _refuse(located, INFO_FILE, f"it is no JSON ({printable(str(error))[:200]})")
     if not isinstance(fields, dict):
         _refuse(located, INFO_FILE, f"it holds a {type(fields).__name__}; expected an object")
     return fields

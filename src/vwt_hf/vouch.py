@@ -1,4 +1,4 @@
-"""The general rule: a vision transformer whose model type has no row in the family table, tried before it is trusted."""
+"""The general rule: a vision transformer whose model type has no row in the family table is tried before it is used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from .families import NotVouched, Tower, find_layers, not_vouched
 
 MOST_PREFIX = 16
-"""Prefix tokens that are believed; more rows than that beside the patches are something else."""
+"""The most prefix tokens that a model is taken to have; more rows than that beside the patches are something else."""
 NEAR = 1e-3
-"""How far apart, in shares of the largest value, outputs may be that are the same but for rounding."""
+"""Outputs that differ by no more than this share of the largest value are taken to differ by rounding alone."""
 
 
 @torch.no_grad()
@@ -55,7 +55,8 @@ def _try(tower: Tower) -> None:
     rows, columns = height // tower.patch_size[0], width // tower.patch_size[1]
     patches, middle = rows * columns, (rows // 2) * columns + columns // 2
     weight = next(parameter for parameter in tower.module.parameters() if parameter.is_floating_point())
-    noise = torch.randn(2, tower.channels, height, width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, tower.channels, height, width, generator=generator, device="cpu")
     pixel_values = noise.to(weight.device, weight.dtype)
 
     embedded, plain = _run(tower, pixel_values, lambda tokens: tokens)
@@ -69,12 +70,10 @@ def _try(tower: Tower) -> None:
     rows_changed = (changed != embedded).any(dim=2).any(dim=0).nonzero().flatten().tolist()
     if rows_changed != [prefix + middle]:
         raise NotVouched(f"changes rows {rows_changed[:5]} with patch {middle}, which should be row {prefix + middle}")
-    order = torch.cat(
-        (torch.arange(prefix), prefix + torch.randperm(patches, generator=torch.Generator().manual_seed(0)))
-    )
-    order = order.to(weight.device)
-    _, shuffled = _run(tower, pixel_values, lambda tokens: tokens[:, order])
-    if (shuffled - plain[:, order]).abs().max() > NEAR * plain.abs().max():
+    shuffled = torch.randperm(patches, generator=generator, device="cpu").to(weight.device)
+    order = torch.cat((torch.arange(prefix, device=weight.device), prefix + shuffled))
+    _, moved = _run(tower, pixel_values, lambda tokens: tokens[:, order])
+    if (moved - plain[:, order]).abs().max() > NEAR * plain.abs().max():
         raise NotVouched("answers by where in the sequence a patch lies, by more than the positions in its embeddings")
     kept = prefix + patches // 2
     _, short = _run(tower, pixel_values, lambda tokens: tokens[:, :kept])
@@ -83,7 +82,7 @@ def _try(tower: Tower) -> None:
 
 
 def _run(tower: Tower, pixel_values: torch.Tensor, change: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the embeddings give, and what the tower gives when they give that, changed."""
+    """The output of the embeddings, and that of the tower when its layers get `change(output of the embeddings)`."""
     taken = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:

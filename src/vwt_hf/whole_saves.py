@@ -53,7 +53,7 @@ class Save:
         return self._shares and (self._lock is None or _locked(self._lock, alone=True))
 
     def left_overs(self) -> list[Path]:
-        """What saves that were killed left of what they wrote: theirs alone, if `is_alone` says so afterwards."""
+        """Folders that other saves write in. If `is_alone` is true afterwards, all of them are of killed saves."""
         found = [path for path in self.folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
         return [path for path in found if path != self.new and path.is_dir() and not path.is_symlink()]
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .printable import plain, shown
+from .printable import printable, shown
 
 MOST_BYTES = 2**32
 """Of the words in float32: 1.4 million words of 16×16 RGB pixels."""
@@ -67,16 +67,16 @@ def read_safetensors(
             start, header = _header(file)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"it is truncated or no safetensors file ({plain(str(error))[:200]}); save or download it again"
+                f"it is truncated or no safetensors file ({printable(str(error))[:200]}); save or download it again"
             ) from error
         words, counts = _described_tensors(header, shape)
         if sha256 is not None:
             _require_content(file, sha256)
-        read = torch.empty(words["shape"])
+        read = torch.empty(words["shape"], dtype=torch.float32, device="cpu")
         _read_values(file, start + words["data_offsets"][0], _DTYPES[words["dtype"]], into=read)
         if counts is None:
             return read, None
-        numbers = torch.empty(counts["shape"], dtype=torch.int64)
+        numbers = torch.empty(counts["shape"], dtype=torch.int64, device="cpu")
         _read_values(file, start + counts["data_offsets"][0], torch.int64, into=numbers)
         return read, numbers
 
@@ -204,7 +204,7 @@ def read_bare_tensor(path: Path, shape: tuple[int, ...], scale: torch.Tensor, sh
             records = _records(archive, path.stat().st_size)
             tensor = _described(archive.read(records["data.pkl"]))
             record = _require_dense(tensor, values, records)
-            read = torch.empty(tensor.shape[0], *shape)
+            read = torch.empty(tensor.shape[0], *shape, dtype=torch.float32, device="cpu")
             with archive.open(record) as file:
                 for part in read.split(max(1, _PIECE // values)):
                     raw = bytearray(_exactly(file, part.numel() * tensor.stored.dtype.itemsize))
@@ -213,7 +213,7 @@ def read_bare_tensor(path: Path, shape: tuple[int, ...], scale: torch.Tensor, sh
     except _Another as error:
         raise ValueError(f"{error}; {expected}") from error
     except Exception as error:  # whatever zipfile, zlib and pickle raise on what is no such file
-        reason = plain(str(error).strip())[:200] or type(error).__name__
+        reason = printable(str(error).strip())[:200] or type(error).__name__
         raise ValueError(f"it cannot be read as tensors alone, and nothing else is ({reason}); {expected}") from error
 
 

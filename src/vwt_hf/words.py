@@ -1,4 +1,4 @@
-"""Which patches stay: functions on tensors, with no model in sight.
+"""Cutting images into patches, choosing those that stay and finding each patch's word: functions on tensors alone.
 
 Patches are numbered in row-major order, as a ViT's own patch embedding numbers them, and flattened as (channel, row,
 column), as its projection's weight is.
@@ -187,7 +187,10 @@ def random_patches(patches: int, keep: int, seed: int, device: torch.device) -> 
 
 
 def _spread(size: int) -> np.ndarray:
-    """For each number below the first power of two from `size` on: its bits, from the last, as digits of base four."""
+    """The bits of each number in reverse order, read as digits of base four.
+
+    Of all numbers from 0 up to the least power of two that is no less than `size`, which is left out.
+    """
     bits, numbers = (size - 1).bit_length(), np.arange(2 ** (size - 1).bit_length())
     return sum(((numbers >> bit & 1) << 2 * (bits - 1 - bit) for bit in range(bits)), np.zeros_like(numbers))
 
@@ -198,8 +201,9 @@ def _spread_on(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _dither(row: Any, column: Any, spread: Any) -> Any:
-    """When places of a grid come in ordered dithering (Bayer 1973): the first half of them is a checkerboard, the first
-    quarter is every other row and column.
+    """The rank of each place of a grid in ordered dithering (Bayer 1973).
+
+    The first half of the ranks is a checkerboard, the first quarter is every other row and column.
 
     Args:
         row, column: whole numbers.
@@ -223,8 +227,14 @@ def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> to
     return _whole_numbers([np.sort(order.ravel().argsort()[:keep])], device)
 
 
+def with_prefix(kept: torch.Tensor, prefix: int) -> torch.Tensor:
+    """(batch or 1, keep) indices of patches → (batch or 1, prefix + keep) rows, those of the prefix tokens first."""
+    own = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
+    return torch.cat((own, kept + prefix), dim=1)
+
+
 def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch.Tensor:
-    """What the patches that stay, and the prefix tokens, have for each other.
+    """The part of a table of pairs of tokens that is about the prefix tokens and the patches that stay.
 
     Args:
         values: (1, channels, prefix + patches, prefix + patches).
@@ -234,8 +244,7 @@ def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch
     Returns:
         (batch or 1, channels, prefix + keep, prefix + keep).
     """
-    own = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
-    index = torch.cat((own, kept + prefix), dim=1)
+    index = with_prefix(kept, prefix)
     return values[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
 
 
@@ -284,12 +293,15 @@ def _distances(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         values: (batch, patches, values), float32.
         kept: (batch or 1, keep), patches.
     """
-    # From a point amid them lengths are of the order of distances, and what rounds the former hardly moves the latter.
-    centred = values - gather_patches(values, kept).mean(dim=1, keepdim=True)
-    length = torch.linalg.vector_norm(centred, dim=2, keepdim=True).square()
+    # Most of what patches differ by is their mean, which needs no product. What is left is short, and rounds by less.
+    level = values.mean(dim=2, keepdim=True)
+    rest = values - level
+    length = torch.linalg.vector_norm(rest, dim=2, keepdim=True).square()
     lengths = length + gather_patches(length, kept).transpose(1, 2)
-    squared = torch.baddbmm(lengths, centred, gather_patches(centred, kept).transpose(1, 2), alpha=-2)
-    return squared.masked_fill_(squared <= _EQUAL * lengths, 0).sqrt_()
+    squared = torch.baddbmm(lengths, rest, gather_patches(rest, kept).transpose(1, 2), alpha=-2)
+    squared.masked_fill_(squared <= _EQUAL * lengths, 0)
+    levels = level - gather_patches(level, kept).transpose(1, 2)
+    return squared.add_(levels.square_(), alpha=values.shape[2]).sqrt_()
 
 
 def _relative(distance: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
@@ -318,19 +330,6 @@ def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return patches[torch.arange(patches.shape[0], device=kept.device).unsqueeze(1), kept]
 
 
-def patch_strip(patches: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-    """Lays patches side by side as one image, one patch high, that a patch projection turns into their tokens.
-
-    Args:
-        patches: (batch, patches, channels · patch height · patch width).
-        patch_size: height and width of a patch, in pixels.
-
-    Returns:
-        (batch, channels, patch height, patches · patch width).
-    """
-    return patches.unflatten(-1, (-1, *patch_size)).permute(0, 2, 3, 1, 4).flatten(-2)
-
-
 class WordIndex(NamedTuple):
     """Words made ready for `nearest_words` by `index_words`."""
 
@@ -348,8 +347,10 @@ def index_words(words: torch.Tensor) -> WordIndex:
     Args:
         words: (size, channels · patch height · patch width).
     """
-    with without_autocast(words.device):
-        return WordIndex(torch.nn.functional.normalize(words.float(), dim=1))
+    # By numpy, in one thread: torch's wait for one another, for long where other processes have the cores.
+    values = words.detach().float().cpu().numpy()
+    length = np.sqrt(values[:, None] @ values[:, :, None])[:, 0]  # several times as fast as np.linalg.norm
+    return WordIndex(torch.from_numpy(values / np.maximum(length, 1e-12)).to(words.device))
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import CRITERIA, VWTConfig
-from ..terminal import aligned, printable, require_writable
+from ..printable import printable
+from ..terminal import aligned, require_writable
 
 if TYPE_CHECKING:
     import torch

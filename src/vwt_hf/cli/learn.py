@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..terminal import aligned, printable, require_folder
+from ..printable import printable
+from ..terminal import aligned, require_folder
 
 HELP = "learn a vocabulary of visual words from images"
 DESCRIPTION = """\

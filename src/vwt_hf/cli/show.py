@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import CRITERIA, VWTConfig
-from ..terminal import printable, require_writable
+from ..printable import printable
+from ..terminal import require_writable
 from .demo import ROWS
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..terminal import aligned, printable, require_writable, write_file
+from ..printable import printable
+from ..terminal import aligned, require_writable, write_file
 
 if TYPE_CHECKING:
     from ..vocabulary import VisualVocabulary

@@ -26,7 +26,7 @@ LAYOUTS = ("auto", "packed", "padded")
 
 
 class ReadyWords:
-    """A vocabulary as a model with these statistics sees it, ready to be searched on whatever device asks.
+    """A vocabulary mapped to the pixel values of a model, ready for `nearest_words` on any device.
 
     Args:
         vocabulary: the words, in raw RGB.
@@ -76,8 +76,8 @@ class InterConfig(VWTConfig):
         image_mean, image_std (sequence of `float`, *optional*):
             How the model's images are normalised, for each channel; by default as its image processor says.
         saved_as (`str`, *optional*):
-            Which words beside the model's weights are its own, by their folder `visual_words-...`. Written by
-            `save_pretrained`.
+            Written by `save_pretrained`: 16 hexadecimal digits. The model's own words lie in the folder
+            `visual_words-<saved_as>` beside its weights.
     """
 
     method: str = "inter"
@@ -89,7 +89,7 @@ class InterConfig(VWTConfig):
     image_std: tuple[float, ...] | None = None
     saved_as: str | None = None
     words: ReadyWords | None = dataclasses.field(default=None, compare=False)
-    """The vocabulary for the model that it was made ready for; never saved."""
+    """Set by `prepared`: the vocabulary, mapped to the pixel values of the model. Never saved."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,7 +149,10 @@ class InterConfig(VWTConfig):
     def with_saved(self, saved: dict[str, Any]) -> VWTConfig:
         if self.vocabulary is not None or self.saved_as is not None:
             return self
-        return dataclasses.replace(self, saved_as=saved.get("saved_as"))
+        known: dict[str, Any] = {name: saved.get(name) for name in ("saved_as", "image_mean", "image_std")}
+        setting = dataclasses.replace(self, **{k: v for k, v in known.items() if getattr(self, k) is None})
+        setting.require_sane()
+        return setting
 
     def prepared(self, model: ModelFacts) -> VWTConfig:
         setting, vocabulary = self, self.vocabulary

@@ -31,10 +31,10 @@ class IntraConfig(VWTConfig):
             `"random"`: a random subset, drawn once from `seed` and shared by all images of one size.
             `"grid"`: an even cover of the image, whatever it shows.
         seed (`int`, default 0):
-            Of `criterion="random"`.
+            Of the random subset of `criterion="random"`.
         dropped (`str`, default `"discard"`):
-            What becomes of the patches that do not stay. `"discard"`: nothing sees them (the paper's).
-            `"merge"`: each joins the nearest patch that stays, which then stands for both.
+            What happens to the patches that do not stay. `"discard"`: they are left out before the first layer (the
+            paper's). `"merge"`: each joins the nearest patch that stays, which then stands for both.
     """
 
     method: str = "intra"
@@ -117,7 +117,7 @@ class IntraConfig(VWTConfig):
         return grid_patches(*patches.grid, keep, patches.device)
 
     def _choose_real(self, patches: Patches, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The patches that stay of images that are padded: each keeps its share of its own, at least one.
+        """Chooses patches where images are padded: `keep_ratio` of each image's real patches stay, at least one.
 
         Returns:
             Indices of patches, (batch, keep), ascending, and which of them stay, (batch, keep) bool.

@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from settings import STATISTICS, WORDS, inter
-from tiny import MODELS, TINY, answers, forward, sample_pixel_values, tiny_model, watch_embeddings
+from tiny import COMMON, TINY, answers, forward, sample_pixel_values, tiny_model, traces, watch_embeddings
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
+from vwt_hf.compress import lexicon_of
 from vwt_hf.families import find_layers
 from vwt_hf.forward import current_forward
 from vwt_hf.layout import group
@@ -121,19 +122,25 @@ def test_one_word_takes_all_patches_at_threshold_two(model, images, vocabulary):
     assert answers(model, images).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith(("classifier", "projection", "clip"))])
+@pytest.mark.parametrize("name", [name for name in COMMON if not name.endswith(("classifier", "projection", "clip"))])
 def test_every_patch_gets_the_hidden_state_of_its_token(name, images, vocabulary, layout):
     model = compress(tiny_model(name), inter(vocabulary, layout=layout))
+    entered = []
+    for layer in find_layers(model):
+        layer.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    taken = watch_embeddings(model)
     output = model(images, output_hidden_states=True)
-    assert len(output.hidden_states) == 3
+    rows = taken[0][1].layout.rows
     tokens = tokens_of(images, vocabulary)
-    for hidden in (output.last_hidden_state, *output.hidden_states):
-        prefix = hidden.shape[1] - 64
-        for image in range(len(images)):
-            patches = hidden[image, prefix:]
-            first = {}
-            for patch, token in enumerate(tokens[image].tolist()):
-                assert torch.equal(patches[patch], patches[first.setdefault(token, patch)])
+    assert torch.equal(rows[:, -64:] - rows[:, -64:].amin(dim=1, keepdim=True), tokens)
+    assert len(output.hidden_states) == 3
+    for hidden, tokens in zip(output.hidden_states, entered, strict=False):
+        assert torch.equal(hidden, tokens.flatten(0, 1)[rows])
+    for hidden in (output.last_hidden_state, output.hidden_states[-1]):
+        for states, mine in zip(hidden, rows, strict=True):
+            which = states.unique(dim=0, return_inverse=True)[1]
+            assert torch.equal(which.unsqueeze(0) == which.unsqueeze(1), mine.unsqueeze(0) == mine.unsqueeze(1))
+    assert not any(torch.equal(output.last_hidden_state, hidden) for hidden in output.hidden_states[:2])
     assert current_forward() is None
 
 
@@ -164,8 +171,10 @@ def test_proportional_attention_equals_attention_over_the_repeated_tokens(images
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_takes_the_same_words(model, images, vocabulary, dtype):
     images = images.to(dtype).float()
-    expected = answers(compress(model, inter(vocabulary)), images)
+    taken = watch_embeddings(compress(model, inter(vocabulary)))
+    expected = answers(model, images)
     found = answers(model.to(dtype), images.to(dtype))
+    assert torch.equal(taken[0][1].layout.rows, taken[1][1].layout.rows)
     torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
 
 
@@ -184,15 +193,14 @@ def test_gradients_reach_every_parameter_that_the_plain_model_trains(model, imag
 
 
 def test_restore_gives_the_exact_plain_model_back(model, images, vocabulary):
-    plain, names = answers(model, images), list(model.state_dict())
+    plain, names, before = answers(model, images), list(model.state_dict()), traces(model)
     compress(compress(compress(model, inter(vocabulary)), {"keep_ratio": 0.5}), inter(vocabulary, threshold=0.2))
     assert model.config.vwt["threshold"] == 0.2
     assert not torch.equal(answers(model, images), plain)
     restore(model)
     assert torch.equal(answers(model, images), plain)
     assert model.config.vwt is None and list(model.state_dict()) == names
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
-    assert not any("vwt" in (getattr(m, "config", None) or model.config)._attn_implementation for m in model.modules())
+    assert traces(model) == before
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -411,10 +419,14 @@ def test_a_saved_model_carries_its_words_and_loads_from_wherever_it_lies(folder,
     assert "vwt_sdpa" not in json.dumps(saved) and saved["vwt"]["vocabulary"] is None
 
 
-def test_another_threshold_keeps_the_words_that_the_model_has(folder, vocabulary):
+def test_another_threshold_keeps_the_words_that_the_model_has(folder, images, vocabulary):
     model = compress(transformers.AutoModel.from_pretrained(folder / "model"), vocabulary)
+    before = answers(model, images)
     compress(model, {**model.config.vwt, "threshold": 0.4})
-    assert model.config.vwt["threshold"] == 0.4
+    assert model.config.vwt["threshold"] == 0.4 and lexicon_of(model).vocabulary is vocabulary
+    found = answers(model, images)
+    torch.testing.assert_close(found, answers(compress(tiny_model("vit"), inter(vocabulary, threshold=0.4)), images))
+    assert (found - before).abs().max() > 1e-3
 
 
 def test_a_folder_without_the_words_that_its_config_speaks_of_is_refused(folder, vocabulary):

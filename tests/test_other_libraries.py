@@ -1,0 +1,398 @@
+"""Beside other libraries: PEFT, Trainer, accelerate, quantization, export."""
+
+from __future__ import annotations
+
+import functools
+import io
+
+import pytest
+import torch
+import transformers
+from accelerate import cpu_offload
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from settings import SETTINGS
+from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
+from vwt_hf import VWTConfig, compress, restore
+from vwt_hf.families import FAMILIES, find_layers
+
+
+def one_of_each_family() -> list[str]:
+    """The first model of each family that sees images alone."""
+    found: dict[str, str] = {}
+    for name, (model_class, _) in MODELS.items():
+        family = next(row.name for row in FAMILIES if model_class.config_class.model_type in row.model_types)
+        if "text_config" not in model_class.config_class.sub_configs:
+            found.setdefault(family, name)
+    return list(found.values())
+
+
+ONE_OF_EACH = one_of_each_family()
+# Merging goes through all that families differ in; what settings differ in is the same for all of them.
+PAIRS = [(name, kind) for name in ONE_OF_EACH for kind in SETTINGS if kind == "merge" or name == "vit"]
+setting = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
+pairs = pytest.mark.parametrize(("name", "kind"), PAIRS)
+# SigLIP 2's plain embeddings read a weight where an offloaded one is not, and take 8 bits for the dtype of patches.
+pairs_by_call = pytest.mark.parametrize(("name", "kind"), [pair for pair in PAIRS if pair[0] != "siglip2-vision"])
+
+
+def sample_images(batch: int = 4) -> torch.Tensor:
+    """Noise, which is near to no word, with flat parts, which words group: more in each image than in the last."""
+    images = sample_pixel_values(batch)
+    for index, image in enumerate(images):
+        image[:, : 8 * index] = 0.7
+    return images
+
+
+def differ(found: torch.Tensor, plain: torch.Tensor) -> bool:
+    """Whether `found` are not the answers of the plain model, not even those of its weights in 8 bits."""
+    return found.shape != plain.shape or bool((found - plain).abs().max() > 0.3)
+
+
+def test_a_model_of_every_family_is_here():
+    assert len(ONE_OF_EACH) == len(FAMILIES)
+
+
+@setting
+def test_lora_trains_saves_and_loads_on_a_compressed_model(setting, tmp_path):
+    peft = pytest.importorskip("peft")
+    images, labels = sample_images(), torch.tensor([0, 1, 0, 1])
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    torch.manual_seed(0)
+    model = peft.get_peft_model(compress(tiny_model("vit-classifier"), setting), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(3):
+        loss = model(pixel_values=images, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    assert any("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    expected = answers(model.eval(), images)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(compress(tiny_model("vit-classifier"), setting), tmp_path).eval()
+    torch.testing.assert_close(answers(loaded, images), expected)
+
+
+@setting
+@pytest.mark.parametrize(("name", "projection"), [("siglip2-vision", "patch_embedding"), ("vit", "projection")])
+def test_lora_reaches_the_projection_of_patches(name, projection, setting):
+    peft = pytest.importorskip("peft")
+    model = compress(tiny_model(name), setting)
+    given = inputs(model, sample_images())
+    with torch.no_grad():
+        expected = model(**given)[0]
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[projection]))
+        torch.testing.assert_close(adapted(**given)[0], expected)
+        compress(model, setting)
+        torch.testing.assert_close(adapted(**given)[0], expected)
+
+
+@setting
+def test_trainer_trains_and_evaluates_a_compressed_model(setting, tmp_path):
+    class Images(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return {"pixel_values": sample_images(6)[index], "labels": torch.tensor(index % 2)}
+
+    model = compress(tiny_model("vit-classifier"), setting)
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=3, per_device_eval_batch_size=4, report_to=[], use_cpu=True
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=Images(), eval_dataset=Images())
+    assert trainer.train().training_loss > 0
+    measured = trainer.evaluate()["eval_loss"]
+    batch = torch.utils.data.default_collate([Images()[index] for index in range(6)])
+    with torch.no_grad():
+        assert measured == pytest.approx(model.eval()(**batch).loss.item(), rel=1e-4)
+    trainer.save_model(tmp_path / "saved")
+    loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(answers(loaded, batch["pixel_values"]), answers(model, batch["pixel_values"]))
+
+
+@pytest.mark.parametrize("placement", ["auto", "split", "disk"])
+@pairs_by_call
+def test_device_map_places_a_model_that_answers_saves_and_is_restored_as_in_memory(name, kind, placement, tmp_path):
+    # Without SigLIP's head, whose torch attention reads weights that are elsewhere in the plain model, too.
+    model, images = tiny_model(name, vision_use_head=False), sample_images()
+    plain = answers(model, images)
+    model.save_pretrained(tmp_path / "plain")
+    load = functools.partial(type(model).from_pretrained, tmp_path / "plain", vwt=SETTINGS[kind])
+    expected = answers(load(), images)
+    assert differ(expected, plain)
+    where = {
+        "auto": {"device_map": "auto"},
+        "split": {"device_map": "auto", "max_memory": {"cpu": sum(p.nbytes for p in model.parameters()) * 6 // 10}},
+        "disk": {"device_map": {"": "disk"}},
+    }
+    loaded = load(**where[placement], offload_folder=tmp_path / "offloaded")
+    offloaded = [parameter.is_meta for parameter in loaded.parameters()]
+    assert (any(offloaded), all(offloaded)) == (placement != "auto", placement == "disk")
+    images = images.to(loaded.device if placement == "auto" else "cpu")
+    torch.testing.assert_close(answers(loaded, images).cpu(), expected)
+    loaded.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(answers(type(model).from_pretrained(tmp_path / "saved"), images.cpu()), expected)
+    torch.testing.assert_close(answers(restore(loaded), images).cpu(), plain)
+
+
+@pairs_by_call
+def test_a_model_is_compressed_and_restored_while_its_weights_are_offloaded(name, kind):
+    model, images = tiny_model(name, vision_use_head=False), sample_images()
+    plain = answers(model, images)
+    expected = answers(compress(tiny_model(name, vision_use_head=False), SETTINGS[kind]), images)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(answers(compress(model, SETTINGS[kind]), images), expected)
+    torch.testing.assert_close(answers(restore(model), images), plain)
+
+
+@setting
+def test_linear_layers_in_8_bits_answer_nearly_as_in_32(setting):
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = compress(tiny_model("dinov2-classifier"), setting)
+    images = sample_images()
+    expected = answers(model, images)
+    small = quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert any("quantized" in type(module).__module__ for module in small.modules())
+    torch.testing.assert_close(answers(small, images), expected, atol=0.05, rtol=0.05)
+
+
+def torchao_config() -> transformers.TorchAoConfig:
+    quantization = pytest.importorskip("torchao.quantization")
+    return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+def bitsandbytes_config() -> transformers.BitsAndBytesConfig:
+    pytest.importorskip("bitsandbytes")
+    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+
+
+def require_answers_in_8_bits(model: transformers.PreTrainedModel, images: torch.Tensor, whole: torch.Tensor) -> None:
+    """Asserts that weights are in 8 bits, and that answers are near to those, `whole`, of weights in 32."""
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    # Both libraries leave torch's own attention, which SigLIP's head is, as it is.
+    weights = [module.weight for module in linear if not isinstance(module, NonDynamicallyQuantizableLinear)]
+    # torchao's tensors say float32 and hold `qdata`.
+    assert {getattr(weight, "qdata", weight).dtype for weight in weights} == {torch.int8}
+    found = answers(model, images)
+    torch.testing.assert_close(found, whole, atol=0.1, rtol=0)
+    torch.testing.assert_close(found, torch.cat([answers(model, image[None]) for image in images]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("config", [torchao_config, bitsandbytes_config])
+@pairs_by_call
+def test_a_model_loaded_in_8_bits_answers_nearly_as_in_32_saves_and_is_restored(name, kind, config, tmp_path):
+    model, images = tiny_model(name), sample_images()
+    plain = answers(model, images)
+    model.save_pretrained(tmp_path / "plain")
+    load = functools.partial(type(model).from_pretrained, device_map="cpu")
+    loaded = load(tmp_path / "plain", vwt=SETTINGS[kind], quantization_config=config())
+    expected = answers(compress(model, SETTINGS[kind]), images)
+    assert differ(expected, plain)
+    require_answers_in_8_bits(loaded, images, expected)
+    loaded.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(answers(load(tmp_path / "saved"), images), answers(loaded, images))
+    require_answers_in_8_bits(restore(loaded), images, plain)
+
+
+@pairs
+def test_torchao_quantizes_a_compressed_model(name, kind):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, images = tiny_model(name), sample_images()
+    plain = answers(model, images)
+    expected = answers(compress(model, SETTINGS[kind]), images)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    require_answers_in_8_bits(model, images, expected)
+    require_answers_in_8_bits(restore(model), images, plain)
+
+
+class Answers(torch.nn.Module):
+    """The first output of each of some models, as what is exported."""
+
+    def __init__(self, *models: torch.nn.Module) -> None:
+        super().__init__()
+        self.models = torch.nn.ModuleList(models).eval()
+
+    def forward(self, **given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(model(**given)[0] for model in self.models)
+
+
+class FirstOutput(torch.nn.Module):
+    """The first output of a model about images, as what is traced."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values)[0]
+
+
+def two_batches(model: transformers.PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+    """In the second one other patches stay."""
+    return [inputs(model, images) for images in (sample_images(), sample_images().flip(0))]
+
+
+@pytest.mark.parametrize("kind", ["discard", "merge"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_an_exported_program_answers_as_the_model_when_saved_and_loaded(name, kind):
+    model = compress(tiny_model(name), SETTINGS[kind])
+    batches = two_batches(model)
+    saved = io.BytesIO()
+    torch.export.save(torch.export.export(Answers(model), (), batches[0], strict=False), saved)
+    saved.seek(0)
+    program = torch.export.load(saved).module()
+    for batch in batches:
+        torch.testing.assert_close(program(**batch)[0], model(**batch)[0])
+
+
+@pytest.mark.parametrize("criterion", ["random", "grid"])
+@pytest.mark.parametrize("dropped", ["discard", "merge"])
+def test_an_exported_program_keeps_the_same_patches_of_all_images(dropped, criterion):
+    model = compress(tiny_model("dinov2"), VWTConfig(dropped=dropped, criterion=criterion, seed=5))
+    batches, saved = two_batches(model), io.BytesIO()
+    torch.export.save(torch.export.export(Answers(model), (), batches[0], strict=False), saved)
+    saved.seek(0)
+    program = torch.export.load(saved).module()
+    for batch in batches:
+        torch.testing.assert_close(program(**batch)[0], model(**batch)[0])
+
+
+# How SigLIP 2 resizes its positions is for one number of images in transformers 5.17, in plain models, too.
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "siglip2-vision"])
+def test_an_exported_program_takes_batches_of_any_size(name):
+    for kind in ("discard", "merge"):
+        model = compress(tiny_model(name, num_hidden_layers=1), SETTINGS[kind])
+        given, batch = inputs(model, sample_images()), torch.export.Dim("batch")
+        shapes = {key: {0: batch} for key in given}
+        program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
+        for images in (sample_images(7), sample_images()[2:3]):
+            given = inputs(model, images)
+            torch.testing.assert_close(program(**given)[0], model(**given)[0])
+
+
+# Torch exports the check of sizes in SigLIP 2's plain embeddings to ONNX no more than in compressed ones.
+# Without gradients: with them torch takes sdpa with a relative position bias apart into views that it cannot have.
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "siglip2-vision"])
+def test_onnx_answers_as_torch(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    # Two in one program: the half of what a conversion takes does not depend on how much there is to convert.
+    models = [compress(tiny_model(name, num_hidden_layers=1), SETTINGS[kind]) for kind in ("discard", "merge")]
+    batches = two_batches(models[0])
+    torch.onnx.export(
+        Answers(*models), (), tmp_path / "model.onnx", kwargs=batches[0], dynamo=True, verbose=False, optimize=False
+    )
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in batches:
+        found = session.run(None, {taken.name: batch[taken.name].numpy() for taken in session.get_inputs()})
+        for one, model in zip(found, models, strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), model(**batch)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_all_that_a_masked_autoencoder_gives_out_is_exported_to_onnx(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = compress(tiny_model("vit-mae", num_hidden_layers=1), SETTINGS["discard"])
+    given, other = two_batches(model)
+    torch.onnx.export(model, (), tmp_path / "model.onnx", kwargs=given, dynamo=True, verbose=False, optimize=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {taken.name: other[taken.name].numpy() for taken in session.get_inputs()})
+    for one, expected in zip(found, model(**other).values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(one), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_words_are_not_exported_or_traced_and_say_why():
+    model = compress(tiny_model("vit"), SETTINGS["inter"])
+    for kind in ("export", "trace"):
+        with pytest.raises(ValueError, match=r"its own number of tokens.*method='intra'"):
+            if kind == "export":
+                torch.export.export(model, (), {"pixel_values": sample_images()}, strict=False)
+            else:
+                torch.jit.trace(FirstOutput(model), sample_images())
+    fresh = compress(tiny_model("vit"), SETTINGS["inter"])
+    assert torch.equal(answers(model, sample_images()), answers(fresh, sample_images()))
+
+
+@pytest.mark.parametrize("kind", [None, *SETTINGS])
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_layers_above_frozen_embeddings_learn_through_checkpoints(name, kind):
+    """Checkpoints that re-enter need an input that asks for gradients, which a hook within the embeddings sees to."""
+
+    def gradients(**checkpoints) -> dict[str, torch.Tensor]:
+        model = tiny_model(name)
+        if kind is not None:
+            compress(model, SETTINGS[kind])
+        model.embeddings.requires_grad_(False)
+        if checkpoints:
+            model.gradient_checkpointing_enable(checkpoints)
+            model.enable_input_require_grads()
+        forward(model.train(), sample_images()).square().sum().backward()
+        assert all(parameter.grad is None for parameter in model.embeddings.parameters())
+        return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+
+    expected = gradients()
+    assert any("layer" in parameter for parameter in expected)
+    for reentrant in (True, False):
+        found = gradients(use_reentrant=reentrant)
+        assert found.keys() == expected.keys()
+        for parameter, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[parameter], msg=parameter)
+
+
+@setting
+def test_a_copy_of_the_embeddings_that_peft_trains_is_what_tokens_are_of(setting):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["embeddings"])
+    adapted = peft.get_peft_model(tiny_model("vit-classifier"), config)
+    expected = tiny_model("vit-classifier")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in expected.vit.embeddings.named_parameters():
+            parameter.add_(torch.randn_like(parameter))
+            adapted.get_parameter(f"base_model.model.vit.embeddings.modules_to_save.default.{name}").copy_(parameter)
+    images = sample_images()
+    plain = answers(expected, images)
+    torch.testing.assert_close(answers(adapted.eval(), images), plain)
+
+    entering = []
+    for model in (compress(expected, setting), compress(adapted.get_base_model(), setting)):
+        find_layers(model)[0].register_forward_pre_hook(lambda layer, args: entering.append(args[0]))
+    short = answers(expected, images)
+    torch.testing.assert_close(answers(adapted, images), short)
+    torch.testing.assert_close(*entering)
+    assert (short - plain).abs().max() > 1e-5
+    restore(adapted.get_base_model())
+    torch.testing.assert_close(answers(adapted, images), plain)
+
+
+SHARDED = (("vit-classifier", "discard"), ("dinov2-classifier", "merge"), ("vit-classifier", "inter"))
+
+
+def answer_sharded(rank: int, folder: str) -> None:
+    """What a process of two does: shards compressed models by size, and writes what they answer."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    wrap = functools.partial(size_based_auto_wrap_policy, min_num_params=1000)
+    for name, kind in SHARDED:
+        model = compress(tiny_model(name), SETTINGS[kind])
+        model = FullyShardedDataParallel(model, auto_wrap_policy=wrap, device_id=torch.device("cpu"))
+        assert sum(isinstance(module, FullyShardedDataParallel) for module in model.modules()) > 3
+        with torch.no_grad():
+            torch.save(model(pixel_values=sample_images()).logits, f"{folder}/{name}-{kind}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_a_model_sharded_by_size_over_two_processes_answers_as_in_one(tmp_path):
+    torch.multiprocessing.spawn(answer_sharded, (str(tmp_path),), nprocs=2)
+    for name, kind in SHARDED:
+        expected = answers(compress(tiny_model(name), SETTINGS[kind]), sample_images())
+        for rank in (0, 1):
+            torch.testing.assert_close(torch.load(tmp_path / f"{name}-{kind}-{rank}.pt"), expected)

@@ -1,0 +1,71 @@
+"""The patches of a batch, and the plans that methods make of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vwt_hf.patches import Patches, padded_places
+from vwt_hf.plans import Grouped, Kept
+
+SHAPES = torch.tensor([[2, 3], [1, 2]])
+KEPT = torch.tensor([[0, 2, 4]])
+
+
+def whole() -> Patches:
+    """Two images of 2 × 3 patches of 2 × 2 pixels."""
+    return Patches(torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0)), (2, 2), 3, 1, (2, 3))
+
+
+def padded() -> Patches:
+    """The same patches, in the order of an image processor that pads; of the second image two are real."""
+    cut = whole().pixel_values.unflatten(3, (3, 2)).unflatten(2, (2, 2)).permute(0, 2, 4, 3, 5, 1).flatten(3)
+    places, real = padded_places(SHAPES, 6)
+    return Patches(cut.flatten(1, 2), (2, 2), 3, 0, None, real, places)
+
+
+def test_patches_have_values_in_the_order_of_words_however_images_come():
+    assert torch.equal(whole().pixels_as_words(), padded().pixels_as_words())
+    first = whole().pixel_values[0, :, :2, 2:4].flatten()
+    assert torch.equal(whole().pixels_as_words()[0, 1], first)
+    assert whole().count == padded().count == 6
+
+
+def test_places_are_rows_and_columns_of_each_images_own_grid():
+    places = [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    assert whole().places.tolist() == [places]
+    assert padded().places[0].tolist() == places and padded().places[1, :2].tolist() == places[:2]
+    assert padded().real.tolist() == [[True] * 6, [True, True] + [False] * 4]
+
+
+def test_keeping_is_a_plan_of_the_kept_patches():
+    plan = whole().keep(KEPT)
+    assert isinstance(plan, Kept) and plan.prefix == 1 and torch.equal(plan.kept, KEPT)
+
+
+@pytest.mark.parametrize("how", ["keep", "represent"])
+def test_tokens_of_padding_count_nowhere(how):
+    patches = padded()
+    if how == "keep":
+        plan, sizes = patches.keep(KEPT), [[1, 1, 1], [1, 0, 0]]
+    else:
+        nearest = torch.tensor([[0, 0, 1, 1, 2, 2]] * 2)
+        plan, sizes = patches.represent(nearest, KEPT, None, False), [[2, 2, 2], [2, 0, 0]]
+    assert isinstance(plan, Grouped) and plan.stays.tolist() == [[True, True, True], [True, False, False]]
+    assert plan.layout.sizes.tolist() == sizes
+    assert plan.key_bias.tolist() == [[0, 0, 0], [0, -torch.inf, -torch.inf]]
+    assert torch.equal(plan.reduce(torch.arange(12.0).view(2, 6, 1))[..., 0], torch.tensor([[0.0, 2, 4], [6, 8, 10]]))
+
+
+def test_some_that_are_kept_may_not_stay():
+    stays = torch.tensor([[True, False, True], [True, True, True]])
+    assert padded().keep(KEPT, stays).stays.tolist() == [[True, False, True], [True, False, False]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_groups_are_means_of_real_patches(packed):
+    plan = padded().group(torch.tensor([[0, 0, 1, 1, 2, 2]] * 2), packed, True)
+    values = torch.arange(12.0).view(2, 6, 1)
+    found = plan.expand(plan.reduce(values))[..., 0]
+    assert found[0].tolist() == [0.5, 0.5, 2.5, 2.5, 4.5, 4.5] and found[1, :2].tolist() == [6.5, 6.5]
+    assert sorted(plan.layout.sizes[plan.layout.sizes > 0].tolist()) == [2, 2, 2, 2]

@@ -1,0 +1,247 @@
+"""What holds when a model is changed, interrupted, checkpointed, pushed or run under other defaults than usual."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.fsdp import fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tiny import answers, sample_pixel_values, tiny_model
+from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
+from vwt_hf.forward import current_forward
+
+MERGE = VWTConfig(dropped="merge")
+
+
+def words(**fields) -> VWTConfig:
+    vocabulary = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    return VWTConfig(
+        method="inter",
+        vocabulary=vocabulary,
+        threshold=0.75,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        **fields,
+    )
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@pytest.mark.parametrize("ran_before", [True, False])
+@pytest.mark.parametrize("kind", ["vit", "clip-vision", "blip-vision"])
+def test_a_part_that_is_put_into_a_compressed_model_attends_as_the_one_it_replaces(kind, ran_before, pixel_values):
+    model = compress(tiny_model(kind), words())
+    expected = answers(model, pixel_values) if ran_before else answers(copy.deepcopy(model), pixel_values)
+    layer = layers(model)[0]
+    for name, child in list(layer.named_children()):  # as PEFT's modules_to_save do, each with a config of its own
+        setattr(layer, name, copy.deepcopy(child))
+    assert torch.equal(answers(model, pixel_values), expected)
+
+
+class Stopped(BaseException):
+    """As `KeyboardInterrupt`, of which hooks of torch are not told."""
+
+
+def stop(*_) -> None:
+    raise Stopped
+
+
+def test_a_model_answers_as_before_after_an_interrupt(pixel_values):
+    model = compress(tiny_model("vit"), words())
+    expected = answers(model, pixel_values)
+    for _ in range(2):
+        handle = layers(model)[1].register_forward_pre_hook(stop)
+        with pytest.raises(Stopped):
+            model(pixel_values)
+        handle.remove()
+        assert current_forward() is None
+        assert model.config._attn_implementation == "sdpa"
+        assert torch.equal(answers(model, pixel_values), expected)
+
+
+def test_a_model_called_within_its_own_layers_answers_as_outside(pixel_values):
+    model = compress(tiny_model("vit"), words())
+    expected, alone = answers(model, pixel_values), answers(model, pixel_values[:1])
+    found = []
+
+    def call_again(*_) -> None:
+        handle.remove()
+        found.append(answers(model, pixel_values[:1]))
+
+    handle = layers(model)[1].register_forward_pre_hook(call_again)
+    assert torch.equal(answers(model, pixel_values), expected)
+    assert torch.equal(found[0], alone)
+
+
+@pytest.mark.parametrize("way", list(CheckpointImpl))
+@pytest.mark.parametrize("setting", [MERGE, words()], ids=["merge", "words"])
+def test_layers_in_torchs_checkpoint_wrappers_have_the_gradients_of_those_without(setting, way, pixel_values):
+    def gradient(model: nn.Module) -> torch.Tensor:
+        images = pixel_values.clone().requires_grad_()
+        model(images).last_hidden_state.square().sum().backward()
+        return images.grad
+
+    model = compress(tiny_model("vit"), setting)
+    expected = gradient(model)
+    wrap = functools.partial(checkpoint_wrapper, checkpoint_impl=way)
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: isinstance(module, GradientCheckpointingLayer)
+    )
+    torch.testing.assert_close(gradient(model), expected, atol=1e-4, rtol=1e-4)
+    wrappers = [module for module in model.modules() if hasattr(module, "checkpoint_fn")]
+    restore(model)
+    assert len(wrappers) == 2 and all(
+        wrapper.checkpoint_fn.func.__module__ != "vwt_hf.attention" for wrapper in wrappers
+    )
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def another_default(request: pytest.FixtureRequest):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit"])
+@pytest.mark.parametrize("setting", [MERGE, words()], ids=["merge", "words"])
+def test_answers_do_not_depend_on_torchs_default_dtype(kind, setting, another_default):
+    pixel_values = sample_pixel_values().float()
+    torch.set_default_dtype(torch.float32)
+    model = compress(tiny_model(kind), setting)
+    expected = answers(model, pixel_values)
+    torch.set_default_dtype(another_default)
+    assert torch.equal(answers(model, pixel_values), expected)
+
+
+def test_words_are_read_exactly_whatever_torchs_defaults_are(tmp_path, another_default):
+    vocabulary = VisualVocabulary(torch.rand(20, 3, 4, 4, dtype=torch.float32), torch.arange(20))
+    vocabulary.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        read = VisualVocabulary.from_pretrained(tmp_path)
+    assert torch.equal(read.words, vocabulary.words) and torch.equal(read.frequencies, vocabulary.frequencies)
+
+
+def test_a_setting_is_of_its_method_alone():
+    with pytest.raises(ValueError, match="method is 'inter', but the other fields are those of another"):
+        dataclasses.replace(VWTConfig(), method="inter")
+    with pytest.raises(ValueError, match="has no field 'cls'"):
+        VWTConfig.parse({"cls": 1})
+
+
+def test_a_part_compressed_after_its_whole_is_what_is_saved(tmp_path, pixel_values):
+    model = compress(tiny_model("clip"), words())
+    compress(model.vision_model, VWTConfig(keep_ratio=0.25))
+    expected = answers(model, pixel_values)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(answers(loaded, pixel_values), expected)
+    assert loaded.config.vwt is None and loaded.config.vision_config.vwt["keep_ratio"] == 0.25
+
+
+def test_the_class_of_a_config_with_a_setting_is_pickled_as_itself():
+    setting_too = type(compress(tiny_model("vit"), MERGE).config)
+    others = type(compress(tiny_model("vit"), VWTConfig()).config)
+    assert setting_too is not transformers.ViTConfig is not others
+    assert pickle.loads(pickle.dumps(setting_too)) is setting_too
+    assert setting_too == others == transformers.ViTConfig  # found in dicts wherever one of them is
+    assert len({setting_too, others, transformers.ViTConfig}) == 1
+
+
+def test_a_save_with_words_uploads_the_files_that_it_writes(hub, tmp_path: Path, pixel_values):
+    model = compress(tiny_model("vit"), words())
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").write_text("mine")
+    trained = {name: 2 * value for name, value in model.state_dict().items()}
+    model.save_pretrained(
+        tmp_path / "here",
+        state_dict=trained,
+        variant="fp32",
+        max_shard_size="20KB",
+        push_to_hub=True,
+        repo_id="me/words",
+    )
+    there = hub.files("me/words")
+    written = {
+        str(path.relative_to(tmp_path / "here")): path for path in (tmp_path / "here").rglob("*") if path.is_file()
+    }
+    assert set(there) - {".gitattributes"} == set(written) - {"notes.txt"}
+    assert sum("fp32" in name for name in there) > 2
+    assert all(there[name] == path.read_bytes() for name, path in written.items() if name != "notes.txt")
+    loaded = transformers.AutoModel.from_pretrained("me/words", variant="fp32")
+    assert torch.equal(loaded.state_dict()["layernorm.bias"], trained["layernorm.bias"])
+    model.load_state_dict(trained)
+    assert torch.equal(answers(loaded, pixel_values), answers(model, pixel_values))
+
+
+@pytest.mark.parametrize("setting", [MERGE, words()], ids=["merge", "words"])
+def test_a_model_whose_parts_peft_copied_before_is_compressed_as_the_plain_one(setting, pixel_values):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("vit")
+    adapters = peft.LoraConfig(target_modules=["projection"], modules_to_save=["attention"])
+    adapted = peft.get_peft_model(model, adapters)
+    compress(model, setting)
+    expected = answers(compress(tiny_model("vit"), setting), pixel_values)
+    assert torch.allclose(answers(adapted.eval(), pixel_values), expected, atol=1e-6)
+    restore(model)
+    assert torch.equal(answers(adapted, pixel_values), answers(tiny_model("vit"), pixel_values))
+
+
+def test_a_setting_for_words_that_were_saved_keeps_how_they_are_normalised(tmp_path, pixel_values):
+    compress(tiny_model("vit"), words()).save_pretrained(tmp_path)  # with no image processor beside it
+    near = {"method": "inter", "threshold": 0.7}
+    loaded = transformers.AutoModel.from_pretrained(tmp_path, vwt=near)
+    expected = compress(tiny_model("vit"), dataclasses.replace(words(), threshold=0.7))
+    assert torch.equal(answers(loaded, pixel_values), answers(expected, pixel_values))
+
+
+@pytest.mark.parametrize("task", ["image-classification", "image-feature-extraction"])
+def test_a_pipeline_says_where_a_setting_goes_rather_than_leave_it_out(task):
+    model = tiny_model("vit-classifier" if task == "image-classification" else "vit")
+    processor = transformers.ViTImageProcessorPil() if hasattr(transformers, "ViTImageProcessorPil") else None
+    processor = processor or transformers.ViTImageProcessor()
+    for given in ({"vwt": True}, {"vwt": False, "model_kwargs": {}}):
+        with pytest.raises(TypeError, match="model_kwargs="):
+            transformers.pipeline(task, model=model, image_processor=processor, **given)
+
+
+def test_a_seal_that_is_no_file_is_not_waited_for(tmp_path):
+    compress(tiny_model("vit"), words()).save_pretrained(tmp_path)
+    (seal,) = tmp_path.glob("visual_words-*/sealed.json")
+    seal.unlink()
+    os.mkfifo(seal)
+    with pytest.raises(ValueError, match="was not finished"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_embeddings_that_fsdp_shards_have_the_gradient_of_those_that_it_does_not(tmp_path, pixel_values):
+    def gradient(model: nn.Module) -> torch.Tensor:
+        images = pixel_values.clone().requires_grad_()
+        model(images).last_hidden_state.square().sum().backward()
+        return images.grad
+
+    model = compress(tiny_model("vit"), words())
+    expected = gradient(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model.embeddings)
+        fully_shard(model)
+        torch.testing.assert_close(gradient(model), expected, atol=1e-4, rtol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,168 @@
+"""Model types without a row in the family table: what the general rule holds for runs, the others are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from settings import SETTINGS, inter
+from tiny import TINY, sample_pixel_values, traces, watch_embeddings
+from vwt_hf import VWTConfig, compress, restore
+from vwt_hf.families import ROWS
+
+BOTH = {"image_size": [32, 32], "patch_size": [4, 4]}
+PREFIX = {"Pixio": 8, "InternVLVision": 1}
+"""Prefix tokens of what the rule holds for, by the names of their classes."""
+rule = pytest.mark.parametrize("kind", list(PREFIX))
+setting = pytest.mark.parametrize("fields", [*SETTINGS.values(), inter(layout="padded")], ids=[*SETTINGS, "padded"])
+
+
+def made(kind: str, **fields) -> transformers.PreTrainedModel:
+    if not hasattr(transformers, f"{kind}Model"):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}Model")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**TINY | fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def tiny(kind: str) -> transformers.PreTrainedModel:
+    return made(kind, **(BOTH if kind == "InternVLVision" else {}))
+
+
+def states(model, images) -> torch.Tensor:
+    with torch.no_grad():
+        return model(pixel_values=images).last_hidden_state
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """White, noise and half flat."""
+    pixel_values = sample_pixel_values()
+    pixel_values[0] = 1.3
+    pixel_values[2, :, :16] = 0.7
+    return pixel_values
+
+
+@rule
+def test_a_model_type_of_these_tests_has_no_row(kind):
+    model_type = tiny(kind).config.model_type
+    assert not any(model_type in row.model_types for row in ROWS)
+
+
+@setting
+@rule
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_batch_answers_as_its_images_do_alone_and_unlike_the_plain_model(kind, attention, fields, images):
+    model = tiny(kind)
+    model.set_attn_implementation(attention)
+    plain = states(model, images)
+    found = states(compress(model, fields), images)
+    assert found.shape[1] == plain.shape[1] - (0 if fields.restores else 32)
+    torch.testing.assert_close(found, torch.cat([states(model, i[None]) for i in images]), atol=1e-4, rtol=1e-4)
+    assert found.shape != plain.shape or (found - plain).abs().max() > 1e-3
+
+
+@rule
+def test_tokens_are_the_embeddings_of_the_patches_that_stay(kind, images):
+    model = tiny(kind)
+    plain = watch_embeddings(model)
+    states(model, images)
+    short = watch_embeddings(compress(model, VWTConfig(criterion="grid", keep_ratio=0.25)))
+    states(model, images)
+    whole, prefix = plain[0][0], PREFIX[kind]
+    assert whole.shape[1] == prefix + 64 and short[0][0].shape[1] == prefix + 16
+    assert torch.equal(short[0][0][:, :prefix], whole[:, :prefix])
+    for token in short[0][0][0, prefix:]:
+        assert (whole[0, prefix:] == token).all(1).sum() == 1
+
+
+@rule
+def test_keeping_every_patch_is_the_plain_model(kind, images):
+    model = tiny(kind)
+    plain = states(model, images)
+    assert torch.equal(states(compress(model, {"keep_ratio": 1.0}), images), plain)
+    merged = states(compress(model, {"keep_ratio": 1.0, "dropped": "merge"}), images)
+    torch.testing.assert_close(merged, plain, atol=1e-5, rtol=1e-5)
+
+
+@setting
+@rule
+def test_a_saved_model_is_the_same_when_loaded_plain_where_asked_and_restored(kind, fields, images, tmp_path):
+    model = tiny(kind)
+    plain, before = states(model, images), traces(model)
+    expected = states(compress(model, fields), images)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["vwt"]["method"] == fields.method
+    for auto in (transformers.AutoModel, type(model)):
+        torch.testing.assert_close(states(auto.from_pretrained(tmp_path), images), expected)
+        torch.testing.assert_close(states(auto.from_pretrained(tmp_path, vwt=False), images), plain)
+    restore(model)
+    assert torch.equal(states(model, images), plain) and traces(model) == before
+
+
+@rule
+def test_trying_a_model_leaves_it_as_it_was(kind, images):
+    """Its random numbers, whether it trains, and its plain answers."""
+    model = tiny(kind).train()
+    next(model.children()).eval()
+    training = [module.training for module in model.modules()]
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    compress(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in model.modules()] == training
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "reason"),
+    [
+        (
+            "Yolos",
+            {"image_size": [32, 32], "num_detection_tokens": 5},
+            r"it changes rows \[37\] with patch 36, which should be row 42",
+        ),
+        ("MLCDVision", {}, "it answers by where in the sequence a patch lies, by more than the positions"),
+        (
+            "DonutSwin",
+            {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2},
+            "it has attention that does not go through transformers' AttentionInterface",
+        ),
+        (
+            "SamHQVision",
+            {"output_channels": 8, "global_attn_indexes": [0], "window_size": 2},
+            "it has attention that does not go through transformers' AttentionInterface",
+        ),
+        ("PixtralVision", {}, "it has no embeddings whose only convolution makes a row of each patch"),
+    ],
+)
+def test_what_the_rule_does_not_hold_for_is_refused_with_the_reason_and_stays_plain(kind, fields, reason):
+    size = {name: value for name, value in TINY.items() if kind != "DonutSwin" or name in ("image_size", "patch_size")}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**size | fields)).eval()
+    before = traces(model)
+    with pytest.raises(ValueError, match=rf"{kind}Model \(model type '.*'\) cannot be compressed: .*{reason}.*`vwt`"):
+        compress(model)
+    assert traces(model) == before and model.config.vwt is None
+
+
+def test_a_class_that_reads_every_patch_is_refused(tmp_path):
+    model = transformers.YolosForObjectDetection(transformers.YolosConfig(**TINY | {"image_size": [32, 32]}))
+    for fields in SETTINGS.values():
+        with pytest.raises(ValueError, match=r"YolosForObjectDetection .*cannot be compressed"):
+            compress(model, fields)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"YolosForObjectDetection .*cannot be compressed"):
+        type(model).from_pretrained(tmp_path, vwt=True)
+
+
+@rule
+def test_weights_that_are_elsewhere_cannot_be_tried(kind):
+    model = tiny(kind).to("meta")
+    with pytest.raises(ValueError, match="it has weights that are elsewhere, so it cannot be tried; load it whole"):
+        compress(model)
