@@ -14,13 +14,13 @@ import transformers
 
 from settings import SETTINGS, inter
 from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip, built, llava
-from tiny import MODELS, MORE_MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
+from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, register, restore, unregister
 from vwt_hf.families import family_of
 from vwt_hf.forward import current_forward
 from vwt_hf.plans import Grouped, Kept
 
-EVERY = [*MODELS, *MORE_MODELS]
+EVERY = list(MODELS)
 KINDS = {
     **SETTINGS,
     "random": VWTConfig(criterion="random"),
@@ -209,9 +209,7 @@ def test_words_that_no_images_were_given_with_are_refused():
     assert current_forward() is None
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in EVERY if hasattr((MODELS | MORE_MODELS)[name][0], "get_image_features")]
-)
+@pytest.mark.parametrize("name", [name for name in EVERY if hasattr(MODELS[name][0], "get_image_features")])
 @pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
 def test_image_features_go_by_words(name, setting, images, plans):
     model = compress(tiny_model(name), setting)

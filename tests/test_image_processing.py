@@ -20,13 +20,13 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from settings import SETTINGS, WORDS, inter
 from test_pipeline import LLAVA, PHOTOGRAPHS, image_processor_class, tokenizer_with
-from tiny import MODELS, MORE_MODELS, TINY, inputs, tiny_model
+from tiny import MODELS, TINY, inputs, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, register, unregister
 from vwt_hf.families import FAMILIES
 from vwt_hf.image_processing import NAME
 from vwt_hf.patches import Patches
 
-EVERY = [*MODELS, *MORE_MODELS]
+EVERY = list(MODELS)
 KINDS = {
     **SETTINGS,
     "random": VWTConfig(criterion="random"),
