@@ -274,13 +274,17 @@ def cases(draw: st.DrawFn, name: str, drawing: Drawing) -> Case:
     def two() -> tuple[int, int]:
         return side(), side()
 
-    image_size: int | tuple[int, int] = side()
-    size = (image_size, image_size)
     interpolate = facts.interpolates_if_asked and draw(st.booleans())
+    # What takes images of other sizes is made for few, and so the same model for many cases.
+    image_size: int | tuple[int, int] = draw(st.sampled_from([2, 5])) * patch_size
+    size = (image_size, image_size)
     if facts.interpolates or interpolate:
         size = two()
     elif facts.oblong and draw(st.booleans()):
         image_size = size = two()
+    else:
+        image_size = side()
+        size = (image_size, image_size)
     rows, columns = size[0] // patch_size, size[1] // patch_size
     image = st.tuples(st.sampled_from([*IMAGES]), st.integers(0, 9))
     attention = draw(st.sampled_from(facts.attentions))

@@ -159,8 +159,10 @@ def test_half_precision_answers_with_finite_numbers(case: Case) -> None:
         model = new_model(case).to(dtype)
         batch = inputs(case, model)
         batch["pixel_values"] = batch["pixel_values"].to(dtype)
-        plain = outputs(model, batch, case)
-        found = outputs(compress(model, setting_of(case)), batch, case)
+        # oneDNN reads beyond bfloat16 images that are no whole number of patches, in plain models, too.
+        with torch.backends.mkldnn.flags(enabled=False):
+            plain = outputs(model, batch, case)
+            found = outputs(compress(model, setting_of(case)), batch, case)
         for name, value in found.items():
             assert value.dtype == plain[name].dtype, name
             assert value.isfinite().all() or not plain[name].isfinite().all(), name

@@ -234,17 +234,18 @@ def ended(pid: int) -> bool:
     return not os.WIFSIGNALED(status)
 
 
-def every_kill(folder: Path, save: Save, reset: Callable[[], None]) -> Iterator[Kill]:
-    """Kills the saving of "new" over "old" at every step, in the midst of writing, and at random times; yields when it
-    is dead."""
+def every_kill(folder: Path, save: Save, reset: Callable[[], None], apart: int = 1) -> Iterator[Kill]:
+    """Kills the saving of "new" over "old" at every step, or at steps so far `apart`, in the midst of writing, and at
+    random times; yields when it is dead."""
 
     def die(kill: Kill) -> bool:
         reset()
         return not ended(start(lambda: save.write(folder, "new"), kill))
 
-    step = 0
-    while die(Kill(step=(step := step + 1))):
+    step = 1
+    while die(Kill(step=step)):
         yield Kill(step=step)
+        step += apart
     assert step > 2, "hardly a step was seen"
     for size in (0, 1, 100, 1000, 4096, 20_000):
         if die(Kill(size=size)):
@@ -310,7 +311,7 @@ def test_a_whole_save_leaves_nothing_of_killed_ones_and_all_files_of_others(save
     for name, content in FOREIGN.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    assert list(every_kill(folder, save, lambda: None))
+    assert list(every_kill(folder, save, lambda: None, apart=1 if LONG else 3))
     save.write(folder, "other")
     assert save.read(folder) == states["other"]
     assert files_in(folder) == sorted([*files_in(tmp_path / "other"), *FOREIGN])

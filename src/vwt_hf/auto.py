@@ -32,6 +32,7 @@ from .families import require_supported
 from .forward import call_with
 from .model_configs import SETTING, is_typed
 from .printable import shown
+from .whole_saves import sharing
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
@@ -297,32 +298,41 @@ def _saving(original: Any) -> Any:
                 words[part] = vocabulary
         folder = Path(save_directory)
         writes = call.arguments["is_main_process"] and not folder.is_file()
-        saved_as: list[str] = []
-        if writes:
-            for part, vocabulary in words.items():
-                saved_as.append(write_words(folder, vocabulary))
-                part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
-        upload = self._upload_modified_files
-
-        def upload_sealed(working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any) -> Any:
-            """What the original calls when all is written, to upload what was not there before it began."""
-            seal_words(folder, saved_as)
-            own = set(map(words_folder, saved_as))
-            before = {name: time for name, time in files_timestamps.items() if name not in own}
-            return upload(working_dir, repo_id, before, **kwargs)
-
-        try:
-            if saved_as:
-                self.__dict__["_upload_modified_files"] = upload_sealed
-            saved = original(*call.args, **call.kwargs)
-        finally:
-            self.__dict__.pop("_upload_modified_files", None)
-        if writes:
-            seal_words(folder, saved_as)
-            remove_other_words(folder, saved_as)
-        return saved
+        # Every process of a distributed save comes here; one of them writes, and removes what killed saves left.
+        with sharing(folder) if writes else contextlib.nullcontext(lambda: False) as is_alone:
+            saved_as = []
+            if writes:
+                for part, vocabulary in words.items():
+                    saved_as.append(write_words(folder, vocabulary))
+                    part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
+            saved = _save_sealed(self, call, original, folder, saved_as)
+            if writes:
+                seal_words(folder, saved_as)
+                if is_alone():
+                    remove_other_words(folder, saved_as)
+            return saved
 
     return save_pretrained
+
+
+def _save_sealed(model: PreTrainedModel, call: Any, original: Any, folder: Path, saved_as: list[str]) -> Any:
+    """What `original` gives, called as `call` says; where it uploads what it wrote, the words go along, sealed."""
+    if not saved_as:
+        return original(*call.args, **call.kwargs)
+    upload = model._upload_modified_files
+
+    def upload_sealed(working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any) -> Any:
+        """What the original calls when all is written, to upload what was not there before it began."""
+        seal_words(folder, saved_as)
+        own = set(map(words_folder, saved_as))
+        before = {name: time for name, time in files_timestamps.items() if name not in own}
+        return upload(working_dir, repo_id, before, **kwargs)
+
+    model.__dict__["_upload_modified_files"] = upload_sealed
+    try:
+        return original(*call.args, **call.kwargs)
+    finally:
+        model.__dict__.pop("_upload_modified_files", None)
 
 
 def _compressed_parts(model: nn.Module) -> list[PreTrainedModel]:

@@ -198,8 +198,9 @@ class VWTConfig:
             setting = VWTConfig(**{str(name): field for name, field in value.items()})
             setting.require_sane()
             return setting
-        if isinstance(value, (str, os.PathLike)) or hasattr(value, "normalized"):
-            return VWTConfig(method="inter", vocabulary=value or None)
+        named = isinstance(value, (str, os.PathLike)) and os.fspath(value)
+        if named or hasattr(value, "normalized"):
+            return VWTConfig(method="inter", vocabulary=value)
         raise TypeError(
             f"vwt is {shown(value)}; expected True, False, None, a VWTConfig, a dict of its fields, or a vocabulary: "
             "its Hub id, its folder or a VisualVocabulary."

@@ -37,7 +37,7 @@ def reduce_masked_autoencoder(output: Any, plan: Kept | Grouped) -> Any:
     kept = plan.kept if isinstance(plan, Kept) else None
     mask = torch.zeros_like(mask)
     if kept is not None:
-        mask = torch.ones_like(mask).scatter_(1, kept.expand(len(mask), -1), 0.0)
+        mask = torch.ones_like(mask).scatter_(1, kept.expand(mask.shape[0], -1), 0.0)
     dropped = mask.long()
     # The kept ones first, in their order, and then the others; counted, for ONNX has no stable sort.
     behind = (1 - dropped).sum(dim=1, keepdim=True) + dropped.cumsum(dim=1)

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 _PREFIX = ".vwt-save-"
@@ -27,10 +27,10 @@ _PATIENCE = 2.0
 class Save:
     """A save that is going on. Made by `saving`."""
 
-    def __init__(self, folder: Path, new: Path, lock: int | None) -> None:
+    def __init__(self, folder: Path, new: Path, lock: int | None, shares: bool) -> None:
         self.folder, self.new = folder, new
         self._lock = lock
-        self._shares = lock is None or _locked_soon(lock)
+        self._shares = shares
 
     def write(self, contents: dict[str, bytes]) -> None:
         """Writes files where nobody looks for them yet, down to the disk."""
@@ -63,10 +63,28 @@ def saving(folder: Path) -> Iterator[Save]:
     """Begins a save into `folder`, made if need be; what was written and not placed is removed at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = _open_folder(folder)
+    shares = lock is None or _locked_soon(lock)  # before there is anything that another save could remove
     try:
         # Beside the files that they replace, since a rename is atomic within one file system alone.
         with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as new:
-            yield Save(folder, Path(new), lock)
+            yield Save(folder, Path(new), lock, shares)
+    finally:
+        if lock is not None:
+            _unlock(lock)
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def sharing(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Takes part in the lock on `folder`, made if need be, for a save of many steps; gives what tells if it is alone.
+
+    While it runs, no other save finds itself alone; once it was told that it is alone, no other begins before its end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _open_folder(folder)
+    shares = lock is None or _locked_soon(lock)
+    try:
+        yield lambda: shares and (lock is None or _locked(lock, alone=True))
     finally:
         if lock is not None:
             _unlock(lock)
