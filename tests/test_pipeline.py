@@ -314,12 +314,14 @@ def test_a_pipeline_in_half_precision_answers_as_the_compressed_model_in_memory(
     plain = pipeline(task, model=folder, dtype=torch.bfloat16)
     assert not torch.equal(found, ask(plain)[1])
     compress(plain.model, setting)
+    # Patches are chosen in single precision, by the image processor, and not as the model rounds them.
+    plain.image_processor, plain.processor = compressed.image_processor, compressed.processor
     assert torch.equal(found, ask(plain)[1])
 
 
 @on([case for case in ONE_OF_EACH_TASK if case[2] in ("clip", "llava")])
-def test_a_saved_pipeline_keeps_the_setting_with_its_model_alone(task, model_class, folder, tmp_path):
+def test_a_saved_pipeline_keeps_the_setting_with_its_model_and_its_image_processor(task, model_class, folder, tmp_path):
     compressed = pipeline(task, model=folder, model_kwargs={"vwt": VWTConfig(dropped="merge")})
     compressed.save_pretrained(tmp_path / "saved")
     saying = [file.name for file in (tmp_path / "saved").iterdir() if '"vwt"' in file.read_text(errors="ignore")]
-    assert saying == ["config.json"]
+    assert sorted(saying) == ["config.json", "preprocessor_config.json"]

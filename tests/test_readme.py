@@ -119,7 +119,7 @@ def headings(written: str) -> list[str]:
 def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
     # From the top, transformers 5.17 offers it only with torchvision, as the README says.
     monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
-    first, second = blocks("python")
+    first, second, third = blocks("python")
     loading, in_memory = first.split("# A model in memory")
     use: dict[str, Any] = {}
     exec(compile(loading, "README.md", "exec"), use)
@@ -135,6 +135,10 @@ def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.Monkey
     assert len(words["words"]) == 1000 and words["words"].patch_size == 16
     setting = words["model"].config.vwt
     assert setting["vocabulary"] == "me/my-words" and setting["threshold"] == 0.05
+    tokens: dict[str, Any] = {"images": [Image.effect_noise((300, 240), 90).convert("RGB")] * 2}
+    exec(compile(third, "README.md", "exec"), tokens)
+    assert tokens["inputs"]["patch_words"].shape == (2, 196) and tokens["logits"].shape[0] == 2
+    assert [picture.size for picture in tokens["pictures"]] == [(224, 224)] * 2
 
 
 def test_the_commands_of_vwt_hf_in_it_run(tiny_hub: LoopbackHub, capsys: pytest.CaptureFixture[str]):

@@ -20,31 +20,39 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.pipelines.base import Pipeline
 
-from . import attention
+from . import attention, image_processing
 from .beside import remove_other_words, seal_words, words_folder, write_words
 from .compress import compress_by, configs_of, own_config, parts_of, restore, setting_of
 from .config import VWTConfig
 from .families import require_supported
+from .forward import call_with
 from .model_configs import SETTING, is_typed
 from .printable import shown
 from .whole_saves import sharing
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 _NOT_GIVEN: Any = object()
 _REPLACED = (
     (PreTrainedConfig, "from_dict"),
     (PreTrainedModel, "from_pretrained"),
     (PreTrainedModel, "_from_config"),
     (PreTrainedModel, "save_pretrained"),
+    (PreTrainedModel, "__call__"),
+    (GenerationMixin, "generate"),
+    (ImageProcessingMixin, "from_pretrained"),
+    (ImageProcessingMixin, "save_pretrained"),
+    (ProcessorMixin, "save_pretrained"),
     (PreTrainedTokenizerBase, "from_pretrained"),
     (Pipeline, "__init__"),
 )
 """The methods of transformers that `register` puts others in place of."""
 _originals: dict[tuple[type, str], Any] = {}
-"""Transformers' own methods, kept while others are in their place."""
+"""Transformers' own methods, kept while others are in their place; `_NOT_GIVEN` for what a class inherits."""
 _building: contextvars.ContextVar[bool] = contextvars.ContextVar("vwt_hf building", default=False)
 """True while a model is loaded or built: models built within it stay plain, and it compresses its parts afterwards."""
 
@@ -54,13 +62,15 @@ def register() -> None:
     if _originals:
         return
     PreTrainedConfig.vwt = SETTING  # type: ignore[attr-defined]
+    ImageProcessingMixin.vwt = image_processing.SETTING  # type: ignore[attr-defined]
     attention.register()
-    wraps = (_reading, _loading, _building_from, _saving, _leaving_out, _explaining)
+    models = (_reading, _loading, _building_from, _saving, _calling, _generating)
+    wraps = (*models, _loading_processor, _saving_processor, _saving_processor, _leaving_out, _explaining)
     for (owner, name), wrap in zip(_REPLACED, wraps, strict=True):
-        present = vars(owner)[name]
+        present = vars(owner).get(name, _NOT_GIVEN)
         _originals[owner, name] = present
         bound = isinstance(present, classmethod)
-        wrapped = wrap(present.__func__ if bound else present)
+        wrapped = wrap(present.__func__ if bound else getattr(owner, name))
         setattr(owner, name, classmethod(wrapped) if bound else wrapped)
         _ours[owner, name] = vars(owner)[name]
 
@@ -84,9 +94,13 @@ def unregister() -> None:
                 f"{getattr(vars(owner)[name], '__module__', 'something else')}; take that out before."
             )
     for (owner, name), original in _originals.items():
-        setattr(owner, name, original)
+        if original is _NOT_GIVEN:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
     if _originals:
         del PreTrainedConfig.vwt  # type: ignore[attr-defined]
+        del ImageProcessingMixin.vwt  # type: ignore[attr-defined]
         attention.unregister()
     _originals.clear()
     _ours.clear()
@@ -161,6 +175,78 @@ def _parts_stay_plain() -> Iterator[None]:
         yield
     finally:
         _building.reset(token)
+
+
+def _calling(original: Any) -> Any:
+    """Calls of models, of which a plain one refuses `patch_words`: it would leave them out without a word."""
+
+    @functools.wraps(original)
+    def __call__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("patch_words") is not None and setting_of(self) is None:
+            raise ValueError(
+                f"patch_words were given to a {type(self).__name__} that is not compressed. Load it with the `vwt` of "
+                'the image processor that made them, or call vwt_hf.compress(model, {"method": "given"}).'
+            )
+        return original(self, *args, **kwargs)
+
+    return __call__
+
+
+def _generating(original: Any) -> Any:
+    """`generate` that takes `patch_words`: it knows no other arguments than those of `forward`, and repeats images."""
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
+        if patch_words is None:
+            return original(self, *args, **kwargs)
+        with call_with(self, patch_words, repeats=True):
+            return original(self, *args, **kwargs)
+
+    return generate
+
+
+def _loading_processor(original: Any) -> Any:
+    """`from_pretrained` of image processors that takes `vwt`, or else follows the setting in the processor's file."""
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, *args: Any, vwt: Any = _NOT_GIVEN, **kwargs: Any) -> Any:
+        loaded = original(cls, *args, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        if vwt is _NOT_GIVEN:
+            image_processing.follow(processor, source, hub_kwargs)
+        else:
+            image_processing.apply(processor, vwt, source, hub_kwargs)
+        return loaded
+
+    return from_pretrained
+
+
+def _saving_processor(original: Any) -> Any:
+    """`save_pretrained` of image processors, and of processors that hold one, that writes its words below the folder.
+
+    They are written first and found by the name that the processor's file gives, so that a save which was killed leaves
+    what was there before.
+    """
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        processor = self if isinstance(self, ImageProcessingMixin) else getattr(self, "image_processor", None)
+        if getattr(processor, "vwt", None) is None:
+            return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
+        folder = Path(save_directory)
+        if folder.is_file():
+            return original(self, save_directory, **kwargs)
+        saved_as = image_processing.write_words_of(processor, folder)
+        options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
+        saved = original(self, save_directory, **kwargs)
+        image_processing.remove_words_but(folder, saved_as)
+        if push_to_hub:  # the original uploads what it wrote itself
+            self.push_to_hub(options.pop("repo_id", folder.name), token=kwargs.get("token"), **options)
+        return saved
+
+    return save_pretrained
 
 
 def _leaving_out(original: Any) -> Any:

@@ -24,6 +24,8 @@ from .whole_saves import write_files
 FOLDER = "visual_words"
 """Below a model's folder: where its words lie. Each save's folder has a name that begins so, and is not within another:
 `push_to_hub` of transformers takes files along that lie one folder deep."""
+PROCESSOR_FOLDER = "processor_words"
+"""Likewise where an image processor's words lie, which are told from the model's: each is saved by itself."""
 SEAL = "sealed.json"
 """The file in that folder that names the files of weights of the same save, each with a hash of its content."""
 WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)")
@@ -34,48 +36,49 @@ LOOKED_AT = 1 << 20
 BLOCKS = 64
 SAVED_AS = re.compile("[0-9a-f]{16}")
 """The form of `VWTConfig.saved_as`, which each save draws at random and ends the name of its folder with."""
-OWN = re.compile(f"{FOLDER}-{SAVED_AS.pattern}")
-"""Names of such folders."""
 
 
-def words_folder(saved_as: str | None) -> str:
+def words_folder(saved_as: str | None, named: str = FOLDER) -> str:
     """The name of the folder, below its model's, that holds the words of one save (`VWTConfig.saved_as`)."""
-    return FOLDER if saved_as is None else f"{FOLDER}-{saved_as}"
+    return named if saved_as is None else f"{named}-{saved_as}"
 
 
-def write_words(folder: Path, vocabulary: VisualVocabulary) -> str:
+def write_words(folder: Path, vocabulary: VisualVocabulary, named: str = FOLDER) -> str:
     """Writes words below a model's folder, unsealed, and returns the `VWTConfig.saved_as` by which they are found."""
     saved_as = secrets.token_hex(8)
-    vocabulary.save_pretrained(folder / words_folder(saved_as), card=False)
+    vocabulary.save_pretrained(folder / words_folder(saved_as, named), card=False)
     return saved_as
 
 
-def seal_words(folder: Path, saved_as: list[str]) -> None:
-    """Seals the words of a save that is written whole."""
-    prints = {path.name: _print_of(path) for path in sorted(folder.iterdir()) if WEIGHTS.fullmatch(path.name)}
+def seal_words(folder: Path, saved_as: list[str], named: str = FOLDER) -> None:
+    """Seals the words of a save that is written whole. An image processor's go with whatever weights are there."""
+    files = sorted(folder.iterdir()) if named == FOLDER else []
+    prints = {path.name: _print_of(path) for path in files if WEIGHTS.fullmatch(path.name)}
     content = json.dumps({"weights": prints}, indent=1).encode()
-    for name in map(words_folder, saved_as):
-        write_files(folder / name, {SEAL: content})
+    for each in saved_as:
+        write_files(folder / words_folder(each, named), {SEAL: content})
 
 
-def remove_other_words(folder: Path, saved_as: list[str]) -> None:
+def remove_other_words(folder: Path, saved_as: list[str], named: str = FOLDER) -> None:
     """Removes the folders of words that other saves left in a model's folder."""
-    own = set(map(words_folder, saved_as))
+    own = {words_folder(each, named) for each in saved_as}
+    of_a_save = re.compile(f"{named}-{SAVED_AS.pattern}")
     for path in folder.iterdir():
-        if OWN.fullmatch(path.name) and path.name not in own and path.is_dir() and not path.is_symlink():
+        if of_a_save.fullmatch(path.name) and path.name not in own and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any]) -> VisualVocabulary:
+def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any], named: str = FOLDER) -> VisualVocabulary:
     """The words that lie beside a model's weights.
 
     Args:
         source: Hub id or folder of the model.
         saved_as: see `VWTConfig`; `None` where they lie in `FOLDER` itself, unsealed.
         hub_kwargs: how `source` is read, its `revision` and `subfolder` among them.
+        named: `FOLDER`, or `PROCESSOR_FOLDER` for an image processor's.
     """
     own = dict(hub_kwargs)
-    own["subfolder"] = "/".join(filter(None, (own.get("subfolder"), words_folder(saved_as))))
+    own["subfolder"] = "/".join(filter(None, (own.get("subfolder"), words_folder(saved_as, named))))
     vocabulary = load_vocabulary(source, trusted=True, pickles=False, **own)
     if saved_as is not None:
         folder = Path(source, own["subfolder"])

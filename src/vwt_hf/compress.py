@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import types
 import weakref
 from typing import Any
@@ -17,10 +18,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import attention
 from .config import ModelFacts, VWTConfig
 from .families import Family, Tower, family_of, find_layers, find_stack, find_tower, is_of, model_of, require_supported
-from .forward import begin_forward, current_forward, end_forward, forward_of
+from .forward import (
+    GivenWords,
+    begin_call,
+    begin_forward,
+    call_with,
+    current_forward,
+    end_call,
+    end_forward,
+    forward_of,
+    given_words,
+)
 from .model_configs import attend_by_plan
 from .patches import Patches, padded_places
-from .plans import Grouped, Kept
+from .plans import DROPPED, Grouped, Kept
 from .vouch import vouch
 from .words import patch_grid
 
@@ -94,12 +105,13 @@ def compress_by(
         for module, _ in attentions:
             _require_replaceable(module)
     restore(model)
-    _hook_in(tower, family, setting, by_sizes, relative, attentions)
+    _hook_in(model, tower, family, setting, by_sizes, relative, attentions)
     model.config.vwt = setting.to_dict()
     return model
 
 
 def _hook_in(
+    model: PreTrainedModel,
     tower: Tower,
     family: Family,
     setting: VWTConfig,
@@ -116,6 +128,15 @@ def _hook_in(
             replaces its forward.
     """
     follows = setting.shortens and (by_sizes or bool(relative))
+    entered = [
+        module for module in model.modules() if isinstance(module, PreTrainedModel) and tower.module in module.modules()
+    ]
+    for holder in entered:
+        holder.register_forward_pre_hook(TakeWords(follows), with_kwargs=True)
+    model_class: Any = type(model)
+    for name in _methods_for_images(model_class):
+        if name not in vars(model):
+            setattr(model, name, _stand_in_for(model, name))
     if follows:
         begin = Begin(bool(relative), by_sizes, strips_mask=by_sizes and family.padded is not None)
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
@@ -143,6 +164,38 @@ def _hook_in(
                 module.register_forward_hook(Expand())
     if follows:
         tower.module.register_forward_hook(End(), always_call=True)
+    for holder in entered:
+        holder.register_forward_hook(EndWords(follows), always_call=True)
+
+
+@functools.cache
+def _methods_for_images(model_class: type) -> tuple[str, ...]:
+    """Names of the methods beside `forward` by which a user gives images to a model of that class."""
+    methods = inspect.getmembers(model_class, inspect.isfunction)
+    return tuple(
+        name
+        for name, method in methods
+        if not name.startswith(("_", "prepare_"))
+        and name != "forward"
+        and "pixel_values" in inspect.signature(method).parameters
+    )
+
+
+def _stand_in_for(model: PreTrainedModel, name: str) -> StandIn:
+    stand_in = StandIn(_call_by_words, model, name)
+    method = getattr(type(model), name)
+    functools.update_wrapper(stand_in, method)
+    stand_in.__signature__ = inspect.signature(method.__get__(model))  # type: ignore[attr-defined]
+    return stand_in
+
+
+def _call_by_words(model: PreTrainedModel, name: str, /, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
+    """Calls a method of the class of `model`, and has the tower go by `patch_words` if there are any."""
+    method = getattr(type(model), name)
+    if patch_words is None:
+        return method(model, *args, **kwargs)
+    with call_with(model, patch_words, repeats=name == "generate"):
+        return method(model, *args, **kwargs)
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
@@ -155,8 +208,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """
     model = model_of(model)
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), StandIn):
-            del module.forward
+        for name in [name for name, value in vars(module).items() if isinstance(value, StandIn)]:
+            if name != "_old_forward":
+                delattr(module, name)
         if isinstance(module.__dict__.get("_old_forward"), StandIn):
             module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
         for hooks, beside in (
@@ -259,6 +313,55 @@ class Hook:
 
 
 @dataclasses.dataclass(eq=False)
+class TakeWords(Hook):
+    """Forward pre-hook of a model and of those within it that hold the tower: takes `patch_words` from what it is
+    called with, for the embeddings."""
+
+    follows: bool
+    """Whether the tower goes by a plan that is found while it runs."""
+
+    def __call__(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if "patch_words" not in kwargs:
+            return None
+        kwargs = dict(kwargs)
+        patch_words = kwargs.pop("patch_words")
+        if patch_words is not None:
+            if not self.follows and torch.compiler.is_compiling():
+                self._refuse_in_graph()
+            self._begin(model, patch_words)
+        return args, kwargs
+
+    # An error that is raised while a graph is traced sends the call the usual way, of which parts are compiled again.
+    @torch.compiler.disable
+    def _refuse_in_graph(self) -> None:
+        raise ValueError(
+            "patch_words were given to a compiled or exported model that chooses patches by itself, within its one "
+            'graph. Leave them out, or compress it by vwt_hf.compress(model, {"method": "given"}).'
+        )
+
+    @torch.compiler.disable
+    def _begin(self, model: Any, patch_words: Any) -> None:
+        begin_call(model, patch_words)
+
+
+@dataclasses.dataclass(eq=False)
+class EndWords(Hook):
+    """Forward hook of the same: what comes after has no words, and words that nothing went by are refused."""
+
+    follows: bool
+
+    def __call__(self, model: Any, args: Any, output: Any) -> None:
+        if self.follows or not torch.compiler.is_compiling():
+            self._end(model, output)
+
+    @torch.compiler.disable
+    def _end(self, model: Any, output: Any) -> None:
+        given = end_call(model)
+        if given is not None and output is not None:  # no output: the forward raised
+            given.require_taken()
+
+
+@dataclasses.dataclass(eq=False)
 class Begin(Hook):
     """Forward pre-hook of a vision tower: begins the `Forward` that its embeddings, attention and heads share."""
 
@@ -304,17 +407,19 @@ class Reduce(Hook):
     """Whether modules that run after the embeddings need the plan, so that it is stored in the `Forward`."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        pixel_values = args[0] if args else kwargs["pixel_values"]
         if not self.setting.shortens:
+            self._require_alone(pixel_values, _tokens_of(output).shape[1])
             return output
         if kwargs.get("bool_masked_pos") is not None:
             raise ValueError(
                 "bool_masked_pos masks patches of the whole image, of which a compressed model sees a part; "
                 "call vwt_hf.restore(model) first."
             )
-        pixel_values = args[0] if args else kwargs["pixel_values"]
         if self.follows:
             return self._reduce_and_store(module, pixel_values, args, kwargs, output)
-        plan = self.setting.plan(self.patches(pixel_values, _tokens_of(output).shape[1]))
+        given = None if torch.compiler.is_compiling() else given_words()
+        plan = self.plan(self.patches(pixel_values, _tokens_of(output).shape[1]), given and given.take())
         return output if plan is None else self.family.reduces(output, plan)
 
     # How many tokens there are is known only when it has run, and the plan that it leaves is not for a graph to hold.
@@ -330,13 +435,36 @@ class Reduce(Hook):
             real = real if forward.real is None else real & forward.real.bool()
             patches = dataclasses.replace(patches, real=real, padded_places=places)
         packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
-        plan = self.setting.plan(dataclasses.replace(patches, packs=packs, draws=forward.draws_by_sequence))
+        patches = dataclasses.replace(patches, packs=packs, draws=forward.draws_by_sequence)
+        plan = self.plan(patches, forward.given and forward.given.take())
         if plan is None:
             return output
         forward.plan = plan
         if patches.real is not None:
             forward.real = patches.real if self.setting.restores else getattr(plan, "stays", None)
         return self.family.reduces(output, plan)
+
+    def plan(self, patches: Patches, given: GivenWords | None) -> Kept | Grouped | None:
+        """What becomes of the patches: as the caller's words say, if there are any."""
+        if given is None:
+            return self.setting.plan(patches)
+        return self.setting.plan_of(patches, patches.of_words(given.words, given.repeats))
+
+    def _require_alone(self, pixel_values: torch.Tensor, length: int) -> None:
+        """Refuses words by which patches are no tokens of their own."""
+        given = None if torch.compiler.is_compiling() else given_words()
+        if given is None:
+            return
+        patches = self.patches(pixel_values, length)
+        words = patches.of_words(given.take().words, given.repeats)
+        if self.family.padded is not None:
+            return
+        tokens = [len(image[image != DROPPED].unique()) for image in words]
+        if any(number != patches.count for number in tokens):
+            raise ValueError(
+                f"patch_words {tuple(words.shape)} leave {min(tokens)} tokens of {patches.count} patches, and the "
+                "setting of the model keeps all. Load image processor and model with the same `vwt`."
+            )
 
     def patches(self, pixel_values: torch.Tensor, length: int) -> Patches:
         """The patches in `pixel_values`, of which the embeddings made `length` rows with their prefix tokens."""
@@ -370,7 +498,7 @@ class Rotate(Hook):
             return self._rotate_as_stored(rotary, output)
         pixel_values = args[0] if args else kwargs["pixel_values"]
         patches = self.reduce.patches(pixel_values, output[0].shape[0])
-        plan = self.reduce.setting.plan(patches)
+        plan = self.reduce.plan(patches, None if torch.compiler.is_compiling() else given_words())
         return output if plan is None else plan.rotate(output)
 
     @torch.compiler.disable

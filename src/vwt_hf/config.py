@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .printable import LONGEST, shown
 
 if TYPE_CHECKING:
+    import torch
+
     from .patches import Patches
     from .plans import Grouped, Kept
     from .vocabulary import VisualVocabulary
@@ -34,6 +36,10 @@ class ModelFacts:
     """Whether a user wrote the setting. One that a config.json holds may name no folder of this machine."""
     hub_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How `source` is read: `token`, `cache_dir`, `local_files_only`, and its `revision` and `subfolder`."""
+    words_folder: str | None = None
+    """Where words lie beside what `source` holds, if not where a model's do."""
+    image_processor: Any = None
+    """Which makes its images; `None` if it is the one that `source` holds."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -41,12 +47,13 @@ class VWTConfig:
     """How a vision transformer's patch sequence is shortened before its first layer (arXiv 2411.15397).
 
     `VWTConfig(method=..., ...)` is an instance of the method's own class, which has the fields that the method adds:
-    `vwt_hf.methods.intra.IntraConfig` or `vwt_hf.methods.inter.InterConfig`.
+    `vwt_hf.methods.intra.IntraConfig`, `vwt_hf.methods.inter.InterConfig` or `vwt_hf.methods.given.GivenConfig`.
 
     Args:
         method (`str`, default `"intra"`):
             `"intra"` keeps a subset of an image's own patches. `"inter"` replaces patches that are near one word of a
-            vocabulary by one token, the average of their embeddings.
+            vocabulary by one token, the average of their embeddings. `"given"` groups patches as the `patch_words` say
+            that each call of the model is given.
         output (`str`, *optional*):
             `"full"`: `last_hidden_state` has its usual length, each patch with the hidden state of its token, so heads
             and decoders that read every patch work and means weigh tokens by their sizes. `"compressed"`: it has
@@ -113,6 +120,11 @@ class VWTConfig:
         return True
 
     @property
+    def searches(self) -> bool:
+        """Whether it finds out by itself what becomes of the patches of an image, so an image processor may do it."""
+        return True
+
+    @property
     def restores(self) -> bool:
         """Whether `last_hidden_state` has a row for every patch of the image, not for every token alone."""
         return self.groups if self.output is None else self.output == "full"
@@ -137,6 +149,17 @@ class VWTConfig:
 
     def plan(self, patches: Patches) -> Kept | Grouped | None:
         """Decides for a batch which patches stay, or which of them become one token; `None`: all stay as they are."""
+        raise NotImplementedError
+
+    def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
+        """The plan that `plan` makes, of the words by which a caller tells it (`Kept.patch_words`).
+
+        Args:
+            words: (batch, patches) int64, −1 for a patch that is left out.
+
+        Raises:
+            ValueError: they tell of another kind of plan.
+        """
         raise NotImplementedError
 
     def words_to_save(self) -> VisualVocabulary | None:

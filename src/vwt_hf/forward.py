@@ -4,21 +4,59 @@ A pre-hook of the tower begins a forward, a hook of its embeddings stores the pl
 attention, rotations and heads read it. All of it is one object behind one context variable: each thread and each
 asyncio task has its own, so one model may serve many. When a forward ends that ran within another, the other is the
 current one again.
+
+A call with `patch_words` is such a forward, too, of the model that is called: its towers run within it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import sys
 import types
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from .plans import Grouped, Kept
+
+
+@dataclasses.dataclass(eq=False)
+class GivenWords:
+    """The `patch_words` of one call, which wait for the embeddings of the images that they are of."""
+
+    words: torch.Tensor
+    """(..., patches), integers: what `patch_words` was."""
+    repeats: bool
+    """Whether each image may come several times in a row, as `generate` repeats them for beams."""
+    taken: bool = False
+    """Whether embeddings have gone by them."""
+
+    def take(self) -> GivenWords:
+        """The same, once.
+
+        Raises:
+            ValueError: they were taken.
+        """
+        if self.taken:
+            raise ValueError(
+                f"patch_words {tuple(self.words.shape)} were given to a call that embeds two batches of images. Call "
+                "the model with one batch at a time, or without patch_words."
+            )
+        self.taken = True
+        return self
+
+    def require_taken(self) -> None:
+        """Raises `ValueError` if no embeddings went by the words."""
+        if not self.taken:
+            raise ValueError(
+                f"patch_words {tuple(self.words.shape)} were given to a call that embeds no images by them. Give "
+                "them with the pixel_values that they were made of, to a compressed model."
+            )
 
 
 @dataclasses.dataclass(eq=False)
@@ -33,6 +71,8 @@ class Forward:
     """Whether its attention takes a bias by where patches lie to each other, handed over as its mask."""
     outer: Forward | None
     """The forward that this one runs within, of another model; `None` if there is none."""
+    given: GivenWords | None = None
+    """The words of the call that this is, or runs within; `None` if there are none."""
     plan: Kept | Grouped | None = None
     """Which tokens the patches became; `None` before the embeddings ran, and where all patches stay as they are."""
     real: torch.Tensor | None = None
@@ -71,6 +111,15 @@ class Forward:
         return module in self.members
 
 
+@dataclasses.dataclass(eq=False)
+class Call(Forward):
+    """A call with `patch_words` under way, of a model that is or holds a vision tower: `tower` is that model."""
+
+    def holds(self, module: nn.Module) -> bool:
+        """No module runs by a plan of the call, as it has none."""
+        return False
+
+
 _current: contextvars.ContextVar[Forward | None] = contextvars.ContextVar("vwt_hf forward", default=None)
 
 
@@ -85,7 +134,9 @@ def current_forward() -> Forward | None:
 
 def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool) -> Forward:
     """Begins a forward of `tower`, within the one that is under way if there is one."""
-    forward = Forward(tower, members, relative, outer=current_forward(), called_by=_calling_frame())
+    outer = current_forward()
+    given = None if outer is None else outer.given
+    forward = Forward(tower, members, relative, outer, given, called_by=_calling_frame())
     _current.set(forward)
     return forward
 
@@ -106,6 +157,47 @@ def end_forward(tower: nn.Module) -> Forward | None:
             return forward
         forward = forward.outer
     return None
+
+
+def given_words() -> GivenWords | None:
+    """The `patch_words` of the call that this code runs in; `None` if it was given none."""
+    forward = current_forward()
+    return None if forward is None else forward.given
+
+
+def begin_call(model: nn.Module, patch_words: torch.Tensor) -> None:
+    """Begins a call of `model` with words, within what is under way."""
+    _current.set(_call(model, GivenWords(patch_words, repeats=False), _calling_frame()))
+
+
+def end_call(model: nn.Module) -> GivenWords | None:
+    """Ends a call of `model` that `begin_call` began, and returns its words; `None` if none is under way."""
+    forward = current_forward()
+    if not isinstance(forward, Call) or forward.tower is not model:
+        return None
+    _current.set(forward.outer)
+    forward.called_by = None  # a frame holds what its call was given
+    return forward.given
+
+
+@contextlib.contextmanager
+def call_with(model: nn.Module, patch_words: torch.Tensor, repeats: bool) -> Iterator[None]:
+    """What runs in this context is a call of `model` with words.
+
+    Raises:
+        ValueError: nothing went by them.
+    """
+    given = GivenWords(patch_words, repeats)
+    token = _current.set(_call(model, given, None))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+    given.require_taken()
+
+
+def _call(model: nn.Module, given: GivenWords, called_by: types.FrameType | None) -> Call:
+    return Call(model, weakref.WeakSet(), False, current_forward(), given, called_by=called_by)
 
 
 def _calling_frame() -> types.FrameType | None:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from .layout import attention_bias, group, represent
-from .plans import Grouped, Kept
+from .plans import DROPPED, Grouped, Kept
 from .words import patch_places, patchify
 
 
@@ -113,7 +113,124 @@ class Patches:
             proportional: as for `represent`.
         """
         layout = group(words, self.prefix, packed, self.real)
-        return Grouped(layout, attention_bias(layout, proportional), self.grid)
+        return Grouped(layout, attention_bias(layout, proportional), self.grid, words=words)
+
+    def of_words(self, patch_words: torch.Tensor, repeats: bool = False) -> torch.Tensor:
+        """`patch_words` that a caller gave, as (batch, patches) int64 on the device of the patches.
+
+        Args:
+            patch_words: (..., patches) integers, one row for each image. Rows of −1 alone are of images that are none,
+                as a processor pads tiles with.
+            repeats: whether each image, with its tiles, may come several times in a row.
+
+        Raises:
+            TypeError: they are no integers in a tensor.
+            ValueError: they are of other images: another number of patches, or of images.
+        """
+        if not isinstance(patch_words, torch.Tensor) or patch_words.is_floating_point() or patch_words.is_complex():
+            kind = patch_words.dtype if isinstance(patch_words, torch.Tensor) else type(patch_words).__name__
+            raise TypeError(f"patch_words is a {kind}; expected a tensor of integers (batch, patches).")
+        batch, given = len(self.pixel_values), tuple(patch_words.shape)
+        own = f"{self.count}" if self.grid is None else f"{self.count} ({self.grid[0]} × {self.grid[1]})"
+        if patch_words.dim() < 2 or given[-1] != self.count:
+            raise ValueError(
+                f"patch_words are {given}, and the model cuts {batch} images into {own} patches each: expected "
+                f"({batch}, {self.count}). Make them with an image processor for this model, from the same images."
+            )
+        images = int((patch_words != DROPPED).any(dim=-1).sum())
+        if repeats and 0 < images < batch and batch % images == 0:
+            patch_words = patch_words.repeat_interleave(batch // images, dim=0)
+        words = patch_words.to(self.device, torch.int64).flatten(0, -2)
+        if len(words) > batch:
+            words = words[(words != DROPPED).any(dim=1)]
+        if len(words) != batch:
+            raise ValueError(
+                f"patch_words are {given}, of {len(words)} images, and the model is given {batch} images: expected "
+                f"({batch}, {self.count}). Make them with an image processor for this model, from the same images."
+            )
+        return words
+
+    def kept_by(self, words: torch.Tensor, tokens: int | None = None) -> Kept | Grouped:
+        """The plan of `keep`, of the words that tell it.
+
+        Args:
+            words: (batch, patches) int64: a patch that stays has its own index, others −1. What padding has says
+                nothing.
+            tokens: of each image, where images are padded; by default as many as the image with the most.
+
+        Raises:
+            ValueError: they tell something else.
+        """
+        stays = self._required(words != DROPPED)
+        own = torch.arange(self.count, device=words.device).expand_as(words)
+        self._refuse(words, stays & (words != own), "its own index, or −1 if it is left out")
+        return self.keep(*self._chosen(stays, tokens))
+
+    def represented_by(self, words: torch.Tensor, proportional: bool, tokens: int | None = None) -> Grouped:
+        """The plan of `represent`, of the words that tell it.
+
+        Args:
+            words: (batch, patches) int64: the index of the patch that stands for it, which stands for itself. What
+                padding has says nothing.
+            proportional: as for `represent`.
+            tokens: as for `kept_by`.
+
+        Raises:
+            ValueError: they tell something else.
+        """
+        own = torch.arange(self.count, device=words.device).expand_as(words)
+        stays = self._required(words == own)
+        target = words.clamp(0, self.count - 1)
+        fits = (words == target) & stays.gather(1, target)
+        self._refuse(words, ~fits if self.real is None else ~fits & self.real, "the index of one that has its own")
+        kept, counts = self._chosen(stays, tokens)
+        place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        nearest = torch.zeros_like(words).scatter_(1, kept, place).gather(1, target)
+        return self.represent(nearest, kept, counts, proportional)
+
+    def grouped_by(self, words: torch.Tensor, packed: bool, proportional: bool) -> Grouped:
+        """The plan of `group`, of the words that tell it.
+
+        Raises:
+            ValueError: a patch has a negative number.
+        """
+        self._refuse(words, words < 0 if self.real is None else (words < 0) & self.real, "the number of a word")
+        return self.group(words, packed, proportional)
+
+    def _required(self, stays: torch.Tensor) -> torch.Tensor:
+        """Which patches are tokens of their own, none of them padding.
+
+        Raises:
+            ValueError: the images of a batch have different numbers of them, and are not padded.
+        """
+        if self.real is not None:
+            return stays & self.real
+        counts = stays.sum(dim=1)
+        if counts.numel() and (int(counts.min()) < 1 or int(counts.min()) != int(counts.max())):
+            raise ValueError(
+                f"patch_words keep {int(counts.min())} to {int(counts.max())} patches of an image; expected the same "
+                "number of each image of a batch, and at least one. Only words whose tokens are means, of "
+                "method='inter' or 'given', may differ in their number."
+            )
+        return stays
+
+    def _refuse(self, words: torch.Tensor, wrong: torch.Tensor, expected: str) -> None:
+        if bool(wrong.any()):
+            image, patch = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"patch_words {tuple(words.shape)} give patch {patch} of image {image} the word "
+                f"{int(words[image, patch])}; expected {expected}. They were made for another kind of setting: load "
+                'image processor and model with the same `vwt`, or the model with vwt={"method": "given"}.'
+            )
+
+    def _chosen(self, stays: torch.Tensor, tokens: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `keep` takes them: indices of patches, ascending, and which of them stay; `None` if all do."""
+        counts = stays.sum(dim=1)
+        longest = int(counts.max()) if len(counts) else 0
+        if self.real is not None:
+            longest = max(longest, tokens or 1)
+        kept, order = stays.long().argsort(dim=1, descending=True, stable=True)[:, :longest].sort(dim=1)
+        return kept, None if self.real is None else order < counts.unsqueeze(1)
 
 
 def padded_places(spatial_shapes: torch.Tensor, patches: int) -> tuple[torch.Tensor, torch.Tensor]:

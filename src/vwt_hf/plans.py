@@ -13,6 +13,8 @@ import torch
 from .layout import Layout, expand, medoids, pool, pool_pairs
 from .words import gather_pairs, gather_patches, with_prefix
 
+DROPPED = -1
+"""In `patch_words`: of a patch that is part of no token."""
 Rotations = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine of the angles by which rotary positions turn queries and keys."""
 
@@ -44,6 +46,16 @@ class Kept:
         """(1, heads, prefix + patches, prefix + patches) → (batch or 1, heads, prefix + keep, prefix + keep)."""
         return gather_pairs(values, self.kept.to(values.device), self.prefix)
 
+    def patch_words(self, batch: int, patches: int) -> torch.Tensor:
+        """The plan as a caller may give it, (batch, patches) int64: a kept patch has its own index, others have −1.
+
+        Args:
+            batch: images.
+            patches: of each image.
+        """
+        kept = self.kept.expand(batch, -1)
+        return torch.full((batch, patches), DROPPED, device=kept.device).scatter_(1, kept, kept)
+
 
 @dataclasses.dataclass(frozen=True)
 class Grouped:
@@ -59,6 +71,8 @@ class Grouped:
     """(batch or 1, tokens), int64: the patch that is the token, if tokens are no means."""
     stays: torch.Tensor | None = None
     """(batch, tokens), bool: which representatives count, where images are padded; `None` if all do."""
+    words: torch.Tensor | None = None
+    """(batch, patches), int64: the numbers of the words that patches were grouped by, if tokens are means."""
 
     @property
     def shape(self) -> torch.Size:
@@ -110,3 +124,21 @@ class Grouped:
             For each run of a packed batch, or for the whole of a padded one: (images or 1, heads, tokens, tokens).
         """
         return (bias,) if self.representatives is not None else pool_pairs(bias, self.layout)
+
+    def patch_words(self, batch: int, patches: int) -> torch.Tensor:
+        """The plan as a caller may give it, (batch, patches) int64: the word of each patch, or the index of the patch
+        that stands for it; −1 for one that no token stands for.
+
+        Args:
+            batch: images, as many as the plan has.
+            patches: of each image, as many as the plan has.
+        """
+        layout = self.layout
+        if self.representatives is None:
+            assert self.words is not None  # `Patches.group` made the plan
+            words = self.words
+        else:
+            starts = torch.arange(batch, device=layout.rows.device).unsqueeze(1) * self.shape[1]
+            tokens = layout.rows[:, layout.prefix :] - starts - layout.prefix
+            words = self.representatives.expand(batch, -1).gather(1, tokens)
+        return words if layout.real is None else words.masked_fill(~layout.real, DROPPED)

@@ -22,7 +22,7 @@ def load_processor(checkpoint: str) -> Any:
         ValueError: its image processor is of a kind that transformers does not know.
     """
     with quiet_transformers():
-        return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False, vwt=False)
 
 
 def patch_size_of(checkpoint: str) -> int | None:

@@ -13,7 +13,7 @@ import torch
 from .config import VWTConfig
 from .layout import group
 from .patches import Patches
-from .plans import Kept
+from .plans import DROPPED, Grouped, Kept
 from .printable import printable
 from .terminal import write_file
 from .words import index_words, nearest_words, patch_grid, patchify
@@ -38,7 +38,9 @@ def kept_patches_figure(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> Figure:
-    """Draws each photograph as the model sees it, and beside it, for each setting, with the dropped patches faded.
+    """Draws each photograph as the model sees it, and beside it, for each setting, what is left of it.
+
+    Dropped patches are faded, or show the patch that stands for them.
 
     Args:
         pixel_values: (photographs, channels, height, width), as the model gets them.
@@ -56,10 +58,12 @@ def kept_patches_figure(
         ValueError: an image is smaller than a patch, or a setting keeps no patch.
     """
     photographs = photographs_of(pixel_values, image_mean, image_std)
+    patches = Patches(pixel_values, patch_size, pixel_values.shape[1], 0, patch_grid(pixel_values, patch_size))
     columns = [Column("what the model sees", photographs, [""] * len(photographs))]
     for index, setting in enumerate(settings):
-        faded = fade(photographs, kept_mask(pixel_values, patch_size, setting), patch_size)
-        columns.append(Column(f"keep_ratio={setting.keep_ratio:g}", faded, [row[index] for row in captions]))
+        plan = setting.plan(patches)
+        seen = photographs if plan is None else torch.stack(seen_pictures(patches, plan, image_mean, image_std))
+        columns.append(Column(f"keep_ratio={setting.keep_ratio:g}", seen, [row[index] for row in captions]))
     return draw(columns, names, PANEL)
 
 
@@ -198,6 +202,44 @@ def kept_mask(pixel_values: torch.Tensor, patch_size: tuple[int, int], setting: 
         return torch.ones_like(mask).unflatten(1, (rows, columns)).cpu()
     mask.scatter_(1, plan.kept.expand(len(pixel_values), -1), True)
     return mask.unflatten(1, (rows, columns)).cpu()
+
+
+def seen_pictures(
+    patches: Patches, plan: Kept | Grouped, image_mean: Sequence[float] | None, image_std: Sequence[float] | None
+) -> list[torch.Tensor]:
+    """What is left of each image: a patch shows its token, the mean of its group or the one that stands for it.
+
+    Patches without a token are pale grey, and so are pixels beyond the last whole patch.
+
+    Args:
+        patches: of a batch, whole images or padded patches.
+        plan: what becomes of them.
+        image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
+
+    Returns:
+        For each image (height, width, channels) in [0, 1], float32 on the CPU.
+    """
+    height, width = patches.patch_size
+    words = plan.patch_words(len(patches.pixel_values), patches.count)
+    rows = patches.pixels_as_words().float()
+    if isinstance(plan, Grouped):
+        # Without the prefix tokens, which pixels have none of.
+        rows = plan.expand(plan.reduce(rows))
+    pictures = []
+    for image, row in enumerate(rows):
+        grid = patches.grid
+        if grid is None:
+            assert patches.real is not None  # padded patches say which are real
+            high, wide = (int(end) + 1 for end in patches.places[image][patches.real[image]].amax(dim=0))
+            whole = row.new_zeros(1, patches.channels, high * height, wide * width)
+            grid = (high, wide)
+        else:
+            whole = patches.pixel_values[image : image + 1].clone()
+        tiles = row[: grid[0] * grid[1]].unflatten(-1, (patches.channels, height, width)).unflatten(0, grid)
+        whole[0, :, : grid[0] * height, : grid[1] * width] = tiles.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        mask = (words[image, : grid[0] * grid[1]] != DROPPED).view(1, *grid).cpu()
+        pictures.append(fade(photographs_of(whole, image_mean, image_std), mask, patches.patch_size)[0])
+    return pictures
 
 
 def photographs_of(

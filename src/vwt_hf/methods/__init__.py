@@ -7,7 +7,8 @@ the package asks which method it is.
 from __future__ import annotations
 
 from ..config import VWTConfig
+from .given import GivenConfig
 from .inter import InterConfig
 from .intra import IntraConfig
 
-METHODS: dict[str, type[VWTConfig]] = {"intra": IntraConfig, "inter": InterConfig}
+METHODS: dict[str, type[VWTConfig]] = {"intra": IntraConfig, "inter": InterConfig, "given": GivenConfig}

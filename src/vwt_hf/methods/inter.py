@@ -12,7 +12,7 @@ import torch
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..beside import SAVED_AS, read_words
+from ..beside import FOLDER, SAVED_AS, read_words
 from ..bounds import checked_statistics, is_number
 from ..config import ModelFacts, VWTConfig, require_choice
 from ..patches import Patches
@@ -176,7 +176,7 @@ class InterConfig(VWTConfig):
                     "VWTConfig.vocabulary is None and the model was loaded from nowhere that may hold one; give a Hub "
                     "id, a folder or a VisualVocabulary."
                 )
-            vocabulary = read_words(model.source, self.saved_as, own)
+            vocabulary = read_words(model.source, self.saved_as, own, model.words_folder or FOLDER)
         vocabulary.require(model.patch_size, model.channels)
         # A setting has no field for a subfolder: words from one are saved beside the weights.
         on_hub = vocabulary.revision is not None and not vocabulary.subfolder
@@ -196,21 +196,37 @@ class InterConfig(VWTConfig):
     def plan(self, patches: Patches) -> Grouped | None:
         if not self.shortens:
             return None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves plans of groups alone
-            raise ValueError(
-                "method='inter' gives every image its own number of tokens, which an exported or traced program cannot "
-                "hold. Export a model compressed with method='intra'."
-            )
-        if patches.draws and self.layout == "packed":
-            raise ValueError(
-                "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws "
-                "once for each sequence: all images would skip the same layers. Use layout='auto' or 'padded'."
-            )
-        packed = self.layout == "packed" or (self.layout == "auto" and patches.packs and not patches.draws)
+        packed = packs(patches, self.layout, self.method)
         assert self.words is not None  # `prepared` came before
         pixels = patches.pixels_as_words().float()
         words = nearest_words(pixels, self.words.on(pixels.device), self.threshold)
         return patches.group(words, packed, self.proportional_attention)
+
+    def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
+        return patches.grouped_by(words, packs(patches, self.layout, self.method), self.proportional_attention)
+
+
+def packs(patches: Patches, layout: str, method: str) -> bool:
+    """Whether a batch of images with different numbers of tokens becomes one sequence.
+
+    Args:
+        layout: see `InterConfig`.
+        method: named in errors.
+
+    Raises:
+        ValueError: neither an exported program nor this training can hold such a batch.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves plans of groups alone
+        raise ValueError(
+            f"method={method!r} gives every image its own number of tokens, which an exported or traced program cannot "
+            "hold. Export a model compressed with method='intra'."
+        )
+    if patches.draws and layout == "packed":
+        raise ValueError(
+            "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws "
+            "once for each sequence: all images would skip the same layers. Use layout='auto' or 'padded'."
+        )
+    return layout == "packed" or (layout == "auto" and patches.packs and not patches.draws)
 
 
 def is_vocabulary(value: object) -> bool:
@@ -223,7 +239,10 @@ def is_vocabulary(value: object) -> bool:
 def _statistics_of(model: ModelFacts, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """How the image processor of a model normalises its images; its code, if it has any, is never run."""
     try:
-        processor = AutoImageProcessor.from_pretrained(model.source, trust_remote_code=False, **model.hub_kwargs)
+        processor = model.image_processor
+        if processor is None:
+            kwargs = {"trust_remote_code": False, **model.hub_kwargs}
+            processor = AutoImageProcessor.from_pretrained(model.source, vwt=False, **kwargs)
         return processor_statistics(processor, channels)
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
         raise ValueError(

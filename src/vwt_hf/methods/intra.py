@@ -102,6 +102,12 @@ class IntraConfig(VWTConfig):
         nearest = nearest_kept(patches.pixels(), kept, patches.places, patches.real, stays)
         return patches.represent(nearest, kept, stays, self.proportional_attention)
 
+    def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
+        tokens = None if patches.real is None else self.patches_kept(patches.count)
+        if self.groups:
+            return patches.represented_by(words, self.proportional_attention, tokens)
+        return patches.kept_by(words, tokens)
+
     def _choose(self, patches: Patches, keep: int) -> torch.Tensor:
         """Indices of the patches that stay, ascending, (batch, keep), or (1, keep): the same for all images."""
         if self.criterion == "variance":

@@ -1,0 +1,363 @@
+"""The image processor as a tokenizer: `processor(images)` gives `patch_words` beside `pixel_values`.
+
+An image processor without `vwt` is transformers' own. One that is given a setting becomes an instance of a subclass of
+its class, of the same name, which finds what becomes of the patches of each image as the model would, on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .beside import FOLDER, PROCESSOR_FOLDER, remove_other_words, seal_words, write_words
+from .config import ModelFacts, VWTConfig
+from .patches import Patches, padded_places
+from .plans import DROPPED, Grouped, Kept
+from .printable import shown
+from .processors import processor_statistics, quiet_transformers
+from .visualize import seen_pictures
+from .words import patch_grid
+
+NAME = "patch_words"
+"""The key of what a tokenizing image processor adds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostTokenizer:
+    """What an image processor with a setting goes by."""
+
+    setting: VWTConfig
+    """Prepared: with the words that it needs."""
+    patch_size: tuple[int, int]
+    """Height and width of the model's patches, in pixels."""
+    saved_as: str | None = None
+    """Which words below the folder that it was saved to are its own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostTokenizer:
+        return self  # nothing in it changes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As preprocessor_config.json holds it."""
+        fields = self.setting.to_dict() | {"patch_size": list(self.patch_size)}
+        return fields if self.setting.words_to_save() is None else fields | {"saved_as": self.saved_as}
+
+    def words(self, made: Mapping[str, Any]) -> Any:
+        """The words of what an image processor made: an array where `pixel_values` is one, or a list of them.
+
+        Args:
+            made: `pixel_values` of whole images, (batch, channels, height, width), or (batch, tiles, channels, height,
+                width) where each is cut into tiles, of which those without content are none; or of padded patches
+                beside their `spatial_shapes` and `pixel_attention_mask`.
+
+        Returns:
+            int64 (batch, patches) or (batch, tiles, patches).
+        """
+        values = made["pixel_values"]
+        if isinstance(values, (list, tuple)):
+            return [self._of_each({name: made[name][i] for name in made}).numpy() for i in range(len(values))]
+        found = self._of_batch({name: _tensor(made[name]) for name in made if name in _READ})
+        return found if isinstance(values, torch.Tensor) else found.numpy()
+
+    def _of_each(self, made: Mapping[str, Any]) -> torch.Tensor:
+        return self._of_batch({name: _tensor(value)[None] for name, value in made.items() if name in _READ})[0]
+
+    def _of_batch(self, made: dict[str, torch.Tensor]) -> torch.Tensor:
+        values = made["pixel_values"]
+        tiles = values.flatten(0, 1) if values.dim() == 5 else values
+        patches = self.patches(made | {"pixel_values": tiles})
+        words = self._of_patches(patches)
+        if values.dim() == 5:  # tiles beyond an image's own are of zeros
+            content = tiles.flatten(1).any(dim=1, keepdim=True)
+            words = words.masked_fill(~content, DROPPED).unflatten(0, values.shape[:2])
+        return words
+
+    def _of_patches(self, patches: Patches) -> torch.Tensor:
+        batch = len(patches.pixel_values)
+        plan = self.setting.plan(patches) if self.setting.shortens else None
+        if plan is not None:
+            return plan.patch_words(batch, patches.count)
+        own = torch.arange(patches.count, device=patches.device).repeat(batch, 1)
+        return own if patches.real is None else own.masked_fill(~patches.real, DROPPED)
+
+    def patches(self, made: Mapping[str, torch.Tensor]) -> Patches:
+        """The patches of a batch of whole images, or of padded patches.
+
+        Raises:
+            ValueError: they are neither.
+        """
+        values = made["pixel_values"].float()
+        if values.dim() == 3 and "spatial_shapes" in made:
+            places, real = padded_places(made["spatial_shapes"].to(values.device), values.shape[1])
+            mask = made.get("pixel_attention_mask")
+            real = real if mask is None else real & mask.to(values.device).bool()
+            channels = values.shape[2] // (self.patch_size[0] * self.patch_size[1])
+            return Patches(values, self.patch_size, channels, 0, None, real=real, padded_places=places)
+        if values.dim() != 4 or values.shape[1] not in (1, 3, 4):
+            raise ValueError(
+                f"pixel_values are {tuple(values.shape)}; expected (batch, channels, height, width), of which patches "
+                "can be cut. Leave data_format out."
+            )
+        return Patches(values, self.patch_size, values.shape[1], 0, patch_grid(values, self.patch_size))
+
+    def plan(self, patches: Patches, patch_words: torch.Tensor) -> Kept | Grouped:
+        """What `patch_words` say of the patches.
+
+        Raises:
+            ValueError: they are of other images or of another kind of setting.
+        """
+        words = patches.of_words(patch_words)
+        if not self.setting.shortens:
+            return patches.grouped_by(words, packed=False, proportional=False)
+        return self.setting.plan_of(patches, words)
+
+
+_READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+
+
+def _read_setting(processor: Any) -> Any:
+    held = processor.__dict__.get("vwt")
+    return held.to_dict() if isinstance(held, HostTokenizer) else held
+
+
+def _write_setting(processor: Any, vwt: Any) -> None:
+    processor.__dict__.pop("vwt", None)
+    plain = _plain_class(type(processor))
+    if any(kind.__name__ == "BaseVideoProcessor" for kind in plain.__mro__):  # a model finds the words of videos itself
+        return
+    if vwt is None or vwt is False:
+        processor.__class__ = plain
+    else:
+        processor.__dict__["vwt"] = vwt
+        processor.__class__ = processor_subclass(plain)
+
+
+SETTING = property(_read_setting, _write_setting, doc="By what `processor(images)` makes `patch_words`; `None` if not.")
+"""The field `vwt` of transformers' image processors."""
+
+
+def _plain_class(processor_class: type) -> type:
+    return processor_class.__mro__[2] if issubclass(processor_class, Tokenizing) else processor_class
+
+
+class Tokenizing:
+    """What an image processor with a setting has beside its class's own."""
+
+    vwt = SETTING
+
+    @property
+    def tokenizer_of_patches(self) -> HostTokenizer:
+        """What it goes by.
+
+        Raises:
+            ValueError: it was made from a dict, which names no folder that words could lie in.
+        """
+        held = self.__dict__["vwt"]
+        if not isinstance(held, HostTokenizer):
+            raise ValueError(
+                f"This {type(self).__name__} has the setting {shown(held)} and was not made ready for it. Load it "
+                "with from_pretrained(..., vwt=...)."
+            )
+        return held
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the image processor without `vwt`, with `patch_words` beside `pixel_values`."""
+        made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
+        made[NAME] = self.tokenizer_of_patches.words(made)
+        return made
+
+    def decode(self, patch_words: Any, images: Any) -> list[Any]:
+        """Pictures of what the model still sees: each patch as its token shows it, pale where it has none.
+
+        Args:
+            patch_words: as this image processor made them.
+            images: what they were made of: images, `pixel_values` (batch, channels, height, width), or all that
+                this image processor made.
+
+        Returns:
+            For each image a `PIL.Image.Image`, of the size that the model gets.
+
+        Raises:
+            ValueError: the words are of other images.
+        """
+        from PIL import Image
+
+        if isinstance(images, torch.Tensor) and images.dim() == 4 and images.is_floating_point():
+            images = {"pixel_values": images}
+        if not isinstance(images, Mapping):
+            images = super().preprocess(images, return_tensors="pt")  # type: ignore[misc]
+        tokenizer = self.tokenizer_of_patches
+        made = {name: _tensor(images[name]) for name in images if name in _READ}
+        if made["pixel_values"].dim() == 5:
+            made["pixel_values"] = made["pixel_values"].flatten(0, 1)
+        patches = tokenizer.patches(made)
+        words = _tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
+        plan = tokenizer.plan(patches, words.flatten(0, -2))
+        mean, std = processor_statistics(self, patches.channels)
+        seen = [(picture * 255).round().to(torch.uint8) for picture in seen_pictures(patches, plan, mean, std)]
+        return [Image.fromarray(picture.squeeze(-1).numpy()) for picture in seen]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the image processor without `vwt`, with the setting."""
+        fields = super().to_dict()  # type: ignore[misc]
+        vwt = SETTING.fget(self)  # type: ignore[misc]
+        return fields | {"vwt": vwt}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (_plain_class(type(self)),), self.__dict__
+
+
+@functools.cache
+def processor_subclass(plain: Any) -> type[BaseImageProcessor]:
+    """The subclass of an image processor's class, of the same name, that tokenizes and writes its setting."""
+    body = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+        "model_input_names": [*plain.model_input_names, NAME],
+    }
+    return type(plain.__name__, (Tokenizing, plain), body)
+
+
+def _empty(plain: Any) -> BaseImageProcessor:
+    """An image processor without any field: what `pickle` and `copy` start from."""
+    processor_class = processor_subclass(plain)
+    return processor_class.__new__(processor_class)
+
+
+def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
+    """Makes an image processor ready for the setting that its own file holds, which a stranger may have written."""
+    vwt = processor.vwt
+    if vwt is None:
+        return
+    try:
+        setting, patch_size = _parsed(vwt)
+        if setting is None:
+            processor.vwt = None
+            return
+        _prepare(processor, setting, patch_size, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False)
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
+            f"`vwt` of the image processor of {source}: {error} `vwt=False` loads the plain image processor."
+        ) from error
+
+
+def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
+    """Gives an image processor that was just made the setting that a user asks for, whatever its own file says."""
+    saved = processor.vwt
+    processor.vwt = None
+    setting, patch_size = _parsed(vwt)
+    if setting is None or any(kind.__name__ == "BaseVideoProcessor" for kind in type(processor).__mro__):
+        return
+    model_config = _config_of(source, hub_kwargs)
+    of_model = getattr(model_config, "vwt", None)
+    folder = FOLDER
+    if isinstance(of_model, dict):
+        setting = setting.with_saved(of_model)
+    elif isinstance(saved, dict):
+        setting, folder = setting.with_saved(saved), PROCESSOR_FOLDER
+        patch_size = patch_size or _parsed(saved)[1]
+    _prepare(processor, setting, patch_size, source, hub_kwargs, folder, trusted=True, model_config=model_config)
+
+
+def _parsed(vwt: Any) -> tuple[VWTConfig | None, tuple[int, int] | None]:
+    """A setting, and the patch size that its dict may have beside the fields of its method."""
+    if not isinstance(vwt, dict) or "patch_size" not in vwt:
+        return VWTConfig.parse(vwt), None
+    fields = dict(vwt)
+    size = fields.pop("patch_size")
+    height_width = (size, size) if isinstance(size, int) else size
+    sound = isinstance(height_width, (list, tuple)) and len(height_width) == 2
+    if not sound or not all(type(side) is int and 0 < side < 2**16 for side in height_width):
+        raise ValueError(f"vwt['patch_size'] is {shown(size)}; expected height and width of a patch, in pixels.")
+    return VWTConfig.parse(fields), (height_width[0], height_width[1])
+
+
+def _prepare(
+    processor: Any,
+    setting: VWTConfig,
+    patch_size: tuple[int, int] | None,
+    source: Any,
+    hub_kwargs: dict[str, Any],
+    folder: str,
+    *,
+    trusted: bool,
+    model_config: Any = None,
+) -> None:
+    if not setting.searches:
+        raise ValueError(
+            f"method={setting.method!r} goes by patch_words that something else makes, and an image processor is to "
+            "make them. Load it with the setting to find them by, as method='intra' or 'inter'."
+        )
+    patch_size = patch_size or _patch_size_of(model_config) or _own_patch_size(processor)
+    if patch_size is None:
+        raise ValueError(
+            f"{source} has no model config that says the size of its patches, by which the image processor is to "
+            "cut. Give it beside the setting: vwt={'patch_size': 16, ...}."
+        )
+    channels = len(processor.image_mean) if isinstance(getattr(processor, "image_mean", None), (list, tuple)) else 3
+    hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
+    if os.path.isdir(str(source)):
+        hub_kwargs.pop("revision", None)
+    saved_as = getattr(setting, "saved_as", None)
+    facts = ModelFacts(
+        str(source), patch_size, channels, None, trusted, hub_kwargs, words_folder=folder, image_processor=processor
+    )
+    ready = HostTokenizer(setting.prepared(facts), patch_size, saved_as if folder == PROCESSOR_FOLDER else None)
+    processor.vwt = ready
+
+
+def _config_of(source: Any, hub_kwargs: dict[str, Any]) -> Any:
+    """The config of the model beside an image processor; `None` where there is none. Its code is never run."""
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(source, trust_remote_code=False, **hub_kwargs)
+    except (OSError, ValueError):
+        return None
+
+
+def _patch_size_of(model_config: Any) -> tuple[int, int] | None:
+    for inner in ("vision_config", "encoder"):  # CLIP and its like, and models of an image encoder and a text decoder
+        model_config = getattr(model_config, inner, None) or model_config
+    size = getattr(model_config, "patch_size", None)
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return (size[0], size[1])
+    return (size, size) if isinstance(size, int) else None
+
+
+def _own_patch_size(processor: Any) -> tuple[int, int] | None:
+    size = getattr(processor, "patch_size", None)
+    return (size, size) if isinstance(size, int) else None
+
+
+def write_words_of(processor: Any, folder: Path) -> list[str]:
+    """Writes the words of an image processor below the folder that it is saved to, sealed; returns how each is found.
+
+    Its setting names them from then on.
+    """
+    held = processor.__dict__.get("vwt")
+    vocabulary = held.setting.words_to_save() if isinstance(held, HostTokenizer) else None
+    if vocabulary is None:
+        return []
+    saved_as = [write_words(folder, vocabulary, PROCESSOR_FOLDER)]
+    seal_words(folder, saved_as, PROCESSOR_FOLDER)
+    processor.vwt = dataclasses.replace(held, saved_as=saved_as[0])
+    return saved_as
+
+
+def remove_words_but(folder: Path, saved_as: list[str]) -> None:
+    """Removes the words that other saves of an image processor left in a folder."""
+    remove_other_words(folder, saved_as, PROCESSOR_FOLDER)

@@ -1,0 +1,66 @@
+"""`method="given"`: patches become tokens as the caller of the model says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..config import VWTConfig, require_choice
+from ..patches import Patches
+from ..plans import DROPPED, Grouped, Kept
+from .inter import LAYOUTS, packs
+
+TOKENS = ("means", "representatives")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class GivenConfig(VWTConfig):
+    """Go by the `patch_words` that each call of the model is given, (batch, patches) integers; search nothing.
+
+    Words with −1 tell which patches are left out: those that stay have their own index, as many of each image. All
+    other words tell which patches share a token.
+
+    Args:
+        tokens (`str`, default `"means"`):
+            What patches with one word become. `"means"`: the average of their embeddings, whatever number the word has,
+            as under method="inter". `"representatives"`: the patch whose index the word is, as under dropped="merge".
+        layout (`str`, default `"auto"`):
+            As for method="inter".
+    """
+
+    method: str = "given"
+    tokens: str = "means"
+    layout: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("tokens", self.tokens, TOKENS)
+        require_choice("layout", self.layout, LAYOUTS)
+        if self.output == "compressed":
+            raise ValueError(
+                "VWTConfig.output is 'compressed', but under method='given' the images of a batch may have different "
+                "numbers of tokens, which no one tensor holds; use output='full'."
+            )
+
+    @property
+    def groups(self) -> bool:
+        return True
+
+    @property
+    def searches(self) -> bool:
+        return False
+
+    def plan(self, patches: Patches) -> Kept | Grouped | None:
+        raise ValueError(
+            f"The model goes by the words of its caller and was given none with {len(patches.pixel_values)} images; "
+            "call it with patch_words=..., which an image processor loaded with `vwt` makes, or compress it by another "
+            "method."
+        )
+
+    def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
+        if patches.real is None and self.output is None and bool((words == DROPPED).any()):
+            return patches.kept_by(words)
+        if self.tokens == "representatives":
+            return patches.represented_by(words, self.proportional_attention)
+        return patches.grouped_by(words, packs(patches, self.layout, self.method), self.proportional_attention)

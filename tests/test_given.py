@@ -1,0 +1,353 @@
+"""Words that come with the call of a model: `patch_words` in place of a search."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+import transformers
+
+from settings import SETTINGS, inter
+from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip, built, llava
+from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
+from vwt_hf import VWTConfig, compress, register, restore, unregister
+from vwt_hf.families import family_of
+from vwt_hf.forward import current_forward
+from vwt_hf.plans import Grouped, Kept
+
+EVERY = list(MODELS)
+KINDS = {
+    **SETTINGS,
+    "random": VWTConfig(criterion="random"),
+    "grid": VWTConfig(criterion="grid", keep_ratio=0.3),
+    "grid-merge": VWTConfig(criterion="grid", keep_ratio=0.3, dropped="merge"),
+    "padded": inter(layout="padded"),
+}
+GIVEN = {"method": "given"}
+kind = pytest.mark.parametrize("setting", list(KINDS.values()), ids=list(KINDS))
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """White, noise, nearly flat and half flat: very different lengths."""
+    pixel_values = sample_pixel_values(4)
+    pixel_values[0] = 1.3
+    pixel_values[2] = pixel_values[2] * 0.1 + 1
+    pixel_values[3, :, :16] = 0.7
+    return pixel_values
+
+
+@pytest.fixture
+def plans(monkeypatch) -> list:
+    """What `Reduce` made of each batch: the plan, the patches, and the words that were given."""
+    reduce = sys.modules["vwt_hf.compress"].Reduce
+    plan, made = reduce.plan, []
+
+    def watch(self, patches, given):
+        made.append((plan(self, patches, given), patches, given))
+        return made[-1][0]
+
+    monkeypatch.setattr(reduce, "plan", watch)
+    return made
+
+
+def words_of(plans: list) -> torch.Tensor:
+    plan, patches, _ = plans[-1]
+    return plan.patch_words(len(patches.pixel_values), patches.count)
+
+
+def answered(model: transformers.PreTrainedModel, images: torch.Tensor, **kwargs) -> torch.Tensor:
+    """What `answers` gives; where images are padded and patches left out, rows are of no patch: what the head gives."""
+    if type(model).__name__ != "Siglip2VisionModel":
+        return answers(model, images, **kwargs)
+    with torch.no_grad():
+        return model(**inputs(model, images), **kwargs).pooler_output
+
+
+def assert_same(plan: Kept | Grouped, other: Kept | Grouped) -> None:
+    assert type(plan) is type(other)
+    if isinstance(plan, Kept):
+        assert torch.equal(plan.kept.expand_as(other.kept), other.kept) and plan.prefix == other.prefix
+        return
+    assert torch.equal(plan.layout.rows, other.layout.rows) and torch.equal(plan.layout.sizes, other.layout.sizes)
+    assert plan.layout.runs == other.layout.runs and plan.layout.packed == other.layout.packed
+    if plan.representatives is not None:
+        assert torch.equal(plan.representatives.expand_as(other.representatives), other.representatives)
+
+
+@kind
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_given_its_words_answers_as_if_it_had_searched(name, setting, images, plans, monkeypatch):
+    model = compress(tiny_model(name), setting)
+    found = answered(model, images)
+    plan = plans[-1][0]
+    words = words_of(plans)
+
+    def refuse(*_):
+        raise AssertionError("it searched")
+
+    monkeypatch.setattr(type(setting), "plan", refuse)
+    given = answered(model, images, patch_words=words)
+    assert plans[-1][2] is not None and current_forward() is None
+    torch.testing.assert_close(given, found, atol=1e-5, rtol=1e-5)
+    if family_of(model).padded is None:
+        assert_same(plan, plans[-1][0])
+    with pytest.raises(AssertionError, match="it searched"):
+        answers(model, images)
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_that_only_goes_by_words_answers_as_the_one_that_found_them(name, setting, images, plans):
+    found = answered(compress(tiny_model(name), setting), images)
+    words = words_of(plans)
+    representatives = getattr(setting, "dropped", None) == "merge"
+    by_words = GIVEN | {"tokens": "representatives" if representatives else "means"}
+    model = compress(tiny_model(name), by_words)
+    if family_of(model).padded is not None and getattr(setting, "dropped", None) == "discard":
+        with pytest.raises(ValueError, match=r"the word -1; expected the number of a word"):
+            answers(model, images, patch_words=words)
+        return
+    torch.testing.assert_close(answered(model, images, patch_words=words), found, atol=1e-5, rtol=1e-5)
+
+
+def test_the_words_count_and_not_the_pixels(images):
+    """Words that no search would find: the left half of each image is one token."""
+    model = compress(tiny_model("vit"), SETTINGS["inter"])
+    words = torch.arange(64).view(8, 8).repeat(4, 1, 1)
+    words[:, :, :4] = 1000
+    hidden = answers(model, images, patch_words=words.flatten(1))[:, 1:].unflatten(1, (8, 8))
+    assert torch.equal(hidden[:, :, :4], hidden[:, :1, :1].expand(-1, 8, 4, -1))
+    assert len(hidden[1].flatten(0, 1).unique(dim=0)) == 33
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (torch.zeros(4, 49), r"patch_words is a torch.float32; expected a tensor of integers"),
+        ([[0] * 64] * 4, r"patch_words is a list"),
+        (torch.zeros(4, 49, dtype=torch.int64), r"\(4, 49\).*4 images into 64 \(8 × 8\) patches.*\(4, 64\)"),
+        (torch.zeros(3, 64, dtype=torch.int64), r"\(3, 64\), of 3 images, .* given 4 images"),
+        (torch.zeros(8, 64, dtype=torch.int64), r"\(8, 64\), of 8 images, .* given 4 images"),
+        (torch.zeros(64, dtype=torch.int64), r"patch_words are \(64,\)"),
+    ],
+)
+@pytest.mark.parametrize("setting", [*SETTINGS.values(), GIVEN], ids=[*SETTINGS, "given"])
+def test_words_of_other_images_are_refused_with_both_shapes(setting, words, said, images):
+    model = compress(tiny_model("vit"), setting)
+    with pytest.raises((TypeError, ValueError), match=said):
+        answers(model, images, patch_words=words)
+    assert current_forward() is None
+
+
+def test_words_of_another_kind_of_setting_are_refused(images, plans):
+    words = {}
+    for name, setting in SETTINGS.items():
+        answers(compress(tiny_model("vit"), setting), images)
+        words[name] = words_of(plans)
+
+    def said(setting: str, given: str) -> str:
+        with pytest.raises(ValueError, match="made for another kind of setting") as error:
+            answers(compress(tiny_model("vit"), SETTINGS[setting]), images, patch_words=words[given])
+        return str(error.value)
+
+    assert "its own index, or −1" in said("discard", "merge")
+    assert "the word -1; expected the index of one that has its own" in said("merge", "discard")
+    assert "the word -1; expected the number of a word" in said("inter", "discard")
+    uneven = words["discard"].clone()
+    uneven[0, uneven[0].argmax()] = -1
+    with pytest.raises(ValueError, match="keep 31 to 32 patches of an image; expected the same number"):
+        answers(compress(tiny_model("vit"), SETTINGS["discard"]), images, patch_words=uneven)
+
+
+def test_a_model_that_keeps_everything_takes_no_words_that_group(images):
+    model = compress(tiny_model("vit"), {"keep_ratio": 1.0})
+    own = torch.arange(64).expand(4, -1)
+    assert torch.equal(answers(model, images, patch_words=own), answers(model, images))
+    with pytest.raises(ValueError, match=r"leave 1 tokens of 64 patches, and the setting of the model keeps all"):
+        answers(model, images, patch_words=torch.zeros_like(own))
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "blip-vision"])
+def test_a_plain_model_refuses_words_and_says_what_to_do(name, images):
+    model = tiny_model(name)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r'not compressed.*compress\(model, \{"method": "given"\}\)'):
+            answers(model, images, patch_words=torch.zeros(4, 64, dtype=torch.int64))
+        restore(compress(model))
+
+
+def test_unregistering_takes_the_refusal_back():
+    call, generate = transformers.PreTrainedModel.__call__, transformers.GenerationMixin.generate
+    unregister()
+    try:
+        assert "__call__" not in vars(transformers.PreTrainedModel)
+        assert transformers.GenerationMixin.generate is not generate
+    finally:
+        register()
+    assert transformers.PreTrainedModel.__call__ is not call
+
+
+def test_a_model_that_needs_words_says_so(images):
+    with pytest.raises(ValueError, match=r"was given none with 4 images; call it with patch_words="):
+        answers(compress(tiny_model("vit"), GIVEN), images)
+
+
+def test_words_that_no_images_were_given_with_are_refused():
+    model = compress(tiny_model("clip"), SETTINGS["inter"])
+    text = {"input_ids": torch.tensor([[97, 5, 98]])}
+    with pytest.raises(ValueError, match="given to a CLIPTextModel that is not compressed"):
+        model.get_text_features(**text, patch_words=torch.zeros(1, 64, dtype=torch.int64))
+    lava = compress(built(llava), SETTINGS["inter"])
+    with pytest.raises(ValueError, match="given to a call that embeds no images by them"):
+        lava(**text, patch_words=torch.zeros(1, 64, dtype=torch.int64))
+    assert current_forward() is None
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if hasattr(MODELS[name][0], "get_image_features")])
+@pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
+def test_image_features_go_by_words(name, setting, images, plans):
+    model = compress(tiny_model(name), setting)
+    given = {key: value for key, value in inputs(model, images).items() if key != "input_ids"}
+    with torch.no_grad():
+        found = model.get_image_features(**given)
+        words = words_of(plans)
+        again = model.get_image_features(**given, patch_words=words)
+    assert plans[-1][2] is not None
+    torch.testing.assert_close(again.pooler_output, found.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", list(IMAGE_TOKENS), ids=lambda make: make.__name__)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_goes_by_words(make, beams, plans):
+    model = compress(built(make), SETTINGS["inter"])
+    tiled = IMAGE_TOKENS[make] == 200
+    pixel_values = sample_pixel_values(6, 32, 32).unflatten(0, (2, 3)) if tiled else sample_pixel_values(2)
+    prompt = torch.tensor([[1, *[IMAGE_TOKEN] * IMAGE_TOKENS[make], 5]]).repeat(2, 1)
+    given = {"pixel_values": pixel_values, "input_ids": prompt, "max_new_tokens": 3, "num_beams": beams}
+    given |= {"image_sizes": torch.tensor([[32, 64]] * 2)} if tiled else {}
+    found = model.generate(**given, output_scores=True, return_dict_in_generate=True)
+    plan, patches, _ = plans[-1]
+    words = plan.patch_words(len(patches.pixel_values), patches.count)
+    if beams > 1 and len(words) > pixel_values.shape[0] * (3 if tiled else 1):
+        words = words[::beams] if not tiled else words.unflatten(0, (2, beams, 3))[:, 0].flatten(0, 1)
+    if tiled:
+        words = words.unflatten(0, (2, 3))
+        words = torch.cat((words, torch.full_like(words[:, :1], -1)), dim=1)  # tiles that are none
+    again = model.generate(**given, patch_words=words, output_scores=True, return_dict_in_generate=True)
+    assert plans[-1][2] is not None
+    for one, other in zip(found.scores, again.scores, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_an_encoder_that_is_compressed_alone_generates_by_words(plans):
+    text = {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 97}
+    decoder = transformers.GPT2LMHeadModel(transformers.GPT2Config(**text, add_cross_attention=True))
+    model = transformers.VisionEncoderDecoderModel(encoder=tiny_model("vit"), decoder=decoder).eval()
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 1
+    model.config.pad_token_id = model.generation_config.pad_token_id = 0
+    compress(model.encoder, SETTINGS["inter"])
+    pixel_values = sample_pixel_values(2)
+    asked = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    found = model.generate(pixel_values, **asked)
+    words = words_of(plans)
+    assert torch.equal(model.generate(pixel_values, patch_words=words, **asked), found) and plans[-1][2] is not None
+    logits = model(pixel_values=pixel_values, decoder_input_ids=found, patch_words=words).logits
+    torch.testing.assert_close(logits, model(pixel_values=pixel_values, decoder_input_ids=found).logits)
+
+
+def test_the_signatures_of_methods_stay():
+    model, plain = compress(built(blip), SETTINGS["merge"]), built(blip)
+    for name in ("generate", "forward"):
+        assert inspect.signature(getattr(model, name)) == inspect.signature(getattr(plain, name))
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_goes_by_words_by_itself(change, images, plans):
+    model = compress(tiny_model("clip"), SETTINGS["inter"])
+    other = change(model)
+    found = other.get_image_features(pixel_values=images).pooler_output
+    words = words_of(plans)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    again = other.get_image_features(pixel_values=images, patch_words=words).pooler_output
+    torch.testing.assert_close(again, found)
+
+
+def test_threads_have_words_of_their_own(images, plans):
+    model = compress(tiny_model("vit"), GIVEN)
+    every = [torch.arange(64).expand(4, -1) // group for group in (1, 2, 4, 8) * 3]
+    expected = [answers(model, images, patch_words=words) for words in every]
+    found: list = [None] * len(every)
+
+    def ask(place: int) -> None:
+        found[place] = answers(model, images, patch_words=every[place])
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(every))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_repeats_layers_by_the_words(reentrant, images):
+    def gradients(checkpointed: bool) -> torch.Tensor:
+        model = compress(tiny_model("vit"), GIVEN).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        pixel_values = images.clone().requires_grad_()
+        forward(model, pixel_values, patch_words=torch.arange(64).expand(4, -1) // 3).square().sum().backward()
+        return model.encoder.layer[0].mlp.fc1.weight.grad if hasattr(model, "encoder") else pixel_values.grad
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+
+
+def test_a_compiled_model_goes_by_words_or_refuses_them(images, plans):
+    for setting in (GIVEN, SETTINGS["merge"]):
+        model = compress(tiny_model("vit"), setting)
+        words = torch.arange(64).expand(4, -1) // 2 * 2
+        compiled = torch.compile(model, backend="eager")
+        found = answers(model, images, patch_words=words)
+        with torch.no_grad():
+            again = compiled(pixel_values=images, patch_words=words).last_hidden_state
+        torch.testing.assert_close(again, found)
+    compiled = torch.compile(compress(tiny_model("vit"), SETTINGS["discard"]), backend="eager")
+    with pytest.raises(Exception, match="patch_words were given to a compiled or exported model"):
+        compiled(pixel_values=images, patch_words=words)
+
+
+def test_one_batch_of_words_is_for_one_batch_of_images(images):
+    model = compress(tiny_model("vit"), GIVEN)
+    inner, words = model.forward, torch.arange(64).expand(4, -1)
+
+    def twice(pixel_values, **kwargs):
+        inner(pixel_values, **kwargs)
+        return model.embeddings(pixel_values)
+
+    model.forward = twice
+    with pytest.raises((ValueError, RuntimeError), match=r"two batches of images|outside the call"):
+        model(pixel_values=images, patch_words=words)
+
+
+def test_the_setting_is_saved(tmp_path, images):
+    model = compress(tiny_model("vit"), GIVEN | {"tokens": "representatives"})
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.vwt == VWTConfig(method="given", tokens="representatives").to_dict()
+    words = torch.arange(64).expand(4, -1) // 2 * 2
+    torch.testing.assert_close(answers(loaded, images, patch_words=words), answers(model, images, patch_words=words))
+
+
+@pytest.mark.parametrize("fields", [{"tokens": "mean"}, {"layout": "wide"}, {"output": "compressed"}])
+def test_fields_that_are_not_valid_are_refused(fields):
+    with pytest.raises(ValueError, match=rf"VWTConfig.{next(iter(fields))} is "):
+        VWTConfig(method="given", **fields)

@@ -1,0 +1,444 @@
+"""Image processors with `vwt`: words made on the host, saved with the processor, and the same as the model's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModelForImageClassification, AutoProcessor, AutoTokenizer, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from settings import SETTINGS, WORDS, inter
+from test_pipeline import LLAVA, PHOTOGRAPHS, image_processor_class, tokenizer_with
+from tiny import MODELS, TINY, inputs, tiny_model
+from vwt_hf import VisualVocabulary, VWTConfig, compress, register, unregister
+from vwt_hf.families import FAMILIES
+from vwt_hf.image_processing import NAME
+from vwt_hf.patches import Patches
+
+EVERY = list(MODELS)
+KINDS = {
+    **SETTINGS,
+    "random": VWTConfig(criterion="random"),
+    "grid": VWTConfig(criterion="grid", keep_ratio=0.3),
+    "grid-merge": VWTConfig(criterion="grid", keep_ratio=0.3, dropped="merge"),
+}
+kind = pytest.mark.parametrize("setting", list(KINDS.values()), ids=list(KINDS))
+
+
+def write(folder: Path, name: str = "vit-classifier") -> Path:
+    """A folder as on the Hub: the tiny model of that name, and its image processor."""
+    model = tiny_model(name)
+    model.save_pretrained(folder)
+    size = {"height": TINY["image_size"], "width": TINY["image_size"]}
+    row = next(row for row in FAMILIES if model.config.model_type in row.model_types)
+    fields = {"patch_size": TINY["patch_size"], "max_num_patches": 64} if row.padded else {}
+    image_processor_class(row.model_types[0])(size=size, crop_size=size, **fields).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory):
+    """The folder of the tiny model of a name; nobody writes to it."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = write(tmp_path_factory.mktemp(name), name)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write(tmp_path / "model")
+
+
+@pytest.fixture
+def searched(monkeypatch) -> list:
+    """For each batch that a model embeds: the plan, the patches, and the words that it was given, if any."""
+    reduce = sys.modules["vwt_hf.compress"].Reduce
+    plan, made = reduce.plan, []
+
+    def watch(self, patches, given):
+        made.append((plan(self, patches, given), patches, given))
+        return made[-1][0]
+
+    monkeypatch.setattr(reduce, "plan", watch)
+    return made
+
+
+def called(model: transformers.PreTrainedModel, made, words: bool):
+    given = {name: value for name, value in made.items() if words or name != NAME}
+    for name, value in inputs(model, made["pixel_values"]).items() if "spatial_shapes" not in made else ():
+        given.setdefault(name, value)
+    if hasattr(model, "text_model"):
+        given["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]])
+    with torch.no_grad():
+        output = model(**given)
+    return output.pooler_output if type(model).__name__ == "Siglip2VisionModel" else output[0]
+
+
+@kind
+@pytest.mark.parametrize("name", EVERY)
+def test_words_of_the_image_processor_are_the_model_s_own_and_so_are_the_answers(name, setting, folders, searched):
+    processor = AutoImageProcessor.from_pretrained(folders(name), vwt=setting)
+    model = compress(tiny_model(name), setting)
+    made = processor(PHOTOGRAPHS, return_tensors="pt")
+    assert made[NAME].shape == (5, 64) and made[NAME].dtype == torch.int64
+    found = called(model, made, words=False)
+    plan, patches, given = searched[-1]
+    assert given is None and torch.equal(made[NAME], plan.patch_words(5, patches.count))
+    torch.testing.assert_close(called(model, made, words=True), found, atol=1e-5, rtol=1e-5)
+    assert searched[-1][2] is not None
+
+
+@kind
+def test_words_come_as_the_pixels_do_and_one_image_by_itself_as_among_others(setting, folders):
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=setting)
+    tensors = processor(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    arrays, listed = processor(PHOTOGRAPHS, return_tensors="np")[NAME], processor(PHOTOGRAPHS)[NAME]
+    assert isinstance(arrays, np.ndarray) and isinstance(listed, list) and isinstance(listed[0], np.ndarray)
+    assert torch.equal(torch.from_numpy(arrays), tensors)
+    assert torch.equal(torch.from_numpy(np.stack(listed)), tensors)
+    for image, words in zip(PHOTOGRAPHS, tensors, strict=True):
+        assert torch.equal(processor(image, return_tensors="pt")[NAME][0], words)
+
+
+def test_without_vwt_it_is_the_plain_image_processor(folders, tmp_path):
+    folder = folders("vit-classifier")
+    plain = AutoImageProcessor.from_pretrained(folder)
+    off = AutoImageProcessor.from_pretrained(folder, vwt=False)
+    assert type(plain) is type(off) is transformers.ViTImageProcessorPil
+    assert plain.vwt is None and "vwt" not in plain.to_dict() and NAME not in plain(PHOTOGRAPHS)
+    plain.save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").read_bytes() == (folder / "preprocessor_config.json").read_bytes()
+
+
+@kind
+def test_a_saved_image_processor_gives_the_same_words(setting, folder, tmp_path):
+    processor = AutoImageProcessor.from_pretrained(folder, vwt=setting)
+    expected = processor(PHOTOGRAPHS, return_tensors="pt")
+    for _ in range(2):  # saved, loaded and saved again into the same folder
+        processor.save_pretrained(tmp_path / "alone")
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "alone")
+        assert processor.vwt["patch_size"] == [4, 4]
+        found = processor(PHOTOGRAPHS, return_tensors="pt")
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        files = sorted(path.name for path in (tmp_path / "alone").iterdir())
+        assert len(files) == (2 if setting.words_to_save() or setting.method == "inter" else 1)
+    assert type(processor).__name__ == "ViTImageProcessorPil"
+    off = AutoImageProcessor.from_pretrained(tmp_path / "alone", vwt=False)
+    assert type(off) is transformers.ViTImageProcessorPil
+
+
+def test_model_and_image_processor_keep_their_words_in_one_folder(folder):
+    words = VisualVocabulary(torch.rand(9, 3, 4, 4))
+    for _ in range(2):
+        compress(tiny_model("vit-classifier"), inter()).save_pretrained(folder)
+        AutoImageProcessor.from_pretrained(folder, vwt=inter(words)).save_pretrained(folder)
+    compress(tiny_model("vit-classifier"), inter()).save_pretrained(folder)
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert sum(path.is_dir() for path in folder.iterdir()) == 2
+    processor = AutoImageProcessor.from_pretrained(folder)
+    held = processor.tokenizer_of_patches.setting.words.vocabulary
+    assert torch.equal(held.words, words.words)
+    assert model(**processor(PHOTOGRAPHS, return_tensors="pt")).logits.shape[0] == 5
+
+
+def test_an_image_processor_finds_the_words_that_its_model_was_saved_with(folder):
+    compress(tiny_model("vit-classifier"), inter()).save_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, vwt={"method": "inter", "threshold": 0.3})
+    assert torch.equal(processor.tokenizer_of_patches.setting.words.vocabulary.words, WORDS.words)
+
+
+def test_it_loads_as_the_plain_image_processor_where_vwt_hf_is_not_imported(folder, tmp_path):
+    AutoImageProcessor.from_pretrained(folder, vwt=inter()).save_pretrained(tmp_path)
+    script = (
+        "import sys, numpy\n"
+        "from transformers.models.auto.image_processing_auto import AutoImageProcessor\n"
+        f"made = AutoImageProcessor.from_pretrained({str(tmp_path)!r})\n"
+        "print(type(made).__name__, sorted(made(numpy.zeros((40, 40, 3), numpy.uint8))), 'vwt_hf' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "ViTImageProcessorPil ['pixel_values'] False", done.stderr
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_processor_of_texts_and_images_takes_and_saves_the_setting(name, folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders(name), folder)
+    tokenizer_with({"<pad>": 1, "<s>": 97, "</s>": 98}).save_pretrained(folder)
+    kind = getattr(transformers, {"clip": "CLIPProcessor", "siglip": "SiglipProcessor"}[name])
+    kind(AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    assert NAME not in AutoProcessor.from_pretrained(folder)(images=PHOTOGRAPHS, return_tensors="pt")
+    processor = AutoProcessor.from_pretrained(folder, vwt=inter())
+    made = processor(text=["a cat", "dogs tea"], images=PHOTOGRAPHS, return_tensors="pt", padding=True)
+    model = compress(tiny_model(name), inter())
+    with torch.no_grad():
+        found = model(**made).logits_per_image
+        expected = model(**{key: value for key, value in made.items() if key != NAME}).logits_per_image
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    processor.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/processor_config.json").read_text())["image_processor"]["vwt"]["saved_as"]
+    again = AutoProcessor.from_pretrained(tmp_path / "saved")
+    assert type(again) is kind
+    assert torch.equal(again(images=PHOTOGRAPHS, return_tensors="pt")[NAME], made[NAME])
+
+
+def test_llava_takes_words_from_its_processor(tmp_path, searched):
+    from test_generation import IMAGE_TOKEN, built, llava
+
+    model = compress(built(llava), inter())
+    model.save_pretrained(tmp_path)
+    size = {"height": 32, "width": 32}
+    tokenizer = tokenizer_with({"<pad>": 0, "<s>": 1, "</s>": 97, "<image>": IMAGE_TOKEN})
+    image_processor = image_processor_class("llava")(size=size, crop_size=size)
+    transformers.LlavaProcessor(image_processor, tokenizer, **LLAVA).save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path, vwt=inter())
+    made = processor(text=["<image> a photo of"] * 5, images=PHOTOGRAPHS, return_tensors="pt")
+    found = model.generate(**made, max_new_tokens=3, do_sample=False)
+    assert searched[-1][2] is not None
+    del made[NAME]
+    assert torch.equal(model.generate(**made, max_new_tokens=3, do_sample=False), found)
+
+
+def test_tiles_have_words_each_and_padding_has_none(tmp_path):
+    size = {"shortest_edge": 32}
+    fields = {"crop_size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32, 64], [64, 64]]}
+    processor = image_processor_class("llava_next")(size=size, **fields)
+    processor.save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt={"patch_size": 4, "dropped": "merge"})
+    wide = Image.fromarray(np.asarray(PHOTOGRAPHS[0])[:25])
+    made = processor([wide, PHOTOGRAPHS[1]], return_tensors="pt")
+    assert made["pixel_values"].shape[:2] == (2, 5) and made[NAME].shape == (2, 5, 64)
+    assert (made[NAME][0, 3:] == -1).all() and (made[NAME][0, :3] >= 0).all() and (made[NAME][1] >= 0).all()
+    first = made[NAME][0, :3]
+    assert torch.equal(processor(wide, return_tensors="pt")[NAME][0], first)
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made)), copy.copy])
+@kind
+def test_a_copy_gives_the_same_words(change, setting, folders):
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=setting)
+    other = change(processor)
+    assert type(other) is type(processor) and other.vwt == processor.vwt
+    found = other(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    assert torch.equal(found, processor(PHOTOGRAPHS, return_tensors="pt")[NAME])
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_pipeline_tokenises_once(batch_size, setting, folders, searched, monkeypatch):
+    pipe = pipeline("image-classification", model=str(folders("vit-classifier")), model_kwargs={"vwt": setting})
+    expected = pipe(PHOTOGRAPHS)
+    plan, planned = type(setting).plan, []
+    monkeypatch.setattr(type(setting), "plan", lambda *given: planned.append(given) or plan(*given))
+    searched.clear()
+    assert len(pipe(PHOTOGRAPHS, batch_size=batch_size)) == len(expected)
+    assert len(planned) == len(PHOTOGRAPHS) and all(given is not None for _, _, given in searched)
+
+
+def test_a_pipeline_of_a_saved_setting_tokenises_on_the_host(folder, searched):
+    compress(tiny_model("vit-classifier"), inter()).save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(folder, vwt=inter()).save_pretrained(folder)
+    pipeline("image-classification", model=str(folder))(PHOTOGRAPHS)
+    assert all(given is not None for _, _, given in searched) and len(searched) == 5
+
+
+def rewritten(folder: Path, **fields) -> Path:
+    file = folder / "preprocessor_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"vwt": config.get("vwt", {}) | fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"keep_ratio": 3}, r"`vwt` of the image processor of .*keep_ratio is 3; expected.*`vwt=False` loads"),
+        ({"method": "given"}, r"goes by patch_words that something else makes"),
+        ({"patch_size": "big"}, r"vwt\['patch_size'\] is 'big'; expected height and width"),
+        ({"patch_size": [4, True]}, r"vwt\['patch_size'\] is \[4, True\]"),
+        ({"nothing": 1}, r"has no field 'nothing'"),
+        ({"method": "inter", "vocabulary": "/etc", "patch_size": 4}, r"'/etc' is no Hub id"),
+        ({"method": "inter", "vocabulary": "../words", "patch_size": 4}, r"is no Hub id"),
+        ({"method": "inter", "saved_as": "../../etc", "patch_size": 4}, r"saved_as is '../../etc'"),
+        ({}, r"no model config that says the size of its patches.*'patch_size': 16"),
+    ],
+)
+def test_what_a_stranger_s_file_says_is_looked_at(fields, said, folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=said):
+        AutoImageProcessor.from_pretrained(rewritten(folder, **fields))
+    assert AutoImageProcessor.from_pretrained(folder, vwt=False).vwt is None
+
+
+def test_words_that_are_damaged_or_missing_are_refused(folder, tmp_path):
+    AutoImageProcessor.from_pretrained(folder, vwt=inter()).save_pretrained(tmp_path / "alone")
+    (words,) = (path for path in (tmp_path / "alone").iterdir() if path.is_dir())
+    file = words / "vocabulary.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        AutoImageProcessor.from_pretrained(tmp_path / "alone")
+    shutil.rmtree(words)
+    with pytest.raises(FileNotFoundError, match="of the image processor of"):
+        AutoImageProcessor.from_pretrained(tmp_path / "alone")
+
+
+def test_words_of_another_patch_size_are_refused(folder):
+    with pytest.raises(ValueError, match=r"words are 7×7 pixels, the model's patches 4×4"):
+        AutoImageProcessor.from_pretrained(folder, vwt=VisualVocabulary(torch.rand(5, 3, 7, 7)))
+
+
+def test_unregistering_gives_the_plain_image_processor_back(folder):
+    AutoImageProcessor.from_pretrained(folder, vwt=True).save_pretrained(folder)
+    unregister()
+    try:
+        plain = AutoImageProcessor.from_pretrained(folder)
+        assert type(plain) is transformers.ViTImageProcessorPil and NAME not in plain(PHOTOGRAPHS)
+    finally:
+        register()
+    assert NAME in AutoImageProcessor.from_pretrained(folder)(PHOTOGRAPHS)
+
+
+def test_decoding_shows_what_is_left(folders):
+    """Kept patches as they are; each patch of a merged group as the one that stands for it; words as their mean."""
+    folder = folders("vit")
+    plain = AutoImageProcessor.from_pretrained(folder)(PHOTOGRAPHS, return_tensors="pt")["pixel_values"]
+    cut = Patches(plain, (4, 4), 3, 0, (8, 8)).pixels()
+    for name, setting in SETTINGS.items():
+        processor = AutoImageProcessor.from_pretrained(folder, vwt=setting)
+        made = processor(PHOTOGRAPHS, return_tensors="pt")
+        pictures = processor.decode(made[NAME], made["pixel_values"])
+        assert [picture.size for picture in pictures] == [(32, 32)] * 5
+        for images in (PHOTOGRAPHS, made):
+            again = processor.decode(made[NAME], images)
+            assert all(np.array_equal(one, other) for one, other in zip(again, pictures, strict=True))
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+        seen = Patches((pixels - 0.5) / 0.5, (4, 4), 3, 0, (8, 8)).pixels()
+        words = made[NAME]
+        for image in range(5):
+            for patch in range(64):
+                if words[image, patch] < 0:
+                    continue
+                alike = words[image] == words[image, patch]
+                if name == "merge":
+                    expected = cut[image, words[image, patch]]
+                else:
+                    expected = cut[image][alike].mean(0) if name == "inter" else cut[image, patch]
+                torch.testing.assert_close(seen[image, patch], expected, atol=5e-3, rtol=0)
+        if name == "discard":
+            pale = seen[0][words[0] < 0].unflatten(-1, (3, 4, 4))
+            torch.testing.assert_close(pale[:, 0], pale[:, 1])
+
+
+def test_decoding_refuses_words_of_other_images(folders):
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=True)
+    words = processor(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    with pytest.raises(ValueError, match=r"patch_words are \(4, 64\), of 4 images, and the model is given 5 images"):
+        processor.decode(words[:4], PHOTOGRAPHS)
+
+
+def test_padded_patches_are_decoded_to_images_of_many_sizes(folders):
+    processor = AutoImageProcessor.from_pretrained(folders("siglip2"), vwt=SETTINGS["merge"])
+    made = processor(PHOTOGRAPHS, return_tensors="pt")
+    pictures = processor.decode(made[NAME], made)
+    assert [picture.size[::-1] for picture in pictures] == [
+        (4 * high, 4 * wide) for high, wide in made["spatial_shapes"].tolist()
+    ]
+
+
+@pytest.mark.parametrize("setting", [VWTConfig(dropped="merge"), inter()], ids=["merge", "inter"])
+def test_a_pushed_image_processor_comes_back_with_its_words(setting, hub, folder):
+    processor = AutoImageProcessor.from_pretrained(folder, vwt=setting)
+    expected = processor(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    processor.push_to_hub("me/pushed")
+    processor.save_pretrained(folder / "here", push_to_hub=True, repo_id="me/saved")
+    for name in ("me/pushed", "me/saved"):
+        files = set(hub.files(name))
+        assert "preprocessor_config.json" in files
+        assert any(file.endswith("vocabulary.safetensors") for file in files) == (setting.method == "inter")
+        loaded = AutoImageProcessor.from_pretrained(name)
+        assert torch.equal(loaded(PHOTOGRAPHS, return_tensors="pt")[NAME], expected)
+
+
+def test_a_vocabulary_on_the_hub_is_named_by_its_commit(hub, folder, tmp_path):
+    commit = VisualVocabulary(WORDS.words).push_to_hub("me/words").oid
+    processor = AutoImageProcessor.from_pretrained(folder, vwt="me/words")
+    processor.save_pretrained(tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["preprocessor_config.json"]
+    assert (processor.vwt["vocabulary"], processor.vwt["revision"]) == ("me/words", commit)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path / "alone")
+    found = loaded(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    assert torch.equal(found, processor(PHOTOGRAPHS, return_tensors="pt")[NAME])
+
+
+class Photographs(torch.utils.data.Dataset):
+    def __init__(self, processor) -> None:
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(PHOTOGRAPHS)
+
+    def __getitem__(self, place: int):
+        return {name: value[0] for name, value in self.processor(PHOTOGRAPHS[place], return_tensors="pt").items()}
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader_make_the_words(method, folders):
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=inter())
+    loader = torch.utils.data.DataLoader(
+        Photographs(processor), batch_size=5, num_workers=1, multiprocessing_context=method
+    )
+    (batch,) = loader
+    assert torch.equal(batch[NAME], processor(PHOTOGRAPHS, return_tensors="pt")[NAME])
+
+
+def test_a_mapped_and_a_transformed_dataset_have_words(folders):
+    datasets = pytest.importorskip("datasets")
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=inter())
+    expected = processor(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    dataset = datasets.Dataset.from_dict(
+        {"image": PHOTOGRAPHS}, features=datasets.Features({"image": datasets.Image()})
+    )
+
+    def process(batch):
+        return processor([image.convert("RGB") for image in batch["image"]])
+
+    mapped = dataset.map(process, batched=True, remove_columns="image").with_format("torch")
+    assert torch.equal(mapped[:][NAME], expected)
+    transformed = dataset.with_transform(process)
+    assert torch.equal(torch.from_numpy(np.stack(transformed[:][NAME])), expected)
+
+
+@pytest.mark.parametrize("classifier", ["dinov2-small-caltech101", "vit-small-caltech101"])
+def test_trained_classifiers_answer_alike_by_either_one_s_words(classifier, shared, searched):
+    """By every method, in single precision, on photographs of many kinds of things."""
+    folder = shared / "models" / classifier
+    paths = sorted((shared / "data/caltech101/validation").glob("*/*"))[::60]
+    plain = AutoImageProcessor.from_pretrained(folder)
+    train = shared / "data/imagenet-sample/train"
+    words = VisualVocabulary.learn(train, plain, size=100, patch_size=14, max_images=60, progress=False)
+    images = [Image.open(path).convert("RGB") for path in paths]
+    for vwt in ({}, {"criterion": "random"}, {"criterion": "grid"}, {"dropped": "merge"}, words):
+        processor = AutoImageProcessor.from_pretrained(folder, vwt=vwt)
+        model = AutoModelForImageClassification.from_pretrained(folder, vwt=vwt, dtype=torch.float32)
+        for start in range(0, len(images), 17):
+            made = processor(images[start : start + 17], return_tensors="pt")
+            with torch.no_grad():
+                found = model(pixel_values=made["pixel_values"]).logits
+                plan, patches, _ = searched[-1]
+                assert torch.equal(made[NAME], plan.patch_words(len(found), patches.count))
+                torch.testing.assert_close(model(**made).logits, found, atol=1e-5, rtol=1e-5)
