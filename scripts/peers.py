@@ -257,14 +257,15 @@ AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 @contextlib.contextmanager
 def count_layer_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
-    """As `vwt_hf.count_tokens`, of all of a model's layers: `mean` is the tokens of an image in a layer."""
-    count = TokenCount()
+    """As `vwt_hf.count_tokens`, of a model that merges tokens by `tome`."""
+    layers = layers_of(model)
+    count = TokenCount([0] * len(layers))
 
-    def add(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        count.images += args[0].shape[0]
-        count.tokens += args[0].shape[0] * args[0].shape[1]
+    def add(number: int, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        count.images += args[0].shape[0] if number == 0 else 0
+        count.by_layer[number] += args[0].shape[0] * args[0].shape[1]
 
-    hooks = [layer.register_forward_pre_hook(add) for layer in layers_of(model)]
+    hooks = [layer.register_forward_pre_hook(functools.partial(add, number)) for number, layer in enumerate(layers)]
     try:
         yield count
     finally:

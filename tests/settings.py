@@ -15,8 +15,20 @@ def inter(vocabulary: VisualVocabulary = WORDS, **fields) -> VWTConfig:
     return VWTConfig(**{"method": "inter", "vocabulary": vocabulary, "threshold": 0.3, **STATISTICS, **fields})
 
 
+def local(**fields) -> VWTConfig:
+    """Neighbours at a tolerance that some patches of the tests' images pass."""
+    fields = {"image_std": (0.5, 0.5, 0.5)} | ({} if "num_patches" in fields else {"tolerance": 0.2}) | fields
+    return VWTConfig(**{"method": "local", **fields})
+
+
+def gradual(**fields) -> VWTConfig:
+    """As `local`, and tokens that are joined after the first layer of a model of two."""
+    return local(**{"method": "gradual", "similarity": 0.5, **fields})
+
+
 SETTINGS = {
     "discard": VWTConfig(keep_ratio=0.5),
     "merge": VWTConfig(keep_ratio=0.5, dropped="merge"),
     "inter": inter(),
+    "local": local(),
 }

@@ -19,7 +19,7 @@ from tiny import answers, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, attention, compress
 from vwt_hf.attention import fold_bias
 from vwt_hf.forward import Forward
-from vwt_hf.layout import attention_bias, group
+from vwt_hf.layout import group
 from vwt_hf.plans import Grouped
 
 WORDS = torch.tensor([[4, 2, 4, 7, 2, 2], [9, 8, 7, 6, 5, 4], [3, 3, 3, 3, 3, 3], [1, 1, 1, 1, 1, 0]])
@@ -55,9 +55,9 @@ def test_the_stand_in_takes_the_arguments_of_the_kernel():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kernel_that_knows_boundaries_computes_what_masked_attention_does(proportional, dtype):
     layout = group(WORDS, 1)
-    plan = Grouped(layout, attention_bias(layout, proportional), None)
+    plan = Grouped(layout, proportional, None)
     query, key, value = torch.randn(3, 1, 2, layout.tokens, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = attention._by_boundaries(varlen_reference, query, key, value, forward_of(None), plan, 0.3)
+    found = attention._by_boundaries(varlen_reference, query, key, value, plan, 0.3)
     image = torch.bucketize(torch.arange(layout.tokens), layout.boundaries[1:], right=True)
     mask = torch.where(image[:, None] == image, 0.0, -torch.inf)
     if proportional:

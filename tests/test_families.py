@@ -7,7 +7,7 @@ import torch
 import transformers
 from accelerate import cpu_offload
 
-from settings import WORDS, inter
+from settings import WORDS, gradual, inter, local
 from tiny import (
     COMMON,
     MODELS,
@@ -36,6 +36,7 @@ SETTINGS = {
     "merge": VWTConfig(keep_ratio=0.5, dropped="merge"),
     "packed": inter(layout="packed"),
     "padded": inter(layout="padded"),
+    "gradual": gradual(),
 }
 setting = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
 dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -183,6 +184,8 @@ def test_rotary_tokens_are_rotated_as_their_patches_are(images):
 @setting
 def test_attention_is_biased_by_where_the_patches_of_tokens_lie(name, setting, images):
     """Against the plain model's layers on one image's tokens, with the mean bias of their patches."""
+    if setting.method == "gradual":  # here of one plan for all layers
+        setting = local()
     model, plain = compress(tiny_model(name), setting), tiny_model(name)
     taken = watch_embeddings(model)
     biases = [module for module in plain.modules() if is_of(module, family_of(model).relative)]
@@ -191,8 +194,8 @@ def test_attention_is_biased_by_where_the_patches_of_tokens_lie(name, setting, i
         for image in images[1:]:
             found = model(pixel_values=image[None]).last_hidden_state
             tokens, plan = taken[-1]
-            kept = plan.kept if isinstance(plan, Kept) else plan.representatives
-            if kept is not None:
+            if isinstance(plan, Kept) or plan.sources is not None:
+                kept = plan.kept if isinstance(plan, Kept) else plan.places_in_image()[:, 1:] - 1
                 shares = torch.eye(65)[torch.cat((torch.zeros(1, dtype=torch.int64), kept[0] + 1))]
             else:
                 shares = torch.nn.functional.one_hot(plan.layout.rows[0], tokens.shape[1]).float().T

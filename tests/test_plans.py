@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vwt_hf.layout import attention_bias, group, represent
+from vwt_hf.layout import group, represent
 from vwt_hf.plans import Grouped, Kept, with_prefix
 
 PREFIX = 2
@@ -20,12 +20,12 @@ def tokens() -> torch.Tensor:
 
 def grouped(packed: bool) -> Grouped:
     layout = group(WORDS, PREFIX, packed)
-    return Grouped(layout, attention_bias(layout, True), (2, 3))
+    return Grouped(layout, True, (2, 3))
 
 
 def represented() -> Grouped:
     layout = represent(NEAREST, 3, PREFIX)
-    return Grouped(layout, attention_bias(layout, True), (2, 3), KEPT)
+    return Grouped(layout, True, (2, 3), KEPT)
 
 
 @pytest.mark.parametrize("kept", [KEPT, KEPT[:1]], ids=["of each image", "of all images"])

@@ -136,25 +136,29 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _plan_of(
-    module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[Forward, Grouped, Pairs]:
-    """The forward under way, its plan, and the bias for pairs of tokens that a family gives as `attention_mask`.
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[Grouped, Pairs]:
+    """The plan of the forward under way, and the bias for pairs of tokens that a family gives as `attention_mask`.
+
+    The keys are stored for what groups the output of the layer.
 
     Args:
-        query: (sequences, heads, tokens, head size), which must be of the plan's tokens.
+        query, key: (sequences, heads, tokens, head size), which must be of a plan's tokens.
     """
     forward = forward_of(module)
-    plan = forward.grouped
-    if plan is None or plan.shape != (query.shape[0], query.shape[2]):
+    plan = forward.plan_of(query.shape[0], query.shape[2])
+    if plan is None:
         raise RuntimeError(
             f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size), which are not the tokens "
             "of the forward under way. Call the model, not its layers, and repeat no layer outside its forward."
         )
+    if forward.joins:
+        forward.keys = key.detach()
     if attention_mask is None:
-        return forward, plan, None
+        return plan, None
     if not forward.relative:
         _refuse_mask(attention_mask)
-    return forward, plan, plan.pairs(attention_mask)
+    return plan, plan.pairs(attention_mask)
 
 
 def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., Any]:
@@ -185,7 +189,7 @@ def sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`sdpa` by the layout of the batch; tensors are (sequences, heads, tokens, head size)."""
-    forward, plan, pairs = _plan_of(module, query, attention_mask)
+    plan, pairs = _plan_of(module, query, key, attention_mask)
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
     if (
@@ -196,7 +200,7 @@ def sdpa(
         and head_size % 8 == 0
         and head_size + FOLDED <= 256
     ):
-        return _by_boundaries(varlen_attn, query, key, value, forward, plan, scaling), None
+        return _by_boundaries(varlen_attn, query, key, value, plan, scaling), None
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return sdpa_attention_forward(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)[0]
@@ -219,7 +223,7 @@ def eager(
 
     The second value stands for the attention weights.
     """
-    _, plan, pairs = _plan_of(module, query, attention_mask)
+    plan, pairs = _plan_of(module, query, key, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -246,7 +250,7 @@ def flash_attention_2(
     """`flash_attention_2` over a packed batch; tensors are (1, heads, tokens, head size)."""
     from flash_attn import flash_attn_varlen_func  # transformers refuses to load a model for it where it is missing
 
-    forward, plan, _ = _plan_of(module, query, attention_mask)
+    plan, _ = _plan_of(module, query, key, attention_mask)
     if not plan.layout.dense:
         raise ValueError(
             "layout is 'padded' and the attention implementation 'flash_attention_2', which takes no bias to hide "
@@ -256,7 +260,7 @@ def flash_attention_2(
     def attend(*packed: Any, scale: float) -> torch.Tensor:
         return flash_attn_varlen_func(*packed, dropout_p=dropout, softmax_scale=scale, causal=False)
 
-    return _by_boundaries(attend, query, key, value, forward, plan, scaling), None
+    return _by_boundaries(attend, query, key, value, plan, scaling), None
 
 
 def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,7 +375,6 @@ def _by_boundaries(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    forward: Forward,
     plan: Grouped,
     scaling: float | None,
 ) -> torch.Tensor:
@@ -387,7 +390,7 @@ def _by_boundaries(
     head_size = query.shape[-1]
     scaling = head_size**-0.5 if scaling is None else scaling
     if plan.key_bias is not None:
-        query, key, value = fold_bias(query, key, value, plan.key_bias, forward.folded, scaling)
+        query, key, value = fold_bias(query, key, value, plan.key_bias, plan.folded, scaling)
     boundaries, longest = plan.layout.boundaries.to(query.device), plan.layout.longest
     packed = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     output = attend(*packed, boundaries, boundaries, longest, longest, scale=scaling)
@@ -410,7 +413,7 @@ def fold_bias(
     Args:
         query, key, value: (sequences, heads, tokens, head size).
         key_bias: (sequences, tokens), added to the attention logits by key.
-        folded: keeps what is added, which is the same in every layer of a forward.
+        folded: keeps what is added (`Grouped.folded`).
         scaling: what the kernel multiplies products by.
 
     Returns:

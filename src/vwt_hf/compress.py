@@ -29,6 +29,7 @@ from .forward import (
     forward_of,
     given_words,
 )
+from .layout import join
 from .model_configs import attend_by_plan
 from .patches import Patches, padded_places
 from .plans import DROPPED, Grouped, Kept
@@ -128,6 +129,8 @@ def _hook_in(
             replaces its forward.
     """
     follows = setting.shortens and (by_sizes or bool(relative))
+    layers = find_layers(tower.module)
+    joins = setting.joins(len(layers)) if by_sizes else ()
     entered = [
         module for module in model.modules() if isinstance(module, PreTrainedModel) and tower.module in module.modules()
     ]
@@ -138,7 +141,7 @@ def _hook_in(
         if name not in vars(model):
             setattr(model, name, _stand_in_for(model, name))
     if follows:
-        begin = Begin(bool(relative), by_sizes, strips_mask=by_sizes and family.padded is not None)
+        begin = Begin(bool(relative), by_sizes, bool(joins), strips_mask=by_sizes and family.padded is not None)
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
@@ -158,8 +161,13 @@ def _hook_in(
                 attend_by_plan(config)
         for module, stand_in in attentions:
             setattr(module, _slot(module), StandIn(stand_in, module))
+        for number in joins:
+            layers[number - 1].register_forward_hook(Join(setting, number))
+        if joins and family.rotary is not None:
+            for layer in layers[joins[0] :]:
+                layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
         if setting.restores:
-            last = find_layers(tower.module)[-1]
+            last = layers[-1]
             for module in dict.fromkeys((last, find_stack(tower.module, last), tower.module)):
                 module.register_forward_hook(Expand())
     if follows:
@@ -369,6 +377,8 @@ class Begin(Hook):
     """Whether its attention is given a bias by where patches lie to each other."""
     by_sizes: bool
     """Whether tokens stand for different numbers of patches, so that attention needs the plan."""
+    joins: bool
+    """Whether tokens are grouped after some layers, too."""
     strips_mask: bool
     """Whether images come as padded patches. Then `pixel_attention_mask` is kept from the layers, which see tokens and
     not patches, and stored in the `Forward` for the head."""
@@ -383,7 +393,7 @@ class Begin(Hook):
         members = self._members
         if members is None or tower not in members:  # as in a copy for another thread, which has these hooks, too
             members = self._members = weakref.WeakSet(tower.modules())
-        forward = begin_forward(tower, members, self.relative)
+        forward = begin_forward(tower, members, self.relative, self.joins)
         if not self.strips_mask:
             return None
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -439,7 +449,7 @@ class Reduce(Hook):
         plan = self.plan(patches, forward.given and forward.given.take())
         if plan is None:
             return output
-        forward.plan = plan
+        forward.go_by(plan)
         if patches.real is not None:
             forward.real = patches.real if self.setting.restores else getattr(plan, "stays", None)
         return self.family.reduces(output, plan)
@@ -503,8 +513,53 @@ class Rotate(Hook):
 
     @torch.compiler.disable
     def _rotate_as_stored(self, rotary: nn.Module, output: Any) -> Any:
-        plan = _plan_of(rotary)
-        return output if plan is None else plan.rotate(output)
+        forward = current_forward()
+        if forward is None or forward.plan is None or not forward.holds(rotary):
+            return output
+        if forward.joins:
+            forward.rotations = output
+        return forward.plan.rotate(output)
+
+
+class RotateTokens(Hook):
+    """Forward pre-hook of a layer after one that tokens are grouped behind: hands it the rotations of its tokens."""
+
+    @torch.compiler.disable
+    def __call__(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        forward = current_forward()
+        if forward is None or not forward.holds(layer) or "position_embeddings" not in kwargs:
+            return None
+        tokens = args[0] if args else kwargs["hidden_states"]
+        plan = forward.plan_of(tokens.shape[0], tokens.shape[1])
+        return None if plan is None else (args, kwargs | {"position_embeddings": plan.rotate(forward.rotations)})
+
+
+@dataclasses.dataclass(eq=False)
+class Join(Hook):
+    """Forward hook of a layer: its output becomes fewer tokens, as the setting says by the keys of its attention."""
+
+    setting: VWTConfig
+    number: int
+    """Of the layer, from 1."""
+
+    @torch.compiler.disable
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        forward = current_forward()
+        if forward is None or not forward.holds(layer):
+            return output
+        tokens = _tokens_of(output)
+        before = forward.plan_of(tokens.shape[0], tokens.shape[1])
+        if before is None or forward.keys is None:
+            return output
+        after = forward.after.get(layer)
+        if after is None:  # else the layer is repeated for its gradient
+            after = self.setting.join(before, forward.keys, self.number, [plan.shape for plan in forward.plans])
+            forward.after[layer] = after
+        if after is before:
+            return output
+        forward.go_by(after)
+        joined = join(tokens, before.layout, after.layout)
+        return (joined, *output[1:]) if isinstance(output, tuple) else joined
 
 
 class OfWholeImage(Hook):
@@ -538,13 +593,15 @@ class Expand(Hook):
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        plan = _plan_of(module)
-        if not isinstance(plan, Grouped):
+        forward = current_forward()
+        if forward is None or not forward.plans or not forward.holds(module):
             return output
 
         def expanded(value: Any) -> Any:
-            tokens = isinstance(value, torch.Tensor) and value.dim() >= 3 and value.shape[:2] == plan.shape
-            return plan.expand(value) if tokens else value
+            if not isinstance(value, torch.Tensor) or value.dim() < 3:
+                return value
+            plan = forward.plan_of(value.shape[0], value.shape[1])
+            return value if plan is None else plan.expand(value)
 
         return _pytree.tree_map(expanded, output)
 
@@ -555,11 +612,11 @@ class End(Hook):
     @torch.compiler.disable
     def __call__(self, tower: nn.Module, args: Any, output: Any) -> None:
         forward = end_forward(tower)
-        plan = None if forward is None else forward.grouped
-        if plan is None or output is None:  # no output: the forward raised
+        if forward is None or output is None:  # no output: the forward raised
             return
+        squares = [(plan.shape[1],) * 2 for plan in forward.plans]
         for value in _pytree.tree_leaves(output):
-            if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2:] == (plan.shape[1],) * 2:
+            if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2:] in squares:
                 raise ValueError(
                     "output_attentions gives the attention between patches, and grouped patches attend as one token. "
                     "Leave it out, or call vwt_hf.restore(model) first."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from .printable import LONGEST, shown
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 CRITERIA = ("variance", "random", "grid")
 OUTPUTS = ("compressed", "full")
+RECOMMENDED = "gradual"
+"""The method that `vwt=True` stands for, with its defaults."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +165,25 @@ class VWTConfig:
         """
         raise NotImplementedError
 
+    def joins(self, layers: int) -> tuple[int, ...]:
+        """After which of a model's layers tokens are grouped again, ascending; 1 is the first, and the last is none.
+
+        Args:
+            layers: how many the model has.
+        """
+        return ()
+
+    def join(self, plan: Grouped, keys: torch.Tensor, layer: int, not_as: Collection[tuple[int, ...]]) -> Grouped:
+        """The plan that holds after a layer of `joins`; `plan` itself if no token becomes part of another.
+
+        Args:
+            plan: the one that held within the layer.
+            keys: (sequences, heads, tokens, head size) of the layer's attention.
+            layer: its number, 1 for the first.
+            not_as: shapes that the plan must not have.
+        """
+        raise NotImplementedError
+
     def words_to_save(self) -> VisualVocabulary | None:
         """The words to save beside a model's weights; `None` if there are none, or they are on the Hub."""
         return None
@@ -180,8 +202,10 @@ class VWTConfig:
 
     @classmethod
     def parse(cls, value: Any) -> VWTConfig | None:
-        """Reads what users write as `vwt=...`: a `VWTConfig`, a dict of its fields, `True` (the defaults), a vocabulary
-        (its Hub id, its folder or itself), or `False` / `None` (no compression, returns `None`).
+        """Reads what users write as `vwt=...`.
+
+        That is a `VWTConfig`, a dict of its fields, `True` (the recommended setting), a vocabulary (its Hub id, its
+        folder or itself), or `False` or `None` (no compression, returns `None`).
 
         Raises:
             ValueError: a field is unknown or its value is not allowed.
@@ -190,7 +214,7 @@ class VWTConfig:
         if value is None or value is False:
             return None
         if value is True:
-            return VWTConfig()
+            return VWTConfig(RECOMMENDED)
         if isinstance(value, VWTConfig):
             return value
         if isinstance(value, dict):

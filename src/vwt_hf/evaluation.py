@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,7 +16,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .families import family_of, find_tower
+from .compress import setting_of
+from .families import family_of, find_layers, find_tower
 from .forward import current_forward
 
 FEWEST_TURNS = 5
@@ -26,24 +28,30 @@ FEWEST_TURNS = 5
 class TokenCount:
     """Tokens that forwards of a model ran on, padding left out."""
 
-    tokens: int = 0
+    by_layer: list[int]
+    """Tokens that entered each layer, of all images."""
     images: int = 0
 
     @property
+    def tokens(self) -> int:
+        """Tokens that entered the first layer, of all images."""
+        return self.by_layer[0]
+
+    @property
     def mean(self) -> float:
-        """Tokens of an image.
+        """Tokens of an image, the mean over images and layers.
 
         Raises:
             ValueError: no forward ran.
         """
         if not self.images:
             raise ValueError("no tokens were counted; call the model inside `with count_tokens(model)`.")
-        return self.tokens / self.images
+        return sum(self.by_layer) / len(self.by_layer) / self.images
 
 
 @contextlib.contextmanager
 def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
-    """Counts how many tokens enter the first layer of a model, prefix tokens included and padding left out.
+    """Counts how many tokens enter the layers of a model, prefix tokens included and padding left out.
 
     Args:
         model: of a supported family, plain or compressed. All its forwards inside the block count, of any thread.
@@ -60,18 +68,35 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
         >>> count.tokens, count.images, count.mean  # CLS + 49 of 196 patches
         (100, 2, 50.0)
     """
-    count = TokenCount()
+    tower = find_tower(model, family_of(model))
+    layers = find_layers(tower.module)
+    count = TokenCount([0] * len(layers))
 
     def add(embeddings: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         images, tokens = _images_and_tokens(embeddings, args, kwargs, output)
         count.images += images
-        count.tokens += tokens
+        add_from(0, tokens)
 
-    hook = find_tower(model, family_of(model)).embeddings.register_forward_hook(add, with_kwargs=True)
+    def add_from(layer: int, tokens: int) -> None:
+        for number in range(layer, len(layers)):
+            count.by_layer[number] += tokens
+
+    def fewer(number: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        forward = current_forward()
+        if forward is not None and forward.holds(layer) and layer in forward.after:
+            before = forward.plan_of(*args[0].shape[:2])
+            if before is not None:
+                add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
+
+    hooks = [tower.embeddings.register_forward_hook(add, with_kwargs=True)]
+    setting = setting_of(model)
+    for number in () if setting is None else setting.joins(len(layers)):
+        hooks.append(layers[number - 1].register_forward_hook(functools.partial(fewer, number)))
     try:
         yield count
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _images_and_tokens(

@@ -69,6 +69,8 @@ class Forward:
     """The modules of the tower that are known."""
     relative: bool
     """Whether its attention takes a bias by where patches lie to each other, handed over as its mask."""
+    joins: bool
+    """Whether tokens are grouped after some of its layers, too, by the keys of the layer."""
     outer: Forward | None
     """The forward that this one runs within, of another model; `None` if there is none."""
     given: GivenWords | None = None
@@ -80,13 +82,33 @@ class Forward:
     embeddings have run it is the caller's `pixel_attention_mask`, (batch, patches), or `None`."""
     called_by: types.FrameType | None = None
     """The call of the tower, while it runs; `None` once it has ended."""
-    folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
-    """What `attention.fold_bias` adds to queries and keys, which is the same in every layer."""
+    plans: list[Grouped] = dataclasses.field(default_factory=list)
+    """The plans of groups that it has run by; each gives tokens another shape (sequences, tokens)."""
+    after: dict[nn.Module, Grouped] = dataclasses.field(default_factory=dict)
+    """The plan that holds after a layer that tokens were grouped behind, by the layer."""
+    keys: torch.Tensor | None = None
+    """(sequences, heads, tokens, head size): the keys of the last layer that attended, if `joins`."""
+    rotations: Any = None
+    """Cosine and sine of rotary positions, (patches, head size) each; `None` where the tower has none."""
 
     @property
     def grouped(self) -> Grouped | None:
         """The plan, if its tokens stand for different numbers of patches."""
         return self.plan if isinstance(self.plan, Grouped) else None
+
+    def go_by(self, plan: Kept | Grouped) -> None:
+        """Has the layers that are still to run go by a plan."""
+        self.plan = plan
+        if isinstance(plan, Grouped):
+            self.plans.append(plan)
+
+    def plan_of(self, sequences: int, tokens: int) -> Grouped | None:
+        """The plan that gave tokens this shape; `None` if none did.
+
+        While a layer is repeated for its gradient it is not the last one.
+        """
+        # The first: a layer that is repeated may add one anew.
+        return next((plan for plan in self.plans if plan.shape == (sequences, tokens)), None)
 
     @property
     def draws_by_sequence(self) -> bool:
@@ -132,11 +154,13 @@ def current_forward() -> Forward | None:
     return forward
 
 
-def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool) -> Forward:
+def begin_forward(
+    tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool, joins: bool = False
+) -> Forward:
     """Begins a forward of `tower`, within the one that is under way if there is one."""
     outer = current_forward()
     given = None if outer is None else outer.given
-    forward = Forward(tower, members, relative, outer, given, called_by=_calling_frame())
+    forward = Forward(tower, members, relative, joins, outer, given, called_by=_calling_frame())
     _current.set(forward)
     return forward
 
@@ -197,7 +221,7 @@ def call_with(model: nn.Module, patch_words: torch.Tensor, repeats: bool) -> Ite
 
 
 def _call(model: nn.Module, given: GivenWords, called_by: types.FrameType | None) -> Call:
-    return Call(model, weakref.WeakSet(), False, current_forward(), given, called_by=called_by)
+    return Call(model, weakref.WeakSet(), False, False, current_forward(), given, called_by=called_by)
 
 
 def _calling_frame() -> types.FrameType | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 
 import torch
 
@@ -76,6 +77,13 @@ class Layout:
         parts = shares[order].split(images)
         return tuple(part[..., :length] for part, length in zip(parts, lengths, strict=True))
 
+    def by_run(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """For each run if packed, else for all images: (images, tokens) of (sequences, tokens)."""
+        if not self.packed:
+            return (values,)
+        parts = values[0].split([length * images for length, images in self.runs])
+        return tuple(part.view(-1, length) for part, (length, _) in zip(parts, self.runs, strict=True))
+
     @functools.cached_property
     def boundaries(self) -> torch.Tensor:
         """(batch + 1,), int32: where each image starts among the rows, and where the last one ends."""
@@ -89,7 +97,13 @@ def _bags(of: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return of.argsort(stable=True), held.cumsum(0) - held
 
 
-def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True, real: torch.Tensor | None = None) -> Layout:
+def group(
+    patch_words: torch.Tensor,
+    prefix: int = 0,
+    packed: bool = True,
+    real: torch.Tensor | None = None,
+    not_as: Collection[tuple[int, ...]] = (),
+) -> Layout:
     """Lays patches out as tokens: those of one image that share a word become one.
 
     The tokens of an image come in the order of their first patches, so the numbers of the words do not matter.
@@ -101,6 +115,7 @@ def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True, real:
             without images is padded.
         real: (batch, patches), bool: which patches are no padding, the first of each image among them; `None` if all
             are.
+        not_as: shapes (sequences, tokens) that a padded batch must not have.
     """
     if real is not None:
         patch_words = torch.where(real, patch_words, patch_words[:, :1])
@@ -119,8 +134,10 @@ def group(patch_words: torch.Tensor, prefix: int = 0, packed: bool = True, real:
         shape = (1, sum(length * images for length, images in runs))
     else:
         longest = runs[-1][0] if runs else prefix + 1
-        # One more where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
-        shape = (batch, longest + (longest == prefix + patches))
+        # Longer where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
+        while longest == prefix + patches or (batch, longest) in not_as:
+            longest += 1
+        shape = (batch, longest)
         starts = torch.arange(batch, device=device) * shape[1]
     return _lay_out(token_of_patch, prefix, starts, shape, runs, packed, real)
 
@@ -208,6 +225,34 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
         (part.view(len(share), -1, share.shape[1]) @ share).unflatten(1, (share.shape[2], -1)).transpose(1, 2)
         for part, share in zip(parts, layout.shares, strict=True)
     )
+
+
+def carry(before: Layout, after: Layout) -> torch.Tensor:
+    """The row in `after` of each row in `before`, of which each token is part of one; (rows,), int64.
+
+    Rows of padding get the number of rows in `after`, which is none.
+    """
+    rows = torch.full((before.sizes.numel(),), after.sizes.numel(), device=before.rows.device)
+    return rows.scatter_(0, before.rows.flatten(), after.rows.flatten())
+
+
+def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
+    """The mean of the tokens that become one, each weighed by how many patches it stands for; summed in float32.
+
+    Args:
+        values: (sequences, tokens, hidden), of `before`.
+
+    Returns:
+        (sequences, tokens, hidden), of `after`; 0 for padding.
+    """
+    into = carry(before, after)
+    order, starts = _bags(into, after.sizes.numel() + 1)
+    sizes = torch.cat((after.sizes.flatten(), after.sizes.new_ones(1))).clamp(min=1)
+    weights = (before.sizes.flatten() / sizes[into])[order].to(values.device)
+    table = values.flatten(0, 1).float()
+    order, starts = order.to(values.device), starts.to(values.device)
+    means = torch.nn.functional.embedding_bag(order, table, starts, mode="sum", per_sample_weights=weights)
+    return means[: after.sizes.numel()].view(*after.sizes.shape, -1).to(values.dtype)
 
 
 def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:

@@ -6,9 +6,9 @@ import dataclasses
 
 import torch
 
-from .layout import attention_bias, group, represent
+from .layout import group, represent
 from .plans import DROPPED, Grouped, Kept
-from .words import patch_places, patchify
+from .words import patch_places, patchify, with_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Patches:
         layout = represent(
             token_of_patch, kept.shape[1], self.prefix, torch.zeros_like(self.real).scatter_(1, kept, stays)
         )
-        return Grouped(layout, attention_bias(layout, False), self.grid, kept, stays)
+        return Grouped(layout, False, self.grid, self._rows_of(kept), stays)
 
     def represent(
         self, nearest: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor | None, proportional: bool
@@ -93,7 +93,30 @@ class Patches:
         if self.real is not None:
             kept, stays = self._real_ones(self.real, kept, stays)
         layout = represent(nearest, kept.shape[1], self.prefix, self.real)
-        return Grouped(layout, attention_bias(layout, proportional), self.grid, kept, stays)
+        return Grouped(layout, proportional, self.grid, self._rows_of(kept), stays)
+
+    def _rows_of(self, kept: torch.Tensor) -> torch.Tensor:
+        """`Grouped.sources` of images that all have as many tokens: (batch, prefix + keep)."""
+        starts = torch.arange(self.pixel_values.shape[0], device=kept.device) * (self.prefix + self.count)
+        return with_prefix(kept, self.prefix) + starts.unsqueeze(1)
+
+    def lead(self, leaders: torch.Tensor, packed: bool, proportional: bool) -> Grouped:
+        """A plan by which some patches stay, as many of each image as it needs, and stand for the others, too.
+
+        Args:
+            leaders: (batch, patches), int64: the patch that stands for each; those that stay stand for themselves.
+            packed, proportional: as for `group`.
+        """
+        if self.real is not None:  # padding is part of the first patch's token, and does not count
+            leaders = torch.where(self.real, leaders, leaders[:, :1])
+        layout = group(leaders, self.prefix, packed, self.real)
+        batch, rows = layout.rows.shape
+        starts = torch.arange(batch, device=leaders.device).unsqueeze(1) * rows
+        own = torch.arange(self.prefix, device=leaders.device).expand(batch, -1)
+        # Padding shows the first patch of all, which draws no attention.
+        sources = torch.zeros_like(layout.sizes, dtype=torch.int64).flatten()
+        sources[layout.rows.flatten()] = (torch.cat((own, leaders + self.prefix), dim=1) + starts).flatten()
+        return Grouped(layout, proportional, self.grid, sources.view_as(layout.sizes))
 
     @staticmethod
     def _real_ones(
@@ -113,7 +136,7 @@ class Patches:
             proportional: as for `represent`.
         """
         layout = group(words, self.prefix, packed, self.real)
-        return Grouped(layout, attention_bias(layout, proportional), self.grid, words=words)
+        return Grouped(layout, proportional, self.grid, words=words)
 
     def of_words(self, patch_words: torch.Tensor, repeats: bool = False) -> torch.Tensor:
         """`patch_words` that a caller gave, as (batch, patches) int64 on the device of the patches.
@@ -178,15 +201,33 @@ class Patches:
         Raises:
             ValueError: they tell something else.
         """
-        own = torch.arange(self.count, device=words.device).expand_as(words)
-        stays = self._required(words == own)
-        target = words.clamp(0, self.count - 1)
-        fits = (words == target) & stays.gather(1, target)
-        self._refuse(words, ~fits if self.real is None else ~fits & self.real, "the index of one that has its own")
-        kept, counts = self._chosen(stays, tokens)
+        own, target = self._require_leaders(words)
+        kept, counts = self._chosen(self._required(words == own), tokens)
         place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         nearest = torch.zeros_like(words).scatter_(1, kept, place).gather(1, target)
         return self.represent(nearest, kept, counts, proportional)
+
+    def led_by(self, words: torch.Tensor, packed: bool, proportional: bool) -> Grouped:
+        """The plan of `lead`, of the words that tell it: (batch, patches) int64, as for `represented_by`.
+
+        Raises:
+            ValueError: they tell something else.
+        """
+        _, target = self._require_leaders(words)
+        return self.lead(target, packed, proportional)
+
+    def _require_leaders(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each patch's own index, and that of the patch that stands for it; both (batch, patches).
+
+        Raises:
+            ValueError: a patch is said to stand for others and not for itself.
+        """
+        own = torch.arange(self.count, device=words.device).expand_as(words)
+        stays = words == own if self.real is None else (words == own) & self.real
+        target = words.clamp(0, self.count - 1)
+        fits = (words == target) & stays.gather(1, target)
+        self._refuse(words, ~fits if self.real is None else ~fits & self.real, "the index of one that has its own")
+        return own, target
 
     def grouped_by(self, words: torch.Tensor, packed: bool, proportional: bool) -> Grouped:
         """The plan of `group`, of the words that tell it.
@@ -209,8 +250,8 @@ class Patches:
         if counts.numel() and (int(counts.min()) < 1 or int(counts.min()) != int(counts.max())):
             raise ValueError(
                 f"patch_words keep {int(counts.min())} to {int(counts.max())} patches of an image; expected the same "
-                "number of each image of a batch, and at least one. Only words whose tokens are means, of "
-                "method='inter' or 'given', may differ in their number."
+                "number of each image of a batch, and at least one. Only the tokens of method='inter', 'given' and "
+                "'local' may differ in their number."
             )
         return stays
 

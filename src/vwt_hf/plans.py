@@ -7,10 +7,13 @@ several patches or, where images are padded, for none.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
-from .layout import Layout, expand, medoids, pool, pool_pairs
+from .layout import Layout, attention_bias, carry, expand, group, medoids, pool, pool_pairs
 from .words import gather_pairs, gather_patches, with_prefix
 
 DROPPED = -1
@@ -63,16 +66,24 @@ class Grouped:
 
     layout: Layout
     """Which token each patch is part of, and where the tokens of a batch lie."""
-    key_bias: torch.Tensor | None
-    """(sequences, tokens), float32: added to the attention logits of every layer, by key; `None` for nothing."""
+    proportional: bool
+    """Whether a token draws as much attention as the patches that it stands for would."""
     grid: tuple[int, int] | None
     """Rows and columns of patches; `None` where images are padded, and differ in them."""
-    representatives: torch.Tensor | None = None
-    """(batch or 1, tokens), int64: the patch that is the token, if tokens are no means."""
+    sources: torch.Tensor | None = None
+    """(sequences, prefix + tokens), int64: which row of all images' prefix tokens and patches, one after another, each
+    token is, if tokens are no means."""
     stays: torch.Tensor | None = None
-    """(batch, tokens), bool: which representatives count, where images are padded; `None` if all do."""
+    """(batch, tokens), bool: which tokens count, where images are padded; `None` if all do."""
     words: torch.Tensor | None = None
     """(batch, patches), int64: the numbers of the words that patches were grouped by, if tokens are means."""
+    folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict, compare=False)
+    """What `attention.fold_bias` adds to queries and keys, which is the same in every layer of this plan."""
+
+    @functools.cached_property
+    def key_bias(self) -> torch.Tensor | None:
+        """(sequences, tokens), float32: added to the attention logits of a layer, by key; `None` for nothing."""
+        return attention_bias(self.layout, self.proportional)
 
     @property
     def shape(self) -> torch.Size:
@@ -81,8 +92,8 @@ class Grouped:
 
     def reduce(self, tokens: torch.Tensor) -> torch.Tensor:
         """(batch, prefix + patches, hidden) → (sequences, prefix + tokens, hidden)."""
-        if self.representatives is not None:
-            return Kept(self.representatives, self.layout.prefix).reduce(tokens)
+        if self.sources is not None:
+            return tokens.flatten(0, 1)[self.sources.to(tokens.device)]
         prefix = self.layout.prefix
         means = pool(tokens[:, prefix:], self.layout)
         if not prefix:
@@ -96,34 +107,61 @@ class Grouped:
         return expand(hidden_states, self.layout)
 
     def rotate(self, rotations: Rotations) -> Rotations:
-        """(patches, head size) → (sequences, 1, prefix + tokens, head size); or as `Kept.rotate`, without the prefix.
+        """(patches, head size) → (sequences, 1, prefix + tokens, head size).
 
         A token that is a mean has the rotation of the patch nearest to the mean of its places, which is a rotation that
         the model knows, jittered in training as the others are. The rotation of the mean of the coordinates agrees less
         with the plain model (scripts/compare_rotary.py).
         """
-        if self.representatives is not None:
-            return Kept(self.representatives, self.layout.prefix).rotate(rotations)
-        assert self.grid is not None  # images that are padded have no rotations
-        place = medoids(self.layout, self.grid)
+        if self.sources is not None:
+            place = self.places_in_image() - self.layout.prefix
+        else:
+            assert self.grid is not None  # images that are padded have no rotations
+            place = medoids(self.layout, self.grid)
         # A last row for tokens without a place: cosine 1 and sine 0 leave them as they are.
         still = (torch.ones_like(rotations[0][:1]), torch.zeros_like(rotations[1][:1]))
+        place = torch.where(place < 0, len(rotations[0]), place).to(rotations[0].device)
         cosine, sine = (torch.cat(pair)[place].unsqueeze(1) for pair in zip(rotations, still, strict=True))
         return cosine, sine
 
     def bias(self, values: torch.Tensor) -> torch.Tensor:
-        """As `Kept.bias` where each token is one of its patches; else unchanged, and `pairs` takes the means."""
-        if self.representatives is not None:
-            return Kept(self.representatives, self.layout.prefix).bias(values)
+        """Returns them unchanged: `pairs` makes of them what each layer adds."""
         return values
 
-    def pairs(self, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What is added to attention logits, made of what `bias` gave.
+    def pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is added to attention logits, of (1, heads, prefix + patches, prefix + patches).
 
         Returns:
-            For each run of a packed batch, or for the whole of a padded one: (images or 1, heads, tokens, tokens).
+            For each run of a packed batch, or for the whole of a padded one: (images, heads, tokens, tokens).
         """
-        return (bias,) if self.representatives is not None else pool_pairs(bias, self.layout)
+        if self.sources is None:
+            return pool_pairs(values, self.layout)
+        rows = self.layout.by_run(self.places_in_image().to(values.device))
+        return tuple(values[0][:, run.unsqueeze(2), run.unsqueeze(1)].transpose(0, 1) for run in rows)
+
+    def places_in_image(self) -> torch.Tensor:
+        """(sequences, prefix + tokens): which row of its own image each token is, where tokens are no means."""
+        assert self.sources is not None
+        return self.sources % self.layout.rows.shape[1]
+
+    def joined(self, into: torch.Tensor, not_as: Collection[tuple[int, ...]] = ()) -> Grouped:
+        """The plan by which some tokens have become part of others of their image, which keep their places.
+
+        Args:
+            into: (sequences, prefix + tokens), int64: the row, of all sequences one after another, of the token that
+                each becomes part of; its own if it stays.
+            not_as: shapes of plans of the same forward, which this one must not have.
+        """
+        before, prefix = self.layout, self.layout.prefix
+        into = into.flatten()
+        layout = group(into[before.rows[:, prefix:]], prefix, before.packed, before.real, not_as)
+        places = None
+        if self.sources is not None:
+            stays = into == torch.arange(len(into), device=into.device)
+            rows = torch.where(stays, carry(before, layout), layout.sizes.numel())
+            places = torch.zeros(layout.sizes.numel() + 1, dtype=torch.int64, device=into.device)
+            places = places.scatter_(0, rows, self.sources.flatten())[:-1].view_as(layout.sizes)
+        return dataclasses.replace(self, layout=layout, sources=places, stays=None, folded={})
 
     def patch_words(self, batch: int, patches: int) -> torch.Tensor:
         """The plan as a caller may give it, (batch, patches) int64: the word of each patch, or the index of the patch
@@ -134,11 +172,9 @@ class Grouped:
             patches: of each image, as many as the plan has.
         """
         layout = self.layout
-        if self.representatives is None:
+        if self.sources is None:
             assert self.words is not None  # `Patches.group` made the plan
             words = self.words
         else:
-            starts = torch.arange(batch, device=layout.rows.device).unsqueeze(1) * self.shape[1]
-            tokens = layout.rows[:, layout.prefix :] - starts - layout.prefix
-            words = self.representatives.expand(batch, -1).gather(1, tokens)
+            words = self.places_in_image().flatten()[layout.rows[:, layout.prefix :]] - layout.prefix
         return words if layout.real is None else words.masked_fill(~layout.real, DROPPED)

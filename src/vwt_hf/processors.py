@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig
@@ -12,6 +12,9 @@ from transformers import AutoConfig
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from .config import ModelFacts
 
 
 def load_processor(checkpoint: str) -> Any:
@@ -77,6 +80,25 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
     # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
     white = 255 * factor if rescales else 255.0
     return _each_channel(mean, white, channels), _each_channel(std, white, channels)
+
+
+def model_statistics(model: ModelFacts, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """As `processor_statistics`, of the image processor of a model; its code, if it has any, is never run.
+
+    Raises:
+        ValueError: there is none, or it does not tell.
+    """
+    try:
+        processor = model.image_processor
+        if processor is None:
+            kwargs = {"trust_remote_code": False, **model.hub_kwargs}
+            processor = AutoImageProcessor.from_pretrained(model.source, vwt=False, **kwargs)
+        return processor_statistics(processor, channels)
+    except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"Words and tolerances are in raw RGB, and {model.source or 'the model'} has no image processor that tells "
+            f"how its images are normalised ({error}). Give VWTConfig(image_mean=..., image_std=...)."
+        ) from error
 
 
 def _each_channel(values: Any, white: float, channels: int) -> tuple[float, ...]:

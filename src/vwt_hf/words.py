@@ -278,7 +278,7 @@ def nearest_kept(
         distance = distance + _relative(torch.cdist(places, gather_patches(places, kept)), counts)
         if stays is not None:
             distance = distance.masked_fill(~stays.unsqueeze(1), torch.inf)
-        nearest = _first(distance.le_(distance.amin(dim=2, keepdim=True) + _EQUALLY_NEAR))
+        nearest = first_of(distance.le_(distance.amin(dim=2, keepdim=True) + _EQUALLY_NEAR))
         kept = kept.expand(patches.shape[0], -1)
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         if stays is not None:
@@ -398,11 +398,11 @@ def _largest_products(
         products = part @ words.T
         largest = products.amax(dim=1, keepdim=True)
         most.append(largest.squeeze(1))
-        first.append(_first(products.ge_(largest - less)))
+        first.append(first_of(products.ge_(largest - less)))
     return torch.cat(most), torch.cat(first)
 
 
-def _first(marks: torch.Tensor) -> torch.Tensor:
+def first_of(marks: torch.Tensor) -> torch.Tensor:
     """The first place along the last dimension where `marks`, float32 zeros and ones, are 1; they are overwritten.
 
     Several times as fast on a CPU as `argmax`.

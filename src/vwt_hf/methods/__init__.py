@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from ..config import VWTConfig
 from .given import GivenConfig
+from .gradual import GradualConfig
 from .inter import InterConfig
 from .intra import IntraConfig
+from .local import LocalConfig
 
-METHODS: dict[str, type[VWTConfig]] = {"intra": IntraConfig, "inter": InterConfig, "given": GivenConfig}
+METHODS: dict[str, type[VWTConfig]] = {
+    "intra": IntraConfig,
+    "inter": InterConfig,
+    "given": GivenConfig,
+    "local": LocalConfig,
+    "gradual": GradualConfig,
+}

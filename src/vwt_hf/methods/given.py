@@ -6,16 +6,16 @@ import dataclasses
 
 import torch
 
-from ..config import VWTConfig, require_choice
+from ..config import require_choice
 from ..patches import Patches
 from ..plans import DROPPED, Grouped, Kept
-from .inter import LAYOUTS, packs
+from .ragged import RaggedConfig
 
 TOKENS = ("means", "representatives")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class GivenConfig(VWTConfig):
+class GivenConfig(RaggedConfig):
     """Go by the `patch_words` that each call of the model is given, (batch, patches) integers; search nothing.
 
     Words with −1 tell which patches are left out: those that stay have their own index, as many of each image. All
@@ -26,26 +26,15 @@ class GivenConfig(VWTConfig):
             What patches with one word become. `"means"`: the average of their embeddings, whatever number the word has,
             as under method="inter". `"representatives"`: the patch whose index the word is, as under dropped="merge".
         layout (`str`, default `"auto"`):
-            As for method="inter".
+            As `RaggedConfig` says.
     """
 
     method: str = "given"
     tokens: str = "means"
-    layout: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("tokens", self.tokens, TOKENS)
-        require_choice("layout", self.layout, LAYOUTS)
-        if self.output == "compressed":
-            raise ValueError(
-                "VWTConfig.output is 'compressed', but under method='given' the images of a batch may have different "
-                "numbers of tokens, which no one tensor holds; use output='full'."
-            )
-
-    @property
-    def groups(self) -> bool:
-        return True
 
     @property
     def searches(self) -> bool:
@@ -62,5 +51,5 @@ class GivenConfig(VWTConfig):
         if patches.real is None and self.output is None and bool((words == DROPPED).any()):
             return patches.kept_by(words)
         if self.tokens == "representatives":
-            return patches.represented_by(words, self.proportional_attention)
-        return patches.grouped_by(words, packs(patches, self.layout, self.method), self.proportional_attention)
+            return patches.led_by(words, self.packs(patches), self.proportional_attention)
+        return patches.grouped_by(words, self.packs(patches), self.proportional_attention)

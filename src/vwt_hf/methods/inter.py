@@ -9,20 +9,16 @@ from typing import Any
 
 import torch
 
-# Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
 from ..beside import FOLDER, SAVED_AS, read_words
 from ..bounds import checked_statistics, is_number
-from ..config import ModelFacts, VWTConfig, require_choice
+from ..config import ModelFacts
 from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
-from ..processors import processor_statistics
+from ..processors import model_statistics
 from ..vocabulary import VisualVocabulary, load_vocabulary
 from ..words import WordIndex, index_words, nearest_words
-
-LAYOUTS = ("auto", "packed", "padded")
+from .ragged import RaggedConfig
 
 
 class ReadyWords:
@@ -62,7 +58,7 @@ class ReadyWords:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class InterConfig(VWTConfig):
+class InterConfig(RaggedConfig):
     """Replace patches that are near one word of a vocabulary by one token, the average of their embeddings.
 
     Args:
@@ -73,10 +69,7 @@ class InterConfig(VWTConfig):
         threshold (`float`, default 0.1):
             Largest cosine distance from a word, in [0, 2], at which a patch takes it. 0 is the plain model.
         layout (`str`, default `"auto"`):
-            How a batch of images with different numbers of tokens is run. `"packed"`: as one sequence, of which only
-            attention knows where images end. `"padded"`: each image as long as the longest. `"auto"`: packed where
-            attention takes packed tokens as they are (on a CPU; on CUDA in half precision by sdpa or
-            flash_attention_2), else padded, as is training with stochastic depth. The answers are the same.
+            As `RaggedConfig` says.
         image_mean, image_std (sequence of `float`, *optional*):
             How the model's images are normalised, for each channel; by default as its image processor says.
         saved_as (`str`, *optional*):
@@ -88,7 +81,6 @@ class InterConfig(VWTConfig):
     vocabulary: Any = None
     revision: str | None = None
     threshold: float = 0.1
-    layout: str = "auto"
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
     saved_as: str | None = None
@@ -97,7 +89,6 @@ class InterConfig(VWTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("layout", self.layout, LAYOUTS)
         if not is_number(self.threshold) or not 0 <= self.threshold <= 2:
             raise ValueError(f"VWTConfig.threshold is {shown(self.threshold)}; expected a cosine distance in [0, 2].")
         if not (self.vocabulary is None or is_vocabulary(self.vocabulary)):
@@ -122,20 +113,11 @@ class InterConfig(VWTConfig):
                     f"VWTConfig.{field} is {shown(values)}; expected None or {kind}, one for each channel."
                 )
             object.__setattr__(self, field, tuple(map(float, values)))
-        if self.output == "compressed":
-            raise ValueError(
-                "VWTConfig.output is 'compressed', but under method='inter' the images of a batch have different "
-                "numbers of tokens, which no one tensor holds; use output='full'."
-            )
 
     def require_sane(self) -> None:
         for field, positive in (("image_mean", False), ("image_std", True)):
             if getattr(self, field) is not None:
                 checked_statistics(f"VWTConfig.{field}", getattr(self, field), positive=positive)
-
-    @property
-    def groups(self) -> bool:
-        return True
 
     @property
     def shortens(self) -> bool:
@@ -150,7 +132,7 @@ class InterConfig(VWTConfig):
     def words_to_save(self) -> VisualVocabulary | None:
         return None if self.words is None or isinstance(self.vocabulary, str) else self.words.vocabulary
 
-    def with_saved(self, saved: dict[str, Any]) -> VWTConfig:
+    def with_saved(self, saved: dict[str, Any]) -> InterConfig:
         if self.vocabulary is not None or self.saved_as is not None:
             return self
         known: dict[str, Any] = {name: saved.get(name) for name in ("saved_as", "image_mean", "image_std")}
@@ -158,7 +140,7 @@ class InterConfig(VWTConfig):
         setting.require_sane()
         return setting
 
-    def prepared(self, model: ModelFacts) -> VWTConfig:
+    def prepared(self, model: ModelFacts) -> InterConfig:
         setting, vocabulary = self, self.vocabulary
         own = model.hub_kwargs
         elsewhere = {name: value for name, value in own.items() if name not in ("revision", "subfolder")}
@@ -186,7 +168,7 @@ class InterConfig(VWTConfig):
             revision=vocabulary.revision if on_hub else None,
         )
         if setting.image_mean is None or setting.image_std is None:
-            mean, std = _statistics_of(model, vocabulary.channels)
+            mean, std = model_statistics(model, vocabulary.channels)
             setting = dataclasses.replace(
                 setting, image_mean=setting.image_mean or mean, image_std=setting.image_std or std
             )
@@ -196,37 +178,14 @@ class InterConfig(VWTConfig):
     def plan(self, patches: Patches) -> Grouped | None:
         if not self.shortens:
             return None
-        packed = packs(patches, self.layout, self.method)
+        packed = self.packs(patches)
         assert self.words is not None  # `prepared` came before
         pixels = patches.pixels_as_words().float()
         words = nearest_words(pixels, self.words.on(pixels.device), self.threshold)
         return patches.group(words, packed, self.proportional_attention)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
-        return patches.grouped_by(words, packs(patches, self.layout, self.method), self.proportional_attention)
-
-
-def packs(patches: Patches, layout: str, method: str) -> bool:
-    """Whether a batch of images with different numbers of tokens becomes one sequence.
-
-    Args:
-        layout: see `InterConfig`.
-        method: named in errors.
-
-    Raises:
-        ValueError: neither an exported program nor this training can hold such a batch.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves plans of groups alone
-        raise ValueError(
-            f"method={method!r} gives every image its own number of tokens, which an exported or traced program cannot "
-            "hold. Export a model compressed with method='intra'."
-        )
-    if patches.draws and layout == "packed":
-        raise ValueError(
-            "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws "
-            "once for each sequence: all images would skip the same layers. Use layout='auto' or 'padded'."
-        )
-    return layout == "packed" or (layout == "auto" and patches.packs and not patches.draws)
+        return patches.grouped_by(words, self.packs(patches), self.proportional_attention)
 
 
 def is_vocabulary(value: object) -> bool:
@@ -234,18 +193,3 @@ def is_vocabulary(value: object) -> bool:
     if isinstance(value, (str, os.PathLike)):
         return bool(os.fspath(value))
     return hasattr(value, "words") and hasattr(value, "normalized")
-
-
-def _statistics_of(model: ModelFacts, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """How the image processor of a model normalises its images; its code, if it has any, is never run."""
-    try:
-        processor = model.image_processor
-        if processor is None:
-            kwargs = {"trust_remote_code": False, **model.hub_kwargs}
-            processor = AutoImageProcessor.from_pretrained(model.source, vwt=False, **kwargs)
-        return processor_statistics(processor, channels)
-    except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
-        raise ValueError(
-            f"Visual words must be normalised as the model's images are, and {model.source or 'the model'} has no "
-            f"image processor that tells how ({error}). Give VWTConfig(image_mean=..., image_std=...)."
-        ) from error

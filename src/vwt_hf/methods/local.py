@@ -1,0 +1,171 @@
+"""`method="local"`: a patch that looks like its neighbour is left to it, as many as the image has of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..bounds import checked_statistics, is_int, is_number
+from ..config import ModelFacts
+from ..neighbours import Neighbours, at, cover, cover_by, describe, find_neighbours, leaders
+from ..patches import Patches
+from ..plans import Grouped
+from ..printable import shown
+from ..processors import model_statistics
+from ..words import highest, without_autocast
+from .ragged import RaggedConfig
+
+TOLERANCE = 0.045
+ASSUMED_STD = 0.5
+"""The standard deviation that most image processors of transformers normalise by."""
+logger = logging.get_logger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LocalConfig(RaggedConfig):
+    """Leave out patches that look like the patch beside them, which then stands for both, as it is.
+
+    How much two patches differ is the root mean square of the differences of their pixels, in raw RGB from 0 to 1.
+
+    Args:
+        tolerance (`float`, *optional*):
+            A patch may be left to a neighbour that differs by less, so each image has as many tokens as it needs.
+            Default 0.045, if neither of the next two is given. 0 is the plain model.
+        keep_ratio (`float`, *optional*):
+            Share of patches kept, in (0, 1], of every image: those that differ most from their neighbours, and one in
+            each 4 × 4 block, however small the share.
+        num_patches (`int`, *optional*):
+            Number of patches kept, of every image; as for `keep_ratio`. An image with no more patches than that keeps
+            all.
+        image_std (sequence of `float`, *optional*):
+            What the model's images are divided by for each channel, after their mean was taken off; by default as its
+            image processor says.
+        layout (`str`, default `"auto"`):
+            As `RaggedConfig` says.
+    """
+
+    method: str = "local"
+    tolerance: float | None = None
+    keep_ratio: float | None = None
+    num_patches: int | None = None
+    image_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("tolerance", "keep_ratio", "num_patches") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"VWTConfig.{given[0]} is {shown(getattr(self, given[0]))} and {given[1]} is "
+                f"{shown(getattr(self, given[1]))}; expected one of them, which says how many patches stay."
+            )
+        if not given:
+            object.__setattr__(self, "tolerance", TOLERANCE)
+        if self.tolerance is not None and not is_number(self.tolerance, 0, 1):
+            raise ValueError(
+                f"VWTConfig.tolerance is {shown(self.tolerance)}; expected a difference of raw RGB, in [0, 1]."
+            )
+        if self.keep_ratio is not None and not (is_number(self.keep_ratio) and 0 < self.keep_ratio <= 1):
+            raise ValueError(f"VWTConfig.keep_ratio is {shown(self.keep_ratio)}; expected a number in (0, 1].")
+        if self.num_patches is not None and not (is_int(self.num_patches) and 1 <= self.num_patches < 2**31):
+            raise ValueError(
+                f"VWTConfig.num_patches is {shown(self.num_patches)}; expected an integer of at least 1, and less than "
+                "2**31."
+            )
+        if self.image_std is not None:
+            allowed = isinstance(self.image_std, (list, tuple)) and self.image_std
+            if not allowed or not all(is_number(value, sys.float_info.min) for value in self.image_std):
+                raise ValueError(
+                    f"VWTConfig.image_std is {shown(self.image_std)}; expected positive numbers, one for each channel."
+                )
+            object.__setattr__(self, "image_std", tuple(map(float, self.image_std)))
+
+    def require_sane(self) -> None:
+        if self.image_std is not None:
+            checked_statistics("VWTConfig.image_std", self.image_std, positive=True)
+
+    @property
+    def shortens(self) -> bool:
+        return self.tolerance != 0 and self.keep_ratio != 1
+
+    def with_saved(self, saved: dict[str, Any]) -> LocalConfig:
+        if self.image_std is not None or saved.get("image_std") is None:
+            return self
+        setting = dataclasses.replace(self, image_std=saved["image_std"])
+        setting.require_sane()
+        return setting
+
+    def prepared(self, model: ModelFacts) -> LocalConfig:
+        if self.image_std is not None:
+            if len(self.image_std) != model.channels:
+                raise ValueError(
+                    f"VWTConfig.image_std is {shown(self.image_std)}; expected {model.channels} numbers, one for each "
+                    "channel of the model's images."
+                )
+            return self
+        present = getattr(model.present, "image_std", None)
+        if present is not None:
+            return dataclasses.replace(self, image_std=present)
+        try:
+            _, std = model_statistics(model, model.channels)
+        except ValueError as error:
+            std = (ASSUMED_STD,) * model.channels
+            logger.warning(f"{error} Taken for now: {ASSUMED_STD} for each channel.")
+        return dataclasses.replace(self, image_std=std)
+
+    def plan(self, patches: Patches) -> Grouped:
+        places, real = patches.places, patches.real
+        assert self.image_std is not None  # `prepared` came before
+        pixels = patches.pixels_as_words().float()
+        with without_autocast(pixels.device), torch.no_grad():
+            looks = describe(pixels, patches.patch_size, self.image_std)
+            neighbours = find_neighbours(looks, places, real)
+            if self.tolerance is None and patches.grid is not None:
+                return self._plan_of_number(patches, neighbours, self._number(*patches.grid))
+            if self.tolerance is not None:
+                stays = cover(neighbours, places, self.tolerance)
+            else:
+                stays = self._stay_by_number(patches, neighbours)
+            return patches.lead(leaders(neighbours, places, stays), self.packs(patches), self.proportional_attention)
+
+    def _plan_of_number(self, patches: Patches, neighbours: list[Neighbours], keep: int) -> Grouped:
+        kept = highest(cover_by(neighbours, patches.places, keep), keep)
+        stays = torch.zeros(kept.shape[0], patches.count, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
+        nearest = at(stays.cumsum(dim=1) - 1, leaders(neighbours, patches.places, stays))
+        return patches.represent(nearest, kept, None, self.proportional_attention)
+
+    def _stay_by_number(self, patches: Patches, neighbours: list[Neighbours]) -> torch.Tensor:
+        """Which patches stay, (batch, patches) bool, where images are padded."""
+        assert patches.real is not None
+        numbers = self._numbers(patches)
+        # Padding has no neighbours, so it counts among what stays.
+        scores = cover_by(neighbours, patches.places, numbers + (~patches.real).sum(dim=1))
+        scores = scores.masked_fill(~patches.real, -torch.inf)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        return order.argsort(dim=1) < numbers.unsqueeze(1)
+
+    def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
+        if self.tolerance is None and patches.grid is not None:
+            return patches.represented_by(words, self.proportional_attention)
+        return patches.led_by(words, self.packs(patches), self.proportional_attention)
+
+    def _number(self, rows: int, columns: int) -> int:
+        """How many patches of an image of so many stay."""
+        count, fewest = rows * columns, -(-rows // 4) * -(-columns // 4)
+        wanted = self.num_patches or 0
+        if self.keep_ratio is not None:
+            wanted = int(count * self.keep_ratio + 1e-9)  # as `IntraConfig.patches_kept`
+        return min(max(wanted, fewest), count)
+
+    def _numbers(self, patches: Patches) -> torch.Tensor:
+        """As `_number`, for each image of a padded batch: (batch,)."""
+        assert patches.real is not None
+        counts = patches.real.sum(dim=1)
+        always = (patches.places.long() % 4 == 0).all(dim=-1) & patches.real
+        wanted = counts.new_tensor(self.num_patches or 0)
+        if self.keep_ratio is not None:
+            wanted = (counts.double() * self.keep_ratio + 1e-9).long()
+        return wanted.maximum(always.sum(dim=1)).minimum(counts)

@@ -1,0 +1,58 @@
+"""What methods share that give each image of a batch its own number of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..config import VWTConfig, require_choice
+from ..patches import Patches
+
+LAYOUTS = ("auto", "packed", "padded")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RaggedConfig(VWTConfig):
+    """A method by which images of a batch may have different numbers of tokens.
+
+    Args:
+        layout (`str`, default `"auto"`):
+            How such a batch is run. `"packed"`: as one sequence, of which only attention knows where images end.
+            `"padded"`: each image as long as the longest. `"auto"`: packed where attention takes packed tokens as they
+            are (on a CPU; on CUDA in half precision by sdpa or flash_attention_2), else padded, as is training with
+            stochastic depth. The answers are the same.
+    """
+
+    layout: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("layout", self.layout, LAYOUTS)
+        if self.output == "compressed":
+            raise ValueError(
+                f"VWTConfig.output is 'compressed', but under method={self.method!r} the images of a batch may have "
+                "different numbers of tokens, which no one tensor holds; use output='full'."
+            )
+
+    @property
+    def groups(self) -> bool:
+        return True
+
+    def packs(self, patches: Patches) -> bool:
+        """Whether a batch becomes one sequence.
+
+        Raises:
+            ValueError: neither an exported program nor this training can hold such a batch.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves plans of groups alone
+            raise ValueError(
+                f"method={self.method!r} gives every image its own number of tokens, which an exported or traced "
+                "program cannot hold. Export a model compressed with method='intra'."
+            )
+        if patches.draws and self.layout == "packed":
+            raise ValueError(
+                "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws "
+                "once for each sequence: all images would skip the same layers. Use layout='auto' or 'padded'."
+            )
+        return self.layout == "packed" or (self.layout == "auto" and patches.packs and not patches.draws)

@@ -1,0 +1,198 @@
+"""Patches that look like a patch beside them, which may stand for both: functions on tensors alone.
+
+Twice, patches are left to a neighbour: first to one beside them, then, of those in every second row and column, which
+have stayed until then, to one two patches away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from .words import first_of, gather_patches
+
+OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
+"""Rows and columns from a patch to its neighbours. The last four are opposite to the first four, in their order."""
+CLASSES = ((1, 1), (0, 1), (1, 0))
+"""Row and column, modulo two, of the patches that may go, class after class. No two patches of a class are neighbours,
+and each of them has a neighbour of even row and even column, which stays."""
+FAR = 0.25
+"""Share of the tolerance within which patches two apart must be alike."""
+FINE = 0.5
+"""Weight of how strongly patches are textured, beside the weight of 1 of their colours and gradients."""
+STEPS = 12
+"""Halvings by which a tolerance is found that leaves a given number of patches: to 1/4096 of the largest distance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """The eight neighbours of each patch, at one spacing."""
+
+    index: torch.Tensor
+    """(batch or 1, patches, 8), int64: which patches they are; 0 where there is none."""
+    distance: torch.Tensor
+    """(batch, patches, 8): how much the patch differs from each; infinite where there is none."""
+    spacing: int
+    """How many patches away they are: 1 or 2."""
+    within: float
+    """Share of the tolerance within which they are alike."""
+
+
+@functools.lru_cache(maxsize=16)
+def _waves(height: int, width: int) -> torch.Tensor:
+    """The mean of a patch, its slopes down and to the right, and their product: (height · width, 4).
+
+    They are the slowest waves of the orthonormal cosine transform (DCT-II).
+    """
+    rows, columns = (torch.cos(torch.pi * (torch.arange(size).double() + 0.5) / size) for size in (height, width))
+    flat = torch.ones(height, width, dtype=torch.float64)
+    waves = (flat, flat * rows.unsqueeze(1), flat * columns, torch.outer(rows, columns))
+    # A patch of one row or column has no slope along it.
+    return torch.stack([wave.flatten() / wave.norm().clamp(min=1e-6) for wave in waves], dim=1).float()
+
+
+def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tuple[float, ...]) -> torch.Tensor:
+    """What patches look like from afar: colours, their slopes across the patch, and how strongly it is textured.
+
+    Args:
+        patches: (batch, patches, channels · patch height · patch width), float32, as a model gets them.
+        patch_size: height and width of a patch, in pixels.
+        image_std: what raw RGB was divided by, for each channel.
+
+    Returns:
+        (batch, patches, 4 · channels + 1): the length of a difference of these is one of raw RGB, in [0, 1]: that of
+        the pixels in root mean square, where patches have the same texture.
+    """
+    waves = _waves(*patch_size).to(patches.device)
+    pixels = patches.unflatten(-1, (len(image_std), len(waves)))
+    std = torch.tensor(image_std, device=patches.device) * patches.shape[-1] ** -0.5
+    slow = (pixels @ waves) * std.unsqueeze(1)
+    lengths = torch.linalg.vector_norm(pixels, dim=-1) * std
+    fine = (lengths.square().sum(dim=-1) - slow.square().sum(dim=(-2, -1))).clamp(min=0).sqrt()
+    return torch.cat((slow.flatten(2), FINE * fine.unsqueeze(-1)), dim=-1)
+
+
+def find_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torch.Tensor | None) -> list[Neighbours]:
+    """The neighbours of each patch, those beside it and those two patches away.
+
+    Args:
+        looks: (batch, patches, values), as `describe` gives them.
+        places: (batch or 1, patches, 2): row and column of each patch, in row-major order.
+        real: (batch, patches), bool: which patches are no padding; `None` if all are.
+    """
+    row, column = places.long().unsqueeze(2).unbind(-1)
+    if real is not None:
+        row, column = row.masked_fill(~real.unsqueeze(2), -1), column.masked_fill(~real.unsqueeze(2), -1)
+    rows, columns = row.amax(dim=1, keepdim=True) + 1, column.amax(dim=1, keepdim=True) + 1
+    found = []
+    for spacing, within in ((1, 1.0), (2, FAR)):
+        down, right = (spacing * torch.tensor(OFFSETS, device=places.device)).unbind(1)
+        there_row, there_column = row + down, column + right
+        exists = (there_row >= 0) & (there_row < rows) & (there_column >= 0) & (there_column < columns)
+        if real is not None:
+            exists = exists & real.unsqueeze(2)
+        index = torch.where(exists, there_row * columns + there_column, 0)
+        found.append(Neighbours(index, _distances(looks, index).masked_fill(~exists, torch.inf), spacing, within))
+    return found
+
+
+def _distances(looks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(batch, patches, 8): how much each patch differs from its neighbours, the same seen from either."""
+    half = len(OFFSETS) // 2
+    ahead = [torch.linalg.vector_norm(looks - gather_patches(looks, index[..., k]), dim=-1) for k in range(half)]
+    behind = [at(ahead[k], index[..., half + k]) for k in range(half)]
+    return torch.stack((*ahead, *behind), dim=-1)
+
+
+def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The (batch, patches) values of the patches that `index`, (batch or 1, ...), names: (batch, ...)."""
+    index = index.expand(values.shape[0], *index.shape[1:])
+    return values.gather(1, index.flatten(1)).view(index.shape)
+
+
+def cover(neighbours: list[Neighbours], places: torch.Tensor, tolerance: float | torch.Tensor) -> torch.Tensor:
+    """Which patches stay, if one goes where a neighbour that stays differs from it by less than a tolerance.
+
+    At each spacing the three classes of `CLASSES` are looked at in turn, all patches of one at once. The patches of
+    every fourth row and column always stay.
+
+    Args:
+        neighbours: as `find_neighbours` gives them.
+        places: (batch or 1, patches, 2).
+        tolerance: a number, or (batch, 1, 1).
+
+    Returns:
+        (batch, patches), bool.
+    """
+    stays = torch.ones_like(neighbours[0].distance[..., 0], dtype=torch.bool)
+    for near in neighbours:
+        alike = near.distance < near.within * tolerance
+        part = places.long() % (2 * near.spacing)
+        for row, column in CLASSES:
+            of_class = (part[..., 0] == row * near.spacing) & (part[..., 1] == column * near.spacing)
+            stays = stays & ~(of_class & (alike & at(stays, near.index)).any(dim=-1))
+    return stays
+
+
+def cover_by(neighbours: list[Neighbours], places: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """Scores by which the patches that stay are the highest: as `cover`, by the tolerance that leaves so many.
+
+    Where no tolerance leaves just so many, of the patches that would go those stay that differ most.
+
+    Args:
+        neighbours, places: as for `cover`.
+        keep: patches of each image, or (batch,).
+
+    Returns:
+        (batch, patches), float32.
+    """
+    known = torch.cat([near.distance.masked_fill(near.distance.isinf(), 0) / near.within for near in neighbours], dim=2)
+    high = known.amax(dim=(1, 2), keepdim=True) * 1.001 + 1e-6
+    low = torch.zeros_like(high)
+    wanted = torch.as_tensor(keep, device=known.device).view(-1, 1, 1)
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        fewer = cover(neighbours, places, middle).sum(dim=1).view(-1, 1, 1) <= wanted
+        low, high = torch.where(fewer, low, middle), torch.where(fewer, middle, high)
+    stays = cover(neighbours, places, high)
+    near, far = neighbours
+    even = _even(places)
+    beside, _ = _nearest(near, stays | even)
+    apart, _ = _nearest(far, stays)
+    return torch.where(stays, torch.inf, torch.where(even, apart / far.within, beside / near.within))
+
+
+def leaders(neighbours: list[Neighbours], places: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+    """Which patch stands for each: itself if it stays, else the one that stands for the neighbour that differs least.
+
+    The neighbour is one that stays or is of even row and column, and for a patch that is so itself one that stays, two
+    patches away. Of neighbours that differ equally the first by `OFFSETS` is taken.
+
+    Args:
+        neighbours, places: as for `cover`.
+        stays: (batch, patches), bool: those of every fourth row and column among them.
+
+    Returns:
+        (batch, patches), int64.
+    """
+    near, far = neighbours
+    own = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
+    even = _even(places)
+    beside = torch.where(stays | even, own, _nearest(near, stays | even)[1])
+    apart = torch.where(stays, own, _nearest(far, stays)[1])
+    return at(apart, beside)
+
+
+def _even(places: torch.Tensor) -> torch.Tensor:
+    """(batch or 1, patches), bool: which patches lie in every second row and column."""
+    return (places.long() % 2 == 0).all(dim=-1)
+
+
+def _nearest(neighbours: Neighbours, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much each patch differs from the neighbour that stays and differs least, and which that is."""
+    near = neighbours.distance.masked_fill(~at(stays, neighbours.index), torch.inf)
+    least = near.amin(dim=-1, keepdim=True)
+    which = first_of((near == least).float()).unsqueeze(-1)
+    return least.squeeze(-1), neighbours.index.expand(near.shape).gather(-1, which).squeeze(-1)

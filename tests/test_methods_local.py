@@ -1,0 +1,315 @@
+"""Neighbours that stand for each other before the first layer, and alike tokens that are joined after some layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from settings import gradual, local
+from test_families import NEAR, sample_images
+from tiny import MODELS, answers, inputs, padded_patches, tiny_model, watch_embeddings
+from vwt_hf import VWTConfig, compress, count_tokens
+from vwt_hf.families import family_of, find_layers, find_tower
+from vwt_hf.forward import current_forward
+from vwt_hf.plans import Grouped
+
+NAMES = ["vit", "dinov2", "dinov3", "beit", "clip", "blip-vision", "siglip2-vision"]
+BOTH = pytest.mark.parametrize("setting", [local(), gradual()], ids=["local", "gradual"])
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """White, noise, nearly flat and half flat."""
+    return sample_images()
+
+
+def token_counts(model: transformers.PreTrainedModel, images: torch.Tensor) -> list[list[int]]:
+    """Tokens of each image in each layer, prefix tokens included."""
+    counts = []
+
+    def look(layer, args, kwargs):
+        forward = current_forward()
+        plan = forward.plan_of(*args[0].shape[:2])
+        counts.append((plan.layout.rows.amax(dim=1) - plan.layout.rows[:, 0] + 1).tolist())
+
+    hooks = [
+        layer.register_forward_pre_hook(look, with_kwargs=True)
+        for layer in find_layers(find_tower(model, family_of(model)).module)
+    ]
+    answers(model, images)
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+def test_each_image_has_as_many_tokens_as_it_needs(images):
+    model = compress(tiny_model("vit"), local())
+    first, second = token_counts(model, images)
+    assert first == second and first[0] == 1 + 4  # white: a sixteenth
+    assert first[0] < first[3] < first[1] and first[1] > 55
+    with count_tokens(model) as count:
+        answers(model, images)
+    assert (count.tokens, count.images, count.mean) == (sum(first), 4, sum(first) / 4)
+
+
+def test_tokens_that_are_alike_are_joined_after_the_first_layer(images):
+    model = compress(tiny_model("vit"), gradual())
+    first, second = token_counts(model, images)
+    assert first == token_counts(compress(tiny_model("vit"), local()), images)[0]
+    assert all(late <= early for late, early in zip(second, first, strict=True)) and sum(second) < sum(first) - 20
+    with count_tokens(model) as count:
+        answers(model, images)
+    assert count.by_layer == [sum(first), sum(second)] and count.mean == (sum(first) + sum(second)) / 2 / 4
+    alone = compress(tiny_model("vit"), gradual(tolerance=0))
+    first, second = token_counts(alone, images)
+    assert first == [65] * 4 and max(second) < 65
+    plain = answers(tiny_model("vit"), images)
+    torch.testing.assert_close(answers(compress(alone, gradual(tolerance=0, similarity=1)), images), plain)
+
+
+def test_what_a_token_shows_is_one_patch_as_it_is(images):
+    model = tiny_model("vit")
+    plain = watch_embeddings(model)
+    answers(model, images)
+    taken = watch_embeddings(compress(model, local(layout="padded")))
+    answers(model, images)
+    tokens, plan = taken[-1]
+    words = plan.patch_words(4, 64)
+    for image in range(4):
+        kept = list(dict.fromkeys(words[image].tolist()))  # in the order of the first patches that each stands for
+        assert torch.equal(tokens[image, 1 : 1 + len(kept)], plain[0][0][image][[1 + index for index in kept]])
+        sizes = [(words[image] == index).sum() for index in kept]
+        assert plan.layout.sizes[image, 1 : 1 + len(kept)].tolist() == sizes
+
+
+def test_joined_tokens_answer_as_a_mean_by_hand(images):
+    """A model of two layers, of which the second gets what the definition says of the first's output and keys."""
+    model, plain = compress(tiny_model("vit"), gradual(tolerance=0)), tiny_model("vit")
+    layers = find_layers(plain)
+    image = images[3:]
+    with torch.no_grad():
+        tokens = plain.embeddings(image)
+        attention = layers[0].attention.attention if hasattr(layers[0].attention, "attention") else layers[0].attention
+        key = next(part for name, part in attention.named_modules() if name in ("key", "k_proj"))
+        keys = key(layers[0].layernorm_before(tokens)).unflatten(-1, (attention.num_attention_heads, -1)).mean(2)[0]
+        output = layers[0](tokens)
+        output = (output[0] if isinstance(output, tuple) else output)[0]
+        cosines = torch.nn.functional.normalize(keys, dim=-1) @ torch.nn.functional.normalize(keys, dim=-1).T
+        members = {row: [row] for row in range(65)}
+        for source in range(2, 65, 2):
+            best = max(range(1, 65, 2), key=lambda row: cosines[source, row].item())
+            if cosines[source, best] >= 0.5:
+                members[best].append(source)
+                del members[source]
+        kept = sorted(members, key=lambda row: min(members[row]))
+        joined = torch.stack([output[members[row]].mean(0) for row in kept])[None]
+        bias = torch.tensor([len(members[row]) for row in kept]).float().log()
+        hidden = _with_bias(layers[1], joined, bias)
+        expected = plain.layernorm(hidden)[0]
+    assert 10 < len(kept) < 60
+    found = answers(model, image)[0]
+    for place, row in enumerate(kept):
+        for member in members[row]:
+            torch.testing.assert_close(found[member], expected[place], atol=1e-5, rtol=1e-5)
+
+
+def _with_bias(layer, tokens: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    output = layer(tokens, attention_mask=bias.view(1, 1, 1, -1))
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_layouts_answer_alike_and_as_images_alone(name, dtype, layout, images):
+    images = images.to(dtype)
+    model = compress(tiny_model(name).to(dtype), gradual(layout=layout))
+    alone = torch.cat([answers(model, image[None]) for image in images])
+    torch.testing.assert_close(answers(model, images), alone, atol=NEAR[dtype], rtol=NEAR[dtype])
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3", "clip-vision"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_hidden_states_of_every_layer_have_a_row_for_every_patch(name, layout, images):
+    model, shapes = compress(tiny_model(name), gradual(layout=layout)), []
+    layers = find_layers(find_tower(model, family_of(model)).module)
+    hook = layers[0].register_forward_hook(lambda layer, args, output: shapes.append(current_forward().after[layer]))
+    plain = tiny_model(name)
+    with torch.no_grad():
+        found = model(pixel_values=images, output_hidden_states=True).hidden_states
+        usual = plain(pixel_values=images, output_hidden_states=True).hidden_states
+    hook.remove()
+    assert [state.shape for state in found] == [state.shape for state in usual]
+    rows, prefix = shapes[0].layout.rows, shapes[0].layout.prefix
+    joined = [
+        pair
+        for image in range(4)
+        for pair in rows[image, prefix:].unique(return_counts=True)[1].tolist()
+        if pair > 1
+    ]  # fmt: skip
+    assert joined
+    for image in range(4):
+        for row in rows[image].unique():
+            same = found[-1][image][rows[image] == row]
+            assert torch.equal(same, same[:1].expand_as(same))
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3", "beit", "blip-vision"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_give_the_same_gradients(name, reentrant, images):
+    def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
+        model = compress(tiny_model(name), gradual()).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(**inputs(model, images.clone().requires_grad_(reentrant)))[0].square().sum().backward()
+        return {name: part.grad for name, part in model.named_parameters() if part.grad is not None}
+
+    expected, found = gradients(False), gradients(True)
+    assert expected.keys() == found.keys() and len(found) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"), [({"num_patches": 20}, 20), ({"keep_ratio": 0.5, "tolerance": None}, 32)]
+)
+def test_a_number_of_patches_is_the_same_for_every_image(fields, tokens, images):
+    model = compress(tiny_model("vit"), local(**fields))
+    taken = watch_embeddings(model)
+    answers(model, images)
+    assert taken[-1][0].shape == (4, 1 + tokens, 32)
+    assert taken[-1][1].layout.sizes.sum(dim=1).tolist() == [65] * 4
+
+
+def test_no_number_leaves_fewer_than_one_in_each_block_or_more_than_there_are(images):
+    for number, tokens in ((1, 4), (100, 64)):
+        model = compress(tiny_model("vit"), local(num_patches=number))
+        taken = watch_embeddings(model)
+        answers(model, images)
+        assert taken[-1][0].shape[1] == 1 + tokens
+
+
+@pytest.mark.parametrize("fields", [{"num_patches": 20}, {"keep_ratio": 0.5, "tolerance": None}])
+def test_padded_images_keep_their_own_number(fields, images):
+    model = compress(tiny_model("siglip2-vision"), local(**fields))
+    taken = watch_embeddings(model)
+    answers(model, images)
+    plan = taken[-1][1]
+    patches = padded_patches(images, 4)["spatial_shapes"].prod(dim=1).tolist()
+    lengths = (plan.layout.rows.amax(dim=1) - plan.layout.rows.amin(dim=1) + 1).tolist()
+    assert lengths == [20 if "num_patches" in fields else count // 2 for count in patches]
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_patches": 20}])
+def test_an_image_processors_words_are_those_that_the_model_finds(fields, images):
+    model = compress(tiny_model("vit"), local(**fields))
+    taken = watch_embeddings(model)
+    found = answers(model, images)
+    words = taken[-1][1].patch_words(4, 64)
+    assert torch.equal(answers(model, images, patch_words=words), found)
+    by_words = compress(tiny_model("vit"), {"method": "given", "tokens": "representatives"})
+    torch.testing.assert_close(answers(by_words, images, patch_words=words), found, atol=1e-5, rtol=1e-5)
+    wrong = words.clone()
+    wrong[1, 5] = 6 if words[1, 6] != 6 else 64
+    with pytest.raises(ValueError, match="expected the index of one that has its own"):
+        answers(by_words, images, patch_words=wrong)
+
+
+def test_a_fixed_number_can_be_exported(images, tmp_path):
+    class Tokens(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = compress(tiny_model("vit"), local(num_patches=20))
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.model(pixel_values=pixel_values).last_hidden_state
+
+    model = Tokens().eval()
+    batch = {"pixel_values": {0: torch.export.Dim("batch")}}
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"pixel_values": images}, dynamic_shapes=batch, strict=False)
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        torch.testing.assert_close(loaded(pixel_values=images[:2]), model(pixel_values=images[:2]))
+
+
+def test_ragged_images_are_not_exported_and_the_error_says_what_is(images):
+    model = compress(tiny_model("vit"), local())
+    with pytest.raises(Exception, match="every image its own number of tokens"):
+        torch.export.export(model, (), {"pixel_values": images}, strict=False)
+
+
+def test_a_model_that_does_not_say_how_its_images_are_normalised_is_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
+    logger = transformers.utils.logging.get_logger("vwt_hf.methods.local")
+    with caplog.at_level("WARNING", logger=logger.name):
+        model = compress(tiny_model("vit"), {"method": "local"})
+    assert model.config.vwt["image_std"] == [0.5] * 3
+    assert "no image processor" in caplog.text and "0.5 for each channel" in caplog.text
+
+
+def test_the_deviation_of_a_models_image_processor_is_used_and_saved(tmp_path, images):
+    tiny_model("vit").save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.2, 0.4, 0.8]).save_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path, vwt={"method": "gradual"})
+    assert model.config.vwt["image_std"] == [0.2, 0.4, 0.8]
+    expected = answers(model, images)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "saved")
+    assert loaded.config.vwt == model.config.vwt and torch.equal(answers(loaded, images), expected)
+    again = transformers.AutoModel.from_pretrained(tmp_path / "saved", vwt={"method": "local", "tolerance": 0.1})
+    assert again.config.vwt["image_std"] == [0.2, 0.4, 0.8]
+
+
+def test_a_tolerance_means_the_same_however_images_are_normalised(images):
+    raw = images * 0.2 + 0.5
+    counts = []
+    for mean, std in ((0.5, 0.5), (0.2, 0.25)):
+        model = compress(tiny_model("vit"), local(image_std=(std,) * 3, tolerance=0.1))
+        counts.append(token_counts(model, (raw - mean) / std)[0])
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tolerance": -0.1}, r"tolerance is -0.1; expected a difference of raw RGB, in \[0, 1\]"),
+        ({"tolerance": True}, "tolerance is True"),
+        ({"tolerance": 0.1, "keep_ratio": 0.5}, "tolerance is 0.1 and keep_ratio is 0.5; expected one of them"),
+        ({"keep_ratio": 0.0}, r"keep_ratio is 0.0; expected a number in \(0, 1\]"),
+        ({"num_patches": 0}, "num_patches is 0; expected an integer of at least 1"),
+        ({"image_std": [0.5, -1, 1]}, r"image_std is \[0.5, -1, 1\]; expected positive numbers"),
+        ({"image_std": [1e-30] * 3}, "image_std is .*; expected one number in"),
+        ({"output": "compressed"}, "output is 'compressed', but under method='local'"),
+        ({"method": "gradual", "similarity": 1.5}, r"similarity is 1.5; expected a cosine in \[-1, 1\]"),
+        ({"method": "gradual", "layers": []}, r"layers is \[\]; expected None or numbers of layers"),
+        ({"method": "gradual", "layers": [0]}, r"layers is \[0\]; expected None or numbers of layers"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_field_value_and_range(fields, words):
+    with pytest.raises(ValueError, match=words):
+        VWTConfig.parse({"method": "local", **fields})
+
+
+def test_a_deviation_for_other_channels_and_layers_that_a_model_lacks_are_refused():
+    with pytest.raises(ValueError, match=r"image_std is \(0.5,\); expected 3 numbers"):
+        compress(tiny_model("vit"), local(image_std=[0.5]))
+    model = tiny_model("vit")
+    with pytest.raises(ValueError, match=r"layers is \(1, 2\), and the model has 2 layers.*from 1 to 1"):
+        compress(model, gradual(layers=[2, 1]))
+    assert getattr(model.config, "vwt", None) is None
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(12, (5, 6, 7, 8)), (24, (10, 12, 14, 16)), (2, (1,)), (1, ())])
+def test_layers_are_those_in_the_middle_if_a_setting_does_not_say(layers, expected):
+    assert VWTConfig(method="gradual").joins(layers) == expected
+
+
+def test_every_model_of_the_matrix_joins_some_tokens(images):
+    for name in MODELS:
+        model = compress(tiny_model(name), gradual())
+        taken = watch_embeddings(model)
+        with count_tokens(model) as count:
+            answers(model, images)
+        assert isinstance(taken[-1][1], Grouped) and count.by_layer[-1] < count.by_layer[0], name
