@@ -71,11 +71,11 @@ from vwt_hf.evaluation import (
     usable_device,
 )
 from vwt_hf.families import family_of, find_layers, find_tower
-from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor, whole_images
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
 from vwt_hf.visualize import require_matplotlib
+from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
 DTYPES = ["float32", "bfloat16", "float16"]
 PEERS = ["random", "tome", "int8", "bf16"]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import benchmark
 from vwt_hf import VisualVocabulary, compress
 from vwt_hf.evaluation import share
-from vwt_hf.image_source import find_images
+from vwt_hf.vocabulary.image_source import find_images
 
 CPU = torch.device("cpu")
 
