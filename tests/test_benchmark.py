@@ -52,6 +52,23 @@ def words(tmp_path) -> Path:
     return tmp_path / "words"
 
 
+def test_a_model_is_compiled_whole_or_by_its_layers_where_patches_are_grouped(words, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append("whole") or model)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **_: compiled.append("layer"))
+    vocabulary = {"method": "inter", "vocabulary": str(words), "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for setting, expected in (
+        (None, ["whole"]),
+        ({"keep_ratio": 0.5}, ["whole"]),
+        ({"keep_ratio": 0.5, "dropped": "merge"}, ["layer", "layer"]),
+        (vocabulary, ["layer", "layer"]),
+    ):
+        model = compress(tiny_model("vit-classifier"), setting)
+        benchmark.forward_of(model, sample_pixel_values(), "default")()
+        assert compiled == expected, setting
+        compiled.clear()
+
+
 def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothing_again(
     checkpoint, photographs, words, tmp_path, capsys, monkeypatch
 ):
