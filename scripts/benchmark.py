@@ -71,11 +71,11 @@ from vwt_hf.evaluation import (
     usable_device,
 )
 from vwt_hf.families import family_of, find_layers, find_tower
-from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor, whole_images
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
 from vwt_hf.visualize import require_matplotlib
+from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
 DTYPES = ["float32", "bfloat16", "float16"]
 PEERS = ["random", "tome", "int8", "bf16"]
@@ -165,8 +165,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="?",
         const="default",
         choices=["default", "reduce-overhead"],
-        help="time what torch.compile makes of each model, the uncompressed too (of inter-image words: of its layers); "
-        "all else is as without",
+        help="time what torch.compile makes of each model, the uncompressed too (where patches are grouped: of its "
+        "layers); all else is as without",
     )
     parser.add_argument("--json", type=Path, help="write everything here, raw times too, after each finished piece")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
@@ -306,8 +306,8 @@ def all_settings(options: argparse.Namespace) -> list[Any]:
     """The settings, and random patches at their keep ratios if those are among the peers."""
     if "random" not in options.peers:
         return options.settings
-    parsed = [vwt_hf.VWTConfig.parse(setting) for setting in options.settings]
-    ratios = [setting.keep_ratio for setting in parsed if setting.method == "intra" and setting.num_patches is None]
+    fields = [vwt_hf.VWTConfig.parse(setting).to_dict() for setting in options.settings]
+    ratios = [own["keep_ratio"] for own in fields if "keep_ratio" in own and own.get("num_patches") is None]
     random = [{"criterion": "random", "keep_ratio": ratio} for ratio in dict.fromkeys(ratios or RATIOS)]
     return [*options.settings, *(setting for setting in random if setting not in options.settings)]
 
@@ -394,7 +394,8 @@ def forward_of(model: PreTrainedModel, batch: torch.Tensor, mode: str | None) ->
         return functools.partial(model, pixel_values=batch)
     # All models share their classes' code, and each is one more version of it; past the limit they would run eagerly.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
-    if (getattr(model.config, "vwt", None) or {}).get("method") != "inter":
+    setting = vwt_hf.VWTConfig.parse(model.config.vwt)
+    if setting is None or not setting.groups:
         return functools.partial(torch.compile(model, mode=mode, dynamic=False), pixel_values=batch)
     # Grouping breaks the graph, after which torch would compile no model's outer forward as a whole: layers alone here.
     model = share(model)

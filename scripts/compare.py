@@ -29,10 +29,10 @@ from transformers import AutoModelForImageClassification
 
 import vwt_hf
 from vwt_hf.evaluation import accuracy, agreement, divergence, true_labels, usable_device
-from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
+from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
 RATIOS = (0.75, 0.5, 0.25)
 DEFAULT_SETTINGS = [

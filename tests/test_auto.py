@@ -220,7 +220,7 @@ assert state() == before
 vwt_hf.unregister()
 assert not hasattr(AutoConfig.from_pretrained({str(tmp_path)!r}), "vwt")
 vwt_hf.register()
-assert AutoModel.from_pretrained({str(tmp_path)!r}, vwt=True).config.vwt["keep_ratio"] == 0.5
+assert AutoModel.from_pretrained({str(tmp_path)!r}, vwt=True).config.vwt["method"] == "gradual"
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

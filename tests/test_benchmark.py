@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import benchmark
 from vwt_hf import VisualVocabulary, compress
 from vwt_hf.evaluation import share
-from vwt_hf.image_source import find_images
+from vwt_hf.vocabulary.image_source import find_images
 
 CPU = torch.device("cpu")
 
@@ -50,6 +50,23 @@ def words(tmp_path) -> Path:
     words = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     VisualVocabulary(words).save_pretrained(tmp_path / "words")
     return tmp_path / "words"
+
+
+def test_a_model_is_compiled_whole_or_by_its_layers_where_patches_are_grouped(words, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append("whole") or model)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **_: compiled.append("layer"))
+    vocabulary = {"method": "inter", "vocabulary": str(words), "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for setting, expected in (
+        (None, ["whole"]),
+        ({"keep_ratio": 0.5}, ["whole"]),
+        ({"keep_ratio": 0.5, "dropped": "merge"}, ["layer", "layer"]),
+        (vocabulary, ["layer", "layer"]),
+    ):
+        model = compress(tiny_model("vit-classifier"), setting)
+        benchmark.forward_of(model, sample_pixel_values(), "default")()
+        assert compiled == expected, setting
+        compiled.clear()
 
 
 def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothing_again(

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
-from vwt_hf import VisualVocabulary, kmeans, learn
+from vwt_hf import VisualVocabulary
 from vwt_hf.cli import main
 from vwt_hf.visualize import shared_words, tint, word_captions, word_color, words_figure
+from vwt_hf.vocabulary import kmeans, learning
 
 Image = pytest.importorskip("PIL.Image", reason='needs pillow: pip install "vwt-hf[demo]"')
 pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "vwt-hf[demo]"')
@@ -80,7 +81,7 @@ def test_learn_resumes_where_it_was_interrupted_and_ends_with_the_same_words(
     photographs, checkpoint, words, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "words"
-    monkeypatch.setattr(learn, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(learning, "CHECKPOINT_EVERY", 2)
     with monkeypatch.context() as patched:
         interrupt_before_batch(5, patched)
         assert run_learn(photographs, checkpoint, output) == 130
@@ -99,7 +100,7 @@ def test_learn_resumes_where_it_was_interrupted_and_ends_with_the_same_words(
 
 
 def interrupt_before_batch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = learn.MiniBatchKMeans.update
+    update = learning.MiniBatchKMeans.update
     calls = iter(range(1, number + 1))
 
     def interrupted(self, patches):
@@ -107,7 +108,7 @@ def interrupt_before_batch(number: int, monkeypatch: pytest.MonkeyPatch) -> None
             raise KeyboardInterrupt
         update(self, patches)
 
-    monkeypatch.setattr(learn.MiniBatchKMeans, "update", interrupted)
+    monkeypatch.setattr(learning.MiniBatchKMeans, "update", interrupted)
 
 
 def test_learn_counts_the_images_that_it_cannot_read_and_warns_in_one_line(photographs, checkpoint, tmp_path, capsys):

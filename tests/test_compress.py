@@ -212,7 +212,7 @@ def test_a_forward_that_something_else_replaced_is_left_alone(pixel_values):
     attention.forward = lambda *args, **kwargs: None
     with pytest.raises(ValueError, match="Something else replaced the forward of BlipAttention"):
         compress(model, {"dropped": "merge"})
-    assert compress(model).config.vwt["keep_ratio"] == 0.5  # where nothing has to stand in for it
+    assert compress(model, {"keep_ratio": 0.5}).config.vwt["keep_ratio"] == 0.5  # where nothing has to stand in for it
 
 
 def test_hooks_of_accelerate_and_compression_live_together(model, pixel_values):

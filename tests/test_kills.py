@@ -29,9 +29,9 @@ from settings import STATISTICS
 from tiny import tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress
 from vwt_hf.compress import lexicon_of
-from vwt_hf.kmeans import MiniBatchKMeans
-from vwt_hf.learn import Progress, load_checkpoint, save_checkpoint
-from vwt_hf.vocabulary_files import VocabularyInfo
+from vwt_hf.vocabulary.files import VocabularyInfo
+from vwt_hf.vocabulary.kmeans import MiniBatchKMeans
+from vwt_hf.vocabulary.learning import Progress, load_checkpoint, save_checkpoint
 
 if not hasattr(os, "fork"):
     pytest.skip("needs os.fork", allow_module_level=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -27,10 +28,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import vwt_hf
-from vwt_hf import cli, image_source, learn, vocabulary_card, vocabulary_files
+from vwt_hf import cli
 from vwt_hf.cli import vocab
-from vwt_hf.vocabulary import VisualVocabulary
-from vwt_hf.vocabulary_files import VocabularyInfo
+from vwt_hf.vocabulary import VisualVocabulary, card, files, image_source, learning
+from vwt_hf.vocabulary.files import VocabularyInfo
 from vwt_hf.words import patchify
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -169,9 +170,9 @@ def test_a_killed_run_resumes_to_the_same_words(
     folder: Path, tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch, kind: str, buffered: int
 ) -> None:
     (folder / "broken.png").write_bytes(b"no image")
-    monkeypatch.setattr("vwt_hf.kmeans.BUFFERED_AT_LEAST", buffered)
-    monkeypatch.setattr("vwt_hf.kmeans.BUFFERED", 1)
-    monkeypatch.setattr(learn, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("vwt_hf.vocabulary.kmeans.BUFFERED_AT_LEAST", buffered)
+    monkeypatch.setattr("vwt_hf.vocabulary.kmeans.BUFFERED", 1)
+    monkeypatch.setattr(learning, "CHECKPOINT_EVERY", 2)
     images = {
         "folder": folder,
         "data set": stored(folder),
@@ -189,10 +190,10 @@ def test_a_killed_run_resumes_to_the_same_words(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole = make(images, processor)
-        monkeypatch.setattr(learn, "patch_batches", killed)
+        monkeypatch.setattr(learning, "patch_batches", killed)
         with pytest.raises(KeyboardInterrupt):
             make(images, processor, checkpoint=tmp_path / "progress")
-        monkeypatch.setattr(learn, "patch_batches", read)
+        monkeypatch.setattr(learning, "patch_batches", read)
         resumed = make(images, processor, checkpoint=tmp_path / "progress", resume=True)
     assert torch.equal(resumed.words, whole.words)
     assert torch.equal(resumed.frequencies, whole.frequencies)
@@ -208,8 +209,8 @@ def test_a_finished_run_goes_on_with_more_images_as_if_it_had_them_from_the_star
     """Whether the first run ends amid a batch (10, 3, 21 images of 4 a batch) or with one (12), and with fewer, too."""
     for name in ("a", "k", "z"):
         (folder / f"{name}.png").write_bytes(b"no image")
-    monkeypatch.setattr("vwt_hf.kmeans.BUFFERED_AT_LEAST", buffered)
-    monkeypatch.setattr("vwt_hf.kmeans.BUFFERED", 1)
+    monkeypatch.setattr("vwt_hf.vocabulary.kmeans.BUFFERED_AT_LEAST", buffered)
+    monkeypatch.setattr("vwt_hf.vocabulary.kmeans.BUFFERED", 1)
     images = {
         "folder": folder,
         "data set": stored(folder),
@@ -255,7 +256,7 @@ def test_a_checkpoint_over_other_images_is_refused(folder: Path, tmp_path: Path,
 def test_a_checkpoint_of_another_format_is_refused(
     folder: Path, tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learn, "CHECKPOINT_FORMAT", 1)
+    monkeypatch.setattr(learning, "CHECKPOINT_FORMAT", 1)
     make(folder, processor, checkpoint=tmp_path / "progress")
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"another version of vwt-hf \(format 1; this one reads 2\).*delete the file"):
@@ -272,7 +273,7 @@ def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path, pr
     larger = transformers.CLIPImageProcessorPil(**{**PROCESSOR, "size": {"shortest_edge": 40}})
     with pytest.raises(ValueError, match=r"edge': 32.*, this one has image_processor=.*edge': 40"):
         make(folder, larger, checkpoint=progress, resume=True)
-    file = progress / learn.CHECKPOINT
+    file = progress / learning.CHECKPOINT
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         make(folder, processor, checkpoint=progress, resume=True)
@@ -360,9 +361,9 @@ def test_a_failed_save_leaves_the_old_folder_whole(saved: Path, monkeypatch: pyt
 
     if broken == "write":
         calls = iter((lambda _: None, lambda _: None, full))
-        monkeypatch.setattr(vocabulary_files.os, "fsync", lambda file: next(calls)(file))
+        monkeypatch.setattr(files.os, "fsync", lambda file: next(calls)(file))
     else:
-        monkeypatch.setattr(vocabulary_files.os, "replace", full)
+        monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         VisualVocabulary(torch.rand(9, 3, 8, 8)).save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -386,10 +387,16 @@ def test_the_card_has_valid_metadata_the_numbers_and_a_snippet_that_runs(
 
 def test_the_picture_shows_the_most_frequent_word_first() -> None:
     colours = torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])[:, :, None, None].expand(2, 3, 16, 16)
-    sheet = PIL.Image.open(io.BytesIO(vocabulary_card.render_words(colours, torch.tensor([1, 5]))))
+    sheet = PIL.Image.open(io.BytesIO(card.render_words(colours, torch.tensor([1, 5]))))
     assert sheet.convert("RGB").getpixel((10, 10)) == (0, 0, 255)
     for channels, number in ((1, 1), (4, 500)):
-        vocabulary_card.render_words(torch.rand(number, channels, 14, 14), None)
+        card.render_words(torch.rand(number, channels, 14, 14), None)
+
+
+def test_the_modules_that_programs_import_by_former_names_are_the_same_objects() -> None:
+    for former, module in {"vocabulary_files": files, "image_source": image_source}.items():
+        assert importlib.import_module(f"vwt_hf.{former}") is module
+        assert getattr(vwt_hf, former) is module
 
 
 def edit(saved: Path, **changes: Any) -> None:
@@ -796,7 +803,7 @@ def test_both_files_are_asked_for_at_one_commit_with_what_the_user_passed(
         asked.append(kwargs)
         return str(snapshot / kwargs["filename"])
 
-    monkeypatch.setattr(vocabulary_files, "hf_hub_download", download)
+    monkeypatch.setattr(files, "hf_hub_download", download)
     VisualVocabulary.from_pretrained("me/words", revision="main", token="t", subfolder="p16", cache_dir="c")
     assert [call["revision"] for call in asked] == ["main", "c0ffee"]
     assert all((call["token"], call["subfolder"], call["cache_dir"]) == ("t", "p16", "c") for call in asked)

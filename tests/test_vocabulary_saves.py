@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vwt_hf import vocabulary_files, whole_saves
-from vwt_hf.vocabulary import VisualVocabulary
-from vwt_hf.vocabulary_files import VocabularyInfo
+from vwt_hf import whole_saves
+from vwt_hf.vocabulary import VisualVocabulary, files
+from vwt_hf.vocabulary.files import VocabularyInfo
 
 # Of one shape, so that words of one with the facts of another would load.
 NAMES = ("old", "new", "other")
@@ -222,9 +222,9 @@ def test_words_and_facts_of_two_saves_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_names_no_hash_loads(tmp_path: Path) -> None:
     VOCABULARIES["old"].save_pretrained(tmp_path, card=False)
-    fields = vocabulary_files.json.loads((tmp_path / "vocabulary.json").read_text())
+    fields = files.json.loads((tmp_path / "vocabulary.json").read_text())
     assert len(fields.pop("sha256")) == 64 and fields.pop("file") == "vocabulary.safetensors"
-    (tmp_path / "vocabulary.json").write_text(vocabulary_files.json.dumps(fields))
+    (tmp_path / "vocabulary.json").write_text(files.json.dumps(fields))
     assert loaded(tmp_path) == "old"
 
 

@@ -241,7 +241,7 @@ def _saving_processor(original: Any) -> Any:
         saved_as = image_processing.write_words_of(processor, folder)
         options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
         saved = original(self, save_directory, **kwargs)
-        image_processing.remove_words_but(folder, saved_as)
+        remove_other_words(folder, saved_as, image_processing.PROCESSOR_FOLDER)
         if push_to_hub:  # the original uploads what it wrote itself
             self.push_to_hub(options.pop("repo_id", folder.name), token=kwargs.get("token"), **options)
         return saved

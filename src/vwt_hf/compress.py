@@ -247,19 +247,11 @@ def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
     return list(found.values())
 
 
-def parts_of(model: PreTrainedModel) -> list[PreTrainedModel]:
+def parts_of(model: nn.Module) -> list[PreTrainedModel]:
     """`model` if its config holds a setting, else the models within it whose own configs do: parts compressed alone."""
-    found: dict[PreTrainedModel, None] = {}
-
-    def look(module: nn.Module) -> None:
-        if isinstance(module, PreTrainedModel) and getattr(module.config, "vwt", None) is not None:
-            found[module] = None
-        else:
-            for child in module.children():
-                look(child)
-
-    look(model)
-    return list(found)
+    if isinstance(model, PreTrainedModel) and model.config.vwt is not None:
+        return [model]
+    return list(dict.fromkeys(part for child in model.children() for part in parts_of(child)))
 
 
 def setting_of(model: nn.Module) -> VWTConfig | None:

@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .beside import FOLDER, PROCESSOR_FOLDER, remove_other_words, seal_words, write_words
+from .beside import FOLDER, PROCESSOR_FOLDER, seal_words, write_words
 from .config import ModelFacts, VWTConfig
 from .patches import Patches, padded_places
 from .plans import DROPPED, Grouped, Kept
 from .printable import shown
-from .processors import processor_statistics, quiet_transformers
+from .processors import config_beside, processor_statistics, stated_patch_size
 from .visualize import seen_pictures
 from .words import patch_grid
 
@@ -135,7 +134,7 @@ def _read_setting(processor: Any) -> Any:
 def _write_setting(processor: Any, vwt: Any) -> None:
     processor.__dict__.pop("vwt", None)
     plain = _plain_class(type(processor))
-    if any(kind.__name__ == "BaseVideoProcessor" for kind in plain.__mro__):  # a model finds the words of videos itself
+    if _reads_videos(plain):  # a model finds the words of videos itself
         return
     if vwt is None or vwt is False:
         processor.__class__ = plain
@@ -146,6 +145,10 @@ def _write_setting(processor: Any, vwt: Any) -> None:
 
 SETTING = property(_read_setting, _write_setting, doc="By what `processor(images)` makes `patch_words`; `None` if not.")
 """The field `vwt` of transformers' image processors."""
+
+
+def _reads_videos(processor_class: type) -> bool:
+    return any(kind.__name__ == "BaseVideoProcessor" for kind in processor_class.__mro__)
 
 
 def _plain_class(processor_class: type) -> type:
@@ -260,9 +263,9 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
     saved = processor.vwt
     processor.vwt = None
     setting, patch_size = _parsed(vwt)
-    if setting is None or any(kind.__name__ == "BaseVideoProcessor" for kind in type(processor).__mro__):
+    if setting is None or _reads_videos(type(processor)):
         return
-    model_config = _config_of(source, hub_kwargs)
+    model_config = config_beside(source, **hub_kwargs)
     of_model = getattr(model_config, "vwt", None)
     folder = FOLDER
     if isinstance(of_model, dict):
@@ -302,7 +305,7 @@ def _prepare(
             f"method={setting.method!r} goes by patch_words that something else makes, and an image processor is to "
             "make them. Load it with the setting to find them by, as method='intra' or 'inter'."
         )
-    patch_size = patch_size or _patch_size_of(model_config) or _own_patch_size(processor)
+    patch_size = patch_size or stated_patch_size(model_config) or stated_patch_size(processor)
     if patch_size is None:
         raise ValueError(
             f"{source} has no model config that says the size of its patches, by which the image processor is to "
@@ -320,29 +323,6 @@ def _prepare(
     processor.vwt = ready
 
 
-def _config_of(source: Any, hub_kwargs: dict[str, Any]) -> Any:
-    """The config of the model beside an image processor; `None` where there is none. Its code is never run."""
-    try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(source, trust_remote_code=False, **hub_kwargs)
-    except (OSError, ValueError):
-        return None
-
-
-def _patch_size_of(model_config: Any) -> tuple[int, int] | None:
-    for inner in ("vision_config", "encoder"):  # CLIP and its like, and models of an image encoder and a text decoder
-        model_config = getattr(model_config, inner, None) or model_config
-    size = getattr(model_config, "patch_size", None)
-    if isinstance(size, (list, tuple)) and len(size) == 2:
-        return (size[0], size[1])
-    return (size, size) if isinstance(size, int) else None
-
-
-def _own_patch_size(processor: Any) -> tuple[int, int] | None:
-    size = getattr(processor, "patch_size", None)
-    return (size, size) if isinstance(size, int) else None
-
-
 def write_words_of(processor: Any, folder: Path) -> list[str]:
     """Writes the words of an image processor below the folder that it is saved to, sealed; returns how each is found.
 
@@ -356,8 +336,3 @@ def write_words_of(processor: Any, folder: Path) -> list[str]:
     seal_words(folder, saved_as, PROCESSOR_FOLDER)
     processor.vwt = dataclasses.replace(held, saved_as=saved_as[0])
     return saved_as
-
-
-def remove_words_but(folder: Path, saved_as: list[str]) -> None:
-    """Removes the words that other saves of an image processor left in a folder."""
-    remove_other_words(folder, saved_as, PROCESSOR_FOLDER)

@@ -29,20 +29,31 @@ def load_processor(checkpoint: str) -> Any:
 
 
 def patch_size_of(checkpoint: str) -> int | None:
-    """Height and width of the patches that the model of a Hub id or folder cuts, in pixels.
+    """Side of the square patches that the model of a Hub id or folder cuts, in pixels.
 
-    `None` where no config says so, as beside an image processor that was saved alone.
+    `None` where no config says so, as beside an image processor that was saved alone, or they are not square.
     """
+    height, width = stated_patch_size(config_beside(checkpoint)) or (None, None)
+    return height if height == width else None
+
+
+def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
+    """The config of the model beside an image processor; `None` where there is none. Its code is never run."""
     try:
         with quiet_transformers():
-            config: Any = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+            return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub_kwargs)
     except (OSError, ValueError):
         return None
-    # CLIP and its like keep the vision tower's config inside their own.
-    size = getattr(getattr(config, "vision_config", config), "patch_size", None)
-    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
-        size = size[0]
-    return size if isinstance(size, int) else None
+
+
+def stated_patch_size(config: Any) -> tuple[int, int] | None:
+    """Height and width of the patches, in pixels, that a model's config or an image processor states, if it does."""
+    for inner in ("vision_config", "encoder"):  # CLIP and its like, and models of an image encoder and a text decoder
+        config = getattr(config, inner, None) or config
+    size = getattr(config, "patch_size", None)
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return (size[0], size[1])
+    return (size, size) if isinstance(size, int) else None
 
 
 def whole_images(made: Any) -> torch.Tensor:

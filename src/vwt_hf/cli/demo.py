@@ -89,9 +89,9 @@ def work(args: argparse.Namespace) -> None:
     from ..demo_weights import convert
     from ..evaluation import cosines, count_tokens, share, time_in_turn, usable_device
     from ..families import family_of, find_tower
-    from ..image_source import pixel_batches
     from ..processors import load_processor, quiet_transformers, whole_images
     from ..visualize import kept_patches_figure, require_matplotlib, write_png
+    from ..vocabulary.image_source import pixel_batches
 
     require_matplotlib()
     device = usable_device(args.device)
@@ -185,7 +185,7 @@ def find_photographs(images: Sequence[str] | None) -> list[Path]:
         ValueError: a folder holds no image.
         FileNotFoundError: a path does not exist.
     """
-    from ..image_source import find_images
+    from ..vocabulary.image_source import find_images
 
     if images:
         return find_images(images)

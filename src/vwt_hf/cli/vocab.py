@@ -41,7 +41,7 @@ def work(args: argparse.Namespace) -> None:
     """
     require_writable(args.output)
     from ..vocabulary import VisualVocabulary
-    from ..vocabulary_card import SHOWN, render_words
+    from ..vocabulary.card import SHOWN, render_words
 
     vocabulary = VisualVocabulary.from_pretrained(args.vocabulary, revision=args.revision)
     write_file(args.output, render_words(vocabulary.words, vocabulary.frequencies))

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
-from .hub_names import check_hub_id
-from .learn import learn_words
-from .printable import shown
-from .vocabulary_card import CARD_FILE, PICTURE_FILE, render_card, render_words
-from .vocabulary_files import VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_vocabulary
+from ..hub_names import check_hub_id
+from ..printable import shown
+from .card import CARD_FILE, PICTURE_FILE, render_card, render_words
+from .files import VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_vocabulary
+from .learning import learn_words
 
 LONGEST_WORD = 1e15
 """Largest absolute value of a word in a model's pixel space: sums of squares of larger ones could overflow float32."""

@@ -1,4 +1,4 @@
-"""What people see of a vocabulary: its model card and a picture of its words."""
+"""What people see of a vocabulary: its model card, filled into the template `card.md`, and a picture of its words."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from .hub_names import check_hub_id
-from .printable import printable
-from .vocabulary_files import VocabularyInfo
+from ..hub_names import check_hub_id
+from ..printable import printable
+from .files import VocabularyInfo
 
 PICTURE_FILE = "words.png"
 CARD_FILE = "README.md"
@@ -23,18 +23,6 @@ SHOWN = 144
 """Words in the picture."""
 SHOWN_TEXT = 300
 """Characters of a name in the card."""
-
-
-def template() -> str:
-    """The card's Jinja template: `model_cards/vocabulary.md` of the repository, which a wheel carries as package data.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    packaged = importlib.resources.files(__package__) / "model_cards" / "vocabulary.md"
-    if packaged.is_file():
-        return packaged.read_text(encoding="utf-8")
-    return (Path(__file__).parents[2] / "model_cards" / "vocabulary.md").read_text(encoding="utf-8")
 
 
 def render_card(repo_id: str, shape: tuple[int, ...], info: VocabularyInfo, picture: str) -> bytes:
@@ -51,9 +39,10 @@ def render_card(repo_id: str, shape: tuple[int, ...], info: VocabularyInfo, pict
         datasets=[info.dataset] if info.dataset and _is_hub_id(info.dataset) else None,
         base_model=info.base_model if info.base_model and _is_hub_id(info.base_model) else None,
     )
+    template = importlib.resources.files(__package__) / "card.md"
     made = ModelCard.from_template(
         data,
-        template_str=template(),
+        template_str=template.read_text(encoding="utf-8"),
         repo_id=json.dumps(printable(repo_id), ensure_ascii=False),
         size=shape[0],
         channels=shape[1],

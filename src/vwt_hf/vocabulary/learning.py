@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from . import __version__
+from .. import __version__
+from ..processors import processor_statistics
+from ..whole_saves import write_files
+from .files import VocabularyInfo, tensor_bytes
 from .image_source import PatchBatch, open_images, patch_batches
 from .kmeans import MiniBatchKMeans
-from .processors import processor_statistics
-from .vocabulary_files import VocabularyInfo, tensor_bytes
-from .whole_saves import write_files
 
 CHECKPOINT = "learning.safetensors"
 CHECKPOINT_EVERY = 100

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .printable import printable, shown
+from ..printable import printable, shown
 
 MOST_BYTES = 2**32
 """Of the words in float32: 1.4 million words of 16×16 RGB pixels."""

@@ -29,10 +29,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .bounds import checked_statistics, is_number
-from .hub_names import check_revision, check_subfolder
-from .printable import printable, shown
-from .whole_saves import Save, remove, saving
+from ..bounds import checked_statistics, is_number
+from ..hub_names import check_revision, check_subfolder
+from ..printable import printable, shown
+from ..whole_saves import Save, remove, saving
 from .word_files import MOST_BYTES, read_bare_tensor, read_safetensors
 
 WORDS_FILE = "vocabulary.safetensors"

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .printable import printable
-from .processors import whole_images
-from .words import patchify
+from ..printable import printable
+from ..processors import whole_images
+from ..words import patchify
 
 FORMATS = (
     "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "MPO", "PPM", "ICO", "QOI", "PCX", "SGI", "TGA",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vwt_hf.kmeans import BUFFERED_AT_LEAST, MiniBatchKMeans, closest_words, statistics
+from vwt_hf.vocabulary.kmeans import BUFFERED_AT_LEAST, MiniBatchKMeans, closest_words, statistics
 
 
 def clustered(patches: int, values: int = 12, clusters: int = 40, seed: int = 0) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_words_that_die_start_again_where_patches_are(monkeypatch: pytest.Monkey
         return int((statistics(later, words).counts == 0).sum())
 
     assert dead() <= 2
-    monkeypatch.setattr("vwt_hf.kmeans.RARE", 0)
+    monkeypatch.setattr("vwt_hf.vocabulary.kmeans.RARE", 0)
     assert dead() >= 8
 
 
