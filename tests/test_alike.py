@@ -64,6 +64,7 @@ def test_joined_tokens_are_means_by_size_at_the_place_of_the_one_that_was_joined
             assert torch.equal(was[: PREFIX + count], now[: PREFIX + count])
             continue
         mean = (2 * was[PREFIX] + was[PREFIX + 3]) / 3
+        mean = mean * ((2 * was[PREFIX].norm() + was[PREFIX + 3].norm()) / 3 / mean.norm())
         expected = torch.stack((was[0], was[1], mean, was[PREFIX + 1], was[PREFIX + 2]))
         torch.testing.assert_close(now[: PREFIX + 3], expected)
         assert after.layout.sizes.flatten()[new : new + PREFIX + 3].tolist() == [1, 1, 3, 2, 2]

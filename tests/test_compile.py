@@ -78,7 +78,7 @@ def test_a_model_traced_before_its_first_call_keeps_the_patches_that_it_keeps_ea
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_intra_compiled_by_inductor_answers_as_it_does_eagerly(mode):
-    model = compress(tiny_model("dinov2-classifier", num_hidden_layers=1), True)
+    model = compress(tiny_model("dinov2-classifier", num_hidden_layers=1), {"keep_ratio": 0.5})
     pixel_values = sample_pixel_values()
     expected = answers(model, pixel_values)
     compiled = torch.compile(model, fullgraph=True, mode=mode)

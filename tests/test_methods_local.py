@@ -103,7 +103,9 @@ def test_joined_tokens_answer_as_a_mean_by_hand(images):
                 members[best].append(source)
                 del members[source]
         kept = sorted(members, key=lambda row: min(members[row]))
-        joined = torch.stack([output[members[row]].mean(0) for row in kept])[None]
+        joined = torch.stack([output[members[row]].mean(0) for row in kept])
+        lengths = torch.stack([output[members[row]].norm(dim=1).mean() for row in kept])
+        joined = (joined * (lengths / joined.norm(dim=1))[:, None])[None]
         bias = torch.tensor([len(members[row]) for row in kept]).float().log()
         hidden = _with_bias(layers[1], joined, bias)
         expected = plain.layernorm(hidden)[0]
@@ -282,7 +284,10 @@ def test_a_tolerance_means_the_same_however_images_are_normalised(images):
         ({"image_std": [0.5, -1, 1]}, r"image_std is \[0.5, -1, 1\]; expected positive numbers"),
         ({"image_std": [1e-30] * 3}, "image_std is .*; expected one number in"),
         ({"output": "compressed"}, "output is 'compressed', but under method='local'"),
-        ({"method": "gradual", "similarity": 1.5}, r"similarity is 1.5; expected a cosine in \[-1, 1\]"),
+        ({"method": "gradual", "similarity": 1.5}, r"similarity is 1.5; expected None, a cosine in \[-1, 1\], or 4"),
+        ({"method": "gradual", "similarity": [0.9, 0.8]}, r"similarity is .*0.9, 0.8.*or 4 of them"),
+        ({"method": "gradual", "layers": [3]}, r"layers is .*3.* and similarity is None.*give similarity, too"),
+        ({"method": "gradual", "layers": [3, 2], "similarity": 0.9}, r"layers is .*3, 2.*each once, ascending"),
         ({"method": "gradual", "layers": []}, r"layers is \[\]; expected None or numbers of layers"),
         ({"method": "gradual", "layers": [0]}, r"layers is \[0\]; expected None or numbers of layers"),
     ],
@@ -297,13 +302,19 @@ def test_a_deviation_for_other_channels_and_layers_that_a_model_lacks_are_refuse
         compress(tiny_model("vit"), local(image_std=[0.5]))
     model = tiny_model("vit")
     with pytest.raises(ValueError, match=r"layers is \(1, 2\), and the model has 2 layers.*from 1 to 1"):
-        compress(model, gradual(layers=[2, 1]))
+        compress(model, gradual(layers=[1, 2]))
     assert getattr(model.config, "vwt", None) is None
 
 
-@pytest.mark.parametrize(("layers", "expected"), [(12, (5, 6, 7, 8)), (24, (10, 12, 14, 16)), (2, (1,)), (1, ())])
+@pytest.mark.parametrize(("layers", "expected"), [(12, [5, 6, 7, 8]), (24, [10, 12, 14, 16]), (2, [1]), (1, [])])
 def test_layers_are_those_in_the_middle_if_a_setting_does_not_say(layers, expected):
-    assert VWTConfig(method="gradual").joins(layers) == expected
+    assert list(VWTConfig(method="gradual").joins(layers)) == expected
+
+
+def test_each_layer_has_its_similarity():
+    assert VWTConfig(method="gradual", layers=[2, 5], similarity=[0.9, 0.8]).joins(12) == {2: 0.9, 5: 0.8}
+    assert VWTConfig(method="gradual", layers=[2, 5], similarity=0.7).joins(12) == {2: 0.7, 5: 0.7}
+    assert VWTConfig(method="gradual", similarity=0.7).joins(12) == dict.fromkeys((5, 6, 7, 8), 0.7)
 
 
 def test_every_model_of_the_matrix_joins_some_tokens(images):

@@ -302,7 +302,7 @@ def test_a_bad_setting_never_falls_back_to_the_plain_model(task, model_class, fo
 @on([case for case in CASES if len(allowed(case[1])) < len(SETTINGS)])
 def test_a_setting_that_a_model_cannot_have_never_falls_back_to_the_plain_model(task, model_class, folder):
     with pytest.raises(ValueError, match=r"reads a value for every patch.*dropped='merge' or method='inter'"):
-        pipeline(task, model=folder, model_kwargs={"vwt": True})
+        pipeline(task, model=folder, model_kwargs={"vwt": {"keep_ratio": 0.5}})
 
 
 @on(ONE_OF_EACH_TASK)

@@ -130,7 +130,7 @@ def _hook_in(
     """
     follows = setting.shortens and (by_sizes or bool(relative))
     layers = find_layers(tower.module)
-    joins = setting.joins(len(layers)) if by_sizes else ()
+    joins = setting.joins(len(layers)) if by_sizes else {}
     entered = [
         module for module in model.modules() if isinstance(module, PreTrainedModel) and tower.module in module.modules()
     ]
@@ -161,10 +161,10 @@ def _hook_in(
                 attend_by_plan(config)
         for module, stand_in in attentions:
             setattr(module, _slot(module), StandIn(stand_in, module))
-        for number in joins:
-            layers[number - 1].register_forward_hook(Join(setting, number))
+        for number, least in joins.items():
+            layers[number - 1].register_forward_hook(Join(setting, least))
         if joins and family.rotary is not None:
-            for layer in layers[joins[0] :]:
+            for layer in layers[min(joins) :]:
                 layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
         if setting.restores:
             last = layers[-1]
@@ -531,8 +531,8 @@ class Join(Hook):
     """Forward hook of a layer: its output becomes fewer tokens, as the setting says by the keys of its attention."""
 
     setting: VWTConfig
-    number: int
-    """Of the layer, from 1."""
+    least: float
+    """How alike tokens must be, as `VWTConfig.joins` says of the layer."""
 
     @torch.compiler.disable
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
@@ -545,7 +545,7 @@ class Join(Hook):
             return output
         after = forward.after.get(layer)
         if after is None:  # else the layer is repeated for its gradient
-            after = self.setting.join(before, forward.keys, self.number, [plan.shape for plan in forward.plans])
+            after = self.setting.join(before, forward.keys, self.least, [plan.shape for plan in forward.plans])
             forward.after[layer] = after
         if after is before:
             return output

@@ -165,21 +165,21 @@ class VWTConfig:
         """
         raise NotImplementedError
 
-    def joins(self, layers: int) -> tuple[int, ...]:
-        """After which of a model's layers tokens are grouped again, ascending; 1 is the first, and the last is none.
+    def joins(self, layers: int) -> dict[int, float]:
+        """After which of a model's layers tokens are grouped again, and how alike they must be, ascending.
 
         Args:
-            layers: how many the model has.
+            layers: how many the model has. The first is 1, and the last is none after which tokens are grouped.
         """
-        return ()
+        return {}
 
-    def join(self, plan: Grouped, keys: torch.Tensor, layer: int, not_as: Collection[tuple[int, ...]]) -> Grouped:
+    def join(self, plan: Grouped, keys: torch.Tensor, least: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
         """The plan that holds after a layer of `joins`; `plan` itself if no token becomes part of another.
 
         Args:
             plan: the one that held within the layer.
             keys: (sequences, heads, tokens, head size) of the layer's attention.
-            layer: its number, 1 for the first.
+            least: what `joins` says of the layer.
             not_as: shapes that the plan must not have.
         """
         raise NotImplementedError

@@ -237,7 +237,9 @@ def carry(before: Layout, after: Layout) -> torch.Tensor:
 
 
 def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
-    """The mean of the tokens that become one, each weighed by how many patches it stands for; summed in float32.
+    """The mean of the tokens that become one, each weighed by how many patches it stands for, in float32.
+
+    A mean of directions is shorter than what it is a mean of: it is given their mean length.
 
     Args:
         values: (sequences, tokens, hidden), of `before`.
@@ -251,7 +253,13 @@ def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     weights = (before.sizes.flatten() / sizes[into])[order].to(values.device)
     table = values.flatten(0, 1).float()
     order, starts = order.to(values.device), starts.to(values.device)
-    means = torch.nn.functional.embedding_bag(order, table, starts, mode="sum", per_sample_weights=weights)
+
+    def mean(table: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding_bag(order, table, starts, mode="sum", per_sample_weights=weights)
+
+    means = mean(table)
+    lengths = mean(torch.linalg.vector_norm(table, dim=1, keepdim=True))
+    means = means * (lengths / torch.linalg.vector_norm(means, dim=1, keepdim=True).clamp(min=1e-12))
     return means[: after.sizes.numel()].view(*after.sizes.shape, -1).to(values.dtype)
 
 
