@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from settings import SETTINGS, inter
 from test_image_processing import write
 from test_pipeline import PHOTOGRAPHS, image_processor_class
-from tiny import answers, inputs, sample_pixel_values, tiny_model
+from tiny import answers, tiny_model
 from vwt_hf import collate_images, compress, count_tokens, token_lengths
 from vwt_hf.image_processing import NAME
 
@@ -72,9 +72,7 @@ def test_trainer_fine_tunes_by_words_of_the_loader_to_the_loss_of_plain_pytorch(
     given: list[bool] = []
     fields = {"num_train_epochs": 3, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     fields |= {"train_sampling_strategy": "sequential", "weight_decay": 0.0}
-    trainer = transformers.Trainer(
-        made(), arguments(tmp_path, **fields), train_dataset=dataset, eval_dataset=dataset
-    )
+    trainer = transformers.Trainer(made(), arguments(tmp_path, **fields), train_dataset=dataset, eval_dataset=dataset)
     trainer.model.register_forward_pre_hook(
         lambda _, args, kwargs: given.append(NAME in kwargs), with_kwargs=True, prepend=True
     )

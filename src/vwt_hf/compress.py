@@ -197,7 +197,8 @@ def _forward_with_words(model: PreTrainedModel) -> StandIn:
     `Trainer` drops the columns of a data set that this signature does not have.
     """
     forward = type(model).forward
-    stand_in = functools.update_wrapper(StandIn(forward, model), forward)
+    stand_in = StandIn(forward, model)
+    functools.update_wrapper(stand_in, forward)
     signature = inspect.signature(forward.__get__(model))
     words = inspect.Parameter(
         "patch_words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="torch.Tensor | None"

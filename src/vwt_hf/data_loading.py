@@ -1,4 +1,4 @@
-"""Batches of images that have different numbers of patches, or of tokens: a collator, and lengths to group images by."""
+"""Batches of images that have different numbers of patches, or of tokens: a collator, and lengths to group them by."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
         ValueError: the whole images or the tiles are of different sizes, which no model takes in one batch.
 
     Example:
-        >>> tiles = [{"pixel_values": torch.rand(n, 3, 32, 32), "patch_words": torch.ones(n, 64).long()} for n in (3, 5)]
+        >>> tiles = [{"pixel_values": torch.rand(n, 3, 32, 32), "patch_words": torch.ones(n, 64)} for n in (3, 5)]
         >>> {name: tuple(value.shape) for name, value in collate_images(tiles).items()}
         {'pixel_values': (2, 5, 3, 32, 32), 'patch_words': (2, 5, 64)}
     """
