@@ -7,10 +7,13 @@ import inspect
 import pickle
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from settings import SETTINGS, inter
 from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip, built, llava
@@ -270,8 +273,15 @@ def test_the_signature_of_generate_stays_and_that_of_forward_has_the_words():
     assert inspect.signature(restore(model).forward) == inspect.signature(plain.forward)
 
 
-def test_accelerate_unwraps_the_forward_of_mixed_precision(images):
-    accelerator = pytest.importorskip("accelerate").Accelerator(mixed_precision="bf16", cpu=True)
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """Of mixed precision, which accelerate else keeps for the whole process."""
+    AcceleratorState._reset_state(True)
+    yield Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(True)
+
+
+def test_accelerate_unwraps_the_forward_of_mixed_precision(accelerator, images):
     model = compress(tiny_model("vit"), SETTINGS["merge"])
     found = answers(model, images)
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
