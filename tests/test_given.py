@@ -7,10 +7,13 @@ import inspect
 import pickle
 import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from settings import SETTINGS, inter
 from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip, built, llava
@@ -261,10 +264,29 @@ def test_an_encoder_that_is_compressed_alone_generates_by_words(plans):
     torch.testing.assert_close(logits, model(pixel_values=pixel_values, decoder_input_ids=found).logits)
 
 
-def test_the_signatures_of_methods_stay():
-    model, plain = compress(built(blip), SETTINGS["merge"]), built(blip)
-    for name in ("generate", "forward"):
-        assert inspect.signature(getattr(model, name)) == inspect.signature(getattr(plain, name))
+def test_the_signature_of_generate_stays_and_that_of_forward_has_the_words():
+    plain = built(blip)
+    model = compress(built(blip), SETTINGS["merge"])
+    assert inspect.signature(model.generate) == inspect.signature(plain.generate)
+    names, own = (list(inspect.signature(each.forward).parameters) for each in (model, plain))
+    assert names == [*own[:-1], "patch_words", own[-1]] and own[-1] == "kwargs"
+    assert inspect.signature(restore(model).forward) == inspect.signature(plain.forward)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """Of mixed precision, which accelerate else keeps for the whole process."""
+    AcceleratorState._reset_state(True)
+    yield Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(True)
+
+
+def test_accelerate_unwraps_the_forward_of_mixed_precision(accelerator, images):
+    model = compress(tiny_model("vit"), SETTINGS["merge"])
+    found = answers(model, images)
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    assert not torch.equal(answers(prepared, images), found)
+    assert torch.equal(answers(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False), images), found)
 
 
 @pytest.mark.parametrize("change", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -351,3 +373,19 @@ def test_the_setting_is_saved(tmp_path, images):
 def test_fields_that_are_not_valid_are_refused(fields):
     with pytest.raises(ValueError, match=rf"VWTConfig.{next(iter(fields))} is "):
         VWTConfig(method="given", **fields)
+
+
+def test_a_tracer_that_replaces_calls_of_modules_sees_models_too():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
+            return isinstance(module, transformers.PreTrainedModel)
+
+    class Holder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision = tiny_model("vit")
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.vision(pixel_values)
+
+    assert [node.target for node in Tracer().trace(Holder()).nodes if node.op == "call_module"] == ["vision"]

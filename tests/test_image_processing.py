@@ -197,6 +197,23 @@ def test_a_processor_of_texts_and_images_takes_and_saves_the_setting(name, folde
     assert torch.equal(again(images=PHOTOGRAPHS, return_tensors="pt")[NAME], made[NAME])
 
 
+def test_blip_takes_words_from_its_processor(tmp_path, searched):
+    from test_generation import blip, built
+
+    model = compress(built(blip), inter())
+    model.save_pretrained(tmp_path)
+    size = {"height": 32, "width": 32}
+    tokenizer = tokenizer_with({"<pad>": 0, "<s>": 1, "</s>": 97})
+    transformers.BlipProcessor(image_processor_class("blip")(size=size), tokenizer).save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path, vwt=inter())
+    made = processor(images=PHOTOGRAPHS, text=["a photo"] * 5, return_tensors="pt")
+    found = model.generate(**made, max_new_tokens=3, do_sample=False)
+    plan, patches, given = searched[-1]
+    assert given is not None and torch.equal(plan.patch_words(5, patches.count), made[NAME])
+    del made[NAME]
+    assert torch.equal(model.generate(**made, max_new_tokens=3, do_sample=False), found)
+
+
 def test_llava_takes_words_from_its_processor(tmp_path, searched):
     from test_generation import IMAGE_TOKEN, built, llava
 

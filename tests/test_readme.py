@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -123,7 +124,7 @@ def headings(written: str) -> list[str]:
 def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
     # From the top, transformers 5.17 offers it only with torchvision, as the README says.
     monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
-    first, second, third = blocks("python")
+    first, second, third, fourth = blocks("python")
     loading, in_memory = first.split("# A model in memory")
     use: dict[str, Any] = {}
     exec(compile(loading, "README.md", "exec"), use)
@@ -143,6 +144,11 @@ def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.Monkey
     exec(compile(third, "README.md", "exec"), tokens)
     assert tokens["inputs"]["patch_words"].shape == (2, 196) and tokens["logits"].shape[0] == 2
     assert [picture.size for picture in tokens["pictures"]] == [(224, 224)] * 2
+    images = datasets.Dataset.from_dict({"image": tokens["images"]}).cast_column("image", datasets.Image())
+    loading = tokens | {"dataset": images, "vwt_hf": vwt_hf}
+    exec(compile(fourth, "README.md", "exec"), loading)
+    (batch,) = loading["loader"]
+    assert batch["patch_words"].shape == (2, 196) and loading["lengths"] == [98, 98]
 
 
 def test_the_commands_of_vwt_hf_in_it_run(tiny_hub: LoopbackHub, capsys: pytest.CaptureFixture[str]):

@@ -10,11 +10,13 @@ __version__ = "0.1.0"
 __all__ = [
     "VWTConfig",
     "VisualVocabulary",
+    "collate_images",
     "compress",
     "count_tokens",
     "register",
     "restore",
     "supported",
+    "token_lengths",
     "unregister",
 ]
 
@@ -33,6 +35,7 @@ if not _is_the_command():
     from .auto import register, unregister
     from .compress import compress, restore
     from .config import VWTConfig
+    from .data_loading import collate_images, token_lengths
     from .evaluation import count_tokens
     from .families import supported
     from .vocabulary import VisualVocabulary, image_source

@@ -178,7 +178,13 @@ def _parts_stay_plain() -> Iterator[None]:
 
 
 def _calling(original: Any) -> Any:
-    """Calls of models, of which a plain one refuses `patch_words`: it would leave them out without a word."""
+    """Calls of models, of which a plain one refuses `patch_words`.
+
+    The forward of every supported family takes any keyword and leaves out those that it does not know, so a plain model
+    would see all patches without a word, and who loads an image processor with `vwt` and a model without would never
+    learn why nothing is faster. A hook could say so only if plain models had one. Calls without `patch_words` go on to
+    what `torch.nn.Module` has, also where another library has replaced that since, as `torch.fx` does while it traces.
+    """
 
     @functools.wraps(original)
     def __call__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +193,7 @@ def _calling(original: Any) -> Any:
                 f"patch_words were given to a {type(self).__name__} that is not compressed. Load it with the `vwt` of "
                 'the image processor that made them, or call vwt_hf.compress(model, {"method": "given"}).'
             )
-        return original(self, *args, **kwargs)
+        return super(PreTrainedModel, self).__call__(*args, **kwargs)
 
     return __call__
 

@@ -140,6 +140,8 @@ def _hook_in(
     for name in _methods_for_images(model_class):
         if name not in vars(model):
             setattr(model, name, _stand_in_for(model, name))
+    if "forward" not in vars(model):
+        model.forward = _forward_with_words(model)
     if follows:
         begin = Begin(bool(relative), by_sizes, bool(joins), strips_mask=by_sizes and family.padded is not None)
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
@@ -194,6 +196,25 @@ def _stand_in_for(model: PreTrainedModel, name: str) -> StandIn:
     method = getattr(type(model), name)
     functools.update_wrapper(stand_in, method)
     stand_in.__signature__ = inspect.signature(method.__get__(model))  # type: ignore[attr-defined]
+    return stand_in
+
+
+def _forward_with_words(model: PreTrainedModel) -> StandIn:
+    """The forward of `model`, whose signature has `patch_words`, which `TakeWords` takes from every call before it.
+
+    `Trainer` drops the columns of a data set that this signature does not have.
+    """
+    forward = type(model).forward
+    stand_in = StandIn(forward, model)
+    functools.update_wrapper(stand_in, forward)
+    signature = inspect.signature(forward.__get__(model))
+    words = inspect.Parameter(
+        "patch_words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="torch.Tensor | None"
+    )
+    parameters = sorted((*signature.parameters.values(), words), key=lambda parameter: parameter.kind)
+    stand_in.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    # What accelerate makes a method of, where it wraps and unwraps a forward for mixed precision.
+    stand_in.__func__ = forward  # type: ignore[attr-defined]
     return stand_in
 
 

@@ -60,6 +60,7 @@ class HostTokenizer:
         Returns:
             int64 (batch, patches) or (batch, tiles, patches).
         """
+        _use_one_thread_if_forked()
         values = made["pixel_values"]
         if isinstance(values, (list, tuple)):
             return [self._of_each({name: made[name][i] for name in made}).numpy() for i in range(len(values))]
@@ -117,6 +118,21 @@ class HostTokenizer:
         if not self.setting.shortens:
             return patches.grouped_by(words, packed=False, proportional=False)
         return self.setting.plan_of(patches, words)
+
+
+_process = os.getpid()
+"""The process that set how many threads torch uses."""
+
+
+def _use_one_thread_if_forked() -> None:
+    """Has torch use one thread in a process that was forked, as those of `datasets.map(..., num_proc=...)` are.
+
+    The threads of its parent are not there, and it would wait for them forever. `DataLoader` sets one for its workers.
+    """
+    global _process
+    if os.getpid() != _process:
+        torch.set_num_threads(1)
+        _process = os.getpid()
 
 
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")

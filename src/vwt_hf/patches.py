@@ -143,7 +143,8 @@ class Patches:
 
         Args:
             patch_words: (..., patches) integers, one row for each image. Rows of −1 alone are of images that are none,
-                as a processor pads tiles with.
+                as a processor pads tiles with. They say how many patches there are and not in how many rows and
+                columns: words of a 7 × 28 grid pass for those of a 14 × 14 one.
             repeats: whether each image, with its tiles, may come several times in a row.
 
         Raises:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .config import VWTConfig
-from .layout import group
 from .patches import Patches
 from .plans import DROPPED, Grouped, Kept
 from .printable import printable
 from .terminal import write_file
-from .words import index_words, nearest_words, patch_grid, patchify
+from .words import index_words, nearest_words, patch_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +76,8 @@ def words_figure(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> Figure:
-    """Draws each photograph as the model sees it, and beside it with the patches that share a word in one colour.
+    """Draws each photograph as the model sees it, beside it with the patches that share a word in one colour, and what
+    is left of it: each patch as its token shows it.
 
     A word has the same colour in every photograph. Patches that stay alone are as in the photograph.
 
@@ -99,9 +99,12 @@ def words_figure(
     photographs = photographs_of(pixel_values, image_mean, image_std)
     shared, tokens = shared_words(pixel_values, patch_size, words, threshold)
     tinted = tint(photographs, shared, patch_size)
+    patches, plan = _grouped(pixel_values, patch_size, words, threshold)
+    seen = torch.stack(seen_pictures(patches, plan, image_mean, image_std))
     columns = [
         Column("what the model sees", photographs, [""] * len(photographs)),
         Column("same word, same colour", tinted, word_captions(shared, tokens)),
+        Column("what its tokens show", seen, [""] * len(photographs)),
     ]
     return draw(columns, names, WORD_PANEL)
 
@@ -286,13 +289,20 @@ def shared_words(
         (batch, rows, columns) int64 on the CPU, −1 where a patch stays alone: it is near no word, or the only one near
         its word; and the tokens of each image.
     """
-    rows, columns = patch_grid(pixel_values, patch_size)
-    if threshold == 0:  # the plain model, whatever rounding makes of the distance between equals
-        return torch.full((len(pixel_values), rows, columns), -1), [rows * columns] * len(pixel_values)
-    word = nearest_words(patchify(pixel_values, patch_size), index_words(words), threshold)
-    layout = group(word, packed=False)
-    alone = layout.sizes.flatten()[layout.rows] < 2
-    return word.masked_fill(alone, -1).unflatten(1, (rows, columns)).cpu(), (layout.sizes > 0).sum(dim=1).tolist()
+    patches, plan = _grouped(pixel_values, patch_size, words, threshold)
+    assert plan.words is not None and patches.grid is not None
+    alone = plan.layout.sizes.flatten()[plan.layout.rows] < 2
+    shared = plan.words.masked_fill(alone, -1).unflatten(1, patches.grid).cpu()
+    return shared, (plan.layout.sizes > 0).sum(dim=1).tolist()
+
+
+def _grouped(
+    pixel_values: torch.Tensor, patch_size: tuple[int, int], words: torch.Tensor, threshold: float
+) -> tuple[Patches, Grouped]:
+    """The patches of whole images, and the plan by which those that share a word become one token."""
+    patches = Patches(pixel_values, patch_size, pixel_values.shape[1], 0, patch_grid(pixel_values, patch_size))
+    found = nearest_words(patches.pixels_as_words(), index_words(words), threshold)
+    return patches, patches.group(found, packed=False, proportional=False)
 
 
 def word_color(word: int) -> tuple[float, float, float]:

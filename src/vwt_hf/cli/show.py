@@ -22,7 +22,7 @@ DESCRIPTION = """\
 Draws each photograph as a model sees it, and beside it what becomes of its patches.
 
 With --vocabulary: patches that share a word, and so become one token, are tinted in the word's colour, the same in all
-photographs. Patches that stay alone are untouched.
+photographs, and those that stay alone are untouched; the last column shows each patch as its token does.
 With --keep-ratio: the patches that are dropped are faded.
 
 Loads no weights. Without --model, photographs are cropped to a square of 224 pixels (or the multiple of the patch size

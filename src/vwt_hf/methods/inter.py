@@ -12,6 +12,7 @@ import torch
 from ..beside import FOLDER, SAVED_AS, read_words
 from ..bounds import checked_statistics, is_number
 from ..config import ModelFacts
+from ..packaged_words import packaged_words
 from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
@@ -63,7 +64,9 @@ class InterConfig(RaggedConfig):
 
     Args:
         vocabulary (`str` or `VisualVocabulary`, *optional*):
-            A Hub id, a folder, or the vocabulary itself. `None`: the one that was saved with the model.
+            A Hub id, a folder, or the vocabulary itself. `None`: the one that was saved with the model; where there is
+            none, the one that comes with the package for its patches (`vwt_hf.packaged_words`), which is saved with the
+            model then.
         revision (`str`, *optional*):
             Branch, tag or commit of a vocabulary on the Hub. The setting of a loaded model holds the commit.
         threshold (`float`, default 0.1):
@@ -135,6 +138,11 @@ class InterConfig(RaggedConfig):
     def with_saved(self, saved: dict[str, Any]) -> InterConfig:
         if self.vocabulary is not None or self.saved_as is not None:
             return self
+        if saved.get("vocabulary") is not None:
+            raise ValueError(
+                f"VWTConfig.vocabulary is None, and the model was saved with {shown(saved['vocabulary'])}; give that "
+                "or another."
+            )
         known: dict[str, Any] = {name: saved.get(name) for name in ("saved_as", "image_mean", "image_std")}
         setting = dataclasses.replace(self, **{k: v for k, v in known.items() if getattr(self, k) is None})
         setting.require_sane()
@@ -153,12 +161,7 @@ class InterConfig(RaggedConfig):
                 self, image_mean=self.image_mean or words.image_mean, image_std=self.image_std or words.image_std
             )
         elif vocabulary is None:
-            if not model.source:
-                raise ValueError(
-                    "VWTConfig.vocabulary is None and the model was loaded from nowhere that may hold one; give a Hub "
-                    "id, a folder or a VisualVocabulary."
-                )
-            vocabulary = read_words(model.source, self.saved_as, own, model.words_folder or FOLDER)
+            vocabulary = self._saved_or_packaged(model)
         vocabulary.require(model.patch_size, model.channels)
         # A setting has no field for a subfolder: words from one are saved beside the weights.
         on_hub = vocabulary.revision is not None and not vocabulary.subfolder
@@ -174,6 +177,16 @@ class InterConfig(RaggedConfig):
             )
         assert setting.image_mean is not None and setting.image_std is not None
         return dataclasses.replace(setting, words=ReadyWords(vocabulary, setting.image_mean, setting.image_std))
+
+    def _saved_or_packaged(self, model: ModelFacts) -> VisualVocabulary:
+        try:
+            if model.source:
+                return read_words(model.source, self.saved_as, model.hub_kwargs, model.words_folder or FOLDER)
+        except FileNotFoundError:
+            # A setting in a config.json was saved with words; others in their place would change the answers.
+            if self.saved_as is not None or not model.trusted:
+                raise
+        return packaged_words(model.patch_size, model.channels)
 
     def plan(self, patches: Patches) -> Grouped | None:
         if not self.shortens:

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+r"""Whether words from the image processor are the model's own, and pipelines answer alike by either's.
+
+For each classifier and setting, over all images, in single precision: how many images have other words by the image
+processor than by the model, and how many get another first answer from the pipeline that tokenises on the host than
+from the one that tokenises in the model, with the largest difference of a score. Ends with status 1 if any differs.
+
+    python scripts/compare_processor.py --model my-model --images validation/
+    python scripts/compare_processor.py --model my-model --images validation/ \
+        --vwt '{"method": "inter", "threshold": 0.3}'
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForImageClassification, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from compare import name_of
+from vwt_hf.compress import Reduce
+from vwt_hf.printable import printable
+from vwt_hf.processors import quiet_transformers
+from vwt_hf.terminal import markdown, require_writable, run_command, write_file
+from vwt_hf.vocabulary.image_source import find_images, read_image
+
+SETTINGS: list[dict[str, Any]] = [
+    *({"criterion": criterion} for criterion in ("variance", "random", "grid")),
+    {"dropped": "merge"},
+    {"method": "inter"},
+]
+LARGEST = 1e-5
+"""Difference of scores that rounding makes."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, action="append", help="Hub id or folder; may be given several times")
+    parser.add_argument("--images", required=True, type=Path, help="folder of images, searched through all levels")
+    parser.add_argument("--vwt", action="append", type=json.loads, help="a setting as JSON; may be given several times")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--limit", type=int, help="use the first so many images, spread evenly over the folder")
+    parser.add_argument("--json", type=Path, help="also write the rows here, after each setting")
+    options = parser.parse_args(arguments)
+    require_writable(options.json)
+    paths = find_images([options.images], options.limit)
+    images = [read_image(path) for path in paths]
+    print(f"{len(images)} images of {printable(options.images)}, transformers {transformers.__version__}, float32")
+    rows: list[dict[str, Any]] = []
+    for model in options.model:
+        for setting in options.vwt or SETTINGS:
+            rows.append({"model": Path(model).name, "setting": name_of(setting)})
+            rows[-1] |= compare(model, setting, images, options.batch_size)
+            if options.json:
+                write_file(options.json, json.dumps(rows, indent=1))
+    print(markdown(rows), end="")
+    if any(row["other words"] or row["other answers"] or row["max Δ score"] > LARGEST for row in rows):
+        raise ValueError("words or answers of the image processor are not those of the model.")
+
+
+def compare(source: str, setting: Any, images: Sequence[Any], batch_size: int) -> dict[str, Any]:
+    """One row: how many images differ, of those that one classifier is shown."""
+    pipes = {}
+    for host in (True, False):
+        with quiet_transformers():
+            model = AutoModelForImageClassification.from_pretrained(source, vwt=setting, dtype=torch.float32)
+            processor = AutoImageProcessor.from_pretrained(source, vwt=setting if host else False)
+        pipes[host] = pipeline("image-classification", model=model, image_processor=processor)
+    with words_by_which_models_went() as made:
+        scores = {host: all_scores(pipe, images, batch_size) for host, pipe in pipes.items()}
+    given, found = (torch.cat([words for by_caller, words in made if by_caller is host]) for host in (True, False))
+    return {
+        "images": len(images),
+        "other words": int((given != found).any(dim=1).sum()) if given.shape == found.shape else len(images),
+        "other answers": int((scores[True].argmax(1) != scores[False].argmax(1)).sum()),
+        "max Δ score": float(f"{(scores[True] - scores[False]).abs().max().item():.1e}"),
+    }
+
+
+def all_scores(pipe: Any, images: Sequence[Any], batch_size: int) -> torch.Tensor:
+    """(images, labels): what a pipeline says of each label."""
+    ids = pipe.model.config.label2id
+    scores = torch.zeros(len(images), len(ids))
+    answers = pipe(list(images), batch_size=batch_size, top_k=len(ids))
+    for image, answer in enumerate(answers):
+        for label in answer:
+            scores[image, ids[label["label"]]] = label["score"]
+    return scores
+
+
+@contextlib.contextmanager
+def words_by_which_models_went() -> Iterator[list[tuple[bool, torch.Tensor]]]:
+    """For each batch that models embed in this block: whether the caller gave the words, and (batch, patches) words."""
+    plan, made = Reduce.plan, []
+
+    def watched(self: Reduce, patches: Any, given: Any) -> Any:
+        found = plan(self, patches, given)
+        made.append((given is not None, found.patch_words(len(patches.pixel_values), patches.count)))
+        return found
+
+    Reduce.plan = watched  # type: ignore[method-assign]
+    try:
+        yield made
+    finally:
+        Reduce.plan = plan  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("compare_processor.py", main))

@@ -1,0 +1,85 @@
+"""Batches of images that have different numbers of patches, or of tokens: a collator, and lengths to group them by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+# Not from the top, where it is not offered by type.
+from transformers.data.data_collator import default_data_collator
+
+from .plans import DROPPED
+
+_FILLS = {"pixel_values": 0, "pixel_attention_mask": 0, "patch_words": DROPPED}
+"""What stands where an image has no patch or no tile."""
+
+
+def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Makes a batch of images that were processed one by one, with different numbers of patches or of tiles.
+
+    A `data_collator` of `Trainer`, or a `collate_fn` of a `DataLoader`. Images of one size need none of their own:
+    transformers' default collator does the same.
+
+    Args:
+        features: for each image what its image processor made, without the batch dimension: padded patches,
+            `pixel_values` (patches, values) with `pixel_attention_mask` (patches,) and `spatial_shapes` (2,); tiles,
+            (tiles, channels, height, width); or a whole image, (channels, height, width). `patch_words`, (patches,) or
+            (tiles, patches), labels and all else go along.
+
+    Returns:
+        What transformers' `default_data_collator` gives, of images that have as many patches or tiles as the one with
+        the most: the others have zeros in `pixel_values` and `pixel_attention_mask`, and −1 in `patch_words`.
+
+    Raises:
+        ValueError: the whole images or the tiles are of different sizes, which no model takes in one batch.
+
+    Example:
+        >>> tiles = [{"pixel_values": torch.rand(n, 3, 32, 32), "patch_words": torch.ones(n, 64)} for n in (3, 5)]
+        >>> {name: tuple(value.shape) for name, value in collate_images(tiles).items()}
+        {'pixel_values': (2, 5, 3, 32, 32), 'patch_words': (2, 5, 64)}
+    """
+    padded = [dict(feature) for feature in features]
+    for name in _FILLS.keys() & padded[0].keys():
+        values = _of_one_length(name, [torch.as_tensor(np.asarray(feature[name])) for feature in padded])
+        for feature, value in zip(padded, values, strict=True):
+            feature[name] = value
+    return default_data_collator(padded)
+
+
+def _of_one_length(name: str, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    shapes = sorted({tuple(value.shape) for value in values})
+    if len(shapes) == 1:
+        return values
+    if values[0].dim() == 3 or len({shape[1:] for shape in shapes}) > 1:
+        raise ValueError(
+            f"{name} of one batch are {' and '.join(map(str, shapes))}; expected images or tiles of one size. Have the "
+            "image processor resize them to one, or use a model that takes padded patches, as SigLIP 2 NaFlex."
+        )
+    longest = max(len(value) for value in values)
+    return [
+        torch.cat((value, value.new_full((longest - len(value), *value.shape[1:]), _FILLS[name]))) for value in values
+    ]
+
+
+def token_lengths(patch_words: Any) -> list[int]:
+    """How many tokens the patches of each image become, without prefix tokens: by what to group images of like length.
+
+    Batches of images that have about as many tokens each have little padding. transformers' `LengthGroupedSampler`
+    takes the lengths. `Trainer` takes them from the column `length` of a data set under
+    `train_sampling_strategy="group_by_length"` and `remove_unused_columns=False`, without which it drops that column.
+
+    Args:
+        patch_words: (batch, patches) or (batch, tiles, patches) integers, as an image processor loaded with `vwt` makes
+            them: a tensor, an array or a list.
+
+    Example:
+        >>> token_lengths([[5, 5, 5, 9], [0, -1, 2, -1]])
+        [2, 2]
+    """
+    words = torch.as_tensor(np.asarray(patch_words)).sort(dim=-1).values
+    real = words != DROPPED
+    real[..., 1:] &= words[..., 1:] != words[..., :-1]
+    return real.flatten(1).sum(dim=1).tolist()
