@@ -315,7 +315,7 @@ def test_models_that_share_a_config_do_not_share_a_setting(images, vocabulary):
     config.vwt = True
     first, second = transformers.AutoModel.from_config(config), transformers.AutoModel.from_config(config)
     restore(first)
-    assert config.vwt is True and second.config.vwt["keep_ratio"] == 0.5
+    assert config.vwt is True and second.config.vwt["method"] == "gradual"
 
 
 def test_restore_reaches_a_tower_that_was_compressed_alone(images, vocabulary):

@@ -128,7 +128,7 @@ def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.Monkey
     loading, in_memory = first.split("# A model in memory")
     use: dict[str, Any] = {}
     exec(compile(loading, "README.md", "exec"), use)
-    assert use["model"].config.vwt["num_patches"] == 98 and use["classify"].model.config.vwt["keep_ratio"] == 0.5
+    assert use["model"].config.vwt["num_patches"] == 98 and use["classify"].model.config.vwt["method"] == "gradual"
     exec(compile(f"# {in_memory}", "README.md", "exec"), use)
     assert use["model"].config.vwt is None and use["count"].mean == 197
     for how, keeps in (({}, 0.5), ({"vwt": False}, None)):
@@ -210,7 +210,7 @@ def test_what_it_says_of_a_class_built_from_a_config_and_of_a_tower_of_a_saved_w
     assert transformers.AutoModel.from_config(config)(images)[0].shape[1] == 33
     whole = transformers.CLIPModel(transformers.CLIPConfig(vision_config=TINY, text_config=TEXT, projection_dim=16))
     for compressed, tokens in ((whole, 65), (whole.vision_model, 33)):
-        vwt_hf.compress(compressed)
+        vwt_hf.compress(compressed, {"keep_ratio": 0.5})
         whole.save_pretrained(tmp_path / str(tokens))
         tower = transformers.CLIPVisionModel.from_pretrained(tmp_path / str(tokens))
         assert tower(images)[0].shape[1] == tokens
