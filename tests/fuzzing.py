@@ -414,9 +414,27 @@ def _patches_kept(draw: st.DrawFn, share: Fields) -> Fields:
     }
 
 
+def draw_local(draw: st.DrawFn, patches: int) -> Fields:
+    """A setting by neighbours, with or without later layers."""
+    how_many = {
+        "tolerance": st.one_of(st.sampled_from([0, 1]), st.floats(0, 0.6)),
+        "keep_ratio": st.floats(0.01, 1),
+        "num_patches": st.integers(1, patches + 2),
+    }
+    field = draw(st.sampled_from([*how_many]))
+    found = {
+        "method": draw(st.sampled_from(["local", "gradual"])),
+        field: draw(how_many[field]),
+        "image_std": draw(st.sampled_from([[0.5] * 3, [0.2, 0.5, 1.0]])),
+        "layout": draw(st.sampled_from(["auto", "packed", "padded"])),
+        "proportional_attention": draw(st.booleans()),
+    }
+    return found | ({"similarity": draw(st.floats(-1, 1))} if found["method"] == "gradual" else {})
+
+
 def draw_any(draw: st.DrawFn, patches: int) -> Fields:
-    """A setting of either method."""
-    return draw_inter(draw, patches) if draw(st.booleans()) else draw_intra(draw, patches)
+    """A setting of any method that finds out by itself what becomes of patches."""
+    return draw(st.sampled_from([draw_inter, draw_intra, draw_local]))(draw, patches)
 
 
 def draw_plain(draw: st.DrawFn, patches: int) -> Fields:

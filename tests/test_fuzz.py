@@ -88,6 +88,16 @@ def test_packed_images_answer_as_padded_ones(case: Case) -> None:
         fuzzing.require_close(packed, padded)
 
 
+@trying(1, fuzzing.draw_local)
+def test_packed_neighbours_answer_as_padded_ones(case: Case) -> None:
+    with plain_model(case) as model:
+        batch = inputs(case, model)
+        packed, padded = (
+            outputs(compress(model, setting_of(case, layout=layout)), batch, case) for layout in ("packed", "padded")
+        )
+        fuzzing.require_close(packed, padded)
+
+
 @trying(2, fuzzing.draw_plain)
 def test_keeping_everything_answers_as_the_plain_model(case: Case) -> None:
     with plain_model(case) as model:
