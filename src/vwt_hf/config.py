@@ -47,21 +47,23 @@ class ModelFacts:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class VWTConfig:
-    """How a vision transformer's patch sequence is shortened before its first layer (arXiv 2411.15397).
+    """How a vision transformer's patch sequence is shortened, before its first layer (arXiv 2411.15397) or also later.
 
-    `VWTConfig(method=..., ...)` is an instance of the method's own class, which has the fields that the method adds:
-    `vwt_hf.methods.intra.IntraConfig`, `vwt_hf.methods.inter.InterConfig` or `vwt_hf.methods.given.GivenConfig`.
+    `VWTConfig(method=..., ...)` is an instance of the method's own class, in `vwt_hf.methods`, which has the fields that
+    the method adds: `IntraConfig`, `InterConfig`, `LocalConfig`, `GradualConfig` or `GivenConfig`.
 
     Args:
         method (`str`, default `"intra"`):
             `"intra"` keeps a subset of an image's own patches. `"inter"` replaces patches that are near one word of a
-            vocabulary by one token, the average of their embeddings. `"given"` groups patches as the `patch_words` say
-            that each call of the model is given.
+            vocabulary by one token, the average of their embeddings. `"local"` leaves a patch that looks like its
+            neighbour to it, which stays as it is and stands for both. `"gradual"`, which `vwt=True` stands for, does so
+            and joins alike tokens after some layers. `"given"` groups patches as the `patch_words` say that each call
+            of the model is given.
         output (`str`, *optional*):
             `"full"`: `last_hidden_state` has its usual length, each patch with the hidden state of its token, so heads
             and decoders that read every patch work and means weigh tokens by their sizes. `"compressed"`: it has
-            prefix + kept patches. Default: full where every patch is part of a token, which is under inter and
-            `dropped="merge"`; else compressed. Each is refused where it has no meaning.
+            prefix + kept patches. Default: full where every patch is part of a token, which is so but for intra with
+            `dropped="discard"`; else compressed. Each is refused where it has no meaning.
         proportional_attention (`bool`, default `True`):
             Whether a token that stands for s patches gets + log s on its attention logits, so that it draws as much
             attention as its patches would.
