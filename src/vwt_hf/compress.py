@@ -38,7 +38,7 @@ from .words import patch_grid
 
 
 def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> PreTrainedModel:
-    """Makes `model` group or drop patches before its first layer, in place, without changing a weight.
+    """Makes `model` group or drop patches before its first layer or also later, in place, without changing a weight.
 
     A model that is compressed already gets the new setting instead of the old one. `model.config.vwt` holds the setting
     (a JSON-ready dict) until `restore`, and `save_pretrained` writes it.

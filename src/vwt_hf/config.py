@@ -49,7 +49,7 @@ class ModelFacts:
 class VWTConfig:
     """How a vision transformer's patch sequence is shortened, before its first layer (arXiv 2411.15397) or also later.
 
-    `VWTConfig(method=..., ...)` is an instance of the method's own class, in `vwt_hf.methods`, which has the fields that
+    `VWTConfig(method=..., ...)` is an instance of the method's own class in `vwt_hf.methods`, which has the fields that
     the method adds: `IntraConfig`, `InterConfig`, `LocalConfig`, `GradualConfig` or `GivenConfig`.
 
     Args:
