@@ -153,7 +153,7 @@ class Grouped:
             not_as: shapes of plans of the same forward, which this one must not have.
         """
         before, prefix = self.layout, self.layout.prefix
-        into = into.flatten()
+        into = into.flatten().to(before.rows.device)
         layout = group(into[before.rows[:, prefix:]], prefix, before.packed, before.real, not_as)
         places = None
         if self.sources is not None:
