@@ -21,6 +21,8 @@ from .words import index_words, nearest_words, patch_grid, patchify
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .calibrate import Level
+
 PANEL = 2.0  # inches
 WORD_PANEL = 2.5
 """Wider: there are many small patches in many colours to tell apart."""
@@ -149,6 +151,30 @@ def draw(columns: Sequence[Column], names: Sequence[str], panel: float) -> Figur
             axes[y, x].spines[:].set_visible(False)
     for y, name in enumerate(names):
         axes[y, 0].set_ylabel(printable(name), fontsize=10, parse_math=False)
+    return figure
+
+
+def front_figure(levels: Sequence[Level], measure: str, title: str) -> Figure:
+    """How close to the plain model each setting stays, with its 95 % interval, against how fast it is.
+
+    Args:
+        levels: from light to heavy.
+        measure: what their values are, `"agreement"` or `"cosine"`.
+    """
+    figure = require_matplotlib()(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    values = [level.value for level in levels]
+    below = [level.value - level.interval[0] for level in levels]
+    above = [level.interval[1] - level.value for level in levels]
+    axes.errorbar([level.speed for level in levels], values, (below, above), marker="o", capsize=3)
+    for level in levels:
+        text = f" {level.tolerance:g}, {level.similarity:g}: {level.tokens:.0f} tokens"
+        axes.annotate(text, (level.speed, level.value), fontsize="x-small", verticalalignment="bottom")
+    axes.set_xlabel("times as fast as the plain model")
+    axes.set_ylabel(f"{measure} with the plain model, 95 % interval")
+    axes.set_title(printable(title), fontsize="medium", parse_math=False)
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
     return figure
 
 
