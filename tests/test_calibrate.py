@@ -23,6 +23,7 @@ from vwt_hf.evaluation import (
     cosines,
     count_flops,
     count_tokens,
+    on_device,
     share,
     share_interval,
 )
@@ -117,21 +118,40 @@ def test_the_fastest_level_that_agrees_enough_is_found_and_the_evidence_is_what_
         assert setting.evidence["measure"] == "agreement" and setting.evidence["images"] == COUNT
 
 
-def test_few_levels_are_tried_to_find_the_right_one(classifier, images, processor, monkeypatch):
+@pytest.fixture
+def on_a_line(classifier, images, processor, monkeypatch) -> Calibration:
+    """A search in which each level agrees 0.01 less, has a token less and is by 0.1 faster than the one before."""
+
     def measure(self, level, bar):
         place = LEVELS.index(level)
-        return Level(*level, 1 - place / 100, (0.0, 1.0), 60 - place, 65, 1 + place / 10)
+        return Level(*level, 0.97 - place / 100, (0.5, 1.0), 60 - place, 65, 1.1 + place / 10)
 
     monkeypatch.setattr(Calibration, "_measure", measure)
-    for place, level in enumerate(LEVELS):
-        for target, wanted in (
-            ("agreement", 1 - place / 100 - 0.005),
-            ("tokens", 60 - place + 0.5),
-            ("speed", 1 + place / 10 - 0.05 * (place > 0)),
-        ):
-            search = Calibration(classifier, images, **options(processor))
-            setting = search.find(**{target: wanted})
-            assert (setting.tolerance, setting.similarity) == level and len(search.tried) <= 4
+    return Calibration(classifier, images, **options(processor))
+
+
+@pytest.mark.parametrize("place", range(len(LEVELS)))
+@pytest.mark.parametrize(
+    ("target", "first", "step"), [("agreement", 0.965, -0.01), ("tokens", 60.5, -1), ("speed", 1.05, 0.1)]
+)
+def test_a_few_levels_are_tried_to_find_the_right_one(on_a_line, place, target, first, step):
+    setting = on_a_line.find(**{target: first + place * step})
+    assert (setting.tolerance, setting.similarity) == LEVELS[place] and len(on_a_line.tried) <= 4
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "reason"),
+    [
+        ("agreement", 0.98, "and the lightest setting (tolerance 0.008, similarity 0.96) reaches agreement 0.9700"),
+        ("speed", 3, "and the heaviest setting (tolerance 0.06, similarity 0.72) is 2.00 times as fast"),
+        ("tokens", 5, "and the heaviest setting (tolerance 0.06, similarity 0.72) leaves 51.0 of 65 tokens"),
+    ],
+)
+def test_a_target_that_no_level_reaches_is_refused_with_the_nearest_that_one_does(on_a_line, target, asked, reason):
+    with pytest.raises(ValueError, match=re.escape(f"{target} is {asked:g}, {reason}")) as refusal:
+        on_a_line.find(**{target: asked})
+    nearest = re.search(rf"Ask for {target}=([\d.]*\d)", str(refusal.value))
+    assert nearest and on_a_line.find(**{target: float(nearest.group(1))})
 
 
 def test_without_a_classifier_it_is_the_mean_cosine(images, processor):
@@ -155,20 +175,6 @@ def test_a_speed_and_a_number_of_tokens_are_reached_by_the_lightest_level_that_d
             assert setting.evidence["tokens"] == round(tokens, 1) and setting.evidence["of_tokens"] == 65
             assert setting.evidence["speed"] == round(speed, 3) and setting.evidence["by"] == "flops"
     assert setting.evidence["target"].startswith("speed=")
-
-
-@pytest.mark.parametrize("target", ["agreement", "speed", "tokens"])
-def test_a_target_that_no_level_reaches_is_refused_with_what_comes_nearest(
-    classifier, images, processor, known, target
-):
-    asked = {"agreement": 1.0, "speed": 50, "tokens": 3}[target]
-    search = Calibration(classifier, images, **options(processor, batch_size=COUNT))
-    if target == "agreement" and known[0][0] == 1:
-        pytest.skip("the lightest level changes no answer")
-    with pytest.raises(ValueError, match=rf"{target} is {asked:g}, and the (lightest|heaviest) setting") as refusal:
-        search.find(**{target: asked})
-    nearest = float(re.search(rf"Ask for {target}=([\d.]+)", str(refusal.value)).group(1))
-    search.find(**{target: nearest})
 
 
 def test_time_is_that_of_both_models_in_turn(classifier, images, processor, monkeypatch):

@@ -219,6 +219,7 @@ class Calibration:
         ) as bar:
             beyond = functools.partial(_is_beyond, target, wanted)
             first = bisect.bisect_left(range(len(LEVELS)), True, key=lambda i: beyond(self._level(LEVELS[i], bar)))
+            bar.total = bar.n
         # All settings from `first` on agree too little, or are fast or short enough.
         index = first - 1 if target == "agreement" else first
         if not 0 <= index < len(LEVELS):

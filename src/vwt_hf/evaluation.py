@@ -151,7 +151,7 @@ def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
         if getattr(output, name, None) is not None:
             return getattr(output, name)
     tokens = output.last_hidden_state
-    return tokens[:, 0] if family_of(model).prefix else tokens.mean(dim=1)
+    return tokens[:, 0] if "CLS" in family_of(model).prefix else tokens.mean(dim=1)
 
 
 def agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
@@ -186,7 +186,7 @@ def share_interval(share: float, count: int) -> tuple[float, float]:
     spread = CONFIDENT**2 / count
     middle = (share + spread / 2) / (1 + spread)
     half = CONFIDENT * math.sqrt((share * (1 - share) + spread / 4) / count) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return min(share, middle - half), max(share, middle + half)  # it holds the share, but for rounding
 
 
 def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:

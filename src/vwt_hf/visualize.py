@@ -163,10 +163,10 @@ def front_figure(levels: Sequence[Level], measure: str, title: str) -> Figure:
     """
     figure = require_matplotlib()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    values = [level.value for level in levels]
-    below = [level.value - level.interval[0] for level in levels]
-    above = [level.interval[1] - level.value for level in levels]
-    axes.errorbar([level.speed for level in levels], values, (below, above), marker="o", capsize=3)
+    speeds = [level.speed for level in levels]
+    low, high = zip(*(level.interval for level in levels), strict=True)
+    axes.vlines(speeds, low, high, colors="C0", alpha=0.5)
+    axes.plot(speeds, [level.value for level in levels], marker="o", color="C0")
     for level in levels:
         text = f" {level.tolerance:g}, {level.similarity:g}: {level.tokens:.0f} tokens"
         axes.annotate(text, (level.speed, level.value), fontsize="x-small", verticalalignment="bottom")
