@@ -217,8 +217,9 @@ class Calibration:
             unit="image",
             disable=not self._progress,
         ) as bar:
-            beyond = functools.partial(_is_beyond, target, wanted)
-            first = bisect.bisect_left(range(len(LEVELS)), True, key=lambda i: beyond(self._level(LEVELS[i], bar)))
+            first = bisect.bisect_left(
+                LEVELS, True, key=lambda level: _is_beyond(target, wanted, self._level(level, bar))
+            )
             bar.total = bar.n
         # All settings from `first` on agree too little, or are fast or short enough.
         index = first - 1 if target == "agreement" else first
@@ -286,7 +287,7 @@ class Calibration:
             "speed": round(level.speed, 3),
             "by": self._by,
             "target": target,
-            **{name: self._of[name] for name in ("batch_size", "device", "dtype", "seed")},
+            **{name: self._of[name] for name in ("batch_size", "device", "dtype", "attention", "seed")},
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             **{name: self._of[name] for name in ("vwt_hf", "transformers", "torch")},
         }
@@ -313,7 +314,7 @@ class Calibration:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What two searches must share for one to go on from the other."""
-        weights = hashlib.sha256(self._plain.config.to_json_string(use_diff=False).encode())
+        weights = hashlib.sha256()
         for name, tensor in self._plain.state_dict().items():
             some = tensor.flatten()[:: max(1, tensor.numel() // 64)][:65]
             weights.update(f"{name}{tuple(tensor.shape)}{some.tolist()}".encode())
@@ -330,6 +331,7 @@ class Calibration:
             "by": self._by,
             "seed": self._seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "attention": self._plain.config._attn_implementation,
             "dtype": str(self._plain.dtype).removeprefix("torch."),
             "vwt_hf": __version__,
             "transformers": transformers.__version__,

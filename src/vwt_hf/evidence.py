@@ -14,8 +14,8 @@ MOST = 32
 """Entries of an evidence, and values of a list in it."""
 CARD_FILE = "README.md"
 _NAME = re.compile("[a-z][a-z0-9_]{0,39}")
-# What versions and names of devices are made of, and nothing that Markdown or HTML acts on.
-_TEXT = re.compile(r"[A-Za-z0-9 _.,:;=+()@/%-]{0,200}")
+# Without what would end a cell of a table, code in it, or a comment.
+_TEXT = re.compile("(?:(?![<>`|])[ -~]){0,200}")
 _SECTION = re.compile("\n*<!-- vwt-hf -->.*?<!-- /vwt-hf -->\n*", re.DOTALL)
 _LABELS = {
     "images": "unlabelled images",

@@ -155,7 +155,7 @@ def draw(columns: Sequence[Column], names: Sequence[str], panel: float) -> Figur
 
 
 def front_figure(levels: Sequence[Level], measure: str, title: str) -> Figure:
-    """How close to the plain model each setting stays, with its 95 % interval, against how fast it is.
+    """How close to the plain model each setting stays, with its 95 % interval, against the tokens that it leaves.
 
     Args:
         levels: from light to heavy.
@@ -163,14 +163,14 @@ def front_figure(levels: Sequence[Level], measure: str, title: str) -> Figure:
     """
     figure = require_matplotlib()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    speeds = [level.speed for level in levels]
+    tokens = [level.tokens for level in levels]
     low, high = zip(*(level.interval for level in levels), strict=True)
-    axes.vlines(speeds, low, high, colors="C0", alpha=0.5)
-    axes.plot(speeds, [level.value for level in levels], marker="o", color="C0")
+    axes.vlines(tokens, low, high, colors="C0", alpha=0.5)
+    axes.plot(tokens, [level.value for level in levels], marker="o", color="C0")
     for level in levels:
-        text = f" {level.tolerance:g}, {level.similarity:g}: {level.tokens:.0f} tokens"
-        axes.annotate(text, (level.speed, level.value), fontsize="x-small", verticalalignment="bottom")
-    axes.set_xlabel("times as fast as the plain model")
+        text = f" {level.speed:.2f} × as fast"
+        axes.annotate(text, (level.tokens, level.value), fontsize="x-small", verticalalignment="bottom")
+    axes.set_xlabel(f"tokens of an image, of {levels[0].of_tokens:g}")
     axes.set_ylabel(f"{measure} with the plain model, 95 % interval")
     axes.set_title(printable(title), fontsize="medium", parse_math=False)
     axes.margins(x=0.15)
