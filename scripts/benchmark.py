@@ -47,8 +47,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForImageClassification, CLIPVisionModelWithProjection, PreTrainedModel
 
@@ -61,7 +59,10 @@ from vwt_hf.evaluation import (
     FEWEST_TURNS,
     accuracy,
     agreement,
+    answer,
+    classifies,
     cosines,
+    count_flops,
     divergence,
     share,
     stopwatch,
@@ -423,14 +424,9 @@ def embedding_seconds(model: PreTrainedModel, batch: torch.Tensor) -> float:
 
 def count(method: Method, batch: torch.Tensor) -> dict[str, Any]:
     """Tokens of an image, and floating point operations of a forward."""
-    # The counter of operations sees the matrix products of this attention, and not what fused kernels do on a CPU.
-    with (
-        method.count(method.model) as tokens,
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as operations,
-    ):
-        method.model(pixel_values=batch)
-    return {"tokens": round(tokens.mean, 1), "flops": operations.get_total_flops() if method.counts_flops else None}
+    with method.count(method.model) as tokens:
+        flops = count_flops(functools.partial(method.model, pixel_values=batch))
+    return {"tokens": round(tokens.mean, 1), "flops": flops if method.counts_flops else None}
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
@@ -477,7 +473,7 @@ def judge(methods: list[Method], reference: PreTrainedModel, paths: list[Path], 
         for made in stack.enter_context(tqdm(batches, desc="answers", total=total, leave=False)):
             pixel_values = whole_images(made).to(reference.device)
             for model, own in zip(models, parts, strict=True):
-                own.append(answer(model, pixel_values.to(model.dtype)).float().cpu())
+                own.append(answer(model, pixel_values=pixel_values.to(model.dtype)).float().cpu())
     expected, *found = (torch.cat(own) for own in parts)
     truth, said = true_labels([path.parent.name for path in paths], reference.config)
     if classifies(reference):
@@ -487,20 +483,6 @@ def judge(methods: list[Method], reference: PreTrainedModel, paths: list[Path], 
         | (judged(own, expected, truth) if classifies(reference) else {"cosine": cosines(own, expected).mean().item()})
         for method, count, own in zip(methods, counts, found, strict=True)
     ]
-
-
-def classifies(model: PreTrainedModel) -> bool:
-    return "ForImageClassification" in type(model).__name__
-
-
-def answer(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Logits, else the pooled output, else the CLS token or, without one, the mean of the tokens, (batch, values)."""
-    output = model(pixel_values=pixel_values)
-    for name in ("logits", "image_embeds", "pooler_output"):
-        if getattr(output, name, None) is not None:
-            return getattr(output, name)
-    tokens = output.last_hidden_state
-    return tokens[:, 0] if family_of(model).prefix else tokens.mean(dim=1)
 
 
 def judged(logits: torch.Tensor, expected: torch.Tensor, truth: Sequence[Collection[int]]) -> dict[str, float | None]:

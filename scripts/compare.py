@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageClassification
 
 import vwt_hf
-from vwt_hf.evaluation import accuracy, agreement, divergence, true_labels, usable_device
+from vwt_hf.evaluation import accuracy, agreement, divergence, on_device, true_labels, usable_device
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
@@ -116,13 +116,6 @@ def classify(
 
 def logits_of(model: transformers.PreTrainedModel, made: dict[str, torch.Tensor]) -> torch.Tensor:
     return model(**made).logits
-
-
-def on_device(made: dict[str, torch.Tensor], model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What an image processor made, where and as `model` wants it."""
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in made.items()
-    }
 
 
 def row(

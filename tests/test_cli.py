@@ -169,10 +169,11 @@ def test_more_photographs_than_a_picture_holds_all_count(checkpoint, tmp_path, c
     assert "14 photographs at 32×32" in printed and "(the first 12 photographs)" in printed
 
 
-@pytest.mark.parametrize("verb", ["demo", "show", "learn", "vocab"])
+@pytest.mark.parametrize("verb", ["demo", "show", "learn", "vocab", "calibrate"])
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(photographs, tmp_path, capsys, verb):
     images = {"demo": ["--images", "nowhere"], "show": ["nowhere", "--keep-ratio", "0.5"]}
     images |= {"learn": ["nowhere/at/all", "--image-processor", "nowhere"], "vocab": ["nowhere/at/all"]}
+    images |= {"calibrate": ["nowhere", "nowhere", "--speed", "2"]}
     output = photographs / "notes.txt" / "out"
     assert main([verb, *images[verb], "--output", str(output)]) == 2
     assert "notes.txt is no folder; expected one to write into" in capsys.readouterr().err

@@ -13,7 +13,20 @@ import vwt_hf
 from settings import SETTINGS, inter
 from tiny import MODELS, answers, padded_patches, sample_pixel_values, tiny_model
 from vwt_hf import compress, evaluation
-from vwt_hf.evaluation import accuracy, agreement, cosines, divergence, label_ids, share, time_in_turn, true_labels
+from vwt_hf.evaluation import (
+    accuracy,
+    agreement,
+    answer,
+    cosines,
+    count_flops,
+    divergence,
+    label_ids,
+    mean_interval,
+    share,
+    share_interval,
+    time_in_turn,
+    true_labels,
+)
 
 CPU = torch.device("cpu")
 PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "registers": 4, "clip": 1, "beit": 1, "ijepa": 0, "siglip": 0, "dinov3": 4}
@@ -28,6 +41,35 @@ def test_agreement_and_divergence_are_those_worked_out_by_hand():
     assert accuracy(logits, [{1}, (), {0}]) == 0.5 and accuracy(logits, [(), {0, 1}, ()]) == 1
     assert accuracy(logits, [()] * 3) is None
     assert cosines(expected[1:], logits[1:] * 2).tolist() == pytest.approx([1, 1])
+
+
+def test_intervals_are_those_worked_out_by_hand():
+    # Wilson's interval of 196 of 200, and its closed forms at the ends.
+    assert share_interval(0.98, 200) == pytest.approx((0.949722, 0.992193), abs=1e-5)
+    assert share_interval(1.0, 50) == pytest.approx((50 / (50 + 1.959964**2), 1), abs=1e-6)
+    assert share_interval(0.0, 50) == pytest.approx((0, 1 - 50 / (50 + 1.959964**2)), abs=1e-6)
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    low, high = mean_interval(values, seed=0)
+    half = 1.96 * values.std().item() / 20
+    assert (low, high) == pytest.approx((values.mean().item() - half, values.mean().item() + half), abs=0.015)
+    assert mean_interval(values, seed=0) == (low, high) != mean_interval(values, seed=1)
+    assert mean_interval(torch.full((9,), 0.5), seed=0) == (0.5, 0.5)
+
+
+def test_operations_of_a_product_are_two_for_each_pair_of_factors():
+    left, right = torch.ones(3, 4), torch.ones(4, 5)
+    assert count_flops(lambda: left @ right) == 2 * 3 * 4 * 5
+
+
+def test_an_answer_is_the_logits_the_embedding_or_the_pooled_output():
+    images = sample_pixel_values()
+    classifier, clip, vit, ijepa = (tiny_model(name) for name in ("vit-classifier", "clip", "vit", "ijepa"))
+    assert torch.equal(answer(classifier, pixel_values=images), classifier(images).logits)
+    assert torch.equal(answer(clip, pixel_values=images), clip.visual_projection(clip.vision_model(images)[1]))
+    assert torch.equal(answer(vit, pixel_values=images), vit(images).pooler_output)
+    vit.pooler = None
+    assert torch.equal(answer(vit, pixel_values=images), vit(images).last_hidden_state[:, 0])
+    assert torch.equal(answer(ijepa, pixel_values=images), ijepa(images).last_hidden_state.mean(1))
 
 
 @pytest.mark.parametrize("name", PREFIX)

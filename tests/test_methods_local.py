@@ -284,9 +284,8 @@ def test_a_tolerance_means_the_same_however_images_are_normalised(images):
         ({"image_std": [0.5, -1, 1]}, r"image_std is \[0.5, -1, 1\]; expected positive numbers"),
         ({"image_std": [1e-30] * 3}, "image_std is .*; expected one number in"),
         ({"output": "compressed"}, "output is 'compressed', but under method='local'"),
-        ({"method": "gradual", "similarity": 1.5}, r"similarity is 1.5; expected None, a cosine in \[-1, 1\], or 4"),
+        ({"method": "gradual", "similarity": 1.5}, r"similarity is 1.5; expected a cosine in \[-1, 1\], or 4"),
         ({"method": "gradual", "similarity": [0.9, 0.8]}, r"similarity is .*0.9, 0.8.*or 4 of them"),
-        ({"method": "gradual", "layers": [3]}, r"layers is .*3.* and similarity is None.*give similarity, too"),
         ({"method": "gradual", "layers": [3, 2], "similarity": 0.9}, r"layers is .*3, 2.*each once, ascending"),
         ({"method": "gradual", "layers": []}, r"layers is \[\]; expected None or numbers of layers"),
         ({"method": "gradual", "layers": [0]}, r"layers is \[0\]; expected None or numbers of layers"),
@@ -314,7 +313,11 @@ def test_layers_are_those_in_the_middle_if_a_setting_does_not_say(layers, expect
 def test_each_layer_has_its_similarity():
     assert VWTConfig(method="gradual", layers=[2, 5], similarity=[0.9, 0.8]).joins(12) == {2: 0.9, 5: 0.8}
     assert VWTConfig(method="gradual", layers=[2, 5], similarity=0.7).joins(12) == {2: 0.7, 5: 0.7}
-    assert VWTConfig(method="gradual", similarity=0.7).joins(12) == dict.fromkeys((5, 6, 7, 8), 0.7)
+    by_default = VWTConfig(method="gradual").joins(12)
+    assert {layer: round(least, 3) for layer, least in by_default.items()} == {5: 0.846, 6: 0.867, 7: 0.914, 8: 0.902}
+    wider = VWTConfig(method="gradual", similarity=0.692).joins(12)
+    assert [1 - least for least in wider.values()] == pytest.approx([2 * (1 - least) for least in by_default.values()])
+    assert VWTConfig(method="gradual", similarity=1).joins(12) == dict.fromkeys((5, 6, 7, 8), 1)
 
 
 def test_every_model_of_the_matrix_joins_some_tokens(images):

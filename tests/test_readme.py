@@ -65,7 +65,7 @@ def tiny_hub(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (where / "photographs").mkdir(parents=True)
     monkeypatch.chdir(where)
     values = np.random.default_rng(0)
-    for name in ("cat.jpg", *(f"photographs/{index}.png" for index in range(6))):
+    for name in ("cat.jpg", *(f"photographs/{index}.png" for index in range(50))):
         Image.fromarray(values.integers(0, 255, (224, 224, 3), dtype=np.uint8)).save(name)
     return hub
 
@@ -124,7 +124,7 @@ def headings(written: str) -> list[str]:
 def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
     # From the top, transformers 5.17 offers it only with torchvision, as the README says.
     monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
-    first, second, third, fourth = blocks("python")
+    first, second, third, fourth, fifth = blocks("python")
     loading, in_memory = first.split("# A model in memory")
     use: dict[str, Any] = {}
     exec(compile(loading, "README.md", "exec"), use)
@@ -150,15 +150,19 @@ def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.Monkey
     (batch,) = loading["loader"]
     assert batch["patch_words"].shape == (2, 196)
     assert loading["lengths"] == [len(image.unique()) for image in batch["patch_words"]]
+    short: dict[str, Any] = {}
+    exec(compile(fifth, "README.md", "exec"), short)
+    assert short["setting"].evidence["value"] >= 0.98 and short["model"].config.vwt == short["setting"].to_dict()
+    assert b"unlabelled images | `50`" in tiny_hub.files("me/short")["README.md"]
 
 
 def test_the_commands_of_vwt_hf_in_it_run(tiny_hub: LoopbackHub, capsys: pytest.CaptureFixture[str]):
     printed = commands("vwt-hf ")
-    assert {shlex.split(command)[1] for command in printed} == {"learn", "vocab", "show"}
+    assert {shlex.split(command)[1] for command in printed} == {"learn", "vocab", "show", "calibrate"}
     for command in printed:
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
     assert "1,000 words of 16×16 pixels" in capsys.readouterr().out
-    assert Path("vwt-show.png").exists()
+    assert all(Path(name).exists() for name in ("vwt-show.png", "front.png", "short/config.json"))
 
 
 def test_the_method_in_contributing_works(monkeypatch: pytest.MonkeyPatch):

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VWTConfig",
     "VisualVocabulary",
+    "calibrate",
     "collate_images",
     "compress",
     "count_tokens",
@@ -33,6 +34,7 @@ def _is_the_command() -> bool:
 # The command gives help at once, and importing torch takes seconds: there a verb registers when it runs.
 if not _is_the_command():
     from .auto import register, unregister
+    from .calibrate import calibrate
     from .compress import compress, restore
     from .config import VWTConfig
     from .data_loading import collate_images, token_lengths

@@ -28,6 +28,7 @@ from . import attention, image_processing
 from .beside import remove_other_words, seal_words, words_folder, write_words
 from .compress import compress_by, configs_of, own_config, parts_of, restore, setting_of
 from .config import VWTConfig
+from .evidence import write_section
 from .families import require_supported
 from .forward import call_with
 from .model_configs import SETTING, is_typed
@@ -42,6 +43,7 @@ _REPLACED = (
     (PreTrainedModel, "from_pretrained"),
     (PreTrainedModel, "_from_config"),
     (PreTrainedModel, "save_pretrained"),
+    (PreTrainedModel, "_upload_modified_files"),
     (PreTrainedModel, "__call__"),
     (GenerationMixin, "generate"),
     (ImageProcessingMixin, "from_pretrained"),
@@ -64,7 +66,7 @@ def register() -> None:
     PreTrainedConfig.vwt = SETTING  # type: ignore[attr-defined]
     ImageProcessingMixin.vwt = image_processing.SETTING  # type: ignore[attr-defined]
     attention.register()
-    models = (_reading, _loading, _building_from, _saving, _calling, _generating)
+    models = (_reading, _loading, _building_from, _saving, _uploading, _calling, _generating)
     wraps = (*models, _loading_processor, _saving_processor, _saving_processor, _leaving_out, _explaining)
     for (owner, name), wrap in zip(_REPLACED, wraps, strict=True):
         present = vars(owner).get(name, _NOT_GIVEN)
@@ -339,6 +341,18 @@ def _save_sealed(model: PreTrainedModel, call: Any, original: Any, folder: Path,
         return original(*call.args, **call.kwargs)
     finally:
         model.__dict__.pop("_upload_modified_files", None)
+
+
+def _uploading(original: Any) -> Any:
+    """`_upload_modified_files`, by which all ways of pushing a model end, with evidence for its setting in its card."""
+
+    @functools.wraps(original)
+    def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = map(setting_of, _compressed_parts(self))
+        write_section(Path(working_dir), [setting.evidence for setting in settings if setting and setting.evidence])
+        return original(self, working_dir, *args, **kwargs)
+
+    return _upload_modified_files
 
 
 def _compressed_parts(model: nn.Module) -> list[PreTrainedModel]:

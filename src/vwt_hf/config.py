@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from .evidence import checked_evidence
 from .printable import LONGEST, shown
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class VWTConfig:
         proportional_attention (`bool`, default `True`):
             Whether a token that stands for s patches gets + log s on its attention logits, so that it draws as much
             attention as its patches would.
+        evidence (`dict`, *optional*):
+            Written by `vwt_hf.calibrate`: on how many images the setting was chosen, and what was measured there. It
+            says nothing of a setting that is changed afterwards.
 
     Raises:
         ValueError: a field holds a value that is not allowed; the message names the field, the value and what is.
@@ -79,6 +83,7 @@ class VWTConfig:
     method: str = "intra"
     output: str | None = None
     proportional_attention: bool = True
+    evidence: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def __new__(cls, /, method: Any = "intra", *args: Any, **fields: Any) -> VWTConfig:
         if cls is VWTConfig:
@@ -110,6 +115,8 @@ class VWTConfig:
             raise ValueError(
                 f"VWTConfig.proportional_attention is {shown(self.proportional_attention)}; expected True or False."
             )
+        if self.evidence is not None:
+            object.__setattr__(self, "evidence", checked_evidence(self.evidence))
 
     def __repr__(self) -> str:
         return f"VWTConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
@@ -234,9 +241,12 @@ class VWTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The setting as a JSON-ready dict; `VWTConfig.parse` reads it back.
 
-        A vocabulary that is no Hub id becomes `None`: it is saved beside the model's weights.
+        A vocabulary that is no Hub id becomes `None`: it is saved beside the model's weights. Without evidence there is
+        no such field.
         """
         fields = {name: getattr(self, name) for name in _field_names(type(self))}
+        if self.evidence is None:
+            del fields["evidence"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -20,6 +22,10 @@ from .compress import setting_of
 from .families import family_of, find_layers, find_tower
 from .forward import current_forward
 
+CONFIDENT = 1.959964
+"""Standard deviations of a normal distribution within which 95 % of it lie."""
+RESAMPLES = 2000
+"""Of a bootstrap."""
 FEWEST_TURNS = 5
 """Turns that are timed however long they take."""
 
@@ -119,6 +125,35 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
+def on_device(made: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What an image processor made, where and as `model` wants it."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in made.items()
+    }
+
+
+def classifies(model: PreTrainedModel) -> bool:
+    """Whether the model gives logits, so that its answers are labels."""
+    return "ForImageClassification" in type(model).__name__
+
+
+def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
+    """Logits, else the image embedding, else the pooled output, else CLS or, without one, the mean of the tokens.
+
+    Args:
+        images: what an image processor made of a batch.
+
+    Returns:
+        (images, values).
+    """
+    output = getattr(model, "get_image_features", model)(**images)
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    tokens = output.last_hidden_state
+    return tokens[:, 0] if "CLS" in family_of(model).prefix else tokens.mean(dim=1)
+
+
 def agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """Share of the images with the same first answer as `expected`, in [0, 1]; both (images, labels)."""
     return (logits.argmax(-1) == expected.argmax(-1)).double().mean().item()
@@ -144,6 +179,22 @@ def accuracy(logits: torch.Tensor, truth: Sequence[Collection[int]]) -> float | 
 def cosines(features: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Cosine of each image's features with those expected, (images,); both (images, values)."""
     return torch.cosine_similarity(features.float(), expected.float(), dim=-1)
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval (Wilson's score interval) of a share in [0, 1] that was found among `count` images."""
+    spread = CONFIDENT**2 / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = CONFIDENT * math.sqrt((share * (1 - share) + spread / 4) / count) / (1 + spread)
+    return min(share, middle - half), max(share, middle + half)  # it holds the share, but for rounding
+
+
+def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
+    """The 95 % interval (percentiles of a bootstrap) of the mean of values, (images,)."""
+    values = values.double()
+    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
+    low, high = values[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def label_ids(config: Any) -> dict[str, set[int]]:
@@ -203,6 +254,14 @@ def synchronize(device: torch.device) -> None:
     """Waits until an accelerator has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating point operations of one call."""
+    # The counter sees the matrix products of this attention, and not what fused kernels do on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as operations:
+        run()
+    return operations.get_total_flops()
 
 
 def stopwatch(run: Callable[[], object], device: torch.device) -> float:

@@ -20,6 +20,8 @@ from .words import index_words, nearest_words, patch_grid
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .calibrate import Level
+
 PANEL = 2.0  # inches
 WORD_PANEL = 2.5
 """Wider: there are many small patches in many colours to tell apart."""
@@ -152,6 +154,30 @@ def draw(columns: Sequence[Column], names: Sequence[str], panel: float) -> Figur
             axes[y, x].spines[:].set_visible(False)
     for y, name in enumerate(names):
         axes[y, 0].set_ylabel(printable(name), fontsize=10, parse_math=False)
+    return figure
+
+
+def front_figure(levels: Sequence[Level], measure: str, title: str) -> Figure:
+    """How close to the plain model each setting stays, with its 95 % interval, against the tokens that it leaves.
+
+    Args:
+        levels: from light to heavy.
+        measure: what their values are, `"agreement"` or `"cosine"`.
+    """
+    figure = require_matplotlib()(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    tokens = [level.tokens for level in levels]
+    low, high = zip(*(level.interval for level in levels), strict=True)
+    axes.vlines(tokens, low, high, colors="C0", alpha=0.5)
+    axes.plot(tokens, [level.value for level in levels], marker="o", color="C0")
+    for level in levels:
+        text = f" {level.speed:.2f} × as fast"
+        axes.annotate(text, (level.tokens, level.value), fontsize="x-small", verticalalignment="bottom")
+    axes.set_xlabel(f"tokens of an image, of {levels[0].of_tokens:g}")
+    axes.set_ylabel(f"{measure} with the plain model, 95 % interval")
+    axes.set_title(printable(title), fontsize="medium", parse_math=False)
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
     return figure
 
 

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from ..terminal import run_command
-from . import demo, learn, show, vocab
+from . import calibrate, demo, learn, show, vocab
 
-VERBS = {"demo": demo, "learn": learn, "vocab": vocab, "show": show}
+VERBS = {"demo": demo, "learn": learn, "vocab": vocab, "show": show, "calibrate": calibrate}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -200,8 +200,14 @@ def find_photographs(images: Sequence[str] | None) -> list[Path]:
     return paths
 
 
-def load(checkpoint: str, device: torch.device) -> tuple[PreTrainedModel, bool]:
+def load(
+    checkpoint: str, device: torch.device, *, auto: Any = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, bool]:
     """The plain model, and whether its pooled output is trained (some classifiers' checkpoints hold no pooler).
+
+    Args:
+        auto: the Auto class that loads it; by default `AutoModel`.
+        dtype: by default float32 on a CPU, else that of the checkpoint.
 
     Raises:
         ValueError: the checkpoint lacks other weights of the model, or the model's family is not supported.
@@ -212,12 +218,12 @@ def load(checkpoint: str, device: torch.device) -> tuple[PreTrainedModel, bool]:
 
     from ..families import family_of
 
-    loaded: Any = AutoModel.from_pretrained(
+    loaded: Any = (auto or AutoModel).from_pretrained(
         checkpoint,
         vwt=False,
         trust_remote_code=False,
         # Half precision is slower than single on most CPUs.
-        dtype=torch.float32 if device.type == "cpu" else "auto",
+        dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
         output_loading_info=True,
     )
     model, report = loaded

@@ -14,9 +14,10 @@ from ..printable import shown
 from .local import LocalConfig
 
 TOLERANCE = 0.028
-SIMILARITIES = {5 / 12: 0.846, 6 / 12: 0.867, 7 / 12: 0.914, 8 / 12: 0.902}
-"""After which share of its layers a model's tokens are joined, and how alike they must be, if a setting does not say.
-Each layer has its own, as keys are alike in some layers and less so in others."""
+SIMILARITY = 0.846
+WIDTHS = {5 / 12: 1.0, 6 / 12: 0.864, 7 / 12: 0.558, 8 / 12: 0.636}
+"""After which share of its layers a model's tokens are joined, if a setting does not say, and how far the keys of that
+layer lie apart, beside those of the first: what one minus the cosine is multiplied by."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -28,10 +29,10 @@ class GradualConfig(LocalConfig):
     enough: their states become the mean, weighed by how many patches each stands for.
 
     Args:
-        similarity (`float` or sequence of `float`, *optional*):
-            Least cosine, in [-1, 1], at which two tokens are joined; one for all of `layers`, or one for each. Default:
-            0.846, 0.867, 0.914 and 0.902 after the layers that are the default, which leave each image as many tokens
-            as it needs.
+        similarity (`float` or sequence of `float`, default 0.846):
+            Least cosine, in [-1, 1], at which two tokens are joined: one for each layer. One number is for all of
+            `layers`; without `layers`, for the first of the four, and nearer to 1 after the others, as keys are more
+            alike there (0.867, 0.914 and 0.902 by default).
         layers (sequence of `int`, *optional*):
             After which layers, 1 for the first. Default: of each twelve layers the fifth to the eighth.
         tolerance, keep_ratio, num_patches, image_std, layout:
@@ -40,7 +41,7 @@ class GradualConfig(LocalConfig):
     """
 
     method: str = "gradual"
-    similarity: float | tuple[float, ...] | None = None
+    similarity: float | tuple[float, ...] = SIMILARITY
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -58,19 +59,12 @@ class GradualConfig(LocalConfig):
             object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.similarity, (list, tuple)):
             object.__setattr__(self, "similarity", tuple(self.similarity))
-        wanted = len(SIMILARITIES) if self.layers is None else len(self.layers)
+        wanted = len(WIDTHS) if self.layers is None else len(self.layers)
         given = self.similarity if isinstance(self.similarity, tuple) else (self.similarity,) * wanted
-        if len(given) != wanted or not (
-            self.similarity is None or all(is_number(similarity, -1, 1) for similarity in given)
-        ):
+        if len(given) != wanted or not all(is_number(similarity, -1, 1) for similarity in given):
             raise ValueError(
-                f"VWTConfig.similarity is {shown(self.similarity)}; expected None, a cosine in [-1, 1], or {wanted} of "
-                "them, one for each layer that tokens are joined after."
-            )
-        if self.similarity is None and self.layers is not None:
-            raise ValueError(
-                f"VWTConfig.layers is {shown(self.layers)} and similarity is None, whose default is of other layers; "
-                "give similarity, too."
+                f"VWTConfig.similarity is {shown(self.similarity)}; expected a cosine in [-1, 1], or {wanted} of them, "
+                "one for each layer that tokens are joined after."
             )
 
     @property
@@ -78,18 +72,23 @@ class GradualConfig(LocalConfig):
         return True
 
     def joins(self, layers: int) -> dict[int, float]:
-        numbers = self.layers or tuple(round(depth * layers) for depth in SIMILARITIES)
         if self.layers is not None and self.layers[-1] >= layers:
             raise ValueError(
                 f"VWTConfig.layers is {self.layers}, and the model has {layers} layers, of which the last leaves "
                 f"nothing to save; expected numbers from 1 to {layers - 1}."
             )
-        if self.similarity is None:
-            similarities = tuple(SIMILARITIES.values())
+        numbers = self.layers or [round(depth * layers) for depth in WIDTHS]
+        if isinstance(self.similarity, tuple):
+            similarities = list(self.similarity)
+        elif self.layers is not None:
+            similarities = [self.similarity] * len(numbers)
         else:
-            similarities = self.similarity if isinstance(self.similarity, tuple) else (self.similarity,) * len(numbers)
-        pairs = zip(numbers, similarities, strict=True)
-        return {number: similarity for number, similarity in pairs if 0 < number < layers}
+            similarities = [max(1 - (1 - self.similarity) * width, -1) for width in WIDTHS.values()]
+        found: dict[int, float] = {}
+        for number, similarity in zip(numbers, similarities, strict=True):
+            if 0 < number < layers:
+                found.setdefault(number, similarity)  # a model of few layers has one for several depths
+        return found
 
     def join(self, plan: Grouped, keys: torch.Tensor, least: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
         into = join_alike(keys.float().mean(dim=1), plan.layout, least)

@@ -1,0 +1,428 @@
+"""`calibrate`: how far a model may be shortened on a user's own images, found without labels, with evidence."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from . import __version__
+from .bounds import is_int, is_number
+from .compress import compress, restore
+from .config import VWTConfig
+from .evaluation import (
+    FEWEST_TURNS,
+    answer,
+    classifies,
+    cosines,
+    count_flops,
+    count_tokens,
+    mean_interval,
+    on_device,
+    share,
+    share_interval,
+    stopwatch,
+)
+from .families import family_of, find_tower, model_of
+from .image_processing import NAME as PATCH_WORDS
+from .printable import shown
+from .processors import load_processor, processor_statistics
+from .vocabulary.image_source import open_images, pixel_batches, read_image
+from .whole_saves import write_files
+
+LEVELS = (
+    (0.006, 0.91),
+    (0.01, 0.89),
+    (0.0136, 0.876),
+    (0.02, 0.862),
+    (0.024, 0.854),
+    (0.028, 0.846),
+    (0.0325, 0.834),
+    (0.037, 0.82),
+    (0.045, 0.8),
+    (0.06, 0.76),
+)
+"""Tolerance and similarity of `method="gradual"`, from light to heavy: more tokens go at each."""
+FEWEST = 50
+"""Images: with fewer, the 95 % interval would reach below 0.93 even if all answers agreed."""
+MOST = 500
+BY = ("time", "flops")
+FORMAT = 1
+"""Of the files that a search goes on from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """What a setting costs and gains on the images that it was tried on."""
+
+    tolerance: float
+    similarity: float
+    value: float
+    """Share of the images with the plain model's first answer, or mean cosine of the outputs."""
+    interval: tuple[float, float]
+    """The 95 % interval of `value`."""
+    tokens: float
+    """Of an image, mean over images and layers, prefix tokens included."""
+    of_tokens: float
+    """The same of the plain model."""
+    speed: float
+    """Time, or operations, of the plain model over those of the compressed one."""
+
+
+def calibrate(
+    model: PreTrainedModel,
+    images: Any,
+    *,
+    agreement: float | None = None,
+    speed: float | None = None,
+    tokens: float | None = None,
+    image_processor: Any = None,
+    batch_size: int = 32,
+    by: str = "time",
+    seed: int = 0,
+    max_images: int = MOST,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> VWTConfig:
+    """Finds how far a model's sequences may be shortened on a user's own images, by comparing it with itself.
+
+    No labels are needed, and the model stays as it is: `vwt_hf.compress(model, setting)` compresses it. Exactly one of
+    `agreement`, `speed` and `tokens` says what is asked for.
+
+    Args:
+        model: a transformers model of a supported family, plain or compressed, on the device and in the data type that
+            it is to run in.
+        images: from 50 images on, like those that the model is for: a folder, a `datasets` data set, or PIL images or
+            paths.
+        agreement: the fastest setting by which at least this share of the images, in (0, 1], has the plain model's
+            first answer; for a model without a classifier: by which the mean cosine of its output (the image embedding,
+            else the pooled output, else CLS or the mean of the tokens) is at least that.
+        speed: the setting of most agreement that is at least so many times as fast as the plain model.
+        tokens: the setting of most agreement with at most so many tokens of an image, mean over images and layers,
+            prefix tokens included.
+        image_processor: the model's; by default that of the checkpoint it was loaded from.
+        batch_size: images in one forward pass, for which the speed is meant.
+        by: what speed is of: `"time"`, measured on this machine in turn with the plain model, or `"flops"`, floating
+            point operations of the first batch.
+        seed: of the choice among more images than `max_images`, and of the interval of a mean cosine.
+        max_images: most images to look at.
+        resume: a JSON file for what was measured, made if it is not there. A search that was cut off goes on from it,
+            and one with another target measures nothing twice.
+        progress: whether to show a bar.
+
+    Returns:
+        A setting of `method="gradual"`, whose `evidence` says what was measured, on what, and the 95 % interval.
+
+    Raises:
+        ValueError: an argument is not valid, there are too few images, the model is not supported, the file to resume
+            is of another search, or no setting reaches the target; the message says which comes nearest.
+        UnreadableImage: an image cannot be read.
+        TypeError: `model` is no transformers model, or `images` no images.
+
+    Example:
+        >>> setting = calibrate(model, "photographs/", agreement=0.98)  # doctest: +SKIP
+        >>> setting.evidence["value"], setting.evidence["interval"]  # doctest: +SKIP
+        (0.985, [0.956828, 0.994879])
+    """
+    target_of(agreement=agreement, speed=speed, tokens=tokens)  # refused before images are read
+    search = Calibration(
+        model,
+        images,
+        image_processor=image_processor,
+        batch_size=batch_size,
+        by=by,
+        seed=seed,
+        max_images=max_images,
+        resume=resume,
+        progress=progress,
+    )
+    return search.find(agreement=agreement, speed=speed, tokens=tokens)
+
+
+class Calibration:
+    """What settings cost and gain on a user's images, each tried when it is first asked for.
+
+    Its arguments are those of `calibrate`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        images: Any,
+        *,
+        image_processor: Any = None,
+        batch_size: int = 32,
+        by: str = "time",
+        seed: int = 0,
+        max_images: int = MOST,
+        resume: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> None:
+        if not is_int(batch_size) or batch_size < 1:
+            raise ValueError(f"batch_size is {shown(batch_size)}; expected a whole number of at least 1.")
+        if not is_int(max_images) or max_images < FEWEST:
+            raise ValueError(f"max_images is {shown(max_images)}; expected a whole number of at least {FEWEST}.")
+        if by not in BY:
+            raise ValueError(f"by is {shown(by)}; expected one of {', '.join(map(repr, BY))}.")
+        channels = find_tower(model_of(model), family_of(model)).channels
+        processor = _processor_of(model, image_processor)
+        self.measure = "agreement" if classifies(model) else "cosine"
+        self._by, self._seed, self._progress = by, seed, progress
+        # Copies, so that the user's model stays as it is, whatever happens.
+        self._plain = restore(share(model)).eval()
+        _, self._image_std = processor_statistics(processor, channels)
+        chosen = tqdm(_choose(images, seed, max_images), "Reading images", unit="image", disable=not progress)
+        made = [_pixels(name, item, processor) for name, item in chosen]
+        if len(made) < FEWEST:
+            raise ValueError(
+                f"images holds {len(made)} images; expected at least {FEWEST}: of fewer that all agree, the 95 % "
+                "interval of agreement would still reach below 93 %."
+            )
+        self.images, self._batch_size = len(made), min(batch_size, len(made))
+        self._batches = [_batch(made[start : start + batch_size]) for start in range(0, len(made), batch_size)]
+        self._file = None if resume is None else Path(resume)
+        self._of = self._fingerprint()
+        self._tried: dict[tuple[float, float], Level] = {}
+        if self._file is not None and self._file.exists():
+            levels = _read(self._file, self._of)
+            self._tried = {(level.tolerance, level.similarity): level for level in levels}
+
+    @property
+    def tried(self) -> list[Level]:
+        """The settings that were tried, from light to heavy."""
+        return [self._tried[level] for level in LEVELS if level in self._tried]
+
+    def find(
+        self, *, agreement: float | None = None, speed: float | None = None, tokens: float | None = None
+    ) -> VWTConfig:
+        """As `calibrate`."""
+        target, wanted = target_of(agreement=agreement, speed=speed, tokens=tokens)
+        with tqdm(
+            # At most: some searches end one setting earlier, and some settings are known.
+            total=len(LEVELS).bit_length() * self.images,
+            desc="Trying settings",
+            unit="image",
+            disable=not self._progress,
+        ) as bar:
+            first = bisect.bisect_left(
+                LEVELS, True, key=lambda level: _is_beyond(target, wanted, self._level(level, bar))
+            )
+            bar.total = bar.n
+        # All settings from `first` on agree too little, or are fast or short enough.
+        index = first - 1 if target == "agreement" else first
+        if not 0 <= index < len(LEVELS):
+            raise ValueError(self._refusal(target, wanted, self._tried[LEVELS[min(first, len(LEVELS) - 1)]]))
+        level = self._tried[LEVELS[index]]
+        return dataclasses.replace(self._setting(LEVELS[index]), evidence=self._evidence(level, f"{target}={wanted:g}"))
+
+    def _setting(self, level: tuple[float, float]) -> VWTConfig:
+        tolerance, similarity = level
+        return VWTConfig(method="gradual", tolerance=tolerance, similarity=similarity, image_std=self._image_std)
+
+    def _level(self, level: tuple[float, float], bar: Any) -> Level:
+        """What a setting costs and gains, measured unless it is known."""
+        if level not in self._tried:
+            self._tried[level] = self._measure(level, bar)
+            if self._file is not None:
+                content = {"of": self._of, "levels": [dataclasses.asdict(known) for known in self.tried]}
+                write_files(self._file.parent, {self._file.name: json.dumps(content, indent=1).encode()})
+        return self._tried[level]
+
+    @torch.inference_mode()
+    def _measure(self, level: tuple[float, float], bar: Any) -> Level:
+        pair = (self._plain, compress(share(self._plain), self._setting(level)))
+        bar.set_postfix_str(f"tolerance {level[0]:g}, similarity {level[1]:g}")
+        turns = []
+        with count_tokens(pair[0]) as of_tokens, count_tokens(pair[1]) as tokens:
+            for batch in self._batches:
+                turns.append([_timed(model, batch) for model in pair])
+                bar.update(len(batch["pixel_values"]))
+        expected, found = (torch.cat([turn[which][0] for turn in turns]) for which in (0, 1))
+        if self.measure == "agreement":
+            values = (found.argmax(-1) == expected.argmax(-1)).double()
+            interval = share_interval(values.mean().item(), len(values))
+        else:
+            values = cosines(found, expected).double()
+            interval = mean_interval(values, self._seed)
+        speed = self._speed(pair, [(turn[0][1], turn[1][1]) for turn in turns])
+        return Level(*level, values.mean().item(), interval, tokens.mean, of_tokens.mean, speed)
+
+    def _speed(self, pair: tuple[PreTrainedModel, PreTrainedModel], seconds: list[tuple[float, float]]) -> float:
+        """How many times as fast the second model is.
+
+        Args:
+            seconds: of both, for each batch.
+        """
+        if self._by == "flops":
+            batch = on_device(self._batches[0], self._plain)
+            plain, short = (count_flops(functools.partial(answer, model, **batch)) for model in pair)
+            return plain / short
+        more = itertools.islice(itertools.cycle(self._batches), max(0, FEWEST_TURNS - len(seconds)))
+        seconds = seconds + [(_timed(pair[0], batch)[1], _timed(pair[1], batch)[1]) for batch in more]
+        # The median of the turns' own ratios: a first call, or bursts of other work on the machine, hardly move it.
+        return torch.tensor([plain / short for plain, short in seconds], dtype=torch.float64).quantile(0.5).item()
+
+    def _evidence(self, level: Level, target: str) -> dict[str, Any]:
+        device = self._plain.device
+        return {
+            "images": self.images,
+            "measure": self.measure,
+            "value": round(level.value, 6),
+            "interval": [round(end, 6) for end in level.interval],
+            "tokens": round(level.tokens, 1),
+            "of_tokens": round(level.of_tokens, 1),
+            "speed": round(level.speed, 3),
+            "by": self._by,
+            "target": target,
+            **{name: self._of[name] for name in ("batch_size", "device", "dtype", "attention", "seed")},
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            **{name: self._of[name] for name in ("vwt_hf", "transformers", "torch")},
+        }
+
+    def _refusal(self, target: str, wanted: float, nearest: Level) -> str:
+        low, high = nearest.interval
+        value = f"{self.measure} {nearest.value:.4f} (95 % interval {low:.4f} to {high:.4f})"
+        reached, ask = {
+            "agreement": (f"reaches {value}", f"agreement={math.floor(1000 * nearest.value) / 1000:g} at most"),
+            "speed": (
+                f"is {nearest.speed:.2f} times as fast, with {value}",
+                f"speed={math.floor(100 * nearest.speed) / 100:g} at most",
+            ),
+            "tokens": (
+                f"leaves {nearest.tokens:.1f} of {nearest.of_tokens:g} tokens, with {value}",
+                f"tokens={math.ceil(nearest.tokens)} at least",
+            ),
+        }[target]
+        return (
+            f"{target} is {wanted:g}, and the {'lightest' if target == 'agreement' else 'heaviest'} setting (tolerance "
+            f"{nearest.tolerance:g}, similarity {nearest.similarity:g}) {reached} on {self.images} images. Ask for "
+            f"{ask}, or leave the model plain."
+        )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What two searches must share for one to go on from the other."""
+        weights = hashlib.sha256()
+        for name, tensor in self._plain.state_dict().items():
+            some = tensor.flatten()[:: max(1, tensor.numel() // 64)][:65]
+            weights.update(f"{name}{tuple(tensor.shape)}{some.tolist()}".encode())
+        pixels = hashlib.sha256()
+        for batch in self._batches:
+            for _, values in sorted(batch.items()):
+                pixels.update(values.contiguous().numpy().tobytes())
+        device = self._plain.device
+        return {
+            "format": FORMAT,
+            "model": f"{type(self._plain).__name__} {weights.hexdigest()[:16]}",
+            "images": f"{self.images} {pixels.hexdigest()[:16]}",
+            "batch_size": self._batch_size,
+            "by": self._by,
+            "seed": self._seed,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "attention": self._plain.config._attn_implementation,
+            "dtype": str(self._plain.dtype).removeprefix("torch."),
+            "vwt_hf": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        }
+
+
+def target_of(**targets: float | None) -> tuple[str, float]:
+    """The one target that was given, by name.
+
+    Raises:
+        ValueError: none or several were given, or it has no meaning.
+    """
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        said = " and ".join(f"{name} is {shown(value)}" for name, value in given.items()) or "no target is given"
+        raise ValueError(f"{said}; expected exactly one of {', '.join(targets)}.")
+    ((name, value),) = given.items()
+    least, most = {"agreement": (0.0, 1.0), "speed": (1.0, math.inf), "tokens": (1.0, math.inf)}[name]
+    if not is_number(value, least) or value > most or value == 0:
+        allowed = {"agreement": "a share in (0, 1]", "speed": "a ratio from 1 on", "tokens": "a number from 1 on"}[name]
+        raise ValueError(f"{name} is {shown(value)}; expected {allowed}.")
+    return name, value
+
+
+def _is_beyond(target: str, wanted: float, level: Level) -> bool:
+    """Whether a setting agrees too little, or is fast or short enough: once one is, all heavier ones are, nearly."""
+    if target == "agreement":
+        return level.value < wanted
+    return level.speed >= wanted if target == "speed" else level.tokens <= wanted
+
+
+def _processor_of(model: PreTrainedModel, image_processor: Any) -> Any:
+    if image_processor is not None:
+        return getattr(image_processor, "image_processor", image_processor)
+    try:
+        if not model.name_or_path:
+            raise ValueError("it was loaded from nowhere")
+        return load_processor(model.name_or_path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"the {type(model).__name__} has no image processor that can be loaded ({error}); give one as "
+            "image_processor=AutoImageProcessor.from_pretrained(...)."
+        ) from error
+
+
+def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:
+    """Name, and what `read_image` takes, of the images to look at: of more than `most`, those that `seed` chooses."""
+    if isinstance(images, Sequence) and not isinstance(images, str):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:most].tolist()
+        return ((f"image {i}", images[i]) for i in order)
+    return open_images(images, seed=seed, max_images=most).items
+
+
+def _pixels(name: str, item: Any, image_processor: Any) -> dict[str, torch.Tensor]:
+    """What the image processor makes of one image, without words for its patches, which each setting finds itself."""
+    (made,) = pixel_batches([read_image(item, name)], image_processor, 1)
+    return {key: value for key, value in made.items() if key != PATCH_WORDS}
+
+
+def _batch(made: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    shapes = sorted({tuple(one["pixel_values"].shape[1:]) for one in made})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the image processor gives pixel_values of shapes {shapes[0]} and {shapes[-1]}; expected one for all "
+            "images of a batch. Use batch_size=1."
+        )
+    return {name: torch.cat([one[name] for one in made]) for name in made[0]}
+
+
+def _timed(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """Answers of a batch, (images, values) float32 on the CPU, and the seconds that they took."""
+    given, made = on_device(batch, model), []
+    seconds = stopwatch(lambda: made.append(answer(model, **given)), model.device)
+    return made[0].float().cpu(), seconds
+
+
+def _read(file: Path, of: dict[str, Any]) -> list[Level]:
+    """The settings that an earlier search tried.
+
+    Raises:
+        ValueError: the file is damaged, or of a search for another model, other images or other options.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = content["of"]
+        levels = [Level(**row | {"interval": tuple(row["interval"])}) for row in content["levels"]]
+        different = [name for name, value in of.items() if found.get(name) != value]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no file of a search ({error}); name another file, or delete it.") from error
+    if different:
+        said = "; ".join(f"{name} {found.get(name)!r} there, {of[name]!r} here" for name in different)
+        raise ValueError(f"{file} is of another search ({said}); name another file, or delete it to start again.")
+    return levels

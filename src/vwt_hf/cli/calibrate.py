@@ -1,0 +1,161 @@
+"""`vwt-hf calibrate`: how far a model's sequences may be shortened on a folder of images, without labels."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..printable import printable
+from ..terminal import aligned, require_folder, require_writable, write_file
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from ..calibrate import Level
+
+HELP = "find how far a model may be shortened on your own images, without labels"
+DESCRIPTION = """\
+Compares a model with itself, plain and shortened, on 50 to 500 images like those that it is for, and finds the setting
+that keeps what you ask for: so large a share of its answers at the greatest speed (--agreement), or so great a speed
+(--speed) or so few tokens (--tokens) with the most agreement. No labels are needed.
+
+Prints for each setting that was tried
+  tokens      of an image, mean over images and layers
+  speed       how many times as fast as the plain model, at this batch size
+  agreement   share of the images with the plain model's first answer, and its 95 % interval; for a model without a
+              classifier the mean cosine of its output"""
+EXAMPLES = """\
+examples:
+  vwt-hf calibrate google/vit-base-patch16-224 photographs/ --agreement 0.98
+  vwt-hf calibrate my-classifier photographs/ --speed 1.5 --output my-fast-classifier --plot front.png
+  vwt-hf calibrate facebook/dinov2-small photographs/ --tokens 150 --max-images 500 --resume front.json"""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own."""
+    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a supported model")
+    parser.add_argument("images", metavar="IMAGES", help="a folder of images, searched recursively, or a Hub data set")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--agreement", type=float, metavar="SHARE", help="least share of equal answers, or cosine")
+    target.add_argument("--speed", type=float, metavar="RATIO", help="least speed, of the plain model's")
+    target.add_argument("--tokens", type=float, metavar="NUMBER", help="most tokens of an image")
+    parser.add_argument(
+        "--by",
+        choices=("time", "flops"),
+        default="time",
+        help="what speed is of: time on this machine, or floating point operations (default: time)",
+    )
+    parser.add_argument("--max-images", type=int, default=200, help="look at no more than these (default: 200)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images in one forward pass (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
+    parser.add_argument("--output", metavar="FOLDER", help="save the model here, shortened by the setting")
+    parser.add_argument("--json", metavar="FILE", help="write the setting and all that was measured here")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw all that was measured here")
+    parser.add_argument(
+        "--resume", metavar="FILE", help="keep here what was measured, and go on from it if it is there already"
+    )
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
+
+
+def work(args: argparse.Namespace) -> None:
+    """Prints the settings that were tried and the one that keeps what was asked for, and writes what was named.
+
+    Raises:
+        ImportError: matplotlib, for --plot, is not installed.
+        ValueError: an option, the model or the images cannot be used, or no setting keeps what was asked for.
+        OSError: the model or an image cannot be read, or a file cannot be written.
+    """
+    require_writable(args.json, args.plot, args.resume)
+    if args.output is not None:
+        require_folder(args.output)
+
+    import torch
+
+    from ..calibrate import Calibration, target_of
+    from ..compress import compress
+    from ..evaluation import usable_device
+    from ..processors import load_processor, quiet_transformers
+    from ..visualize import front_figure, require_matplotlib, write_png
+    from .learn import open_source
+
+    targets = {"agreement": args.agreement, "speed": args.speed, "tokens": args.tokens}
+    target_of(**targets)
+    if args.plot is not None:
+        require_matplotlib()
+    device = usable_device(args.device)
+    source, _ = open_source(args.images, column=None, split="train", streaming=False)
+    processor = load_processor(args.model)
+    with quiet_transformers():
+        model = load_model(args.model, device, args.dtype and getattr(torch, args.dtype))
+    search = Calibration(
+        model,
+        source,
+        image_processor=processor,
+        batch_size=args.batch_size,
+        by=args.by,
+        seed=args.seed,
+        max_images=args.max_images,
+        resume=args.resume,
+    )
+    setting = search.find(**targets)
+
+    chosen: Any = setting.to_dict()
+    if args.json is not None:
+        levels = [dataclasses.asdict(level) for level in search.tried]
+        write_file(args.json, json.dumps({"vwt": chosen, "tried": levels}, indent=1))
+    if args.plot is not None:
+        title = f"{Path(args.model).name}, {search.images} images"
+        write_png(front_figure(search.tried, search.measure, title), Path(args.plot))
+    print(f"{type(model).__name__} from {printable(args.model)}, {search.images} images\n")
+    print(aligned(table(search.tried, search.measure, setting), right=True))
+    print(f"\nvwt={json.dumps({name: chosen[name] for name in ('method', 'tolerance', 'similarity')})}")
+    if args.output is not None:
+        compress(model, setting).save_pretrained(args.output)
+        processor.save_pretrained(args.output)
+        print(f"saved with it: {printable(args.output)}")
+
+
+def load_model(checkpoint: str, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The plain model with its classifier, if it has one.
+
+    Raises:
+        ValueError: the checkpoint lacks weights, or the model's family is not supported.
+        OSError: there is no such checkpoint.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+    from .demo import load
+
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    is_classifier = any("ForImageClassification" in name for name in config.architectures or [])
+    auto = AutoModelForImageClassification if is_classifier else AutoModel
+    model, pooled = load(checkpoint, device, auto=auto, dtype=dtype)
+    if not pooled:
+        model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
+    return model
+
+
+def table(levels: list[Level], measure: str, setting: Any) -> list[tuple[str, ...]]:
+    """Rows of a table, the chosen setting marked by an arrow."""
+    rows: list[tuple[str, ...]] = [("", "tolerance", "similarity", "tokens", "speed", measure, "95 % interval")]
+    for level in levels:
+        is_chosen = (level.tolerance, level.similarity) == (setting.tolerance, setting.similarity)
+        low, high = level.interval
+        rows.append(
+            (
+                "→" if is_chosen else "",
+                f"{level.tolerance:g}",
+                f"{level.similarity:g}",
+                f"{level.tokens:.1f} of {level.of_tokens:g}",
+                f"{level.speed:.2f}",
+                f"{level.value:.4f}",
+                f"{low:.4f} to {high:.4f}",
+            )
+        )
+    return rows

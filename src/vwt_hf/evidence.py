@@ -1,0 +1,98 @@
+"""What shows that a setting is right for a model: how it is checked, and how a model card tells it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .bounds import is_number
+from .printable import shown
+from .whole_saves import write_files
+
+MOST = 32
+"""Entries of an evidence, and values of a list in it."""
+CARD_FILE = "README.md"
+_NAME = re.compile("[a-z][a-z0-9_]{0,39}")
+# Without what would end a cell of a table, code in it, or a comment.
+_TEXT = re.compile("(?:(?![<>`|])[ -~]){0,200}")
+_SECTION = re.compile("\n*<!-- vwt-hf -->.*?<!-- /vwt-hf -->\n*", re.DOTALL)
+_LABELS = {
+    "images": "unlabelled images",
+    "measure": "measured as",
+    "value": "measured",
+    "interval": "its 95 % interval",
+    "tokens": "tokens of an image, mean over images and layers",
+    "of_tokens": "the same of the plain model",
+    "speed": "times as fast as the plain model",
+    "by": "speed is of",
+    "target": "asked for",
+}
+
+
+def checked_evidence(value: Any) -> dict[str, Any]:
+    """A copy of what a setting gives as its evidence.
+
+    Raises:
+        ValueError: it is no dict of at most 32 short texts, numbers, booleans or lists of them.
+    """
+    if not isinstance(value, dict) or len(value) > MOST or not all(map(_is_entry, value.items())):
+        raise ValueError(
+            f"VWTConfig.evidence is {shown(value)}; expected None, or at most {MOST} names with short texts, numbers, "
+            "True, False, None or lists of them, as vwt_hf.calibrate gives."
+        )
+    return {name: list(entry) if isinstance(entry, (list, tuple)) else entry for name, entry in value.items()}
+
+
+def _is_entry(named: tuple[Any, Any]) -> bool:
+    name, value = named
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return bool(
+        isinstance(name, str) and _NAME.fullmatch(name) and len(values) <= MOST and all(map(_is_scalar, values))
+    )
+
+
+def _is_scalar(value: Any) -> bool:
+    is_text = isinstance(value, str) and _TEXT.fullmatch(value) is not None
+    return value is None or isinstance(value, bool) or is_number(value) or is_text
+
+
+def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
+    """Has the model card in `folder`, if one is there, tell this evidence in place of what it told before.
+
+    Args:
+        evidence: of the model's settings, as `checked_evidence` gave it.
+    """
+    file = folder / CARD_FILE
+    if not file.is_file():
+        return
+    before = file.read_text(encoding="utf-8")
+    card = _SECTION.sub("\n", before)
+    if evidence:
+        card = f"{card.rstrip()}\n\n{_section(evidence)}"
+    if card != before:
+        write_files(folder, {CARD_FILE: card.encode()})
+
+
+def _section(evidence: list[dict[str, Any]]) -> str:
+    tables = "\n".join(map(_table, evidence))
+    return f"""<!-- vwt-hf -->
+## Shorter patch sequences
+
+With the Python package `vwt-hf` this model runs on fewer tokens than its images have patches; without it, it is the
+plain model. How far was chosen without labels, by comparing its answers with the plain model's:
+
+{tables}
+<!-- /vwt-hf -->
+"""
+
+
+def _table(evidence: dict[str, Any]) -> str:
+    rows = (f"| {_LABELS.get(name, name.replace('_', ' '))} | {_cell(value)} |\n" for name, value in evidence.items())
+    return "| | |\n|---|---|\n" + "".join(rows)
+
+
+def _cell(value: Any) -> str:
+    """As code, in which a text means nothing else."""
+    values = value if isinstance(value, list) else [value]
+    return f"`{', '.join(f'{one:.6g}' if isinstance(one, float) else str(one) for one in values)}`"

@@ -1,0 +1,370 @@
+"""A calibrated setting keeps what was asked for, says what shows it, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from tiny import answers, sample_pixel_values, tiny_model, traces
+from vwt_hf import VWTConfig, calibrate, compress
+from vwt_hf.calibrate import LEVELS, Calibration, Level
+from vwt_hf.cli import main
+from vwt_hf.evaluation import (
+    agreement,
+    answer,
+    cosines,
+    count_flops,
+    count_tokens,
+    on_device,
+    share,
+    share_interval,
+)
+from vwt_hf.processors import load_processor
+
+COUNT = 60
+
+
+def soft_images(count: int = COUNT, seed: int = 0) -> list[Image.Image]:
+    """Images with flat and busy parts, of which each level leaves fewer tokens."""
+    values = np.random.default_rng(seed)
+    images = []
+    for _ in range(count):
+        coarse = Image.fromarray(values.integers(0, 255, (3, 3, 3), dtype=np.uint8)).resize((32, 32))
+        noise = values.normal(0, 12, (32, 32, 1)) * np.linspace(0, 1, 32)[:, None, None]
+        images.append(Image.fromarray((np.asarray(coarse) * 0.5 + 64 + noise).clip(0, 255).astype(np.uint8)))
+    return images
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    return soft_images()
+
+
+@pytest.fixture(scope="module")
+def processor() -> transformers.ViTImageProcessorPil:
+    return transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def tiny_classifier() -> transformers.PreTrainedModel:
+    return tiny_model("vit-classifier", num_hidden_layers=3, num_labels=40).requires_grad_(False)
+
+
+@pytest.fixture
+def classifier() -> transformers.PreTrainedModel:
+    return tiny_classifier()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, images: list[Image.Image]) -> Path:
+    (tmp_path / "photographs").mkdir()
+    for index, image in enumerate(images):
+        image.save(tmp_path / "photographs" / f"{index:03}.png")
+    return tmp_path / "photographs"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, classifier, processor) -> Path:
+    classifier.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def level_setting(level: tuple[float, float]) -> VWTConfig:
+    return VWTConfig(method="gradual", tolerance=level[0], similarity=level[1], image_std=(0.5,) * 3)
+
+
+def every_level(model, images, processor) -> list[tuple[float, float, float, torch.Tensor]]:
+    """Agreement, tokens, times fewer operations of each level, and cosines, found without `calibrate`."""
+    batch = processor(images, return_tensors="pt")
+    plain = answer(model, **batch)
+    found = []
+    for level in LEVELS:
+        short = compress(share(model), level_setting(level))
+        with count_tokens(short) as tokens:
+            own = answer(short, **batch)
+        flops = [count_flops(lambda one=one: one(**batch)) for one in (model, short)]
+        found.append((agreement(own, plain), tokens.mean, flops[0] / flops[1], cosines(own, plain)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def known(images, processor) -> list[tuple[float, float, float, torch.Tensor]]:
+    return every_level(tiny_classifier(), images, processor)
+
+
+def options(processor, **more):
+    return {"image_processor": processor, "by": "flops", "progress": False, **more}
+
+
+def test_the_fastest_level_that_agrees_enough_is_found_and_the_evidence_is_what_it_does(
+    classifier, images, processor, known
+):
+    agreements = [row[0] for row in known]
+    search = Calibration(classifier, images, **options(processor))
+    for target in {agreements[0], min(agreements[0], agreements[-1]), min(agreements)}:
+        setting = search.find(agreement=target)
+        index = LEVELS.index((setting.tolerance, setting.similarity))
+        assert agreements[index] >= target and not any(value >= target for value in agreements[index + 1 : index + 2])
+        assert setting.evidence["value"] == pytest.approx(agreements[index], abs=1e-6)
+        assert setting.evidence["interval"] == pytest.approx(share_interval(agreements[index], COUNT), abs=1e-6)
+        assert setting.evidence["measure"] == "agreement" and setting.evidence["images"] == COUNT
+
+
+@pytest.fixture
+def on_a_line(classifier, images, processor, monkeypatch) -> Calibration:
+    """A search in which each level agrees 0.01 less, has a token less and is by 0.1 faster than the one before."""
+
+    def measure(self, level, bar):
+        place = LEVELS.index(level)
+        return Level(*level, 0.97 - place / 100, (0.5, 1.0), 60 - place, 65, 1.1 + place / 10)
+
+    monkeypatch.setattr(Calibration, "_measure", measure)
+    return Calibration(classifier, images, **options(processor))
+
+
+@pytest.mark.parametrize("place", range(len(LEVELS)))
+@pytest.mark.parametrize(
+    ("target", "first", "step"), [("agreement", 0.965, -0.01), ("tokens", 60.5, -1), ("speed", 1.05, 0.1)]
+)
+def test_a_few_levels_are_tried_to_find_the_right_one(on_a_line, place, target, first, step):
+    setting = on_a_line.find(**{target: first + place * step})
+    assert (setting.tolerance, setting.similarity) == LEVELS[place] and len(on_a_line.tried) <= 4
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "reason"),
+    [
+        ("agreement", 0.98, "and the lightest setting (tolerance 0.006, similarity 0.91) reaches agreement 0.9700"),
+        ("speed", 3, "and the heaviest setting (tolerance 0.06, similarity 0.76) is 2.00 times as fast"),
+        ("tokens", 5, "and the heaviest setting (tolerance 0.06, similarity 0.76) leaves 51.0 of 65 tokens"),
+    ],
+)
+def test_a_target_that_no_level_reaches_is_refused_with_the_nearest_that_one_does(on_a_line, target, asked, reason):
+    with pytest.raises(ValueError, match=re.escape(f"{target} is {asked:g}, {reason}")) as refusal:
+        on_a_line.find(**{target: asked})
+    nearest = re.search(rf"Ask for {target}=([\d.]*\d)", str(refusal.value))
+    assert nearest and on_a_line.find(**{target: float(nearest.group(1))})
+
+
+def test_without_a_classifier_it_is_the_mean_cosine(images, processor):
+    model = tiny_model("vit", num_hidden_layers=3).requires_grad_(False)
+    expected = [row[3].double().mean().item() for row in every_level(model, images, processor)]
+    evidence = calibrate(model, images, agreement=expected[4] - 1e-6, **options(processor)).evidence
+    assert evidence["measure"] == "cosine" and evidence["value"] == pytest.approx(expected[4], abs=2e-6)
+    low, high = evidence["interval"]
+    assert low < evidence["value"] < high
+
+
+def test_a_speed_and_a_number_of_tokens_are_reached_by_the_lightest_level_that_does(
+    classifier, images, processor, known
+):
+    assert [row[1] for row in known] == sorted((row[1] for row in known), reverse=True)
+    search = Calibration(classifier, images, **options(processor, batch_size=COUNT))
+    for index in (2, 5, 9):
+        _, tokens, speed, _ = known[index]
+        for setting in (search.find(tokens=tokens), search.find(speed=speed - 1e-9)):
+            assert (setting.tolerance, setting.similarity) == LEVELS[index]
+            assert setting.evidence["tokens"] == round(tokens, 1) and setting.evidence["of_tokens"] == 65
+            assert setting.evidence["speed"] == round(speed, 3) and setting.evidence["by"] == "flops"
+    assert setting.evidence["target"].startswith("speed=")
+
+
+def test_time_is_that_of_both_models_in_turn(classifier, images, processor, monkeypatch):
+    turns = []
+
+    def stopwatch(run, device):
+        run()
+        turns.append(1)
+        return 3.0 if len(turns) % 2 else 2.0  # the plain model comes first
+
+    monkeypatch.setattr(sys.modules[Calibration.__module__], "stopwatch", stopwatch)
+    evidence = calibrate(
+        classifier, images, tokens=64, image_processor=processor, batch_size=20, progress=False
+    ).evidence
+    assert (evidence["speed"], evidence["by"]) == (1.5, "time")
+
+
+def test_the_model_is_given_back_as_it_was_whatever_happens(classifier, images, processor, monkeypatch):
+    pixel_values = sample_pixel_values()
+    for setting in (None, {"keep_ratio": 0.5}):
+        if setting is not None:
+            compress(classifier, setting)
+        classifier.train()
+        before, config, expected = traces(classifier), classifier.config.to_dict(), answers(classifier, pixel_values)
+        calibrate(classifier, images, tokens=60, **options(processor))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Calibration, "_speed", interrupt)
+            calibrate(classifier, images, tokens=60, **options(processor))
+        assert traces(classifier) == before and classifier.config.to_dict() == config and classifier.training
+        assert torch.equal(answers(classifier, pixel_values), expected)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_search_that_was_cut_off_goes_on_where_it_was(classifier, images, processor, tmp_path, monkeypatch):
+    file, measure, measured = tmp_path / "new" / "search.json", Calibration._measure, []
+
+    def measure_two(self, level, bar):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(level)
+        return measure(self, level, bar)
+
+    whole = calibrate(classifier, images, tokens=50, **options(processor))
+    monkeypatch.setattr(Calibration, "_measure", measure_two)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(classifier, images, tokens=50, **options(processor, resume=file))
+    first, measured[:] = list(measured), [None]  # one more alone
+    assert len(json.loads(file.read_text())["levels"]) == 2
+    monkeypatch.setattr(
+        Calibration, "_measure", lambda self, level, bar: measured.append(level) or measure(self, level, bar)
+    )
+    assert calibrate(classifier, images, tokens=50, **options(processor, resume=file)) == whole
+    assert not {*first} & {*measured}
+    measured.clear()
+    classifier.config._name_or_path = "elsewhere"  # another place for the same model
+    assert calibrate(classifier, images, tokens=50, **options(processor, resume=file)) == whole and not measured
+
+
+def test_what_another_search_left_is_refused_and_named(classifier, images, processor, tmp_path):
+    file = tmp_path / "search.json"
+    calibrate(classifier, images, tokens=60, **options(processor, resume=file))
+    with pytest.raises(ValueError, match=r"search.json is of another search \(images '60 \w+' there, '59 \w+' here\)"):
+        calibrate(classifier, images[1:], tokens=60, **options(processor, resume=file))
+    other = share(classifier)
+    other.classifier = torch.nn.Linear(32, 40)
+    with pytest.raises(ValueError, match=r"another search \(model 'ViTForImageClassification"):
+        calibrate(other, images, tokens=60, **options(processor, resume=file))
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="is no file of a search"):
+        calibrate(classifier, images, tokens=60, **options(processor, resume=file))
+
+
+def test_a_folder_a_data_set_and_a_list_are_looked_at(checkpoint, folder, images):
+    import datasets
+
+    model = transformers.AutoModelForImageClassification.from_pretrained(checkpoint)
+    rows = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
+    found = [calibrate(model, given, tokens=60, by="flops", progress=False) for given in (folder, rows, images)]
+    assert {(setting.tolerance, setting.evidence["value"]) for setting in found} == {
+        (found[0].tolerance, found[0].evidence["value"])
+    }
+    assert [setting.evidence["images"] for setting in found] == [COUNT] * 3
+
+
+def test_of_more_images_a_seed_chooses(classifier, images, processor):
+    def chosen(seed: int, count: int = 50) -> str:
+        return Calibration(classifier, images, **options(processor, seed=seed, max_images=count))._of["images"]
+
+    assert chosen(0) == chosen(0) != chosen(1) and chosen(0).startswith("50 ")
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({}, "no target is given; expected exactly one of agreement, speed, tokens"),
+        ({"agreement": 0.9, "speed": 2}, "agreement is 0.9 and speed is 2; expected exactly one"),
+        ({"agreement": 98}, r"agreement is 98; expected a share in \(0, 1\]"),
+        ({"agreement": 0}, "agreement is 0; expected a share"),
+        ({"speed": 0.5}, "speed is 0.5; expected a ratio from 1 on"),
+        ({"tokens": "few"}, "tokens is 'few'; expected a number from 1 on"),
+        ({"tokens": 9, "by": "colour"}, "by is 'colour'; expected one of 'time', 'flops'"),
+        ({"tokens": 9, "batch_size": 0}, "batch_size is 0; expected a whole number"),
+        ({"tokens": 9, "max_images": 20}, "max_images is 20; expected a whole number of at least 50"),
+        ({"tokens": 9, "image_processor": None}, "has no image processor that can be loaded"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(classifier, images, processor, asked, reason):
+    with pytest.raises(ValueError, match=reason):
+        calibrate(classifier, images, **{"image_processor": processor, "progress": False, **asked})
+
+
+def test_too_few_images_one_that_cannot_be_read_and_other_models_are_refused(classifier, images, processor, folder):
+    with pytest.raises(ValueError, match="images holds 49 images; expected at least 50"):
+        calibrate(classifier, images[:49], tokens=60, **options(processor))
+    (folder / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"broken.png cannot be read"):
+        calibrate(classifier, folder, tokens=60, **options(processor))
+    with pytest.raises(TypeError, match=r"expected a transformers\.PreTrainedModel"):
+        calibrate(torch.nn.Linear(1, 1), images, tokens=60)
+    swin = transformers.SwinModel(transformers.SwinConfig(depths=[1], num_heads=[1], embed_dim=8))
+    with pytest.raises(ValueError, match="Swin"):
+        calibrate(swin, images, tokens=60, **options(processor))
+
+
+def run(checkpoint: Path, folder: Path, *more: str) -> int:
+    return main(["calibrate", str(checkpoint), str(folder), "--by", "flops", "--device", "cpu", *more])
+
+
+def test_the_command_prints_the_front_and_saves_the_model_by_the_setting(checkpoint, folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "vwt-hf[benchmark]"')
+    files = {name: tmp_path / "out" / f"front.{name}" for name in ("json", "png")}
+    output = tmp_path / "short"
+    more = ["--json", str(files["json"]), "--plot", str(files["png"]), "--output", str(output)]
+    assert run(checkpoint, folder, "--tokens", "55", *more) == 0
+    printed = capsys.readouterr()
+    (chosen,) = (line.split() for line in printed.out.splitlines() if line.startswith("→"))
+    written = json.loads(files["json"].read_text())
+    assert [float(cell) for cell in chosen[1:3]] == [written["vwt"]["tolerance"], written["vwt"]["similarity"]]
+    assert float(chosen[3]) <= 55 and chosen[4:6] == ["of", "65"]
+    rows = [line for line in printed.out.splitlines() if " to " in line]
+    assert len(rows) == len(written["tried"]) and "60 images" in printed.out
+    with Image.open(files["png"]) as picture:
+        assert picture.width > 400
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(output)
+    assert loaded.config.vwt == written["vwt"] and (output / "preprocessor_config.json").exists()
+
+
+def test_the_command_takes_a_model_without_a_classifier_or_a_pooler(checkpoint, folder, processor, tmp_path, capsys):
+    tiny_model("vit").base_model.save_pretrained(tmp_path / "features")
+    model = transformers.ViTModel(tiny_model("vit").config, add_pooling_layer=False)
+    model.save_pretrained(tmp_path / "features")
+    processor.save_pretrained(tmp_path / "features")
+    assert run(tmp_path / "features", folder, "--tokens", "60") == 0
+    assert "cosine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--tokens", "2"], "tokens is 2, and the heaviest setting"),
+        (["--agreement", "98"], "agreement is 98.0; expected a share in (0, 1]"),
+        (["--tokens", "60", "--max-images", "3"], "max_images is 3; expected a whole number of at least 50"),
+        (["--tokens", "60", "--json", "{folder}"], "is a folder; expected the name of a file"),
+    ],
+)
+def test_what_the_command_cannot_do_is_one_line(checkpoint, folder, tmp_path, capsys, more, reason):
+    output = tmp_path / "short"
+    assert run(checkpoint, folder, "--output", str(output), *(part.format(folder=folder) for part in more)) == 2
+    printed = capsys.readouterr()
+    line = printed.err.splitlines()[-1]
+    assert line.startswith("vwt-hf calibrate: ") and reason in line and "Traceback" not in printed.err
+    assert printed.out == "" and not output.exists()
+
+
+@pytest.mark.parametrize("name", ["dinov2-small-caltech101", "vit-small-caltech101"])
+def test_agreement_holds_on_photographs_that_were_not_seen(shared, name, monkeypatch):
+    monkeypatch.setattr(sys.modules[Calibration.__module__], "LEVELS", LEVELS[1::3])
+    paths = sorted((shared / "data/caltech101/validation").rglob("*.jpg"))
+    seen, others = paths[0::20][:50], paths[1::20][:50]
+    folder = shared / "models" / name
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=torch.bfloat16)
+    setting = calibrate(model, seen, agreement=0.95, by="flops", progress=False)
+    assert setting.evidence["value"] >= 0.95 and setting.evidence["speed"] > 1.2
+    batch = load_processor(str(folder))([Image.open(path).convert("RGB") for path in others], return_tensors="pt")
+    with torch.inference_mode():
+        batch = on_device(batch, model)
+        plain = answer(model, **batch)
+        found = agreement(answer(compress(model, setting), **batch), plain)
+    # Both numbers are of samples: they speak of one share where the intervals meet.
+    assert share_interval(found, len(others))[1] >= setting.evidence["interval"][0]

@@ -1,0 +1,66 @@
+"""Evidence for a setting is saved with it, and told by the card of a model that is pushed."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+import vwt_hf
+from tiny import tiny_model
+from vwt_hf import VWTConfig, compress
+
+EVIDENCE = {"images": 200, "measure": "agreement", "value": 0.985, "interval": [0.957, 0.995], "torch": "2.13.0+cpu"}
+
+
+@pytest.mark.parametrize("method", ["intra", "gradual"])
+def test_evidence_is_part_of_a_setting_and_saved_with_the_model(tmp_path, method):
+    setting = VWTConfig(method=method, evidence=EVIDENCE | {"interval": (0.957, 0.995)})
+    assert setting.evidence == EVIDENCE and setting == VWTConfig.parse(setting.to_dict())
+    assert setting != VWTConfig(method=method) and isinstance(hash(setting), int)
+    assert "evidence" not in VWTConfig(method=method).to_dict()
+    compress(tiny_model("vit"), setting).save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    assert loaded.config.vwt["evidence"] == EVIDENCE
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        [],
+        "all",
+        {1: 2},
+        {"Value": 1},
+        {"value": {}},
+        {"value": float("nan")},
+        {"value": 10**400},
+        {"value": [[1]]},
+        {"value": [0] * 33},
+        {"value": "a" * 201},
+        {"value": "<script>"},
+        {"value": "a`|b"},
+        {"value": "a\nb"},
+        {f"n{index}": 0 for index in range(33)},
+    ],
+)
+def test_evidence_that_a_card_could_not_tell_is_refused(evidence):
+    with pytest.raises(ValueError, match=r"evidence is .*expected None, or at most 32 names"):
+        VWTConfig.parse({"evidence": evidence})
+
+
+def test_the_card_of_a_pushed_model_tells_the_evidence_of_its_setting_alone(hub, tmp_path):
+    def card() -> str:
+        return hub.files("me/tiny")["README.md"].decode()
+
+    model = compress(tiny_model("vit"), VWTConfig(evidence=EVIDENCE))
+    model.push_to_hub("me/tiny")
+    first = card()
+    assert "| its 95 % interval | `0.957, 0.995` |" in first and "| torch | `2.13.0+cpu` |" in first
+    assert first.startswith("---") and "library_name: transformers" in first
+    compress(model, VWTConfig(evidence=EVIDENCE | {"value": 0.5}))
+    model.save_pretrained(tmp_path / "local", push_to_hub=True, repo_id="me/tiny")
+    assert card() == first.replace("0.985", "0.5")
+    compress(model, True).push_to_hub("me/tiny")
+    assert "vwt-hf" not in card() and "library_name: transformers" in card()
+    vwt_hf.restore(model).push_to_hub("me/tiny")
+    assert "vwt-hf" not in card()
