@@ -13,7 +13,18 @@ import vwt_hf
 from settings import SETTINGS, inter
 from tiny import MODELS, answers, padded_patches, sample_pixel_values, tiny_model
 from vwt_hf import compress, evaluation
-from vwt_hf.evaluation import accuracy, agreement, cosines, divergence, label_ids, share, time_in_turn, true_labels
+from vwt_hf.evaluation import (
+    accuracy,
+    agreement,
+    correctness,
+    cosines,
+    divergence,
+    label_ids,
+    share,
+    time_in_turn,
+    true_labels,
+    worst_group,
+)
 
 CPU = torch.device("cpu")
 PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "registers": 4, "clip": 1, "beit": 1, "ijepa": 0, "siglip": 0, "dinov3": 4}
@@ -25,9 +36,18 @@ def test_agreement_and_divergence_are_those_worked_out_by_hand():
     assert agreement(logits, expected) == pytest.approx(2 / 3)
     # One image of (1/2, 1/2) against (1/4, 3/4): KL = log(4/3) / 2.
     assert divergence(logits, expected) == pytest.approx(math.log(4 / 3) / 2 / 3, rel=1e-6)
-    assert accuracy(logits, [{1}, (), {0}]) == 0.5 and accuracy(logits, [(), {0, 1}, ()]) == 1
-    assert accuracy(logits, [()] * 3) is None
+    assert correctness(logits, [{1}, (), {0}]) == [True, None, False]
+    assert correctness(logits, [(), {0, 1}, ()]) == [None, True, None]
+    assert accuracy([True, None, False]) == 0.5 and accuracy([None, True]) == 1 and accuracy([None]) is None
     assert cosines(expected[1:], logits[1:] * 2).tolist() == pytest.approx([1, 1])
+
+
+def test_the_worst_group_is_the_one_with_the_lowest_accuracy_among_those_of_five_images_and_more():
+    correct = [True] * 5 + [True, True, True, False, False] + [False] * 4 + [None] * 9
+    groups = ["good"] * 5 + ["poor"] * 5 + ["few"] * 4 + ["few"] * 4 + ["unknown"] * 5
+    assert worst_group(correct, groups) == 0.6
+    assert worst_group([*correct, False], [*groups, "few"]) == 0
+    assert worst_group(correct[:5], ["a", "a", "a", "a", "b"]) is None and worst_group([], []) is None
 
 
 @pytest.mark.parametrize("name", PREFIX)
