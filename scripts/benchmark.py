@@ -84,17 +84,18 @@ DTYPES = ["float32", "bfloat16", "float16"]
 MERGING: dict[str, tuple[str, str, Callable[[PreTrainedModel, Any], PreTrainedModel]]] = {
     "tome": ("ToMe, r {}", "tome_r", peers.tome),
     "tome-decreasing": ("ToMe decreasing, r {}", "tome_r", peers.tome_decreasing),
-    "tome-alike": ("ToMe alike, cosine {}", "tome_cosine", peers.tome_alike),
     "pitome": ("PiToMe, r {}", "tome_r", peers.pitome),
     "tps": ("TPS, keep {}", "tps_keep", peers.tps),
 }
-"""Peers that merge tokens: name of a method, with a place for its number; the option that has the numbers; what changes
-a model."""
-PEERS = ["random", *MERGING, "int8", "bf16", "bf16+settings"]
+"""Peers that merge tokens and learn nothing: name of a method, with a place for its number; the option that has the
+numbers; what changes a model."""
+PEERS = ["random", *MERGING, "tome-alike", "int8", "bf16", "bf16+settings"]
 WARM_UP = 2
 EMBEDDING_TURNS = 3
 ENERGY_SECONDS = 3.0
 QUALITY_BATCH = 32
+LEARN_FROM = 64
+"""Images that ToMe by cosine is fitted to."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         if judged and not batch_sizes:
             continue
         methods = methods_of(options, plain[dtype])
-        images = sample(options, plain[dtype]) if batch_sizes else None
+        images = sample(options, plain[dtype], max(options.batch_sizes)) if batch_sizes else None
         for size in batch_sizes:
             rows = measure(methods, images[torch.arange(size) % len(images)], options, meter)
             results.add("timing", [{"dtype": dtype, "batch": size} | row for row in rows])
@@ -168,14 +169,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=int,
         default=[5, 8, 10, 13, 16],
-        help="pairs of patches that ToMe and PiToMe merge in each layer, on average if they decrease",
-    )
-    parser.add_argument(
-        "--tome-cosine",
-        nargs="+",
-        type=float,
-        default=[0.95, 0.9, 0.85],
-        help="of tome-alike: pairs whose keys have at least this cosine are merged in each layer",
+        help="pairs of patches that ToMe and PiToMe merge in each layer: the mean over layers if they decrease; of "
+        f"tome-alike the mean over images, of which {LEARN_FROM} of --images tell how alike they must be",
     )
     parser.add_argument(
         "--tps-keep", nargs="+", type=float, default=[0.9, 0.7], help="share of patches that each pruning of TPS keeps"
@@ -347,6 +342,10 @@ def peers_of(options: argparse.Namespace, plain: PreTrainedModel) -> Iterator[Ca
     for peer, (name, numbers, make) in MERGING.items():
         for number in getattr(options, numbers) if peer in options.peers else ():
             yield functools.partial(merging, plain, name, number, make)
+    if "tome-alike" in options.peers:
+        learn = functools.partial(peers.tome_alike, pixel_values=sample(options, plain, LEARN_FROM))
+        for r in options.tome_r:
+            yield functools.partial(merging, plain, "ToMe alike, r {}", r, learn)
     if "int8" in options.peers:
         yield lambda: Method("int8", "int8", peers.dynamic_int8(plain), counts_flops=False)
     if plain.dtype == torch.bfloat16 or not {"bf16", "bf16+settings"}.intersection(options.peers):
@@ -379,9 +378,9 @@ def line_of(setting: Any) -> str:
     return " ".join(words) or " ".join(fields)
 
 
-def sample(options: argparse.Namespace, model: PreTrainedModel) -> torch.Tensor:
-    """As many images as the largest batch takes, if there are, as `pixel_values` (images, channels, height, width)."""
-    paths = find_images([options.images], max(options.batch_sizes))
+def sample(options: argparse.Namespace, model: PreTrainedModel, count: int) -> torch.Tensor:
+    """So many images, if there are, as `pixel_values` (images, channels, height, width)."""
+    paths = find_images([options.images], count)
     (made,) = pixel_batches(paths, load_processor(options.model), len(paths))
     return whole_images(made).to(model.device, model.dtype)
 

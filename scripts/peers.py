@@ -105,8 +105,8 @@ def match_alike(keys: torch.Tensor, prefix: int, least: float, sizes: torch.Tens
     """
     batch, tokens = sizes.shape
     real = sizes > 0
-    cosine, partner = nearest(keys[:, prefix::2], keys[:, prefix + 1 :: 2], real[:, prefix + 1 :: 2])
-    image, chosen = ((cosine >= least) & real[:, prefix::2]).nonzero(as_tuple=True)
+    cosine, partner = cosines_of(keys, prefix, real)
+    image, chosen = (cosine >= least).nonzero(as_tuple=True)
     if not len(chosen):
         return None
     merged = prefix + 2 * chosen
@@ -119,6 +119,19 @@ def match_alike(keys: torch.Tensor, prefix: int, least: float, sizes: torch.Tens
     into = place[image, prefix + 2 * partner[image, chosen] + 1]
     place[image, merged] = into
     return Merge(kept, image * tokens + merged, image * longest + into, place, index[:, :longest] >= left)
+
+
+def cosines_of(keys: torch.Tensor, prefix: int, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosine of each patch of the first set of `match` with its best match, and which of the second set that is.
+
+    Args:
+        real: (batch, tokens), bool: what is no padding.
+
+    Returns:
+        (batch, half of the patches) each; a cosine of −inf for padding, and where there is nothing to match.
+    """
+    cosine, partner = nearest(keys[:, prefix::2], keys[:, prefix + 1 :: 2], real[:, prefix + 1 :: 2])
+    return cosine.masked_fill(~real[:, prefix::2], -torch.inf), partner
 
 
 def match_by_energy(keys: torch.Tensor, prefix: int, r: int, margin: float) -> Merge:
@@ -316,22 +329,30 @@ def tome_decreasing(model: PreTrainedModel, r: int) -> PreTrainedModel:
     return tome(model, [round(2 * r * (1 - layer / max(layers - 1, 1))) for layer in range(layers)])
 
 
-def tome_alike(model: PreTrainedModel, least: float) -> PreTrainedModel:
-    """Token Merging with as many pairs as each image has: every layer merges those whose cosine is at least `least`.
+@torch.inference_mode()
+def tome_alike(model: PreTrainedModel, r: int, pixel_values: torch.Tensor) -> PreTrainedModel:
+    """Token Merging with as many pairs as each image has: every layer merges those whose cosine is at least its own.
 
-    This is no setting of the paper, which merges as many of every image. Images of a batch that have fewer tokens left
-    are padded, so a batch takes the time of its longest image, while padding counts as no token. As `tome` in all else.
+    The cosine of a layer is the one at which `pixel_values` merge `r` pairs an image, on average. This is no setting of
+    the paper, which merges as many of every image. Images of a batch that have fewer tokens left are padded, so a batch
+    takes the time of its longest image, while padding counts as no token. As `tome` in all else.
 
-    Raises:
-        Unsupported: the layers are of a class that is not known here.
-        ValueError: `least` is no cosine.
+    Args:
+        pixel_values: (images, channels, height, width), as `model` wants them.
     """
-    if not -1 <= least <= 1:
-        raise ValueError(f"least is {least}; expected a cosine of two keys, from -1 to 1.")
+    by_layer = _by_layer(model, r)
+    found: list[float] = []
+
+    def learn(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
+        cosine, _ = cosines_of(merging.keys, merging.prefix, merging.sizes_of(hidden_states) > 0)
+        wanted = min(by_layer[merging.layer] * len(cosine), int(cosine.isfinite().sum()))
+        found.append(cosine.flatten().topk(wanted).values[-1].item() if wanted else math.inf)
+        return pair(merging, hidden_states)
 
     def pair(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
-        return match_alike(merging.keys, merging.prefix, least, merging.sizes_of(hidden_states))
+        return match_alike(merging.keys, merging.prefix, found[merging.layer], merging.sizes_of(hidden_states))
 
+    merge_in_layers(model, learn)(pixel_values=pixel_values)
     return merge_in_layers(model, pair)
 
 

@@ -76,7 +76,7 @@ def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothin
     monkeypatch.setattr(benchmark, "ENERGY_SECONDS", 0.001)
     files = {name: tmp_path / f"results.{name}" for name in ("json", "md", "png")}
     arguments = f"--model {checkpoint} --images {photographs} --vocabulary {words} --batch-sizes 1 8 --peers all "
-    arguments += f"--tome-r 2 8 --tome-cosine 0.5 --tps-keep 0.7 --turns 1 --json {files['json']} "
+    arguments += f"--tome-r 2 8 --tps-keep 0.7 --turns 1 --json {files['json']} "
     arguments += f"--markdown {files['md']} --plot {files['png']} --groups {tmp_path / 'groups.json'}"
     groups = {path.relative_to(photographs).as_posix(): "all" for path in find_images([photographs])}
     (tmp_path / "groups.json").write_text(json.dumps(groups))
@@ -84,8 +84,8 @@ def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothin
     benchmark.main(arguments)
 
     settings = ["keep ratio 0.5", f"inter, {words}, threshold 0.1"]
-    merging = ["ToMe, r 2", "ToMe, r 8", "ToMe decreasing, r 2", "ToMe decreasing, r 8", "ToMe alike, cosine 0.5"]
-    merging += ["PiToMe, r 2", "PiToMe, r 8", "TPS, keep 0.7"]
+    merging = [f"{name}, r {r}" for name in ("ToMe", "ToMe decreasing", "PiToMe") for r in (2, 8)]
+    merging += ["TPS, keep 0.7", "ToMe alike, r 2", "ToMe alike, r 8"]
     methods = ["uncompressed", *settings, "random, keep ratio 0.5", *merging, "int8", "bf16"]
     methods += [f"bf16 + {setting}" for setting in settings]
     found = json.loads(files["json"].read_text())
