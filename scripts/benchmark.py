@@ -3,7 +3,7 @@ r"""What compression costs and gains on your own model, images and device, besid
 
 For each data type, batch size and method, in turn with the uncompressed model of that data type, in one process:
 
-  tokens        of an image, entering the first layer; for ToMe the mean over all layers
+  tokens        of an image, the mean over all layers
   ms p50, p95   of a whole forward of the batch, tokenising included
   speed ratio   median time of the uncompressed model over that of the method (a ratio of medians, not of single turns)
   FLOPs ratio   the same of floating point operations; none for int8, whose operations are not floating point
@@ -15,9 +15,10 @@ For each data type, batch size and method, in turn with the uncompressed model o
   J/image       where the device has an energy counter; its idling counts
 
 Every ratio is uncompressed over method, so more is better. A second table has one row a method, with its ratios at each
-batch size. Over the whole folder (or --limit images), and against the
-uncompressed model in the first data type: agreement (same top-1), mean KL divergence to its output, and top-1 accuracy
-where the images lie in folders named as the model's labels. For a model without a classifier, the mean cosine of its
+batch size. Over the whole folder (or --limit images), and against the uncompressed model in the first data type:
+agreement (same top-1), mean KL divergence to its output, and, where the images lie in folders named as the model's
+labels, top-1 accuracy, and the same within the group of images where it is lowest. Groups are the folders, or what
+--groups says; those of fewer than 5 images are left out. For a model without a classifier, the mean cosine of its
 pooled output. A run that is cut off goes on where it stopped if it is started again with the same --json.
 
     python scripts/benchmark.py --model google/vit-base-patch16-224 --images photographs/
@@ -52,7 +53,7 @@ from transformers import AutoModel, AutoModelForImageClassification, CLIPVisionM
 
 import peers
 import vwt_hf
-from compare import RATIOS, name_of
+from compare import FIRST_SETTINGS, RATIOS, add_groups, fields_of, groups_of, name_of
 from energy import Meter, NoMeter, find_meter
 from vwt_hf import count_tokens
 from vwt_hf.evaluation import (
@@ -61,6 +62,7 @@ from vwt_hf.evaluation import (
     agreement,
     answer,
     classifies,
+    correctness,
     cosines,
     count_flops,
     divergence,
@@ -70,6 +72,7 @@ from vwt_hf.evaluation import (
     time_in_turn,
     true_labels,
     usable_device,
+    worst_group,
 )
 from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.printable import printable
@@ -79,11 +82,21 @@ from vwt_hf.visualize import require_matplotlib
 from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
 DTYPES = ["float32", "bfloat16", "float16"]
-PEERS = ["random", "tome", "int8", "bf16"]
+MERGING: dict[str, tuple[str, str, Callable[[PreTrainedModel, Any], PreTrainedModel]]] = {
+    "tome": ("ToMe, r {}", "tome_r", peers.tome),
+    "tome-decreasing": ("ToMe decreasing, r {}", "tome_r", peers.tome_decreasing),
+    "pitome": ("PiToMe, r {}", "tome_r", peers.pitome),
+    "tps": ("TPS, keep {}", "tps_keep", peers.tps),
+}
+"""Peers that merge tokens and learn nothing: name of a method, with a place for its number; the option that has the
+numbers; what changes a model."""
+PEERS = ["random", *MERGING, "tome-alike", "int8", "bf16", "bf16+settings"]
 WARM_UP = 2
 EMBEDDING_TURNS = 3
 ENERGY_SECONDS = 3.0
 QUALITY_BATCH = 32
+LEARN_FROM = 64
+"""Images that ToMe by cosine is fitted to."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         vwt_hf.VWTConfig.parse(setting)
     device = usable_device(options.device)
     paths = find_images([options.images], options.limit)
+    groups = groups_of(paths, options.images, options.groups)
     reference = load(options.model).to(device).eval()
     plain = {name: copy.deepcopy(reference).to(getattr(torch, name)) for name in options.dtype}
     machine = describe(reference, device)
@@ -108,12 +122,12 @@ def main(arguments: list[str] | None = None) -> None:
         if judged and not batch_sizes:
             continue
         methods = methods_of(options, plain[dtype])
-        images = sample(options, plain[dtype]) if batch_sizes else None
+        images = sample(options, plain[dtype], max(options.batch_sizes)) if batch_sizes else None
         for size in batch_sizes:
             rows = measure(methods, images[torch.arange(size) % len(images)], options, meter)
             results.add("timing", [{"dtype": dtype, "batch": size} | row for row in rows])
         if not judged:
-            rows = judge(methods, plain[options.dtype[0]], paths, load_processor(options.model))
+            rows = judge(methods, plain[options.dtype[0]], paths, groups, load_processor(options.model))
             results.add("quality", [{"dtype": dtype} | row for row in rows])
 
     text = f"{markdown(table(results))}\n{markdown(summary(results))}"
@@ -147,11 +161,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         choices=[*PEERS, "all"],
-        help="also: random patches at the settings' keep ratios, Token Merging, dynamic 8-bit linear layers (float32 "
-        "on a CPU), the model in bfloat16",
+        help="also: random patches at the settings' keep ratios; Token Merging, also with fewer pairs from layer to "
+        "layer, and of all patches that are alike enough; PiToMe; TPS without training; dynamic 8-bit linear layers "
+        "(float32 on a CPU); the model in bfloat16; and each setting in bfloat16",
     )
     parser.add_argument(
-        "--tome-r", nargs="+", type=int, default=[5, 10, 16], help="pairs of patches that ToMe merges in each layer"
+        "--tome-r",
+        nargs="+",
+        type=int,
+        default=[5, 8, 10, 13, 16],
+        help="pairs of patches that ToMe and PiToMe merge in each layer: the mean over layers if they decrease; of "
+        f"tome-alike the mean over images, of which {LEARN_FROM} of --images tell how alike they must be",
+    )
+    parser.add_argument(
+        "--tps-keep", nargs="+", type=float, default=[0.9, 0.7], help="share of patches that each pruning of TPS keeps"
     )
     parser.add_argument("--turns", type=int, default=100, help="timed turns of a batch size at most")
     parser.add_argument(
@@ -160,6 +183,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=60,
         help=f"no turn of a batch size starts later than this, if there were {FEWEST_TURNS}",
     )
+    add_groups(parser)
     parser.add_argument("--limit", type=int, help="judge so many images, spread evenly over the folder; default: all")
     parser.add_argument(
         "--compile",
@@ -176,7 +200,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if min(options.batch_sizes) < 1 or options.turns < 1 or (options.limit is not None and options.limit < 1):
         parser.error("--batch-sizes, --turns and --limit take whole numbers from 1 on.")
     options.peers = PEERS if "all" in options.peers else options.peers
-    settings = options.vwt or [{"criterion": "variance", "keep_ratio": ratio} for ratio in RATIOS]
+    settings = options.vwt or [
+        *FIRST_SETTINGS,
+        *({"criterion": "variance", "keep_ratio": ratio} for ratio in RATIOS),
+    ]
     words = [{"method": "inter", "vocabulary": name, "threshold": 0.1} for name in options.vocabulary]
     options.settings = [*settings, *words]
     return options
@@ -231,7 +258,8 @@ def header(options: argparse.Namespace, machine: dict[str, Any], images: int) ->
     """What two runs must share for their rows to stand in one file."""
     apart = ("json", "markdown", "plot", "vwt", "vocabulary")  # where results go, and what `settings` holds
     asked = {name: value for name, value in vars(options).items() if name not in apart}
-    return {"options": asked | {"images": str(options.images), "images judged": images}, "machine": machine}
+    places = {"images": str(options.images), "groups": options.groups and str(options.groups)}
+    return {"options": asked | places | {"images judged": images}, "machine": machine}
 
 
 class Results:
@@ -288,9 +316,7 @@ class Method:
 def methods_of(options: argparse.Namespace, plain: PreTrainedModel) -> list[Method]:
     """The uncompressed model `plain` first, then each setting, then the peers that can be had."""
     methods = [Method("uncompressed", "uncompressed", plain)]
-    for setting in all_settings(options):
-        model = vwt_hf.compress(share(plain), setting)
-        methods.append(Method(name_of(setting), line_of(setting), model))
+    methods += [compressed(plain, setting) for setting in all_settings(options)]
     for make in peers_of(options, plain):
         try:
             methods.append(make())
@@ -308,36 +334,54 @@ def all_settings(options: argparse.Namespace) -> list[Any]:
     if "random" not in options.peers:
         return options.settings
     fields = [vwt_hf.VWTConfig.parse(setting).to_dict() for setting in options.settings]
-    ratios = [own["keep_ratio"] for own in fields if "keep_ratio" in own and own.get("num_patches") is None]
+    ratios = [own["keep_ratio"] for own in fields if own.get("keep_ratio") and own.get("num_patches") is None]
     random = [{"criterion": "random", "keep_ratio": ratio} for ratio in dict.fromkeys(ratios or RATIOS)]
     return [*options.settings, *(setting for setting in random if setting not in options.settings)]
 
 
 def peers_of(options: argparse.Namespace, plain: PreTrainedModel) -> Iterator[Callable[[], Method]]:
-    if "tome" in options.peers:
+    for peer, (name, numbers, make) in MERGING.items():
+        for number in getattr(options, numbers) if peer in options.peers else ():
+            yield functools.partial(merging, plain, name, number, make)
+    if "tome-alike" in options.peers:
+        learn = functools.partial(peers.tome_alike, pixel_values=sample(options, plain, LEARN_FROM))
         for r in options.tome_r:
-            yield functools.partial(tome, plain, r)
+            yield functools.partial(merging, plain, "ToMe alike, r {}", r, learn)
     if "int8" in options.peers:
         yield lambda: Method("int8", "int8", peers.dynamic_int8(plain), counts_flops=False)
-    if "bf16" in options.peers and plain.dtype != torch.bfloat16:
-        yield lambda: Method("bf16", "bf16", peers.bfloat16(plain))
+    if plain.dtype == torch.bfloat16 or not {"bf16", "bf16+settings"}.intersection(options.peers):
+        return
+    bf16 = peers.bfloat16(plain)
+    if "bf16" in options.peers:
+        yield lambda: Method("bf16", "bf16", bf16)
+    for setting in options.settings if "bf16+settings" in options.peers else ():
+        yield functools.partial(compressed, bf16, setting, "bf16 + ")
 
 
-def tome(plain: PreTrainedModel, r: int) -> Method:
-    return Method(f"ToMe r {r}", "ToMe", peers.tome(share(plain), r), peers.count_layer_tokens)
+def compressed(plain: PreTrainedModel, setting: Any, before: str = "") -> Method:
+    """A copy of `plain` under a setting, whose name comes after `before`."""
+    model = vwt_hf.compress(share(plain), setting)
+    return Method(before + name_of(setting), before + line_of(setting), model)
+
+
+def merging(
+    plain: PreTrainedModel, name: str, number: float, make: Callable[[PreTrainedModel, Any], PreTrainedModel]
+) -> Method:
+    """A copy of `plain` that merges tokens; see `MERGING`."""
+    line, _, _ = name.partition(",")
+    return Method(name.format(number), line, make(share(plain), number), peers.count_layer_tokens)
 
 
 def line_of(setting: Any) -> str:
     """What names a setting besides numbers."""
-    if not isinstance(setting, dict):
-        return str(setting)
-    words = [Path(value).name for value in setting.values() if isinstance(value, str)]
-    return " ".join(words) or " ".join(setting)
+    fields = fields_of(setting)
+    words = [Path(value).name for value in fields.values() if isinstance(value, str)]
+    return " ".join(words) or " ".join(fields)
 
 
-def sample(options: argparse.Namespace, model: PreTrainedModel) -> torch.Tensor:
-    """As many images as the largest batch takes, if there are, as `pixel_values` (images, channels, height, width)."""
-    paths = find_images([options.images], max(options.batch_sizes))
+def sample(options: argparse.Namespace, model: PreTrainedModel, count: int) -> torch.Tensor:
+    """So many images, if there are, as `pixel_values` (images, channels, height, width)."""
+    paths = find_images([options.images], count)
     (made,) = pixel_batches(paths, load_processor(options.model), len(paths))
     return whole_images(made).to(model.device, model.dtype)
 
@@ -463,8 +507,13 @@ def joules(meter: Meter, run: Callable[[], object], device: torch.device) -> flo
 
 
 @torch.inference_mode()
-def judge(methods: list[Method], reference: PreTrainedModel, paths: list[Path], processor: Any) -> list[dict[str, Any]]:
-    """One row a method: how its answers on all images stand to those of `reference`, and to the folders' names."""
+def judge(
+    methods: list[Method], reference: PreTrainedModel, paths: list[Path], groups: list[str], processor: Any
+) -> list[dict[str, Any]]:
+    """One row a method: how its answers on all images stand to those of `reference`, and to the folders' names.
+
+    `groups` has the name of each image's group.
+    """
     models = [reference, *(method.model for method in methods)]
     parts: list[list[torch.Tensor]] = [[] for _ in models]
     with contextlib.ExitStack() as stack:
@@ -480,17 +529,25 @@ def judge(methods: list[Method], reference: PreTrainedModel, paths: list[Path], 
         print(*map(printable, said), sep="\n", end="\n" if said else "")
     return [
         {"method": method.name, "line": method.line, "images": len(paths), "tokens": round(count.mean, 1)}
-        | (judged(own, expected, truth) if classifies(reference) else {"cosine": cosines(own, expected).mean().item()})
+        | (
+            judged(own, expected, truth, groups)
+            if classifies(reference)
+            else {"cosine": cosines(own, expected).mean().item()}
+        )
         for method, count, own in zip(methods, counts, found, strict=True)
     ]
 
 
-def judged(logits: torch.Tensor, expected: torch.Tensor, truth: Sequence[Collection[int]]) -> dict[str, float | None]:
+def judged(
+    logits: torch.Tensor, expected: torch.Tensor, truth: Sequence[Collection[int]], groups: Sequence[str]
+) -> dict[str, float | None]:
     """Shares in [0, 1], and KL in nats; see `vwt_hf.evaluation`."""
+    correct = correctness(logits, truth)
     return {
         "agreement": agreement(logits, expected),
         "kl": divergence(logits, expected),
-        "top1": accuracy(logits, truth),
+        "top1": accuracy(correct),
+        "worst_group": worst_group(correct, groups),
     }
 
 
@@ -516,11 +573,8 @@ def table(results: Results) -> list[dict[str, Any]]:
                 "memory MiB": memory and rounded(memory / 2**20, 1),
                 "memory ratio": rounded(row["memory_ratio"], 2),
                 "J/image": rounded(row["joules_per_image"], 4),
-                "agree %": rounded(judged.get("agreement"), 2, 100),
-                "KL": rounded(judged.get("kl"), 4),
-                "top-1 %": rounded(judged.get("top1"), 2, 100),
-                "cosine": rounded(judged.get("cosine"), 4),
             }
+            | answers_of(judged)
         )
     return rows
 
@@ -531,19 +585,23 @@ def summary(results: Results) -> list[dict[str, Any]]:
     for judged in results.content["quality"]:
         timed = results.rows("timing", dtype=judged["dtype"], method=judged["method"])
         largest = max(timed, key=lambda row: row["batch"])
-        answers = {
-            "dtype": judged["dtype"],
-            "method": judged["method"],
-            "tokens": judged["tokens"],
-            "agree %": rounded(judged.get("agreement"), 2, 100),
-            "KL": rounded(judged.get("kl"), 4),
-            "top-1 %": rounded(judged.get("top1"), 2, 100),
-            "cosine": rounded(judged.get("cosine"), 4),
-            f"FLOPs ratio, {largest['batch']}": rounded(largest["flops_ratio"], 2),
-        }
+        names = {"dtype": judged["dtype"], "method": judged["method"], "tokens": judged["tokens"]}
+        operations = {f"FLOPs ratio, {largest['batch']}": rounded(largest["flops_ratio"], 2)}
         speeds = {f"speed ratio, {row['batch']}": rounded(row["speed_ratio"], 2) for row in timed}
-        rows.append(answers | speeds | {f"memory ratio, {largest['batch']}": rounded(largest["memory_ratio"], 2)})
+        memory = {f"memory ratio, {largest['batch']}": rounded(largest["memory_ratio"], 2)}
+        rows.append(names | answers_of(judged) | operations | speeds | memory)
     return rows
+
+
+def answers_of(judged: dict[str, Any]) -> dict[str, str | None]:
+    """The columns of both tables that tell of a method's answers."""
+    return {
+        "agree %": rounded(judged.get("agreement"), 2, 100),
+        "KL": rounded(judged.get("kl"), 4),
+        "top-1 %": rounded(judged.get("top1"), 2, 100),
+        "worst group %": rounded(judged.get("worst_group"), 2, 100),
+        "cosine": rounded(judged.get("cosine"), 4),
+    }
 
 
 def rounded(value: float | None, digits: int, times: int = 1) -> str | None:

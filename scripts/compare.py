@@ -2,12 +2,13 @@
 r"""What compression changes in a classifier's answers, measured on your own checkpoint and images.
 
 Loads the model uncompressed and under each setting; prints one row a setting: tokens, top-1 accuracy where the images
-lie in folders named as the model's labels, agreement (same top-1 as the uncompressed model) and the mean KL divergence
-to its output.
+lie in folders named as the model's labels, and the same within the group of images where it is lowest (groups are the
+folders, or what --groups says; those of fewer than 5 images are left out), agreement (same top-1 as the uncompressed
+model) and the mean KL divergence to its output.
 
     python scripts/compare.py --model google/vit-base-patch16-224 --images photographs/
     python scripts/compare.py --model my-model --images validation/ --vwt '{"keep_ratio": 0.6, "criterion": "grid"}'
-    python scripts/compare.py --model my-model --images validation/ --vwt \
+    python scripts/compare.py --model my-model --images validation/ --groups groups.json --vwt \
         '{"method": "inter", "vocabulary": "my-words/", "threshold": 0.1}'
 """
 
@@ -28,14 +29,27 @@ from tqdm import tqdm
 from transformers import AutoModelForImageClassification
 
 import vwt_hf
-from vwt_hf.evaluation import accuracy, agreement, divergence, on_device, true_labels, usable_device
+from vwt_hf.config import RECOMMENDED
+from vwt_hf.evaluation import (
+    accuracy,
+    agreement,
+    correctness,
+    divergence,
+    on_device,
+    true_labels,
+    usable_device,
+    worst_group,
+)
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
 from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
 RATIOS = (0.75, 0.5, 0.25)
+FIRST_SETTINGS: list[Any] = [True, {"method": "local"}]
+"""Settings that both scripts measure first where none is asked for."""
 DEFAULT_SETTINGS = [
+    *FIRST_SETTINGS,
     {"keep_ratio": 1.0},
     *(
         {"criterion": criterion, "keep_ratio": ratio}
@@ -50,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="Hub id or folder of an image classifier")
     parser.add_argument("--images", required=True, type=Path, help="folder of images, searched through all levels")
     parser.add_argument("--vwt", action="append", type=json.loads, help="a setting as JSON; may be given several times")
+    add_groups(parser)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="torch device; default: a GPU if there is one")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -64,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_writable(options.json)
     device = usable_device(options.device)
     paths = find_images([options.images], options.limit)
+    groups = groups_of(paths, options.images, options.groups)
     processor = load_processor(options.model)
     print(
         f"{printable(options.model)}, {len(paths)} images of {printable(options.images)}, {options.dtype}, "
@@ -85,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             truth, said = true_labels([path.parent.name for path in paths], model.config)
             for sentence in said:
                 print(printable(sentence))
-        rows.append(row(name_of(setting), tokens, logits, plain, truth, seconds))
+        rows.append(row(name_of(setting), tokens, logits, plain, truth, groups, seconds))
         if setting is not None:
             rows[-1]["vwt"] = setting
         if options.json:
@@ -94,11 +110,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(markdown([{name: own[name] for name in rows[0]} for own in rows]), end="")
 
 
+def fields_of(setting: Any) -> dict[str, Any]:
+    """The fields that a setting, as it stands in JSON, gives a value."""
+    if setting is True:
+        return {"method": RECOMMENDED}
+    return setting if isinstance(setting, dict) else {"vocabulary": str(setting)}
+
+
 def name_of(setting: Any) -> str:
-    """A setting as a table shows it: its values, which speak for themselves."""
+    """A setting as a table shows it: words speak for themselves, numbers come after the name of their field."""
     if setting is None:
         return "uncompressed"
-    return " ".join(str(value) for value in setting.values()) if isinstance(setting, dict) else str(setting)
+    return ", ".join(
+        value if isinstance(value, str) else f"{name.replace('_', ' ')} {value}"
+        for name, value in fields_of(setting).items()
+    )
+
+
+def add_groups(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--groups`, which `groups_of` reads."""
+    parser.add_argument(
+        "--groups",
+        type=Path,
+        help="JSON file with the group of each image: its path below --images, and the group's name; default: folders",
+    )
+
+
+def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[str]:
+    """The name of each image's group.
+
+    Args:
+        images: the folder that the images lie below.
+        groups: a JSON object from paths below `images`, with /, to names; `None`: an image's group is its folder.
+
+    Raises:
+        ValueError: the file is no such object, or an image is not in it.
+    """
+    if groups is None:
+        return [path.parent.name for path in paths]
+    try:
+        table = json.loads(groups.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--groups is {groups}, which is no JSON ({error}); expected an object.") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"--groups is {groups}, which holds a {type(table).__name__}; expected an object.")
+    names = [path.relative_to(images).as_posix() for path in paths]
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise ValueError(
+            f"--groups is {groups}, which names no group of {len(missing)} of {len(names)} images, such as "
+            f"{missing[0]!r}; expected one for each path below {images}."
+        )
+    return [str(table[name]) for name in names]
 
 
 @torch.inference_mode()
@@ -124,18 +187,24 @@ def row(
     logits: torch.Tensor,
     plain: torch.Tensor,
     truth: Sequence[Collection[int]],
+    groups: Sequence[str],
     seconds: float,
 ) -> dict[str, Any]:
-    right = accuracy(logits, truth)
+    correct = correctness(logits, truth)
     return {
         "setting": name,
         "tokens": tokens,
-        "top-1 %": None if right is None else round(100 * right, 2),
+        "top-1 %": percent(accuracy(correct)),
+        "worst group %": percent(worst_group(correct, groups)),
         "agree %": round(100 * agreement(logits, plain), 2),
         "kl": round(divergence(logits, plain), 4),
         "max Δ logit": float(f"{(logits - plain).abs().max().item():.1e}"),
         "seconds": round(seconds, 1),
     }
+
+
+def percent(part: float | None) -> float | None:
+    return None if part is None else round(100 * part, 2)
 
 
 if __name__ == "__main__":

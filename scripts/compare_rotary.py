@@ -79,7 +79,8 @@ def main() -> None:
             return read(teacher, student(**made).last_hidden_state)
 
         found, tokens, seconds = classify(student, tqdm(batches, leave=False), by_the_head)
-        rows.append(row(name, tokens, found, found if plain is None else plain, [()] * len(found), seconds))
+        unknown = {"truth": [()] * len(found), "groups": [""] * len(found)}
+        rows.append(row(name, tokens, found, found if plain is None else plain, **unknown, seconds=seconds))
         if args.json:
             write_file(args.json, json.dumps(rows, indent=1))
         return found

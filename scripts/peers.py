@@ -1,6 +1,8 @@
 """Other ways to make a vision transformer cheaper, to stand beside vwt_hf in scripts/benchmark.py.
 
-Token Merging (Bolya et al., arXiv 2210.09461) is written from its description alone; 8-bit linear layers are torch's.
+Token Merging (Bolya et al., arXiv 2210.09461), PiToMe (Tran et al., arXiv 2405.16148) and TPS (Wei et al., arXiv
+2304.10716) are written from their descriptions alone and run without training; 8-bit linear layers are torch's. All
+three shorten the sequence between the attention and the MLP of a layer, and differ in what they pair.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from vwt_hf.evaluation import TokenCount
 from vwt_hf.families import family_of, find_tower
 
 ATTENTION = "token_merging"
+TPS_DEPTHS = (4 / 12, 7 / 12, 10 / 12)
+"""After the attention of which layers TPS prunes, as shares of all layers."""
 
 
 class Unsupported(ValueError):
@@ -55,16 +60,23 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Which tokens of a batch one merge takes together: indices, each (batch, ...)."""
+    """Which tokens of a batch one merge takes together.
+
+    Rows count the tokens of all images, one image after another.
+    """
 
     kept: torch.Tensor
-    """(batch, tokens - r): the tokens that stay, in their order."""
+    """(batch, tokens left): the tokens that stay, in their order; any token where there is padding."""
     merged: torch.Tensor
-    """(batch, r): the tokens that become part of another."""
+    """(merges,): the rows of the tokens that become part of another, before the merge."""
     into: torch.Tensor
-    """(batch, r): the place among `kept` of the token that each merged one becomes part of."""
+    """(merges,): the row, after the merge, of the token that each merged one becomes part of."""
     place: torch.Tensor
     """(batch, tokens): the place among `kept` where each token ends."""
+    padding: torch.Tensor | None = None
+    """(batch, tokens left), bool: what of `kept` is no token, where images differ in how many are left."""
+    weights: torch.Tensor | None = None
+    """(batch, tokens), float32: how much each counts in the average; `None` for its size, which then adds up."""
 
 
 def match(keys: torch.Tensor, prefix: int, r: int) -> Merge:
@@ -78,20 +90,118 @@ def match(keys: torch.Tensor, prefix: int, r: int) -> Merge:
         prefix: how many tokens come before the patches.
         r: at most half of the patches.
     """
-    batch, tokens, _ = keys.shape
-    directions = nn.functional.normalize(keys[:, prefix:], dim=-1)
-    similarity = directions[:, 0::2] @ directions[:, 1::2].transpose(1, 2)
-    best, partner = similarity.max(dim=-1)
-    chosen = best.topk(r, dim=-1).indices
-    merged, partner = prefix + 2 * chosen, prefix + 2 * partner.gather(1, chosen) + 1
+    cosine, partner = nearest(keys[:, prefix::2], keys[:, prefix + 1 :: 2])
+    chosen = cosine.topk(r, dim=-1).indices
+    return merge_of(keys.shape[1], prefix + 2 * chosen, prefix + 2 * partner.gather(1, chosen) + 1)
 
-    stays = torch.ones(batch, tokens, dtype=torch.bool, device=keys.device).scatter_(1, merged, False)
+
+def match_alike(keys: torch.Tensor, prefix: int, least: float, sizes: torch.Tensor) -> Merge | None:
+    """As `match`, of all patches whose best match has a cosine of at least `least`; `None` if no image has such.
+
+    Args:
+        keys: (batch, tokens, head size), averaged over heads.
+        prefix: how many tokens come before the patches.
+        sizes: (batch, tokens): 0 for padding, which is matched to nothing.
+    """
+    batch, tokens = sizes.shape
+    real = sizes > 0
+    cosine, partner = cosines_of(keys, prefix, real)
+    image, chosen = (cosine >= least).nonzero(as_tuple=True)
+    if not len(chosen):
+        return None
+    merged = prefix + 2 * chosen
+    stays = real.index_put((image, merged), real.new_zeros(()))
+    place = stays.cumsum(dim=1) - 1
+    left = stays.sum(dim=1, keepdim=True)
+    longest = int(left.max())
+    index = torch.arange(tokens, device=keys.device).expand(batch, -1)
+    kept = index.new_zeros(batch, longest + 1).scatter_(1, torch.where(stays, place, longest), index)[:, :-1]
+    into = place[image, prefix + 2 * partner[image, chosen] + 1]
+    place[image, merged] = into
+    return Merge(kept, image * tokens + merged, image * longest + into, place, index[:, :longest] >= left)
+
+
+def cosines_of(keys: torch.Tensor, prefix: int, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosine of each patch of the first set of `match` with its best match, and which of the second set that is.
+
+    Args:
+        real: (batch, tokens), bool: what is no padding.
+
+    Returns:
+        (batch, half of the patches) each; a cosine of −inf for padding, and where there is nothing to match.
+    """
+    cosine, partner = nearest(keys[:, prefix::2], keys[:, prefix + 1 :: 2], real[:, prefix + 1 :: 2])
+    return cosine.masked_fill(~real[:, prefix::2], -torch.inf), partner
+
+
+def match_by_energy(keys: torch.Tensor, prefix: int, r: int, margin: float) -> Merge:
+    """Pairs `r` patches among the `2 r` that have most others like them: PiToMe's order.
+
+    The energy of a patch is the mean of f(cosine with another patch's key), f(x) = x from `margin` on, else
+    exp(x − margin) − 1. The `2 r` of the highest energy are split alternately, in the order of energy, into two sets,
+    and each of the first is merged with the one of the second that is most like it.
+
+    Args:
+        keys: (batch, tokens, head size), averaged over heads.
+        prefix: how many tokens come before the patches.
+        r: at most half of the patches.
+    """
+    directions = nn.functional.normalize(keys[:, prefix:], dim=-1)
+    cosine = directions @ directions.transpose(1, 2)
+    # A patch's cosine with itself adds the same to each energy.
+    energy = torch.where(cosine >= margin, cosine, (cosine - margin).exp() - 1).sum(dim=-1)
+    order = energy.topk(2 * r, dim=-1).indices
+    first, second = order[:, 0::2], order[:, 1::2]
+    partner = take(cosine, first).gather(2, second.unsqueeze(1).expand(-1, r, -1)).argmax(dim=-1)
+    return merge_of(keys.shape[1], prefix + first, prefix + second.gather(1, partner))
+
+
+def match_pruned(hidden_states: torch.Tensor, scores: torch.Tensor, prefix: int, keep: int) -> Merge:
+    """Keeps the `keep` patches of the highest score and squeezes each other one into the kept one most like it: TPS.
+
+    Tokens are as alike as the cosine of their states. In the average a pruned token counts by exp(cosine), and the one
+    that it is squeezed into, whose cosine with itself is 1, by e.
+
+    Args:
+        hidden_states: (batch, tokens, hidden).
+        scores: (batch, patches).
+        prefix: how many tokens come before the patches.
+    """
+    order = scores.argsort(dim=-1, descending=True)
+    kept, pruned = prefix + order[:, :keep], prefix + order[:, keep:]
+    cosine, partner = nearest(take(hidden_states, pruned), take(hidden_states, kept))
+    pairs = merge_of(hidden_states.shape[1], pruned, kept.gather(1, partner))
+    weights = hidden_states.new_full(hidden_states.shape[:2], math.e, dtype=torch.float32)
+    return dataclasses.replace(pairs, weights=weights.scatter(1, pruned, cosine.float().exp()))
+
+
+def nearest(
+    tokens: torch.Tensor, others: torch.Tensor, allowed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest cosine of each token with one of the others, and which it is, (batch, tokens) each.
+
+    Args:
+        tokens: (batch, tokens, size).
+        others: (batch, others, size).
+        allowed: (batch, others), bool: which of the others count; `None` for all.
+    """
+    cosine = nn.functional.normalize(tokens, dim=-1) @ nn.functional.normalize(others, dim=-1).transpose(1, 2)
+    if allowed is not None:
+        cosine = cosine.masked_fill(~allowed.unsqueeze(1), -torch.inf)
+    best = cosine.max(dim=-1)
+    return best.values, best.indices
+
+
+def merge_of(tokens: int, merged: torch.Tensor, partner: torch.Tensor) -> Merge:
+    """The merge by which `merged` become part of `partner`, in every image as many; (batch, merges) each."""
+    batch, r = merged.shape
+    stays = torch.ones(batch, tokens, dtype=torch.bool, device=merged.device).scatter_(1, merged, False)
     place = stays.cumsum(dim=1) - 1
     # Tokens that go are written behind the end: `nonzero` would make a GPU wait.
-    index = torch.arange(tokens, device=keys.device).expand(batch, -1)
+    index = torch.arange(tokens, device=merged.device).expand(batch, -1)
     kept = index.new_empty(batch, tokens - r + 1).scatter_(1, torch.where(stays, place, tokens - r), index)[:, :-1]
     into = place.gather(1, partner)
-    return Merge(kept, merged, into, place.scatter(1, merged, into))
+    return Merge(kept, _rows(merged, tokens), _rows(into, tokens - r), place.scatter(1, merged, into))
 
 
 def merge(hidden_states: torch.Tensor, sizes: torch.Tensor, pairs: Merge) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,18 +209,22 @@ def merge(hidden_states: torch.Tensor, sizes: torch.Tensor, pairs: Merge) -> tup
 
     Args:
         hidden_states: (batch, tokens, hidden).
-        sizes: (batch, tokens), float32: how many patches each token stands for; 1 for a prefix token.
+        sizes: (batch, tokens), float32: how many patches each token stands for; 1 for a prefix token, 0 for padding.
 
     Returns:
-        (batch, tokens - r, hidden) and (batch, tokens - r).
+        (batch, tokens left, hidden) and (batch, tokens left).
     """
-    kept_sizes, merged_sizes = sizes.gather(1, pairs.kept), sizes.gather(1, pairs.merged)
-    total = kept_sizes.scatter_add(1, pairs.into, merged_sizes)
+    kept_sizes, merged_sizes = sizes.gather(1, pairs.kept), sizes.flatten()[pairs.merged]
+    if pairs.padding is not None:
+        kept_sizes = kept_sizes.masked_fill(pairs.padding, 0.0)
+    total = kept_sizes.flatten().index_add(0, pairs.into, merged_sizes)
     # Shares, not sums of size · token divided again: a token that nothing is merged into keeps its exact value.
-    result = take(hidden_states, pairs.kept) * _share(kept_sizes, total, hidden_states)
-    parts = take(hidden_states, pairs.merged) * _share(merged_sizes, total.gather(1, pairs.into), hidden_states)
-    result.view(-1, result.shape[-1]).index_add_(0, _rows(pairs.into, result.shape[1]), parts.flatten(0, 1))
-    return result, total
+    shares = kept_sizes / total.view_as(kept_sizes).clamp(min=1.0)
+    result = take(hidden_states, pairs.kept) * shares.unsqueeze(-1).to(hidden_states.dtype)
+    parts = (merged_sizes / total[pairs.into]).unsqueeze(-1).to(hidden_states.dtype)
+    parts = hidden_states.flatten(0, 1).index_select(0, pairs.merged) * parts
+    result.view(-1, result.shape[-1]).index_add_(0, pairs.into, parts)
+    return result, total.view_as(kept_sizes)
 
 
 def take(hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -125,33 +239,50 @@ def _rows(index: torch.Tensor, tokens: int) -> torch.Tensor:
     return (index + torch.arange(len(index), device=index.device).unsqueeze(1) * tokens).flatten()
 
 
-def _share(part: torch.Tensor, total: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return (part / total).unsqueeze(-1).to(like.dtype)
-
-
 class Merging:
     """The tokens of a forward under way, as its layers merge them."""
 
-    def __init__(self, prefix: int, r: int) -> None:
-        self.prefix, self.r = prefix, r
+    def __init__(self, prefix: int, pair: Pairing) -> None:
+        self.prefix, self.pair = prefix, pair
         self.start()
 
     def start(self) -> None:
-        self.keys: torch.Tensor | None = None
-        """(batch, tokens, head size), of the layer under way."""
+        self.layer = 0
+        """The number of the layer under way, 0 for the first."""
+        self.query: torch.Tensor | None = None
+        """(batch, heads, tokens, head size), of the attention under way; the first is that of CLS."""
+        self.key: torch.Tensor | None = None
+        """As `query`."""
+        self.scaling = 1.0
+        """What the attention under way multiplies products of queries and keys by."""
         self.sizes: torch.Tensor | None = None
-        """(batch, tokens), float32; `None` as long as every token is one patch."""
+        """(batch, tokens), float32; `None` as long as every token is one patch or counts as one."""
         self.place: torch.Tensor | None = None
         """(batch, prefix + patches): the token that each patch is part of."""
 
+    @property
+    def keys(self) -> torch.Tensor:
+        """(batch, tokens, head size): means over the heads."""
+        assert self.key is not None  # attention came before
+        return self.key.mean(dim=1)
+
+    def sizes_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The size of each token of (batch, tokens, hidden)."""
+        if self.sizes is not None:
+            return self.sizes
+        return hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
+
     def step(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Merges the tokens of a layer, (batch, tokens, hidden), by the keys that its attention left here."""
-        r = min(self.r, (hidden_states.shape[1] - self.prefix) // 2)
-        if r == 0:
+        """Merges the tokens of a layer, (batch, tokens, hidden), by what its attention left here."""
+        pairs = self.pair(self, hidden_states)
+        self.query = self.key = None  # they would take memory while the MLP runs
+        self.layer += 1
+        if pairs is None:
             return hidden_states
-        pairs = match(self.keys, self.prefix, r)
-        sizes = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.float32)
-        hidden_states, self.sizes = merge(hidden_states, sizes if self.sizes is None else self.sizes, pairs)
+        if pairs.weights is None:
+            hidden_states, self.sizes = merge(hidden_states, self.sizes_of(hidden_states), pairs)
+        else:
+            hidden_states, _ = merge(hidden_states, pairs.weights, pairs)
         self.place = pairs.place if self.place is None else pairs.place.gather(1, self.place)
         return hidden_states
 
@@ -162,7 +293,11 @@ class Merging:
         return hidden_states if place is None else take(hidden_states, place)
 
 
-def tome(model: PreTrainedModel, r: int) -> PreTrainedModel:
+Pairing = Callable[[Merging, torch.Tensor], "Merge | None"]
+"""What a layer merges of its tokens (batch, tokens, hidden), as the forward under way has them; `None` for nothing."""
+
+
+def tome(model: PreTrainedModel, r: int | Sequence[int]) -> PreTrainedModel:
     """Token Merging (arXiv 2210.09461): every layer merges `r` pairs of patches between its attention and its MLP.
 
     Attention is proportional: a token that stands for s patches gets + log s on its logits. For inference: dropout and
@@ -170,20 +305,141 @@ def tome(model: PreTrainedModel, r: int) -> PreTrainedModel:
 
     Args:
         model: of a family of vwt_hf, changed in place; its output is as long as without merging.
-        r: pairs a layer; no layer merges more than half of its patches. 0 is the plain model.
+        r: pairs a layer, or of each layer; no layer merges more than half of its patches. 0 is the plain model.
 
     Raises:
         Unsupported: the layers are of a class that is not known here.
-        ValueError: `r` is negative.
+        ValueError: `r` is negative, or of another number of layers.
     """
-    if r < 0:
+    by_layer = _by_layer(model, r)
+
+    def pair(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
+        r = _at_most_half(by_layer[merging.layer], hidden_states, merging.prefix)
+        return match(merging.keys, merging.prefix, r) if r else None
+
+    return merge_in_layers(model, pair)
+
+
+def tome_decreasing(model: PreTrainedModel, r: int) -> PreTrainedModel:
+    """Token Merging with a decreasing schedule: pairs fall linearly, from 2 r in the first layer to 0 in the last.
+
+    Args and errors as of `tome`.
+    """
+    layers = len(layers_of(model))
+    return tome(model, [round(2 * r * (1 - layer / max(layers - 1, 1))) for layer in range(layers)])
+
+
+@torch.inference_mode()
+def tome_alike(model: PreTrainedModel, r: int, pixel_values: torch.Tensor) -> PreTrainedModel:
+    """Token Merging with as many pairs as each image has: every layer merges those whose cosine is at least its own.
+
+    The cosine of a layer is the one at which `pixel_values` merge `r` pairs an image, on average. This is no setting of
+    the paper, which merges as many of every image. Images of a batch that have fewer tokens left are padded, so a batch
+    takes the time of its longest image, while padding counts as no token. As `tome` in all else.
+
+    Args:
+        pixel_values: (images, channels, height, width), as `model` wants them.
+    """
+    by_layer = _by_layer(model, r)
+    found: list[float] = []
+
+    def learn(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
+        cosine, _ = cosines_of(merging.keys, merging.prefix, merging.sizes_of(hidden_states) > 0)
+        wanted = min(by_layer[merging.layer] * len(cosine), int(cosine.isfinite().sum()))
+        found.append(cosine.flatten().topk(wanted).values[-1].item() if wanted else math.inf)
+        return pair(merging, hidden_states)
+
+    def pair(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
+        return match_alike(merging.keys, merging.prefix, found[merging.layer], merging.sizes_of(hidden_states))
+
+    merge_in_layers(model, learn)(pixel_values=pixel_values)
+    return merge_in_layers(model, pair)
+
+
+def pitome(model: PreTrainedModel, r: int) -> PreTrainedModel:
+    """PiToMe (arXiv 2405.16148): as Token Merging, but only patches that have many others like them are merged.
+
+    The margin of `match_by_energy` falls linearly with the layers, from 0.9 in the first towards 0. This and the energy
+    were written down from memory of the paper and not compared with it. It merges a share of the tokens in each layer;
+    here it is `r` pairs, so that rows stand beside those of
+    `tome`.
+
+    Args and errors as of `tome`.
+    """
+    by_layer = _by_layer(model, r)
+
+    def pair(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
+        r = _at_most_half(by_layer[merging.layer], hidden_states, merging.prefix)
+        margin = 0.9 * (1 - merging.layer / len(by_layer))
+        return match_by_energy(merging.keys, merging.prefix, r, margin) if r else None
+
+    return merge_in_layers(model, pair)
+
+
+def tps(model: PreTrainedModel, keep: float) -> PreTrainedModel:
+    """TPS (arXiv 2304.10716) without its training: a third, seven and ten twelfths into the layers, patches that CLS
+    attends to least are pruned and squeezed into the kept ones that are most like them.
+
+    The score is the attention of CLS, the mean over heads (the paper's eTPS). Attention is not proportional. The
+    weights of `match_pruned` and the depths were written down from memory of the paper and not compared with it. It
+    trains the model, which this does not; a pruned patch has the hidden state of the one it is squeezed into.
+
+    Args:
+        model: as for `tome`, with a CLS token.
+        keep: the share of the patches left that each pruning keeps, in (0, 1].
+
+    Raises:
+        Unsupported: the layers are of a class that is not known here, or there is no CLS token.
+        ValueError: `keep` is out of its range.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is {keep}; expected the share of patches that stay, in (0, 1].")
+    if not family_of(model).prefix.startswith("CLS"):
+        raise Unsupported(f"{type(model).__name__} has no CLS token, whose attention scores patches. Leave tps out.")
+    at = {round(depth * len(layers_of(model))) - 1 for depth in TPS_DEPTHS}
+
+    def pair(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
+        patches = hidden_states.shape[1] - merging.prefix
+        kept = max(1, math.ceil(keep * patches))
+        if merging.layer not in at or kept == patches:
+            return None
+        scores = cls_attention(merging)[:, merging.prefix :]
+        return match_pruned(hidden_states, scores, merging.prefix, kept)
+
+    return merge_in_layers(model, pair)
+
+
+def cls_attention(merging: Merging) -> torch.Tensor:
+    """How much the first token attends to each, (batch, tokens), the mean over heads of the attention under way."""
+    assert merging.query is not None and merging.key is not None  # attention came before
+    logits = merging.query[:, :, :1] @ merging.key.transpose(2, 3) * merging.scaling
+    return logits.softmax(dim=-1).mean(dim=1)[:, 0]
+
+
+def _by_layer(model: PreTrainedModel, r: int | Sequence[int]) -> list[int]:
+    """Pairs of each layer."""
+    layers = len(layers_of(model))
+    by_layer = [r] * layers if isinstance(r, int) else list(r)
+    if min(by_layer) < 0:
         raise ValueError(f"r is {r}; expected how many pairs of patches each layer merges, 0 or more.")
+    if len(by_layer) != layers:
+        raise ValueError(f"r has numbers for {len(by_layer)} layers; expected {layers}, which the model has.")
+    return by_layer
+
+
+def _at_most_half(r: int, hidden_states: torch.Tensor, prefix: int) -> int:
+    """`r`, or half of the patches if that is less."""
+    return min(r, (hidden_states.shape[1] - prefix) // 2)
+
+
+def merge_in_layers(model: PreTrainedModel, pair: Pairing) -> PreTrainedModel:
+    """Changes `model` in place: each layer merges what `pair` says between its attention and its MLP."""
     family = family_of(model)
     registers = getattr(find_tower(model, family).module.config, "num_register_tokens", 0)
     counts = {"none": 0, "registers": registers}
     prefix = sum(counts.get(token, 1) for token in family.prefix.split(", "))
     layers = layers_of(model)
-    merging = Merging(prefix, r)
+    merging = Merging(prefix, pair)
     for layer in layers:
         parts = PARTS[type(layer).__name__]
         for module in getattr(layer, parts.attention).modules():
@@ -205,7 +461,7 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     if not layers:
         raise Unsupported(
             f"{type(model).__name__} has no layer whose tokens can be merged; known are {', '.join(PARTS)}. "
-            "Leave tome out."
+            "Leave tome, tome-decreasing, tome-alike, pitome and tps out."
         )
     return layers
 
@@ -244,9 +500,10 @@ def proportional_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`sdpa` under the log of the tokens' sizes; tensors are (batch, heads, tokens, head size). Leaves the keys."""
+    """`sdpa` under the log of the tokens' sizes; leaves query and key, (batch, heads, tokens, head size)."""
     merging = module.token_merging
-    merging.keys = key.mean(dim=1)
+    merging.query, merging.key = query, key
+    merging.scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     bias = None if merging.sizes is None else merging.sizes.log().to(query.dtype)[:, None, None, :]
     return sdpa_attention_forward(module, query, key, value, bias, **kwargs)
 
@@ -257,13 +514,15 @@ AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 @contextlib.contextmanager
 def count_layer_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
-    """As `vwt_hf.count_tokens`, of a model that merges tokens by `tome`."""
+    """As `vwt_hf.count_tokens`, of a model that merges tokens by `merge_in_layers`."""
     layers = layers_of(model)
     count = TokenCount([0] * len(layers))
 
     def add(number: int, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         count.images += args[0].shape[0] if number == 0 else 0
-        count.by_layer[number] += args[0].shape[0] * args[0].shape[1]
+        sizes = None if number == 0 else getattr(layer, PARTS[type(layer).__name__].attention).token_merging.sizes
+        tokens = args[0].shape[0] * args[0].shape[1] if sizes is None else int((sizes > 0).sum())
+        count.by_layer[number] += tokens
 
     hooks = [layer.register_forward_pre_hook(functools.partial(add, number)) for number, layer in enumerate(layers)]
     try:

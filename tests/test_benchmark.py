@@ -76,11 +76,18 @@ def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothin
     monkeypatch.setattr(benchmark, "ENERGY_SECONDS", 0.001)
     files = {name: tmp_path / f"results.{name}" for name in ("json", "md", "png")}
     arguments = f"--model {checkpoint} --images {photographs} --vocabulary {words} --batch-sizes 1 8 --peers all "
-    arguments += f"--tome-r 2 8 --turns 1 --json {files['json']} --markdown {files['md']} --plot {files['png']}"
+    arguments += f"--tome-r 2 8 --tps-keep 0.7 --turns 1 --json {files['json']} "
+    arguments += f"--markdown {files['md']} --plot {files['png']} --groups {tmp_path / 'groups.json'}"
+    groups = {path.relative_to(photographs).as_posix(): "all" for path in find_images([photographs])}
+    (tmp_path / "groups.json").write_text(json.dumps(groups))
     arguments = [*arguments.split(), "--vwt", '{"keep_ratio": 0.5}']
     benchmark.main(arguments)
 
-    methods = ["uncompressed", "0.5", f"inter {words} 0.1", "random 0.5", "ToMe r 2", "ToMe r 8", "int8", "bf16"]
+    settings = ["keep ratio 0.5", f"inter, {words}, threshold 0.1"]
+    merging = [f"{name}, r {r}" for name in ("ToMe", "ToMe decreasing", "PiToMe") for r in (2, 8)]
+    merging += ["TPS, keep 0.7", "ToMe alike, r 2", "ToMe alike, r 8"]
+    methods = ["uncompressed", *settings, "random, keep ratio 0.5", *merging, "int8", "bf16"]
+    methods += [f"bf16 + {setting}" for setting in settings]
     found = json.loads(files["json"].read_text())
     assert [(row["batch"], row["method"]) for row in found["timing"]] == [(b, m) for b in (1, 8) for m in methods]
     assert [row["method"] for row in found["quality"]] == methods
@@ -90,16 +97,18 @@ def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothin
         assert (row["flops_ratio"] is None) == (row["quotient"] is None) == (row["method"] == "int8")
         assert row["embedding_share"] > 0 and row["plain_embedding_share"] > 0
     rows = {(row["batch"], row["method"]): row for row in found["timing"]}
-    assert [rows[8, name]["tokens"] for name in methods[:2] + methods[3:6]] == [65, 33, 33, 64, 61]
+    assert [rows[8, name]["tokens"] for name in methods[:2] + methods[3:8]] == [65, 33, 33, 64, 61, 63, 57]
+    assert rows[8, "PiToMe, r 8"]["tokens"] == 61 and rows[8, "TPS, keep 0.7"]["tokens"] == (65 + 46) / 2
+    assert rows[8, "bf16"]["weight_bytes"] == rows[8, "bf16 + keep ratio 0.5"]["weight_bytes"]
     assert all(rows[batch, "uncompressed"][name] == 1 for batch in (1, 8) for name in ("speed_ratio", "memory_ratio"))
-    assert rows[8, "0.5"]["flops_ratio"] > 2 and rows[8, "0.5"]["memory_ratio"] > 1.2
+    assert rows[8, settings[0]]["flops_ratio"] > 2 and rows[8, settings[0]]["memory_ratio"] > 1.2
     plain = found["quality"][0]
-    assert (plain["agreement"], plain["kl"]) == (1, 0) and 0 <= plain["top1"] <= 1
+    assert (plain["agreement"], plain["kl"]) == (1, 0) and 0 <= plain["top1"] == plain["worst_group"] <= 1
 
     lines = files["md"].read_text().splitlines()
     assert len(lines) == 2 + (2 + 2 * len(methods)) + 1 + (2 + len(methods)) and lines[2] in capsys.readouterr().out
     columns = "batch|dtype|method|tokens|ms p50|ms p95|speed ratio|FLOPs ratio|quotient|embedding %|memory MiB|"
-    columns += "memory ratio|J/image|agree %|KL|top-1 %"
+    columns += "memory ratio|J/image|agree %|KL|top-1 %|worst group %"
     assert [name.strip() for name in lines[2].strip("|").split("|")] == columns.split("|")
     assert Image.open(files["png"]).size[0] > 400
 
@@ -134,7 +143,8 @@ def test_a_run_that_was_cut_off_measures_what_is_missing(checkpoint, photographs
     )
     benchmark.main(arguments)
     assert measured == [1]
-    assert len(json.loads(path.read_text())["quality"]) == 4
+    found = [row["method"] for row in json.loads(path.read_text())["quality"]]
+    assert found == ["uncompressed", "gradual", "local", *(f"variance, keep ratio {r}" for r in (0.75, 0.5, 0.25))]
 
 
 def test_results_of_other_options_or_versions_are_never_mixed(tmp_path):
@@ -208,9 +218,31 @@ def test_a_model_without_a_classifier_is_judged_by_the_cosine_of_its_pooled_outp
         benchmark.Method("short", "short", compress(share(model), {"keep_ratio": 0.1})),
     ]
     processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
-    plain, short = benchmark.judge(methods, model, find_images([photographs], 3), processor)
+    plain, short = benchmark.judge(methods, model, find_images([photographs], 3), ["all"] * 3, processor)
     assert plain["cosine"] == pytest.approx(1, abs=1e-6) and short["cosine"] < 0.9999
     assert (plain["images"], plain["tokens"], short["tokens"]) == (3, 65, 7)
+
+
+def test_settings_in_bf16_stand_beside_the_model_in_single_precision():
+    settings = [{"keep_ratio": 0.5}, {"criterion": "grid", "keep_ratio": 0.25}]
+    options = SimpleNamespace(peers=["bf16+settings"], settings=settings)
+    methods = benchmark.methods_of(options, tiny_model("vit"))
+    assert [(method.name, method.line) for method in methods[3:]] == [
+        ("bf16 + keep ratio 0.5", "bf16 + keep_ratio"),
+        ("bf16 + grid, keep ratio 0.25", "bf16 + grid"),
+    ]
+    assert [method.model.dtype for method in methods] == [torch.float32] * 3 + [torch.bfloat16] * 2
+    assert [method.model.config.vwt["keep_ratio"] for method in methods[3:]] == [0.5, 0.25]
+    already = benchmark.methods_of(options, tiny_model("vit").to(torch.bfloat16))
+    assert [method.name for method in already] == ["uncompressed", "keep ratio 0.5", "grid, keep ratio 0.25"]
+
+
+def test_accuracy_is_told_of_all_images_and_of_the_worst_group():
+    logits = torch.eye(2)[[0] * 6 + [1] * 2 + [0] * 3]
+    found = benchmark.judged(logits, logits, [{0}] * 6 + [{1}] * 5, ["cat"] * 6 + ["dog"] * 5)
+    assert (found["top1"], found["worst_group"]) == (8 / 11, 2 / 5)
+    shown = benchmark.answers_of(found)
+    assert (shown["top-1 %"], shown["worst group %"]) == ("72.73", "40.00")
 
 
 def test_counting_leaves_no_hook_in_a_model_that_is_timed():
@@ -224,20 +256,20 @@ def test_random_patches_are_measured_once_at_each_keep_ratio_of_the_settings():
     settings = [{"keep_ratio": 0.6}, {"criterion": "grid", "keep_ratio": 0.6}, {"num_patches": 9}]
     options = SimpleNamespace(peers=["random"], settings=settings)
     assert benchmark.all_settings(options) == [*settings, {"criterion": "random", "keep_ratio": 0.6}]
-    options.settings = [{"criterion": "random", "keep_ratio": 0.6}]
+    options.settings = [{"criterion": "random", "keep_ratio": 0.6}, True, {"method": "local"}]
     assert benchmark.all_settings(options) == options.settings
 
 
 def test_a_method_that_is_asked_for_twice_is_refused():
     options = SimpleNamespace(peers=[], settings=[{"keep_ratio": 0.5}, {"keep_ratio": 0.5}])
-    with pytest.raises(SystemExit, match=r"'0.5' is asked for 2 times"):
+    with pytest.raises(SystemExit, match=r"'keep ratio 0.5' is asked for 2 times"):
         benchmark.methods_of(options, tiny_model("vit"))
 
 
 def test_a_peer_that_cannot_be_had_is_left_out_and_the_rest_is_measured(capsys):
     options = SimpleNamespace(peers=["int8", "bf16", "tome"], tome_r=[4], settings=[])
     methods = benchmark.methods_of(options, tiny_model("vit").to(torch.float16))
-    assert [method.name for method in methods] == ["uncompressed", "ToMe r 4", "bf16"]
+    assert [method.name for method in methods] == ["uncompressed", "ToMe, r 4", "bf16"]
     assert "Left out: dynamic int8 runs float32 models on a CPU" in capsys.readouterr().out
 
 
@@ -264,7 +296,12 @@ def test_names_in_the_plot_are_text_whatever_matplotlib_makes_of_them(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [("--plot a.exe", r"--plot is a\.exe; expected"), ("--json .", "is a folder"), ("--vwt 7", "vwt is 7; expected")],
+    [
+        ("--plot a.exe", r"--plot is a\.exe; expected"),
+        ("--json .", "is a folder"),
+        ("--vwt 7", "vwt is 7; expected"),
+        (f"--groups {__file__}", r"test_benchmark\.py, which is no JSON"),
+    ],
 )
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(photographs, monkeypatch, options, reason):
     monkeypatch.setattr(benchmark, "load", pytest.fail)

@@ -66,7 +66,7 @@ HALF = ["--vwt", '{"keep_ratio": 0.5}']
 def test_a_row_a_setting_tells_tokens_accuracy_agreement_and_divergence(tmp_path, photographs, capsys):
     model = save(tmp_path, {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1})
     plain, half, words = rows(model, photographs, *HALF, "--vwt", "true", "--limit", "2", "--batch-size", "1")
-    assert (plain["setting"], half["setting"], words["setting"]) == ("uncompressed", "0.5", "True")
+    assert (plain["setting"], half["setting"], words["setting"]) == ("uncompressed", "keep ratio 0.5", "gradual")
     assert (plain["tokens"], half["tokens"]) == (65, 33) and half["vwt"] == {"keep_ratio": 0.5}
     for row in (plain, half):
         assert (row["agree %"], row["kl"], row["top-1 %"]) == (100, 0, 50)
@@ -96,6 +96,44 @@ def test_any_table_of_labels_gives_the_right_accuracy_and_says_what_is_unclear(
         assert rest[0].startswith("| setting")
 
 
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        (None, "uncompressed"),
+        (True, "gradual"),
+        ({"method": "local", "tolerance": 0.048}, "local, tolerance 0.048"),
+        ({"criterion": "grid", "keep_ratio": 0.5}, "grid, keep ratio 0.5"),
+        ({"method": "inter", "vocabulary": "me/words", "threshold": 0.1}, "inter, me/words, threshold 0.1"),
+        ("me/words", "me/words"),
+    ],
+)
+def test_a_setting_is_named_by_its_words_and_by_its_numbers_with_their_fields(setting, name):
+    assert compare.name_of(setting) == name
+
+
+def test_what_vwt_true_is_and_the_local_method_come_first_where_no_setting_is_asked_for(
+    tmp_path, photographs, monkeypatch
+):
+    monkeypatch.setattr(compare, "DEFAULT_SETTINGS", compare.DEFAULT_SETTINGS[:3])
+    model = save(tmp_path, {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1})
+    found = [row["setting"] for row in rows(model, photographs)]
+    assert found == ["uncompressed", "gradual", "local", "keep ratio 1.0"]
+
+
+def test_the_worst_group_is_of_the_folders_or_of_those_that_a_file_names(tmp_path, photographs):
+    for index in range(6, 13):  # 6 cats, which are answered right, and 7 dogs, which are not
+        Image.new("RGB", (40, 50)).save(photographs / ("cat", "dog")[index > 8] / f"{index}.png")
+    model = save(tmp_path, {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1})
+    plain, half = rows(model, photographs, *HALF)
+    assert plain["top-1 %"] == half["top-1 %"] == 46.15 and plain["worst group %"] == half["worst group %"] == 0
+    table = tmp_path / "groups.json"
+    names = [path.relative_to(photographs).as_posix() for path in sorted(photographs.rglob("*.png"))]
+    few = dict.fromkeys(names[-4:], "few") | dict.fromkeys(names[:-4], "many")
+    table.write_text(json.dumps(few))
+    plain, _ = rows(model, photographs, *HALF, "--groups", str(table))
+    assert plain["worst group %"] == 66.67  # 6 of 9; of the 4 others, all wrong, nothing is said
+
+
 def test_photographs_that_lie_on_their_side_are_seen_upright(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     upright = Image.fromarray(noise)
@@ -123,7 +161,7 @@ def test_rows_that_were_measured_before_an_interruption_are_kept(tmp_path, photo
     monkeypatch.setattr(compare, "classify", interrupted)
     assert run_command("compare.py", lambda: rows(model, photographs, *HALF, "--vwt", "true")) == 130
     kept = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["setting"] for row in kept] == ["uncompressed", "0.5"]
+    assert [row["setting"] for row in kept] == ["uncompressed", "keep ratio 0.5"]
     assert capsys.readouterr().err.endswith("compare.py: interrupted\n")
 
 
@@ -134,6 +172,8 @@ def test_rows_that_were_measured_before_an_interruption_are_kept(tmp_path, photo
         (["--vwt", '{{"keep_ratio": 2}}'], "keep_ratio is 2; expected a number in (0, 1]"),
         (["--vwt", "[" * 100_000], "RecursionError"),
         (["--device", "abacus"], "device is 'abacus'"),
+        (["--groups", "{model}/config.json"], "names no group of 7 of 7 images, such as 'broken/broken.png'; expected"),
+        (["--groups", "{model}/list.json"], "list.json, which holds a list; expected an object"),
         (["--images", "{images}/broken"], "broken.png cannot be read (OSError: image file is truncated"),
     ],
 )
@@ -145,7 +185,8 @@ def test_what_cannot_be_done_is_one_line_before_a_model_is_loaded(
     (photographs / "broken").mkdir()
     (photographs / "broken" / "broken.png").write_bytes(whole[: len(whole) // 2])
     arguments = ["--model", str(model), "--images", str(photographs)]
-    arguments += [option.format(images=photographs) for option in options]
+    (model / "list.json").write_text("[1]")
+    arguments += [option.format(images=photographs, model=model) for option in options]
     if "broken" not in reason:
         monkeypatch.setattr(compare, "load_processor", pytest.fail)
     capsys.readouterr()

@@ -17,6 +17,7 @@ from vwt_hf.evaluation import (
     accuracy,
     agreement,
     answer,
+    correctness,
     cosines,
     count_flops,
     divergence,
@@ -26,6 +27,7 @@ from vwt_hf.evaluation import (
     share_interval,
     time_in_turn,
     true_labels,
+    worst_group,
 )
 
 CPU = torch.device("cpu")
@@ -38,8 +40,9 @@ def test_agreement_and_divergence_are_those_worked_out_by_hand():
     assert agreement(logits, expected) == pytest.approx(2 / 3)
     # One image of (1/2, 1/2) against (1/4, 3/4): KL = log(4/3) / 2.
     assert divergence(logits, expected) == pytest.approx(math.log(4 / 3) / 2 / 3, rel=1e-6)
-    assert accuracy(logits, [{1}, (), {0}]) == 0.5 and accuracy(logits, [(), {0, 1}, ()]) == 1
-    assert accuracy(logits, [()] * 3) is None
+    assert correctness(logits, [{1}, (), {0}]) == [True, None, False]
+    assert correctness(logits, [(), {0, 1}, ()]) == [None, True, None]
+    assert accuracy([True, None, False]) == 0.5 and accuracy([None, True]) == 1 and accuracy([None]) is None
     assert cosines(expected[1:], logits[1:] * 2).tolist() == pytest.approx([1, 1])
 
 
@@ -70,6 +73,14 @@ def test_an_answer_is_the_logits_the_embedding_or_the_pooled_output():
     vit.pooler = None
     assert torch.equal(answer(vit, pixel_values=images), vit(images).last_hidden_state[:, 0])
     assert torch.equal(answer(ijepa, pixel_values=images), ijepa(images).last_hidden_state.mean(1))
+
+
+def test_the_worst_group_is_the_one_with_the_lowest_accuracy_among_those_of_five_images_and_more():
+    correct = [True] * 5 + [True, True, True, False, False] + [False] * 4 + [None] * 9
+    groups = ["good"] * 5 + ["poor"] * 5 + ["few"] * 4 + ["few"] * 4 + ["unknown"] * 5
+    assert worst_group(correct, groups) == 0.6
+    assert worst_group([*correct, False], [*groups, "few"]) == 0
+    assert worst_group(correct[:5], ["a", "a", "a", "a", "b"]) is None and worst_group([], []) is None
 
 
 @pytest.mark.parametrize("name", PREFIX)

@@ -28,6 +28,8 @@ RESAMPLES = 2000
 """Of a bootstrap."""
 FEWEST_TURNS = 5
 """Turns that are timed however long they take."""
+FEWEST_OF_GROUP = 5
+"""Images of a group whose accuracy says something."""
 
 
 @dataclasses.dataclass
@@ -165,15 +167,43 @@ def divergence(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return (wanted.exp() * (wanted - given)).sum(-1).mean().item()
 
 
-def accuracy(logits: torch.Tensor, truth: Sequence[Collection[int]]) -> float | None:
-    """Share of the images whose first answer is right, in [0, 1]; `None` where no image's label is known.
+def correctness(logits: torch.Tensor, truth: Sequence[Collection[int]]) -> list[bool | None]:
+    """Whether the first answer for each image is right; `None` where its label is not known.
 
     Args:
         logits: (images, labels).
-        truth: for each image the labels that are right; none if that is not known, and then it does not count.
+        truth: for each image the labels that are right; none if that is not known.
     """
-    known = [(top, right) for top, right in zip(logits.argmax(-1).tolist(), truth, strict=True) if right]
-    return sum(top in right for top, right in known) / len(known) if known else None
+    tops = logits.argmax(-1).tolist()
+    return [top in right if right else None for top, right in zip(tops, truth, strict=True)]
+
+
+def accuracy(correct: Sequence[bool | None]) -> float | None:
+    """Share of the images that are answered right, in [0, 1]; `None` where no image's label is known.
+
+    Args:
+        correct: of each image, as `correctness` says; those of unknown labels do not count.
+    """
+    known = [own for own in correct if own is not None]
+    return sum(known) / len(known) if known else None
+
+
+def worst_group(correct: Sequence[bool | None], groups: Sequence[str]) -> float | None:
+    """The accuracy within the group that has the lowest, in [0, 1]; `None` where no group is large enough.
+
+    A group with fewer than `FEWEST_OF_GROUP` images of known label is left out: one image more or less that is right
+    would decide.
+
+    Args:
+        correct: of each image, as `correctness` says.
+        groups: the name of each image's group.
+    """
+    members: dict[str, list[bool]] = {}
+    for own, group in zip(correct, groups, strict=True):
+        if own is not None:
+            members.setdefault(group, []).append(own)
+    shares = [sum(own) / len(own) for own in members.values() if len(own) >= FEWEST_OF_GROUP]
+    return min(shares, default=None)
 
 
 def cosines(features: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
