@@ -152,7 +152,7 @@ def _plan_of(
             f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size), which are not the tokens "
             "of the forward under way. Call the model, not its layers, and repeat no layer outside its forward."
         )
-    if forward.joins:
+    if forward.wants_keys:
         forward.keys = key.detach()
     if attention_mask is None:
         return plan, None

@@ -164,6 +164,7 @@ def _hook_in(
         for module, stand_in in attentions:
             setattr(module, _slot(module), StandIn(stand_in, module))
         for number, least in joins.items():
+            layers[number - 1].register_forward_pre_hook(WantKeys())
             layers[number - 1].register_forward_hook(Join(setting, least))
         if joins and family.rotary is not None:
             for layer in layers[min(joins) :]:
@@ -547,6 +548,16 @@ class RotateTokens(Hook):
         return None if plan is None else (args, kwargs | {"position_embeddings": plan.rotate(forward.rotations)})
 
 
+class WantKeys(Hook):
+    """Forward pre-hook of a layer whose output is grouped: has its attention leave the keys."""
+
+    @torch.compiler.disable
+    def __call__(self, layer: nn.Module, args: Any) -> None:
+        forward = current_forward()
+        if forward is not None and forward.holds(layer):
+            forward.wants_keys = True
+
+
 @dataclasses.dataclass(eq=False)
 class Join(Hook):
     """Forward hook of a layer: its output becomes fewer tokens, as the setting says by the keys of its attention."""
@@ -561,12 +572,13 @@ class Join(Hook):
         if forward is None or not forward.holds(layer):
             return output
         tokens = _tokens_of(output)
+        keys, forward.keys, forward.wants_keys = forward.keys, None, False
         before = forward.plan_of(tokens.shape[0], tokens.shape[1])
-        if before is None or forward.keys is None:
+        if before is None or keys is None:
             return output
         after = forward.after.get(layer)
         if after is None:  # else the layer is repeated for its gradient
-            after = self.setting.join(before, forward.keys, self.least, [plan.shape for plan in forward.plans])
+            after = self.setting.join(before, keys, self.least, [plan.shape for plan in forward.plans])
             forward.after[layer] = after
         if after is before:
             return output

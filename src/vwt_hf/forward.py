@@ -86,8 +86,10 @@ class Forward:
     """The plans of groups that it has run by; each gives tokens another shape (sequences, tokens)."""
     after: dict[nn.Module, Grouped] = dataclasses.field(default_factory=dict)
     """The plan that holds after a layer that tokens were grouped behind, by the layer."""
+    wants_keys: bool = False
+    """Whether the layer that runs is to leave the keys of its attention, by which its output is grouped."""
     keys: torch.Tensor | None = None
-    """(sequences, heads, tokens, head size): the keys of the last layer that attended, if `joins`."""
+    """(sequences, heads, tokens, head size): the keys of the attention of such a layer, until it has run."""
     rotations: Any = None
     """Cosine and sine of rotary positions, (patches, head size) each; `None` where the tower has none."""
 
