@@ -101,6 +101,8 @@ def model_statistics(model: ModelFacts, channels: int) -> tuple[tuple[float, ...
     """
     try:
         processor = model.image_processor
+        if processor is None and not model.source:
+            raise ValueError("it was loaded from nowhere")
         if processor is None:
             kwargs = {"trust_remote_code": False, **model.hub_kwargs}
             processor = AutoImageProcessor.from_pretrained(model.source, vwt=False, **kwargs)

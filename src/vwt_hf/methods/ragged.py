@@ -48,7 +48,7 @@ class RaggedConfig(VWTConfig):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves plans of groups alone
             raise ValueError(
                 f"method={self.method!r} gives every image its own number of tokens, which an exported or traced "
-                "program cannot hold. Export a model compressed with method='intra'."
+                "program cannot hold. Export a model compressed with method='intra', or 'local' with num_patches."
             )
         if patches.draws and self.layout == "packed":
             raise ValueError(
