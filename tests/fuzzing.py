@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 import tiny
 from settings import STATISTICS
 from vwt_hf import VisualVocabulary, VWTConfig, restore
+from vwt_hf.compress import lexicon_of
 from vwt_hf.families import family_of
-from vwt_hf.words import patchify
+from vwt_hf.patches import Patches
+from vwt_hf.words import _EQUAL as EQUAL
+from vwt_hf.words import patch_grid, patchify
 
 LARGEST = 7
 """Rows and columns of patches, at most."""
@@ -197,6 +200,24 @@ def _vocabulary(case: Case, words: Words) -> VisualVocabulary:
     found.append(torch.rand(words.random + (not found and not words.random), 3, size, size, generator=generator))
     made = torch.cat(found)
     return VisualVocabulary(torch.cat((made, made[: words.repeated])))
+
+
+def tossed_up(case: Case, model: transformers.PreTrainedModel, given: dict[str, Any]) -> bool:
+    """Whether rounding decides about a word: two are, or one and the threshold, as far apart as is taken for equal.
+
+    Float32 cannot tell such words apart in every shape of a matrix product.
+    """
+    lexicon = lexicon_of(model)
+    if lexicon is None:
+        return False
+    size = (case.patch_size, case.patch_size)
+    values = given["pixel_values"]
+    grid = None if values.dim() == 3 else patch_grid(values, size)
+    pixels = Patches(values, size, 3, 0, grid).pixels_as_words().double()
+    cosines = torch.nn.functional.normalize(pixels, dim=-1) @ lexicon.on(torch.device("cpu")).words.double().T
+    best = cosines.amax(dim=-1, keepdim=True)
+    at_the_edge = (best - cosines - EQUAL).abs() < EQUAL / 3
+    return bool(at_the_edge.any() or ((best - 1 + case.setting["threshold"]).abs() < EQUAL / 3).any())
 
 
 def outputs(model: transformers.PreTrainedModel, given: dict[str, Any], case: Case) -> dict[str, torch.Tensor]:
@@ -430,6 +451,11 @@ def draw_local(draw: st.DrawFn, patches: int) -> Fields:
         "proportional_attention": draw(st.booleans()),
     }
     return found | ({"similarity": draw(st.floats(-1, 1))} if found["method"] == "gradual" else {})
+
+
+def draw_ragged(draw: st.DrawFn, patches: int) -> Fields:
+    """A setting of a method by which images may have different numbers of tokens."""
+    return draw(st.sampled_from([draw_inter, draw_local]))(draw, patches)
 
 
 def draw_any(draw: st.DrawFn, patches: int) -> Fields:

@@ -72,24 +72,15 @@ def test_a_batch_answers_as_its_images_do_alone(case: Case) -> None:
     with plain_model(case) as model:
         compress(model, setting_of(case))
         batch = inputs(case, model)
+        hypothesis.assume(not fuzzing.tossed_up(case, model, batch))
         found = outputs(model, batch, case)
         for image in range(len(case.images)):
             expected = fuzzing.of_image(outputs(model, alone(batch, image), case), 0)
             fuzzing.require_close(fuzzing.of_image(found, image), expected)
 
 
-@trying(2, fuzzing.draw_inter)
+@trying(3, fuzzing.draw_ragged)
 def test_packed_images_answer_as_padded_ones(case: Case) -> None:
-    with plain_model(case) as model:
-        batch = inputs(case, model)
-        packed, padded = (
-            outputs(compress(model, setting_of(case, layout=layout)), batch, case) for layout in ("packed", "padded")
-        )
-        fuzzing.require_close(packed, padded)
-
-
-@trying(1, fuzzing.draw_local)
-def test_packed_neighbours_answer_as_padded_ones(case: Case) -> None:
     with plain_model(case) as model:
         batch = inputs(case, model)
         packed, padded = (

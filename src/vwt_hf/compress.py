@@ -165,7 +165,8 @@ def _hook_in(
             setattr(module, _slot(module), StandIn(stand_in, module))
         for number, least in joins.items():
             layers[number - 1].register_forward_pre_hook(WantKeys())
-            layers[number - 1].register_forward_hook(Join(setting, least))
+            # The first hook: what transformers records as the layer's hidden states is the same whenever it began to.
+            layers[number - 1].register_forward_hook(Join(setting, least), prepend=True)
         if joins and family.rotary is not None:
             for layer in layers[min(joins) :]:
                 layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)

@@ -91,6 +91,8 @@ class GradualConfig(LocalConfig):
         return found
 
     def join(self, plan: Grouped, keys: torch.Tensor, least: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
+        if not plan.layout.runs:  # no images
+            return plan
         into = join_alike(keys.float().mean(dim=1), plan.layout, least)
         joined = plan.joined(into, not_as)
         return plan if joined.layout.tokens == plan.layout.tokens else joined
