@@ -31,6 +31,20 @@ def pixel_values() -> torch.Tensor:
     return sample_pixel_values()
 
 
+@pytest.fixture
+def plans(monkeypatch) -> list:
+    """For each batch that a model embeds: the plan, the patches, and the words that it was given, if any."""
+    reduce = sys.modules["vwt_hf.compress"].Reduce
+    plan, made = reduce.plan, []
+
+    def watch(self, patches, given):
+        made.append((plan(self, patches, given), patches, given))
+        return made[-1][0]
+
+    monkeypatch.setattr(reduce, "plan", watch)
+    return made
+
+
 @pytest.fixture(scope="session")
 def other_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of the common tiny models, written by the transformers at the other end of the declared range."""

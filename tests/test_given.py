@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from settings import SETTINGS, inter
+from test_families import sample_images
 from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip, built, llava
 from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, register, restore, unregister
@@ -37,26 +37,7 @@ kind = pytest.mark.parametrize("setting", list(KINDS.values()), ids=list(KINDS))
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """White, noise, nearly flat and half flat: very different lengths."""
-    pixel_values = sample_pixel_values(4)
-    pixel_values[0] = 1.3
-    pixel_values[2] = pixel_values[2] * 0.1 + 1
-    pixel_values[3, :, :16] = 0.7
-    return pixel_values
-
-
-@pytest.fixture
-def plans(monkeypatch) -> list:
-    """What `Reduce` made of each batch: the plan, the patches, and the words that were given."""
-    reduce = sys.modules["vwt_hf.compress"].Reduce
-    plan, made = reduce.plan, []
-
-    def watch(self, patches, given):
-        made.append((plan(self, patches, given), patches, given))
-        return made[-1][0]
-
-    monkeypatch.setattr(reduce, "plan", watch)
-    return made
+    return sample_images()
 
 
 def words_of(plans: list) -> torch.Tensor:

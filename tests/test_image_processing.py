@@ -65,20 +65,6 @@ def folder(tmp_path) -> Path:
     return write(tmp_path / "model")
 
 
-@pytest.fixture
-def searched(monkeypatch) -> list:
-    """For each batch that a model embeds: the plan, the patches, and the words that it was given, if any."""
-    reduce = sys.modules["vwt_hf.compress"].Reduce
-    plan, made = reduce.plan, []
-
-    def watch(self, patches, given):
-        made.append((plan(self, patches, given), patches, given))
-        return made[-1][0]
-
-    monkeypatch.setattr(reduce, "plan", watch)
-    return made
-
-
 def called(model: transformers.PreTrainedModel, made, words: bool):
     given = {name: value for name, value in made.items() if words or name != NAME}
     for name, value in inputs(model, made["pixel_values"]).items() if "spatial_shapes" not in made else ():
@@ -92,16 +78,16 @@ def called(model: transformers.PreTrainedModel, made, words: bool):
 
 @kind
 @pytest.mark.parametrize("name", EVERY)
-def test_words_of_the_image_processor_are_the_model_s_own_and_so_are_the_answers(name, setting, folders, searched):
+def test_words_of_the_image_processor_are_the_model_s_own_and_so_are_the_answers(name, setting, folders, plans):
     processor = AutoImageProcessor.from_pretrained(folders(name), vwt=setting)
     model = compress(tiny_model(name), setting)
     made = processor(PHOTOGRAPHS, return_tensors="pt")
     assert made[NAME].shape == (5, 64) and made[NAME].dtype == torch.int64
     found = called(model, made, words=False)
-    plan, patches, given = searched[-1]
+    plan, patches, given = plans[-1]
     assert given is None and torch.equal(made[NAME], plan.patch_words(5, patches.count))
     torch.testing.assert_close(called(model, made, words=True), found, atol=1e-5, rtol=1e-5)
-    assert searched[-1][2] is not None
+    assert plans[-1][2] is not None
 
 
 @kind
@@ -197,7 +183,7 @@ def test_a_processor_of_texts_and_images_takes_and_saves_the_setting(name, folde
     assert torch.equal(again(images=PHOTOGRAPHS, return_tensors="pt")[NAME], made[NAME])
 
 
-def test_blip_takes_words_from_its_processor(tmp_path, searched):
+def test_blip_takes_words_from_its_processor(tmp_path, plans):
     from test_generation import blip, built
 
     model = compress(built(blip), inter())
@@ -208,13 +194,13 @@ def test_blip_takes_words_from_its_processor(tmp_path, searched):
     processor = AutoProcessor.from_pretrained(tmp_path, vwt=inter())
     made = processor(images=PHOTOGRAPHS, text=["a photo"] * 5, return_tensors="pt")
     found = model.generate(**made, max_new_tokens=3, do_sample=False)
-    plan, patches, given = searched[-1]
+    plan, patches, given = plans[-1]
     assert given is not None and torch.equal(plan.patch_words(5, patches.count), made[NAME])
     del made[NAME]
     assert torch.equal(model.generate(**made, max_new_tokens=3, do_sample=False), found)
 
 
-def test_llava_takes_words_from_its_processor(tmp_path, searched):
+def test_llava_takes_words_from_its_processor(tmp_path, plans):
     from test_generation import IMAGE_TOKEN, built, llava
 
     model = compress(built(llava), inter())
@@ -226,7 +212,7 @@ def test_llava_takes_words_from_its_processor(tmp_path, searched):
     processor = AutoProcessor.from_pretrained(tmp_path, vwt=inter())
     made = processor(text=["<image> a photo of"] * 5, images=PHOTOGRAPHS, return_tensors="pt")
     found = model.generate(**made, max_new_tokens=3, do_sample=False)
-    assert searched[-1][2] is not None
+    assert plans[-1][2] is not None
     del made[NAME]
     assert torch.equal(model.generate(**made, max_new_tokens=3, do_sample=False), found)
 
@@ -257,21 +243,21 @@ def test_a_copy_gives_the_same_words(change, setting, folders):
 
 @pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_a_pipeline_tokenises_once(batch_size, setting, folders, searched, monkeypatch):
+def test_a_pipeline_tokenises_once(batch_size, setting, folders, plans, monkeypatch):
     pipe = pipeline("image-classification", model=str(folders("vit-classifier")), model_kwargs={"vwt": setting})
     expected = pipe(PHOTOGRAPHS)
     plan, planned = type(setting).plan, []
     monkeypatch.setattr(type(setting), "plan", lambda *given: planned.append(given) or plan(*given))
-    searched.clear()
+    plans.clear()
     assert len(pipe(PHOTOGRAPHS, batch_size=batch_size)) == len(expected)
-    assert len(planned) == len(PHOTOGRAPHS) and all(given is not None for _, _, given in searched)
+    assert len(planned) == len(PHOTOGRAPHS) and all(given is not None for _, _, given in plans)
 
 
-def test_a_pipeline_of_a_saved_setting_tokenises_on_the_host(folder, searched):
+def test_a_pipeline_of_a_saved_setting_tokenises_on_the_host(folder, plans):
     compress(tiny_model("vit-classifier"), inter()).save_pretrained(folder)
     AutoImageProcessor.from_pretrained(folder, vwt=inter()).save_pretrained(folder)
     pipeline("image-classification", model=str(folder))(PHOTOGRAPHS)
-    assert all(given is not None for _, _, given in searched) and len(searched) == 5
+    assert all(given is not None for _, _, given in plans) and len(plans) == 5
 
 
 def rewritten(folder: Path, **fields) -> Path:
@@ -441,7 +427,7 @@ def test_a_mapped_and_a_transformed_dataset_have_words(folders):
 
 
 @pytest.mark.parametrize("classifier", ["dinov2-small-caltech101", "vit-small-caltech101"])
-def test_trained_classifiers_answer_alike_by_either_one_s_words(classifier, shared, searched):
+def test_trained_classifiers_answer_alike_by_either_one_s_words(classifier, shared, plans):
     """By every method, in single precision, on photographs of many kinds of things."""
     folder = shared / "models" / classifier
     paths = sorted((shared / "data/caltech101/validation").glob("*/*"))[::60]
@@ -456,6 +442,6 @@ def test_trained_classifiers_answer_alike_by_either_one_s_words(classifier, shar
             made = processor(images[start : start + 17], return_tensors="pt")
             with torch.no_grad():
                 found = model(pixel_values=made["pixel_values"]).logits
-                plan, patches, _ = searched[-1]
+                plan, patches, _ = plans[-1]
                 assert torch.equal(made[NAME], plan.patch_words(len(found), patches.count))
                 torch.testing.assert_close(model(**made).logits, found, atol=1e-5, rtol=1e-5)

@@ -40,7 +40,7 @@ from .families import family_of, find_tower, model_of
 from .image_processing import NAME as PATCH_WORDS
 from .printable import shown
 from .processors import load_processor, processor_statistics
-from .vocabulary.image_source import open_images, pixel_batches, read_image
+from .vocabulary.image_source import one_batch, open_images, pixel_batches, read_image
 from .whole_saves import write_files
 
 LEVELS = (
@@ -192,7 +192,8 @@ class Calibration:
                 "interval of agreement would still reach below 93 %."
             )
         self.images, self._batch_size = len(made), min(batch_size, len(made))
-        self._batches = [_batch(made[start : start + batch_size]) for start in range(0, len(made), batch_size)]
+        starts = range(0, len(made), batch_size)
+        self._batches = [one_batch(made[start : start + batch_size], processor) for start in starts]
         self._file = None if resume is None else Path(resume)
         self._of = self._fingerprint()
         self._tried: dict[tuple[float, float], Level] = {}
@@ -390,16 +391,6 @@ def _pixels(name: str, item: Any, image_processor: Any) -> dict[str, torch.Tenso
     """What the image processor makes of one image, without words for its patches, which each setting finds itself."""
     (made,) = pixel_batches([read_image(item, name)], image_processor, 1)
     return {key: value for key, value in made.items() if key != PATCH_WORDS}
-
-
-def _batch(made: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    shapes = sorted({tuple(one["pixel_values"].shape[1:]) for one in made})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"the image processor gives pixel_values of shapes {shapes[0]} and {shapes[-1]}; expected one for all "
-            "images of a batch. Use batch_size=1."
-        )
-    return {name: torch.cat([one[name] for one in made]) for name in made[0]}
 
 
 def _timed(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:

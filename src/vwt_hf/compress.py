@@ -143,7 +143,7 @@ def _hook_in(
     if "forward" not in vars(model):
         model.forward = _forward_with_words(model)
     if follows:
-        begin = Begin(bool(relative), by_sizes, bool(joins), strips_mask=by_sizes and family.padded is not None)
+        begin = Begin(bool(relative), by_sizes, strips_mask=by_sizes and family.padded is not None)
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
@@ -392,8 +392,6 @@ class Begin(Hook):
     """Whether its attention is given a bias by where patches lie to each other."""
     by_sizes: bool
     """Whether tokens stand for different numbers of patches, so that attention needs the plan."""
-    joins: bool
-    """Whether tokens are grouped after some layers, too."""
     strips_mask: bool
     """Whether images come as padded patches. Then `pixel_attention_mask` is kept from the layers, which see tokens and
     not patches, and stored in the `Forward` for the head."""
@@ -408,7 +406,7 @@ class Begin(Hook):
         members = self._members
         if members is None or tower not in members:  # as in a copy for another thread, which has these hooks, too
             members = self._members = weakref.WeakSet(tower.modules())
-        forward = begin_forward(tower, members, self.relative, self.joins)
+        forward = begin_forward(tower, members, self.relative)
         if not self.strips_mask:
             return None
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -531,8 +529,7 @@ class Rotate(Hook):
         forward = current_forward()
         if forward is None or forward.plan is None or not forward.holds(rotary):
             return output
-        if forward.joins:
-            forward.rotations = output
+        forward.rotations = output
         return forward.plan.rotate(output)
 
 

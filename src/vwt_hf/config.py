@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from .bounds import is_number
 from .evidence import checked_evidence
 from .printable import LONGEST, shown
 
@@ -277,6 +279,15 @@ def require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         hint = nearest_hint(value, allowed)
         raise ValueError(f"VWTConfig.{field} is {shown(value)}; expected one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+def per_channel(field: str, values: object, *, positive: bool) -> tuple[float, ...]:
+    """The numbers of `VWTConfig.field`, one for each colour channel, as floats; refuses what are none."""
+    least = sys.float_info.min if positive else -sys.float_info.max
+    if not isinstance(values, (list, tuple)) or not values or not all(is_number(value, least) for value in values):
+        kind = "positive numbers" if positive else "numbers"
+        raise ValueError(f"VWTConfig.{field} is {shown(values)}; expected None or {kind}, one for each channel.")
+    return tuple(map(float, values))
 
 
 def nearest_hint(given: object, allowed: Any) -> str:

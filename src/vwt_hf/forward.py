@@ -69,8 +69,6 @@ class Forward:
     """The modules of the tower that are known."""
     relative: bool
     """Whether its attention takes a bias by where patches lie to each other, handed over as its mask."""
-    joins: bool
-    """Whether tokens are grouped after some of its layers, too, by the keys of the layer."""
     outer: Forward | None
     """The forward that this one runs within, of another model; `None` if there is none."""
     given: GivenWords | None = None
@@ -156,13 +154,11 @@ def current_forward() -> Forward | None:
     return forward
 
 
-def begin_forward(
-    tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool, joins: bool = False
-) -> Forward:
+def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool) -> Forward:
     """Begins a forward of `tower`, within the one that is under way if there is one."""
     outer = current_forward()
     given = None if outer is None else outer.given
-    forward = Forward(tower, members, relative, joins, outer, given, called_by=_calling_frame())
+    forward = Forward(tower, members, relative, outer, given, called_by=_calling_frame())
     _current.set(forward)
     return forward
 
@@ -223,7 +219,7 @@ def call_with(model: nn.Module, patch_words: torch.Tensor, repeats: bool) -> Ite
 
 
 def _call(model: nn.Module, given: GivenWords, called_by: types.FrameType | None) -> Call:
-    return Call(model, weakref.WeakSet(), False, False, current_forward(), given, called_by=called_by)
+    return Call(model, weakref.WeakSet(), False, current_forward(), given, called_by=called_by)
 
 
 def _calling_frame() -> types.FrameType | None:

@@ -32,7 +32,7 @@ NAME = "patch_words"
 
 @dataclasses.dataclass(frozen=True)
 class HostTokenizer:
-    """What an image processor with a setting goes by."""
+    """How an image processor makes `patch_words`: a setting, and the size of the model's patches."""
 
     setting: VWTConfig
     """Prepared: with the words that it needs."""
@@ -109,7 +109,7 @@ class HostTokenizer:
         return Patches(values, self.patch_size, values.shape[1], 0, patch_grid(values, self.patch_size))
 
     def plan(self, patches: Patches, patch_words: torch.Tensor) -> Kept | Grouped:
-        """What `patch_words` say of the patches.
+        """The plan that `patch_words` tell: which token each patch becomes part of.
 
         Raises:
             ValueError: they are of other images or of another kind of setting.
@@ -172,13 +172,13 @@ def _plain_class(processor_class: type) -> type:
 
 
 class Tokenizing:
-    """What an image processor with a setting has beside its class's own."""
+    """What an image processor with a setting does beside its class's own: makes `patch_words` and draws them."""
 
     vwt = SETTING
 
     @property
     def tokenizer_of_patches(self) -> HostTokenizer:
-        """What it goes by.
+        """What makes the `patch_words` of this image processor.
 
         Raises:
             ValueError: it was made from a dict, which names no folder that words could lie in.

@@ -227,13 +227,18 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
     )
 
 
-def carry(before: Layout, after: Layout) -> torch.Tensor:
-    """The row in `after` of each row in `before`, of which each token is part of one; (rows,), int64.
+def by_token(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Gives each token the whole number that all its patches have.
 
-    Rows of padding get the number of rows in `after`, which is none.
+    Args:
+        values: (batch, prefix tokens + patches), int64: the same for all that are in one token.
+
+    Returns:
+        (sequences, tokens), int64; 0 for padding.
     """
-    rows = torch.full((before.sizes.numel(),), after.sizes.numel(), device=before.rows.device)
-    return rows.scatter_(0, before.rows.flatten(), after.rows.flatten())
+    found = torch.zeros_like(layout.sizes, dtype=torch.int64).flatten()
+    found[layout.rows.flatten()] = values.flatten()
+    return found.view_as(layout.sizes)
 
 
 def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
@@ -247,7 +252,9 @@ def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     Returns:
         (sequences, tokens, hidden), of `after`; 0 for padding.
     """
-    into = carry(before, after)
+    # The row of each token that it becomes part of; of padding a last one, which is none.
+    into = torch.full((before.sizes.numel(),), after.sizes.numel(), device=before.rows.device)
+    into.scatter_(0, before.rows.flatten(), after.rows.flatten())
     order, starts = _bags(into, after.sizes.numel() + 1)
     sizes = torch.cat((after.sizes.flatten(), after.sizes.new_ones(1))).clamp(min=1)
     weights = (before.sizes.flatten() / sizes[into])[order].to(values.device)

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from .layout import group, represent
+from .layout import by_token, group, represent
 from .plans import DROPPED, Grouped, Kept
 from .words import patch_places, patchify, with_prefix
 
@@ -96,7 +96,14 @@ class Patches:
         return Grouped(layout, proportional, self.grid, self._rows_of(kept), stays)
 
     def _rows_of(self, kept: torch.Tensor) -> torch.Tensor:
-        """`Grouped.sources` of images that all have as many tokens: (batch, prefix + keep)."""
+        """The rows of prefix tokens and of some patches, as `Grouped.sources` counts them.
+
+        Args:
+            kept: (batch or 1, keep), indices of patches.
+
+        Returns:
+            (batch, prefix + keep), int64.
+        """
         starts = torch.arange(self.pixel_values.shape[0], device=kept.device) * (self.prefix + self.count)
         return with_prefix(kept, self.prefix) + starts.unsqueeze(1)
 
@@ -110,13 +117,7 @@ class Patches:
         if self.real is not None:  # padding is part of the first patch's token, and does not count
             leaders = torch.where(self.real, leaders, leaders[:, :1])
         layout = group(leaders, self.prefix, packed, self.real)
-        batch, rows = layout.rows.shape
-        starts = torch.arange(batch, device=leaders.device).unsqueeze(1) * rows
-        own = torch.arange(self.prefix, device=leaders.device).expand(batch, -1)
-        # Padding shows the first patch of all, which draws no attention.
-        sources = torch.zeros_like(layout.sizes, dtype=torch.int64).flatten()
-        sources[layout.rows.flatten()] = (torch.cat((own, leaders + self.prefix), dim=1) + starts).flatten()
-        return Grouped(layout, proportional, self.grid, sources.view_as(layout.sizes))
+        return Grouped(layout, proportional, self.grid, by_token(self._rows_of(leaders), layout))
 
     @staticmethod
     def _real_ones(

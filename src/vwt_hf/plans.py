@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .layout import Layout, attention_bias, carry, expand, group, medoids, pool, pool_pairs
+from .layout import Layout, attention_bias, by_token, expand, group, medoids, pool, pool_pairs
 from .words import gather_pairs, gather_patches, with_prefix
 
 DROPPED = -1
@@ -153,15 +153,10 @@ class Grouped:
             not_as: shapes of plans of the same forward, which this one must not have.
         """
         before, prefix = self.layout, self.layout.prefix
-        into = into.flatten().to(before.rows.device)
-        layout = group(into[before.rows[:, prefix:]], prefix, before.packed, before.real, not_as)
-        places = None
-        if self.sources is not None:
-            stays = into == torch.arange(len(into), device=into.device)
-            rows = torch.where(stays, carry(before, layout), layout.sizes.numel())
-            places = torch.zeros(layout.sizes.numel() + 1, dtype=torch.int64, device=into.device)
-            places = places.scatter_(0, rows, self.sources.flatten())[:-1].view_as(layout.sizes)
-        return dataclasses.replace(self, layout=layout, sources=places, stays=None, folded={})
+        rows = into.flatten().to(before.rows.device)[before.rows]
+        layout = group(rows[:, prefix:], prefix, before.packed, before.real, not_as)
+        sources = None if self.sources is None else by_token(self.sources.flatten()[rows], layout)
+        return dataclasses.replace(self, layout=layout, sources=sources, stays=None, folded={})
 
     def patch_words(self, batch: int, patches: int) -> torch.Tensor:
         """The plan as a caller may give it, (batch, patches) int64: the word of each patch, or the index of the patch

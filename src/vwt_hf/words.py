@@ -26,6 +26,8 @@ _EQUAL = 1e-6
 the same value. Squared distances that are no larger a share of squared lengths are zero."""
 _EQUALLY_NEAR = 1e-5
 """Distances, in means over an image, that differ by no more are equal."""
+_ROUNDED = 1e-9
+"""What a share of patches may lack to the next integer by rounding."""
 _KEPT = 2**24
 """Bytes of choices that are the same for all images and are kept for the next ones, in all."""
 _KEPT_MOST = 64
@@ -110,6 +112,17 @@ def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
         (batch, keep), int64.
     """
     return best(scores, keep).sort(dim=1).values
+
+
+def whole_share(patches: int, ratio: float) -> int:
+    """How many of an image's patches a share of them is, rounded down."""
+    # 0.29 * 100 is 28.999999999999996: a product this close to an integer means that integer.
+    return int(patches * ratio + _ROUNDED)
+
+
+def whole_shares(patches: torch.Tensor, ratio: float) -> torch.Tensor:
+    """As `whole_share`, of each image: (batch,), int64."""
+    return (patches.double() * ratio + _ROUNDED).long()
 
 
 def best(scores: torch.Tensor, keep: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from typing import ClassVar
 
 import torch
 
@@ -13,7 +14,6 @@ from ..plans import Grouped
 from ..printable import shown
 from .local import LocalConfig
 
-TOLERANCE = 0.028
 SIMILARITY = 0.846
 WIDTHS = {5 / 12: 1.0, 6 / 12: 0.864, 7 / 12: 0.558, 8 / 12: 0.636}
 """After which share of its layers a model's tokens are joined, if a setting does not say, and how far the keys of that
@@ -40,13 +40,13 @@ class GradualConfig(LocalConfig):
             layer.
     """
 
+    usual_tolerance: ClassVar[float] = 0.028
+
     method: str = "gradual"
     similarity: float | tuple[float, ...] = SIMILARITY
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.tolerance is None and self.keep_ratio is None and self.num_patches is None:
-            object.__setattr__(self, "tolerance", TOLERANCE)
         super().__post_init__()
         if self.layers is not None:
             listed = isinstance(self.layers, (list, tuple)) and 0 < len(self.layers) < 2**10

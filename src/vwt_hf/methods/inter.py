@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from typing import Any
 
 import torch
 
 from ..beside import FOLDER, SAVED_AS, read_words
 from ..bounds import checked_statistics, is_number
-from ..config import ModelFacts
+from ..config import ModelFacts, per_channel
 from ..packaged_words import packaged_words
 from ..patches import Patches
 from ..plans import Grouped
@@ -105,17 +104,9 @@ class InterConfig(RaggedConfig):
             )
         if self.saved_as is not None and not (isinstance(self.saved_as, str) and SAVED_AS.fullmatch(self.saved_as)):
             raise ValueError(f"VWTConfig.saved_as is {shown(self.saved_as)}; expected None or 16 digits from 0 to f.")
-        for field, least in (("image_mean", -sys.float_info.max), ("image_std", sys.float_info.min)):
-            values = getattr(self, field)
-            if values is None:
-                continue
-            allowed = isinstance(values, (list, tuple)) and values
-            if not allowed or not all(is_number(value, least) for value in values):
-                kind = "positive numbers" if least > 0 else "numbers"
-                raise ValueError(
-                    f"VWTConfig.{field} is {shown(values)}; expected None or {kind}, one for each channel."
-                )
-            object.__setattr__(self, field, tuple(map(float, values)))
+        for field, positive in (("image_mean", False), ("image_std", True)):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, per_channel(field, getattr(self, field), positive=positive))
 
     def require_sane(self) -> None:
         for field, positive in (("image_mean", False), ("image_std", True)):

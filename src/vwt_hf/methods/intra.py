@@ -12,7 +12,18 @@ from ..config import CRITERIA, VWTConfig, require_choice
 from ..patches import Patches
 from ..plans import Grouped, Kept
 from ..printable import shown
-from ..words import best, dithered, grid_patches, highest, nearest_kept, random_order, random_patches, variance_scores
+from ..words import (
+    best,
+    dithered,
+    grid_patches,
+    highest,
+    nearest_kept,
+    random_order,
+    random_patches,
+    variance_scores,
+    whole_share,
+    whole_shares,
+)
 
 DROPPED = ("discard", "merge")
 
@@ -80,8 +91,7 @@ class IntraConfig(VWTConfig):
         """
         if self.num_patches is not None:
             return min(self.num_patches, patches)
-        # 0.29 * 100 is 28.999999999999996: a product this close to an integer means that integer.
-        kept = int(patches * self.keep_ratio + 1e-9)
+        kept = whole_share(patches, self.keep_ratio)
         if kept < 1:
             raise ValueError(
                 f"keep_ratio={self.keep_ratio} keeps none of an image's {patches} patches; "
@@ -135,7 +145,7 @@ class IntraConfig(VWTConfig):
         counts = real.sum(dim=1)
         if self.num_patches is not None:
             counts = counts.clamp(max=self.num_patches)
-        else:  # as `patches_kept`
-            counts = (counts.double() * self.keep_ratio + 1e-9).long().clamp(min=1)
+        else:
+            counts = whole_shares(counts, self.keep_ratio).clamp(min=1)
         kept, order = best(scores.expand_as(real).masked_fill(~real, -torch.inf), keep).sort(dim=1)
         return kept, order < counts.unsqueeze(1)

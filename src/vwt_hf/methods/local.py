@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.utils import logging
 
 from ..bounds import checked_statistics, is_int, is_number
-from ..config import ModelFacts
+from ..config import ModelFacts, per_channel
 from ..neighbours import Neighbours, at, cover, cover_by, describe, find_neighbours, leaders
 from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
 from ..processors import model_statistics
-from ..words import highest, without_autocast
+from ..words import highest, whole_share, whole_shares, without_autocast
 from .ragged import RaggedConfig
 
-TOLERANCE = 0.045
 ASSUMED_STD = 0.5
 """The standard deviation that most image processors of transformers normalise by."""
 logger = logging.get_logger(__name__)
@@ -48,6 +46,9 @@ class LocalConfig(RaggedConfig):
             As `RaggedConfig` says.
     """
 
+    usual_tolerance: ClassVar[float] = 0.045
+    """The tolerance where nothing says how many patches stay."""
+
     method: str = "local"
     tolerance: float | None = None
     keep_ratio: float | None = None
@@ -63,7 +64,7 @@ class LocalConfig(RaggedConfig):
                 f"{shown(getattr(self, given[1]))}; expected one of them, which says how many patches stay."
             )
         if not given:
-            object.__setattr__(self, "tolerance", TOLERANCE)
+            object.__setattr__(self, "tolerance", self.usual_tolerance)
         if self.tolerance is not None and not is_number(self.tolerance, 0, 1):
             raise ValueError(
                 f"VWTConfig.tolerance is {shown(self.tolerance)}; expected a difference of raw RGB, in [0, 1]."
@@ -76,12 +77,7 @@ class LocalConfig(RaggedConfig):
                 "2**31."
             )
         if self.image_std is not None:
-            allowed = isinstance(self.image_std, (list, tuple)) and self.image_std
-            if not allowed or not all(is_number(value, sys.float_info.min) for value in self.image_std):
-                raise ValueError(
-                    f"VWTConfig.image_std is {shown(self.image_std)}; expected positive numbers, one for each channel."
-                )
-            object.__setattr__(self, "image_std", tuple(map(float, self.image_std)))
+            object.__setattr__(self, "image_std", per_channel("image_std", self.image_std, positive=True))
 
     def require_sane(self) -> None:
         if self.image_std is not None:
@@ -123,12 +119,12 @@ class LocalConfig(RaggedConfig):
         with without_autocast(pixels.device), torch.no_grad():
             looks = describe(pixels, patches.patch_size, self.image_std)
             neighbours = find_neighbours(looks, places, real)
-            if self.tolerance is None and patches.grid is not None:
-                return self._plan_of_number(patches, neighbours, self._number(*patches.grid))
             if self.tolerance is not None:
                 stays = cover(neighbours, places, self.tolerance)
-            else:
+            elif patches.grid is None:
                 stays = self._stay_by_number(patches, neighbours)
+            else:
+                return self._plan_of_number(patches, neighbours, self._number(*patches.grid))
             return patches.lead(leaders(neighbours, places, stays), self.packs(patches), self.proportional_attention)
 
     def _plan_of_number(self, patches: Patches, neighbours: list[Neighbours], keep: int) -> Grouped:
@@ -157,7 +153,7 @@ class LocalConfig(RaggedConfig):
         count, fewest = rows * columns, -(-rows // 4) * -(-columns // 4)
         wanted = self.num_patches or 0
         if self.keep_ratio is not None:
-            wanted = int(count * self.keep_ratio + 1e-9)  # as `IntraConfig.patches_kept`
+            wanted = whole_share(count, self.keep_ratio)
         return min(max(wanted, fewest), count)
 
     def _numbers(self, patches: Patches) -> torch.Tensor:
@@ -167,5 +163,5 @@ class LocalConfig(RaggedConfig):
         always = (patches.places.long() % 4 == 0).all(dim=-1) & patches.real
         wanted = counts.new_tensor(self.num_patches or 0)
         if self.keep_ratio is not None:
-            wanted = (counts.double() * self.keep_ratio + 1e-9).long()
+            wanted = whole_shares(counts, self.keep_ratio)
         return wanted.maximum(always.sum(dim=1)).minimum(counts)

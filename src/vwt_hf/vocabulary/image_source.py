@@ -289,13 +289,22 @@ def pixel_batches(items: Sequence[Any], image_processor: Any, batch_size: int) -
     """
     for start in range(0, len(items), batch_size):
         made = [_processed(item, image_processor) for item in items[start : start + batch_size]]
-        sizes = sorted({tuple(one["pixel_values"].shape[1:]) for one in made})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"{type(image_processor).__name__} gives pixel_values of shapes {sizes[0]} and {sizes[-1]}; expected "
-                "one for all images of a batch. Use batches of one image."
-            )
-        yield {name: torch.cat([one[name] for one in made]) for name in made[0]}
+        yield one_batch(made, image_processor)
+
+
+def one_batch(made: Sequence[dict[str, torch.Tensor]], image_processor: Any) -> dict[str, torch.Tensor]:
+    """Joins what an image processor made of images, each of its tensors (images, ...).
+
+    Raises:
+        ValueError: the images have different sizes.
+    """
+    sizes = sorted({tuple(one["pixel_values"].shape[1:]) for one in made})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{type(image_processor).__name__} gives pixel_values of shapes {sizes[0]} and {sizes[-1]}; expected one "
+            "for all images of a batch. Use batches of one image."
+        )
+    return {name: torch.cat([one[name] for one in made]) for name in made[0]}
 
 
 def _processed(item: Any, image_processor: Any) -> dict[str, torch.Tensor]:
