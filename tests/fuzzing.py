@@ -450,7 +450,11 @@ def draw_local(draw: st.DrawFn, patches: int) -> Fields:
         "layout": draw(st.sampled_from(["auto", "packed", "padded"])),
         "proportional_attention": draw(st.booleans()),
     }
-    return found | ({"similarity": draw(st.floats(-1, 1))} if found["method"] == "gradual" else {})
+    if found["method"] == "gradual":
+        joined = {"similarity": st.floats(-1, 1), "join_ratio": st.floats(0, 0.5)}
+        name = draw(st.sampled_from([*joined]))
+        found[name] = draw(joined[name])
+    return found
 
 
 def draw_ragged(draw: st.DrawFn, patches: int) -> Fields:

@@ -23,7 +23,14 @@ def local(**fields) -> VWTConfig:
 
 def gradual(**fields) -> VWTConfig:
     """As `local`, and tokens that are joined after the first layer of a model of two."""
-    return local(**{"method": "gradual", "similarity": 0.5, **fields})
+    how = {} if "join_ratio" in fields else {"similarity": 0.5}
+    return local(**{"method": "gradual", **how, **fields})
+
+
+def fixed(**fields) -> VWTConfig:
+    """Half of every image's patches, and a quarter of these are joined after the first layer of a model of two."""
+    deviation = (0.5, 0.5, 0.5)
+    return VWTConfig(**{"method": "gradual", "keep_ratio": 0.5, "join_ratio": 0.25, "image_std": deviation, **fields})
 
 
 SETTINGS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vwt_hf.alike import join_alike
-from vwt_hf.layout import group, join
+from vwt_hf.alike import join_alike, join_share, number_to_join
+from vwt_hf.layout import group, join, represent
 from vwt_hf.plans import Grouped
 
 WORDS = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 2, 2, 3], [5, 5, 5, 5, 5, 5, 5]])
@@ -14,17 +14,16 @@ COUNTS = (7, 4, 1)
 PREFIX = 2
 
 
-def by_loops(values: torch.Tensor, start: int, count: int, least: float) -> dict[int, int]:
-    """The row that each row of an image's tokens becomes part of."""
+def by_loops(values: torch.Tensor, start: int, count: int) -> list[tuple[float, int, int]]:
+    """For each second row of an image's tokens: how alike the other is that is most like it, itself and the other."""
     rows = [start + PREFIX + token for token in range(count)]
-    into = {row: row for row in rows}
+    found = []
     for source in rows[1::2]:
-        cosine, target = max(
+        cosine, other = max(
             (torch.cosine_similarity(values[source], values[row], dim=0).item(), -row) for row in rows[0::2]
         )
-        if cosine >= least:
-            into[source] = -target
-    return into
+        found.append((cosine, source, -other))
+    return found
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
@@ -35,9 +34,39 @@ def test_every_second_token_joins_the_one_that_is_most_like_it_if_it_is_alike(pa
     into = join_alike(values, layout, least).flatten()
     expected = torch.arange(layout.sizes.numel())
     for image, count in enumerate(COUNTS):
-        for row, target in by_loops(values.flatten(0, 1), int(layout.rows[image, 0]), count, least).items():
-            expected[row] = target
+        for cosine, row, other in by_loops(values.flatten(0, 1), int(layout.rows[image, 0]), count):
+            if cosine >= least:
+                expected[row] = other
     assert torch.equal(into, expected)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(("share", "numbers"), [(0, (0, 0, 0)), (0.3, (2, 1, 0)), (0.5, (3, 2, 0))])
+def test_of_a_share_those_are_joined_that_are_most_alike_in_each_image(packed, share, numbers):
+    layout = group(WORDS, PREFIX, packed)
+    assert number_to_join(layout, share) is None
+    values = torch.randn(*layout.sizes.shape, 3, generator=torch.Generator().manual_seed(0))
+    expected = torch.arange(layout.sizes.numel())
+    for image, (count, number) in enumerate(zip(COUNTS, numbers, strict=True)):
+        pairs = sorted(by_loops(values.flatten(0, 1), int(layout.rows[image, 0]), count), reverse=True)
+        for _, row, other in pairs[:number]:
+            expected[row] = other
+    assert torch.equal(join_share(values, layout, share).flatten(), expected)
+
+
+def test_images_of_as_many_tokens_have_as_many_when_a_share_of_them_is_joined():
+    """And the same ones as where images differ in their number."""
+    token_of_patch = torch.tensor([[0, 1, 2, 3, 4, 4, 4], [0, 0, 1, 2, 2, 3, 4]])
+    even, padded = represent(token_of_patch, 5, PREFIX), group(token_of_patch, PREFIX, packed=False)
+    sources = torch.arange(even.sizes.numel()).view_as(even.sizes)
+    values = torch.randn(*even.sizes.shape, 3, generator=torch.Generator().manual_seed(0))
+    number = number_to_join(even, 0.4)
+    after = Grouped(even, True, (1, 7), sources).joined(join_share(values, even, 0.4), number=number)
+    assert number == 2 and after.shape == (2, PREFIX + 3) and after.layout.runs == ((PREFIX + 3, 2),)
+    assert padded.sizes.shape[1] == PREFIX + 5  # so values are of the same tokens
+    wide = Grouped(padded, True, (1, 7), sources).joined(join_share(values, padded, 0.4))
+    assert torch.equal(wide.layout.rows, after.layout.rows) and torch.equal(wide.sources, after.sources)
+    assert torch.equal(wide.layout.sizes, after.layout.sizes)
 
 
 @pytest.mark.parametrize("leads", [True, False], ids=["representatives", "means"])

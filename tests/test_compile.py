@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from settings import SETTINGS, inter
+from settings import SETTINGS, fixed, inter
 from tiny import COMMON, answers, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress
 
@@ -160,4 +160,5 @@ def test_a_forward_waits_for_its_device_once_with_words_and_never_without(model,
     pixel_values = ragged(3)
     for criterion in ("variance", "random", "grid"):
         assert waits(compress(model, {"criterion": criterion}), pixel_values, monkeypatch) == 0
+    assert waits(compress(model, fixed()), pixel_values, monkeypatch) == 0
     assert waits(compress(model, words), pixel_values, monkeypatch) == 1

@@ -7,7 +7,7 @@ import torch
 import transformers
 from accelerate import cpu_offload
 
-from settings import WORDS, gradual, inter, local
+from settings import WORDS, fixed, gradual, inter, local
 from tiny import (
     COMMON,
     MODELS,
@@ -37,6 +37,7 @@ SETTINGS = {
     "packed": inter(layout="packed"),
     "padded": inter(layout="padded"),
     "gradual": gradual(),
+    "fixed": fixed(),
 }
 setting = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
 dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from settings import gradual, local
+from settings import fixed, gradual, local
 from test_families import NEAR, sample_images
 from tiny import MODELS, answers, inputs, padded_patches, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, count_tokens
@@ -288,6 +288,9 @@ def test_a_tolerance_means_the_same_however_images_are_normalised(images):
         ({"method": "gradual", "similarity": [0.9, 0.8]}, r"similarity is .*0.9, 0.8.*or 4 of them"),
         ({"method": "gradual", "layers": [3, 2], "similarity": 0.9}, r"layers is .*3, 2.*each once, ascending"),
         ({"method": "gradual", "layers": []}, r"layers is \[\]; expected None or numbers of layers"),
+        ({"method": "gradual", "join_ratio": 0.6}, r"join_ratio is 0.6; expected a share .* in \[0, 0.5\], or"),
+        ({"method": "gradual", "join_ratio": [0.1]}, r"join_ratio is \[0.1\]; .* or 4 of them"),
+        ({"method": "gradual", "join_ratio": 0.1, "similarity": 0.9}, "is 0.9 and join_ratio is 0.1; expected one"),
         ({"method": "gradual", "layers": [0]}, r"layers is \[0\]; expected None or numbers of layers"),
     ],
 )
@@ -318,6 +321,21 @@ def test_each_layer_has_its_similarity():
     wider = VWTConfig(method="gradual", similarity=0.692).joins(12)
     assert [1 - least for least in wider.values()] == pytest.approx([2 * (1 - least) for least in by_default.values()])
     assert VWTConfig(method="gradual", similarity=1).joins(12) == dict.fromkeys((5, 6, 7, 8), 1)
+    assert VWTConfig(method="gradual", join_ratio=0.2).joins(12) == dict.fromkeys((5, 6, 7, 8), 0.2)
+    assert VWTConfig(method="gradual", join_ratio=[0.4, 0.3, 0.2, 0.1]).joins(12) == {5: 0.4, 6: 0.3, 7: 0.2, 8: 0.1}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_share_of_each_images_tokens_is_joined(name, images):
+    model = compress(tiny_model(name), fixed())
+    taken = watch_embeddings(model)
+    first, second = token_counts(model, images)
+    prefix = taken[0][1].layout.prefix
+    if family_of(model).padded is None:
+        assert first == [prefix + 32] * 4 and second == [prefix + 24] * 4
+    first, second = token_counts(compress(model, gradual(join_ratio=0.25)), images)
+    assert len(set(first)) > 1
+    assert second == [early - int((early - prefix) * 0.25) for early in first]
 
 
 def test_every_model_of_the_matrix_joins_some_tokens(images):

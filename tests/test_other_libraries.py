@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from settings import SETTINGS
+from settings import SETTINGS, fixed
 from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, restore
 from vwt_hf.families import FAMILIES, find_layers
@@ -266,8 +266,8 @@ def test_an_exported_program_keeps_the_same_patches_of_all_images(dropped, crite
 # How SigLIP 2 resizes its positions is for one number of images in transformers 5.17, in plain models, too.
 @pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "siglip2-vision"])
 def test_an_exported_program_takes_batches_of_any_size(name):
-    for kind in ("discard", "merge"):
-        model = compress(tiny_model(name, num_hidden_layers=1), SETTINGS[kind])
+    for layers, setting in ((1, SETTINGS["discard"]), (1, SETTINGS["merge"]), (2, fixed())):
+        model = compress(tiny_model(name, num_hidden_layers=layers), setting)
         given, batch = inputs(model, sample_images()), torch.export.Dim("batch")
         shapes = {key: {0: batch} for key in given}
         program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
@@ -283,8 +283,9 @@ def test_an_exported_program_takes_batches_of_any_size(name):
 def test_onnx_answers_as_torch(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    # Two in one program: the half of what a conversion takes does not depend on how much there is to convert.
+    # All in one program: the half of what a conversion takes does not depend on how much there is to convert.
     models = [compress(tiny_model(name, num_hidden_layers=1), SETTINGS[kind]) for kind in ("discard", "merge")]
+    models.append(compress(tiny_model(name, num_hidden_layers=2), fixed()))
     batches = two_batches(models[0])
     torch.onnx.export(
         Answers(*models), (), tmp_path / "model.onnx", kwargs=batches[0], dynamo=True, verbose=False, optimize=False

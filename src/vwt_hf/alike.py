@@ -2,38 +2,93 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .layout import Layout
-from .words import without_autocast
+from .words import best, whole_share, whole_shares, without_autocast
+
+
+class Pairs(NamedTuple):
+    """Every second token of each image, and the token among the others that is most like it."""
+
+    tokens: torch.Tensor
+    """(images, pairs), int64: rows, of all sequences one after another."""
+    others: torch.Tensor
+    """(images, pairs), int64: as `tokens`."""
+    cosines: torch.Tensor
+    """(images, pairs), float32: how alike the two are; −inf where an image has no such token."""
+
+    def into(self, joins: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """The row of the token that each becomes part of, its own if it stays: (sequences, prefix + tokens), int64.
+
+        Args:
+            joins: (images, pairs), bool: which of `tokens` become part of their other.
+        """
+        own = torch.arange(layout.sizes.numel(), device=joins.device)
+        sources = torch.where(joins, self.tokens, len(own))  # what stays goes to a last place, which is none
+        into = torch.cat((own, own[:1])).scatter(0, sources.flatten(), self.others.flatten())
+        return into[:-1].view_as(layout.sizes)
 
 
 @torch.no_grad()
-def join_alike(values: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
-    """Joins every second token of an image with the one among the others that is most like it.
+def find_pairs(values: torch.Tensor, layout: Layout) -> Pairs:
+    """Finds for every second token of an image the one among the others that is most like it.
 
     Args:
         values: (sequences, prefix + tokens, size), float32: tokens are as alike as the cosine of these.
-        layout: where the tokens of each image lie. Its prefix tokens stay alone.
-        least: the cosine from which on tokens are joined.
-
-    Returns:
-        (sequences, prefix + tokens), int64: the row, of all sequences one after another, of the token that each becomes
-        part of; its own if it stays.
+        layout: where the tokens of each image lie. Its prefix tokens are in no pair.
     """
-    own = torch.arange(layout.sizes.numel(), device=values.device)
     first = layout.rows.to(values.device).amin(dim=1) + layout.prefix
     ends = layout.rows.to(values.device).amax(dim=1) + 1
     place = torch.arange(layout.longest - layout.prefix, device=values.device)
     rows = first.unsqueeze(1) + place  # (images, tokens)
     real = rows < ends.unsqueeze(1)
-    rows = rows.clamp(max=len(own) - 1)
+    rows = rows.clamp(max=layout.sizes.numel() - 1)
     with without_autocast(values.device):
         directions = torch.nn.functional.normalize(values.flatten(0, 1), dim=-1)[rows]
         cosines = directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)
     cosines.masked_fill_(~real[:, None, 0::2], -torch.inf)
     cosine, which = cosines.max(dim=2)
-    joins = (cosine >= least) & real[:, 1::2]
-    sources = torch.where(joins, rows[:, 1::2], len(own))  # what stays goes to a last place, which is none
-    into = torch.cat((own, own[:1])).scatter(0, sources.flatten(), rows[:, 0::2].gather(1, which).flatten())
-    return into[:-1].view_as(layout.sizes)
+    others = rows[:, 0::2].gather(1, which)
+    return Pairs(rows[:, 1::2], others, cosine.masked_fill(~real[:, 1::2], -torch.inf))
+
+
+def join_alike(values: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
+    """Joins every second token of an image with the one among the others that is most like it, if they are alike.
+
+    Args:
+        values, layout: as for `find_pairs`.
+        least: the cosine from which on tokens are joined.
+
+    Returns:
+        As `Pairs.into`.
+    """
+    pairs = find_pairs(values, layout)
+    return pairs.into(pairs.cosines >= least, layout)
+
+
+def join_share(values: torch.Tensor, layout: Layout, share: float) -> torch.Tensor:
+    """As `join_alike`, for a share of each image's tokens: of every second one those that are most like another.
+
+    Args:
+        share: of the tokens that are no prefix tokens, in [0, 0.5], rounded down.
+    """
+    pairs = find_pairs(values, layout)
+    # In descending order of their cosines, the earlier of equals first: as many of each image as it is to lose.
+    order = best(pairs.cosines, pairs.cosines.shape[1])
+    if (number := number_to_join(layout, share)) is not None:
+        joins = torch.zeros_like(pairs.tokens, dtype=torch.bool).scatter(1, order[:, :number], True)
+    else:
+        tokens = layout.rows.amax(dim=1) + 1 - layout.rows.amin(dim=1) - layout.prefix
+        numbers = whole_shares(tokens.to(values.device), share).unsqueeze(1)
+        joins = order.argsort(dim=1) < numbers
+    return pairs.into(joins, layout)
+
+
+def number_to_join(layout: Layout, share: float) -> int | None:
+    """How many tokens of each image `join_share` joins; `None` where images have different numbers of tokens."""
+    if layout.packed or layout.real is not None or len(layout.runs) != 1:
+        return None
+    return whole_share(layout.longest - layout.prefix, share)

@@ -163,10 +163,10 @@ def _hook_in(
                 attend_by_plan(config)
         for module, stand_in in attentions:
             setattr(module, _slot(module), StandIn(stand_in, module))
-        for number, least in joins.items():
+        for number, wanted in joins.items():
             layers[number - 1].register_forward_pre_hook(WantKeys())
             # The first hook: what transformers records as the layer's hidden states is the same whenever it began to.
-            layers[number - 1].register_forward_hook(Join(setting, least), prepend=True)
+            layers[number - 1].register_forward_hook(Join(setting, wanted), prepend=True)
         if joins and family.rotary is not None:
             for layer in layers[min(joins) :]:
                 layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
@@ -561,8 +561,8 @@ class Join(Hook):
     """Forward hook of a layer: its output becomes fewer tokens, as the setting says by the keys of its attention."""
 
     setting: VWTConfig
-    least: float
-    """How alike tokens must be, as `VWTConfig.joins` says of the layer."""
+    wanted: float
+    """What `VWTConfig.joins` says of the layer."""
 
     @torch.compiler.disable
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
@@ -576,7 +576,7 @@ class Join(Hook):
             return output
         after = forward.after.get(layer)
         if after is None:  # else the layer is repeated for its gradient
-            after = self.setting.join(before, keys, self.least, [plan.shape for plan in forward.plans])
+            after = self.setting.join(before, keys, self.wanted, [plan.shape for plan in forward.plans])
             forward.after[layer] = after
         if after is before:
             return output

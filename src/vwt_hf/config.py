@@ -177,20 +177,20 @@ class VWTConfig:
         raise NotImplementedError
 
     def joins(self, layers: int) -> dict[int, float]:
-        """After which of a model's layers tokens are grouped again, and how alike they must be, ascending.
+        """After which of a model's layers tokens are grouped again, ascending, and what `join` is told of each.
 
         Args:
             layers: how many the model has. The first is 1, and the last is none after which tokens are grouped.
         """
         return {}
 
-    def join(self, plan: Grouped, keys: torch.Tensor, least: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
+    def join(self, plan: Grouped, keys: torch.Tensor, wanted: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
         """The plan that holds after a layer of `joins`; `plan` itself if no token becomes part of another.
 
         Args:
             plan: the one that held within the layer.
             keys: (sequences, heads, tokens, head size) of the layer's attention.
-            least: what `joins` says of the layer.
+            wanted: what `joins` says of the layer.
             not_as: shapes that the plan must not have.
         """
         raise NotImplementedError

@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 import torch
 
-from .words import patch_places
+from .words import ascending, patch_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Layout:
 def _bags(of: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The order that puts values side by side that go to one of so many `rows`, and where those of each row start."""
     held = torch.zeros(rows, dtype=torch.int64, device=of.device).scatter_add_(0, of, torch.ones_like(of))
-    return of.argsort(stable=True), held.cumsum(0) - held
+    return ascending(of), held.cumsum(0) - held
 
 
 def group(

@@ -7,11 +7,11 @@ have stayed until then, to one two patches away.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
+import numpy as np
 import torch
 
-from .words import first_of, gather_patches
+from .words import first_of, gather_patches, same_for_all
 
 OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
 """Rows and columns from a patch to its neighbours. The last four are opposite to the first four, in their order."""
@@ -40,17 +40,18 @@ class Neighbours:
     """Share of the tolerance within which they are alike."""
 
 
-@functools.lru_cache(maxsize=16)
-def _waves(height: int, width: int) -> torch.Tensor:
-    """The mean of a patch, its slopes down and to the right, and their product: (height · width, 4).
+@same_for_all
+def _waves(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """The mean of a patch, its slopes down and to the right, and their product: (height · width, 4) float32.
 
     They are the slowest waves of the orthonormal cosine transform (DCT-II).
     """
-    rows, columns = (torch.cos(torch.pi * (torch.arange(size).double() + 0.5) / size) for size in (height, width))
-    flat = torch.ones(height, width, dtype=torch.float64)
-    waves = (flat, flat * rows.unsqueeze(1), flat * columns, torch.outer(rows, columns))
+    rows, columns = (np.cos(np.pi * (np.arange(size) + 0.5) / size) for size in (height, width))
+    flat = np.ones((height, width))
+    waves = [wave.ravel() for wave in (flat, flat * rows[:, None], flat * columns, np.outer(rows, columns))]
     # A patch of one row or column has no slope along it.
-    return torch.stack([wave.flatten() / wave.norm().clamp(min=1e-6) for wave in waves], dim=1).float()
+    normed = [wave / max(float(np.linalg.norm(wave)), 1e-6) for wave in waves]
+    return torch.tensor(np.stack(normed, axis=1).tolist(), dtype=torch.float32, device=device)
 
 
 def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tuple[float, ...]) -> torch.Tensor:
@@ -65,7 +66,7 @@ def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tupl
         (batch, patches, 4 · channels + 1): the length of a difference of these is one of raw RGB, in [0, 1]: that of
         the pixels in root mean square, where patches have the same texture.
     """
-    waves = _waves(*patch_size).to(patches.device)
+    waves = _waves(*patch_size, patches.device)
     pixels = patches.unflatten(-1, (len(image_std), len(waves)))
     std = torch.tensor(image_std, device=patches.device) * patches.shape[-1] ** -0.5
     slow = (pixels @ waves) * std.unsqueeze(1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .layout import Layout, attention_bias, by_token, expand, group, medoids, pool, pool_pairs
+from .layout import Layout, attention_bias, by_token, expand, group, medoids, pool, pool_pairs, represent
 from .words import gather_pairs, gather_patches, with_prefix
 
 DROPPED = -1
@@ -144,17 +144,26 @@ class Grouped:
         assert self.sources is not None
         return self.sources % self.layout.rows.shape[1]
 
-    def joined(self, into: torch.Tensor, not_as: Collection[tuple[int, ...]] = ()) -> Grouped:
+    def joined(
+        self, into: torch.Tensor, not_as: Collection[tuple[int, ...]] = (), number: int | None = None
+    ) -> Grouped:
         """The plan by which some tokens have become part of others of their image, which keep their places.
 
         Args:
             into: (sequences, prefix + tokens), int64: the row, of all sequences one after another, of the token that
                 each becomes part of; its own if it stays.
             not_as: shapes of plans of the same forward, which this one must not have.
+            number: how many tokens of each image become part of others; `None` where images differ in that.
         """
         before, prefix = self.layout, self.layout.prefix
-        rows = into.flatten().to(before.rows.device)[before.rows]
-        layout = group(rows[:, prefix:], prefix, before.packed, before.real, not_as)
+        into = into.to(before.rows.device)
+        rows = into.flatten()[before.rows]
+        if number is None:
+            layout = group(rows[:, prefix:], prefix, before.packed, before.real, not_as)
+        else:
+            stays = into == torch.arange(into.numel(), device=into.device).view_as(into)
+            place = (stays.cumsum(dim=1) - 1 - prefix).flatten()
+            layout = represent(place[rows[:, prefix:]], before.longest - prefix - number, prefix)
         sources = None if self.sources is None else by_token(self.sources.flatten()[rows], layout)
         return dataclasses.replace(self, layout=layout, sources=sources, stays=None, folded={})
 

@@ -132,12 +132,19 @@ def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
     return scores.argsort(dim=1, descending=True, stable=True)[:, :keep]
 
 
+def ascending(values: torch.Tensor) -> torch.Tensor:
+    """The order of values (count,), the smallest first, the earlier of equals first: (count,) int64."""
+    if torch.onnx.is_in_onnx_export():
+        return values.topk(len(values), largest=False).indices
+    return values.argsort(stable=True)
+
+
 _kept: collections.OrderedDict[tuple[Any, ...], torch.Tensor] = collections.OrderedDict()
-"""What `_same_for_all` keeps; last used last."""
+"""What `same_for_all` keeps; last used last."""
 _keeping = threading.Lock()
 
 
-def _same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Makes what `choose` gives a constant of any graph that is traced, and keeps it for the next call.
 
     Args:
@@ -187,13 +194,13 @@ def _shuffled(patches: int, seed: int) -> list[int]:
     return order
 
 
-@_same_for_all
+@same_for_all
 def random_order(patches: int, seed: int, device: torch.device) -> torch.Tensor:
     """Patches in a seeded random order, (patches,): the same on every device."""
     return _whole_numbers(_shuffled(patches, seed), device)
 
 
-@_same_for_all
+@same_for_all
 def random_patches(patches: int, keep: int, seed: int, device: torch.device) -> torch.Tensor:
     """A seeded random subset of `keep` patches, ascending, (1, keep): the same on every device and for every image."""
     return _whole_numbers([sorted(_shuffled(patches, seed)[:keep])], device)
@@ -208,7 +215,7 @@ def _spread(size: int) -> np.ndarray:
     return sum(((numbers >> bit & 1) << 2 * (bits - 1 - bit) for bit in range(bits)), np.zeros_like(numbers))
 
 
-@_same_for_all
+@same_for_all
 def _spread_on(size: int, device: torch.device) -> torch.Tensor:
     return _whole_numbers(_spread(size), device)
 
@@ -230,7 +237,7 @@ def dithered(row: torch.Tensor, column: torch.Tensor, size: int) -> torch.Tensor
     return _dither(row, column, _spread_on(size, row.device))
 
 
-@_same_for_all
+@same_for_all
 def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> torch.Tensor:
     """An even cover of a rows × columns grid by `keep` patches, ascending, (1, keep).
 

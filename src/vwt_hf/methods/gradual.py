@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ..alike import join_alike
+from ..alike import join_alike, join_share, number_to_join
 from ..bounds import is_int, is_number
 from ..plans import Grouped
 from ..printable import shown
@@ -33,6 +33,10 @@ class GradualConfig(LocalConfig):
             Least cosine, in [-1, 1], at which two tokens are joined: one for each layer. One number is for all of
             `layers`; without `layers`, for the first of the four, and nearer to 1 after the others, as keys are more
             alike there (0.867, 0.914 and 0.902 by default).
+        join_ratio (`float` or sequence of `float`, *optional*):
+            In place of `similarity`: the share of an image's tokens that become part of others, in [0, 0.5], those that
+            are most alike; one for each layer, or one number for all. With `keep_ratio` or `num_patches` all images of
+            a batch then have the same number of tokens, as export needs.
         layers (sequence of `int`, *optional*):
             After which layers, 1 for the first. Default: of each twelve layers the fifth to the eighth.
         tolerance, keep_ratio, num_patches, image_std, layout:
@@ -43,7 +47,8 @@ class GradualConfig(LocalConfig):
     usual_tolerance: ClassVar[float] = 0.028
 
     method: str = "gradual"
-    similarity: float | tuple[float, ...] = SIMILARITY
+    similarity: float | tuple[float, ...] | None = None
+    join_ratio: float | tuple[float, ...] | None = None
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -57,15 +62,29 @@ class GradualConfig(LocalConfig):
             if list(self.layers) != sorted(set(self.layers)):
                 raise ValueError(f"VWTConfig.layers is {shown(self.layers)}; expected each once, ascending.")
             object.__setattr__(self, "layers", tuple(self.layers))
-        if isinstance(self.similarity, (list, tuple)):
-            object.__setattr__(self, "similarity", tuple(self.similarity))
-        wanted = len(WIDTHS) if self.layers is None else len(self.layers)
-        given = self.similarity if isinstance(self.similarity, tuple) else (self.similarity,) * wanted
-        if len(given) != wanted or not all(is_number(similarity, -1, 1) for similarity in given):
+        if self.similarity is not None and self.join_ratio is not None:
             raise ValueError(
-                f"VWTConfig.similarity is {shown(self.similarity)}; expected a cosine in [-1, 1], or {wanted} of them, "
-                "one for each layer that tokens are joined after."
+                f"VWTConfig.similarity is {shown(self.similarity)} and join_ratio is {shown(self.join_ratio)}; "
+                "expected one of them, which says how many tokens are joined."
             )
+        if self.join_ratio is not None:
+            self._require_for_layers("join_ratio", 0, 0.5, "a share of the tokens in [0, 0.5]")
+            return
+        if self.similarity is None:
+            object.__setattr__(self, "similarity", SIMILARITY)
+        self._require_for_layers("similarity", -1, 1, "a cosine in [-1, 1]")
+
+    def _require_for_layers(self, field: str, least: float, most: float, kind: str) -> None:
+        """Refuses a field that is neither a number nor one for each layer, and makes a tuple of a list."""
+        value, wanted = getattr(self, field), len(WIDTHS if self.layers is None else self.layers)
+        given = tuple(value) if isinstance(value, (list, tuple)) else (value,) * wanted
+        if len(given) != wanted or not all(is_number(one, least, most) for one in given):
+            raise ValueError(
+                f"VWTConfig.{field} is {shown(value)}; expected {kind}, or {wanted} of them, one for each layer that "
+                "tokens are joined after."
+            )
+        if isinstance(value, list):
+            object.__setattr__(self, field, given)
 
     @property
     def shortens(self) -> bool:
@@ -78,21 +97,27 @@ class GradualConfig(LocalConfig):
                 f"nothing to save; expected numbers from 1 to {layers - 1}."
             )
         numbers = self.layers or [round(depth * layers) for depth in WIDTHS]
-        if isinstance(self.similarity, tuple):
-            similarities = list(self.similarity)
-        elif self.layers is not None:
-            similarities = [self.similarity] * len(numbers)
+        given = self.similarity if self.join_ratio is None else self.join_ratio
+        assert given is not None  # one of the two is always given
+        if isinstance(given, tuple):
+            by_layer = list(given)
+        elif self.layers is not None or self.join_ratio is not None:
+            by_layer = [given] * len(numbers)
         else:
-            similarities = [max(1 - (1 - self.similarity) * width, -1) for width in WIDTHS.values()]
+            by_layer = [max(1 - (1 - given) * width, -1) for width in WIDTHS.values()]
         found: dict[int, float] = {}
-        for number, similarity in zip(numbers, similarities, strict=True):
+        for number, one in zip(numbers, by_layer, strict=True):
             if 0 < number < layers:
-                found.setdefault(number, similarity)  # a model of few layers has one for several depths
+                found.setdefault(number, one)  # a model of few layers has one for several depths
         return found
 
-    def join(self, plan: Grouped, keys: torch.Tensor, least: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
+    def join(self, plan: Grouped, keys: torch.Tensor, wanted: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
         if not plan.layout.runs:  # no images
             return plan
-        into = join_alike(keys.float().mean(dim=1), plan.layout, least)
-        joined = plan.joined(into, not_as)
+        means = keys.float().mean(dim=1)
+        if self.join_ratio is None:
+            joined = plan.joined(join_alike(means, plan.layout, wanted), not_as)
+        else:
+            number = number_to_join(plan.layout, wanted)
+            joined = plan.joined(join_share(means, plan.layout, wanted), not_as, number)
         return plan if joined.layout.tokens == plan.layout.tokens else joined
