@@ -352,6 +352,7 @@ def test_what_the_command_cannot_do_is_one_line(checkpoint, folder, tmp_path, ca
     assert printed.out == "" and not output.exists()
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", ["dinov2-small-caltech101", "vit-small-caltech101"])
 def test_agreement_holds_on_photographs_that_were_not_seen(shared, name, monkeypatch):
     monkeypatch.setattr(sys.modules[Calibration.__module__], "LEVELS", LEVELS[1::3])

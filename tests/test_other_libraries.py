@@ -263,11 +263,18 @@ def test_an_exported_program_keeps_the_same_patches_of_all_images(dropped, crite
         torch.testing.assert_close(program(**batch)[0], model(**batch)[0])
 
 
+def exported_models(name: str) -> list[transformers.PreTrainedModel]:
+    """One of each kind of setting that an exported program can hold."""
+    models = [compress(tiny_model(name, num_hidden_layers=1), SETTINGS[kind]) for kind in ("discard", "merge")]
+    if name in ("vit", "dinov3", "beit"):  # absolute, rotary and relative positions
+        models.append(compress(tiny_model(name, num_hidden_layers=2), fixed()))
+    return models
+
+
 # How SigLIP 2 resizes its positions is for one number of images in transformers 5.17, in plain models, too.
 @pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "siglip2-vision"])
 def test_an_exported_program_takes_batches_of_any_size(name):
-    for layers, setting in ((1, SETTINGS["discard"]), (1, SETTINGS["merge"]), (2, fixed())):
-        model = compress(tiny_model(name, num_hidden_layers=layers), setting)
+    for model in exported_models(name):
         given, batch = inputs(model, sample_images()), torch.export.Dim("batch")
         shapes = {key: {0: batch} for key in given}
         program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
@@ -284,8 +291,7 @@ def test_onnx_answers_as_torch(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     # All in one program: the half of what a conversion takes does not depend on how much there is to convert.
-    models = [compress(tiny_model(name, num_hidden_layers=1), SETTINGS[kind]) for kind in ("discard", "merge")]
-    models.append(compress(tiny_model(name, num_hidden_layers=2), fixed()))
+    models = exported_models(name)
     batches = two_batches(models[0])
     torch.onnx.export(
         Answers(*models), (), tmp_path / "model.onnx", kwargs=batches[0], dynamo=True, verbose=False, optimize=False

@@ -119,6 +119,7 @@ def test_all_files_of_the_package_together_stay_small():
     assert sum(path.stat().st_size for path in package.rglob("*") if "__pycache__" not in path.parts) < 10e6
 
 
+@pytest.mark.newest
 def test_the_command_of_their_card_makes_them(shared, tmp_path, capsys):
     """Of the largest patches, which are fewest; on another machine k-means may round otherwise."""
     given = [str(shared / "data/imagenet-sample/train"), "--output", str(tmp_path), "--patch-sizes", "32"]

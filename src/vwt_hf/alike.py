@@ -27,7 +27,7 @@ class Pairs(NamedTuple):
             joins: (images, pairs), bool: which of `tokens` become part of their other.
         """
         own = torch.arange(layout.sizes.numel(), device=joins.device)
-        sources = torch.where(joins, self.tokens, len(own))  # what stays goes to a last place, which is none
+        sources = torch.where(joins, self.tokens, own.shape[0])  # what stays goes to a last place, which is none
         into = torch.cat((own, own[:1])).scatter(0, sources.flatten(), self.others.flatten())
         return into[:-1].view_as(layout.sizes)
 

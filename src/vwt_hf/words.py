@@ -135,7 +135,7 @@ def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
 def ascending(values: torch.Tensor) -> torch.Tensor:
     """The order of values (count,), the smallest first, the earlier of equals first: (count,) int64."""
     if torch.onnx.is_in_onnx_export():
-        return values.topk(len(values), largest=False).indices
+        return values.topk(values.shape[0], largest=False).indices
     return values.argsort(stable=True)
 
 
