@@ -176,8 +176,8 @@ def test_what_is_ambiguous_about_labels_is_said():
     truth, said = true_labels(["crane", "dog", "holiday"], cranes)
     assert truth == [{0, 2}, {1}, set()]
     assert said == [
-        "Labels 0, 2 are all called 'crane': each is right for that folder.",
-        "1 of 3 images lie in folders named as no label: top-1 is of the others.",
+        "Labels 0, 2 are all called 'crane': each is right for it.",
+        "1 of 3 images have a label that is none of the model's: top-1 is of the others.",
     ]
     _, said = true_labels(["cat"], labels({0: "cat", 1: "dog"}, {"cat": 1, "dog": 0}))
     assert said == ["'cat' is label 1 by label2id; id2label, which says otherwise, is trusted."]
