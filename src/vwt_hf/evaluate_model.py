@@ -109,7 +109,8 @@ class Evaluation:
                 metric_type=metric,
                 metric_name=printable(f"{metric} ({row.setting})"),
                 metric_value=round(figure.value, 6),
-                metric_args={"vwt": row.vwt, "tokens": round(row.tokens, 1), "images": self.images}
+                metric_args={"tokens": round(row.tokens, 1), "images": self.images}
+                | ({} if row.vwt is None else {"vwt": row.vwt})
                 | ({} if figure.interval is None else {"interval": [round(end, 6) for end in figure.interval]}),
             )
             for row in self.rows
@@ -179,11 +180,7 @@ def evaluate_model(
         >>> result.rows[1].figures["agreement"].value, result.rows[1].tokens  # doctest: +SKIP
         (0.985, 153.1)
     """
-    for argument, number in {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens}.items():
-        if number is not None and (not is_int(number) or number < 1):
-            raise ValueError(f"{argument} is {shown(number)}; expected a whole number of at least 1.")
-    if "{}" not in prompt:
-        raise ValueError(f"prompt is {shown(prompt)}; expected a text with {{}} where the label goes.")
+    require_options(batch_size, max_new_tokens, prompt)
     if task is not None and task not in TASKS:
         raise ValueError(f"task is {shown(task)}; expected one of {', '.join(map(repr, TASKS))}.")
     opened = open_labelled(
@@ -225,6 +222,15 @@ def evaluate_model(
     machine = _machine(model, state)
     source = model.name_or_path or ""
     return Evaluation(source, task_class.name, opened.name, len(kept.labels), unreadable, said, rows, machine)
+
+
+def require_options(batch_size: Any, max_new_tokens: Any, prompt: Any) -> None:
+    """Refuses with a `ValueError` what `evaluate_model` cannot work with, whatever the model and the images are."""
+    for name, number in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
+        if not is_int(number) or number < 1:
+            raise ValueError(f"{name} is {shown(number)}; expected a whole number of at least 1.")
+    if not isinstance(prompt, str) or prompt.count("{}") != 1:
+        raise ValueError(f"prompt is {shown(prompt)}; expected a text with one {{}}, where the label goes.")
 
 
 @dataclasses.dataclass

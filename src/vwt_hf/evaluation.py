@@ -276,7 +276,8 @@ def share_interval(share: float, count: int) -> tuple[float, float]:
     spread = CONFIDENT**2 / count
     middle = (share + spread / 2) / (1 + spread)
     half = CONFIDENT * math.sqrt((share * (1 - share) + spread / 4) / count) / (1 + spread)
-    return min(share, middle - half), max(share, middle + half)  # it holds the share, but for rounding
+    # It holds the share and ends within [0, 1], but for rounding.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
@@ -295,6 +296,8 @@ def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
 def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str], seed: int) -> tuple[float, float]:
     """The 95 % interval (percentiles of a bootstrap within each group) of what `worst_group` gives.
 
+    Where that is 0 or 1, of which a bootstrap says nothing, it is Wilson's of the smallest group that has it.
+
     Raises:
         ValueError: no group is large enough.
     """
@@ -303,8 +306,12 @@ def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str], 
         raise ValueError(f"no group has {FEWEST_OF_GROUP} images of known label; expected one that has.")
     right = torch.tensor([sum(own) for own in members], dtype=torch.float64)
     sizes = torch.tensor([len(own) for own in members], dtype=torch.float64)
-    torch_seed = torch.Generator().manual_seed(seed)
-    drawn = torch.binomial(sizes.expand(RESAMPLES, -1), (right / sizes).expand(RESAMPLES, -1), generator=torch_seed)
+    shares = right / sizes
+    worst = shares.min().item()
+    if worst in (0, 1):
+        return share_interval(worst, int(sizes[shares == worst].min()))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.binomial(sizes.expand(RESAMPLES, -1), shares.expand(RESAMPLES, -1), generator=generator)
     return _percentiles((drawn / sizes).amin(dim=1))
 
 

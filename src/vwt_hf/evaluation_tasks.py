@@ -181,7 +181,7 @@ class ZeroShot(Classification):
             )
         self.names = images.label_names
         prompt = self.options["prompt"]
-        texts = [prompt.format(name.replace("_", " ")) for name in self.names]
+        texts = [prompt.replace("{}", name.replace("_", " ")) for name in self.names]
         self.texts = text_features(self.model, self.tokenizer, texts)
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .bounds import is_int
 from .printable import shown
 from .vocabulary.image_source import _image_column, _looks_like_image, find_images
 
@@ -124,6 +125,8 @@ def open_labelled(
         ValueError: there are no images, no such column, or `groups` does not name the group of every image.
         TypeError: `images` is of another type.
     """
+    if limit is not None and (not is_int(limit) or limit < 1):
+        raise ValueError(f"limit is {shown(limit)}; expected a whole number of at least 1.")
     columns = {"image": image_column, "label": label_column, "captions": caption_column, "group": group_column}
     if isinstance(images, (str, os.PathLike)):
         asked = [name for name, column in columns.items() if column is not None]

@@ -36,7 +36,7 @@ examples:
   vwt-hf evaluate google/vit-base-patch16-224 --dataset validation/ --vwt true --vwt '{"keep_ratio": 0.5}'
   vwt-hf evaluate openai/clip-vit-base-patch16 --dataset ethz/food101 --split validation --streaming --limit 2000
   vwt-hf evaluate openai/clip-vit-base-patch16 --dataset nlphuji/flickr30k --task retrieval --caption-column caption
-  accelerate launch --num_processes 2 -m vwt_hf.cli evaluate my-short-model --dataset photographs/ --card README.md"""
+  accelerate launch --multi_gpu --num_processes 2 -m vwt_hf.cli evaluate my-model --dataset photographs/ --card card.md"""
 SPLITS = ("validation", "test", "val", "valid")
 """Which one is taken of a data set that has several."""
 
@@ -114,7 +114,7 @@ def work(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from ..config import VWTConfig
-    from ..evaluate_model import evaluate_model
+    from ..evaluate_model import evaluate_model, require_options
     from ..evaluation import usable_device
     from ..evaluation_tasks import TASKS, task_for
     from ..labelled_images import open_labelled
@@ -122,6 +122,7 @@ def work(args: argparse.Namespace) -> None:
 
     for setting in args.vwt or ():
         VWTConfig.parse(setting)
+    require_options(args.batch_size, args.max_new_tokens, args.prompt)
     # Processes of one machine have a device each.
     state = PartialState(cpu=args.device == "cpu")
     device = usable_device(args.device or (str(state.device) if state.use_distributed else None))
@@ -133,7 +134,7 @@ def work(args: argparse.Namespace) -> None:
     processor = load_processor(args.model)
     with quiet_transformers():
         dtype = args.dtype and getattr(torch, args.dtype)
-        model, pooled = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, vwt=None)
+        model, pooled = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, follows=True)
     if not pooled:
         model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
     result = evaluate_model(
@@ -198,7 +199,8 @@ def _open_folder(folder: Path, config: str | None, split: str | None, streaming:
             data = data[split]
         return data.to_iterable_dataset() if streaming else data, split
     # What is written beside the images, or holds them: datasets reads it.
-    if any(next(folder.rglob(kind), None) for kind in ("metadata.*", "*.parquet", "*.arrow", "*.tar")):
+    kinds = ("metadata.*", "*.parquet", "*.arrow", "*.tar")
+    if any(next(folder.glob(f"{within}{kind}"), None) for within in ("", "*/") for kind in kinds):
         split = split or _one_of(datasets.get_dataset_split_names(str(folder), config), str(folder))
         return datasets.load_dataset(str(folder), config, split=split, streaming=streaming), split
     if config or split or streaming:
