@@ -456,26 +456,29 @@ def test_figures_go_into_the_model_index_of_a_card_and_come_back_from_it(tmp_pat
 
 
 PROGRAM = """
-import json, runpy, sys
-import datasets, transformers, vwt_hf
+import json, sys
+import datasets, transformers
 from accelerate import PartialState
+from vwt_hf import cli, evaluate_model
 
 classifier, towers, images, saved, output = sys.argv[1:]
+half = {"keep_ratio": 0.5}
+given = ["evaluate", classifier, "--dataset", images, "--vwt", json.dumps(half), "--batch-size", "4"]
+destroy, PartialState.destroy_process_group = PartialState.destroy_process_group, lambda state: None
+assert cli.main([*given, "--json", f"{output}.command"]) == 0  # the processes are joined by it
+
 dataset = datasets.load_from_disk(saved)
 auto = transformers.AutoModelForImageClassification
 found = [
-    vwt_hf.evaluate_model(model.eval(), given, vwt=[{"keep_ratio": 0.5}], batch_size=4, progress=False)
-    for model, given in (
+    evaluate_model(model.eval(), images, vwt=[half], batch_size=4, progress=False)
+    for model, images in (
         (auto.from_pretrained(classifier), dataset.to_iterable_dataset(num_shards=2)),
         (transformers.AutoModel.from_pretrained(towers), dataset.remove_columns("label")),
     )
 ]
-rank = PartialState().process_index
-json.dump([[row.figures | {"tokens": row.tokens} for row in one.rows] for one in found],
-          open(f"{output}.{rank}", "w"), default=vars)
-sys.argv = ["vwt_hf.cli", "evaluate", classifier, "--dataset", images, "--vwt", '{"keep_ratio": 0.5}',
-            "--batch-size", "4", "--json", f"{output}.command"]
-runpy.run_module("vwt_hf.cli", run_name="__main__")
+rows = [[row.figures | {"tokens": row.tokens} for row in one.rows] for one in found]
+json.dump(rows, open(f"{output}.{PartialState().process_index}", "w"), default=vars)
+destroy(PartialState())
 """
 
 

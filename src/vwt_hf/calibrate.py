@@ -39,7 +39,7 @@ from .evaluation import (
 from .families import family_of, find_tower, model_of
 from .image_processing import NAME as PATCH_WORDS
 from .printable import shown
-from .processors import load_processor, processor_statistics
+from .processors import processor_of, processor_statistics
 from .vocabulary.image_source import one_batch, open_images, pixel_batches, read_image
 from .whole_saves import write_files
 
@@ -363,25 +363,6 @@ def _is_beyond(target: str, wanted: float, level: Level) -> bool:
     if target == "agreement":
         return level.value < wanted
     return level.speed >= wanted if target == "speed" else level.tokens <= wanted
-
-
-def processor_of(model: PreTrainedModel, image_processor: Any) -> Any:
-    """The image processor that was given, or else the one beside the model's checkpoint.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if image_processor is not None:
-        return getattr(image_processor, "image_processor", image_processor)
-    try:
-        if not model.name_or_path:
-            raise ValueError("it was loaded from nowhere")
-        return load_processor(model.name_or_path)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"the {type(model).__name__} has no image processor that can be loaded ({error}); give one as "
-            "image_processor=AutoImageProcessor.from_pretrained(...)."
-        ) from error
 
 
 def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,14 +20,18 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from . import __version__
 from .bounds import is_int
-from .calibrate import pixels_of, processor_of
+from .calibrate import pixels_of
 from .compress import compress, restore, setting_of
 from .config import RECOMMENDED, VWTConfig
 from .evaluation import TokenCount, count_tokens, on_device, share, stopwatch
 from .evaluation_tasks import PROMPT, RECALLED, TASKS, Captions, Figure, Kept, Retrieval, Task, ZeroShot, task_for
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
+from .processors import processor_of
 from .vocabulary.image_source import UnreadableImage, one_batch
+
+PATIENCE = datetime.timedelta(days=30)
+"""How long processes wait for the one that has most to do; one that dies ends the others by its launcher."""
 
 SHOWN: dict[str, tuple[str, int, int]] = {
     "accuracy": ("top-1 %", 100, 2),
@@ -202,7 +207,7 @@ def evaluate_model(
     models = [plain, *(compress(share(plain), setting) for setting in settings)]
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
-    state = PartialState(cpu=model.device.type == "cpu")
+    state = PartialState(cpu=model.device.type == "cpu", timeout=PATIENCE)
     own = _answers(chosen, models, opened, processor, batch_size, state, progress)
     parts: list[_Part] = gather_object([own])
     kept, unreadable = _merged(parts, len(models))

@@ -36,7 +36,7 @@ examples:
   vwt-hf evaluate google/vit-base-patch16-224 --dataset validation/ --vwt true --vwt '{"keep_ratio": 0.5}'
   vwt-hf evaluate openai/clip-vit-base-patch16 --dataset ethz/food101 --split validation --streaming --limit 2000
   vwt-hf evaluate openai/clip-vit-base-patch16 --dataset nlphuji/flickr30k --task retrieval --caption-column caption
-  accelerate launch --multi_gpu --num_processes 2 -m vwt_hf.cli evaluate my-model --dataset photographs/ --card card.md"""
+  accelerate launch --multi_gpu --num_processes 2 -m vwt_hf.cli evaluate my-model --dataset photographs/"""
 SPLITS = ("validation", "test", "val", "valid")
 """Which one is taken of a data set that has several."""
 
@@ -114,7 +114,7 @@ def work(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from ..config import VWTConfig
-    from ..evaluate_model import evaluate_model, require_options
+    from ..evaluate_model import PATIENCE, evaluate_model, require_options
     from ..evaluation import usable_device
     from ..evaluation_tasks import TASKS, task_for
     from ..labelled_images import open_labelled
@@ -123,8 +123,9 @@ def work(args: argparse.Namespace) -> None:
     for setting in args.vwt or ():
         VWTConfig.parse(setting)
     require_options(args.batch_size, args.max_new_tokens, args.prompt)
+    on_cpu = not torch.cuda.is_available() if args.device is None else args.device.startswith("cpu")
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     # Processes of one machine have a device each.
-    state = PartialState(cpu=args.device == "cpu")
     device = usable_device(args.device or (str(state.device) if state.use_distributed else None))
     data, split = open_data(args.dataset, args.config, args.split, args.streaming)
     of = {name: getattr(args, name) for name in COLUMNS}
@@ -134,7 +135,7 @@ def work(args: argparse.Namespace) -> None:
     processor = load_processor(args.model)
     with quiet_transformers():
         dtype = args.dtype and getattr(torch, args.dtype)
-        model, pooled = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, follows=True)
+        model, pooled = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, vwt=None)
     if not pooled:
         model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
     result = evaluate_model(
