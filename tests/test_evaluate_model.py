@@ -200,6 +200,33 @@ def test_a_limit_takes_images_spread_over_a_folder_and_a_data_set_and_the_first_
     assert taken(dataset.to_iterable_dataset()) == ["row 0", "row 1", "row 2", "row 3"]
 
 
+def test_a_data_set_on_the_hub_is_read_by_its_name_and_its_validation_split(tmp_path, dataset, monkeypatch, capsys):
+    """The client for data sets is stood in for: what it is asked for, and what comes of its answers."""
+    asked = []
+
+    def load_dataset(name, config, **options):
+        asked.append((name, config, options))
+        if name == "me/gone":
+            raise FileNotFoundError("there is no me/gone")
+        return dataset.to_iterable_dataset() if options["streaming"] else dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "test", "validation"])
+    folder = random_classifier(tmp_path)
+    for more in ([], ["--split", "train", "--streaming", "--config", "small"]):
+        assert main(["evaluate", str(folder), "--dataset", "me/photos", *more]) == 0
+    assert asked == [
+        ("me/photos", None, {"split": "validation", "streaming": False}),
+        ("me/photos", "small", {"split": "train", "streaming": True}),
+    ]
+    assert capsys.readouterr().out.count("17 images of me/photos") == 2
+    for name in ("me/gone", "me/photos/of/cats"):
+        assert main(["evaluate", str(folder), "--dataset", name]) == 2
+    refused = capsys.readouterr().err
+    assert "me/gone is no folder here, and cannot be had as a data set: there is no me/gone" in refused
+    assert "me/photos/of/cats does not exist" in refused
+
+
 @pytest.mark.parametrize("shards", [1, 2, 5])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_take_every_image_once(photographs, dataset, processes, shards):
@@ -373,6 +400,19 @@ def test_captions_are_compared_with_the_plain_models_and_with_the_references(tmp
                 "token_f1": np.mean([token_f1(a, b) for a, b in zip(texts, captions, strict=True)]),
             }
         )
+
+
+def test_captions_may_lie_in_a_file_beside_the_images(tmp_path, photographs, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = sorted(photographs.rglob("*.png"))[:6]
+    lines = [
+        json.dumps({"file_name": file.relative_to(photographs).as_posix(), "caption": f"a {word}"})
+        for file, word in zip(files, WORDS, strict=False)
+    ]
+    (photographs / "metadata.jsonl").write_text("\n".join(lines))
+    folder = two_towers("clip", tmp_path)
+    plain, _ = run(folder, photographs, "--task", "retrieval", "--vwt", json.dumps(HALF))
+    assert values(plain)["text_to_image_recall@10"] == 1 and len(values(plain)) == 7
 
 
 def built_like(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
