@@ -18,7 +18,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from PIL import Image
 
 import vwt_hf
-from test_generation import blip, built
+from test_generation import blip, built, llava
 from test_pipeline import tokenizer_with
 from tiny import tiny_model
 from vwt_hf import compress, count_tokens, evaluate_model
@@ -323,7 +323,7 @@ def test_the_worst_group_is_of_the_labels_or_of_those_that_a_file_or_a_column_na
     assert values(found.rows[0])["worst_group"] == pytest.approx(9 / 13)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "altclip", "chinese-clip", "metaclip-2"])
 def test_zero_shot_is_what_the_model_itself_says_of_the_labels(tmp_path, photographs, dataset, name):
     folder = two_towers(name, tmp_path)
     model, tokenizer = loaded(folder), transformers.AutoTokenizer.from_pretrained(folder)
@@ -400,6 +400,22 @@ def test_captions_are_compared_with_the_plain_models_and_with_the_references(tmp
                 "token_f1": np.mean([token_f1(a, b) for a, b in zip(texts, captions, strict=True)]),
             }
         )
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "reason"),
+    [
+        (lambda: built(llava), "captions", "writes about images within a prompt alone"),
+        (lambda: tiny_model("vit"), "captions", "the ViTModel writes no captions"),
+        (lambda: tiny_model("vit"), "retrieval", "the ViTModel has no tower for texts"),
+        (lambda: tiny_model("vit"), "zero-shot", "the ViTModel has no tower for texts"),
+        (lambda: tiny_model("vit"), "segmentation", "expected one of 'classification', 'zero-shot'"),
+    ],
+)
+def test_a_task_that_a_model_is_not_for_is_refused(dataset, make, task, reason):
+    given = {"image_processor": transformers.ViTImageProcessorPil(size=SIZE), "tokenizer": object()}
+    with pytest.raises(ValueError, match=reason):
+        evaluate_model(make(), dataset, vwt=[{"keep_ratio": 0.5, "dropped": "merge"}], task=task, **given)
 
 
 def test_captions_may_lie_in_a_file_beside_the_images(tmp_path, photographs, monkeypatch):

@@ -27,6 +27,7 @@ from .evaluation import (
     true_labels,
     worst_group_interval,
 )
+from .families import HOLDERS
 from .labelled_images import LabelledImages
 from .printable import shown
 
@@ -249,6 +250,15 @@ class Captions(Task):
 
     name, hub_name = "captions", "image-to-text"
     auto: ClassVar[Any] = AutoModelForImageTextToText
+
+    def prepare(self, images: LabelledImages) -> None:
+        if not self.model.can_generate():
+            raise ValueError(f"the {type(self.model).__name__} writes no captions; expected a model such as BLIP.")
+        if any(self.model.config.model_type in holder.model_types for holder in HOLDERS):
+            raise ValueError(
+                f"the {type(self.model).__name__} writes about images within a prompt alone; expected a model that "
+                "writes captions of images, such as BLIP. Its vision tower may be evaluated by its features."
+            )
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> list[str]:
         written = model.generate(**made, max_new_tokens=self.options["max_new_tokens"], do_sample=False, num_beams=1)
