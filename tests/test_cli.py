@@ -209,10 +209,10 @@ def with_code(checkpoint, tmp_path, monkeypatch) -> tuple[str, list]:
 
 def test_no_command_runs_or_asks_to_run_code_of_a_repository(with_code, photographs, tmp_path, capsys):
     checkpoint, came = with_code
-    evaluate = ["evaluate", checkpoint, "--dataset", str(photographs)]
-    for status in (run_demo(checkpoint, photographs), main(evaluate)):
-        assert status == 2
-        assert "trust_remote_code" in capsys.readouterr().err
+    assert run_demo(checkpoint, photographs) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert main(["evaluate", checkpoint, "--dataset", str(photographs)]) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
     with pytest.raises(ValueError, match="trust_remote_code"):
         benchmark.load(checkpoint)
     assert not came and not (tmp_path / "ran").exists()

@@ -262,6 +262,14 @@ def test_any_table_of_labels_gives_the_right_accuracy_and_says_what_is_unclear(
     assert bool(rest[0]) == bool(said)
 
 
+def test_of_labels_that_are_called_the_same_each_is_right(tmp_path, photographs):
+    folder = classifier(tmp_path, {0: "cat", 1: "dogs", 2: "cat"})
+    model = loaded(folder, transformers.AutoModelForImageClassification)
+    model.classifier.bias.data = torch.tensor([0.0, 0.0, 1.0])
+    found = values(evaluate_model(model, photographs, vwt=[], progress=False).rows[0])
+    assert found["accuracy"] == pytest.approx(9 / 17) and found["worst_group"] == 0
+
+
 def test_labels_of_a_data_set_go_by_name_and_by_number_only_where_they_have_none(tmp_path, dataset):
     model = loaded(classifier(tmp_path, {0: "tea", 1: "dogs", 2: "cat"}), transformers.AutoModelForImageClassification)
 
