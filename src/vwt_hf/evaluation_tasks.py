@@ -187,9 +187,8 @@ class ZeroShot(Classification):
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         similarity = unit(answer(model, **made)) @ self.texts.T
-        scale = self.model.logit_scale.detach().float().cpu().exp()
-        bias = getattr(self.model, "logit_bias", None)
-        return similarity * scale + (0 if bias is None else bias.detach().float().cpu())
+        # Without SigLIP's bias, which is the same for all labels and so changes no figure.
+        return similarity * self.model.logit_scale.detach().float().cpu().exp()
 
     def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
         numbers = {name: {number} for number, name in enumerate(self.names)}
