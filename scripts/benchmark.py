@@ -53,9 +53,10 @@ from transformers import AutoModel, AutoModelForImageClassification, CLIPVisionM
 
 import peers
 import vwt_hf
-from compare import FIRST_SETTINGS, RATIOS, add_groups, fields_of, groups_of, name_of
 from energy import Meter, NoMeter, find_meter
 from vwt_hf import count_tokens
+from vwt_hf.cli.evaluate import add_groups
+from vwt_hf.evaluate_model import fields_of, name_of
 from vwt_hf.evaluation import (
     FEWEST_TURNS,
     accuracy,
@@ -75,6 +76,7 @@ from vwt_hf.evaluation import (
     worst_group,
 )
 from vwt_hf.families import family_of, find_layers, find_tower
+from vwt_hf.labelled_images import groups_of
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor, whole_images
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
@@ -90,6 +92,9 @@ MERGING: dict[str, tuple[str, str, Callable[[PreTrainedModel, Any], PreTrainedMo
 }
 """Peers that merge tokens and learn nothing: name of a method, with a place for its number; the option that has the
 numbers; what changes a model."""
+FIRST_SETTINGS: list[Any] = [True, {"method": "local"}]
+"""Settings that are measured first where none is asked for."""
+RATIOS = (0.75, 0.5, 0.25)
 PEERS = ["random", *MERGING, "tome-alike", "int8", "bf16", "bf16+settings"]
 WARM_UP = 2
 EMBEDDING_TURNS = 3

@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageClassification, DINOv3ViTConfig, DINOv3ViTModel
 
-from compare import classify, row
-from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
+from vwt_hf import VisualVocabulary, VWTConfig, compress, count_tokens, restore
+from vwt_hf.evaluation import agreement, divergence
 from vwt_hf.layout import pool
 from vwt_hf.plans import Grouped
 from vwt_hf.processors import load_processor, whole_images
@@ -75,12 +75,13 @@ def main() -> None:
     batches = list(pixel_batches(sample(args.images, args.limit), processor, 20))
 
     def answer(name: str, plain: torch.Tensor | None = None) -> torch.Tensor:
-        def by_the_head(made: dict[str, torch.Tensor]) -> torch.Tensor:
-            return read(teacher, student(**made).last_hidden_state)
-
-        found, tokens, seconds = classify(student, tqdm(batches, leave=False), by_the_head)
-        unknown = {"truth": [()] * len(found), "groups": [""] * len(found)}
-        rows.append(row(name, tokens, found, found if plain is None else plain, **unknown, seconds=seconds))
+        with count_tokens(student) as count:
+            shown = tqdm(batches, leave=False)
+            found = torch.cat([read(teacher, student(**made).last_hidden_state) for made in shown])
+        expected = found if plain is None else plain
+        agree = round(100 * agreement(found, expected), 2)
+        kl = round(divergence(found, expected), 4)
+        rows.append({"setting": name, "tokens": round(count.mean, 1), "agree %": agree, "kl": kl})
         if args.json:
             write_file(args.json, json.dumps(rows, indent=1))
         return found

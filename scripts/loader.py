@@ -30,9 +30,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmark import Method, count
-from compare import name_of
 from compare_processor import SETTINGS
 from vwt_hf import compress, token_lengths
+from vwt_hf.evaluate_model import name_of
 from vwt_hf.evaluation import share, time_in_turn
 from vwt_hf.image_processing import NAME
 from vwt_hf.printable import printable

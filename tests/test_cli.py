@@ -18,7 +18,6 @@ from vwt_hf.cli import main
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import benchmark
-import compare
 
 Image = pytest.importorskip("PIL.Image", reason='needs pillow: pip install "vwt-hf[demo]"')
 pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "vwt-hf[demo]"')
@@ -212,10 +211,8 @@ def test_no_command_runs_or_asks_to_run_code_of_a_repository(with_code, photogra
     checkpoint, came = with_code
     assert run_demo(checkpoint, photographs) == 2
     assert "trust_remote_code" in capsys.readouterr().err
-    for script, options in (
-        (compare.main, ["--model", checkpoint, "--images", str(photographs), "--vwt", "true"]),
-        (lambda options: benchmark.load(options[1]), ["--model", checkpoint]),
-    ):
-        with pytest.raises(ValueError, match="trust_remote_code"):
-            script(options)
+    assert main(["evaluate", checkpoint, "--dataset", str(photographs)]) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        benchmark.load(checkpoint)
     assert not came and not (tmp_path / "ran").exists()

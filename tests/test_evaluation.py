@@ -23,11 +23,13 @@ from vwt_hf.evaluation import (
     divergence,
     label_ids,
     mean_interval,
+    ranks,
     share,
     share_interval,
     time_in_turn,
     true_labels,
     worst_group,
+    worst_group_interval,
 )
 
 CPU = torch.device("cpu")
@@ -57,6 +59,33 @@ def test_intervals_are_those_worked_out_by_hand():
     assert (low, high) == pytest.approx((values.mean().item() - half, values.mean().item() + half), abs=0.015)
     assert mean_interval(values, seed=0) == (low, high) != mean_interval(values, seed=1)
     assert mean_interval(torch.full((9,), 0.5), seed=0) == (0.5, 0.5)
+
+
+def test_resamples_are_the_same_however_many_are_held_at_once(monkeypatch):
+    values = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    expected = mean_interval(values, seed=3)
+    monkeypatch.setattr(evaluation, "DRAWN_AT_ONCE", 730)
+    assert mean_interval(values, seed=3) == expected
+
+
+def test_the_interval_of_the_worst_group_is_of_its_images():
+    correct = [True] * 40 + [False] * 60 + [True] * 95 + [False] * 5
+    groups = ["poor"] * 100 + ["good"] * 100
+    low, high = worst_group_interval(correct, groups, seed=0)
+    half = 1.96 * math.sqrt(0.4 * 0.6 / 100)
+    assert (low, high) == pytest.approx((0.4 - half, 0.4 + half), abs=0.02)
+    assert worst_group_interval(correct, groups, seed=0) == (low, high)
+    # Of groups in which all are wrong, or right, a bootstrap would say 0 to 0 or 1 to 1.
+    assert worst_group_interval([False] * 6 + [True] * 9, ["a"] * 6 + ["b"] * 9, 0) == share_interval(0, 6)
+    assert worst_group_interval([True] * 15, ["a"] * 6 + ["b"] * 9, 0) == share_interval(1, 6)
+    with pytest.raises(ValueError, match="no group has 5 images"):
+        worst_group_interval([True] * 4, ["a"] * 4, 0)
+
+
+def test_wrong_candidates_that_are_as_near_as_the_right_one_stand_before_it():
+    similarity = torch.tensor([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0], [0.0, 5.0, 5.0]])
+    right = torch.tensor([[True, False, True], [False, True, False], [True, False, True]])
+    assert ranks(similarity, right).tolist() == [0, 2, 1]
 
 
 def test_operations_of_a_product_are_two_for_each_pair_of_factors():
@@ -176,8 +205,8 @@ def test_what_is_ambiguous_about_labels_is_said():
     truth, said = true_labels(["crane", "dog", "holiday"], cranes)
     assert truth == [{0, 2}, {1}, set()]
     assert said == [
-        "Labels 0, 2 are all called 'crane': each is right for that folder.",
-        "1 of 3 images lie in folders named as no label: top-1 is of the others.",
+        "Labels 0, 2 are all called 'crane': each is right for it.",
+        "1 of 3 images have a label that is none of the model's: top-1 is of the others.",
     ]
     _, said = true_labels(["cat"], labels({0: "cat", 1: "dog"}, {"cat": 1, "dog": 0}))
     assert said == ["'cat' is label 1 by label2id; id2label, which says otherwise, is trusted."]

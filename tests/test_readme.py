@@ -158,7 +158,7 @@ def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.Monkey
 
 def test_the_commands_of_vwt_hf_in_it_run(tiny_hub: LoopbackHub, capsys: pytest.CaptureFixture[str]):
     printed = commands("vwt-hf ")
-    assert {shlex.split(command)[1] for command in printed} == {"learn", "vocab", "show", "calibrate"}
+    assert {shlex.split(command)[1] for command in printed} == {"learn", "vocab", "show", "calibrate", "evaluate"}
     for command in printed:
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
     assert "1,000 words of 16×16 pixels" in capsys.readouterr().out

@@ -39,7 +39,7 @@ from .evaluation import (
 from .families import family_of, find_tower, model_of
 from .image_processing import NAME as PATCH_WORDS
 from .printable import shown
-from .processors import load_processor, processor_statistics
+from .processors import processor_of, processor_statistics
 from .vocabulary.image_source import one_batch, open_images, pixel_batches, read_image
 from .whole_saves import write_files
 
@@ -178,14 +178,14 @@ class Calibration:
         if by not in BY:
             raise ValueError(f"by is {shown(by)}; expected one of {', '.join(map(repr, BY))}.")
         channels = find_tower(model_of(model), family_of(model)).channels
-        processor = _processor_of(model, image_processor)
+        processor = processor_of(model, image_processor)
         self.measure = "agreement" if classifies(model) else "cosine"
         self._by, self._seed, self._progress = by, seed, progress
         # Copies, so that the user's model stays as it is, whatever happens.
         self._plain = restore(share(model)).eval()
         _, self._image_std = processor_statistics(processor, channels)
         chosen = tqdm(_choose(images, seed, max_images), "Reading images", unit="image", disable=not progress)
-        made = [_pixels(name, item, processor) for name, item in chosen]
+        made = [pixels_of(name, item, processor) for name, item in chosen]
         if len(made) < FEWEST:
             raise ValueError(
                 f"images holds {len(made)} images; expected at least {FEWEST}: of fewer that all agree, the 95 % "
@@ -365,20 +365,6 @@ def _is_beyond(target: str, wanted: float, level: Level) -> bool:
     return level.speed >= wanted if target == "speed" else level.tokens <= wanted
 
 
-def _processor_of(model: PreTrainedModel, image_processor: Any) -> Any:
-    if image_processor is not None:
-        return getattr(image_processor, "image_processor", image_processor)
-    try:
-        if not model.name_or_path:
-            raise ValueError("it was loaded from nowhere")
-        return load_processor(model.name_or_path)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"the {type(model).__name__} has no image processor that can be loaded ({error}); give one as "
-            "image_processor=AutoImageProcessor.from_pretrained(...)."
-        ) from error
-
-
 def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:
     """Name, and what `read_image` takes, of the images to look at: of more than `most`, those that `seed` chooses."""
     if isinstance(images, Sequence) and not isinstance(images, str):
@@ -387,7 +373,7 @@ def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:
     return open_images(images, seed=seed, max_images=most).items
 
 
-def _pixels(name: str, item: Any, image_processor: Any) -> dict[str, torch.Tensor]:
+def pixels_of(name: str, item: Any, image_processor: Any) -> dict[str, torch.Tensor]:
     """What the image processor makes of one image, without words for its patches, which each setting finds itself."""
     (made,) = pixel_batches([read_image(item, name)], image_processor, 1)
     return {key: value for key, value in made.items() if key != PATCH_WORDS}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -26,6 +28,8 @@ CONFIDENT = 1.959964
 """Standard deviations of a normal distribution within which 95 % of it lie."""
 RESAMPLES = 2000
 """Of a bootstrap."""
+DRAWN_AT_ONCE = 2**22
+"""Images of all resamples that are held in memory."""
 FEWEST_TURNS = 5
 """Turns that are timed however long they take."""
 FEWEST_OF_GROUP = 5
@@ -158,13 +162,28 @@ def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
 
 def agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """Share of the images with the same first answer as `expected`, in [0, 1]; both (images, labels)."""
-    return (logits.argmax(-1) == expected.argmax(-1)).double().mean().item()
+    return share_alike(logits.argmax(-1).tolist(), expected.argmax(-1).tolist())
+
+
+def share_alike(answers: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Share of the images with the same answer as `expected`, in [0, 1]; both one for each image."""
+    return torch.tensor(are_alike(answers, expected), dtype=torch.float64).mean().item()
+
+
+def are_alike(answers: Sequence[Any], expected: Sequence[Any]) -> list[bool]:
+    """Whether each image has the answer expected."""
+    return [answer == other for answer, other in zip(answers, expected, strict=True)]
 
 
 def divergence(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """Mean KL divergence from `expected`, in nats; both (images, labels)."""
+    return divergences(logits, expected).mean().item()
+
+
+def divergences(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """KL divergence of each image's answer from the one expected, in nats, (images,); both (images, labels)."""
     wanted, given = expected.double().log_softmax(-1), logits.double().log_softmax(-1)
-    return (wanted.exp() * (wanted - given)).sum(-1).mean().item()
+    return (wanted.exp() * (wanted - given)).sum(-1)
 
 
 def correctness(logits: torch.Tensor, truth: Sequence[Collection[int]]) -> list[bool | None]:
@@ -174,8 +193,12 @@ def correctness(logits: torch.Tensor, truth: Sequence[Collection[int]]) -> list[
         logits: (images, labels).
         truth: for each image the labels that are right; none if that is not known.
     """
-    tops = logits.argmax(-1).tolist()
-    return [top in right if right else None for top, right in zip(tops, truth, strict=True)]
+    return are_right(logits.argmax(-1).tolist(), truth)
+
+
+def are_right(answers: Sequence[int], truth: Sequence[Collection[int]]) -> list[bool | None]:
+    """As `correctness`, of the answers themselves: a label for each image."""
+    return [answer in right if right else None for answer, right in zip(answers, truth, strict=True)]
 
 
 def accuracy(correct: Sequence[bool | None]) -> float | None:
@@ -198,12 +221,49 @@ def worst_group(correct: Sequence[bool | None], groups: Sequence[str]) -> float 
         correct: of each image, as `correctness` says.
         groups: the name of each image's group.
     """
+    return min((sum(own) / len(own) for own in _judged_groups(correct, groups)), default=None)
+
+
+def _judged_groups(correct: Sequence[bool | None], groups: Sequence[str]) -> list[list[bool]]:
+    """What is known of the images of each group that is large enough, in the order of the groups' names."""
     members: dict[str, list[bool]] = {}
     for own, group in zip(correct, groups, strict=True):
         if own is not None:
             members.setdefault(group, []).append(own)
-    shares = [sum(own) / len(own) for own in members.values() if len(own) >= FEWEST_OF_GROUP]
-    return min(shares, default=None)
+    return [own for _, own in sorted(members.items()) if len(own) >= FEWEST_OF_GROUP]
+
+
+def token_f1(text: str, references: Sequence[str]) -> float:
+    """How much a text's words are those of the reference that is nearest, in [0, 1], as SQuAD's F1 counts them.
+
+    Case, punctuation and English articles do not count, and neither does the order. Two texts without words are equal.
+    """
+    return max(_f1(_words(text), _words(reference)) for reference in references)
+
+
+def _words(text: str) -> collections.Counter[str]:
+    plain = re.sub(r"[^\w\s]", "", text.lower())
+    return collections.Counter(word for word in plain.split() if word not in ("a", "an", "the"))
+
+
+def _f1(words: collections.Counter[str], expected: collections.Counter[str]) -> float:
+    if not words or not expected:
+        return float(words == expected)
+    return 2 * (words & expected).total() / (words.total() + expected.total())
+
+
+def ranks(similarity: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """How many wrong candidates stand before the best right one of each query, (queries,) int64.
+
+    A wrong candidate that is as similar as the right one stands before it, so that a model to which all is alike finds
+    nothing.
+
+    Args:
+        similarity: (queries, candidates).
+        right: of the same shape, whether a candidate is right; at least one is for each query.
+    """
+    best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
+    return ((similarity >= best) & ~right).sum(dim=1)
 
 
 def cosines(features: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -216,14 +276,47 @@ def share_interval(share: float, count: int) -> tuple[float, float]:
     spread = CONFIDENT**2 / count
     middle = (share + spread / 2) / (1 + spread)
     half = CONFIDENT * math.sqrt((share * (1 - share) + spread / 4) / count) / (1 + spread)
-    return min(share, middle - half), max(share, middle + half)  # it holds the share, but for rounding
+    # It holds the share and ends within [0, 1], but for rounding.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
     """The 95 % interval (percentiles of a bootstrap) of the mean of values, (images,)."""
-    values = values.double()
-    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
-    low, high = values[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    values, count = values.double(), len(values)
+    generator = torch.Generator().manual_seed(seed)
+    # Some resamples at a time: those of many images would not fit into memory.
+    at_once = max(1, DRAWN_AT_ONCE // count)
+    means = [
+        values[torch.randint(count, (min(at_once, RESAMPLES - start), count), generator=generator)].mean(dim=1)
+        for start in range(0, RESAMPLES, at_once)
+    ]
+    return _percentiles(torch.cat(means))
+
+
+def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str], seed: int) -> tuple[float, float]:
+    """The 95 % interval (percentiles of a bootstrap within each group) of what `worst_group` gives.
+
+    Where that is 0 or 1, of which a bootstrap says nothing, it is Wilson's of the smallest group that has it.
+
+    Raises:
+        ValueError: no group is large enough.
+    """
+    members = _judged_groups(correct, groups)
+    if not members:
+        raise ValueError(f"no group has {FEWEST_OF_GROUP} images of known label; expected one that has.")
+    right = torch.tensor([sum(own) for own in members], dtype=torch.float64)
+    sizes = torch.tensor([len(own) for own in members], dtype=torch.float64)
+    shares = right / sizes
+    worst = shares.min().item()
+    if worst in (0, 1):
+        return share_interval(worst, int(sizes[shares == worst].min()))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.binomial(sizes.expand(RESAMPLES, -1), shares.expand(RESAMPLES, -1), generator=generator)
+    return _percentiles((drawn / sizes).amin(dim=1))
+
+
+def _percentiles(resampled: torch.Tensor) -> tuple[float, float]:
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
@@ -242,24 +335,26 @@ def label_ids(config: Any) -> dict[str, set[int]]:
 
 
 def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list[str]]:
-    """The labels of images by the names of the folders that they lie in, and what has to be said of them.
+    """The labels of images by the names that a data set or their folders give them, and what has to be said of them.
 
     Returns:
-        For each image the right answers, none where the folder has no label's name; and sentences.
+        For each image the right answers, none where the name is no label's; and sentences.
     """
-    ids, folders = label_ids(config), set(names)
+    ids, given = label_ids(config), set(names)
     truth = [ids.get(name, set()) for name in names]
     said = [
-        f"Labels {', '.join(map(str, sorted(ids[name])))} are all called {name!r}: each is right for that folder."
-        for name in sorted(folders)
+        f"Labels {', '.join(map(str, sorted(ids[name])))} are all called {name!r}: each is right for it."
+        for name in sorted(given)
         if len(ids.get(name, ())) > 1
     ]
     for name, index in (config.label2id or {}).items():
-        if name in folders and str(index) not in map(str, ids[str(name)]):
+        if name in given and str(index) not in map(str, ids[str(name)]):
             said.append(f"{name!r} is label {index} by label2id; id2label, which says otherwise, is trusted.")
     unknown = sum(not right for right in truth)
     if 0 < unknown < len(truth):
-        said.append(f"{unknown} of {len(truth)} images lie in folders named as no label: top-1 is of the others.")
+        said.append(
+            f"{unknown} of {len(truth)} images have a label that is none of the model's: top-1 is of the others."
+        )
     return truth, said
 
 

@@ -1,0 +1,255 @@
+"""`vwt-hf evaluate`: what shortening changes in a model's answers, on any labelled or captioned images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..printable import printable
+from ..terminal import markdown, require_writable, write_file
+from .calibrate import DTYPES
+from .demo import load
+
+if TYPE_CHECKING:
+    from ..evaluate_model import Evaluation
+
+HELP = "measure what shortening changes in a model's answers, on a data set or folder"
+DESCRIPTION = """\
+Shows every image to the model, uncompressed and under each setting, and prints one row a setting, with 95 % intervals
+  tokens          of an image, mean over images and layers
+  top-1           share of right answers, where the images' labels are the model's by name: of a folder of images, the
+                  names of the folders they lie in; of a data set, the names of its classes
+  worst group     the same within the group where it is lowest (classes, or what --groups or --group-column says; those
+                  of fewer than 5 images are left out)
+  agree           share of images with the uncompressed model's first answer
+  kl              mean divergence from its output
+  seconds         that the answers took, reading left out
+
+What is measured follows from the model, or --task: the labels of a classifier; labels by their names of a model such
+as CLIP (zero-shot); captions found for images and images for captions (retrieval); captions that are written, as by
+BLIP; for any other model how like the uncompressed one's its features are. Images that cannot be read are named and
+left out. Under `accelerate launch -m vwt_hf.cli evaluate ...` processes share the images; the figures are the same."""
+EXAMPLES = """\
+examples:
+  vwt-hf evaluate google/vit-base-patch16-224 --dataset validation/ --vwt true --vwt '{"keep_ratio": 0.5}'
+  vwt-hf evaluate openai/clip-vit-base-patch16 --dataset ethz/food101 --split validation --streaming --limit 2000
+  vwt-hf evaluate openai/clip-vit-base-patch16 --dataset nlphuji/flickr30k --task retrieval --caption-column caption
+  accelerate launch --multi_gpu --num_processes 2 -m vwt_hf.cli evaluate my-model --dataset photographs/"""
+SPLITS = ("validation", "test", "val", "valid")
+"""Which one is taken of a data set that has several."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own."""
+    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a supported model")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME_OR_FOLDER",
+        help="a folder of images, a data set saved to disk, or a Hub id",
+    )
+    parser.add_argument(
+        "--vwt",
+        action="append",
+        type=json.loads,
+        metavar="JSON",
+        help="a setting; may be given several times (default: the model's own or, if it has none, true)",
+    )
+    parser.add_argument(
+        "--task",
+        choices=("classification", "zero-shot", "retrieval", "captions", "features"),
+        help="what to measure (default: what the model is for)",
+    )
+    parser.add_argument("--config", help="of a data set that has several")
+    parser.add_argument("--split", help=f"of the data set (default: its only one, or the first of {', '.join(SPLITS)})")
+    parser.add_argument("--streaming", action="store_true", help="read the data set without downloading it first")
+    parser.add_argument("--image-column", help="of a data set (default: its first of images)")
+    parser.add_argument("--label-column", help="of a data set (default: its first of classes, or label)")
+    parser.add_argument(
+        "--caption-column", help="of a data set: a text or a list of texts (default: caption, text, ...)"
+    )
+    parser.add_argument("--group-column", help="of a data set: in which group an image is (default: its label)")
+    add_groups(parser)
+    parser.add_argument("--prompt", default="a photo of a {}.", help="of zero-shot (default: 'a photo of a {}.')")
+    parser.add_argument("--max-new-tokens", type=int, default=30, help="of a caption (default: 30)")
+    parser.add_argument(
+        "--limit", type=int, help="look at so many, spread evenly; of a stream the first (default: all)"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="images in one forward pass (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default: 0)")
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
+    parser.add_argument("--json", metavar="FILE", help="write all that was measured here")
+    parser.add_argument(
+        "--card",
+        metavar="FILE",
+        help="write the figures into the `model-index` of this model card (README.md), made if need be",
+    )
+
+
+def add_groups(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--groups`, which `labelled_images.groups_of` reads."""
+    parser.add_argument(
+        "--groups",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with the group of each image of a folder: its path below the folder, and the group's name "
+        "(default: folders)",
+    )
+
+
+def work(args: argparse.Namespace) -> None:
+    """Prints a row for each setting, and writes what was named.
+
+    Raises:
+        ValueError: an option, the model or the images cannot be used.
+        OSError: the model or the data set cannot be had, or a file cannot be written.
+    """
+    require_writable(args.json, args.card)
+
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoConfig
+
+    from ..config import VWTConfig
+    from ..evaluate_model import PATIENCE, evaluate_model, require_options
+    from ..evaluation import usable_device
+    from ..evaluation_tasks import TASKS, task_for
+    from ..labelled_images import open_labelled
+    from ..processors import load_processor, quiet_transformers
+
+    for setting in args.vwt or ():
+        VWTConfig.parse(setting)
+    require_options(args.batch_size, args.max_new_tokens, args.prompt)
+    on_cpu = not torch.cuda.is_available() if args.device is None else args.device.startswith("cpu")
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    # Processes of one machine have a device each.
+    device = usable_device(args.device or (str(state.device) if state.use_distributed else None))
+    data, split = open_data(args.dataset, args.config, args.split, args.streaming)
+    of = {name: getattr(args, name) for name in COLUMNS}
+    opened = open_labelled(data, **of, groups=args.groups, limit=args.limit)  # refused before a model is loaded
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+    task = args.task or task_for(config.architectures or [], config.model_type, opened)
+    processor = load_processor(args.model)
+    with quiet_transformers():
+        dtype = args.dtype and getattr(torch, args.dtype)
+        model, pooled = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, vwt=None)
+    if not pooled:
+        model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
+    result = evaluate_model(
+        model,
+        data,
+        vwt=args.vwt,
+        task=task,
+        image_processor=processor,
+        **of,
+        groups=args.groups,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        prompt=args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+    )
+    result.dataset = result.dataset if Path(args.dataset).exists() else args.dataset
+    if state.is_main_process:
+        report(result, args.json, args.card, split)
+    state.destroy_process_group()
+
+
+COLUMNS = ("image_column", "label_column", "caption_column", "group_column")
+
+
+def open_data(name: str, config: str | None, split: str | None, streaming: bool) -> tuple[Any, str | None]:
+    """What `evaluate_model` takes as images: a folder of images, or a data set; and the name of its split.
+
+    Raises:
+        ValueError: `name` is a file, or a folder with options that only a data set has, or has several splits.
+        OSError: `name` is neither a folder nor a data set on the Hub.
+    """
+    path = Path(name)
+    expected = "expected a folder of images, a data set saved to disk, or the Hub id of a data set"
+    if path.is_dir():
+        return _open_folder(path, config, split, streaming)
+    if path.exists():
+        raise ValueError(f"{name} is a file; {expected}.")
+    # A Hub id has one slash at most, and load_dataset takes a path for a file to read.
+    if path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or name.endswith("/"):
+        raise FileNotFoundError(f"{name} does not exist; {expected}.")
+
+    import datasets
+
+    try:
+        split = split or _one_of(datasets.get_dataset_split_names(name, config), name)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming), split
+    except OSError as error:
+        raise OSError(f"{name} is no folder here, and cannot be had as a data set: {error}") from error
+
+
+def _open_folder(folder: Path, config: str | None, split: str | None, streaming: bool) -> tuple[Any, str | None]:
+    import datasets
+
+    is_saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
+    if is_saved:
+        data = datasets.load_from_disk(folder)
+        if isinstance(data, datasets.DatasetDict):
+            split = split or _one_of(list(data), str(folder))
+            if split not in data:
+                raise ValueError(f"{folder} has no split {split!r}; its splits are {', '.join(data)}.")
+            data = data[split]
+        return data.to_iterable_dataset() if streaming else data, split
+    # What is written beside the images, or holds them: datasets reads it.
+    kinds = ("metadata.*", "*.parquet", "*.arrow", "*.tar")
+    if any(next(folder.glob(f"{within}{kind}"), None) for within in ("", "*/") for kind in kinds):
+        split = split or _one_of(datasets.get_dataset_split_names(str(folder), config), str(folder))
+        return datasets.load_dataset(str(folder), config, split=split, streaming=streaming), split
+    if config or split or streaming:
+        raise ValueError(
+            f"--config, --split and --streaming are for data sets, and {folder} is a folder; leave them out."
+        )
+    return folder, None
+
+
+def _one_of(splits: list[str], name: str) -> str:
+    found = splits if len(splits) == 1 else [split for split in SPLITS if split in splits]
+    if not found:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}; name one by --split.")
+    return found[0]
+
+
+def report(result: Evaluation, file: str | None, card: str | None, split: str | None) -> None:
+    """Prints what was measured and writes it where asked to."""
+    if file is not None:
+        write_file(file, json.dumps(result.to_dict(), indent=1))
+    if card is not None:
+        write_card(Path(card), result, split)
+    of = ", ".join(f"{name} {value}" for name, value in result.machine.items())
+    print(f"{printable(result.model)}, {result.task}, {result.images} images of {printable(result.dataset)}, {of}")
+    for sentence in result.said:
+        print(printable(sentence))
+    if result.unreadable:
+        print(f"{len(result.unreadable)} images could not be read and are left out:")
+        for name in result.unreadable:
+            print(f"  {printable(name)}")
+    print(f"\n{markdown(result.table())}", end="")
+
+
+def write_card(file: Path, result: Evaluation, split: str | None) -> None:
+    """Puts the figures into the `model-index` of a model card, in place of those of the same task and data set.
+
+    Raises:
+        ValueError: the file is no model card.
+        OSError: it cannot be written.
+    """
+    from huggingface_hub import ModelCard
+
+    name = Path(result.model).name or "model"
+    content = file.read_text(encoding="utf-8") if file.exists() else f"---\nlibrary_name: vwt-hf\n---\n\n# {name}\n"
+    card = ModelCard(content)
+    new = result.eval_results(split=split)
+    replaced = {own.unique_identifier for own in new}
+    data: Any = card.data
+    data.model_name = data.model_name or name
+    data.eval_results = [own for own in data.eval_results or [] if own.unique_identifier not in replaced] + new
+    write_file(file, str(card))

@@ -1,0 +1,363 @@
+"""`evaluate_model`: what shortening changes in a model's answers, measured on a data set, by one process or several."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from huggingface_hub import EvalResult
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
+from . import __version__
+from .bounds import is_int
+from .calibrate import pixels_of
+from .compress import compress, restore, setting_of
+from .config import RECOMMENDED, VWTConfig
+from .evaluation import TokenCount, count_tokens, on_device, share, stopwatch
+from .evaluation_tasks import PROMPT, RECALLED, TASKS, Captions, Figure, Kept, Retrieval, Task, ZeroShot, task_for
+from .labelled_images import LabelledImages, Sample, open_labelled
+from .printable import printable, shown
+from .processors import processor_of
+from .vocabulary.image_source import UnreadableImage, one_batch
+
+PATIENCE = datetime.timedelta(days=30)
+"""How long processes wait for the one that has most to do; one that dies ends the others by its launcher."""
+
+SHOWN: dict[str, tuple[str, int, int]] = {
+    "accuracy": ("top-1 %", 100, 2),
+    "worst_group": ("worst group %", 100, 2),
+    "agreement": ("agree %", 100, 2),
+    "kl": ("kl", 1, 4),
+    "max_difference": ("max Δ logit", 1, 1),
+    **{f"image_to_text_recall@{count}": (f"image→text @{count} %", 100, 2) for count in RECALLED},
+    **{f"text_to_image_recall@{count}": (f"text→image @{count} %", 100, 2) for count in RECALLED},
+    "token_f1": ("F1 %", 100, 2),
+    "same_caption": ("same caption %", 100, 2),
+    "plain_f1": ("F1 to plain %", 100, 2),
+    "cosine": ("cosine", 1, 4),
+}
+"""How a table shows a figure: its title, what it is multiplied by, and how many decimals it has."""
+
+
+@dataclasses.dataclass
+class Row:
+    """What was measured of a model under one setting."""
+
+    setting: str
+    """As a table shows it."""
+    vwt: Any
+    """The setting, JSON-ready; `None` for the plain model."""
+    tokens: float
+    """Of an image: the mean over images and layers."""
+    seconds: float
+    """That its answers took, reading left out; of the process that took longest."""
+    figures: dict[str, Figure]
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What `evaluate_model` measured."""
+
+    model: str
+    """Hub id or folder; empty for a model from nowhere."""
+    task: str
+    dataset: str
+    images: int
+    """That were read."""
+    unreadable: list[str]
+    """Name and reason of each image that was left out."""
+    said: list[str]
+    """What is unclear about the figures, such as labels that the model does not have."""
+    rows: list[Row]
+    """The plain model's first."""
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-ready."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows as people read them, each figure with its 95 % interval in brackets."""
+        names = [name for name in SHOWN if any(name in row.figures for row in self.rows)]
+        return [
+            {"setting": row.setting, "tokens": round(row.tokens, 1)}
+            | {SHOWN[name][0]: _cell(row.figures.get(name), *SHOWN[name][1:]) for name in names}
+            | {"seconds": round(row.seconds, 1)}
+            for row in self.rows
+        ]
+
+    def eval_results(self, dataset: str | None = None, split: str | None = None) -> list[EvalResult]:
+        """The figures as the `model-index` of a model's card holds them, one for each setting and figure.
+
+        `huggingface_hub.ModelCardData(model_name=..., eval_results=...)` takes them.
+
+        Args:
+            dataset: the data set's Hub id or another name; by default its own.
+        """
+        name = printable(dataset or self.dataset)
+        return [
+            EvalResult(
+                task_type=TASKS[self.task].hub_name,
+                dataset_type=name,
+                dataset_name=name,
+                dataset_split=split,
+                metric_type=metric,
+                metric_name=printable(f"{metric} ({row.setting})"),
+                metric_value=round(figure.value, 6),
+                metric_args={"tokens": round(row.tokens, 1), "images": self.images}
+                | ({} if row.vwt is None else {"vwt": row.vwt})
+                | ({} if figure.interval is None else {"interval": [round(end, 6) for end in figure.interval]}),
+            )
+            for row in self.rows
+            for metric, figure in row.figures.items()
+        ]
+
+
+def _cell(figure: Figure | None, scale: int, decimals: int) -> str | None:
+    if figure is None:
+        return None
+    value, *interval = (round(scale * number, decimals) for number in (figure.value, *(figure.interval or ())))
+    return f"{value:g} ({interval[0]:g} to {interval[1]:g})" if interval else f"{value:g}"
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: PreTrainedModel,
+    images: Any,
+    *,
+    vwt: Sequence[Any] | None = None,
+    task: str | None = None,
+    image_processor: Any = None,
+    tokenizer: Any = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    caption_column: str | None = None,
+    group_column: str | None = None,
+    groups: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    prompt: str = PROMPT,
+    max_new_tokens: int = 30,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Measures what a model answers plain and under settings: accuracy, agreement, tokens, with 95 % intervals.
+
+    Every image is read once, shown to the model under each setting, and forgotten; those that cannot be read are left
+    out and named. Under `accelerate launch`, or in any program of several processes, each takes its share, and all
+    return the same figures.
+
+    Args:
+        model: of a supported family, plain or compressed; it is not changed.
+        images: a folder, whose images' labels are the names of the folders that they lie in; a `datasets.Dataset`; or
+            a `datasets.IterableDataset`. Labels are the model's by their names, by number only where they have none.
+        vwt: settings, each as `from_pretrained(vwt=...)` takes it; by default the model's own or, if it is plain,
+            `True`.
+        task: "classification"; "zero-shot", by the labels' names; "retrieval" of captions by images and images by
+            captions; "captions" that the model writes; or "features", how like the plain model's. By default what the
+            model is for.
+        image_processor, tokenizer: by default those beside the model's checkpoint.
+        image_column, label_column, caption_column, group_column: of a data set; by default the first of images and of
+            classes, the one called caption or like it, and the labels.
+        groups: of a folder: a JSON file with each image's group, by which the worst one is found.
+        limit: look at no more than so many, spread evenly; of a stream the first.
+        prompt: what a zero-shot classifier reads, the label in place of {}.
+        max_new_tokens: of a caption.
+        seed: of the intervals.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: an argument is not valid, the images do not have what the task needs, or none can be read.
+        TypeError: `images` is of another type.
+
+    Example:
+        >>> result = evaluate_model(model, "photographs/", vwt=[True, {"keep_ratio": 0.5}])  # doctest: +SKIP
+        >>> result.rows[1].figures["agreement"].value, result.rows[1].tokens  # doctest: +SKIP
+        (0.985, 153.1)
+    """
+    require_options(batch_size, max_new_tokens, prompt)
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task is {shown(task)}; expected one of {', '.join(map(repr, TASKS))}.")
+    opened = open_labelled(
+        images,
+        image_column=image_column,
+        label_column=label_column,
+        caption_column=caption_column,
+        group_column=group_column,
+        groups=groups,
+        limit=limit,
+    )
+    task_class = TASKS[task or task_for([type(model).__name__], model.config.model_type, opened)]
+    processor = processor_of(model, image_processor)
+    if tokenizer is None and task_class in (ZeroShot, Retrieval, Captions):
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
+    settings = list(vwt) if vwt is not None else [setting_of(model) or True]
+    # Copies, so that the user's model stays as it is, whatever happens.
+    plain = restore(share(model)).eval()
+    models = [plain, *(compress(share(plain), setting) for setting in settings)]
+    chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
+
+    state = PartialState(cpu=model.device.type == "cpu", timeout=PATIENCE)
+    own = _answers(chosen, models, opened, processor, batch_size, state, progress)
+    parts: list[_Part] = gather_object([own])
+    kept, unreadable = _merged(parts, len(models))
+    if not kept.labels:
+        raise ValueError(f"no image can be read of {len(unreadable)}: {'; '.join(unreadable[:3]) or 'there are none'}.")
+    figures, said = chosen.figures(kept)
+    rows = [
+        Row(
+            setting=name_of(setting),
+            vwt=json_of(setting),
+            tokens=_total([part.counts[index] for part in parts]).mean,
+            seconds=max(part.seconds[index] for part in parts),
+            figures=figures[index],
+        )
+        for index, setting in enumerate([None, *settings])
+    ]
+    machine = _machine(model, state)
+    source = model.name_or_path or ""
+    return Evaluation(source, task_class.name, opened.name, len(kept.labels), unreadable, said, rows, machine)
+
+
+def require_options(batch_size: Any, max_new_tokens: Any, prompt: Any) -> None:
+    """Refuses with a `ValueError` what `evaluate_model` cannot work with, whatever the model and the images are."""
+    for name, number in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
+        if not is_int(number) or number < 1:
+            raise ValueError(f"{name} is {shown(number)}; expected a whole number of at least 1.")
+    if not isinstance(prompt, str) or prompt.count("{}") != 1:
+        raise ValueError(f"prompt is {shown(prompt)}; expected a text with one {{}}, where the label goes.")
+
+
+@dataclasses.dataclass
+class _Part:
+    """What one process saw and measured."""
+
+    batches: list[tuple[int, list[Sample], list[dict[str, Any]]]]
+    """Number, the images without what was read of them, and for each model what is kept of its answers."""
+    unreadable: list[tuple[int, str]]
+    counts: list[TokenCount]
+    seconds: list[float]
+
+
+def _answers(
+    task: Task,
+    models: Sequence[Any],
+    images: LabelledImages,
+    processor: Any,
+    batch_size: int,
+    state: PartialState,
+    progress: bool,
+) -> _Part:
+    """Shows this process's share of the images to all models."""
+    with contextlib.ExitStack() as stack:
+        part = _Part([], [], [stack.enter_context(count_tokens(model)) for model in models], [0.0] * len(models))
+        total = None if images.total is None else -(-images.total // state.num_processes)
+        shows = progress and state.is_main_process
+        bar = stack.enter_context(tqdm(total=total, desc="Images", unit="image", disable=not shows, leave=False))
+        for number, samples in images.batches(state.process_index, state.num_processes, batch_size):
+            read, made = [], []
+            for sample in samples:
+                try:
+                    made.append(pixels_of(sample.name, sample.item, processor))
+                    read.append(sample._replace(item=None))
+                except UnreadableImage as error:
+                    part.unreadable.append((number, str(error)))
+            bar.update(len(samples))
+            if made:
+                given = one_batch(made, processor)
+                part.batches.append((number, read, _kept(task, models, given, part.seconds)))
+    return part
+
+
+def _kept(
+    task: Task, models: Sequence[Any], made: dict[str, torch.Tensor], seconds: list[float]
+) -> list[dict[str, Any]]:
+    """What is kept of each model's answers to a batch; adds the seconds that they took."""
+    found: list[Any] = []
+    for index, model in enumerate(models):
+        run = functools.partial(task.answer, model, on_device(made, model))
+        seconds[index] += stopwatch(functools.partial(_append, found, run), model.device)
+    return [task.keep(answers, found[0]) for answers in found]
+
+
+def _append(found: list[Any], run: Callable[[], Any]) -> None:
+    found.append(run())
+
+
+def _merged(parts: Sequence[_Part], models: int) -> tuple[Kept, list[str]]:
+    """What all processes kept, in the order of the images."""
+    batches = sorted((batch for part in parts for batch in part.batches), key=lambda batch: batch[0])
+    samples = [sample for _, own, _ in batches for sample in own]
+    answers = [_joined([answers[index] for _, _, answers in batches]) for index in range(models)]
+    unreadable = sorted((entry for part in parts for entry in part.unreadable), key=lambda entry: entry[0])
+    kept = Kept(
+        [sample.label for sample in samples],
+        [sample.group for sample in samples],
+        [sample.captions for sample in samples],
+        answers,
+    )
+    return kept, [said for _, said in unreadable]
+
+
+def _joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def join(values: Iterable[Any]) -> Any:
+        listed = list(values)
+        return torch.cat(listed) if isinstance(listed[0], torch.Tensor) else [one for own in listed for one in own]
+
+    return {name: join(batch[name] for batch in batches) for name in (batches[0] if batches else ())}
+
+
+def _total(counts: Sequence[TokenCount]) -> TokenCount:
+    by_layer = [sum(layer) for layer in zip(*(count.by_layer for count in counts), strict=True)]
+    return TokenCount(by_layer, sum(count.images for count in counts))
+
+
+def _machine(model: PreTrainedModel, state: PartialState) -> dict[str, Any]:
+    return {
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "processes": state.num_processes,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "vwt_hf": __version__,
+    }
+
+
+def fields_of(setting: Any) -> dict[str, Any]:
+    """The fields that a setting gives a value; of a `VWTConfig` those that differ from the method's defaults."""
+    if setting is True:
+        return {"method": RECOMMENDED}
+    if isinstance(setting, VWTConfig):
+        usual = VWTConfig(setting.method).to_dict()
+        own = {name: value for name, value in setting.to_dict().items() if name != "evidence" and value != usual[name]}
+        return {"method": setting.method} | own
+    return setting if isinstance(setting, dict) else {"vocabulary": str(setting)}
+
+
+def name_of(setting: Any) -> str:
+    """A setting as a table shows it: words speak for themselves, numbers come after the name of their field."""
+    if setting is None:
+        return "uncompressed"
+    return ", ".join(
+        value if isinstance(value, str) else f"{name.replace('_', ' ')} {value}"
+        for name, value in fields_of(setting).items()
+    )
+
+
+def json_of(setting: Any) -> Any:
+    """A setting as JSON holds it."""
+    if isinstance(setting, VWTConfig):
+        return setting.to_dict()
+    return setting if isinstance(setting, (bool, dict, str)) or setting is None else str(setting)

@@ -1,0 +1,369 @@
+"""What a model is for, and how well it does that: labels, names of labels, captions found or written, or features.
+
+A task says what a model answers to a batch of images, what of the answers is kept, and which figures come of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+from .evaluation import (
+    answer,
+    are_alike,
+    cosines,
+    divergences,
+    mean_interval,
+    ranks,
+    share_interval,
+    token_f1,
+    true_labels,
+    worst_group_interval,
+)
+from .families import HOLDERS
+from .labelled_images import LabelledImages
+from .printable import shown
+
+RECALLED = (1, 5, 10)
+"""Among how many of the most similar ones a right one must be."""
+TEXTS = 64
+"""That are encoded together."""
+QUERIES = 1024
+"""Of a retrieval that are compared with all candidates together."""
+PROMPT = "a photo of a {}."
+
+
+@dataclasses.dataclass
+class Figure:
+    """A figure over all images and, where it has one, its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass
+class Kept:
+    """What is kept of images: what is known of them, and what each model answered."""
+
+    labels: list[str | int | None]
+    groups: list[str]
+    captions: list[tuple[str, ...]]
+    answers: list[dict[str, Any]]
+    """For each model, by name, a list or a tensor with an entry for each image; the plain model comes first."""
+
+
+class Task:
+    """What models are for. One is made for the models of one evaluation."""
+
+    name: ClassVar[str]
+    hub_name: ClassVar[str]
+    """What the Hub calls it."""
+    auto: ClassVar[Any] = AutoModel
+    """The Auto class of its models."""
+
+    def __init__(self, model: Any, images: LabelledImages, tokenizer: Any, options: Mapping[str, Any]) -> None:
+        """Raises `ValueError` where the model or what is known of the images does not suffice."""
+        self.model, self.tokenizer, self.options, self.seed = model, tokenizer, options, options["seed"]
+        self.prepare(images)
+
+    def prepare(self, images: LabelledImages) -> None:
+        """What is done once, before the images are seen."""
+
+    def answer(self, model: Any, made: dict[str, torch.Tensor]) -> Any:
+        """A model's answers to a batch, one for each image."""
+        raise NotImplementedError
+
+    def keep(self, found: Any, plain: Any) -> dict[str, Any]:
+        """What is kept of answers to a batch, by name: a list or a tensor with an entry for each image."""
+        raise NotImplementedError
+
+    def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+        """For each model its figures by name, and what has to be said of them."""
+        raise NotImplementedError
+
+    def share(self, values: Sequence[bool]) -> Figure:
+        """The share of the images of which something holds."""
+        value = sum(values) / len(values)
+        if value in (0, 1):  # a bootstrap of values that are all alike says nothing
+            return Figure(value, share_interval(value, len(values)))
+        return self.mean(torch.tensor(values, dtype=torch.float64))
+
+    def mean(self, values: torch.Tensor) -> Figure:
+        """The mean over the images; it is the same in whichever order they were seen."""
+        values = values.double().sort().values
+        return Figure(values.mean().item(), mean_interval(values, self.seed))
+
+
+class Classification(Task):
+    """The labels that a classifier gives images."""
+
+    name, hub_name = "classification", "image-classification"
+    auto: ClassVar[Any] = AutoModelForImageClassification
+
+    def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**made).logits.float().cpu()
+
+    def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
+        return {
+            "answer": found.argmax(-1),
+            "kl": divergences(found, plain),
+            "difference": (found - plain).abs().amax(dim=-1),
+        }
+
+    def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+        truth, said = self.truth(kept.labels)
+        return [self._figures(own, kept.answers[0], truth, kept.groups) for own in kept.answers], said
+
+    def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
+        """The right answers for each image, none where that is not known; and what has to be said of them."""
+        known = [label for label in labels if label is not None]
+        config = self.model.config
+        if any(isinstance(label, int) for label in known):
+            count = config.num_labels
+            truth = [{label} if isinstance(label, int) and 0 <= label < count else set() for label in labels]
+            beyond = sum(not own for own in truth)
+            said = ["The labels of the images have no names: they are the model's by their numbers."]
+            return truth, [*said, *([f"{beyond} images have no label or one beyond {count - 1}."] if beyond else [])]
+        truth, said = true_labels([str(label or "") for label in labels], config)
+        if known and not any(truth):
+            said.append(
+                f"No label of the images (such as {shown(known[0])}) is one of the model's (such as "
+                f"{shown(config.id2label[0])}): they are compared by name, and there is no accuracy."
+            )
+        return truth, said
+
+    def _figures(
+        self, own: dict[str, Any], plain: dict[str, Any], truth: list[set[int]], groups: Sequence[str]
+    ) -> dict[str, Figure]:
+        from .metrics import Accuracy, Agreement, WorstGroup, compute  # `evaluate` takes a second to import
+
+        answers, expected = own["answer"].tolist(), plain["answer"].tolist()
+        figures = {}
+        known = [index for index, right in enumerate(truth) if right]
+        if known:
+            given = [answers[index] for index in known]
+            # Of labels that are called the same each is right.
+            right = [at if at in truth[index] else min(truth[index]) for index, at in zip(known, given, strict=True)]
+            of = [groups[index] for index in known]
+            found = compute([Accuracy, WorstGroup], predictions=given, references=right, groups=of)
+            correct = are_alike(given, right)
+            figures["accuracy"] = self._of_metric(found["accuracy"], correct)
+            if found["worst_group"] is not None:
+                figures["worst_group"] = Figure(found["worst_group"], worst_group_interval(correct, of, self.seed))
+        found = compute([Agreement], predictions=answers, plain_predictions=expected)
+        figures["agreement"] = self._of_metric(found["agreement"], are_alike(answers, expected))
+        figures["kl"] = self.mean(own["kl"])
+        figures["max_difference"] = Figure(own["difference"].max().item())
+        return figures
+
+    def _of_metric(self, value: float, values: Sequence[bool]) -> Figure:
+        return Figure(value, self.share(values).interval)
+
+
+class ZeroShot(Classification):
+    """The labels whose names, in a sentence, are most like an image to a model of images and texts."""
+
+    name, hub_name = "zero-shot", "zero-shot-image-classification"
+    auto: ClassVar[Any] = AutoModel
+
+    def prepare(self, images: LabelledImages) -> None:
+        if images.label_names is None:
+            raise ValueError(
+                "the images have no labels with names, of which a zero-shot classifier makes its texts; expected a "
+                "folder of folders, a column of datasets.ClassLabel, or a column of names in a data set that is no "
+                "stream."
+            )
+        self.names = images.label_names
+        prompt = self.options["prompt"]
+        texts = [prompt.replace("{}", name.replace("_", " ")) for name in self.names]
+        self.texts = text_features(self.model, self.tokenizer, texts)
+
+    def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
+        similarity = unit(answer(model, **made)) @ self.texts.T
+        # Without SigLIP's bias, which is the same for all labels and so changes no figure.
+        return similarity * self.model.logit_scale.detach().float().cpu().exp()
+
+    def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
+        numbers = {name: {number} for number, name in enumerate(self.names)}
+        return [numbers.get(str(label), set()) for label in labels], []
+
+
+class Retrieval(Task):
+    """The captions that are most like an image, and the images that are most like a caption."""
+
+    name, hub_name = "retrieval", "image-text-retrieval"
+
+    def prepare(self, images: LabelledImages) -> None:
+        _require_captions(images, self.name)
+        _require_texts(self.model)
+
+    def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
+        return unit(answer(model, **made))
+
+    def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
+        return {"features": found, "cosine": cosines(found, plain)}
+
+    def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+        texts = sorted({caption for captions in kept.captions for caption in captions})
+        numbers = {text: number for number, text in enumerate(texts)}
+        right = torch.zeros(len(kept.captions), len(texts), dtype=torch.bool)
+        for image, captions in enumerate(kept.captions):
+            right[image, [numbers[caption] for caption in captions]] = True
+        captioned = right.any(dim=1)
+        state = PartialState()
+        with state.split_between_processes(texts) as some:
+            encoded = text_features(self.model, self.tokenizer, some) if some else torch.zeros(0, 1)
+        features = torch.cat([own for own in gather_object([encoded]) if len(own)])
+        said = [f"{int((~captioned).sum())} images without a caption are left out."] if not captioned.all() else []
+        return [self._figures(own, features, right, captioned) for own in kept.answers], said
+
+    def _figures(
+        self, own: dict[str, Any], texts: torch.Tensor, right: torch.Tensor, captioned: torch.Tensor
+    ) -> dict[str, Figure]:
+        images, right = own["features"][captioned], right[captioned]
+        figures = {}
+        for name, queries, candidates, of in (
+            ("image_to_text", images, texts, right),
+            ("text_to_image", texts, images, right.T),
+        ):
+            places = torch.cat(
+                [
+                    ranks(some @ candidates.T, own)
+                    for some, own in zip(queries.split(QUERIES), of.split(QUERIES), strict=True)
+                ]
+            )
+            for count in RECALLED:
+                figures[f"{name}_recall@{count}"] = self.share((places < count).tolist())
+        return figures | {"cosine": self.mean(own["cosine"])}
+
+
+class Captions(Task):
+    """The text that a model writes about an image."""
+
+    name, hub_name = "captions", "image-to-text"
+    auto: ClassVar[Any] = AutoModelForImageTextToText
+
+    def prepare(self, images: LabelledImages) -> None:
+        if not self.model.can_generate():
+            raise ValueError(f"the {type(self.model).__name__} writes no captions; expected a model such as BLIP.")
+        if any(self.model.config.model_type in holder.model_types for holder in HOLDERS):
+            raise ValueError(
+                f"the {type(self.model).__name__} writes about images within a prompt alone; expected a model that "
+                "writes captions of images, such as BLIP. Its vision tower may be evaluated by its features."
+            )
+
+    def answer(self, model: Any, made: dict[str, torch.Tensor]) -> list[str]:
+        written = model.generate(**made, max_new_tokens=self.options["max_new_tokens"], do_sample=False, num_beams=1)
+        return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+    def keep(self, found: list[str], plain: list[str]) -> dict[str, Any]:
+        return {"text": found}
+
+    def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+        plain = kept.answers[0]["text"]
+        return [self._figures(own["text"], plain, kept.captions) for own in kept.answers], []
+
+    def _figures(self, texts: list[str], plain: list[str], captions: Sequence[tuple[str, ...]]) -> dict[str, Figure]:
+        figures = {
+            "same_caption": self.share(are_alike(texts, plain)),
+            "plain_f1": self._f1(texts, [(other,) for other in plain]),
+        }
+        captioned = [index for index, own in enumerate(captions) if own]
+        if captioned:
+            figures["token_f1"] = self._f1([texts[at] for at in captioned], [captions[at] for at in captioned])
+        return figures
+
+    def _f1(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Figure:
+        return self.mean(torch.tensor([token_f1(text, of) for text, of in zip(texts, references, strict=True)]))
+
+
+class Features(Task):
+    """What a model without a head gives for an image."""
+
+    name, hub_name = "features", "image-feature-extraction"
+
+    def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
+        return answer(model, **made).float().cpu()
+
+    def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
+        return {"cosine": cosines(found, plain)}
+
+    def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+        return [{"cosine": self.mean(own["cosine"])} for own in kept.answers], []
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, ZeroShot, Retrieval, Captions, Features)}
+
+
+def task_for(architectures: Sequence[str], model_type: str, images: LabelledImages) -> str:
+    """The name of the task that models of an architecture are for.
+
+    Args:
+        architectures: as a config has them: names of model classes.
+        images: a model of images and texts finds captions where they have some and no labels.
+    """
+    if any("ForImageClassification" in name for name in architectures):
+        return Classification.name
+    if any("ForConditionalGeneration" in name or "EncoderDecoder" in name for name in architectures):
+        return Captions.name
+    if model_type in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        if images.has_captions and not images.has_labels:
+            return Retrieval.name
+        if images.label_names is not None:
+            return ZeroShot.name
+    return Features.name
+
+
+def text_features(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """What a model of images and texts makes of texts, (texts, values) of length 1, float32 on the CPU.
+
+    Raises:
+        ValueError: the model has no text tower.
+    """
+    _require_texts(model)
+    # SigLIP was trained on texts of one length.
+    padding = "max_length" if model.config.model_type.startswith("siglip") else True
+    parts = []
+    for start in range(0, len(texts), TEXTS):
+        some = list(texts[start : start + TEXTS])
+        given = tokenizer(some, padding=padding, truncation=True, max_length=_longest(model), return_tensors="pt")
+        output = model.get_text_features(**given.to(model.device))
+        parts.append(unit(getattr(output, "pooler_output", output)))
+    return torch.cat(parts)
+
+
+def _longest(model: Any) -> int:
+    """Tokens of a text that the model has positions for."""
+    config = model.config.text_config
+    # RoBERTa's positions start after that of padding.
+    first = (
+        config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "altclip_text_model" else 0
+    )
+    return config.max_position_embeddings - first
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Features, (…, values), at length 1, float32 on the CPU."""
+    return torch.nn.functional.normalize(features.float().cpu(), dim=-1)
+
+
+def _require_texts(model: Any) -> None:
+    if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
+        raise ValueError(
+            f"the {type(model).__name__} has no tower for texts beside the one for images; expected a model such as "
+            "CLIP or SigLIP, as AutoModel loads it."
+        )
+
+
+def _require_captions(images: LabelledImages, name: str) -> None:
+    if not images.has_captions:
+        raise ValueError(
+            f"the images have no captions, which {name} is about; expected a data set with a column of texts: name it."
+        )

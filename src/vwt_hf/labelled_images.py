@@ -1,0 +1,228 @@
+"""Images with what is known of them, for an evaluation: from a folder or a data set, shared among processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .bounds import is_int
+from .printable import shown
+from .vocabulary.image_source import _image_column, _looks_like_image, find_images
+
+LABEL_COLUMNS = ("label", "labels")
+"""Where labels lie if no column is of classes."""
+CAPTION_COLUMNS = ("caption", "captions", "text", "sentences")
+
+
+class Sample(NamedTuple):
+    """One image, and what is known of it."""
+
+    name: str
+    """What a message calls it."""
+    item: Any
+    """What `read_image` takes."""
+    label: str | int | None
+    """Its name; its number where labels have no names; `None` if it has none."""
+    group: str
+    captions: tuple[str, ...]
+
+
+@dataclasses.dataclass
+class LabelledImages:
+    """Images in an order of their own; see `open_labelled`."""
+
+    data: Any
+    """A list of files, a `datasets.Dataset` or a `datasets.IterableDataset`."""
+    name: str
+    """Of the folder or data set."""
+    total: int | None
+    """How many images there are, if that is known before."""
+    label_names: tuple[str, ...] | None
+    """All labels, in the order of their numbers; `None` if they have no names, or not all are known before."""
+    columns: dict[str, str]
+    """Where a data set has `image`, `label`, `captions` and `group`."""
+    groups: Sequence[str] | None = None
+    """Of each file."""
+
+    @property
+    def has_labels(self) -> bool:
+        return isinstance(self.data, list) or "label" in self.columns
+
+    @property
+    def has_captions(self) -> bool:
+        return "captions" in self.columns
+
+    def batches(self, process: int, processes: int, batch_size: int) -> Iterator[tuple[int, list[Sample]]]:
+        """The batches of one process of several, each with a number that puts those of all processes into one order.
+
+        Files and rows come in the same batches however many processes there are: of two processes each takes every
+        second. A stream is split by `datasets.distributed.split_dataset_by_node`.
+        """
+        if hasattr(self.data, "__len__"):
+            for start in range(process * batch_size, len(self.data), processes * batch_size):
+                numbers = range(start, min(start + batch_size, len(self.data)))
+                yield start // batch_size, [self._sample(number, self.data[number]) for number in numbers]
+            return
+
+        from datasets.distributed import split_dataset_by_node
+
+        rows = iter(split_dataset_by_node(self.data, rank=process, world_size=processes))
+        for number in itertools.count(process, processes):
+            batch = list(itertools.islice(rows, batch_size))
+            if not batch:
+                return
+            first, whose = number // processes * batch_size, f" of process {process}" if processes > 1 else ""
+            yield number, [self._sample(first + index, row, whose) for index, row in enumerate(batch)]
+
+    def _sample(self, number: int, row: Any, whose: str = "") -> Sample:
+        if isinstance(row, Path):
+            group = row.parent.name if self.groups is None else self.groups[number]
+            return Sample(str(row), row, row.parent.name, group, ())
+        label = self._label(row.get(self.columns.get("label")))
+        captions = row.get(self.columns.get("captions")) or ()
+        return Sample(
+            f"row {number}{whose}",
+            row[self.columns["image"]],
+            label,
+            str(row[self.columns["group"]] if "group" in self.columns else label),
+            (captions,) if isinstance(captions, str) else tuple(map(str, captions)),
+        )
+
+    def _label(self, value: Any) -> str | int | None:
+        if value is None or self.label_names is None or isinstance(value, str):
+            return value
+        return self.label_names[value] if 0 <= value < len(self.label_names) else None  # -1 is unknown to datasets
+
+
+def open_labelled(
+    images: Any,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    caption_column: str | None = None,
+    group_column: str | None = None,
+    groups: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+) -> LabelledImages:
+    """The images of a folder or data set with their labels, captions and groups, without reading any.
+
+    Args:
+        images: a folder, searched through all levels, whose images' labels are the names of the folders that they lie
+            in; a `datasets.Dataset`; or a `datasets.IterableDataset`.
+        image_column: by default the first column of images.
+        label_column: by default the first column of classes (`datasets.ClassLabel`), or the one called label or labels.
+        caption_column: of a text, or a list of texts, about the image; by default the first of `CAPTION_COLUMNS`.
+        group_column: of the group that an image counts to; by default its label.
+        groups: of a folder: a JSON file, an object from each image's path below the folder, with /, to its group.
+        limit: take no more than so many: spread evenly, of a stream the first.
+
+    Raises:
+        ValueError: there are no images, no such column, or `groups` does not name the group of every image.
+        TypeError: `images` is of another type.
+    """
+    if limit is not None and (not is_int(limit) or limit < 1):
+        raise ValueError(f"limit is {shown(limit)}; expected a whole number of at least 1.")
+    columns = {"image": image_column, "label": label_column, "captions": caption_column, "group": group_column}
+    if isinstance(images, (str, os.PathLike)):
+        asked = [name for name, column in columns.items() if column is not None]
+        if asked:
+            raise ValueError(f"a column for {asked[0]} is for data sets, and {images} is a folder; leave it out.")
+        return _of_folder(Path(images), groups, limit)
+    if groups is not None:
+        raise ValueError("a file of groups is for folders of images; name a data set's column of groups instead.")
+    if isinstance(images, Mapping):
+        raise ValueError(f"images has the splits {', '.join(map(str, images))}; pass one of them, as images['test'].")
+    if type(images).__module__.split(".")[0] != "datasets":
+        raise TypeError(f"images is a {type(images).__name__}; expected a folder or a data set of `datasets`.")
+    return _of_dataset(images, columns, limit)
+
+
+def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int | None) -> LabelledImages:
+    if not folder.is_dir():
+        raise ValueError(f"images is {str(folder)!r}, which is no folder; expected a folder of image files.")
+    files = find_images([folder], limit)
+    names = tuple(sorted({file.parent.name for file in files}))
+    own = None if groups is None else groups_of(files, folder, Path(groups))
+    return LabelledImages(files, folder.resolve().name, len(files), names, {}, own)
+
+
+def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[str]:
+    """The name of each image's group.
+
+    Args:
+        images: the folder that the images lie below.
+        groups: a JSON object from paths below `images`, with /, to names; `None`: an image's group is its folder.
+
+    Raises:
+        ValueError: the file is no such object, or an image is not in it.
+    """
+    if groups is None:
+        return [path.parent.name for path in paths]
+    try:
+        table = json.loads(groups.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--groups is {groups}, which is no JSON ({error}); expected an object.") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"--groups is {groups}, which holds a {type(table).__name__}; expected an object.")
+    names = [path.relative_to(images).as_posix() for path in paths]
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise ValueError(
+            f"--groups is {groups}, which names no group of {len(missing)} of {len(names)} images, such as "
+            f"{missing[0]!r}; expected one for each path below {images}."
+        )
+    return [str(table[name]) for name in names]
+
+
+def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -> LabelledImages:
+    import datasets
+
+    features = dataset.features
+    if features is None:
+        # Some streams say only with their first row what they hold.
+        first: Mapping[str, Any] = next(iter(dataset), {})
+        features = {key: datasets.Image() if _looks_like_image(value) else None for key, value in first.items()}
+    columns = {"image": _image_column(features, asked["image"])}
+    for kind, found in {
+        "label": _label_column(features),
+        "captions": next((name for name in CAPTION_COLUMNS if name in features), None),
+        "group": None,
+    }.items():
+        name = asked[kind]
+        if name is not None and name not in features:
+            raise ValueError(
+                f"the data set has no column {shown(name)} for {kind}; its columns are {', '.join(features)}."
+            )
+        if name or found:
+            columns[kind] = str(name or found)
+    if dataset.features is not None:
+        # Images as stored: decoded later, one that cannot be is no error of the whole data set.
+        dataset = dataset.select_columns(sorted(set(columns.values())))
+        dataset = dataset.cast_column(columns["image"], datasets.Image(decode=False))
+    total = limit
+    if isinstance(dataset, datasets.Dataset):
+        rows = range(len(dataset))
+        if limit is not None:
+            rows = rows[:: max(1, len(dataset) // limit)][:limit]
+        dataset = dataset.with_format(None).select(rows)
+        total = len(rows)
+    elif limit is not None:
+        dataset = dataset.take(limit)
+    name = getattr(dataset.info, "dataset_name", None) or "a data set"
+    names = getattr(features.get(columns.get("label", "")), "names", None)
+    if names is None and "label" in columns and isinstance(dataset, datasets.Dataset):
+        written = dataset[columns["label"]][:]
+        names = sorted({label for label in written if isinstance(label, str)}) or None
+    return LabelledImages(dataset, name, total, None if names is None else tuple(names), columns)
+
+
+def _label_column(features: Mapping[str, Any]) -> str | None:
+    import datasets
+
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return next(iter([*classes, *(name for name in LABEL_COLUMNS if name in features)]), None)

@@ -1,0 +1,143 @@
+"""How a shortened model stands to the plain one, as metrics of the library `evaluate`; none needs the network.
+
+    >>> import evaluate
+    >>> metrics = evaluate.combine([Accuracy(), Agreement(), WorstGroup()])
+    >>> for groups in (["a"] * 5, ["b"] * 5):
+    ...     metrics.add_batch(
+    ...         predictions=[0, 1, 1, 1, 1], references=[1] * 5, plain_predictions=[1] * 5, groups=groups
+    ...     )
+    >>> metrics.compute()
+    {'accuracy': 0.8, 'agreement': 0.8, 'worst_group': 0.8}
+
+Metrics of the Hub, such as `evaluate.load("f1")`, combine with them: `predictions` and `references` are the numbers of
+labels, as there. Columns that one metric does not take are left to the others by `add_batch` (`compute` hands all to
+all). Several processes share a metric by `num_process` and `process_id`, as any of `evaluate`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import datasets
+import evaluate
+import torch
+
+from .evaluation import accuracy, are_right, divergences, share_alike, token_f1, worst_group
+
+LABEL, TEXT = datasets.Value("int64"), datasets.Value("string")
+LOGITS = datasets.Sequence(datasets.Value("float32"))
+AT_ONCE = 1024
+"""Images whose logits are made a tensor together."""
+
+
+class _OfImages(evaluate.Metric):
+    """A metric of which its class says what it is and which columns it takes."""
+
+    columns: ClassVar[dict[str, Any]]
+
+    def _info(self) -> evaluate.MetricInfo:
+        said = (type(self).__doc__ or "").strip()
+        return evaluate.MetricInfo(
+            description=said, citation="", inputs_description=said, features=datasets.Features(self.columns)
+        )
+
+
+class Accuracy(_OfImages):
+    """Share of the images that are answered right, in [0, 1]. `evaluate.load("accuracy")`, which the Hub has, is equal.
+
+    Args:
+        predictions: the label that each image got.
+        references: its right one.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {"predictions": LABEL, "references": LABEL}
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float | None]:
+        return {"accuracy": accuracy(_right(predictions, references))}
+
+
+class Agreement(_OfImages):
+    """Share of the images that get the plain model's answer, in [0, 1].
+
+    Args:
+        predictions: the label that each image got.
+        plain_predictions: the label that it gets from the plain model.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {"predictions": LABEL, "plain_predictions": LABEL}
+
+    def _compute(self, predictions: Sequence[int], plain_predictions: Sequence[int]) -> dict[str, float]:
+        return {"agreement": share_alike(predictions, plain_predictions)}
+
+
+class Divergence(_OfImages):
+    """Mean KL divergence of the answers from the plain model's, in nats.
+
+    Args:
+        logits: of each image, one for each label.
+        plain_logits: the plain model's.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {"logits": LOGITS, "plain_logits": LOGITS}
+
+    def _compute(self, logits: Sequence[Any], plain_logits: Sequence[Any]) -> dict[str, float]:
+        parts = [
+            divergences(torch.tensor(logits[some]), torch.tensor(plain_logits[some]))
+            for some in (slice(start, start + AT_ONCE) for start in range(0, len(logits), AT_ONCE))
+        ]
+        return {"divergence": torch.cat(parts).mean().item()}
+
+
+class WorstGroup(_OfImages):
+    """The accuracy within the group that has the lowest, in [0, 1]; `None` where no group is large enough.
+
+    Groups of fewer than 5 images are left out: one image more or less that is right would decide.
+
+    Args:
+        predictions: the label that each image got.
+        references: its right one.
+        groups: the name of its group.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {"predictions": LABEL, "references": LABEL, "groups": TEXT}
+
+    def _compute(
+        self, predictions: Sequence[int], references: Sequence[int], groups: Sequence[str]
+    ) -> dict[str, float | None]:
+        return {"worst_group": worst_group(_right(predictions, references), groups)}
+
+
+class TokenF1(_OfImages):
+    """How much the words of a text are those of the nearest of its references, in [0, 1]; the mean over all texts.
+
+    SQuAD's F1: case, punctuation, English articles and the order of words do not count.
+
+    Args:
+        predictions: a text for each image.
+        references: for each image a list of texts.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {"predictions": TEXT, "references": datasets.Sequence(TEXT)}
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        found = [token_f1(text, others) for text, others in zip(predictions, references, strict=True)]
+        return {"token_f1": torch.tensor(found, dtype=torch.float64).mean().item()}
+
+
+def _right(predictions: Sequence[int], references: Sequence[int]) -> list[bool | None]:
+    return are_right(predictions, [{reference} for reference in references])
+
+
+def compute(metrics: Sequence[type[evaluate.Metric]], **columns: Sequence[Any]) -> dict[str, Any]:
+    """The figures of metrics for images that are all in memory. Nothing is left on the disk.
+
+    Args:
+        metrics: classes of this module.
+        columns: what they take, a value for each image.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        combined = evaluate.combine([metric(keep_in_memory=True, cache_dir=folder) for metric in metrics])
+        combined.add_batch(**columns)
+        return combined.compute()

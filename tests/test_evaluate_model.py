@@ -1,0 +1,623 @@
+"""`evaluate_model` and `vwt-hf evaluate`: figures of every task, on whatever holds the images, by several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import transformers
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from PIL import Image
+
+import vwt_hf
+from test_generation import blip, built, llava
+from test_pipeline import tokenizer_with
+from tiny import tiny_model
+from vwt_hf import compress, count_tokens, evaluate_model
+from vwt_hf.cli import main
+from vwt_hf.evaluate_model import name_of
+from vwt_hf.evaluation import agreement, divergence, token_f1
+from vwt_hf.labelled_images import open_labelled
+from vwt_hf.processors import load_processor
+from vwt_hf.vocabulary.image_source import find_images, pixel_batches
+
+HALF = {"keep_ratio": 0.5}
+SIZE = {"height": 32, "width": 32}
+LABELS = ("cat", "dogs", "tea")
+WORDS = ("this", "is", "a", "photo", "of", "cat", "dogs")
+FIGURES = ("accuracy", "worst_group", "agreement", "kl", "max_difference")
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """17 images of noise in two folders, 9 cats and 8 dogs."""
+    values = np.random.default_rng(0)
+    for index in range(17):
+        path = tmp_path / "images" / LABELS[index % 2] / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def dataset(photographs) -> datasets.Dataset:
+    """The same images as a data set, in the order of their files, with captions."""
+    files = sorted(photographs.rglob("*.png"))
+    rows = {
+        "id": list(range(len(files))),
+        "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
+        "label": [LABELS.index(file.parent.name) for file in files],
+        "caption": [[f"{file.parent.name} of tea", f"photo of {WORDS[index % 7]}"] for index, file in enumerate(files)],
+    }
+    features = datasets.Features(
+        {
+            "id": datasets.Value("int64"),
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=list(LABELS)),
+            "caption": datasets.Sequence(datasets.Value("string")),
+        }
+    )
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def classifier(folder: Path, id2label: dict, label2id: dict | None = None) -> Path:
+    """A classifier that answers the first of its labels, whatever it sees."""
+    model = tiny_model("vit-classifier")
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([1.0, 0.0, 0.5][: len(id2label)])
+    model.classifier.weight.data = model.classifier.weight.data[:1].expand(len(id2label), -1).clone()
+    model.config.id2label, model.config.label2id = id2label, label2id or {v: k for k, v in id2label.items()}
+    return saved(model, folder / "model")
+
+
+def saved(model: transformers.PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    transformers.ViTImageProcessorPil(size=SIZE).save_pretrained(folder)
+    return folder
+
+
+def random_classifier(folder: Path) -> Path:
+    """A classifier of the tests' labels, whose answers depend on the image."""
+    model = tiny_model("vit-classifier", num_labels=3, id2label=dict(enumerate(LABELS)))
+    model.classifier.weight.data *= 40
+    noise = np.random.default_rng(1).integers(0, 255, (20, 32, 32, 3), dtype=np.uint8)
+    given = transformers.ViTImageProcessorPil(size=SIZE)(list(noise), return_tensors="pt")
+    with torch.no_grad():
+        model.classifier.bias -= model(**given).logits.mean(0)  # else it would answer noise as any other
+    return saved(model, folder / "model")
+
+
+def two_towers(name: str, folder: Path) -> Path:
+    model = tiny_model(name)
+    model.logit_scale.data.fill_(3.0)
+    tokenizer_with({"<pad>": 1, "<s>": 97, "</s>": 98}).save_pretrained(folder / name)
+    return saved(model, folder / name)
+
+
+def loaded(folder: Path, auto=transformers.AutoModel) -> transformers.PreTrainedModel:
+    return auto.from_pretrained(folder).eval()
+
+
+def run(model: Path, images: Path, *more: str) -> list[dict]:
+    """The rows that the command writes; the uncompressed model's first."""
+    output = images.parent / "rows.json"
+    assert main(["evaluate", str(model), "--dataset", str(images), "--json", str(output), *more]) == 0
+    return json.loads(output.read_text())["rows"]
+
+
+def values(row) -> dict[str, float]:
+    figures = row["figures"] if isinstance(row, dict) else row.figures
+    return {name: figure["value"] if isinstance(figure, dict) else figure.value for name, figure in figures.items()}
+
+
+def pixels_of(images: Path, model: Path) -> torch.Tensor:
+    (made,) = pixel_batches(find_images([images]), load_processor(str(model)), 100)
+    return made["pixel_values"]
+
+
+def test_a_row_a_setting_tells_what_the_models_themselves_answer(tmp_path, photographs, capsys):
+    folder = random_classifier(tmp_path)
+    rows = run(folder, photographs, "--vwt", json.dumps(HALF), "--vwt", "true", "--batch-size", "4")
+    assert [row["setting"] for row in rows] == ["uncompressed", "keep ratio 0.5", "gradual"]
+    model, pixels = loaded(folder, transformers.AutoModelForImageClassification), pixels_of(photographs, folder)
+    truth = torch.tensor([0] * 9 + [1] * 8)
+    with torch.no_grad():
+        plain = model(pixels).logits
+        for row, setting in zip(rows, (None, HALF, True), strict=True):
+            with count_tokens(compress(model, setting) if setting else model) as count:
+                found = model(pixels).logits
+            right = (found.argmax(-1) == truth).double()
+            assert row["tokens"] == count.mean and row["vwt"] == setting
+            assert values(row) == pytest.approx(
+                {
+                    "accuracy": right.mean().item(),
+                    "worst_group": min(right[:9].mean().item(), right[9:].mean().item()),
+                    "agreement": agreement(found, plain),
+                    "kl": divergence(found, plain),
+                    "max_difference": (found - plain).abs().max().item(),
+                },
+                abs=1e-5,
+            )
+    assert values(rows[1])["kl"] > 0 and values(rows[1])["agreement"] < 1  # else nothing would be compared
+    printed = capsys.readouterr().out
+    assert "classification, 17 images of images" in printed and "| keep ratio 0.5 | 33 |" in printed.replace(
+        "33.0", "33"
+    )
+
+
+def test_every_figure_has_an_interval_that_holds_it_and_that_the_seed_decides(tmp_path, photographs):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    of = {"vwt": [HALF], "progress": False}
+    first, again, other = (evaluate_model(model, photographs, **of, seed=seed) for seed in (0, 0, 1))
+    figures = first.rows[1].figures
+    assert tuple(figures) == FIGURES and figures["max_difference"].interval is None
+    for name in FIGURES[:-1]:
+        low, high = figures[name].interval
+        assert low <= figures[name].value <= high and low < high
+        assert figures[name] == again.rows[1].figures[name]
+    assert figures["kl"].interval != other.rows[1].figures["kl"].interval
+    everything = first.rows[0].figures["agreement"]  # 17 of 17 agree, of which a bootstrap would say 100 to 100 %
+    assert everything.value == everything.interval[1] == 1 and everything.interval[0] == pytest.approx(0.816, abs=1e-3)
+    assert model.config.vwt is None  # the user's model is as it was
+
+
+def test_folder_data_set_and_stream_of_the_same_images_give_the_same_figures(tmp_path, photographs, dataset):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset.select([0]), "validation": dataset}).save_to_disk(tmp_path / "splits")
+    forms = (photographs, dataset, dataset.to_iterable_dataset(num_shards=3))
+    expected, *found = (evaluate_model(model, images, vwt=[HALF], batch_size=5, progress=False) for images in forms)
+    assert expected.images == 17 and "accuracy" in expected.rows[1].figures
+    for one in found:
+        assert [row.figures for row in one.rows] == [row.figures for row in expected.rows]
+    for name, more in (
+        ("saved", []),
+        ("saved", ["--streaming"]),
+        ("splits", []),
+        ("splits", ["--split", "validation"]),
+    ):
+        rows = run(tmp_path / "model", tmp_path / name, "--vwt", json.dumps(HALF), "--batch-size", "5", *more)
+        assert [values(row) for row in rows] == [values(row) for row in expected.rows]
+
+
+def test_a_limit_takes_images_spread_over_a_folder_and_a_data_set_and_the_first_of_a_stream(photographs, dataset):
+    def taken(images):
+        batches = open_labelled(images, limit=4).batches(0, 1, 3)
+        return [sample.name for _, batch in batches for sample in batch]
+
+    assert [Path(name).stem for name in taken(photographs)] == ["00", "08", "16", "07"]
+    numbered = dataset.cast_column("label", datasets.Value("int64")).map(lambda row: {"label": row["id"]})
+    spread = open_labelled(numbered, limit=4)
+    assert [row["label"] for row in spread.data] == [0, 4, 8, 12]
+    assert taken(dataset.to_iterable_dataset()) == ["row 0", "row 1", "row 2", "row 3"]
+
+
+def test_a_data_set_on_the_hub_is_read_by_its_name_and_its_validation_split(tmp_path, dataset, monkeypatch, capsys):
+    """The client for data sets is stood in for: what it is asked for, and what comes of its answers."""
+    asked = []
+
+    def load_dataset(name, config, **options):
+        asked.append((name, config, options))
+        if name == "me/gone":
+            raise FileNotFoundError("there is no me/gone")
+        return dataset.to_iterable_dataset() if options["streaming"] else dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "test", "validation"])
+    folder = random_classifier(tmp_path)
+    for more in ([], ["--split", "train", "--streaming", "--config", "small"]):
+        assert main(["evaluate", str(folder), "--dataset", "me/photos", *more]) == 0
+    assert asked == [
+        ("me/photos", None, {"split": "validation", "streaming": False}),
+        ("me/photos", "small", {"split": "train", "streaming": True}),
+    ]
+    assert capsys.readouterr().out.count("17 images of me/photos") == 2
+    for name in ("me/gone", "me/photos/of/cats"):
+        assert main(["evaluate", str(folder), "--dataset", name]) == 2
+    refused = capsys.readouterr().err
+    assert "me/gone is no folder here, and cannot be had as a data set: there is no me/gone" in refused
+    assert "me/photos/of/cats does not exist" in refused
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_take_every_image_once(photographs, dataset, processes, shards):
+    for images in (photographs, dataset, dataset.to_iterable_dataset(num_shards=shards)):
+        own = [list(open_labelled(images).batches(process, processes, 4)) for process in range(processes)]
+        seen = [Image_bytes(sample.item) for batches in own for _, batch in batches for sample in batch]
+        assert len(seen) == len(set(seen)) == 17
+        numbers = [number for batches in own for number, _ in batches]
+        assert len(numbers) == len(set(numbers))
+
+
+def Image_bytes(item) -> bytes:
+    return item["bytes"] if isinstance(item, dict) else item.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("id2label", "label2id", "right", "said"),
+    [
+        ({0: "cat", 1: "dogs"}, {"cat": "0", "dogs": "1"}, 9 / 17, ""),
+        ({0: "cat", 1: "dogs", 2: "cat"}, {"cat": 2, "dogs": 1}, 9 / 17, "Labels 0, 2 are all called 'cat'"),
+        ({0: "dogs", 1: "cat"}, {"cat": 0, "dogs": 1}, 8 / 17, "'cat' is label 0 by label2id; id2label"),
+        ({0: "LABEL_0", 1: "LABEL_1"}, {"LABEL_0": 0, "LABEL_1": 1}, None, "No label of the images (such as 'cat')"),
+        ({0: "cat", 1: "bird"}, {"cat": 0, "bird": 1}, 1, "8 of 17 images have a label that is none of the model's"),
+    ],
+)
+def test_any_table_of_labels_gives_the_right_accuracy_and_says_what_is_unclear(
+    tmp_path, photographs, capsys, id2label, label2id, right, said
+):
+    plain, _ = run(classifier(tmp_path, id2label, label2id), photographs, "--vwt", json.dumps(HALF))
+    assert values(plain).get("accuracy") == (None if right is None else pytest.approx(right))
+    _header, *rest = capsys.readouterr().out.splitlines()
+    assert rest[0].startswith(said or "")
+    assert bool(rest[0]) == bool(said)
+
+
+def test_of_labels_that_are_called_the_same_each_is_right(tmp_path, photographs):
+    folder = classifier(tmp_path, {0: "cat", 1: "dogs", 2: "cat"})
+    model = loaded(folder, transformers.AutoModelForImageClassification)
+    model.classifier.bias.data = torch.tensor([0.0, 0.0, 1.0])
+    found = values(evaluate_model(model, photographs, vwt=[], progress=False).rows[0])
+    assert found["accuracy"] == pytest.approx(9 / 17) and found["worst_group"] == 0
+
+
+def test_labels_of_a_data_set_go_by_name_and_by_number_only_where_they_have_none(tmp_path, dataset):
+    model = loaded(classifier(tmp_path, {0: "tea", 1: "dogs", 2: "cat"}), transformers.AutoModelForImageClassification)
+
+    def accuracy(images, **columns):
+        result = evaluate_model(model, images, vwt=[], progress=False, **columns)
+        return values(result.rows[0]).get("accuracy"), result.said
+
+    assert accuracy(dataset) == (0, [])  # it always answers tea, which is number 0 here and 2 in the data set
+    assert accuracy(dataset.remove_columns("label")) == (None, [])
+    texts = dataset.map(lambda row: {"kind": LABELS[row["label"]]})
+    assert accuracy(texts, label_column="kind") == (0, [])
+    numbers = dataset.cast_column("label", datasets.Value("int64"))
+    share, said = accuracy(numbers)
+    assert share == pytest.approx(9 / 17) and "by their numbers" in said[0]
+    unknown = dataset.map(lambda row: {"label": -1 if row["id"] < 9 else 2})
+    share, said = accuracy(unknown)
+    assert said == ["9 of 17 images have a label that is none of the model's: top-1 is of the others."] and share == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        (None, "uncompressed"),
+        (True, "gradual"),
+        ({"method": "local", "tolerance": 0.048}, "local, tolerance 0.048"),
+        ({"criterion": "grid", "keep_ratio": 0.5}, "grid, keep ratio 0.5"),
+        ({"method": "inter", "vocabulary": "me/words", "threshold": 0.1}, "inter, me/words, threshold 0.1"),
+        ("me/words", "me/words"),
+        (vwt_hf.VWTConfig(method="local", tolerance=0.048), "local, tolerance 0.048"),
+    ],
+)
+def test_a_setting_is_named_by_its_words_and_by_its_numbers_with_their_fields(setting, name):
+    assert name_of(setting) == name
+
+
+def test_a_checkpoint_with_a_setting_is_measured_under_it_beside_the_plain_model(tmp_path, photographs):
+    folder = random_classifier(tmp_path)
+    model = loaded(folder, transformers.AutoModelForImageClassification)
+    plain, default = run(folder, photographs)
+    assert (plain["tokens"], default["setting"]) == (65, "gradual")
+    compress(model, HALF).save_pretrained(folder)
+    plain, own = run(folder, photographs)
+    assert (plain["tokens"], plain["vwt"], own["tokens"]) == (65, None, 33) and own["setting"].startswith("intra")
+    assert evaluate_model(model, photographs, progress=False).rows[1].tokens == 33 and model.config.vwt is not None
+
+
+def test_the_worst_group_is_of_the_labels_or_of_those_that_a_file_or_a_column_names(tmp_path, photographs, dataset):
+    folder = classifier(tmp_path, {0: "cat", 1: "dogs"})
+    plain, half = run(folder, photographs, "--vwt", json.dumps(HALF))
+    assert values(plain)["worst_group"] == values(half)["worst_group"] == 0
+    table = tmp_path / "groups.json"
+    names = [path.relative_to(photographs).as_posix() for path in sorted(photographs.rglob("*.png"))]
+    table.write_text(json.dumps(dict.fromkeys(names[-4:], "few") | dict.fromkeys(names[:-4], "many")))
+    plain, _ = run(folder, photographs, "--groups", str(table), "--vwt", json.dumps(HALF))
+    assert values(plain)["worst_group"] == pytest.approx(9 / 13)  # of the 4 others, all wrong, nothing is said
+    grouped = dataset.map(lambda row: {"where": "few" if row["id"] >= 13 else "many"})
+    model = loaded(folder, transformers.AutoModelForImageClassification)
+    found = evaluate_model(model, grouped, vwt=[HALF], group_column="where", progress=False)
+    assert values(found.rows[0])["worst_group"] == pytest.approx(9 / 13)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "altclip", "chinese-clip", "metaclip-2"])
+def test_zero_shot_is_what_the_model_itself_says_of_the_labels(tmp_path, photographs, dataset, name):
+    folder = two_towers(name, tmp_path)
+    model, tokenizer = loaded(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    rows = run(folder, photographs, "--vwt", json.dumps(HALF), "--prompt", "a {} of tea.", "--batch-size", "6")
+    padding = "max_length" if name == "siglip" else True
+    texts = tokenizer(
+        [f"a {label} of tea." for label in LABELS[:2]], padding=padding, max_length=64, return_tensors="pt"
+    )
+    given = texts | {"pixel_values": pixels_of(photographs, folder)}
+    truth = torch.tensor([0] * 9 + [1] * 8)
+    with torch.no_grad():
+        plain = model(**given).logits_per_image
+        found = compress(model, HALF)(**given).logits_per_image
+    for row, logits in zip(rows, (plain, found), strict=True):
+        assert values(row)["accuracy"] == pytest.approx((logits.argmax(-1) == truth).double().mean().item())
+        assert values(row)["kl"] == pytest.approx(divergence(logits, plain), abs=1e-6)
+        assert values(row)["max_difference"] == pytest.approx((logits - plain).abs().max().item(), abs=1e-5)
+    assert values(rows[1])["max_difference"] > 1e-4
+    stream = dataset.cast_column("label", datasets.Value("int64"))
+    with pytest.raises(ValueError, match="no labels with names"):
+        evaluate_model(loaded(folder), stream, task="zero-shot", progress=False)
+
+
+def test_retrieval_recalls_what_the_similarities_say(tmp_path, dataset):
+    folder = two_towers("clip", tmp_path)
+    model, tokenizer = loaded(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    dataset = dataset.remove_columns("label")  # a model of images and texts is for retrieval where there are captions
+    result = evaluate_model(model, dataset, vwt=[HALF], batch_size=5, progress=False)
+    assert result.task == "retrieval"
+    captions = dataset["caption"][:]
+    texts = sorted({text for own in captions for text in own})
+    processor = load_processor(str(folder))
+    pixels = processor(images=list(dataset["image"]), return_tensors="pt")["pixel_values"]
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        plain = model(**encoded, pixel_values=pixels).logits_per_image
+        short = compress(model, HALF)(**encoded, pixel_values=pixels).logits_per_image
+    for row, similarity in zip(result.rows, (plain, short), strict=True):
+        for count in (1, 5, 10):
+            nearest = similarity.topk(min(count, len(texts))).indices.tolist()
+            by_image = [any(texts[at] in own for at in some) for some, own in zip(nearest, captions, strict=True)]
+            nearest = similarity.T.topk(count).indices.tolist()
+            by_text = [any(text in captions[at] for at in some) for some, text in zip(nearest, texts, strict=True)]
+            assert values(row)[f"image_to_text_recall@{count}"] == pytest.approx(np.mean(by_image))
+            assert values(row)[f"text_to_image_recall@{count}"] == pytest.approx(np.mean(by_text))
+    assert values(result.rows[0])["cosine"] == pytest.approx(1) and values(result.rows[1])["cosine"] < 0.9999
+    assert 0 < values(result.rows[0])["text_to_image_recall@5"] < 1  # else any model would pass
+    with pytest.raises(ValueError, match="have no captions"):
+        evaluate_model(model, dataset.remove_columns("caption"), task="retrieval", progress=False)
+
+
+def test_captions_are_compared_with_the_plain_models_and_with_the_references(tmp_path, dataset):
+    tokenizer = tokenizer_with({"<pad>": 0, "<s>": 1, "</s>": 97})
+    model = built(blip)
+    model.text_decoder.cls.predictions.bias.data[:12] += 3  # words of the tests' texts
+    folder = saved(model, tmp_path / "captioner")
+    tokenizer.save_pretrained(folder)
+    dataset.remove_columns("label").save_to_disk(tmp_path / "saved")
+    rows = run(folder, tmp_path / "saved", "--vwt", json.dumps({"keep_ratio": 0.1}), "--max-new-tokens", "4")
+    processor, captions = load_processor(str(folder)), dataset["caption"][:]
+    pixels = processor(images=list(dataset["image"]), return_tensors="pt")["pixel_values"]
+    how = {"max_new_tokens": 4, "do_sample": False, "num_beams": 1}
+    with torch.no_grad():
+        plain, short = (
+            [text.strip() for text in tokenizer.batch_decode(each.generate(pixels, **how), skip_special_tokens=True)]
+            for each in (model, compress(built_like(model), {"keep_ratio": 0.1}))
+        )
+    assert any(plain)
+    for row, texts in zip(rows, (plain, short), strict=True):
+        assert values(row) == pytest.approx(
+            {
+                "same_caption": np.mean([a == b for a, b in zip(texts, plain, strict=True)]),
+                "plain_f1": np.mean([token_f1(a, [b]) for a, b in zip(texts, plain, strict=True)]),
+                "token_f1": np.mean([token_f1(a, b) for a, b in zip(texts, captions, strict=True)]),
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "reason"),
+    [
+        (lambda: built(llava), "captions", "writes about images within a prompt alone"),
+        (lambda: tiny_model("vit"), "captions", "the ViTModel writes no captions"),
+        (lambda: tiny_model("vit"), "retrieval", "the ViTModel has no tower for texts"),
+        (lambda: tiny_model("vit"), "zero-shot", "the ViTModel has no tower for texts"),
+        (lambda: tiny_model("vit"), "segmentation", "expected one of 'classification', 'zero-shot'"),
+    ],
+)
+def test_a_task_that_a_model_is_not_for_is_refused(dataset, make, task, reason):
+    given = {"image_processor": transformers.ViTImageProcessorPil(size=SIZE), "tokenizer": object()}
+    with pytest.raises(ValueError, match=reason):
+        evaluate_model(make(), dataset, vwt=[{"keep_ratio": 0.5, "dropped": "merge"}], task=task, **given)
+
+
+def test_captions_may_lie_in_a_file_beside_the_images(tmp_path, photographs, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = sorted(photographs.rglob("*.png"))[:6]
+    lines = [
+        json.dumps({"file_name": file.relative_to(photographs).as_posix(), "caption": f"a {word}"})
+        for file, word in zip(files, WORDS, strict=False)
+    ]
+    (photographs / "metadata.jsonl").write_text("\n".join(lines))
+    folder = two_towers("clip", tmp_path)
+    plain, _ = run(folder, photographs, "--task", "retrieval", "--vwt", json.dumps(HALF))
+    assert values(plain)["text_to_image_recall@10"] == 1 and len(values(plain)) == 7
+
+
+def built_like(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    copy = built(blip)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def test_a_model_without_a_head_is_measured_by_its_features(tmp_path, photographs):
+    folder = saved(tiny_model("dinov2"), tmp_path / "model")
+    plain, half = run(folder, photographs, "--vwt", json.dumps(HALF))
+    model, pixels = loaded(folder), pixels_of(photographs, folder)
+    with torch.no_grad():
+        expected, found = model(pixels)[1], compress(model, HALF)(pixels)[1]
+    cosine = torch.cosine_similarity(found, expected).mean().item()
+    assert list(values(plain)) == ["cosine"] and values(plain)["cosine"] == pytest.approx(1)
+    assert values(half)["cosine"] == pytest.approx(cosine, abs=1e-6) and cosine < 0.9999
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path, photographs, dataset, capsys):
+    folder = random_classifier(tmp_path)
+    expected = run(folder, photographs, "--vwt", json.dumps(HALF))
+    whole = (photographs / "cat" / "00.png").read_bytes()
+    (photographs / "cat" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    (photographs / "dogs" / "text.jpg").write_text("no image")
+    capsys.readouterr()
+    assert [values(row) for row in run(folder, photographs, "--vwt", json.dumps(HALF))] == [
+        pytest.approx(values(row), abs=1e-6) for row in expected
+    ]
+    printed = capsys.readouterr().out
+    assert "2 images could not be read and are left out:\n" in printed and "17 images of" in printed
+    assert "broken.png cannot be read (OSError" in printed and "text.jpg cannot be read (Unidentified" in printed
+    rows = dataset.cast_column("image", datasets.Image(decode=False)).to_list()
+    rows[3]["image"]["bytes"] = b"no image"
+    damaged = datasets.Dataset.from_list(rows, features=dataset.features)
+    model = loaded(folder, transformers.AutoModelForImageClassification)
+    result = evaluate_model(model, damaged, vwt=[HALF], progress=False)
+    assert result.images == 16 and result.unreadable[0].startswith("row 3 cannot be read")
+    with pytest.raises(ValueError, match=r"no image can be read of 1: row 0 cannot"):
+        evaluate_model(model, damaged.select([3]), vwt=[HALF], progress=False)
+
+
+def test_photographs_that_lie_on_their_side_are_seen_upright(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    upright = Image.fromarray(noise)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("upright", "sideways"):
+        (tmp_path / name).mkdir()
+    upright.save(tmp_path / "upright" / "a.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "sideways" / "a.png", exif=exif)
+    folder = random_classifier(tmp_path)
+    straight, turned = (
+        values(run(folder, tmp_path / name, "--vwt", json.dumps(HALF))[1])["max_difference"]
+        for name in ("upright", "sideways")
+    )
+    assert straight == turned > 0
+
+
+def test_figures_go_into_the_model_index_of_a_card_and_come_back_from_it(tmp_path, photographs):
+    folder, card = random_classifier(tmp_path), tmp_path / "README.md"
+    card.write_text(
+        "---\nlicense: mit\nmodel-index:\n- name: mine\n  results:\n  - task: {type: image-classification}\n"
+        "    dataset: {name: other, type: other}\n    metrics: [{type: accuracy, value: 0.5}]\n---\n\n# Mine\n\nText.\n"
+    )
+    for seed in ("0", "1"):  # the second time in place of the first
+        run(folder, photographs, "--vwt", json.dumps(HALF), "--card", str(card), "--seed", seed)
+    found = huggingface_hub.ModelCard(card.read_text())
+    assert found.text.strip() == "# Mine\n\nText." and found.data.license == "mit" and found.data.model_name == "mine"
+    results = found.data.eval_results
+    own = [result for result in results if result.dataset_type == "images"]
+    assert len(own) == 2 * len(FIGURES) == len(results) - 1
+    name, back = model_index_to_eval_results(eval_results_to_model_index("mine", results))
+    assert name == "mine" and back == results
+    model = loaded(folder, transformers.AutoModelForImageClassification)
+    expected = evaluate_model(model, photographs, vwt=[HALF], seed=1, progress=False)
+    assert own == expected.eval_results()
+    assert own[5].metric_args["vwt"] == HALF and own[5].metric_name == "accuracy (keep ratio 0.5)"
+    run(folder, photographs, "--vwt", json.dumps(HALF), "--card", str(tmp_path / "new" / "README.md"))
+    assert huggingface_hub.ModelCard.load(tmp_path / "new" / "README.md").data.eval_results[0].metric_type == "accuracy"
+
+
+PROGRAM = """
+import json, sys
+import datasets, transformers
+from accelerate import PartialState
+from vwt_hf import cli, evaluate_model
+
+classifier, towers, images, saved, output = sys.argv[1:]
+half = {"keep_ratio": 0.5}
+given = ["evaluate", classifier, "--dataset", images, "--vwt", json.dumps(half), "--batch-size", "4"]
+destroy, PartialState.destroy_process_group = PartialState.destroy_process_group, lambda state: None
+assert cli.main([*given, "--json", f"{output}.command"]) == 0  # the processes are joined by it
+
+dataset = datasets.load_from_disk(saved)
+auto = transformers.AutoModelForImageClassification
+found = [
+    evaluate_model(model.eval(), images, vwt=[half], batch_size=4, progress=False)
+    for model, images in (
+        (auto.from_pretrained(classifier), dataset.to_iterable_dataset(num_shards=2)),
+        (transformers.AutoModel.from_pretrained(towers), dataset.remove_columns("label")),
+    )
+]
+rows = [[row.figures | {"tokens": row.tokens} for row in one.rows] for one in found]
+json.dump(rows, open(f"{output}.{PartialState().process_index}", "w"), default=vars)
+destroy(PartialState())
+"""
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path, photographs, dataset):
+    """17 images and one that cannot be read, in batches of 4: five batches of which one process gets three."""
+    folder, towers = random_classifier(tmp_path), two_towers("clip", tmp_path)
+    (photographs / "dogs" / "broken.png").write_bytes(b"no image")
+    dataset.save_to_disk(tmp_path / "saved")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    given = [folder, towers, photographs, tmp_path / "saved", tmp_path / "out"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, tmp_path / "program.py", *given],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| uncompressed |") == 1 and "1 images could not be read" in done.stdout
+    auto = transformers.AutoModelForImageClassification
+    expected = [
+        evaluate_model(model, images, vwt=[HALF], batch_size=4, progress=False)
+        for model, images in (
+            (loaded(folder, auto), dataset.to_iterable_dataset(num_shards=2)),
+            (loaded(towers), dataset.remove_columns("label")),
+        )
+    ]
+    first, second = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2))
+    assert first == second
+    for one, of in zip(first, expected, strict=True):
+        for row, wanted in zip(one, of.rows, strict=True):
+            assert row.pop("tokens") == wanted.tokens
+            assert values({"figures": row}) == pytest.approx(values(wanted), abs=1e-5)
+    command = json.loads((tmp_path / "out.command").read_text())
+    assert command["machine"]["processes"] == 2 and command["images"] == 17 and len(command["unreadable"]) == 1
+    alone = run(folder, photographs, "--vwt", json.dumps(HALF), "--batch-size", "4")
+    assert [row["figures"] for row in command["rows"]] == [row["figures"] for row in alone]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--json", "{images}"], "images is a folder; expected the name of a file to write"),
+        (["--card", "{images}"], "images is a folder; expected the name of a file to write"),
+        (["--vwt", '{{"keep_ratio": 2}}'], "keep_ratio is 2; expected a number in (0, 1]"),
+        (["--device", "abacus"], "device is 'abacus'"),
+        (["--groups", "{model}/config.json"], "names no group of 17 of 17 images, such as 'cat/00.png'; expected"),
+        (["--groups", "{model}/list.json"], "list.json, which holds a list; expected an object"),
+        (["--dataset", "{images}/nothing"], "nothing does not exist; expected a folder of images, a data set saved"),
+        (["--dataset", "{model}/list.json"], "list.json is a file; expected a folder of images, a data set saved"),
+        (["--split", "test"], "--split and --streaming are for data sets"),
+        (["--label-column", "kind"], "a column for label is for data sets"),
+        (["--dataset", "{saved}", "--label-column", "kind"], "no column 'kind' for label; its columns are id, image"),
+        (["--dataset", "{saved}", "--image-column", "id"], "no column of images 'id'"),
+        (["--dataset", "{saved}", "--split", "test"], "has no split 'test'; its splits are one, two"),
+        (["--dataset", "{model}/../nothing"], "nothing holds no image files"),
+        (["--limit", "0"], "limit is 0; expected a whole number of at least 1"),
+        (["--batch-size", "0"], "batch_size is 0; expected a whole number of at least 1"),
+        (["--prompt", "a photo"], "prompt is 'a photo'; expected a text with one"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(tmp_path, photographs, dataset, capsys, monkeypatch, options, reason):
+    folder = classifier(tmp_path, {0: "cat", 1: "dogs"})
+    (folder / "list.json").write_text("[1]")
+    (tmp_path / "nothing").mkdir()
+    saved_as = tmp_path / "empty" / "saved"
+    splits = datasets.DatasetDict({"one": dataset, "two": dataset}) if "--split" in options else dataset
+    splits.save_to_disk(saved_as)
+    names = {"images": photographs, "model": folder, "saved": saved_as}
+    monkeypatch.setattr("vwt_hf.cli.evaluate.load", pytest.fail)  # before a model is loaded
+    capsys.readouterr()
+    given = [option.format(**names) for option in options]
+    assert main(["evaluate", str(folder), "--dataset", str(photographs), *given]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("vwt-hf evaluate: ") and reason in said[-1]
