@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -30,7 +31,7 @@ if not hasattr(os, "fork"):
 
 SRC = Path(learning.__file__).parents[2]
 IMAGES, SIDE, PATCH_SIZE, SIZE = 45, 32, 8, 12
-LONGEST = 60
+LONGEST = 120
 """Seconds that processes may take to end. A hang fails by it."""
 
 
@@ -364,3 +365,68 @@ def test_one_process_makes_no_group_and_asks_accelerate_for_nothing(
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined("cpu"):
         assert place() == (0, 1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config and an image processor: of a model, that is all that the command needs."""
+    folder = tmp_path_factory.mktemp("model")
+    transformers.ViTConfig(image_size=SIDE, patch_size=PATCH_SIZE).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def command(images: Path, checkpoint: Path, output: Path) -> list[str]:
+    arguments = ["learn", str(images), "--image-processor", str(checkpoint), "--output", str(output)]
+    return ["-m", "vwt_hf.cli", *arguments, "--size", f"{SIZE}", "--device", "cpu"]
+
+
+def paths() -> str:
+    return os.pathsep.join([str(SRC), os.environ.get("PYTHONPATH", "")])
+
+
+def test_accelerate_launches_two_that_write_the_words_of_one_and_print_once(
+    folder: Path, checkpoint: Path, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the processes launched have the full buffer
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, *launch, *command(folder, checkpoint, tmp_path / "words")],
+        env=os.environ | {"PYTHONPATH": paths(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=LONGEST,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{SIZE} words of 8×8 pixels") == 1
+    assert f"(2 processes share the images): 100%|██████████| {IMAGES + 1}/{IMAGES + 1}" in done.stderr
+    assert done.stderr.count("could not be read") == 1
+    found = VisualVocabulary.from_pretrained(tmp_path / "words")
+    one = alone(folder, processor, batch_size=32)
+    assert_same((found.words, found.frequencies, found.info), one, exact=False)
+    assert sorted(path.name for path in (tmp_path / "words").iterdir()) == [
+        "README.md", "vocabulary.json", "vocabulary.safetensors", "words.png"
+    ]  # fmt: skip
+
+
+def test_what_goes_wrong_in_one_process_is_printed_once_and_ends_all(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Without a launcher that would end the others; on machines with a disk each, of which one lacks the images."""
+    port, empty = free_port(), tmp_path / "empty"
+    empty.mkdir()
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command(images, checkpoint, tmp_path / "words")],
+            env=os.environ | {"PYTHONPATH": paths()} | environment(index, 2, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, images in enumerate((folder, empty))
+    ]
+    ends = [(*process.communicate(timeout=LONGEST), process.returncode) for process in running]
+    assert [status for _, _, status in ends] == [2, 2]
+    assert f"vwt-hf learn: process 1 of 2: {empty} holds no image files; expected" in ends[0][1]
+    assert "vwt-hf learn" not in ends[1][1] and "Traceback" not in ends[0][1] + ends[1][1]
+    assert not (tmp_path / "words").exists()

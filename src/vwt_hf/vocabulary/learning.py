@@ -115,6 +115,10 @@ def learn_words(
     if resume and checkpoint is None:
         raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
     index, processes = place()
+    if processes > 1:
+        # Where a process was forked, as by accelerate's notebook_launcher, torch makes a new pool of threads with this
+        # call. The threads that read images would make it, too, and where two meet, torch raises an error in one.
+        torch.set_num_threads(torch.get_num_threads())
     # The channels are RGB's: images are read as such.
     channels = 3
     kmeans = MiniBatchKMeans(size, channels * patch_size**2, seed=seed, device=device or _default_device())
@@ -147,7 +151,7 @@ def learn_words(
     )
     started, before = time.monotonic(), kmeans.seen
     with bar:
-        steps = _steps(patch_batches(part.items, image_processor, patch_size, share), kmeans)
+        steps = steps_of(patch_batches(part.items, image_processor, patch_size, share), kmeans)
         for number, (batch, reads) in enumerate(steps, start=1):
             # Processes without more images do not keep those that have some from whole batches.
             whole = all(read.number == (0 if over else share) for read, over in zip(reads, ended, strict=True))
@@ -155,7 +159,7 @@ def learn_words(
             if file is not None and not whole:  # a run of more images makes another batch of the last ones
                 save_checkpoint(file, kmeans, settings, done)
             done.add(reads)
-            _learn(kmeans, batch)
+            learn_step(kmeans, batch)
             bar.update(sum(read.number for read in reads))
             if kmeans.seen:
                 rate = (kmeans.seen - before) / (time.monotonic() - started)
@@ -257,7 +261,7 @@ def _shared(source: ImageSource, orders: Sequence[str]) -> str:
     return f" ({len(orders)} processes, {different} different folders or data sets)"
 
 
-def _steps(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator[tuple[PatchBatch, list[Read]]]:
+def steps_of(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator[tuple[PatchBatch, list[Read]]]:
     """This process's batches, empty ones once it has no more, until no process has; and what all read of each step."""
     nothing = PatchBatch(torch.zeros(0, kmeans.values), [], [])
 
@@ -272,7 +276,7 @@ def _steps(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator[t
         yield batch, reads
 
 
-def _learn(kmeans: MiniBatchKMeans, batch: PatchBatch) -> None:
+def learn_step(kmeans: MiniBatchKMeans, batch: PatchBatch) -> None:
     """`kmeans.update` with the patches of all processes, as if one had read their images."""
     if not together():
         kmeans.update(batch.patches)
