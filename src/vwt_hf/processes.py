@@ -158,7 +158,7 @@ def _talking() -> Iterator[None]:
         index, number = place()
         raise ProcessLost(
             f"process {index} of {number} has lost another one, which ended or cannot be reached "
-            f"({str(error).splitlines()[0]})"
+            f"({str(error).partition('. ')[0]})"
         ) from error
 
 
