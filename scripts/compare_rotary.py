@@ -177,7 +177,7 @@ def read(teacher: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def sample(folder: str, limit: int | None) -> list[Any]:
-    items = [item for _name, item in open_images(folder).items]
+    items = [item for _name, item in open_images(folder).part().items]
     random.seed(0)
     random.shuffle(items)
     return items[:limit]

@@ -259,7 +259,7 @@ def test_a_checkpoint_of_another_format_is_refused(
     monkeypatch.setattr(learning, "CHECKPOINT_FORMAT", 1)
     make(folder, processor, checkpoint=tmp_path / "progress")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"another version of vwt-hf \(format 1; this one reads 2\).*delete the file"):
+    with pytest.raises(ValueError, match=r"another version of vwt-hf \(format 1; this one reads 3\).*delete the file"):
         make(folder, processor, checkpoint=tmp_path / "progress", resume=True)
 
 

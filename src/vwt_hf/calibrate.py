@@ -370,7 +370,7 @@ def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:
     if isinstance(images, Sequence) and not isinstance(images, str):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:most].tolist()
         return ((f"image {i}", images[i]) for i in order)
-    return open_images(images, seed=seed, max_images=most).items
+    return open_images(images, seed=seed).part(max_images=most).items
 
 
 def pixels_of(name: str, item: Any, image_processor: Any) -> dict[str, torch.Tensor]:

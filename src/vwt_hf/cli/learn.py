@@ -6,10 +6,13 @@ import argparse
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
 from ..terminal import aligned, require_folder
+
+if TYPE_CHECKING:
+    from ..vocabulary import VisualVocabulary
 
 HELP = "learn a vocabulary of visual words from images"
 DESCRIPTION = """\
@@ -21,13 +24,18 @@ Images go through the resizing and cropping of a model's image processor; none o
 cannot be read are counted and left out. Memory does not grow with the number of images.
 
 Progress is saved every 100 batches: after an interruption the same command with --resume goes on from there, and the
-words are those of a run never interrupted."""
+words are those of a run never interrupted.
+
+Several processes, on one machine or many, learn the words that one would, but for rounding; each reads its part of the
+images. Where they see different folders, as on machines with a disk each, each reads all of its own. The first process
+writes and prints. --multi_gpu is right without GPUs, too: accelerate's --cpu starts one process alone."""
 EXAMPLES = """\
 examples:
   vwt-hf learn photographs/ --image-processor google/vit-base-patch16-224
   vwt-hf learn photographs/ --image-processor google/vit-base-patch16-224 --resume
   vwt-hf learn ethz/food101 --image-processor facebook/dinov2-small --streaming --max-images 20000 --output food-words
-  vwt-hf learn photographs/ --image-processor openai/clip-vit-base-patch32 --push-to-hub me/words-p32 --private"""
+  vwt-hf learn photographs/ --image-processor openai/clip-vit-base-patch32 --push-to-hub me/words-p32 --private
+  accelerate launch --multi_gpu --num_processes 2 -m vwt_hf.cli learn photographs/ --image-processor me/my-model"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patch-size", type=int, help="side of a word in pixels (default: as MODEL cuts its patches)")
     parser.add_argument("--output", default="vwt-words", metavar="FOLDER", help="for the words (default: vwt-words)")
     parser.add_argument("--seed", type=int, default=0, help="of the images' order and of k-means (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images in a batch (default: 32)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images in a batch, of all processes together (default: 32)"
+    )
     parser.add_argument("--max-images", type=int, help="learn from no more than these (default: all)")
     parser.add_argument("--column", help="the data set's image column (default: its first)")
     parser.add_argument("--split", default="train", help="of the data set (default: train)")
@@ -71,49 +81,68 @@ def work(args: argparse.Namespace) -> None:
         ValueError: a setting or the images cannot be used, or nothing tells the patch size.
         OSError: images, image processor or checkpoint cannot be read, or the output cannot be written.
     """
-    progress = Path(args.checkpoint) if args.checkpoint else Path(args.output) / ".checkpoint"
-    for folder in (args.output, progress):
-        require_folder(folder)
+    from ..processes import everywhere, in_main, joined
+
+    with joined(args.device):
+        (images, options), _ = everywhere(lambda: _prepared(args))
+
+        from ..vocabulary import VisualVocabulary
+
+        progress = _progress(args)
+        started = time.monotonic()
+        try:
+            vocabulary = VisualVocabulary.learn(images, **options, checkpoint=progress, resume=args.resume)
+        except FileExistsError as error:
+            raise FileExistsError(
+                f"{progress} holds the progress of an earlier run; add --resume to go on with it, or delete that "
+                "folder to start again."
+            ) from error
+        in_main(lambda: _keep(args, vocabulary, time.monotonic() - started))
+
+
+def _progress(args: argparse.Namespace) -> Path:
+    return Path(args.checkpoint) if args.checkpoint else Path(args.output) / ".checkpoint"
+
+
+def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Images, and how to learn from them: arguments of `VisualVocabulary.learn`."""
+    from ..processes import place
+
+    is_main = place()[0] == 0
+    if is_main:
+        for folder in (args.output, _progress(args)):
+            require_folder(folder)
 
     from ..evaluation import usable_device
     from ..processors import load_processor, patch_size_of
-    from ..vocabulary import VisualVocabulary
 
-    source, dataset = open_source(args.images, column=args.column, split=args.split, streaming=args.streaming)
+    images, dataset = open_source(args.images, column=args.column, split=args.split, streaming=args.streaming)
     processor = load_processor(args.image_processor)
     patch_size = args.patch_size if args.patch_size is not None else patch_size_of(args.image_processor)
     if patch_size is None:
         raise ValueError(f"{args.image_processor} has no model config that says its patch size; give --patch-size.")
     device = usable_device(args.device)
-    if args.push_to_hub:
+    if args.push_to_hub and is_main:
         _require_hub(args.push_to_hub)
+    return images, {
+        "image_processor": processor,
+        "size": args.size,
+        "patch_size": patch_size,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "column": args.column,
+        "max_images": args.max_images,
+        "device": device,
+        "dataset": dataset,
+        "base_model": None if Path(args.image_processor).exists() else args.image_processor,
+    }
 
-    started = time.monotonic()
-    try:
-        vocabulary = VisualVocabulary.learn(
-            source,
-            processor,
-            args.size,
-            patch_size=patch_size,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            column=args.column,
-            checkpoint=progress,
-            resume=args.resume,
-            max_images=args.max_images,
-            device=device,
-            dataset=dataset,
-            base_model=None if Path(args.image_processor).exists() else args.image_processor,
-        )
-    except FileExistsError as error:
-        raise FileExistsError(
-            f"{progress} holds the progress of an earlier run; add --resume to go on with it, or delete that folder to "
-            "start again."
-        ) from error
-    seconds = time.monotonic() - started
+
+def _keep(args: argparse.Namespace, vocabulary: VisualVocabulary, seconds: float) -> None:
+    """Writes the words, pushes them where asked to, and prints what came of it."""
     vocabulary.save_pretrained(args.output, repo_id=args.push_to_hub)
     if args.checkpoint is None:
-        shutil.rmtree(progress)
+        shutil.rmtree(_progress(args))
 
     info = vocabulary.info
     print(f"{len(vocabulary):,} words of {vocabulary.patch_size}×{vocabulary.patch_size} pixels\n")

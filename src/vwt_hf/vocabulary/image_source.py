@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import io
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,18 +30,42 @@ SHUFFLED = 1000
 """Images among which a streaming data set is shuffled; they are held encoded."""
 
 
-class ImageSource(NamedTuple):
-    """Images in a fixed order."""
+class ImagePart(NamedTuple):
+    """Images in a fixed order, to be read once."""
 
     items: Iterator[tuple[str, Any]]
     """Name, and what `read_image` takes."""
     total: int | None
-    """How many there are in all, if known."""
+    """How many there are, those that were skipped included, if known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """Images in a fixed order, none of which is read yet."""
+
     name: str | None
     """Name of the data set, if known."""
     order: str
     """What they are, as part of a sentence: "a folder of 12 image files ...". With the seed it decides which image
     comes when, so a checkpoint records it and other images are refused."""
+    cut: Callable[[int, int, int, int | None], ImagePart]
+    """Does what `part` says."""
+    divides: bool = True
+    """Whether `part` gives processes different images of it. Else each has images of its own."""
+
+    def part(self, *, skip: int = 0, max_images: int | None = None, index: int = 0, number: int = 1) -> ImagePart:
+        """The images that one of several processes reads: of a folder or `Dataset` each `number`-th, from `index` on.
+
+        Args:
+            skip: leave out this many from the start of the part.
+            max_images: end it after this many, the skipped ones included.
+            index: which part, counted from 0.
+            number: how many parts there are.
+
+        Raises:
+            ValueError: while the images are iterated over: a stream or iterable has fewer than `skip`.
+        """
+        return self.cut(index, number, skip, max_images)
 
 
 class PatchBatch(NamedTuple):
@@ -48,15 +73,13 @@ class PatchBatch(NamedTuple):
 
     patches: torch.Tensor
     """(patches, channels · patch height · patch width) float32, raw RGB in [0, 1]."""
-    images: int
-    """How many were read."""
+    lengths: list[int]
+    """Patches of each image, 0 where it could not be read."""
     unreadable: list[str]
-    """Name and reason of each image that was not."""
+    """Name and reason of each image that was not read."""
 
 
-def open_images(
-    images: Any, *, column: str | None = None, seed: int = 0, skip: int = 0, max_images: int | None = None
-) -> ImageSource:
+def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> ImageSource:
     """The images of a data set, a folder or an iterable, without reading any.
 
     Folders and data sets are shuffled by `seed`, since they often lie class by class (a streaming data set within a
@@ -66,34 +89,50 @@ def open_images(
         images: a `datasets.Dataset`, a `datasets.IterableDataset`, a folder (searched recursively), or an iterable of
             PIL images or paths.
         column: the data set's image column; by default its first.
-        skip: leave out this many from the start of the order.
-        max_images: end after this many, the skipped ones included.
 
     Raises:
-        ValueError: the folder has no images, the data set has no such column or several splits; while the images are
-            iterated over: a stream or iterable has fewer than `skip`.
+        ValueError: the folder has no images, the data set has no such column or several splits.
         TypeError: `images` is of another type.
     """
     if isinstance(images, (str, os.PathLike)):
         if not Path(images).is_dir():
             raise ValueError(f"images is {str(images)!r}, which is no folder; expected a folder of image files.")
         files = find_images([images])
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
-        items: Iterator[tuple[str, Any]] = ((str(files[i]), files[i]) for i in order[skip:])
-        return ImageSource(items, len(order), Path(images).resolve().name, _described(Path(images), files))
+        items = _Shuffled(len(files), seed, lambda i: (str(files[i]), files[i]))
+        return ImageSource(Path(images).resolve().name, _described(Path(images), files), items.cut)
     if isinstance(images, Mapping):
         raise ValueError(f"images has the splits {', '.join(map(str, images))}; pass one of them, as images['train'].")
     if type(images).__module__.split(".")[0] == "datasets":
-        return _dataset(images, column, seed, skip, max_images)
+        return _dataset(images, column, seed)
     if not hasattr(images, "__iter__"):
         raise TypeError(
             f"images is a {type(images).__name__}; expected a data set, a folder or an iterable of PIL images."
         )
-    total = len(images) if hasattr(images, "__len__") else None
-    if max_images is not None and total is not None:
-        total = min(total, max_images)
-    numbered = ((f"image {i}", image) for i, image in enumerate(images))
-    return ImageSource(_after(skip, itertools.islice(numbered, max_images)), total, None, "images in their own order")
+
+    def cut(_index: int, _number: int, skip: int, max_images: int | None) -> ImagePart:
+        total = len(images) if hasattr(images, "__len__") else None
+        numbered = ((f"image {i}", image) for i, image in enumerate(images))
+        return ImagePart(
+            _after(skip, itertools.islice(numbered, max_images)),
+            total if total is None or max_images is None else min(total, max_images),
+        )
+
+    return ImageSource(None, "images in their own order", cut, divides=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shuffled:
+    """Images that can be had by their numbers, in the order of a seed."""
+
+    images: int
+    seed: int
+    get: Callable[[int], tuple[str, Any]]
+
+    def cut(self, index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
+        """As `ImageSource.part` does."""
+        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        mine = order[index::number][:max_images]
+        return ImagePart(map(self.get, mine[skip:]), len(mine))
 
 
 def _after(skip: int, items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -148,16 +187,16 @@ def _endings() -> set[str]:
     return {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
 
 
-def _dataset(dataset: Any, column: str | None, seed: int, skip: int, max_images: int | None) -> ImageSource:
+def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
     import datasets
+    from datasets.distributed import split_dataset_by_node
 
     name = getattr(dataset.info, "dataset_name", None)
     if isinstance(dataset, datasets.Dataset):
         column = _image_column(dataset.features, column)
         encoded = _undecoded(dataset, column).with_format(None)
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
-        items = ((f"row {i}", encoded[i][column]) for i in order[skip:])
-        return ImageSource(items, len(order), name, f"column {column!r} of a data set of {len(dataset)} rows")
+        items = _Shuffled(len(dataset), seed, lambda i: (f"row {i}", encoded[i][column]))
+        return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows", items.cut)
     if not isinstance(dataset, datasets.IterableDataset):
         raise TypeError(f"images is a {type(dataset).__name__}; expected a Dataset or an IterableDataset.")
     features = dataset.features
@@ -169,8 +208,15 @@ def _dataset(dataset: Any, column: str | None, seed: int, skip: int, max_images:
     else:
         column = _image_column(features, column)
         shuffled = _undecoded(dataset, column).shuffle(seed=seed, buffer_size=SHUFFLED)
-    rows = itertools.islice(((f"row {i}", row[column]) for i, row in enumerate(shuffled)), max_images)
-    return ImageSource(_after(skip, rows), max_images, name, f"column {column!r} of a streaming data set")
+
+    def cut(index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
+        # In whole shards where their number allows it; else every process reads all rows and keeps its own.
+        mine = shuffled if number == 1 else split_dataset_by_node(shuffled, index, number)
+        of = "" if number == 1 else f" of part {index}"
+        rows = ((f"row {i}{of}", row[column]) for i, row in enumerate(mine))
+        return ImagePart(_after(skip, itertools.islice(rows, max_images)), max_images)
+
+    return ImageSource(name, f"column {column!r} of a streaming data set", cut)
 
 
 def _undecoded(dataset: Any, column: str) -> Any:
@@ -347,15 +393,17 @@ def patch_batches(
     """Reads images in threads, a few batches ahead, and yields the patches of each batch, in order."""
 
     def make(batch: list[tuple[str, Any]]) -> PatchBatch:
-        patches, unreadable = [], []
+        patches, lengths, unreadable = [], [], []
         for name, item in batch:
+            lengths.append(0)
             try:
                 patches.append(image_patches(read_image(item, name), image_processor, patch_size))
+                lengths[-1] = len(patches[-1])
             except UnreadableImage as error:  # one is no reason to lose a run of hours
                 unreadable.append(str(error))
             except Exception as error:
                 unreadable.append(f"{printable(name)} ({type(error).__name__}: {error})")
-        return PatchBatch(torch.cat(patches) if patches else torch.zeros(0, 1), len(patches), unreadable)
+        return PatchBatch(torch.cat(patches) if patches else torch.zeros(0, 3 * patch_size**2), lengths, unreadable)
 
     workers = min(4, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vwt-images")

@@ -71,7 +71,8 @@ class MiniBatchKMeans:
     """Words learned from batches of patches.
 
     To learn over several processes: seed one (`update` until `words` is not `None`), hand its `state_dict` to all, then
-    for each batch sum `statistics` over the processes and give every one the same sum by `merge`.
+    for each batch sum `statistics` over the processes and give every one the same sum by `merge`. Where that asks for
+    it, one calls `restart_rare` with the patches of all and hands its `state_dict` to the others.
 
     Args:
         size: how many words to learn.
@@ -113,11 +114,7 @@ class MiniBatchKMeans:
         Raises:
             ValueError: the shape is another, or a value is not finite.
         """
-        if patches.ndim != 2 or patches.shape[1] != self.values:
-            raise ValueError(f"patches have shape {tuple(patches.shape)}; expected (patches, {self.values}).")
-        patches = patches.to(self.device, torch.float32)
-        if not patches.isfinite().all():
-            raise ValueError("patches hold values that are not finite; leave out the images that they come from.")
+        patches = self.checked(patches)
         if not len(patches):
             return
         if self.words is None:
@@ -125,16 +122,33 @@ class MiniBatchKMeans:
             if sum(map(len, self._buffer)) >= max(BUFFERED * self.size, BUFFERED_AT_LEAST):
                 self._seed_words()
             return
-        before = self.seen
-        self.merge(statistics(patches, self.words))
-        # Each time the stream has doubled: early enough to learn from what follows, seldom enough to settle.
-        if before.bit_length() < self.seen.bit_length():
-            self._restart_rare(patches)
+        if self.merge(statistics(patches, self.words)):
+            self.restart_rare(patches)
 
-    def merge(self, batch: Statistics) -> None:
-        """Moves the words by what a batch has to say, of which some parts may come from other processes."""
+    def checked(self, patches: torch.Tensor) -> torch.Tensor:
+        """`patches` (patches, values) in float32, on the device of the words.
+
+        Raises:
+            ValueError: the shape is another, or a value is not finite.
+        """
+        if patches.ndim != 2 or patches.shape[1] != self.values:
+            raise ValueError(f"patches have shape {tuple(patches.shape)}; expected (patches, {self.values}).")
+        patches = patches.to(self.device, torch.float32)
+        if not patches.isfinite().all():
+            raise ValueError("patches hold values that are not finite; leave out the images that they come from.")
+        return patches
+
+    def merge(self, batch: Statistics) -> bool:
+        """Moves the words by what a batch has to say, of which some parts may come from other processes.
+
+        Returns:
+            Whether it is time for `restart_rare`: each time the stream has doubled, which is early enough to learn from
+            what follows and seldom enough to settle.
+        """
         assert self.words is not None, "the words are not seeded"
-        patches = int(batch.counts.sum())
+        before, patches = self.seen, int(batch.counts.sum())
+        if not patches:
+            return False
         fade = self.seen / (self.seen + patches)
         self.weights = self.weights * fade + batch.counts
         step = batch.sums - batch.counts.unsqueeze(1) * self.words
@@ -143,6 +157,29 @@ class MiniBatchKMeans:
         share = patches / (self.seen * fade + patches)
         self.inertia += share * (float(batch.inertia) / patches - self.inertia)
         self.seen += patches
+        return before.bit_length() < self.seen.bit_length()
+
+    def restart_rare(self, patches: torch.Tensor) -> None:
+        """Moves the words that hardly any patch is nearest to onto random ones of `patches` that no word stands for.
+
+        Args:
+            patches: (patches, values), as `checked` gives them.
+        """
+        assert self.words is not None
+        floor = RARE * float(self.weights[self.weights > 0].median())
+        rare = (self.weights < floor).nonzero().squeeze(1)
+        nearest, _ = closest_words(patches, self.words)
+        # Exact, unlike the expansion: copies of one patch must not become two words.
+        distances = (patches - self.words[nearest]).square().mean(dim=1)
+        unlike = (distances > SAME).nonzero().squeeze(1)
+        number = min(len(rare), len(unlike))
+        if not number:
+            return
+        rare = rare[self.weights[rare].argsort(stable=True)[:number]]
+        chosen = unlike[self._choose(len(unlike), number)]
+        self.words[rare] = patches[chosen]
+        self.weights[rare] = floor
+        self.counts[rare] = 1
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The words and how many patches were assigned to each, most frequent first. Learning may go on afterwards.
@@ -210,27 +247,9 @@ class MiniBatchKMeans:
             self.counts, self.weights = batch.counts, batch.counts.float()
             # Words that start again need some rounds to settle.
             if remaining > 2:
-                self._restart_rare(patches)
+                self.restart_rare(patches)
         self.seen = held
         self.inertia = float(batch.inertia) / held
-
-    def _restart_rare(self, patches: torch.Tensor) -> None:
-        """Moves the words that hardly any patch is nearest to onto random patches that no word stands for."""
-        assert self.words is not None
-        floor = RARE * float(self.weights[self.weights > 0].median())
-        rare = (self.weights < floor).nonzero().squeeze(1)
-        nearest, _ = closest_words(patches, self.words)
-        # Exact, unlike the expansion: copies of one patch must not become two words.
-        distances = (patches - self.words[nearest]).square().mean(dim=1)
-        unlike = (distances > SAME).nonzero().squeeze(1)
-        number = min(len(rare), len(unlike))
-        if not number:
-            return
-        rare = rare[self.weights[rare].argsort(stable=True)[:number]]
-        chosen = unlike[self._choose(len(unlike), number)]
-        self.words[rare] = patches[chosen]
-        self.weights[rare] = floor
-        self.counts[rare] = 1
 
     def _choose(self, of: int, number: int) -> torch.Tensor:
         """`number` distinct indices below `of`, drawn on the CPU: the same on every device."""

@@ -1,35 +1,69 @@
-"""Learning words from images: the loop between the patch stream and k-means, with progress and checkpoints."""
+"""Learning words from images: the loop between the patch stream and k-means, with progress and checkpoints.
+
+Several processes learn the words that one would, but for rounding: each reads every so manieth image of the order in
+which one would read them, so that a step has the images of one's batch, and their statistics are summed. Where single
+patches matter, to seed words and to start them again, the main process gets them all, in that order, and hands out what
+comes of it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..processes import everywhere, in_main, place, summed, together
 from ..processors import processor_statistics
 from ..whole_saves import write_files
 from .files import VocabularyInfo, tensor_bytes
-from .image_source import PatchBatch, open_images, patch_batches
-from .kmeans import MiniBatchKMeans
+from .image_source import ImagePart, ImageSource, PatchBatch, open_images, patch_batches
+from .kmeans import MiniBatchKMeans, statistics
 
 CHECKPOINT = "learning.safetensors"
 CHECKPOINT_EVERY = 100
 """Batches between checkpoints: what a kill loses at most."""
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 """Of checkpoints: one of another format is refused."""
 NAMED = 5
 """How many unreadable images a warning names."""
 CUTS = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
 """What an image processor's settings say about the pixels that patches are cut from."""
+
+
+class Peer(NamedTuple):
+    """What a process tells the others before they learn."""
+
+    order: str
+    """`ImageSource.order` of its images."""
+    name: str | None
+    """`ImageSource.name` of them."""
+    settings: dict[str, Any]
+
+
+class Read(NamedTuple):
+    """What a process tells the others of its part of a step."""
+
+    images: int
+    unreadable: list[str]
+
+    @classmethod
+    def of(cls, batch: PatchBatch) -> Read:
+        return cls(len(batch.lengths) - len(batch.unreadable), batch.unreadable)
+
+    @property
+    def number(self) -> int:
+        return self.images + len(self.unreadable)
 
 
 @dataclasses.dataclass
@@ -39,14 +73,18 @@ class Progress:
     images: int = 0
     unreadable: int = 0
     first_unreadable: list[str] = dataclasses.field(default_factory=list)
-    order: str = ""
-    """`ImageSource.order` of the images that it learns from."""
+    read: list[int] = dataclasses.field(default_factory=lambda: [0])
+    """Images that each process has read or found unreadable."""
+    order: list[str] = dataclasses.field(default_factory=list)
+    """`ImageSource.order` of the images that each process learns from."""
 
-    def add(self, batch: PatchBatch) -> None:
-        """Counts a batch's images."""
-        self.images += batch.images
-        self.unreadable += len(batch.unreadable)
-        self.first_unreadable = (self.first_unreadable + batch.unreadable)[:NAMED]
+    def add(self, reads: Sequence[Read]) -> None:
+        """Counts the images of a step."""
+        self.images += sum(read.images for read in reads)
+        unreadable = [name for read in reads for name in read.unreadable]
+        self.unreadable += len(unreadable)
+        self.first_unreadable = (self.first_unreadable + unreadable)[:NAMED]
+        self.read = [before + read.number for before, read in zip(self.read, reads, strict=True)]
 
 
 def learn_words(
@@ -76,51 +114,53 @@ def learn_words(
             raise ValueError(f"{name} is {value!r}; expected a positive integer.")
     if resume and checkpoint is None:
         raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
+    index, processes = place()
+    if processes > 1:
+        # Where a process was forked, as by accelerate's notebook_launcher, torch makes a new pool of threads with this
+        # call. The threads that read images would make it, too, and where two meet, torch raises an error in one.
+        torch.set_num_threads(torch.get_num_threads())
     # The channels are RGB's: images are read as such.
     channels = 3
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kmeans = MiniBatchKMeans(size, channels * patch_size**2, seed=seed, device=device)
+    kmeans = MiniBatchKMeans(size, channels * patch_size**2, seed=seed, device=device or _default_device())
     mean, std = processor_statistics(image_processor, channels)
     made = image_processor.to_dict()
     settings = {
-        "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size,
+        "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size, "processes": processes,
         "image_mean": list(mean), "image_std": list(std),
         "image_processor": ", ".join(f"{name} {made[name]}" for name in CUTS if name in made),
     }  # fmt: skip
-    done = Progress()
+    source, peers = everywhere(
+        lambda: open_images(images, column=column, seed=seed), lambda found: Peer(found.order, found.name, settings)
+    )
+    _require_same_settings(peers)
+    orders = [peer.order for peer in peers]
     file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
-    if file is not None and file.exists():
-        if not resume:
-            raise FileExistsError(
-                f"{file} holds an earlier run; pass resume=True to go on with it, or another checkpoint folder."
-            )
-        done = load_checkpoint(file, kmeans, settings)
+    done = in_main(lambda: _begin(file, resume, kmeans, settings, orders, max_images))
+    _hand_out(kmeans)
+    part, totals = everywhere(lambda: _part(source, orders, done, max_images), lambda found: found.total)
 
-    skip = done.images + done.unreadable
-    if max_images is not None and max_images < skip:
-        raise ValueError(
-            f"{file} has learned from {skip} images, and max_images is {max_images}; give at least {skip}, or another "
-            "checkpoint folder to learn from fewer."
-        )
-    source = open_images(images, column=column, seed=seed, skip=skip, max_images=max_images)
-    if skip and done.order != source.order:
-        raise ValueError(
-            f"{file} is of a run that learned from {done.order}, and images is {source.order}; give the same images, "
-            "or another checkpoint folder."
-        )
-    done.order = source.order
+    share = -(-batch_size // processes)
+    ended = [False] * processes
     whole = True
-    bar = tqdm(total=source.total, initial=skip, unit="image", desc="Learning words", disable=not progress)
+    bar = tqdm(
+        total=None if None in totals else sum(totals),
+        initial=sum(done.read),
+        unit="image",
+        desc="Learning words" + _shared(source, orders),
+        disable=not progress or index > 0,
+    )
     started, before = time.monotonic(), kmeans.seen
     with bar:
-        for number, batch in enumerate(patch_batches(source.items, image_processor, patch_size, batch_size), start=1):
-            whole = batch.images + len(batch.unreadable) == batch_size
+        steps = steps_of(patch_batches(part.items, image_processor, patch_size, share), kmeans)
+        for number, (batch, reads) in enumerate(steps, start=1):
+            # Processes without more images do not keep those that have some from whole batches.
+            whole = all(read.number == (0 if over else share) for read, over in zip(reads, ended, strict=True))
+            ended = [read.number < share for read in reads]
             if file is not None and not whole:  # a run of more images makes another batch of the last ones
                 save_checkpoint(file, kmeans, settings, done)
-            done.add(batch)
-            if batch.images:
-                kmeans.update(batch.patches)
-            bar.update(batch.images + len(batch.unreadable))
+            done.add(reads)
+            learn_step(kmeans, batch)
+            bar.update(sum(read.number for read in reads))
             if kmeans.seen:
                 rate = (kmeans.seen - before) / (time.monotonic() - started)
                 bar.set_postfix({"inertia": f"{kmeans.inertia:.4g}", "patches/s": f"{rate:.0f}"}, refresh=False)
@@ -129,8 +169,8 @@ def learn_words(
     if file is not None and whole:
         save_checkpoint(file, kmeans, settings, done)
     _report(done)
-    words, counts = kmeans.finish()
-    if len(words) < size:
+    words, counts, seen, inertia = in_main(lambda: _finished(kmeans))
+    if len(words) < size and index == 0:
         warnings.warn(
             f"{size} words were asked for, but the images have only {len(words)} patches that differ: the vocabulary "
             f"has {len(words)} words.",
@@ -139,16 +179,150 @@ def learn_words(
     info = VocabularyInfo(
         image_mean=mean,
         image_std=std,
-        dataset=dataset or source.name,
+        dataset=dataset or peers[0].name,
         base_model=base_model,
-        patches=kmeans.seen,
+        patches=seen,
         images=done.images,
         unreadable=done.unreadable,
-        inertia=kmeans.inertia,
+        inertia=inertia,
         seed=seed,
         library_version=__version__,
     )
-    return words.cpu().unflatten(1, (channels, patch_size, patch_size)), counts.cpu(), info
+    return words.unflatten(1, (channels, patch_size, patch_size)), counts, info
+
+
+def _default_device() -> torch.device | str:
+    if together():
+        from accelerate import PartialState
+
+        return PartialState().device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _require_same_settings(peers: Sequence[Peer]) -> None:
+    for number, peer in enumerate(peers):
+        for name, value in peers[0].settings.items():
+            if peer.settings[name] != value:
+                raise ValueError(
+                    f"process {number} has {name}={peer.settings[name]!r}, process 0 has {name}={value!r}; give all "
+                    "processes the same."
+                )
+
+
+def _begin(
+    file: Path | None,
+    resume: bool,
+    kmeans: MiniBatchKMeans,
+    settings: dict[str, Any],
+    orders: list[str],
+    max_images: int | None,
+) -> Progress:
+    """Where learning begins: at the start, or where the checkpoint left it."""
+    if file is None or not file.exists():
+        return Progress(read=[0] * len(orders), order=orders)
+    if not resume:
+        raise FileExistsError(
+            f"{file} holds an earlier run; pass resume=True to go on with it, or another checkpoint folder."
+        )
+    done = load_checkpoint(file, kmeans, settings)
+    skip = sum(done.read)
+    if max_images is not None and max_images < skip:
+        raise ValueError(
+            f"{file} has learned from {skip} images, and max_images is {max_images}; give at least {skip}, or another "
+            "checkpoint folder to learn from fewer."
+        )
+    for number, (learned, given) in enumerate(zip(done.order, orders, strict=True)):
+        if skip and learned != given:
+            where = f" in process {number}" if len(orders) > 1 else ""
+            raise ValueError(
+                f"{file} is of a run that learned from {learned}{where}, and images is {given}; give the same images, "
+                "or another checkpoint folder."
+            )
+    return dataclasses.replace(done, order=orders)
+
+
+def _part(source: ImageSource, orders: Sequence[str], done: Progress, max_images: int | None) -> ImagePart:
+    """The images that this process reads: its part of those that it shares with the processes that have the same."""
+    index, processes = place()
+    sharers = [i for i, order in enumerate(orders) if order == orders[index]] if source.divides else [index]
+    most = None if max_images is None else len(range(index, max_images, processes))
+    return source.part(skip=done.read[index], max_images=most, index=sharers.index(index), number=len(sharers))
+
+
+def _shared(source: ImageSource, orders: Sequence[str]) -> str:
+    """How the processes divide the images, for the progress bar."""
+    if len(orders) == 1:
+        return ""
+    if not source.divides:
+        return f" ({len(orders)} processes, each its own images)"
+    different = len(set(orders))
+    if different == 1:
+        return f" ({len(orders)} processes share the images)"
+    return f" ({len(orders)} processes, {different} different folders or data sets)"
+
+
+def steps_of(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator[tuple[PatchBatch, list[Read]]]:
+    """This process's batches, empty ones once it has no more, until no process has; and what all read of each step."""
+    nothing = PatchBatch(torch.zeros(0, kmeans.values), [], [])
+
+    def read() -> PatchBatch:
+        batch = next(batches, nothing)
+        return batch._replace(patches=kmeans.checked(batch.patches))
+
+    while True:
+        batch, reads = everywhere(read, Read.of)
+        if not any(read.number for read in reads):
+            return
+        yield batch, reads
+
+
+def learn_step(kmeans: MiniBatchKMeans, batch: PatchBatch) -> None:
+    """`kmeans.update` with the patches of all processes, as if one had read their images."""
+    if not together():
+        kmeans.update(batch.patches)
+        return
+    learn = kmeans.update
+    if kmeans.words is not None:
+        if not kmeans.merge(summed(statistics(batch.patches, kmeans.words))):
+            return
+        learn = kmeans.restart_rare
+    _, parts = everywhere(lambda: (batch.patches.cpu(), batch.lengths), lambda part: part)
+    _hand_out(kmeans, lambda: learn(_in_turn(parts).to(kmeans.device)))
+
+
+def _in_turn(parts: Sequence[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
+    """The patches of images that processes read in turn, as if one had read them.
+
+    Args:
+        parts: of each process its patches (patches, values), and how many each of its images has.
+    """
+    images = itertools.zip_longest(*(patches.split(lengths) for patches, lengths in parts))
+    return torch.cat([patches for turn in images for patches in turn if patches is not None])
+
+
+def _hand_out(kmeans: MiniBatchKMeans, learn: Callable[[], None] = lambda: None) -> None:
+    """Gives the words of the main process, after it did `learn`, to the others, once there are some.
+
+    So they are the same in all, also where machines round differently.
+    """
+
+    def state() -> dict[str, Any] | None:
+        learn()
+        return None if kmeans.words is None else _on_cpu(kmeans.state_dict())
+
+    handed = in_main(state)
+    if handed is not None and place()[0] > 0:
+        kmeans.load_state_dict(handed)
+
+
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+
+
+def _finished(kmeans: MiniBatchKMeans) -> tuple[torch.Tensor, torch.Tensor, int, float]:
+    """Words, how often each was met, how many patches were seen, and their inertia."""
+    words, counts = kmeans.finish()
+    return words.cpu(), counts.cpu(), kmeans.seen, kmeans.inertia
 
 
 def _report(done: Progress) -> None:
@@ -159,7 +333,7 @@ def _report(done: Progress) -> None:
         raise ValueError("images holds no images; pass a data set, folder or iterable that does.")
     if not done.images:
         raise ValueError(f"none of the {total} images could be read. The first: {names}.")
-    if done.unreadable:
+    if done.unreadable and place()[0] == 0:
         warnings.warn(
             f"{done.unreadable} of {total} images could not be read and were left out. The first: {names}.",
             stacklevel=4,
@@ -167,11 +341,15 @@ def _report(done: Progress) -> None:
 
 
 def save_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any], done: Progress) -> None:
-    """Writes everything a run needs to go on, in one file, which is whole or not there.
+    """Has the main process write everything a run needs to go on, in one file, which is whole or not there.
 
     Args:
         kmeans, done: after a whole batch, so that what comes next is cut into batches as if never interrupted.
     """
+    in_main(lambda: _write_checkpoint(file, kmeans, settings, done))
+
+
+def _write_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any], done: Progress) -> None:
     state = kmeans.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     numbers = {name: value for name, value in state.items() if name not in tensors}

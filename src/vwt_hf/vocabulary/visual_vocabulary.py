@@ -249,6 +249,11 @@ class VisualVocabulary:
         patches to seed the words, a buffer of 16 patches a word (16,384 at least). The same images and seed give the
         same words, bit for bit, on one machine.
 
+        Processes that an `accelerate.Accelerator` or `PartialState` has joined learn together, and all have to call
+        this: each reads its part of the images, and all get the same words. They are those of one process but for
+        rounding where `batch_size` is a multiple of the processes' number and no shards of a stream are divided. The
+        same number of processes gives the same words, bit for bit. An error in one process is raised in all.
+
         Images that cannot be read are left out with a warning. Where the images have fewer distinct patches than
         words are wanted, the vocabulary is smaller, with a warning.
 
@@ -256,6 +261,10 @@ class VisualVocabulary:
             images (`datasets.Dataset`, `datasets.IterableDataset`, folder or iterable of PIL images):
                 What to learn from. A folder is searched recursively. Folders and data sets are shuffled by `seed`; any
                 other iterable is taken in its order, which should be mixed.
+                Processes with the same folder (by its files' names and sizes), `Dataset` (by its column and number of
+                rows) or stream divide it, a stream by `datasets.distributed.split_dataset_by_node`. Those with
+                different ones, as where machines have a disk each, read all of their own. Any other iterable is what
+                its process alone is to read.
             image_processor (`transformers.BaseImageProcessor`):
                 Of the model: images are resized and cropped by it. Its mean and standard deviation are only recorded.
             size (`int`, default 1000):
@@ -265,21 +274,21 @@ class VisualVocabulary:
             seed (`int`, default 0):
                 Of the order of the images and of the random choices of k-means.
             batch_size (`int`, default 32):
-                Images in a batch.
+                Images in a batch, of all processes together: each reads its share, rounded up.
             column (`str`, *optional*):
                 The data set's image column; by default its first.
             checkpoint (folder, *optional*):
-                Where to save progress, every 100 batches and at the end: what a kill loses at most. It holds whole
-                batches alone, of which a run of more images has the same.
+                Where the main process saves progress, every 100 batches and at the end: what a kill loses at most. It
+                holds whole batches alone, of which a run of more images has the same.
             resume (`bool`, default `False`):
                 Go on from `checkpoint`, with the same images and arguments; the result is that of a run never
                 interrupted, bit for bit. `max_images` may be larger than before, or any number down to the images that
                 the checkpoint has learned from, and an iterable that keeps its order may have more images at its end.
                 Starts anew where the folder holds no progress.
             max_images (`int`, *optional*):
-                Learn from no more images than these.
+                Learn from no more images than these, of all processes together; each may read its share.
             device (`torch.device` or `str`, *optional*):
-                Of the clustering; by default a CUDA GPU if there is one.
+                Of the clustering; by default a CUDA GPU if there is one, of several processes each its own.
             progress (`bool`, default `True`):
                 Show a bar, with inertia and patches per second.
             dataset (`str`, *optional*):
@@ -290,8 +299,9 @@ class VisualVocabulary:
         Raises:
             ValueError: there are no images, none can be read, they have fewer patches than words are wanted, or the
                 checkpoint is damaged, of another version, of a run with other arguments, over other images (a folder's
-                names and sizes, a data set's rows, and how many there are, are looked at) or over more than
-                `max_images`.
+                names and sizes, a data set's rows, and how many there are, are looked at), by another number of
+                processes or over more than `max_images`; or processes have different arguments.
+            vwt_hf.processes.ProcessLost: another process was killed or cannot be reached; `resume` goes on.
             FileExistsError: `checkpoint` holds an earlier run and `resume` is `False`.
             TypeError: `images` or `image_processor` is of another type.
 

@@ -1,0 +1,174 @@
+"""Processes that do one job together, over accelerate: what is asked of all, and how an error in one ends all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+Made = TypeVar("Made")
+
+KINDS = (FileExistsError, FileNotFoundError, OSError, TypeError, ValueError, ImportError)
+"""What an error in another process is raised as; `RuntimeError` where it is of none of these kinds."""
+
+
+class ProcessLost(ConnectionError):
+    """Another process of the job has ended, or cannot be reached any more."""
+
+
+def together() -> bool:
+    """Whether this process is one of several that an `Accelerator` or `PartialState` has joined."""
+    return place()[1] > 1
+
+
+def place() -> tuple[int, int]:
+    """Number of this process, counted from 0, which is the main one, and how many there are together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1  # without asking `PartialState`, which decides on a device for the whole program
+    from accelerate import PartialState
+
+    return PartialState().process_index, PartialState().num_processes
+
+
+@contextlib.contextmanager
+def joined(device: str | None) -> Iterator[None]:
+    """For a command: joins the processes of a launcher, of which the main one alone tells what went wrong in any.
+
+    Does nothing where no launcher has started several.
+
+    Args:
+        device: what they are to work on, by default CUDA where there is one.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available() or str(device).startswith("cpu"))
+    try:
+        yield
+    except ProcessLost:  # the main one, perhaps
+        raise
+    except Exception:
+        if state.is_main_process:
+            raise
+        raise SystemExit(2) from None
+    finally:
+        state.destroy_process_group()
+
+
+def everywhere(work: Callable[[], Made], tell: Callable[[Made], Any] = lambda made: None) -> tuple[Made, list[Any]]:
+    """Runs `work` in each process; where it fails in one, all raise an error that says so.
+
+    Every process has to call it, as often as the others.
+
+    Args:
+        work: what each does, without asking the others for anything.
+        tell: what of it the others are told; it is pickled.
+
+    Returns:
+        What `work` gave in this process, and what all told, in the order of their numbers.
+    """
+    _, number = place()
+    if number == 1:
+        made = work()
+        return made, [tell(made)]
+    from accelerate.utils import gather_object
+
+    failed: Exception | None = None
+    told = None
+    try:
+        made = work()
+        told = tell(made)
+    except Exception as error:
+        failed = error
+    try:
+        with _talking():
+            outcomes = gather_object([(told, failed and _described(failed))])
+    except ProcessLost:
+        if failed is None:
+            raise
+    if failed is not None:
+        raise failed
+    for other, (_, description) in enumerate(outcomes):
+        if description is not None:
+            raise _again(other, number, *description)
+    return made, [told for told, _ in outcomes]
+
+
+def in_main(work: Callable[[], Made]) -> Made:
+    """What `work` gives in the main process, in all of them; where it fails, all raise an error that says so.
+
+    Every process has to call it, as often as the others.
+
+    Args:
+        work: run by the main process alone; what it gives is pickled.
+    """
+    index, number = place()
+    if number == 1:
+        return work()
+    from accelerate.utils import broadcast_object_list
+
+    failed: Exception | None = None
+    outcome: list[Any] = [(None, None)]
+    if index == 0:
+        try:
+            outcome = [(work(), None)]
+        except Exception as error:
+            failed = error
+            outcome = [(None, _described(error))]
+    with _talking():
+        broadcast_object_list(outcome)
+    if failed is not None:
+        raise failed
+    made, description = outcome[0]
+    if description is not None:
+        raise _again(0, number, *description)
+    return made
+
+
+def summed(values: Made) -> Made:
+    """The sum over all processes of each of some tensors, on the device that it came from.
+
+    Every process has to call it, as often as the others, and gets the same sums.
+
+    Args:
+        values: a tensor, or tuples, lists or dicts of tensors; of the same shapes in all processes.
+    """
+    if not together():
+        return values
+    from accelerate import PartialState
+    from accelerate.utils import find_device, reduce, send_to_device
+
+    device = find_device(values)
+    with _talking():
+        found = reduce(send_to_device(values, PartialState().device), reduction="sum")
+    return send_to_device(found, device)
+
+
+@contextlib.contextmanager
+def _talking() -> Iterator[None]:
+    """Says what a failure means of torch's to reach the others."""
+    try:
+        yield
+    except RuntimeError as error:
+        index, number = place()
+        raise ProcessLost(
+            f"process {index} of {number} has lost another one, which ended or cannot be reached "
+            f"({str(error).partition('. ')[0]})"
+        ) from error
+
+
+def _described(error: Exception) -> tuple[str, str]:
+    """Kind and message: an error itself cannot always be pickled."""
+    kind = next((kind.__name__ for kind in KINDS if isinstance(error, kind)), "")
+    return kind, str(error) if kind and str(error) else f"{type(error).__name__}: {error}"
+
+
+def _again(index: int, number: int, kind: str, message: str) -> Exception:
+    """The error of process `index`, for another."""
+    raised = {one.__name__: one for one in KINDS}.get(kind, RuntimeError)
+    return raised(f"process {index} of {number}: {message}")
