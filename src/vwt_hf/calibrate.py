@@ -32,6 +32,7 @@ from .evaluation import (
     count_tokens,
     mean_interval,
     on_device,
+    print_of,
     share,
     share_interval,
     stopwatch,
@@ -39,7 +40,7 @@ from .evaluation import (
 from .families import family_of, find_tower, model_of
 from .image_processing import NAME as PATCH_WORDS
 from .printable import shown
-from .processors import load_processor, processor_statistics
+from .processors import processor_of, processor_statistics
 from .vocabulary.image_source import one_batch, open_images, pixel_batches, read_image
 from .whole_saves import write_files
 
@@ -178,7 +179,7 @@ class Calibration:
         if by not in BY:
             raise ValueError(f"by is {shown(by)}; expected one of {', '.join(map(repr, BY))}.")
         channels = find_tower(model_of(model), family_of(model)).channels
-        processor = _processor_of(model, image_processor)
+        processor = processor_of(model, image_processor)
         self.measure = "agreement" if classifies(model) else "cosine"
         self._by, self._seed, self._progress = by, seed, progress
         # Copies, so that the user's model stays as it is, whatever happens.
@@ -315,10 +316,6 @@ class Calibration:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What two searches must share for one to go on from the other."""
-        weights = hashlib.sha256()
-        for name, tensor in self._plain.state_dict().items():
-            some = tensor.flatten()[:: max(1, tensor.numel() // 64)][:65]
-            weights.update(f"{name}{tuple(tensor.shape)}{some.tolist()}".encode())
         pixels = hashlib.sha256()
         for batch in self._batches:
             for _, values in sorted(batch.items()):
@@ -326,7 +323,7 @@ class Calibration:
         device = self._plain.device
         return {
             "format": FORMAT,
-            "model": f"{type(self._plain).__name__} {weights.hexdigest()[:16]}",
+            "model": print_of(self._plain),
             "images": f"{self.images} {pixels.hexdigest()[:16]}",
             "batch_size": self._batch_size,
             "by": self._by,
@@ -363,20 +360,6 @@ def _is_beyond(target: str, wanted: float, level: Level) -> bool:
     if target == "agreement":
         return level.value < wanted
     return level.speed >= wanted if target == "speed" else level.tokens <= wanted
-
-
-def _processor_of(model: PreTrainedModel, image_processor: Any) -> Any:
-    if image_processor is not None:
-        return getattr(image_processor, "image_processor", image_processor)
-    try:
-        if not model.name_or_path:
-            raise ValueError("it was loaded from nowhere")
-        return load_processor(model.name_or_path)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"the {type(model).__name__} has no image processor that can be loaded ({error}); give one as "
-            "image_processor=AutoImageProcessor.from_pretrained(...)."
-        ) from error
 
 
 def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .config import ModelFacts
 
 
@@ -26,6 +28,25 @@ def load_processor(checkpoint: str) -> Any:
     """
     with quiet_transformers():
         return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False, vwt=False)
+
+
+def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
+    """The image processor that a caller gave, alone where it is part of another; by default that of the checkpoint.
+
+    Raises:
+        ValueError: none was given and `model` was loaded from nowhere, or from where there is none.
+    """
+    if image_processor is not None:
+        return getattr(image_processor, "image_processor", image_processor)
+    try:
+        if not model.name_or_path:
+            raise ValueError("it was loaded from nowhere")
+        return load_processor(model.name_or_path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"the {type(model).__name__} has no image processor that can be loaded ({error}); give one as "
+            "image_processor=AutoImageProcessor.from_pretrained(...)."
+        ) from error
 
 
 def patch_size_of(checkpoint: str) -> int | None:

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from ..terminal import run_command
-from . import calibrate, demo, learn, show, vocab
+from . import calibrate, demo, embed, learn, show, vocab
 
-VERBS = {"demo": demo, "learn": learn, "vocab": vocab, "show": show, "calibrate": calibrate}
+VERBS = {"demo": demo, "learn": learn, "vocab": vocab, "show": show, "calibrate": calibrate, "embed": embed}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -201,13 +201,14 @@ def find_photographs(images: Sequence[str] | None) -> list[Path]:
 
 
 def load(
-    checkpoint: str, device: torch.device, *, auto: Any = None, dtype: torch.dtype | None = None
+    checkpoint: str, device: torch.device, *, auto: Any = None, dtype: torch.dtype | None = None, vwt: Any = False
 ) -> tuple[PreTrainedModel, bool]:
-    """The plain model, and whether its pooled output is trained (some classifiers' checkpoints hold no pooler).
+    """A checkpoint's model, and whether its pooled output is trained (some classifiers' checkpoints hold no pooler).
 
     Args:
         auto: the Auto class that loads it; by default `AutoModel`.
         dtype: by default float32 on a CPU, else that of the checkpoint.
+        vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
 
     Raises:
         ValueError: the checkpoint lacks other weights of the model, or the model's family is not supported.
@@ -220,7 +221,7 @@ def load(
 
     loaded: Any = (auto or AutoModel).from_pretrained(
         checkpoint,
-        vwt=False,
+        **({} if vwt is None else {"vwt": vwt}),
         trust_remote_code=False,
         # Half precision is slower than single on most CPUs.
         dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
