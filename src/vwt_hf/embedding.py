@@ -330,8 +330,11 @@ def _to_parquet(shard: Shard) -> bytes:
         "embedding": pa.FixedSizeListArray.from_arrays(flat, shard.features.shape[1]),
     }
     said = {"images": len(shard.rows), "unreadable": shard.unreadable}
+    table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(said)})
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns).replace_schema_metadata({KEY: json.dumps(said)}), sink, use_dictionary=False)
+    with pq.ParquetWriter(sink, table.schema, use_dictionary=False) as writer:
+        if shard.rows:  # `datasets` refuses a group without rows, which is what no rows would make
+            writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
 
@@ -450,7 +453,7 @@ class Shards:
         )
 
     def _write_manifest(self, content: dict[str, Any]) -> None:
-        write_files(self._folder, {MANIFEST: json.dumps(content, indent=1).encode()})
+        write_files(self._folder, {MANIFEST: json.dumps(content, indent=1, sort_keys=True).encode()})
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:

@@ -22,12 +22,13 @@ Each row has the image's name, its number and its features (float32).
 After an interruption the same command goes on: files are whole or not there. Another model, setting or list of images
 is refused then. Images that cannot be read are left out and named, at the end and in OUTPUT/embed.json.
 
-Several processes, on one machine or many that see OUTPUT, share the work under `accelerate launch`."""
+Several processes, on one machine or many that see OUTPUT, share the work under `accelerate launch --multi_gpu`, which
+is for CPUs, too."""
 EXAMPLES = """\
 examples:
   vwt-hf embed photographs/ --model facebook/dinov2-small --vwt true --output features
   vwt-hf embed ethz/food101 --split validation --model openai/clip-vit-base-patch16 --output food --dtype bfloat16
-  accelerate launch --num_processes 4 -m vwt_hf.cli embed photographs/ --model my-model --output features"""
+  accelerate launch --multi_gpu --num_processes 4 -m vwt_hf.cli embed photographs/ --model MODEL --output OUT"""
 NAMED = 10
 """Unreadable images that are printed; the file has all."""
 
@@ -131,13 +132,13 @@ def facts(made: Embedded) -> list[tuple[str, str]]:
     other = seconds["total"] - seconds["waiting"] - seconds["forward"] - seconds["writing"]
     return [
         *rows,
-        ("this run", f"{made.made:,} images in {made.elapsed:.1f} s by {made.processes} processes"),
+        ("this run", f"{made.made:,} images in {made.elapsed:.1f} s, processes: {made.processes}"),
         ("tokens", "none" if made.tokens is None else f"{made.tokens:.1f} of an image"),
         ("images/s", f"{made.rate:.2f}"),
         ("without reading", f"{made.rate_without_reading:.2f} images/s, if all had been decoded and resized before"),
         (
             "seconds",
             f"{seconds['waiting']:.1f} waiting for images, {seconds['forward']:.1f} in the model, "
-            f"{seconds['writing']:.1f} writing, {other:.1f} else; {seconds['reading']:.1f} reading, in the workers",
+            f"{seconds['writing']:.1f} writing, {other:.1f} else; reading and resizing took {seconds['reading']:.1f}",
         ),
     ]
