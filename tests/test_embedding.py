@@ -506,8 +506,11 @@ def test_two_processes_end_with_the_files_of_one_also_if_one_was_killed(checkpoi
     last = "train-00003-of-00005.parquet"  # the second of the second process
     assert last not in left and "train-00001-of-00005.parquet" in left
     assert left.items() <= whole.items() | {(MANIFEST, left[MANIFEST])}
+    lengths = [min(SHARD, COUNT - start) for start in range(0, COUNT, SHARD)]
+    missing = sum(length for name, length in zip(sorted(whole.keys() - {MANIFEST}), lengths) if name not in left)
     done = launch("-m", "vwt_hf.cli", *given)
     assert done.returncode == 0, done.stderr
+    assert f"{missing} images in" in done.stdout  # shared, and none is made by both
     assert contents(tmp_path / "out") == whole
     assert "processes: 2" in done.stdout and done.stdout.count("22 of 32 values each") == 1
 
