@@ -168,11 +168,11 @@ def test_more_photographs_than_a_picture_holds_all_count(checkpoint, tmp_path, c
     assert "14 photographs at 32×32" in printed and "(the first 12 photographs)" in printed
 
 
-@pytest.mark.parametrize("verb", ["demo", "show", "learn", "vocab", "calibrate"])
+@pytest.mark.parametrize("verb", ["demo", "show", "learn", "vocab", "calibrate", "embed"])
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(photographs, tmp_path, capsys, verb):
     images = {"demo": ["--images", "nowhere"], "show": ["nowhere", "--keep-ratio", "0.5"]}
     images |= {"learn": ["nowhere/at/all", "--image-processor", "nowhere"], "vocab": ["nowhere/at/all"]}
-    images |= {"calibrate": ["nowhere", "nowhere", "--speed", "2"]}
+    images |= {"calibrate": ["nowhere", "nowhere", "--speed", "2"], "embed": ["nowhere", "--model", "nowhere"]}
     output = photographs / "notes.txt" / "out"
     assert main([verb, *images[verb], "--output", str(output)]) == 2
     assert "notes.txt is no folder; expected one to write into" in capsys.readouterr().err
@@ -210,6 +210,8 @@ def with_code(checkpoint, tmp_path, monkeypatch) -> tuple[str, list]:
 def test_no_command_runs_or_asks_to_run_code_of_a_repository(with_code, photographs, tmp_path, capsys):
     checkpoint, came = with_code
     assert run_demo(checkpoint, photographs) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert main(["embed", str(photographs), "--model", checkpoint, "--output", str(tmp_path / "features")]) == 2
     assert "trust_remote_code" in capsys.readouterr().err
     assert main(["evaluate", checkpoint, "--dataset", str(photographs)]) == 2
     assert "trust_remote_code" in capsys.readouterr().err

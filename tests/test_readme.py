@@ -124,7 +124,7 @@ def headings(written: str) -> list[str]:
 def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
     # From the top, transformers 5.17 offers it only with torchvision, as the README says.
     monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
-    first, second, third, fourth, fifth = blocks("python")
+    first, second, third, fourth, fifth, sixth = blocks("python")
     loading, in_memory = first.split("# A model in memory")
     use: dict[str, Any] = {}
     exec(compile(loading, "README.md", "exec"), use)
@@ -154,11 +154,17 @@ def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.Monkey
     exec(compile(fifth, "README.md", "exec"), short)
     assert short["setting"].evidence["value"] >= 0.98 and short["model"].config.vwt == short["setting"].to_dict()
     assert b"unlabelled images | `50`" in tiny_hub.files("me/short")["README.md"]
+    (command,) = (command for command in commands("vwt-hf ") if " embed " in command)
+    assert main(shlex.split(command)[1:]) == 0
+    collection: dict[str, Any] = {}
+    exec(compile(sixth, "README.md", "exec"), collection)
+    assert collection["nearest"][0] == "0.png" and len(set(collection["nearest"])) == 5
 
 
 def test_the_commands_of_vwt_hf_in_it_run(tiny_hub: LoopbackHub, capsys: pytest.CaptureFixture[str]):
     printed = commands("vwt-hf ")
-    assert {shlex.split(command)[1] for command in printed} == {"learn", "vocab", "show", "calibrate", "evaluate"}
+    verbs = {"learn", "vocab", "show", "calibrate", "evaluate", "embed"}
+    assert {shlex.split(command)[1] for command in printed} == verbs
     for command in printed:
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
     assert "1,000 words of 16×16 pixels" in capsys.readouterr().out

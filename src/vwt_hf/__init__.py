@@ -14,6 +14,7 @@ __all__ = [
     "collate_images",
     "compress",
     "count_tokens",
+    "embed",
     "evaluate_model",
     "register",
     "restore",
@@ -39,6 +40,7 @@ if not _is_the_command():
     from .compress import compress, restore
     from .config import VWTConfig
     from .data_loading import collate_images, token_lengths
+    from .embedding import embed
     from .evaluate_model import evaluate_model
     from .evaluation import count_tokens
     from .families import supported

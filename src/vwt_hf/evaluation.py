@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import math
 import re
 import time
@@ -129,6 +130,15 @@ def _images_and_tokens(
 def share(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` with modules of its own and the same weights."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def print_of(model: PreTrainedModel) -> str:
+    """The class of `model` and a hash of some of its weights, spread over all: another training has another."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        some = tensor.flatten()[:: max(1, tensor.numel() // 64)][:65]
+        weights.update(f"{name}{tuple(tensor.shape)}{some.tolist()}".encode())
+    return f"{type(model).__name__} {weights.hexdigest()[:16]}"
 
 
 def on_device(made: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:

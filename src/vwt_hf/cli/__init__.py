@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..terminal import run_command
-from . import calibrate, demo, evaluate, learn, show, vocab
+from . import calibrate, demo, embed, evaluate, learn, show, vocab
 
 VERBS = {
     "demo": demo,
@@ -15,6 +15,7 @@ VERBS = {
     "show": show,
     "calibrate": calibrate,
     "evaluate": evaluate,
+    "embed": embed,
 }
 
 

@@ -8,7 +8,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,14 +146,15 @@ def _after(skip: int, items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, A
     yield from items
 
 
-def _described(folder: Path, files: list[Path]) -> str:
+def _described(folder: Path, files: Iterable[Path]) -> str:
     """A folder's images: as many others differ in their number, or in the digest of their names and sizes."""
-    digest = hashlib.sha256()
+    digest, count = hashlib.sha256(), 0
     for file in files:
+        count += 1
         digest.update(
             f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode(errors="surrogateescape")
         )
-    return f"a folder of {len(files)} image files (names and sizes: {digest.hexdigest()[:16]})"
+    return f"a folder of {count} image files (names and sizes: {digest.hexdigest()[:16]})"
 
 
 def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = None) -> list[Path]:
@@ -169,10 +170,9 @@ def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = No
     files: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            within = sorted(path for path in place.rglob("*") if path.suffix.lower() in _endings() and path.is_file())
+            within = [place / name for name in _image_names(place)]
             if not within:
-                some = ", ".join((".jpg", ".png", ".webp", ".tiff", ".gif", ".bmp"))
-                raise ValueError(f"{place} holds no image files; expected some that end in {some} and so on.")
+                raise ValueError(_no_images(place))
             files += within
         elif place.exists():
             files.append(place)
@@ -181,10 +181,122 @@ def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = No
     return files if limit is None else files[:: max(1, len(files) // limit)][:limit]
 
 
+def _no_images(folder: Path) -> str:
+    some = ", ".join((".jpg", ".png", ".webp", ".tiff", ".gif", ".bmp"))
+    return f"{folder} holds no image files; expected some that end in {some} and so on."
+
+
+def _image_names(folder: Path) -> Iterator[str]:
+    """The image files in a folder and all below it, in the order of their paths, which are within `folder`, with /."""
+    endings = _endings()
+
+    def within(path: str, below: str) -> Iterator[str]:
+        with os.scandir(path) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from within(entry.path, f"{below}{entry.name}/")
+            elif os.path.splitext(entry.name)[1].lower() in endings and entry.is_file():
+                yield below + entry.name
+
+    return within(os.fspath(folder), "")
+
+
 def _endings() -> set[str]:
     import PIL.Image
 
     return {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
+
+
+class ImageRows:
+    """Images that are had one by one by their number, in a fixed order. Made by `image_rows`.
+
+    `rows[i]` is the name of image `i`, and what `read_image` takes; names of files that are no text have escapes.
+    """
+
+    order: str
+    """What they are: other images, or others in number or order, differ in it."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, row: int) -> tuple[str, Any]:
+        raise NotImplementedError
+
+
+class _FolderRows(ImageRows):
+    def __init__(self, folder: Path) -> None:
+        import pyarrow as pa
+
+        # In Arrow, where a million names take some 50 MB. As bytes, since names of files may be no text.
+        names, chunks = map(os.fsencode, _image_names(folder)), []
+        while some := list(itertools.islice(names, 10_000)):
+            chunks.append(pa.array(some, pa.binary()))
+        self._folder = folder
+        self._names = pa.chunked_array(chunks, pa.binary())
+        if not len(self):
+            raise ValueError(_no_images(folder))
+        self.order = _described(folder, (folder / os.fsdecode(name.as_py()) for name in self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, row: int) -> tuple[str, Any]:
+        name = os.fsdecode(self._names[row].as_py())
+        return name.encode("utf-8", "backslashreplace").decode(), self._folder / name
+
+
+class _DatasetRows(ImageRows):
+    KEY = "__key__"
+    """The column in which WebDataset keeps the name of each sample."""
+
+    def __init__(self, dataset: Any, column: str | None) -> None:
+        import datasets
+
+        self._column = _image_column(dataset.features, column)
+        wanted = [self._column] + [self.KEY] * (self.KEY in dataset.features and self._column != self.KEY)
+        undecoded = dataset.select_columns(wanted).cast_column(self._column, datasets.Image(decode=False))
+        self._rows = undecoded.with_format(None)
+        if not len(self):
+            raise ValueError("the data set has no rows; expected images.")
+        self.order = f"column {self._column!r} of a data set of {len(self)} rows (fingerprint: {dataset._fingerprint})"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> tuple[str, Any]:
+        found = self._rows[row]
+        item = found[self._column]
+        return found.get(self.KEY) or (item and item["path"]) or f"row {row}", item
+
+
+def image_rows(images: Any, column: str | None = None) -> ImageRows:
+    """The images of a folder or a data set, without reading any, for work that takes them in any order.
+
+    Args:
+        images: a folder, searched through all levels, or a `datasets.Dataset`.
+        column: the data set's image column; by default its first.
+
+    Raises:
+        ValueError: there are no images, or the data set has no such column or several splits.
+        TypeError: `images` is of another type.
+    """
+    import datasets
+
+    if isinstance(images, (str, os.PathLike)):
+        if not Path(images).is_dir():
+            raise ValueError(f"images is {str(images)!r}, which is no folder; expected a folder of image files.")
+        if column is not None:
+            raise ValueError(f"column is {column!r}, and images is a folder; columns are of data sets.")
+        return _FolderRows(Path(images))
+    if isinstance(images, Mapping):
+        raise ValueError(f"images has the splits {', '.join(map(str, images))}; pass one of them, as images['train'].")
+    if not isinstance(images, datasets.Dataset):
+        raise TypeError(
+            f"images is a {type(images).__name__}; expected a folder or a datasets.Dataset, whose rows come in any "
+            "order. Paths and PIL images: Dataset.from_dict({'image': images}).cast_column('image', Image())."
+        )
+    return _DatasetRows(images, column)
 
 
 def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
@@ -334,7 +446,7 @@ def pixel_batches(items: Sequence[Any], image_processor: Any, batch_size: int) -
         ValueError: the processor gives images of a batch different sizes.
     """
     for start in range(0, len(items), batch_size):
-        made = [_processed(item, image_processor) for item in items[start : start + batch_size]]
+        made = [processed(item, image_processor) for item in items[start : start + batch_size]]
         yield one_batch(made, image_processor)
 
 
@@ -353,14 +465,22 @@ def one_batch(made: Sequence[dict[str, torch.Tensor]], image_processor: Any) -> 
     return {name: torch.cat([one[name] for one in made]) for name in made[0]}
 
 
-def _processed(item: Any, image_processor: Any) -> dict[str, torch.Tensor]:
-    image = read_image(item)
+def processed(item: Any, image_processor: Any, name: str | None = None) -> dict[str, torch.Tensor]:
+    """What an image processor makes of one image, each of its tensors (1, ...).
+
+    Args:
+        item: as `read_image` takes it.
+        name: what an error calls it.
+
+    Raises:
+        UnreadableImage: it cannot be read, or the processor cannot take it.
+    """
+    image = read_image(item, name)
     try:
         return dict(image_processor(images=[image], return_tensors="pt"))
     except Exception as error:
-        raise UnreadableImage(
-            f"{printable(item)} ({image.width}×{image.height}) is refused by {type(image_processor).__name__}: {error}"
-        ) from error
+        called = f"{printable(name or item)} ({image.width}×{image.height})"
+        raise UnreadableImage(f"{called} is refused by {type(image_processor).__name__}: {error}") from error
 
 
 def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Tensor:

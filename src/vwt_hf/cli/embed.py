@@ -1,0 +1,144 @@
+"""`vwt-hf embed`: the features of every image of a folder or a data set, in files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from ..printable import printable
+from ..terminal import aligned, require_folder
+from .calibrate import DTYPES
+
+if TYPE_CHECKING:
+    from ..embedding import Embedded
+
+HELP = "write the features of every image of a folder or a data set into files"
+DESCRIPTION = """\
+Runs a model, plain or shortened, on every image and writes what it makes of them to OUTPUT, in files of --shard-size
+images: the image embedding of models of two towers (CLIP), else the pooled output, else CLS or the mean of the tokens.
+Each row has the image's name, its number and its features (float32).
+
+After an interruption the same command goes on: files are whole or not there. Another model, setting or list of images
+is refused then. Images that cannot be read are left out and named, at the end and in OUTPUT/embed.json.
+
+Several processes, on one machine or many that see OUTPUT, share the work under `accelerate launch --multi_gpu`, which
+is for CPUs, too."""
+EXAMPLES = """\
+examples:
+  vwt-hf embed photographs/ --model facebook/dinov2-small --vwt true --output features
+  vwt-hf embed ethz/food101 --split validation --model openai/clip-vit-base-patch16 --output food --dtype bfloat16
+  accelerate launch --multi_gpu --num_processes 4 -m vwt_hf.cli embed photographs/ --model MODEL --output OUT"""
+NAMED = 10
+"""Unreadable images that are printed; the file has all."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's own."""
+    parser.add_argument("images", metavar="IMAGES", help="a folder of images, searched recursively, or a Hub data set")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="Hub id or folder of a supported model")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="for the files")
+    parser.add_argument(
+        "--vwt",
+        type=setting,
+        metavar="JSON",
+        help="how to shorten: true, or a setting's fields; false: not at all (default: as MODEL says)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="images in one forward pass (default: 32)")
+    parser.add_argument("--shard-size", type=int, default=1024, help="images of a file (default: 1024)")
+    parser.add_argument(
+        "--format", choices=("parquet", "safetensors"), default="parquet", help="of the files (default: parquet)"
+    )
+    parser.add_argument("--column", help="the data set's image column (default: its first)")
+    parser.add_argument("--split", default="train", help="of the data set (default: train)")
+    parser.add_argument(
+        "--workers", type=int, help="processes that read images; 0: none (default: as many as cores, at most 4)"
+    )
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
+
+
+def setting(text: str) -> Any:
+    """A setting as `--vwt` gives it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        message = f"{text!r} is no JSON; expected true, false, or fields, as '{{\"keep_ratio\": 0.5}}'"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def work(args: argparse.Namespace) -> None:
+    """Writes the features of all images, and prints how many there are and where the time went.
+
+    Raises:
+        ValueError: an option, the model or the images cannot be used, or the folder holds something else.
+        OSError: the model or the images cannot be read, or a file cannot be written.
+    """
+    require_folder(args.output)
+
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    from transformers import AutoModel
+
+    from ..embedding import PATIENCE, embed
+    from ..evaluation import usable_device
+    from ..processors import load_processor, quiet_transformers
+    from .demo import load
+    from .learn import open_source
+
+    device = usable_device(args.device)
+    on_cpu = device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    device = device if args.device else state.device
+    source, _ = open_source(args.images, column=args.column, split=args.split, streaming=False)
+    with quiet_transformers():
+        model, pooled = load(
+            args.model, device, auto=AutoModel, dtype=args.dtype and getattr(torch, args.dtype), vwt=args.vwt
+        )
+    if not pooled:
+        model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
+    made = embed(
+        model,
+        source,
+        args.output,
+        image_processor=load_processor(args.model),
+        column=args.column,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        format=args.format,
+        workers=args.workers,
+    )
+    if state.is_main_process:
+        print(f"{type(model).__name__} from {printable(args.model)}\n")
+        print(aligned(facts(made)))
+        for image in made.unreadable[:NAMED]:
+            print(f"unreadable: {printable(image['reason'])}")
+        if len(made.unreadable) > NAMED:
+            print(f"and {len(made.unreadable) - NAMED:,} more: {printable(args.output)}/embed.json")
+    state.destroy_process_group()
+
+
+def facts(made: Embedded) -> list[tuple[str, str]]:
+    """What was written and where the time went, for people."""
+    first, seconds = made.files[0], made.seconds
+    rows = [
+        ("images", f"{made.images:,} of {made.values} values each"),
+        ("unreadable", f"{len(made.unreadable):,}"),
+        ("files", f"{len(made.files):,}, {first} the first"),
+    ]
+    if not made.made:
+        return [*rows, ("this run", "found all files there")]
+    other = seconds["total"] - seconds["waiting"] - seconds["forward"] - seconds["writing"]
+    return [
+        *rows,
+        ("this run", f"{made.made:,} images in {made.elapsed:.1f} s, processes: {made.processes}"),
+        ("tokens", "none" if made.tokens is None else f"{made.tokens:.1f} of an image"),
+        ("images/s", f"{made.rate:.2f}"),
+        ("without reading", f"{made.rate_without_reading:.2f} images/s, if all had been decoded and resized before"),
+        (
+            "seconds",
+            f"{seconds['waiting']:.1f} waiting for images, {seconds['forward']:.1f} in the model, "
+            f"{seconds['writing']:.1f} writing, {other:.1f} else; reading and resizing took {seconds['reading']:.1f}",
+        ),
+    ]

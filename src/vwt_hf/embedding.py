@@ -1,0 +1,552 @@
+"""`embed`: the features of every image of a collection, in files that a run which was cut off goes on from."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import datetime
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from . import __version__
+from .bounds import is_int
+from .compress import lexicon_of, setting_of
+from .data_loading import token_lengths
+from .evaluation import answer, classifies, count_tokens, on_device, print_of
+from .families import family_of, find_tower, model_of
+from .forward import current_forward
+from .image_processing import NAME as PATCH_WORDS
+from .image_processing import HostTokenizer
+from .printable import shown
+from .processors import processor_of
+from .terminal import require_folder
+from .vocabulary.image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed
+from .whole_saves import write_files
+
+MANIFEST = "embed.json"
+KEY = "vwt_hf"
+"""Of what a file says of itself, JSON, in its metadata: which images could not be read; in safetensors also names."""
+FORMAT = 1
+"""Of the manifest and the files."""
+WINDOW = 16
+"""Batches among which images of like length are brought together."""
+PATIENCE = datetime.timedelta(days=30)
+"""For which processes wait for each other at the end: each has shards of its own, and images differ."""
+
+Batch = tuple[list[int], dict[str, torch.Tensor]]
+"""Rows of images, and what the image processor made of them."""
+
+
+@dataclasses.dataclass
+class Embedded:
+    """What lies in a folder that `embed` wrote, and what its last run took."""
+
+    images: int
+    """Rows in all files: the images that could be read."""
+    unreadable: list[dict[str, Any]]
+    """`row`, `name` and `reason` of each image that could not be read."""
+    values: int
+    """How many an image's features are."""
+    files: list[Path]
+    made: int
+    """Images that this run read; the files of the others were there."""
+    tokens: float | None
+    """Of an image of this run, mean over images and layers, prefix tokens included; `None` if it made none."""
+    processes: int
+    elapsed: float
+    """Seconds of this run, those of the slowest process."""
+    seconds: dict[str, float]
+    """Seconds of this run, summed over processes: `total`, of which `waiting` for images, `forward` and `writing`; and
+    `reading`, which workers spend on reading and processing images at the same time (without workers: in `waiting`)."""
+
+    @property
+    def rate(self) -> float:
+        """Images per second of this run."""
+        return self.made / self.elapsed
+
+    @property
+    def rate_without_reading(self) -> float:
+        """Images per second if all had been decoded and processed before: of the time that is no waiting for them."""
+        return self.processes * self.made / (self.seconds["total"] - self.seconds["waiting"])
+
+
+def embed(
+    model: PreTrainedModel,
+    images: Any,
+    output: str | os.PathLike[str],
+    *,
+    image_processor: Any = None,
+    column: str | None = None,
+    batch_size: int = 32,
+    shard_size: int = 1024,
+    format: str = "parquet",
+    workers: int | None = None,
+    progress: bool = True,
+) -> Embedded:
+    """Writes the features of every image of a folder or data set into files; a run that was cut off is gone on with.
+
+    The files in `output` are `train-00000-of-00012.parquet` and so on, in the images' order, with the columns `name`
+    (path below the folder; of a data set `__key__` or the path that it has for the image), `row` (number of the image)
+    and `embedding` (`values` float32): the image embedding of models of two towers, else the pooled output, else CLS
+    or, without one, the mean of the tokens. Images that cannot be read have no row; they are in `embed.json`, which
+    also holds what the files were made by. Each file is written whole or not at all: the same call again makes those
+    that are missing, and where it is of another model, setting, processor or list of images it is refused.
+
+    Under `accelerate launch`, or in a program of an `Accelerator`, each process makes its share of the files in one
+    folder that all see, and all must make this call.
+
+    Args:
+        model: a transformers model of a supported family, plain or compressed, in the mode of evaluation, on the device
+            and in the data type that it is to run in.
+        images: a folder, searched through all levels, or a `datasets.Dataset`.
+        output: a folder, made if need be.
+        image_processor: the model's; by default that of the checkpoint it was loaded from.
+        column: the data set's image column; by default its first.
+        batch_size: images in one forward pass.
+        shard_size: images of a file: what a kill may lose for each process.
+        format: `"parquet"`, or `"safetensors"`: tensors `embedding` (images, values) and `row` (images,), and names in
+            the metadata, `json.loads(metadata["vwt_hf"])["names"]`.
+        workers: processes that read images, beside each that runs the model; 0: none. By default as many as there are
+            cores, at most 4.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: an argument is not valid, the model is not supported, classifies or is in training, there are no
+            images, or `output` holds something else.
+        TypeError: `model` is no transformers model, or `images` neither a folder nor a data set.
+        OSError: a file cannot be written, or processes wrote into different folders.
+
+    Example:
+        >>> made = embed(model, "photographs/", "features")  # doctest: +SKIP
+        >>> datasets.load_dataset("parquet", data_dir="features", split="train")[0]  # doctest: +SKIP
+        {'name': 'cats/1.jpg', 'row': 0, 'embedding': [0.3, ...]}
+    """
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+        if not is_int(value) or value < 1:
+            raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least 1.")
+    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    if not is_int(workers) or workers < 0:
+        raise ValueError(f"workers is {shown(workers)}; expected a whole number of at least 0.")
+    if format not in KINDS:
+        raise ValueError(f"format is {shown(format)}; expected one of {', '.join(map(repr, KINDS))}.")
+    _require_features(model_of(model))
+    processor = processor_of(model, image_processor)
+    require_folder(output)
+    state = PartialState(cpu=model.device.type == "cpu", timeout=PATIENCE)
+    trial = _try(model, processor)
+    rows = image_rows(images, column)
+    of = _fingerprint(model, processor, rows) | {"shard_size": shard_size, "files": format}
+    shards = Shards(Path(output), KINDS[format], len(rows), shard_size)
+    shards.begin(of, state)
+
+    if trial.pads:
+        processor = _tokenizing(processor, model)
+    run = _Run(model, processor, batch_size, WINDOW if trial.pads or trial.sizes_differ else 1)
+    own = shards.missing(state)
+    total = sum(len(shards.rows(number)) for number in own)
+    shown_here = progress and state.is_main_process
+    with run.timed("total"), tqdm(total=total, desc="Embedding", unit="image", disable=not shown_here) as bar:
+        for number, shard in run.shards(rows, own, shards, workers, trial.values, bar):
+            with run.timed("writing"):
+                shards.write(number, shard)
+    return shards.end(of, run, trial.values, state)
+
+
+class Read(NamedTuple):
+    """What a worker made of consecutive images."""
+
+    names: dict[int, str]
+    """Of each row that could be read."""
+    batches: list[Batch]
+    unreadable: list[dict[str, Any]]
+    seconds: float
+
+
+class Reader(Dataset[Read]):
+    """Reads and processes images, in any process: `reader[range(32)]` is a batch."""
+
+    def __init__(self, rows: ImageRows, image_processor: Any) -> None:
+        self._rows, self._image_processor = rows, image_processor
+
+    def __getitem__(self, numbers: range) -> Read:
+        begun = time.perf_counter()
+        names: dict[int, str] = {}
+        made: list[Batch] = []
+        unreadable = []
+        for row in numbers:
+            name, item = self._rows[row]
+            try:
+                made.append(([row], processed(item, self._image_processor, name)))
+                names[row] = name
+            except UnreadableImage as error:  # one is no reason to lose a run of hours
+                unreadable.append({"row": row, "name": name, "reason": str(error)})
+        batches = list(_alike(made, len(numbers), self._image_processor))
+        return Read(names, batches, unreadable, time.perf_counter() - begun)
+
+
+def _alike(made: Sequence[Batch], size: int, image_processor: Any) -> Iterator[Batch]:
+    """Batches of at most `size` images of one shape, those with the most tokens first where words tell how many."""
+    images = []
+    for rows, values in made:
+        lengths = token_lengths(values[PATCH_WORDS]) if PATCH_WORDS in values else [0] * len(rows)
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            own = {name: value[index : index + 1] for name, value in values.items()}
+            images.append((own["pixel_values"].shape, -length, row, own))
+    images.sort(key=lambda image: image[:3])
+    for _, same in itertools.groupby(images, key=lambda image: image[0]):
+        while some := list(itertools.islice(same, size)):
+            yield [image[2] for image in some], one_batch([image[3] for image in some], image_processor)
+
+
+class Shard(NamedTuple):
+    """What a file holds."""
+
+    names: list[str]
+    rows: list[int]
+    features: torch.Tensor
+    """(images, values) float32."""
+    unreadable: list[dict[str, Any]]
+
+
+class _Run:
+    """The work of one process, and what its time goes to."""
+
+    def __init__(self, model: PreTrainedModel, image_processor: Any, batch_size: int, window: int) -> None:
+        self._model, self._image_processor = model, image_processor
+        self._batch_size, self._window = batch_size, window
+        self.seconds = dict.fromkeys(("total", "waiting", "forward", "writing", "reading"), 0.0)
+        self.images = 0
+        """Read, unreadable ones included."""
+        self.embedded, self.tokens = 0, 0.0
+        """Images that the model saw; the sum of their tokens, mean over layers."""
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - begun
+
+    def shards(
+        self, rows: ImageRows, own: Sequence[int], shards: Shards, workers: int, values: int, bar: Any
+    ) -> Iterator[tuple[int, Shard]]:
+        """Reads and embeds the images of the shards `own`, one after the other."""
+        size = self._batch_size
+        batches: Any = (
+            range(start, min(start + size, shard.stop)) for shard in map(shards.rows, own) for start in shard[::size]
+        )
+        workers = workers if own else 0
+        loader: Any = DataLoader(
+            Reader(rows, self._image_processor),
+            batch_size=None,
+            sampler=batches,  # a batch is what the reader has by one index
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            # A window is read while the model runs on the one before.
+            prefetch_factor=max(2, -(-self._window // workers)) if workers else None,
+            generator=torch.Generator(),  # of seeds that nothing uses, which it would draw from the caller's
+        )
+        with self.timed("waiting"):
+            stream = iter(loader)
+        for number in own:
+            yield number, self._shard(stream, len(shards.rows(number)), values, bar)
+
+    def _shard(self, stream: Iterator[Read], count: int, values: int, bar: Any) -> Shard:
+        names: dict[int, str] = {}
+        unreadable: list[dict[str, Any]] = []
+        order: list[int] = []
+        features = [torch.zeros(0, values)]
+        left = -(-count // self._batch_size)
+        while left:
+            with self.timed("waiting"):
+                reads = list(itertools.islice(stream, min(left, self._window)))
+            left -= len(reads)
+            for read in reads:
+                names |= read.names
+                unreadable += read.unreadable
+                self.seconds["reading"] += read.seconds
+            batches = [batch for read in reads for batch in read.batches]
+            if self._window > 1:
+                batches = list(_alike(batches, self._batch_size, self._image_processor))
+            for rows, made in batches:
+                features.append(self._features(made))
+                order += rows
+                bar.update(len(rows))
+                bar.set_postfix_str(f"{self.tokens / self.embedded:.1f} tokens", refresh=False)
+        bar.update(len(unreadable))
+        self.images += count
+        found = dict(zip(order, torch.cat(features), strict=True))
+        rows = sorted(found)
+        together = torch.stack([found[row] for row in rows]) if rows else features[0]
+        return Shard([names[row] for row in rows], rows, together, unreadable)
+
+    def _features(self, made: dict[str, torch.Tensor]) -> torch.Tensor:
+        with self.timed("forward"), torch.inference_mode(), count_tokens(self._model) as count:
+            features = answer(self._model, **on_device(made, self._model)).float().cpu()
+        self.embedded += count.images
+        self.tokens += count.mean * count.images
+        return features
+
+
+def _as_it_is(read: Any) -> Any:
+    return read
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of file that features are written in."""
+
+    ending: str
+    write: Callable[[Shard], bytes]
+    read: Callable[[Path], dict[str, Any]]
+    """What a file says of itself: how many `images` it has, and which are `unreadable`."""
+
+
+def _to_parquet(shard: Shard) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flat = pa.array(shard.features.flatten().numpy())
+    columns = {
+        "name": pa.array(shard.names, pa.string()),
+        "row": pa.array(shard.rows, pa.int64()),
+        "embedding": pa.FixedSizeListArray.from_arrays(flat, shard.features.shape[1]),
+    }
+    said = {"images": len(shard.rows), "unreadable": shard.unreadable}
+    table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(said)})
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, use_dictionary=False) as writer:
+        if shard.rows:  # `datasets` refuses a group without rows, which is what no rows would make
+            writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _said_in_parquet(file: Path) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
+    return json.loads(pq.read_schema(file).metadata[KEY.encode()])
+
+
+def _to_safetensors(shard: Shard) -> bytes:
+    from safetensors.torch import save
+
+    said = {"images": len(shard.rows), "unreadable": shard.unreadable, "names": shard.names}
+    tensors = {"embedding": shard.features, "row": torch.tensor(shard.rows, dtype=torch.int64)}
+    return save(tensors, {KEY: json.dumps(said)})  # one entry, since entries come in any order
+
+
+def _said_in_safetensors(file: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()[KEY])
+
+
+KINDS = {
+    kind.ending: kind
+    for kind in (
+        Kind("parquet", _to_parquet, _said_in_parquet),
+        Kind("safetensors", _to_safetensors, _said_in_safetensors),
+    )
+}
+
+
+class Shards:
+    """The files of one collection: which images each is of, which are there, and the manifest beside them."""
+
+    def __init__(self, folder: Path, kind: Kind, images: int, size: int) -> None:
+        self._folder, self._kind, self._images, self._size = folder, kind, images, size
+        count = -(-images // size)
+        # So called, `datasets` takes them for the split "train", and nothing else in the folder.
+        self.files = [folder / f"train-{number:05}-of-{count:05}.{kind.ending}" for number in range(count)]
+
+    def rows(self, number: int) -> range:
+        """The numbers of the images of a file."""
+        return range(number * self._size, min((number + 1) * self._size, self._images))
+
+    def missing(self, state: PartialState) -> list[int]:
+        """The files that this process has to make, whatever other processes have made."""
+        own = range(state.process_index, len(self.files), state.num_processes)
+        return [number for number in own if not self.files[number].exists()]
+
+    def write(self, number: int, shard: Shard) -> None:
+        """Writes a file, whole or not at all."""
+        write_files(self._folder, {self.files[number].name: self._kind.write(shard)})
+
+    def begin(self, of: dict[str, Any], state: PartialState) -> None:
+        """Writes the manifest, or compares it with what an earlier run wrote.
+
+        Raises:
+            ValueError: the folder holds something else, or processes see different images or models.
+        """
+        everywhere = gather_object([of])
+        for process, other in enumerate(everywhere):
+            if other != of:
+                raise ValueError(
+                    f"process {process} has another run ({_difference(other, of)}); expected the same for all."
+                )
+        manifest = self._folder / MANIFEST
+        if manifest.exists():
+            found = _read_manifest(manifest)
+            if found != of:
+                raise ValueError(
+                    f"{self._folder} holds features of another run ({_difference(found, of)}); name another folder, or "
+                    "delete it."
+                )
+        elif any(self._folder.glob("train-*")):
+            raise ValueError(f"{self._folder} holds train-* files and no {MANIFEST}; name another folder.")
+        state.wait_for_everyone()  # until all have looked
+        if state.is_main_process and not manifest.exists():
+            self._write_manifest({"of": of})
+        state.wait_for_everyone()  # no file without a manifest
+
+    def end(self, of: dict[str, Any], run: _Run, values: int, state: PartialState) -> Embedded:
+        """Writes into the manifest what came of it, once all files are there.
+
+        Raises:
+            OSError: some are not, as where machines have a folder of this name each.
+        """
+        state.wait_for_everyone()
+        missing = [file.name for file in self.files if not file.exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self._folder} lacks {len(missing)} of {len(self.files)} files, such as {missing[0]}, which other "
+                "processes should have written; expected one folder that all see."
+            )
+        images, unreadable = 0, []
+        for file in self.files:
+            said = self._kind.read(file)
+            images += said["images"]
+            unreadable += said["unreadable"]
+        if state.is_main_process:
+            self._write_manifest({"of": of, "images": images, "values": values, "unreadable": unreadable})
+        runs = gather_object([(run.images, run.embedded, run.tokens, run.seconds)])
+        made, embedded, tokens = (sum(own[part] for own in runs) for part in range(3))
+        times = [own[3] for own in runs]
+        return Embedded(
+            images,
+            unreadable,
+            values,
+            self.files,
+            made,
+            tokens / embedded if embedded else None,
+            len(runs),
+            max(own["total"] for own in times),
+            {what: sum(own[what] for own in times) for what in run.seconds},
+        )
+
+    def _write_manifest(self, content: dict[str, Any]) -> None:
+        write_files(self._folder, {MANIFEST: json.dumps(content, indent=1, sort_keys=True).encode()})
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["of"]
+        if not isinstance(found, dict):
+            raise TypeError(f"`of` is a {type(found).__name__}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no manifest of features ({error}); name another folder.") from error
+    return found
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs, field by field, also within `vwt` and `image_processor`."""
+    said = []
+    for name in here | there:
+        one, other = there.get(name), here.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            said += [f"{name}: {_difference(one, other)}"] if one != other else []
+        elif one != other:
+            said.append(f"{name} {shown(one)} there, {shown(other)} here")
+    return "; ".join(said)
+
+
+class Trial(NamedTuple):
+    """What one image tells of a model and its image processor."""
+
+    values: int
+    """How many an image's features are."""
+    pads: bool
+    """Whether images of different lengths are run as a padded batch."""
+    sizes_differ: bool
+    """Whether the image processor gives images of other proportions another size."""
+
+
+def _require_features(model: PreTrainedModel) -> None:
+    if classifies(model):
+        raise ValueError(
+            f"the {type(model).__name__} answers with labels; expected a model without a classifier, as "
+            "AutoModel.from_pretrained loads it."
+        )
+    if model.training:
+        raise ValueError(f"the {type(model).__name__} is in training, where answers are random; call model.eval().")
+
+
+def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
+    """Runs the model on a blank picture, so that what cannot be run is refused before images are read."""
+    wide, high = (
+        processed(Image.new("RGB", size, "grey"), image_processor, "a blank picture")
+        for size in ((320, 240), (240, 320))
+    )
+    padded = []
+
+    def look(embeddings: nn.Module, args: Any, output: Any) -> None:
+        forward = current_forward()
+        if forward is not None and forward.holds(embeddings) and forward.grouped is not None:
+            padded.append(not forward.grouped.layout.packed)
+
+    hook = find_tower(model, family_of(model)).embeddings.register_forward_hook(look)
+    try:
+        with torch.inference_mode():
+            features = answer(model, **on_device(wide, model))
+    finally:
+        hook.remove()
+    if features.dim() != 2 or len(features) != 1:
+        raise ValueError(
+            f"the {type(model).__name__} gives {tuple(features.shape)} for an image; expected (1, values)."
+        )
+    return Trial(features.shape[1], any(padded), wide["pixel_values"].shape != high["pixel_values"].shape)
+
+
+def _tokenizing(image_processor: Any, model: PreTrainedModel) -> Any:
+    """The image processor that finds words as `model` would, which tell how long images are before it runs."""
+    setting = setting_of(model)
+    if setting is None or not setting.searches or image_processor.vwt is not None:
+        return image_processor
+    own = copy.deepcopy(image_processor)
+    own.vwt = HostTokenizer(setting, find_tower(model, family_of(model)).patch_size)
+    return own
+
+
+def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) -> dict[str, Any]:
+    """What files must share to belong together, as JSON holds it."""
+    setting, lexicon = setting_of(model), lexicon_of(model)
+    words = None if lexicon is None else hashlib.sha256(lexicon.vocabulary.words.numpy().tobytes()).hexdigest()[:16]
+    of = {
+        "format": FORMAT,
+        "vwt_hf": __version__,
+        "model": print_of(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "vwt": None if setting is None else setting.to_dict(),
+        "words": words,
+        "image_processor": image_processor.to_dict(),
+        "images": rows.order,
+    }
+    return json.loads(json.dumps(of))

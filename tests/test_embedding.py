@@ -1,0 +1,531 @@
+"""`embed` writes what the model makes of each image, whole files in the images' order, whatever cuts it off."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+import safetensors
+import torch
+import transformers
+from PIL import Image
+
+import vwt_hf.embedding
+from tiny import tiny_model
+from vwt_hf import VisualVocabulary, compress, embed, token_lengths
+from vwt_hf.cli import main
+from vwt_hf.embedding import MANIFEST, Shards
+from vwt_hf.evaluation import answer
+from vwt_hf.vocabulary.image_source import find_images, image_rows, read_image
+
+COUNT, SHARD = 23, 5
+BROKEN = "b/broken.jpg"
+PADDED = {"method": "gradual", "layout": "padded", "tolerance": 0.02, "image_std": (0.5,) * 3}
+
+
+def drawn(index: int, side: int = 32) -> Image.Image:
+    """An image that is flat but for a part of its own size, so that images leave different numbers of tokens."""
+    values = np.full((side, side, 3), 90, dtype=np.uint8)
+    busy = 1 + index % (side - 1)
+    values[:busy] = np.random.default_rng(index).integers(0, 255, (busy, side, 3))
+    return Image.fromarray(values)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs in folders whose order is not that in which a walk finds them; one cannot be read."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for index in range(COUNT - 1):
+        path = folder / ("b", "a", "a/c", ".")[index % 4] / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        drawn(index).save(path)
+    (folder / BROKEN).write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+@pytest.fixture(scope="module")
+def model() -> transformers.PreTrainedModel:
+    return compress(tiny_model("dinov2").requires_grad_(False), PADDED)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, model, processor) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(model, processor, folder, tmp_path) -> Callable[..., Any]:
+    """`embed` in short files, by default of the folder, into a folder of this test."""
+
+    def call(output: str = "out", **changed: Any) -> Any:
+        given = {"model": model, "images": folder, "image_processor": processor, "batch_size": 2, "shard_size": SHARD}
+        given |= {"workers": 0, "progress": False} | changed
+        return embed(given.pop("model"), given.pop("images"), tmp_path / output, **given)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(model, processor, folder, tmp_path_factory) -> dict[str, bytes]:
+    """What a run leaves that nothing cuts off."""
+    output = tmp_path_factory.mktemp("whole")
+    options = {"image_processor": processor, "batch_size": 2, "shard_size": SHARD, "workers": 0, "progress": False}
+    embed(model, folder, output, **options)
+    return contents(output)
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+
+
+def table(files: list[Path]) -> pandas.DataFrame:
+    return pandas.concat([pandas.read_parquet(file) for file in files], ignore_index=True)
+
+
+def alone(model: Any, processor: Any, image: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return answer(model, **processor(images=[read_image(image)], return_tensors="pt"))[0]
+
+
+@pytest.mark.parametrize("vwt", [None, PADDED, PADDED | {"layout": "auto"}, {"keep_ratio": 0.5}], ids=str)
+@pytest.mark.parametrize("name", ["dinov2", "clip", "siglip-vision"])
+def test_each_image_has_the_features_that_the_model_gives_of_it_alone(name, vwt, run, folder, processor):
+    own = tiny_model(name).requires_grad_(False)
+    if vwt is not None:
+        compress(own, vwt)
+    made = run(model=own, batch_size=4)
+    found = table(made.files)
+    expected = [path for path in sorted(folder.rglob("*.png"))]
+    assert found.name.tolist() == [path.relative_to(folder).as_posix() for path in expected]
+    features = torch.tensor(np.stack(found.embedding))
+    assert features.shape == (made.images, made.values) and len(features) == COUNT - 1
+    singly = torch.stack([alone(own, processor, path) for path in expected])
+    torch.testing.assert_close(features, singly, atol=1e-4, rtol=1e-4)
+    assert (singly[0] - singly[1]).abs().max() > 1e-2  # else any order would do
+
+
+def test_an_image_that_cannot_be_read_is_named_and_has_no_row(run, folder):
+    made = run()
+    (image,) = made.unreadable
+    every = [path.relative_to(folder).as_posix() for path in [*find_images([folder]), folder / BROKEN]]
+    assert image["row"] == sorted(set(every), key=lambda name: name.split("/")).index(BROKEN)
+    assert image["name"] == BROKEN and "UnidentifiedImageError" in image["reason"]
+    manifest = json.loads((made.files[0].parent / MANIFEST).read_text())
+    assert manifest["unreadable"] == made.unreadable and manifest["images"] == made.images == COUNT - 1
+    rows = table(made.files).row.tolist()
+    assert rows == [row for row in range(COUNT) if row != image["row"]]
+
+
+def test_files_without_a_readable_image_are_read_like_the_others(run, tmp_path):
+    (tmp_path / "broken").mkdir()
+    for index in range(4):
+        (tmp_path / "broken" / f"{index}.png").write_text("no image")
+    drawn(3).save(tmp_path / "broken" / "4.png")
+    made = run(images=tmp_path / "broken", shard_size=2)
+    assert len(made.files) == 3 and made.images == 1 and len(made.unreadable) == 4
+    assert datasets.load_dataset("parquet", data_dir=str(tmp_path / "out"), split="train")["name"][:] == ["4.png"]
+
+
+def test_datasets_load_the_files_beside_all_else_in_the_folder(run, tmp_path):
+    made = run()
+    left = tmp_path / "out" / ".vwt-save-abcdefgh"  # of a run that was killed
+    left.mkdir()
+    (left / made.files[0].name).write_bytes(b"half a file")
+    loaded = datasets.load_dataset("parquet", data_dir=str(tmp_path / "out"), split="train")
+    assert loaded["name"][:] == table(made.files).name.tolist()
+    features = loaded.with_format("torch")["embedding"][:]
+    assert features.shape == (made.images, made.values) and features.dtype == torch.float32
+
+
+def test_safetensors_hold_what_parquet_does(run):
+    expected, found = run("parquet"), run("safetensors", format="safetensors")
+    assert [file.suffix for file in found.files] == [".safetensors"] * len(expected.files)
+    for one, other in zip(expected.files, found.files, strict=True):
+        columns = pandas.read_parquet(one)
+        with safetensors.safe_open(other, "pt") as opened:
+            assert json.loads(opened.metadata()["vwt_hf"])["names"] == columns.name.tolist()
+            assert opened.get_tensor("row").tolist() == columns.row.tolist()
+            assert np.array_equal(opened.get_tensor("embedding").numpy(), np.stack(columns.embedding))
+    assert found.unreadable == expected.unreadable
+    assert contents(found.files[0].parent) == contents(run("again", format="safetensors").files[0].parent)
+
+
+def test_a_data_sets_images_are_named_by_key_by_path_and_by_row(run, tmp_path, processor, model):
+    drawn(1).save(tmp_path / "one.png")
+    drawn(2).save(encoded := io.BytesIO(), format="png")
+    images = [
+        {"path": str(tmp_path / "one.png"), "bytes": None},
+        {"path": None, "bytes": encoded.getvalue()},
+        {"path": None, "bytes": b"no image"},
+    ]
+    rows = datasets.Dataset.from_dict({"text": list("abc"), "photo": images}).cast_column("photo", datasets.Image())
+    found = table(run("by-path", images=rows, column="photo").files)
+    assert found.name.tolist() == [str(tmp_path / "one.png"), "row 1"] and found.row.tolist() == [0, 1]
+    torch.testing.assert_close(torch.tensor(found.embedding[1]), alone(model, processor, drawn(2)), atol=1e-4, rtol=0)
+    keyed = rows.add_column("__key__", ["k0", "k1", "k2"])
+    made = run("by-key", images=keyed)
+    assert table(made.files).name.tolist() == ["k0", "k1"]
+    assert [image["name"] for image in made.unreadable] == ["k2"]
+
+
+class CutOff(Exception):
+    """What ends a run as a kill would."""
+
+
+def cut_after(monkeypatch: pytest.MonkeyPatch, writes: int, end: Callable[[], None]) -> list[int]:
+    """Has `end` called in place of what follows so many writes; gives the numbers of the files that are written."""
+    write, written = Shards.write, []
+
+    def write_or_end(self, number, shard):
+        if len(written) == writes:
+            end()
+        write(self, number, shard)
+        written.append(number)
+
+    monkeypatch.setattr(Shards, "write", write_or_end)
+    return written
+
+
+def raise_cut_off() -> None:
+    raise CutOff
+
+
+def test_a_run_that_is_cut_off_again_and_again_ends_with_the_same_files_and_makes_none_twice(
+    run, whole, tmp_path, monkeypatch
+):
+    draw = random.Random(0)
+    written: list[int] = []
+    made, cuts = None, 0
+    while made is None and cuts < 20:
+        with monkeypatch.context() as patch:
+            some = cut_after(patch, draw.choice((0, 1, 1, 2)), raise_cut_off)
+            try:
+                made = run()
+            except CutOff:
+                cuts += 1
+            finally:
+                written += some
+    assert made is not None and cuts > 2 and sorted(written) == list(range(-(-COUNT // SHARD)))
+    assert contents(tmp_path / "out") == whole
+    assert made.made < COUNT and made.images == COUNT - 1  # what was there is not read again
+    again = run()
+    assert again.made == 0 and again.images == COUNT - 1 and contents(tmp_path / "out") == whole
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("at", ["replace", "fsync"])
+def test_a_killed_process_leaves_whole_files_and_loses_one(at, run, whole, tmp_path, monkeypatch):
+    process = os.fork()
+    if not process:
+        try:
+            torch.set_num_threads(1)
+            call, left = getattr(os, at), [6]
+
+            def call_or_die(*given: Any) -> Any:
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*given)
+
+            setattr(os, at, call_or_die)
+            run()
+        finally:
+            os._exit(1)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    left = contents(tmp_path / "out")
+    files = {name for name in left if name != MANIFEST}
+    assert 0 < len(files) < len(whole) - 1 and all(left[name] == whole[name] for name in files)
+    made = run()
+    assert contents(tmp_path / "out") == whole
+    assert made.made == COUNT - SHARD * len(files)
+    assert not list((tmp_path / "out").glob(".vwt-save-*"))
+
+
+def test_workers_read_the_same(run, whole, tmp_path):
+    run(workers=2)
+    assert contents(tmp_path / "out") == whole
+
+
+def another_model() -> transformers.PreTrainedModel:
+    other = tiny_model("dinov2").requires_grad_(False)
+    other.encoder.layer[0].mlp.fc1.weight += 0.1
+    return compress(other, PADDED)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (lambda: {"model": another_model()}, "(model 'Dinov2Model"),
+        (lambda: {"model": tiny_model("dinov2")}, "vwt"),
+        (lambda: {"model": compress(tiny_model("dinov2"), PADDED | {"tolerance": 0.03})}, "vwt: tolerance 0.02 there"),
+        (lambda: {"model": compress(tiny_model("dinov2"), PADDED).double()}, "dtype 'float32' there, 'float64' here"),
+        (lambda: {"shard_size": SHARD + 1}, "shard_size 5 there, 6 here"),
+        (lambda: {"format": "safetensors"}, "files 'parquet' there"),
+        (lambda: {"image_processor": transformers.ViTImageProcessorPil(resample=0)}, "image_processor: resample"),
+    ],
+)
+def test_files_of_another_run_are_refused_with_the_reason(changed, reason, run, whole, tmp_path, monkeypatch):
+    cut_after(monkeypatch, 2, raise_cut_off)
+    with pytest.raises(CutOff):
+        run()
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="features of another run") as raised:
+        run(**changed())
+    assert reason in str(raised.value) and str(tmp_path / "out") in str(raised.value)
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_words_of_the_same_setting_are_refused(run):
+    def with_words(seed: int) -> transformers.PreTrainedModel:
+        words = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(seed)))
+        setting = {"method": "inter", "vocabulary": words, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+        return compress(tiny_model("dinov2").requires_grad_(False), setting)
+
+    run(model=with_words(0))
+    with pytest.raises(ValueError, match=r"another run \(words"):
+        run(model=with_words(1))
+
+
+def test_other_images_are_refused_and_another_batch_size_is_not(run, folder, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(3):
+        drawn(index).save(images / f"{index}.png")
+    run(images=images)
+    assert run(images=images, batch_size=3, workers=1).images == 3
+    drawn(4).save(images / "4.png")
+    with pytest.raises(ValueError, match=r"a folder of 3 image files .* there, 'a folder of 4 image files"):
+        run(images=images)
+
+
+def test_a_folder_that_holds_something_else_is_refused(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train-00000-of-00001.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds train-\* files and no embed.json"):
+        run()
+    (tmp_path / "out" / MANIFEST).write_text("[]")
+    with pytest.raises(ValueError, match="no manifest of features"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "reason"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size is 0; expected"),
+        ({"shard_size": True}, ValueError, "shard_size is True; expected"),
+        ({"workers": -1}, ValueError, "workers is -1; expected"),
+        ({"format": "csv"}, ValueError, "format is 'csv'; expected one of 'parquet', 'safetensors'"),
+        ({"images": "nowhere"}, ValueError, "no folder"),
+        ({"column": "image"}, ValueError, "columns are of data sets"),
+        ({"images": []}, TypeError, "Dataset.from_dict"),
+        ({"model": 3}, TypeError, "int"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(changed, kind, reason, run, tmp_path):
+    with pytest.raises(kind, match=reason):
+        run(**changed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_classify_or_train_are_refused(run):
+    with pytest.raises(ValueError, match="answers with labels"):
+        run(model=tiny_model("vit-classifier"))
+    with pytest.raises(ValueError, match=r"model.eval\(\)"):
+        run(model=tiny_model("vit").train())
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """What the model is called with, after the blank picture."""
+    taken: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(
+        vwt_hf.embedding, "answer", lambda model, **made: (taken.append(made), answer(model, **made))[1]
+    )
+    return taken
+
+
+def test_padded_batches_are_of_images_of_like_length(run, seen):
+    run(shard_size=COUNT, batch_size=4)
+    batches = [token_lengths(made["patch_words"]) for made in seen[1:]]
+    lengths = list(itertools.chain(*batches))
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 5
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 2]
+
+
+@pytest.mark.parametrize("vwt", [PADDED | {"layout": "packed"}, {"keep_ratio": 0.5}, None], ids=str)
+def test_batches_without_padding_are_as_they_are_read(vwt, run, seen, folder, processor):
+    own = tiny_model("dinov2").requires_grad_(False)
+    run(model=own if vwt is None else compress(own, vwt), shard_size=COUNT, batch_size=COUNT)
+    assert seen[1].keys() == {"pixel_values"}
+    paths = sorted(folder.rglob("*.png"))
+    expected = processor([Image.open(path) for path in paths], return_tensors="pt")["pixel_values"]
+    assert torch.equal(seen[1]["pixel_values"], expected)
+
+
+def test_images_of_different_sizes_run_with_those_of_their_own(run, seen, tmp_path):
+    (tmp_path / "sizes").mkdir()
+    for index in range(8):
+        drawn(index).resize((32, 48) if index % 2 else (48, 32)).save(tmp_path / "sizes" / f"{index}.png")
+    as_they_are = transformers.ViTImageProcessorPil(do_resize=False)
+    own = tiny_model("dinov2").requires_grad_(False)
+    made = run(model=own, images=tmp_path / "sizes", image_processor=as_they_are, shard_size=8, batch_size=4)
+    assert [len(batch["pixel_values"]) for batch in seen[1:]] == [4, 4]
+    found = table(made.files)
+    for name, features in zip(found.name, found.embedding, strict=True):
+        expected = alone(own, as_they_are, tmp_path / "sizes" / name)
+        torch.testing.assert_close(torch.tensor(features), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_report_says_where_the_time_went(run, monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(vwt_hf.embedding.time, "perf_counter", lambda: float(next(now)))
+    made = run(shard_size=COUNT, batch_size=COUNT)
+    seconds = made.seconds
+    assert seconds["forward"] == seconds["writing"] == seconds["reading"] == 1  # one call, which looks at the clock
+    assert made.elapsed == seconds["total"] > seconds["waiting"] > 0
+    assert made.rate == COUNT / made.elapsed
+    assert made.rate_without_reading == COUNT / (seconds["total"] - seconds["waiting"])
+
+
+def test_the_folder_is_walked_in_the_order_of_its_paths(tmp_path):
+    for name in ("b.png", "a/2.png", "a-b/1.png", "a.png", "a/b/3.PNG", "a/text.txt", "a/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "around").symlink_to(tmp_path)
+    rows = image_rows(tmp_path)
+    names = [rows[index][0] for index in range(len(rows))]
+    assert names == [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path])]
+    assert names == sorted((name for name in names), key=lambda name: name.split("/")) and len(names) == 6
+
+
+def test_a_name_that_is_no_text_has_escapes(run, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    try:
+        drawn(1).save(os.fsencode(images) + b"/\xff.png", format="png")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert table(run(images=images).files).name.tolist() == ["\\udcff.png"]
+
+
+def command(checkpoint: Path, folder: Path, output: Path, *more: str) -> list[str]:
+    given = ["embed", str(folder), "--model", str(checkpoint), "--output", str(output), "--device", "cpu"]
+    return [*given, "--shard-size", str(SHARD), "--batch-size", "2", "--workers", "0", *more]
+
+
+def test_the_command_writes_what_the_function_does(checkpoint, folder, whole, tmp_path, capsys):
+    assert main(command(checkpoint, folder, tmp_path / "out")) == 0
+    printed = capsys.readouterr().out
+    assert contents(tmp_path / "out") == whole  # the setting is the checkpoint's
+    assert f"unreadable: {BROKEN} cannot be read" in printed and "22 of 32 values each" in printed
+    for line in ("tokens", "images/s", "without reading", "seconds"):
+        assert line in printed
+    assert main(command(checkpoint, folder, tmp_path / "out")) == 0
+    assert "found all files there" in capsys.readouterr().out
+    assert main(command(checkpoint, folder, tmp_path / "out", "--vwt", "false")) == 2
+    assert "features of another run (vwt" in capsys.readouterr().err
+    assert main(command(checkpoint, folder, tmp_path / "plain", "--vwt", "false", "--dtype", "bfloat16")) == 0
+    assert "65.0 of an image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--vwt", "{keep_ratio: 0.5}"], "is no JSON; expected true, false, or fields"),
+        (["--vwt", '{"keep": 0.5}'], "keep"),
+        (["--column", "image"], "--column"),
+    ],
+)
+def test_the_command_refuses_what_cannot_be_by_a_line(more, reason, checkpoint, folder, tmp_path, capsys):
+    try:
+        status = main(command(checkpoint, folder, tmp_path / "out", *more))
+    except SystemExit as end:
+        status = end.code
+    printed = capsys.readouterr().err
+    assert status == 2 and reason in printed and "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
+
+
+KILLED = """
+import os, signal, sys
+from accelerate import PartialState
+from vwt_hf.cli import main
+from vwt_hf.embedding import Shards
+
+write, written = Shards.write, []
+
+def write_or_die(self, number, shard):
+    if PartialState().process_index == 1 and written:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, number, shard)
+    written.append(number)
+
+Shards.write = write_or_die
+sys.exit(main())
+"""
+
+
+def launch(*program: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", port]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, *program], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_end_with_the_files_of_one_also_if_one_was_killed(checkpoint, folder, whole, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    given = command(checkpoint, folder, tmp_path / "out")
+    ended = launch(str(tmp_path / "killed.py"), *given)
+    assert ended.returncode != 0 and "Signal 9" in ended.stderr + ended.stdout
+    left = contents(tmp_path / "out")
+    last = "train-00003-of-00005.parquet"  # the second of the second process
+    assert last not in left and "train-00001-of-00005.parquet" in left
+    assert left.items() <= whole.items() | {(MANIFEST, left[MANIFEST])}
+    lengths = [min(SHARD, COUNT - start) for start in range(0, COUNT, SHARD)]
+    files = sorted(whole.keys() - {MANIFEST})
+    missing = sum(length for name, length in zip(files, lengths, strict=True) if name not in left)
+    done = launch("-m", "vwt_hf.cli", *given)
+    assert done.returncode == 0, done.stderr
+    assert f"{missing} images in" in done.stdout  # shared, and none is made by both
+    assert contents(tmp_path / "out") == whole
+    assert "processes: 2" in done.stdout and done.stdout.count("22 of 32 values each") == 1
+
+
+def test_photographs_are_nearest_to_those_of_their_class_by_a_shortened_model(shared, tmp_path):
+    classes = sorted((shared / "data/caltech101/validation").iterdir())[::9][:11]
+    for path in itertools.chain(*(sorted(name.iterdir())[:2] for name in classes)):
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        (tmp_path / path.parent.name / path.name).symlink_to(path)
+    model = transformers.AutoModel.from_pretrained(shared / "models/dinov2-small-caltech101", vwt=True)
+    short = embed(model, tmp_path, tmp_path / "short", workers=0, progress=False)
+    found = table(short.files)
+    features = torch.nn.functional.normalize(torch.tensor(np.stack(found.embedding)), dim=1)
+    nearest = (features @ features.T).fill_diagonal_(-1).argmax(1)
+    names = [name.split("/")[0] for name in found.name]
+    assert sum(names[i] == name for i, name in zip(nearest.tolist(), names, strict=True)) >= 0.8 * len(names)
+    assert short.tokens is not None and 100 < short.tokens < 200
