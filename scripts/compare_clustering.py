@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     require_writable(options.json)
 
-    source = open_images(options.images, max_images=options.max_images)
+    source = open_images(options.images).part(max_images=options.max_images)
     processor = load_processor(options.processor)
     batches = [batch.patches for batch in patch_batches(source.items, processor, options.patch_size, 32)]
     patches = torch.cat(batches)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import datetime
 import hashlib
 import itertools
 import json
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -34,6 +31,7 @@ from .forward import current_forward
 from .image_processing import NAME as PATCH_WORDS
 from .image_processing import HostTokenizer
 from .printable import shown
+from .processes import everywhere, in_main, join, place
 from .processors import processor_of
 from .terminal import require_folder
 from .vocabulary.image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed
@@ -46,8 +44,6 @@ FORMAT = 1
 """Of the manifest and the files."""
 WINDOW = 16
 """Batches among which images of like length are brought together."""
-PATIENCE = datetime.timedelta(days=30)
-"""For which processes wait for each other at the end: each has shards of its own, and images differ."""
 
 Batch = tuple[list[int], dict[str, torch.Tensor]]
 """Rows of images, and what the image processor made of them."""
@@ -148,24 +144,28 @@ def embed(
     _require_features(model_of(model))
     processor = processor_of(model, image_processor)
     require_folder(output)
-    state = PartialState(cpu=model.device.type == "cpu", timeout=PATIENCE)
+    join(model.device)
     trial = _try(model, processor)
     rows = image_rows(images, column)
     of = _fingerprint(model, processor, rows) | {"shard_size": shard_size, "files": format}
     shards = Shards(Path(output), KINDS[format], len(rows), shard_size)
-    shards.begin(of, state)
+    shards.begin(of)
 
     if trial.pads:
         processor = _tokenizing(processor, model)
     run = _Run(model, processor, batch_size, WINDOW if trial.pads or trial.sizes_differ else 1)
-    own = shards.missing(state)
+    own = shards.missing()
     total = sum(len(shards.rows(number)) for number in own)
-    shown_here = progress and state.is_main_process
-    with run.timed("total"), tqdm(total=total, desc="Embedding", unit="image", disable=not shown_here) as bar:
-        for number, shard in run.shards(rows, own, shards, workers, trial.values, bar):
-            with run.timed("writing"):
-                shards.write(number, shard)
-    return shards.end(of, run, trial.values, state)
+
+    def make() -> None:
+        hidden = not progress or place()[0] > 0
+        with run.timed("total"), tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
+            for number, shard in run.shards(rows, own, shards, workers, trial.values, bar):
+                with run.timed("writing"):
+                    shards.write(number, shard)
+
+    everywhere(make)
+    return shards.end(of, run, trial.values)
 
 
 class Read(NamedTuple):
@@ -381,63 +381,66 @@ class Shards:
         """The numbers of the images of a file."""
         return range(number * self._size, min((number + 1) * self._size, self._images))
 
-    def missing(self, state: PartialState) -> list[int]:
+    def missing(self) -> list[int]:
         """The files that this process has to make, whatever other processes have made."""
-        own = range(state.process_index, len(self.files), state.num_processes)
+        index, processes = place()
+        own = range(index, len(self.files), processes)
         return [number for number in own if not self.files[number].exists()]
 
     def write(self, number: int, shard: Shard) -> None:
         """Writes a file, whole or not at all."""
         write_files(self._folder, {self.files[number].name: self._kind.write(shard)})
 
-    def begin(self, of: dict[str, Any], state: PartialState) -> None:
+    def begin(self, of: dict[str, Any]) -> None:
         """Writes the manifest, or compares it with what an earlier run wrote.
 
         Raises:
             ValueError: the folder holds something else, or processes see different images or models.
         """
-        everywhere = gather_object([of])
-        for process, other in enumerate(everywhere):
+        for process, other in enumerate(everywhere(lambda: of, lambda of: of)[1]):
             if other != of:
                 raise ValueError(
                     f"process {process} has another run ({_difference(other, of)}); expected the same for all."
                 )
+        everywhere(lambda: self._require_own(of))
+        in_main(lambda: self._write_manifest({"of": of}))  # no file without a manifest
+
+    def _require_own(self, of: dict[str, Any]) -> None:
         manifest = self._folder / MANIFEST
-        if manifest.exists():
-            found = _read_manifest(manifest)
-            if found != of:
-                raise ValueError(
-                    f"{self._folder} holds features of another run ({_difference(found, of)}); name another folder, or "
-                    "delete it."
-                )
-        elif any(self._folder.glob("train-*")):
-            raise ValueError(f"{self._folder} holds train-* files and no {MANIFEST}; name another folder.")
-        state.wait_for_everyone()  # until all have looked
-        if state.is_main_process and not manifest.exists():
-            self._write_manifest({"of": of})
-        state.wait_for_everyone()  # no file without a manifest
+        if not manifest.exists():
+            if any(self._folder.glob("train-*")):
+                raise ValueError(f"{self._folder} holds train-* files and no {MANIFEST}; name another folder.")
+            return
+        found = _read_manifest(manifest)
+        if found != of:
+            raise ValueError(
+                f"{self._folder} holds features of another run ({_difference(found, of)}); name another folder, or "
+                "delete it."
+            )
 
-    def end(self, of: dict[str, Any], run: _Run, values: int, state: PartialState) -> Embedded:
-        """Writes into the manifest what came of it, once all files are there.
-
-        Raises:
-            OSError: some are not, as where machines have a folder of this name each.
-        """
-        state.wait_for_everyone()
+    def _require_all(self) -> None:
         missing = [file.name for file in self.files if not file.exists()]
         if missing:
             raise FileNotFoundError(
                 f"{self._folder} lacks {len(missing)} of {len(self.files)} files, such as {missing[0]}, which other "
                 "processes should have written; expected one folder that all see."
             )
+
+    def end(self, of: dict[str, Any], run: _Run, values: int) -> Embedded:
+        """Writes into the manifest what came of it, once all files are there.
+
+        Raises:
+            OSError: some are not, as where machines have a folder of this name each.
+        """
+        everywhere(self._require_all)
         images, unreadable = 0, []
         for file in self.files:
             said = self._kind.read(file)
             images += said["images"]
             unreadable += said["unreadable"]
-        if state.is_main_process:
-            self._write_manifest({"of": of, "images": images, "values": values, "unreadable": unreadable})
-        runs = gather_object([(run.images, run.embedded, run.tokens, run.seconds)])
+        in_main(lambda: self._write_manifest({"of": of, "images": images, "values": values, "unreadable": unreadable}))
+        own = (run.images, run.embedded, run.tokens, run.seconds)
+        runs = everywhere(lambda: own, lambda own: own)[1]
         made, embedded, tokens = (sum(own[part] for own in runs) for part in range(3))
         times = [own[3] for own in runs]
         return Embedded(

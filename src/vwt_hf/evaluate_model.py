@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,8 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from huggingface_hub import EvalResult
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
@@ -27,11 +24,9 @@ from .evaluation import TokenCount, count_tokens, on_device, share, stopwatch
 from .evaluation_tasks import PROMPT, RECALLED, TASKS, Captions, Figure, Kept, Retrieval, Task, ZeroShot, task_for
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
+from .processes import everywhere, join, place
 from .processors import processor_of
 from .vocabulary.image_source import UnreadableImage, one_batch
-
-PATIENCE = datetime.timedelta(days=30)
-"""How long processes wait for the one that has most to do; one that dies ends the others by its launcher."""
 
 SHOWN: dict[str, tuple[str, int, int]] = {
     "accuracy": ("top-1 %", 100, 2),
@@ -207,9 +202,10 @@ def evaluate_model(
     models = [plain, *(compress(share(plain), setting) for setting in settings)]
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
-    state = PartialState(cpu=model.device.type == "cpu", timeout=PATIENCE)
-    own = _answers(chosen, models, opened, processor, batch_size, state, progress)
-    parts: list[_Part] = gather_object([own])
+    join(model.device)
+    parts: list[_Part] = everywhere(
+        lambda: _answers(chosen, models, opened, processor, batch_size, progress), lambda own: own
+    )[1]
     kept, unreadable = _merged(parts, len(models))
     if not kept.labels:
         raise ValueError(f"no image can be read of {len(unreadable)}: {'; '.join(unreadable[:3]) or 'there are none'}.")
@@ -224,7 +220,7 @@ def evaluate_model(
         )
         for index, setting in enumerate([None, *settings])
     ]
-    machine = _machine(model, state)
+    machine = _machine(model, len(parts))
     source = model.name_or_path or ""
     return Evaluation(source, task_class.name, opened.name, len(kept.labels), unreadable, said, rows, machine)
 
@@ -255,16 +251,16 @@ def _answers(
     images: LabelledImages,
     processor: Any,
     batch_size: int,
-    state: PartialState,
     progress: bool,
 ) -> _Part:
     """Shows this process's share of the images to all models."""
+    index, processes = place()
     with contextlib.ExitStack() as stack:
         part = _Part([], [], [stack.enter_context(count_tokens(model)) for model in models], [0.0] * len(models))
-        total = None if images.total is None else -(-images.total // state.num_processes)
-        shows = progress and state.is_main_process
+        total = None if images.total is None else -(-images.total // processes)
+        shows = progress and index == 0
         bar = stack.enter_context(tqdm(total=total, desc="Images", unit="image", disable=not shows, leave=False))
-        for number, samples in images.batches(state.process_index, state.num_processes, batch_size):
+        for number, samples in images.batches(index, processes, batch_size):
             read, made = [], []
             for sample in samples:
                 try:
@@ -322,12 +318,12 @@ def _total(counts: Sequence[TokenCount]) -> TokenCount:
     return TokenCount(by_layer, sum(count.images for count in counts))
 
 
-def _machine(model: PreTrainedModel, state: PartialState) -> dict[str, Any]:
+def _machine(model: PreTrainedModel, processes: int) -> dict[str, Any]:
     return {
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
-        "processes": state.num_processes,
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

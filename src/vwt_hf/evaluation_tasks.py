@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
@@ -30,6 +28,7 @@ from .evaluation import (
 from .families import HOLDERS
 from .labelled_images import LabelledImages
 from .printable import shown
+from .processes import everywhere, place
 
 RECALLED = (1, 5, 10)
 """Among how many of the most similar ones a right one must be."""
@@ -217,10 +216,13 @@ class Retrieval(Task):
         for image, captions in enumerate(kept.captions):
             right[image, [numbers[caption] for caption in captions]] = True
         captioned = right.any(dim=1)
-        state = PartialState()
-        with state.split_between_processes(texts) as some:
-            encoded = text_features(self.model, self.tokenizer, some) if some else torch.zeros(0, 1)
-        features = torch.cat([own for own in gather_object([encoded]) if len(own)])
+        index, processes = place()
+
+        def encoded() -> torch.Tensor:
+            own = texts[len(texts) * index // processes : len(texts) * (index + 1) // processes]
+            return text_features(self.model, self.tokenizer, own) if own else torch.zeros(0, 1)
+
+        features = torch.cat([own for own in everywhere(encoded, lambda own: own)[1] if len(own)])
         said = [f"{int((~captioned).sum())} images without a caption are left out."] if not captioned.all() else []
         return [self._figures(own, features, right, captioned) for own in kept.answers], said
 

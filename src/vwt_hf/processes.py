@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -13,6 +14,10 @@ Made = TypeVar("Made")
 
 KINDS = (FileExistsError, FileNotFoundError, OSError, TypeError, ValueError, ImportError)
 """What an error in another process is raised as; `RuntimeError` where it is of none of these kinds."""
+
+
+PATIENCE = datetime.timedelta(days=30)
+"""How long processes wait for the one that has most to do; one that dies ends the others by its launcher."""
 
 
 class ProcessLost(ConnectionError):
@@ -33,21 +38,34 @@ def place() -> tuple[int, int]:
     return PartialState().process_index, PartialState().num_processes
 
 
-@contextlib.contextmanager
-def joined(device: str | None) -> Iterator[None]:
-    """For a command: joins the processes of a launcher, of which the main one alone tells what went wrong in any.
-
-    Does nothing where no launcher has started several.
+def join(device: torch.device | str | None) -> Any:
+    """Joins the processes that a launcher has started, if there are several and they are not joined yet.
 
     Args:
         device: what they are to work on, by default CUDA where there is one.
+
+    Returns:
+        accelerate's `PartialState`; `None` where there is one process.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        yield
-        return
+        return None
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available() or str(device).startswith("cpu"))
+    # Without `cpu` each process on a machine without GPUs takes itself for the only one.
+    return PartialState(cpu=not torch.cuda.is_available() or str(device).startswith("cpu"), timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def joined(device: str | None) -> Iterator[None]:
+    """For a command: as `join`, and the main process alone tells what went wrong in any.
+
+    Args:
+        device: as for `join`.
+    """
+    state = join(device)
+    if state is None:
+        yield
+        return
     try:
         yield
     except ProcessLost:  # the main one, perhaps

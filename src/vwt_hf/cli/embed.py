@@ -77,46 +77,43 @@ def work(args: argparse.Namespace) -> None:
     require_folder(args.output)
 
     import torch
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
     from transformers import AutoModel
 
-    from ..embedding import PATIENCE, embed
+    from ..embedding import embed
     from ..evaluation import usable_device
+    from ..processes import joined, place
     from ..processors import load_processor, quiet_transformers
     from .demo import load
     from .learn import open_source
 
-    device = usable_device(args.device)
-    on_cpu = device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
-    device = device if args.device else state.device
-    source, _ = open_source(args.images, column=args.column, split=args.split, streaming=False)
-    with quiet_transformers():
-        model, pooled = load(
-            args.model, device, auto=AutoModel, dtype=args.dtype and getattr(torch, args.dtype), vwt=args.vwt
+    with joined(args.device):
+        device = usable_device(args.device)
+        source, _ = open_source(args.images, column=args.column, split=args.split, streaming=False)
+        with quiet_transformers():
+            model, pooled = load(
+                args.model, device, auto=AutoModel, dtype=args.dtype and getattr(torch, args.dtype), vwt=args.vwt
+            )
+        if not pooled:
+            model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
+        made = embed(
+            model,
+            source,
+            args.output,
+            image_processor=load_processor(args.model),
+            column=args.column,
+            batch_size=args.batch_size,
+            shard_size=args.shard_size,
+            format=args.format,
+            workers=args.workers,
         )
-    if not pooled:
-        model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
-    made = embed(
-        model,
-        source,
-        args.output,
-        image_processor=load_processor(args.model),
-        column=args.column,
-        batch_size=args.batch_size,
-        shard_size=args.shard_size,
-        format=args.format,
-        workers=args.workers,
-    )
-    if state.is_main_process:
+        if place()[0] > 0:
+            return
         print(f"{type(model).__name__} from {printable(args.model)}\n")
         print(aligned(facts(made)))
         for image in made.unreadable[:NAMED]:
             print(f"unreadable: {printable(image['reason'])}")
         if len(made.unreadable) > NAMED:
             print(f"and {len(made.unreadable) - NAMED:,} more: {printable(args.output)}/embed.json")
-    state.destroy_process_group()
 
 
 def facts(made: Embedded) -> list[tuple[str, str]]:

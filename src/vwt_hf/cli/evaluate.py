@@ -110,52 +110,49 @@ def work(args: argparse.Namespace) -> None:
     require_writable(args.json, args.card)
 
     import torch
-    from accelerate import PartialState
     from transformers import AutoConfig
 
     from ..config import VWTConfig
-    from ..evaluate_model import PATIENCE, evaluate_model, require_options
+    from ..evaluate_model import evaluate_model, require_options
     from ..evaluation import usable_device
     from ..evaluation_tasks import TASKS, task_for
     from ..labelled_images import open_labelled
+    from ..processes import joined, place
     from ..processors import load_processor, quiet_transformers
 
     for setting in args.vwt or ():
         VWTConfig.parse(setting)
     require_options(args.batch_size, args.max_new_tokens, args.prompt)
-    on_cpu = not torch.cuda.is_available() if args.device is None else args.device.startswith("cpu")
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
-    # Processes of one machine have a device each.
-    device = usable_device(args.device or (str(state.device) if state.use_distributed else None))
-    data, split = open_data(args.dataset, args.config, args.split, args.streaming)
-    of = {name: getattr(args, name) for name in COLUMNS}
-    opened = open_labelled(data, **of, groups=args.groups, limit=args.limit)  # refused before a model is loaded
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
-    task = args.task or task_for(config.architectures or [], config.model_type, opened)
-    processor = load_processor(args.model)
-    with quiet_transformers():
-        dtype = args.dtype and getattr(torch, args.dtype)
-        model, pooled = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, vwt=None)
-    if not pooled:
-        model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
-    result = evaluate_model(
-        model,
-        data,
-        vwt=args.vwt,
-        task=task,
-        image_processor=processor,
-        **of,
-        groups=args.groups,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        prompt=args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-    )
-    result.dataset = result.dataset if Path(args.dataset).exists() else args.dataset
-    if state.is_main_process:
-        report(result, args.json, args.card, split)
-    state.destroy_process_group()
+    with joined(args.device):
+        device = usable_device(args.device)
+        data, split = open_data(args.dataset, args.config, args.split, args.streaming)
+        of = {name: getattr(args, name) for name in COLUMNS}
+        opened = open_labelled(data, **of, groups=args.groups, limit=args.limit)  # refused before a model is loaded
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+        task = args.task or task_for(config.architectures or [], config.model_type, opened)
+        processor = load_processor(args.model)
+        with quiet_transformers():
+            dtype = args.dtype and getattr(torch, args.dtype)
+            model, pooled = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, vwt=None)
+        if not pooled:
+            model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
+        result = evaluate_model(
+            model,
+            data,
+            vwt=args.vwt,
+            task=task,
+            image_processor=processor,
+            **of,
+            groups=args.groups,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            prompt=args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+        )
+        result.dataset = result.dataset if Path(args.dataset).exists() else args.dataset
+        if place()[0] == 0:
+            report(result, args.json, args.card, split)
 
 
 COLUMNS = ("image_column", "label_column", "caption_column", "group_column")
