@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
 from ..terminal import aligned, require_folder, require_writable, write_file
+from .demo import PLAIN
 
 if TYPE_CHECKING:
     import torch
@@ -121,8 +123,13 @@ def work(args: argparse.Namespace) -> None:
         print(f"saved with it: {printable(args.output)}")
 
 
-def load_model(checkpoint: str, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_model(
+    checkpoint: str, device: torch.device, dtype: torch.dtype | None, asked: Mapping[str, Any] = PLAIN
+) -> PreTrainedModel:
     """The plain model with its classifier, if it has one.
+
+    Args:
+        asked: `vwt` of another model than the plain one; `{}`: as the checkpoint was saved.
 
     Raises:
         ValueError: the checkpoint lacks weights, or the model's family is not supported.
@@ -135,7 +142,7 @@ def load_model(checkpoint: str, device: torch.device, dtype: torch.dtype | None)
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     is_classifier = any("ForImageClassification" in name for name in config.architectures or [])
     auto = AutoModelForImageClassification if is_classifier else AutoModel
-    model, pooled = load(checkpoint, device, auto=auto, dtype=dtype)
+    model, pooled = load(checkpoint, device, auto=auto, dtype=dtype, asked=asked)
     if not pooled:
         model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
     return model

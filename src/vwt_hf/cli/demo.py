@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ examples:
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
 ROWS = 12
 """Photographs in a picture."""
+PLAIN = {"vwt": False}
+"""What `from_pretrained` is asked for, for the plain model of any checkpoint."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,13 +203,19 @@ def find_photographs(images: Sequence[str] | None) -> list[Path]:
 
 
 def load(
-    checkpoint: str, device: torch.device, *, auto: Any = None, dtype: torch.dtype | None = None
+    checkpoint: str,
+    device: torch.device,
+    *,
+    auto: Any = None,
+    dtype: torch.dtype | None = None,
+    asked: Mapping[str, Any] = PLAIN,
 ) -> tuple[PreTrainedModel, bool]:
     """The plain model, and whether its pooled output is trained (some classifiers' checkpoints hold no pooler).
 
     Args:
         auto: the Auto class that loads it; by default `AutoModel`.
         dtype: by default float32 on a CPU, else that of the checkpoint.
+        asked: `vwt` of another model than the plain one; `{}`: as the checkpoint was saved.
 
     Raises:
         ValueError: the checkpoint lacks other weights of the model, or the model's family is not supported.
@@ -220,7 +228,7 @@ def load(
 
     loaded: Any = (auto or AutoModel).from_pretrained(
         checkpoint,
-        vwt=False,
+        **asked,
         trust_remote_code=False,
         # Half precision is slower than single on most CPUs.
         dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
