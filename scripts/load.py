@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--tolerance", type=float, default=1e-4, help="by which a score may be off (default: 1e-4)")
     parser.add_argument("--serve", default="", metavar="OPTIONS", help="more options of serve.py, as one argument")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--json", type=Path, help="also write the rows here, after each")
     options = parser.parse_args(arguments)
     require_writable(options.json)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are ended, too
@@ -98,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 seconds = 60 * options.minutes if options.minutes else options.seconds
                 rows.append(measure(server, photographs, clients, seconds, options.tolerance))
                 rows[-1] = {"setting": name_of(setting or None), "clients": clients, "ratio": None} | rows[-1]
+                if options.json:
+                    write_file(options.json, json.dumps(rows, indent=1))
     plain = {row["clients"]: row["images / s"] for row in rows if row["setting"] == name_of(None)}
     for row in rows:
         if row["clients"] in plain:
