@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--max-batch-size", type=int, default=8, help="images in one forward pass (default: 8)")
     parser.add_argument(
-        "--batch-timeout", type=float, default=0.01, help="seconds to wait for more images (default: 0.01)"
+        "--batch-timeout", type=float, default=0.05, help="seconds to wait for more images (default: 0.05)"
     )
     parser.add_argument("--host", choices=("127.0.0.1", "0.0.0.0", "::"), default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
