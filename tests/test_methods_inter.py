@@ -284,10 +284,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, images, vocabula
     assert forward(model, images).isfinite().all()
 
 
-def test_forward_called_past_the_hooks_is_refused(images, vocabulary):
+def test_forward_by_itself_becomes_a_call_and_embeddings_by_themselves_are_refused(images, vocabulary):
+    """sentence-transformers and PEFT run `model.forward`."""
     model = compress(tiny_model("vit"), inter(vocabulary))
-    with pytest.raises(RuntimeError, match=r"Call model\(\.\.\.\), not model\.forward"):
-        model.forward(images)
+    assert torch.equal(model.forward(images)[0], answers(model, images))
+    with pytest.raises(RuntimeError, match=r"Call model\(\.\.\.\), and no part"):
+        model.embeddings(images)
 
 
 @pytest.mark.parametrize("name", ["dinov2-classifier", "clip-vision"])

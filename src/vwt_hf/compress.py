@@ -141,7 +141,7 @@ def _hook_in(
         if name not in vars(model):
             setattr(model, name, _stand_in_for(model, name))
     if "forward" not in vars(model):
-        model.forward = _forward_with_words(model)
+        model.forward = _forward_with_words(model, begins=follows and model is tower.module)
     if follows:
         begin = Begin(bool(relative), by_sizes, strips_mask=by_sizes and family.padded is not None)
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
@@ -201,13 +201,16 @@ def _stand_in_for(model: PreTrainedModel, name: str) -> StandIn:
     return stand_in
 
 
-def _forward_with_words(model: PreTrainedModel) -> StandIn:
+def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
     """The forward of `model`, whose signature has `patch_words`, which `TakeWords` takes from every call before it.
 
     `Trainer` drops the columns of a data set that this signature does not have.
+
+    Args:
+        begins: whether `model` is a tower that goes by a plan, which is found within a call alone.
     """
     forward = type(model).forward
-    stand_in = StandIn(forward, model)
+    stand_in = StandIn(_forward_within_a_call if begins else forward, model)
     functools.update_wrapper(stand_in, forward)
     signature = inspect.signature(forward.__get__(model))
     words = inspect.Parameter(
@@ -218,6 +221,19 @@ def _forward_with_words(model: PreTrainedModel) -> StandIn:
     # What accelerate makes a method of, where it wraps and unwraps a forward for mixed precision.
     stand_in.__func__ = forward  # type: ignore[attr-defined]
     return stand_in
+
+
+def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the class of `model`: by itself, as sentence-transformers runs it, it becomes a call."""
+    if _runs(model):
+        return type(model).forward(model, *args, **kwargs)
+    return model(*args, **kwargs)
+
+
+@torch.compiler.disable
+def _runs(tower: PreTrainedModel) -> bool:
+    forward = current_forward()
+    return forward is not None and forward.tower is tower
 
 
 def _call_by_words(model: PreTrainedModel, name: str, /, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:

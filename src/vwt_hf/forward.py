@@ -249,6 +249,6 @@ def forward_of(module: nn.Module) -> Forward:
     if forward is None or not forward.holds(module):
         raise RuntimeError(
             f"{type(module).__name__} ran outside a call of its compressed model, which keeps what each token stands "
-            "for and gives every patch a hidden state at its end. Call model(...), not model.forward(...) or a layer."
+            "for and gives every patch a hidden state at its end. Call model(...), and no part of it by itself."
         )
     return forward

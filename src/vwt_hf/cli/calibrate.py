@@ -121,8 +121,11 @@ def work(args: argparse.Namespace) -> None:
         print(f"saved with it: {printable(args.output)}")
 
 
-def load_model(checkpoint: str, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The plain model with its classifier, if it has one.
+def load_model(checkpoint: str, device: torch.device, dtype: torch.dtype | None, vwt: Any = False) -> PreTrainedModel:
+    """A checkpoint's model with its classifier, if it has one.
+
+    Args:
+        vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
 
     Raises:
         ValueError: the checkpoint lacks weights, or the model's family is not supported.
@@ -135,7 +138,7 @@ def load_model(checkpoint: str, device: torch.device, dtype: torch.dtype | None)
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     is_classifier = any("ForImageClassification" in name for name in config.architectures or [])
     auto = AutoModelForImageClassification if is_classifier else AutoModel
-    model, pooled = load(checkpoint, device, auto=auto, dtype=dtype)
+    model, pooled = load(checkpoint, device, auto=auto, dtype=dtype, vwt=vwt)
     if not pooled:
         model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
     return model

@@ -381,7 +381,9 @@ def read_image(item: Any, name: str | None = None) -> Any:
     except Exception as error:
         where = item.get("path") if isinstance(item, Mapping) else item
         name = name or (os.fspath(where) if isinstance(where, (str, os.PathLike)) else "an image")
-        raise UnreadableImage(f"{printable(name)} cannot be read ({type(error).__name__}: {error})") from error
+        # Of bytes, Pillow names where they lie in memory.
+        reason = "no image of a known format" if "BytesIO" in str(error) else error
+        raise UnreadableImage(f"{printable(name)} cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def _upright(item: Any) -> Any:
@@ -479,7 +481,8 @@ def processed(item: Any, image_processor: Any, name: str | None = None) -> dict[
     try:
         return dict(image_processor(images=[image], return_tensors="pt"))
     except Exception as error:
-        called = f"{printable(name or item)} ({image.width}×{image.height})"
+        name = name or (item if isinstance(item, (str, os.PathLike)) else "an image")
+        called = f"{printable(name)} ({image.width}×{image.height})"
         raise UnreadableImage(f"{called} is refused by {type(image_processor).__name__}: {error}") from error
 
 

@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+r"""Answers images over HTTP: labels of a classifier, else features. LitServe batches the images of many clients.
+
+    python scripts/serve.py google/vit-base-patch16-224 --vwt true
+    curl -F image=@cat.jpg http://127.0.0.1:8000/predict
+    curl --json '{"image": "<base64>"}' http://127.0.0.1:8000/predict
+
+A classifier answers {"labels": [{"label": ..., "score": ...}, ...]}, the five best of its labels; any other model
+{"features": [...]}: its image embedding, else its pooled output, else its CLS token. An upload that cannot be answered
+gets a status of 400 (no image, or one that is damaged), 413 (too large) or 415 (of another type), with
+{"detail": the reason}. GET /health says "ok" once the model is loaded, /metrics counts requests, images, tokens and
+seconds in the format of Prometheus, and /info names the model and its setting.
+"""
+
+# Annotations stay what they are, not strings: LitServe hands that of `decode_request` to FastAPI.
+import argparse
+import asyncio
+import base64
+import functools
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, NamedTuple
+
+import litserve
+import numpy as np
+import torch
+from fastapi import Depends, HTTPException, Request, Response
+from litserve.loops.simple_loops import BatchedLoop
+from PIL import Image
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
+
+from vwt_hf.cli.calibrate import DTYPES, load_model
+from vwt_hf.evaluation import answer, classifies, count_tokens, on_device, usable_device
+from vwt_hf.processors import load_processor, quiet_transformers
+from vwt_hf.terminal import run_command
+from vwt_hf.vocabulary.image_source import UnreadableImage, pixel_batches
+
+FIELD = "image"
+LARGEST = 32 * 2**20
+"""Bytes of a request's body that are read at most."""
+BEST = 5
+"""Labels in an answer."""
+MOST_WORKERS = 4
+"""Processes by default on a CPU: each holds a model."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a supported model")
+    parser.add_argument(
+        "--vwt",
+        type=json.loads,
+        metavar="JSON",
+        help="the setting, or true, or false (default: as the model was saved)",
+    )
+    parser.add_argument("--max-batch-size", type=int, default=8, help="images in one forward pass (default: 8)")
+    parser.add_argument(
+        "--batch-timeout", type=float, default=0.05, help="seconds to wait for more images (default: 0.05)"
+    )
+    parser.add_argument("--host", choices=("127.0.0.1", "0.0.0.0", "::"), default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help=f"processes that run the model (default: 1; on a CPU one for each core, up to {MOST_WORKERS})",
+    )
+    options = parser.parse_args(arguments)
+    if options.max_batch_size < 1 or options.batch_timeout <= 0 or (options.workers or 1) < 1:
+        parser.error("--max-batch-size and --workers take whole numbers from 1 on, --batch-timeout seconds above 0.")
+
+    # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
+    torch.set_num_threads(1)
+    device = usable_device(options.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = options.workers or (min(MOST_WORKERS, cores) if device.type == "cpu" else 1)
+    model = Model(options.model, options.vwt, options.dtype, max(1, cores // workers))
+    setting = model.load(device).config.vwt  # what cannot be served is refused here, in one line
+    with tempfile.TemporaryDirectory(prefix="vwt-serve-") as counts:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
+        server = litserve.LitServer(
+            Answers(model, max_batch_size=options.max_batch_size, batch_timeout=options.batch_timeout),
+            accelerator=device.type,
+            devices="auto" if device.type == "cpu" else [device.index or 0],
+            workers_per_device=workers,
+            max_payload_size=LARGEST,
+            middlewares=[Measured],
+            model_metadata={"model": options.model, "vwt": setting},
+        )
+        server.app.state.image_processor = load_processor(options.model)
+        server.app.state.decoders = ThreadPoolExecutor(cores, "vwt-decode")
+        server.app.add_route("/metrics", show_metrics)
+        # Pillow only warns of images of more than 89 million pixels, up to twice as many.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        signal.signal(signal.SIGTERM, functools.partial(end, os.getpid()))
+        print(f"{options.model}, vwt={json.dumps(setting)}: http://{options.host}:{options.port}/predict", flush=True)
+        server.run(
+            host=options.host,
+            port=options.port,
+            num_api_servers=1,
+            log_level="warning",
+            generate_client_file=False,
+        )
+
+
+def end(first: int, *_: object) -> None:
+    """Ends the process `first` as an interrupt does, upon which LitServe ends its others; those forked end at once."""
+    if os.getpid() == first:
+        raise KeyboardInterrupt
+    os._exit(0)
+
+
+class Model(NamedTuple):
+    """Which model each worker loads, and how."""
+
+    checkpoint: str
+    vwt: Any
+    """The setting; `None` for the one that the checkpoint was saved with."""
+    dtype: str | None
+    threads: int
+
+    def load(self, device: torch.device) -> Any:
+        with quiet_transformers():
+            return load_model(self.checkpoint, device, self.dtype and getattr(torch, self.dtype), self.vwt)
+
+
+async def upload(request: Request) -> bytes:
+    """The encoded image of a request: the file of a form, or base64 in JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        async with request.form(max_files=1, max_fields=1) as form:
+            value = form.get(FIELD)
+            if not isinstance(value, UploadFile):
+                raise HTTPException(400, _wants("a file", list(form), value))
+            return await value.read()
+    if kind != "application/json":
+        raise HTTPException(
+            415, f"The body is {kind or 'of no type'}; expected multipart/form-data or application/json."
+        )
+    try:
+        body = await request.json()
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"The body is no JSON ({error}).") from error
+    value = body.get(FIELD) if isinstance(body, dict) else None
+    if not isinstance(value, str):
+        raise HTTPException(400, _wants("a string of base64", list(body) if isinstance(body, dict) else [], value))
+    try:
+        return base64.b64decode(value, validate=True)
+    except ValueError as error:
+        raise HTTPException(400, f"{FIELD!r} is no base64 ({error}); URLs are not fetched.") from error
+
+
+def _wants(what: str, names: Sequence[str], value: object) -> str:
+    if value is not None:
+        return f"{FIELD!r} is a {type(value).__name__}; expected {what}. URLs are not fetched."
+    return f"There is no {FIELD!r}, only {', '.join(map(repr, names[:3])) or 'nothing'}; expected it to be {what}."
+
+
+async def processed(request: Request) -> dict[str, np.ndarray]:
+    """What the image processor makes of a request's image.
+
+    Here, in the server's process, and not in `decode_request`: one error there is the answer to a whole batch.
+    """
+    state = request.app.state
+    try:
+        encoded = {"bytes": await upload(request), "path": None}
+        return await asyncio.get_running_loop().run_in_executor(
+            state.decoders, functools.partial(_process, encoded, state.image_processor)
+        )
+    except UnreadableImage as error:
+        raise HTTPException(400, str(error)) from error
+    except ClientDisconnect as error:  # nobody is there to read this
+        raise HTTPException(400, "The connection was closed within the body.") from error
+
+
+def _process(encoded: dict[str, Any], image_processor: Any) -> dict[str, np.ndarray]:
+    (made,) = pixel_batches([encoded], image_processor, 1)
+    return {name: tensor.numpy() for name, tensor in made.items()}  # which queues copy, and do not share
+
+
+class Answers(litserve.LitAPI):
+    """What a worker does: batches of processed images in, answers out."""
+
+    def __init__(self, model: Model, **batching: Any) -> None:
+        super().__init__(loop=BatchedLoop(), **batching)
+        self.served = model
+
+    def setup(self, device: str) -> None:
+        torch.set_num_threads(self.served.threads)
+        self.model = self.served.load(torch.device(device))
+
+    def decode_request(self, request: Annotated[dict[str, np.ndarray], Depends(processed)]) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(array) for name, array in request.items()}
+
+    def predict(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """For each image its row of logits or features; those of one size run as one batch."""
+        sizes: dict[Any, list[int]] = {}
+        for place, image in enumerate(images):
+            sizes.setdefault(tuple(tensor.shape for tensor in image.values()), []).append(place)
+        answers: dict[int, torch.Tensor] = {}
+        for places in sizes.values():
+            batch = {name: torch.cat([images[place][name] for place in places]) for name in images[0]}
+            answers |= zip(places, run(self.model, batch), strict=True)
+        return [answers[place] for place in range(len(images))]
+
+    def encode_response(self, output: torch.Tensor) -> dict[str, Any]:
+        return encoded(self.model, output)
+
+
+@torch.inference_mode()
+def run(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits or features of processed images of one size, (images, values) float32, counted for /metrics."""
+    start = time.perf_counter()
+    with count_tokens(model) as count:
+        answers = answer(model, **on_device(batch, model)).float().cpu()
+    counts = metrics()
+    counts.seconds.labels("forward").observe(time.perf_counter() - start)
+    counts.images.inc(len(answers))
+    counts.tokens.inc(count.mean * count.images)
+    return answers
+
+
+def encoded(model: Any, output: torch.Tensor) -> dict[str, Any]:
+    """The answer to a request, as JSON has it, of one row of logits or features."""
+    if not classifies(model):
+        return {"features": output.tolist()}
+    # As transformers' pipeline for image-classification does.
+    several = model.config.problem_type == "multi_label_classification" or len(output) == 1
+    best = (output.sigmoid() if several else output.softmax(-1)).topk(min(BEST, len(output)))
+    names = model.config.id2label
+    return {
+        "labels": [
+            {"label": names[label], "score": score}
+            for score, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+    }
+
+
+class Metrics(NamedTuple):
+    """What is counted, over all processes."""
+
+    requests: Any
+    images: Any
+    tokens: Any
+    seconds: Any
+
+
+@functools.cache
+def metrics() -> Metrics:
+    """The counters of this process."""
+    # Not from the top: it looks for the folder that processes share where it is imported.
+    from prometheus_client import Counter, Histogram
+
+    return Metrics(
+        Counter("vwt_requests", "Requests to /predict that were answered.", ["status"]),
+        Counter("vwt_images", "Images that the model ran on."),
+        Counter("vwt_tokens", "Tokens of these images, prefix tokens included: means over the layers."),
+        Histogram("vwt_seconds", "Of whole requests, and of forward passes of one batch each.", ["of"]),
+    )
+
+
+async def show_metrics(request: Request) -> Response:
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class Measured:
+    """Middleware that counts requests to /predict by the status of their answers, and times them."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("path") != "/predict":
+            return await self.app(scope, receive, send)
+        start, status = time.perf_counter(), 500
+
+        async def send_on(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_on)
+        finally:
+            metrics().requests.labels(status).inc()
+            metrics().seconds.labels("request").observe(time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("serve.py", main))

@@ -1,0 +1,391 @@
+"""`scripts/serve.py`: each upload gets a right answer or a status that says why not, and the server lives on."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import contextlib
+import http.client
+import io
+import json
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from tiny import tiny_model
+from vwt_hf import count_tokens
+from vwt_hf.terminal import run_command
+
+pytest.importorskip("litserve")
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import load
+import serve
+
+SETTING = {"method": "local", "tolerance": 0.1}
+SECONDS = 60
+"""Until whatever is waited for must have come."""
+
+
+class Running(NamedTuple):
+    """A server of this machine."""
+
+    port: int
+    process: psutil.Process
+    log: Path
+    model: Any
+    """What it runs, in this process."""
+
+    def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, **how: Any) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {}, **how)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        is_json = answer.headers["content-type"] == "application/json"
+        return Reply(answer.status, json.loads(text) if is_json else text)
+
+    def upload(self, image: bytes, field: str = "image", parts: int = 1) -> Reply:
+        head = f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="a"\r\n\r\n'.encode()
+        body = (head + image + b"\r\n") * parts + b"--x--\r\n"
+        return self.ask("POST", "/predict", body, {"Content-Type": "multipart/form-data; boundary=x"})
+
+    def send(self, value: Any) -> Reply:
+        return self.ask("POST", "/predict", json.dumps(value), {"Content-Type": "application/json"})
+
+
+class Reply(NamedTuple):
+    status: int
+    body: Any
+
+
+def checkpoint(folder: Path, name: str) -> Path:
+    tiny_model(name).save_pretrained(folder)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def running(folder: Path, *options: str) -> Iterator[Running]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "log.txt"
+    command = [sys.executable, serve.__file__, str(folder), "--port", str(port), *options]
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        everything = psutil.Process(process.pid)
+        model = serve.Model(str(folder), {"vwt": SETTING}, None, 1).load(torch.device("cpu"))
+        running = Running(port, everything, log, model)
+        try:
+            end = time.monotonic() + SECONDS
+            while process.poll() is None and time.monotonic() < end:
+                with contextlib.suppress(OSError):
+                    if running.ask("GET", "/health") == (200, "ok"):
+                        break
+                time.sleep(0.1)
+            else:
+                pytest.fail(log.read_text())
+            yield running
+        finally:
+            others = everything.children(recursive=True)
+            process.terminate()
+            left = psutil.wait_procs([*others], timeout=SECONDS)[1]
+            for other in left:
+                other.kill()
+            process.wait(SECONDS)
+    assert not left and "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Of a classifier, one process that takes up to four images at once and waits for them."""
+    folder = checkpoint(tmp_path_factory.mktemp("classifier"), "vit-classifier")
+    options = ("--max-batch-size", "4", "--batch-timeout", "0.2", "--workers", "1")
+    with running(folder, "--vwt", json.dumps(SETTING), *options) as server:
+        yield server
+
+
+def drawn(seed: int = 0, height: int = 40, width: int = 50) -> Image.Image:
+    """Noise with a flat part, of another size for each seed, so that images have different numbers of tokens."""
+    values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    values[: height * (seed % 4) // 4] = 90
+    return Image.fromarray(values)
+
+
+def file(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+def alone(model: Any, image: Image.Image) -> dict[str, Any]:
+    """The answer to one RGB image."""
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return serve.encoded(model, serve.run(model, dict(processor(images=[image], return_tensors="pt")))[0])
+
+
+def require_answer(reply: Reply, server: Running, image: Image.Image) -> None:
+    assert reply.status == 200, reply
+    assert load.judged(reply.body, alone(server.model, image), 1e-5) == "right"
+
+
+def test_an_upload_and_base64_are_answered_as_the_image_alone(server: Running):
+    image = drawn(1)
+    require_answer(server.upload(file(image)), server, image)
+    require_answer(server.send({"image": base64.b64encode(file(image)).decode()}), server, image)
+    labels = server.upload(file(image)).body["labels"]
+    assert {label["label"] for label in labels} == {"LABEL_0", "LABEL_1"}
+    assert sum(label["score"] for label in labels) == pytest.approx(1)
+
+
+def sample(server: Running, name: str) -> float:
+    text = server.ask("GET", "/metrics").body
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+
+def test_images_of_every_kind_are_answered_as_they_are_seen(server: Running):
+    """Upright, in eight bits, in RGB, the first of several frames."""
+    image = drawn(2)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held sideways: to be seen it is turned by 90° clockwise
+    grey = np.asarray(image.convert("L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    palette = image.quantize(32)
+    kinds = {
+        "rotated": (file(image, exif=turned), image.transpose(Image.Transpose.ROTATE_270)),
+        "16 bits": (file(deep), Image.fromarray(grey).convert("RGB")),
+        "animated": (
+            file(palette, "GIF", save_all=True, append_images=[drawn(3).quantize(32)]),
+            palette.convert("RGB"),
+        ),
+        "black and white": (file(image.convert("1")), image.convert("1").convert("RGB")),
+        "transparent": (file(image.convert("RGBA")), image),
+        "one pixel": (file(drawn(2, 1, 1)), drawn(2, 1, 1)),
+        "a line": (file(drawn(2, 1, 3000)), drawn(2, 1, 3000)),
+        "a column": (file(drawn(2, 3000, 2)), drawn(2, 3000, 2)),
+    }
+    inks = file(image.convert("CMYK"), "JPEG", quality=95)
+    kinds["CMYK"] = (inks, Image.open(io.BytesIO(inks)).convert("RGB"))
+    for name, (encoded, seen) in kinds.items():
+        reply = server.upload(encoded)
+        assert reply.status == 200, (name, reply)
+        require_answer(reply, server, seen)
+    different = alone(server.model, image), alone(server.model, kinds["rotated"][1])
+    assert load.judged(*different, 1e-5) == "wrong"  # else turning would prove nothing
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A small file that is a large white PNG."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes((1, 0, 0, 0, 0))
+    rows = zlib.compress(bytes(1 + -(-width // 8)) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
+    whole = file(drawn(4, 400, 500), "JPEG")
+    unreadable = {
+        "truncated": (whole[: len(whole) // 2], "truncated"),
+        "empty": (b"", "cannot be read"),
+        "text": (b"I am no image.\n" * 99, "cannot be read"),
+        "20,000 pixels": (bomb(20_000, 20_000), "exceeds limit"),
+        "10,000 pixels": (bomb(10_000, 10_000), "exceeds limit"),
+        "no format of photographs": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
+    }
+    for name, (encoded, reason) in unreadable.items():
+        for reply in (server.upload(encoded), server.send({"image": base64.b64encode(encoded).decode()})):
+            assert reply.status == 400 and reason in reply.body["detail"], (name, reply)
+            assert "0x" not in reply.body["detail"], "an address in the server's memory"
+    form, js = {"Content-Type": "multipart/form-data; boundary=x"}, {"Content-Type": "application/json"}
+    text = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\nhttp://127.0.0.1/a.png\r\n--x--\r\n'
+    wrong: list[tuple[Reply, int, str]] = [
+        (server.upload(whole, field="photo"), 400, "no 'image', only 'photo'"),
+        (server.upload(whole, parts=2), 400, "Too many files"),
+        (server.ask("POST", "/predict", b"--x--\r\n", form), 400, "no 'image', only nothing"),
+        (server.ask("POST", "/predict", text, form), 400, "URLs are not fetched"),
+        (server.ask("POST", "/predict", whole, form), 400, ""),
+        (server.ask("POST", "/predict", whole, {"Content-Type": "image/jpeg"}), 415, "image/jpeg"),
+        (server.ask("POST", "/predict", b""), 415, "no type"),
+        (server.ask("POST", "/predict", b"{", js), 400, "no JSON"),
+        (server.ask("POST", "/predict", b"[" * 100_000, js), 400, "no JSON"),
+        (server.send([]), 400, "no 'image'"),
+        (server.send({"images": "eA=="}), 400, "only 'images'"),
+        (server.send({"image": 7}), 400, "'image' is a int; expected a string of base64"),
+        (server.send({"image": "eA=!"}), 400, "no base64"),
+        (server.send({"image": "http://127.0.0.1:1/a.png"}), 400, "URLs are not fetched"),
+        (server.ask("GET", "/predict"), 405, "Not Allowed"),
+    ]
+    for reply, status, reason in wrong:
+        assert reply.status == status and reason in reply.body["detail"], (reply, status, reason)
+    require_answer(server.upload(whole), server, Image.open(io.BytesIO(whole)))
+
+
+def test_no_url_is_fetched(server: Running):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.5)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/a.png"
+        assert server.send({"image": url}).status == 400
+        assert server.upload(url.encode()).status == 400
+        with pytest.raises(TimeoutError):
+            listening.accept()
+
+
+@pytest.mark.parametrize("length_is_told", [True, False])
+def test_a_body_of_200_mb_is_refused_and_not_held(server: Running, length_is_told: bool):
+    block = bytes(2**20)
+    head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    sent = 0
+
+    def body() -> Iterator[bytes]:
+        nonlocal sent
+        yield head
+        for _ in range(200):
+            sent += len(block)
+            yield block
+
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    if length_is_told:
+        headers["Content-Length"] = str(len(head) + 200 * len(block))
+    before = sum(process.memory_info().rss for process in (server.process, *server.process.children(recursive=True)))
+    reply = server.ask("POST", "/predict", body(), headers, encode_chunked=not length_is_told)
+    after = sum(process.memory_info().rss for process in (server.process, *server.process.children(recursive=True)))
+    assert reply.status == 413 and "large" in reply.body["detail"]
+    assert after - before < 3 * serve.LARGEST < 200 * len(block)
+    require_answer(server.upload(file(drawn(5))), server, drawn(5))
+
+
+def test_a_client_that_goes_away_harms_no_other(server: Running):
+    with socket.create_connection(("127.0.0.1", server.port), SECONDS) as connection:
+        connection.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\nContent-Type: application/json\r\n\r\n{"
+        )
+    require_answer(server.upload(file(drawn(6))), server, drawn(6))
+
+
+def test_many_clients_share_forward_passes_and_a_bad_upload_among_them_is_refused_alone(server: Running):
+    images = [drawn(seed) for seed in range(12)]
+    before = {name: sample(server, name) for name in ("vwt_images_total", "vwt_tokens_total", BATCHES, REFUSED)}
+    with concurrent.futures.ThreadPoolExecutor(16) as clients:
+        bad = [clients.submit(server.upload, b"no image") for _ in range(4)]
+        good = [clients.submit(server.upload, file(image)) for image in images]
+        for future, image in zip(good, images, strict=True):
+            require_answer(future.result(SECONDS), server, image)
+        assert all(future.result(SECONDS).status == 400 for future in bad)
+    counted = {name: sample(server, name) - count for name, count in before.items()}
+    assert counted["vwt_images_total"] == 12 and counted[REFUSED] == 4
+    assert 3 <= counted[BATCHES] < 12
+    with count_tokens(server.model) as count:
+        for image in images:
+            alone(server.model, image)
+    assert counted["vwt_tokens_total"] == pytest.approx(count.mean * 12) and count.mean < 60  # of 65
+
+
+BATCHES, REFUSED = 'vwt_seconds_count{of="forward"}', 'vwt_requests_total{status="400"}'
+
+
+def test_info_names_the_model_and_its_whole_setting(server: Running):
+    assert server.ask("GET", "/info").body["model"]["vwt"] == server.model.config.vwt
+
+
+def test_a_model_without_a_classifier_gives_features_by_the_setting_that_it_was_saved_with(tmp_path: Path):
+    folder = checkpoint(tmp_path / "model", "dinov2")
+    served(folder, {"vwt": SETTING}).model.save_pretrained(folder)
+    api = served(folder, {})
+    assert api.model.config.vwt["method"] == "local"
+    pixel_values = torch.randn(1, 3, 32, 32)
+    (features,) = api.predict([{"pixel_values": pixel_values}])
+    assert api.encode_response(features) == {"features": features.tolist()}
+    with torch.inference_mode():
+        torch.testing.assert_close(features, api.model(pixel_values).pooler_output[0])
+    assert served(folder, {"vwt": False}).model.config.vwt is None
+
+
+def served(folder: Path, asked: dict[str, Any]) -> serve.Answers:
+    """What a worker is once it is set up."""
+    threads = torch.get_num_threads()
+    api = serve.Answers(serve.Model(str(folder), asked, None, threads), max_batch_size=4, batch_timeout=0.1)
+    api.setup("cpu")
+    return api
+
+
+def test_images_of_different_sizes_run_in_batches_of_one_size(tmp_path: Path):
+    folder = checkpoint(tmp_path / "model", "dinov2")
+    api = served(folder, {"vwt": SETTING})
+    sizes = (32, 48, 32, 40)
+    images = [{"pixel_values": torch.randn(1, 3, 32, size)} for size in sizes]
+    shapes = []
+    api.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["pixel_values"].shape)), with_kwargs=True
+    )
+    together = api.predict(images)
+    assert sorted(shapes) == [(1, 3, 32, 40), (1, 3, 32, 48), (2, 3, 32, 32)]
+    for image, found in zip(images, together, strict=True):
+        torch.testing.assert_close(found, serve.run(api.model, image)[0])
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = checkpoint(tmp_path / "model", "vit")
+    for given, reason in (
+        ([str(tmp_path / "nothing")], "nothing"),
+        ([str(folder), "--vwt", '{"keep_ratio": 2}'], "keep_ratio"),
+        ([str(folder), "--device", "abacus"], "abacus"),
+    ):
+        assert run_command("serve.py", lambda given=given: serve.main(given)) == 2
+        said = capsys.readouterr().err
+        assert reason in said and "Traceback" not in said
+    with pytest.raises(SystemExit):
+        serve.main([str(folder), "--batch-timeout", "0"])
+
+
+def test_load_sends_photographs_and_tells_speed_and_wrong_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], server: Running, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "images").mkdir()
+    for seed in range(5):
+        drawn(seed).save(tmp_path / "images" / f"{seed}.png")
+    folder = checkpoint(tmp_path / "model", "vit-classifier")
+    monkeypatch.setattr(load, "WARM_UP", 0.2)
+    monkeypatch.setattr(
+        load, "serving", lambda *given: contextlib.nullcontext(load.Server(url(server), server.process))
+    )
+    given = ["--model", str(folder), "--images", str(tmp_path / "images"), "--vwt", json.dumps(SETTING)]
+    load.main([*given, "--clients", "1", "4", "--seconds", "1", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    # Both are the compressed server here, and so what is asked of the plain one comes out wrong.
+    assert [(row["setting"], row["clients"]) for row in rows[:2]] == [("uncompressed", 1), ("uncompressed", 4)]
+    assert all(row["wrong"] == row["answers"] > 3 and row["ratio"] == 1 for row in rows[:2])
+    assert all(row["wrong"] == row["errors"] == 0 and row["answers"] > 3 for row in rows[2:])
+    assert 10 < rows[2]["tokens"] < 60 and rows[3]["batch"] > rows[2]["batch"] == 1
+    assert "| local, tolerance 0.1 | 4 |" in capsys.readouterr().out
+
+
+def url(server: Running) -> str:
+    return f"http://127.0.0.1:{server.port}"
+
+
+def test_answers_are_judged_by_label_and_score():
+    expected = {"labels": [{"label": "cat", "score": 0.50002}, {"label": "dog", "score": 0.49998}]}
+    swapped = {"labels": [{"label": "dog", "score": 0.50001}, {"label": "cat", "score": 0.49999}]}
+    far = {"labels": [{"label": "cat", "score": 0.6}, {"label": "dog", "score": 0.4}]}
+    other = {"labels": [{"label": "dog", "score": 0.6}, {"label": "cat", "score": 0.4}]}
+    assert load.judged(expected, expected, 1e-4) == "right"
+    assert load.judged(swapped, expected, 1e-4) == "tie"
+    assert load.judged(far, expected, 1e-4) == load.judged(other, far, 1e-4) == "wrong"
+    assert load.judged("refused", expected, 1e-4) == load.judged({"detail": ""}, expected, 1e-4) == "error"
+    assert load.judged({"features": [3.0, 4.001]}, {"features": [3.0, 4.0]}, 1e-3) == "right"
+    assert load.judged({"features": [3.0, 4.1]}, {"features": [3.0, 4.0]}, 1e-3) == "wrong"
