@@ -481,7 +481,7 @@ def processed(item: Any, image_processor: Any, name: str | None = None) -> dict[
     try:
         return dict(image_processor(images=[image], return_tensors="pt"))
     except Exception as error:
-        name = name or (item if isinstance(item, (str, os.PathLike)) else "an image")
+        name = name or (os.fspath(item) if isinstance(item, (str, os.PathLike)) else "an image")
         called = f"{printable(name)} ({image.width}×{image.height})"
         raise UnreadableImage(f"{called} is refused by {type(image_processor).__name__}: {error}") from error
 
