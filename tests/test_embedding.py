@@ -497,6 +497,7 @@ def launch(*program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*launcher, *program], env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.newest
 def test_two_processes_end_with_the_files_of_one_also_if_one_was_killed(checkpoint, folder, whole, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     given = command(checkpoint, folder, tmp_path / "out")

@@ -546,6 +546,7 @@ destroy(PartialState())
 """
 
 
+@pytest.mark.newest
 def test_two_processes_give_the_figures_of_one(tmp_path, photographs, dataset):
     """17 images and one that cannot be read, in batches of 4: five batches of which one process gets three."""
     folder, towers = random_classifier(tmp_path), two_towers("clip", tmp_path)

@@ -394,6 +394,7 @@ def paths() -> str:
     return os.pathsep.join([str(SRC), os.environ.get("PYTHONPATH", "")])
 
 
+@pytest.mark.newest
 def test_accelerate_launches_two_that_write_the_words_of_one_and_print_once(
     folder: Path, checkpoint: Path, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

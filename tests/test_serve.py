@@ -29,6 +29,7 @@ from vwt_hf import count_tokens
 from vwt_hf.terminal import run_command
 
 pytest.importorskip("litserve")
+pytestmark = pytest.mark.newest
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import load
