@@ -29,11 +29,12 @@ from vwt_hf import count_tokens
 from vwt_hf.terminal import run_command
 
 pytest.importorskip("litserve")
-pytestmark = pytest.mark.newest
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import load
 import serve
+
+pytestmark = pytest.mark.newest
 
 SETTING = {"method": "local", "tolerance": 0.1}
 SECONDS = 60
