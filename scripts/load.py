@@ -38,11 +38,11 @@ import aiohttp
 import psutil
 import torch
 import transformers
-from compare import name_of
 from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from serve import FIELD, Model, encoded, run
+from vwt_hf.evaluate_model import name_of
 from vwt_hf.evaluation import usable_device
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def alone(checkpoint: str, setting: Any, paths: Sequence[Path]) -> list[Photograph]:
     """Photographs with the answer to each by itself."""
     device = usable_device(None)
-    model = Model(checkpoint, {"vwt": setting}, None, torch.get_num_threads()).load(device)
+    model = Model(checkpoint, setting, None, torch.get_num_threads()).load(device)
     made = pixel_batches(paths, load_processor(checkpoint), 1)
     bar = tqdm(zip(paths, made, strict=True), total=len(paths), desc=f"{name_of(setting or None)}: alone", leave=False)
     photographs = [Photograph(path.read_bytes(), encoded(model, run(model, batch)[0])) for path, batch in bar]

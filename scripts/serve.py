@@ -7,7 +7,7 @@ r"""Answers images over HTTP: labels of a classifier, else features. LitServe ba
 
 A classifier answers {"labels": [{"label": ..., "score": ...}, ...]}, the five best of its labels; any other model
 {"features": [...]}: its image embedding, else its pooled output, else its CLS token. An upload that cannot be answered
-gets a status of 400 (no image, or one that is damaged), 413 (too large) or 415 (of another type), with
+gets a status of 400 (no image, or one that is damaged), 413 (a body of over 32 MiB) or 415 (of another type), with
 {"detail": the reason}. GET /health says "ok" once the model is loaded, /metrics counts requests, images, tokens and
 seconds in the format of Prometheus, and /info names the model and its setting.
 """
@@ -46,6 +46,8 @@ from vwt_hf.vocabulary.image_source import UnreadableImage, pixel_batches
 FIELD = "image"
 LARGEST = 32 * 2**20
 """Bytes of a request's body that are read at most."""
+MOST_PIXELS = 40_000_000
+"""Of an image, by default: decoding takes some ten bytes for each, in as many threads as there are cores."""
 BEST = 5
 """Labels in an answer."""
 MOST_WORKERS = 4
@@ -74,9 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         help=f"processes that run the model (default: 1; on a CPU one for each core, up to {MOST_WORKERS})",
     )
+    parser.add_argument(
+        "--max-pixels", type=int, default=MOST_PIXELS, help=f"refuse images of more (default: {MOST_PIXELS:,})"
+    )
     options = parser.parse_args(arguments)
-    if options.max_batch_size < 1 or options.batch_timeout <= 0 or (options.workers or 1) < 1:
-        parser.error("--max-batch-size and --workers take whole numbers from 1 on, --batch-timeout seconds above 0.")
+    numbers = (options.max_batch_size, options.max_pixels, 1 if options.workers is None else options.workers)
+    if min(numbers) < 1 or options.batch_timeout <= 0:
+        whole = "--max-batch-size, --max-pixels and --workers take whole numbers from 1 on"
+        parser.error(f"{whole}, --batch-timeout seconds above 0.")
 
     # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
     torch.set_num_threads(1)
@@ -99,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         server.app.state.image_processor = load_processor(options.model)
         server.app.state.decoders = ThreadPoolExecutor(cores, "vwt-decode")
         server.app.add_route("/metrics", show_metrics)
-        # Pillow only warns of images of more than 89 million pixels, up to twice as many.
+        # Pillow only warns of images of more than that, up to twice as many.
+        Image.MAX_IMAGE_PIXELS = options.max_pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         signal.signal(signal.SIGTERM, functools.partial(end, os.getpid()))
         print(f"{options.model}, vwt={json.dumps(setting)}: http://{options.host}:{options.port}/predict", flush=True)

@@ -88,7 +88,7 @@ def running(folder: Path, *options: str) -> Iterator[Running]:
     command = [sys.executable, serve.__file__, str(folder), "--port", str(port), *options]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         everything = psutil.Process(process.pid)
-        model = serve.Model(str(folder), {"vwt": SETTING}, None, 1).load(torch.device("cpu"))
+        model = serve.Model(str(folder), SETTING, None, 1).load(torch.device("cpu"))
         running = Running(port, everything, log, model)
         try:
             end = time.monotonic() + SECONDS
@@ -206,7 +206,7 @@ def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
         "empty": (b"", "cannot be read"),
         "text": (b"I am no image.\n" * 99, "cannot be read"),
         "20,000 pixels": (bomb(20_000, 20_000), "exceeds limit"),
-        "10,000 pixels": (bomb(10_000, 10_000), "exceeds limit"),
+        "7,000 pixels": (bomb(7_000, 7_000), "exceeds limit of 40000000"),
         "no format of photographs": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
     }
     for name, (encoded, reason) in unreadable.items():
@@ -306,28 +306,28 @@ def test_info_names_the_model_and_its_whole_setting(server: Running):
 
 def test_a_model_without_a_classifier_gives_features_by_the_setting_that_it_was_saved_with(tmp_path: Path):
     folder = checkpoint(tmp_path / "model", "dinov2")
-    served(folder, {"vwt": SETTING}).model.save_pretrained(folder)
-    api = served(folder, {})
+    served(folder, SETTING).model.save_pretrained(folder)
+    api = served(folder, None)
     assert api.model.config.vwt["method"] == "local"
     pixel_values = torch.randn(1, 3, 32, 32)
     (features,) = api.predict([{"pixel_values": pixel_values}])
     assert api.encode_response(features) == {"features": features.tolist()}
     with torch.inference_mode():
         torch.testing.assert_close(features, api.model(pixel_values).pooler_output[0])
-    assert served(folder, {"vwt": False}).model.config.vwt is None
+    assert served(folder, False).model.config.vwt is None
 
 
-def served(folder: Path, asked: dict[str, Any]) -> serve.Answers:
+def served(folder: Path, vwt: Any) -> serve.Answers:
     """What a worker is once it is set up."""
     threads = torch.get_num_threads()
-    api = serve.Answers(serve.Model(str(folder), asked, None, threads), max_batch_size=4, batch_timeout=0.1)
+    api = serve.Answers(serve.Model(str(folder), vwt, None, threads), max_batch_size=4, batch_timeout=0.1)
     api.setup("cpu")
     return api
 
 
 def test_images_of_different_sizes_run_in_batches_of_one_size(tmp_path: Path):
     folder = checkpoint(tmp_path / "model", "dinov2")
-    api = served(folder, {"vwt": SETTING})
+    api = served(folder, SETTING)
     sizes = (32, 48, 32, 40)
     images = [{"pixel_values": torch.randn(1, 3, 32, size)} for size in sizes]
     shapes = []

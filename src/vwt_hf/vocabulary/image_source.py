@@ -427,7 +427,7 @@ def _in_eight_bits(image: Any, kind: str | None) -> Any:
         # Palettes that are partly transparent, and colours multiplied by their opacity, have no direct way to RGB.
         through = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode)
         return (image if through is None else image.convert(through)).convert("RGB")
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image).astype(np.float32)
     top = values.max(initial=0, where=np.isfinite(values))
     whites = (65535,) if mode == "I" and kind in ("PNG", "PPM") else WHITE[mode]
     white = next((white for white in whites if top <= 1.1 * white), top)
