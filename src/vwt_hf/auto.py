@@ -38,6 +38,9 @@ from .whole_saves import sharing
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 _NOT_GIVEN: Any = object()
+_TURN = 60.0
+"""Seconds for which a save of a model with words waits for another into its folder. Not for ever: processes that save
+together may wait for each other within it."""
 _REPLACED = (
     (PreTrainedConfig, "from_dict"),
     (PreTrainedModel, "from_pretrained"),
@@ -307,7 +310,8 @@ def _saving(original: Any) -> Any:
         folder = Path(save_directory)
         writes = call.arguments["is_main_process"] and not folder.is_file()
         # Every process of a distributed save comes here; one of them writes, and removes what killed saves left.
-        with sharing(folder) if writes else contextlib.nullcontext(lambda: False) as is_alone:
+        turn = _TURN if words else 0
+        with sharing(folder, turn) if writes else contextlib.nullcontext(lambda: False) as is_alone:
             saved_as = []
             if writes:
                 for part, vocabulary in words.items():

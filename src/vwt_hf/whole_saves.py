@@ -2,8 +2,9 @@
 
 Every file is written and flushed beside its place and then renamed into it. Saves into one folder share a lock for as
 long as they run, which ends with their process: what an earlier save left behind is removed by a later one only while
-no other runs. No save ever waits for another to end. Where a file system has no such locks (Windows, some that are
-shared over a network) files are as whole, but two saves at once into one folder may remove each other's files.
+no other runs. No save waits for another to end, but those that transformers writes file by file, which take turns as
+long as that does not take too long. Where a file system has no such locks (Windows, some that are shared over a
+network) files are as whole, but two saves at once into one folder may remove each other's files.
 """
 
 from __future__ import annotations
@@ -75,14 +76,18 @@ def saving(folder: Path) -> Iterator[Save]:
 
 
 @contextlib.contextmanager
-def sharing(folder: Path) -> Iterator[Callable[[], bool]]:
+def sharing(folder: Path, turn: float) -> Iterator[Callable[[], bool]]:
     """Takes part in the lock on `folder`, made if need be, for a save of many steps; gives what tells if it is alone.
 
     While it runs, no other save finds itself alone; once it was told that it is alone, no other begins before its end.
+
+    Args:
+        turn: seconds for which it waits until it is alone, so that two such saves come one after the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = _open_folder(folder)
-    shares = lock is None or _locked_soon(lock)
+    has_turn = turn > 0 and lock is not None and _locked_soon(lock, alone=True, patience=turn)
+    shares = lock is None or has_turn or _locked_soon(lock)
     try:
         yield lambda: shares and (lock is None or _locked(lock, alone=True))
     finally:
@@ -123,9 +128,9 @@ def _open_folder(folder: Path) -> int | None:
         return None
 
 
-def _locked_soon(descriptor: int) -> bool:
-    end = time.monotonic() + _PATIENCE
-    while not _locked(descriptor, alone=False):
+def _locked_soon(descriptor: int, *, alone: bool = False, patience: float = _PATIENCE) -> bool:
+    end = time.monotonic() + patience
+    while not _locked(descriptor, alone=alone):
         if time.monotonic() > end:
             return False
         time.sleep(0.01)
