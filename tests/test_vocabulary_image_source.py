@@ -120,7 +120,12 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpa
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [(bomb, "DecompressionBombError"), (truncated, "truncated"), (lambda: EPS, "no image of a known format"), (bytes, "Unidenti")],
+    [
+        (bomb, "DecompressionBombError"),
+        (truncated, "truncated"),
+        (lambda: EPS, "no image of a known format"),
+        (bytes, "Unidenti"),
+    ],
 )
 def test_an_image_that_cannot_be_read_is_named_with_the_reason(tmp_path, content, why):
     file = tmp_path / "b\x1bad.png"

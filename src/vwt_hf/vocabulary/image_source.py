@@ -381,8 +381,8 @@ def read_image(item: Any, name: str | None = None) -> Any:
     except Exception as error:
         where = item.get("path") if isinstance(item, Mapping) else item
         name = name or (os.fspath(where) if isinstance(where, (str, os.PathLike)) else "an image")
-        # Of bytes, Pillow names where they lie in memory.
-        reason = "no image of a known format" if "BytesIO" in str(error) else error
+        # Pillow names where bytes lie in memory.
+        reason = "no image of a known format" if type(error).__name__ == "UnidentifiedImageError" else error
         raise UnreadableImage(f"{printable(name)} cannot be read ({type(error).__name__}: {reason})") from error
 
 
