@@ -238,15 +238,20 @@ def two_batches(model: transformers.PreTrainedModel) -> list[dict[str, torch.Ten
     return [inputs(model, images) for images in (sample_images(), sample_images().flip(0))]
 
 
+def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.nn.Module:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+
+# One of each other family is exported for batches of any size, below.
 @pytest.mark.parametrize("kind", ["discard", "merge"])
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ONE_OF_EACH or name == "siglip2-vision"])
 def test_an_exported_program_answers_as_the_model_when_saved_and_loaded(name, kind):
     model = compress(tiny_model(name), SETTINGS[kind])
     batches = two_batches(model)
-    saved = io.BytesIO()
-    torch.export.save(torch.export.export(Answers(model), (), batches[0], strict=False), saved)
-    saved.seek(0)
-    program = torch.export.load(saved).module()
+    program = saved_and_loaded(torch.export.export(Answers(model), (), batches[0], strict=False))
     for batch in batches:
         torch.testing.assert_close(program(**batch)[0], model(**batch)[0])
 
@@ -255,10 +260,8 @@ def test_an_exported_program_answers_as_the_model_when_saved_and_loaded(name, ki
 @pytest.mark.parametrize("dropped", ["discard", "merge"])
 def test_an_exported_program_keeps_the_same_patches_of_all_images(dropped, criterion):
     model = compress(tiny_model("dinov2"), VWTConfig(dropped=dropped, criterion=criterion, seed=5))
-    batches, saved = two_batches(model), io.BytesIO()
-    torch.export.save(torch.export.export(Answers(model), (), batches[0], strict=False), saved)
-    saved.seek(0)
-    program = torch.export.load(saved).module()
+    batches = two_batches(model)
+    program = saved_and_loaded(torch.export.export(Answers(model), (), batches[0], strict=False))
     for batch in batches:
         torch.testing.assert_close(program(**batch)[0], model(**batch)[0])
 
@@ -277,7 +280,7 @@ def test_an_exported_program_takes_batches_of_any_size(name):
     for model in exported_models(name):
         given, batch = inputs(model, sample_images()), torch.export.Dim("batch")
         shapes = {key: {0: batch} for key in given}
-        program = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
+        program = saved_and_loaded(torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False))
         for images in (sample_images(7), sample_images()[2:3]):
             given = inputs(model, images)
             torch.testing.assert_close(program(**given)[0], model(**given)[0])
