@@ -132,7 +132,7 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def print_of(model: PreTrainedModel) -> str:
+def fingerprint_of(model: PreTrainedModel) -> str:
     """The class of `model` and a hash of some of its weights, spread over all: another training has another."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
