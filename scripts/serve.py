@@ -38,7 +38,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
 from vwt_hf.cli.calibrate import DTYPES, load_model
-from vwt_hf.evaluation import answer, classifies, count_tokens, on_device, usable_device
+from vwt_hf.evaluation import answer, classifies, count_tokens, on_device, return_memory, usable_device
 from vwt_hf.processors import load_processor, quiet_transformers
 from vwt_hf.terminal import run_command
 from vwt_hf.vocabulary.image_source import UnreadableImage, pixel_batches
@@ -48,6 +48,8 @@ LARGEST = 32 * 2**20
 """Bytes of a request's body that are read at most."""
 MOST_PIXELS = 40_000_000
 """Of an image, by default: decoding takes some ten bytes for each, in as many threads as there are cores."""
+RETURNED = 50
+"""Batches after which a worker gives back the memory that it does not use."""
 BEST = 5
 """Labels in an answer."""
 MOST_WORKERS = 4
@@ -202,6 +204,8 @@ class Answers(litserve.LitAPI):
         super().__init__(loop=BatchedLoop(), **batching)
         self.served = model
 
+        self.batches = 0
+
     def setup(self, device: str) -> None:
         torch.set_num_threads(self.served.threads)
         self.model = self.served.load(torch.device(device))
@@ -218,6 +222,9 @@ class Answers(litserve.LitAPI):
         for places in sizes.values():
             batch = {name: torch.cat([images[place][name] for place in places]) for name in images[0]}
             answers |= zip(places, run(self.model, batch), strict=True)
+        self.batches += 1
+        if self.batches % RETURNED == 0:
+            return_memory()
         return [answers[place] for place in range(len(images))]
 
     def encode_response(self, output: torch.Tensor) -> dict[str, Any]:

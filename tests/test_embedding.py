@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ import vwt_hf.embedding
 from tiny import tiny_model
 from vwt_hf import VisualVocabulary, compress, embed, token_lengths
 from vwt_hf.cli import main
-from vwt_hf.embedding import MANIFEST, Shards
+from vwt_hf.embedding import KINDS, MANIFEST, Reader, Shards
 from vwt_hf.evaluation import answer
+from vwt_hf.processes import everywhere
 from vwt_hf.vocabulary.image_source import find_images, image_rows, read_image
 
 COUNT, SHARD = 23, 5
@@ -268,6 +270,72 @@ def test_workers_read_the_same(run, whole, tmp_path):
     assert contents(tmp_path / "out") == whole
 
 
+def test_what_workers_send_needs_no_shared_memory(folder, processor, monkeypatch):
+    shared: list[torch.Tensor] = []
+
+    def reduce(tensor: torch.Tensor) -> tuple[type, tuple[()]]:
+        shared.append(tensor)
+        return str, ()
+
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, reduce)
+    ForkingPickler.dumps([torch.zeros(1)])  # as a worker's queue does, which shares the memory of tensors
+    assert len(shared) == 1
+    made = Reader(image_rows(folder), processor)[range(4)]
+    assert sum(len(values["pixel_values"]) for _, values in made.batches) == 4
+    ForkingPickler.dumps(made)
+    assert len(shared) == 1
+
+
+def test_what_is_missing_is_shared_out_and_not_the_files(tmp_path, monkeypatch):
+    """By the list of the main process, while others write files already."""
+    lists: list[list[int]] = []
+
+    def of_main(work: Callable[[], list[int]]) -> list[int]:
+        lists.append(work())
+        return lists[0]
+
+    monkeypatch.setattr(vwt_hf.embedding, "in_main", of_main)
+    shards = Shards(tmp_path, KINDS["parquet"], images=8, size=1)
+    for number in (1, 3, 5, 7):
+        shards.files[number].touch()
+    shares = []
+    for index in range(2):
+        monkeypatch.setattr(vwt_hf.embedding, "place", lambda index=index: (index, 2))
+        shares.append(shards.missing())
+        shards.files[shares[-1][0]].touch()
+    assert shares == [[0, 4], [2, 6]]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_main_process_warns_where_others_have_nothing_to_do(index, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(vwt_hf.embedding, "place", lambda: (index, 3))
+    shards = Shards(tmp_path, KINDS["parquet"], images=11, size=10)
+    assert shards.missing() == [index]
+    said = ["11 images make 2 files of up to 10, fewer than the 3 processes, of which the others have nothing to do"]
+    assert [str(one.message).partition(";")[0] for one in recwarn] == (said if index == 0 else [])
+    recwarn.clear()
+    for file in shards.files:
+        file.touch()
+    assert shards.missing() == [] and not len(recwarn)
+
+
+@pytest.mark.parametrize("changed", [{"batch_size": 0}, {"images": "nowhere"}, {"image_processor": "none"}], ids=str)
+def test_of_what_one_process_cannot_do_the_others_are_told(changed, run, monkeypatch):
+    told: list[Exception] = []
+
+    def telling(work: Callable[[], Any], *tell: Any) -> Any:
+        try:
+            return everywhere(work, *tell)
+        except Exception as error:
+            told.append(error)
+            raise
+
+    monkeypatch.setattr(vwt_hf.embedding, "everywhere", telling)
+    with pytest.raises(Exception) as raised:
+        run(**changed)
+    assert told == [raised.value]
+
+
 def another_model() -> transformers.PreTrainedModel:
     other = tiny_model("dinov2").requires_grad_(False)
     other.encoder.layer[0].mlp.fc1.weight += 0.1
@@ -407,6 +475,19 @@ def test_the_report_says_where_the_time_went(run, monkeypatch):
     assert made.elapsed == seconds["total"] > seconds["waiting"] > 0
     assert made.rate == COUNT / made.elapsed
     assert made.rate_without_reading == COUNT / (seconds["total"] - seconds["waiting"])
+
+
+def test_the_rate_without_reading_is_that_of_the_process_with_most_to_do(run, monkeypatch):
+    other = dict.fromkeys(("forward", "writing", "reading"), 0.0) | {"total": 1000.0, "waiting": 10.0}
+
+    def of_two(work: Callable[[], Any]) -> list[Any]:
+        own = work()
+        return [own] if isinstance(own, dict) else [own, (2, 2, 8.0, other)]
+
+    monkeypatch.setattr(vwt_hf.embedding, "gathered", of_two)
+    made = run()
+    assert made.processes == 2 and made.seconds["total"] > 1000
+    assert made.rate_without_reading == (COUNT + 2) / 990
 
 
 def test_the_folder_is_walked_in_the_order_of_its_paths(tmp_path):

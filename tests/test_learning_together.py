@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from vwt_hf import VisualVocabulary
-from vwt_hf.processes import everywhere, in_main, joined, place, summed
+from vwt_hf.processes import everywhere, gathered, in_main, joined, place, summed
 from vwt_hf.vocabulary import image_source, kmeans, learning
 
 if not hasattr(os, "fork"):
@@ -105,17 +105,44 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def together(number: int, work: Callable[[int], Any], at: Path) -> list[Ended]:
-    """Forks so many processes, joined by accelerate, that do `work`, which is told their index."""
+def by_accelerate(index: int, number: int, port: int) -> None:
+    """Joins a process to the others as a program does that has an `Accelerator`."""
+    from accelerate import PartialState
+
+    by_a_launcher(index, number, port)
+    PartialState(cpu=True)
+
+
+def by_a_launcher(index: int, number: int, port: int) -> None:
+    """Leaves it to what the program calls."""
+    os.environ.update(environment(index, number, port))
+
+
+def by_torch(index: int, number: int, port: int) -> None:
+    """As `torch.multiprocessing.spawn` is used, without a launcher."""
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=index, world_size=number)
+
+
+def by_torch_after_accelerate(index: int, number: int, port: int) -> None:
+    from accelerate import PartialState
+
+    PartialState(cpu=True)
+    by_torch(index, number, port)
+
+
+def together(
+    number: int, work: Callable[[int], Any], at: Path, join: Callable[[int, int, int], None] = by_accelerate
+) -> list[Ended]:
+    """Forks so many processes, joined by `join`, that do `work`, which is told their index."""
     from accelerate import PartialState
 
     port = free_port()
     at.mkdir(parents=True, exist_ok=True)
 
     def run(index: int) -> None:
-        os.environ.update(environment(index, number, port))
         PartialState._reset_state()  # of another test's, if any
-        PartialState(cpu=True)
+        join(index, number, port)
         made, error = None, ""
         with warnings.catch_warnings(record=True) as warned, open(at / f"{index}.txt", "w") as printed:
             sys.stderr = printed
@@ -279,6 +306,73 @@ def test_an_error_in_one_process_is_raised_in_all(folder: Path, processor: Any, 
             assert re.match(expected, ended.error), ended.error
 
 
+@pytest.mark.parametrize("join", [by_a_launcher, by_torch])
+def test_processes_without_an_accelerator_learn_together(
+    join: Callable[[int, int, int], None], folder: Path, processor: Any, tmp_path: Path
+) -> None:
+    one = alone(folder, processor)
+    work = lambda _: (learn(folder, processor, checkpoint=tmp_path / "progress"), place())  # noqa: E731
+    for index, ended in enumerate(together(2, work, tmp_path / "ends", join)):
+        assert ended.error == ""
+        assert ended.made[1] == (index, 2)
+        assert_same(ended.made[0], one, exact=False)
+
+
+def test_processes_that_accelerate_cannot_count_are_refused(folder: Path, processor: Any, tmp_path: Path) -> None:
+    for ended in together(2, lambda _: learn(folder, processor), tmp_path, by_torch_after_accelerate):
+        assert re.match("RuntimeError: there are 2 processes, and accelerate.* knows of 1; join", ended.error)
+
+
+def fail(message: str = "mine") -> None:
+    raise ValueError(message)
+
+
+def fail_alone(index: int) -> None:
+    if index == 1:
+        fail()
+    everywhere(lambda: None)
+
+
+def fail_by_what_main_tells(_: int) -> None:
+    try:
+        in_main(fail)
+    except ValueError as error:
+        raise FileExistsError("as all know") from error
+
+
+def fail_untold(index: int, lost: int) -> None:
+    if index == lost:
+        os._exit(1)
+    time.sleep(0.5)
+    everywhere(fail) if lost == 0 else in_main(fail)
+
+
+@pytest.mark.parametrize(
+    ("work", "ends"),
+    [
+        (fail_alone, ["ProcessLost: process 0 of 2 has lost another one", "ValueError: mine"]),
+        (lambda index: everywhere(lambda: index and fail()), ["ValueError: process 1 of 2: mine", "silent"]),
+        (lambda index: gathered(lambda: fail(f"of {index}")), ["ValueError: of 0", "silent"]),
+        (lambda index: in_main(fail), ["ValueError: mine", "silent"]),
+        (fail_by_what_main_tells, ["FileExistsError: as all know", "silent"]),
+        (lambda index: fail_untold(index, 0), ["killed", "ValueError: mine"]),
+        (lambda index: fail_untold(index, 1), ["ValueError: mine", "killed"]),
+    ],
+)
+def test_a_process_is_silent_only_of_what_the_main_one_tells(
+    work: Callable[[int], Any], ends: list[str], tmp_path: Path
+) -> None:
+    def command(index: int) -> None:
+        try:
+            with joined("cpu"):
+                work(index)
+        except SystemExit as end:
+            raise RuntimeError("silent") from end
+
+    for ended, expected in zip(together(2, command, tmp_path), ends, strict=True):
+        assert ended.error.removeprefix("RuntimeError: ").startswith(expected), ended.error
+
+
 @pytest.mark.parametrize("kind", ["folder", "stream", "different folders"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_and_resume_goes_on_to_the_same_words(
@@ -353,11 +447,11 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
     def work(index: int) -> Any:
         mine, told = everywhere(lambda: object(), lambda _: index * 10)
         sums = summed((torch.tensor([1.0, index]), torch.tensor(index)))
-        return type(mine), told, in_main(lambda: f"from {index}"), sums
+        return type(mine), told, in_main(lambda: f"from {index}"), sums, gathered(lambda: index)
 
     for ended in together(3, work, tmp_path):
-        kind, told, said, sums = ended.made
-        assert (kind, told, said) == (object, [0, 10, 20], "from 0")
+        kind, told, said, sums, all_ = ended.made
+        assert (kind, told, said, all_) == (object, [0, 10, 20], "from 0", [0, 1, 2])
         assert sums[0].tolist() == [3.0, 3.0] and sums[1].item() == 3
 
 

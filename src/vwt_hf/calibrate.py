@@ -30,9 +30,9 @@ from .evaluation import (
     cosines,
     count_flops,
     count_tokens,
+    fingerprint_of,
     mean_interval,
     on_device,
-    print_of,
     share,
     share_interval,
     stopwatch,
@@ -323,7 +323,7 @@ class Calibration:
         device = self._plain.device
         return {
             "format": FORMAT,
-            "model": print_of(self._plain),
+            "model": fingerprint_of(self._plain),
             "images": f"{self.images} {pixels.hexdigest()[:16]}",
             "batch_size": self._batch_size,
             "by": self._by,

@@ -10,10 +10,12 @@ import itertools
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -25,13 +27,13 @@ from . import __version__
 from .bounds import is_int
 from .compress import lexicon_of, setting_of
 from .data_loading import token_lengths
-from .evaluation import answer, classifies, count_tokens, on_device, print_of
+from .evaluation import answer, classifies, count_tokens, fingerprint_of, on_device, return_memory
 from .families import family_of, find_tower, model_of
 from .forward import current_forward
 from .image_processing import NAME as PATCH_WORDS
 from .image_processing import HostTokenizer
 from .printable import shown
-from .processes import everywhere, in_main, join, place
+from .processes import everywhere, gathered, in_main, join, place
 from .processors import processor_of
 from .terminal import require_folder
 from .vocabulary.image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed
@@ -67,6 +69,8 @@ class Embedded:
     processes: int
     elapsed: float
     """Seconds of this run, those of the slowest process."""
+    busy: float
+    """Seconds of this run that were no waiting for images, those of the process that had most."""
     seconds: dict[str, float]
     """Seconds of this run, summed over processes: `total`, of which `waiting` for images, `forward` and `writing`; and
     `reading`, which workers spend on reading and processing images at the same time (without workers: in `waiting`)."""
@@ -79,7 +83,7 @@ class Embedded:
     @property
     def rate_without_reading(self) -> float:
         """Images per second if all had been decoded and processed before: of the time that is no waiting for them."""
-        return self.processes * self.made / (self.seconds["total"] - self.seconds["waiting"])
+        return self.made / self.busy
 
 
 def embed(
@@ -104,8 +108,9 @@ def embed(
     also holds what the files were made by. Each file is written whole or not at all: the same call again makes those
     that are missing, and where it is of another model, setting, processor or list of images it is refused.
 
-    Under `accelerate launch`, or in a program of an `Accelerator`, each process makes its share of the files in one
-    folder that all see, and all must make this call.
+    Under `accelerate launch`, or in any program of several processes, each makes its share of the missing files, in one
+    folder that all see, and all have to make this call. It joins those that are not joined yet: each then waits for the
+    others for up to 30 days, in all that the program does.
 
     Args:
         model: a transformers model of a supported family, plain or compressed, in the mode of evaluation, on the device
@@ -115,7 +120,8 @@ def embed(
         image_processor: the model's; by default that of the checkpoint it was loaded from.
         column: the data set's image column; by default its first.
         batch_size: images in one forward pass.
-        shard_size: images of a file: what a kill may lose for each process.
+        shard_size: images of a file: what a kill may lose for each process. One process makes a file, so that there
+            should be at least as many files as processes.
         format: `"parquet"`, or `"safetensors"`: tensors `embedding` (images, values) and `row` (images,), and names in
             the metadata, `json.loads(metadata["vwt_hf"])["names"]`.
         workers: processes that read images, beside each that runs the model; 0: none. By default as many as there are
@@ -133,21 +139,25 @@ def embed(
         >>> datasets.load_dataset("parquet", data_dir="features", split="train")[0]  # doctest: +SKIP
         {'name': 'cats/1.jpg', 'row': 0, 'embedding': [0.3, ...]}
     """
-    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
-        if not is_int(value) or value < 1:
-            raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least 1.")
     workers = min(4, os.cpu_count() or 1) if workers is None else workers
-    if not is_int(workers) or workers < 0:
-        raise ValueError(f"workers is {shown(workers)}; expected a whole number of at least 0.")
-    if format not in KINDS:
-        raise ValueError(f"format is {shown(format)}; expected one of {', '.join(map(repr, KINDS))}.")
-    _require_features(model_of(model))
-    processor = processor_of(model, image_processor)
-    require_folder(output)
-    join(model.device)
-    trial = _try(model, processor)
-    rows = image_rows(images, column)
-    of = _fingerprint(model, processor, rows) | {"shard_size": shard_size, "files": format}
+
+    def begin() -> tuple[Any, Trial, ImageRows, dict[str, Any]]:
+        numbers = {"batch_size": (batch_size, 1), "shard_size": (shard_size, 1), "workers": (workers, 0)}
+        for name, (value, least) in numbers.items():
+            if not is_int(value) or value < least:
+                raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least {least}.")
+        if format not in KINDS:
+            raise ValueError(f"format is {shown(format)}; expected one of {', '.join(map(repr, KINDS))}.")
+        _require_features(model)
+        processor = processor_of(model, image_processor)
+        require_folder(output)
+        trial = _try(model, processor)
+        rows = image_rows(images, column)
+        of = _fingerprint(model, processor, rows) | {"shard_size": shard_size, "files": format}
+        return processor, trial, rows, of
+
+    join(model_of(model).device)
+    (processor, trial, rows, of), _ = everywhere(begin)
     shards = Shards(Path(output), KINDS[format], len(rows), shard_size)
     shards.begin(of)
 
@@ -163,28 +173,31 @@ def embed(
             for number, shard in run.shards(rows, own, shards, workers, trial.values, bar):
                 with run.timed("writing"):
                     shards.write(number, shard)
+                return_memory()
 
     everywhere(make)
     return shards.end(of, run, trial.values)
 
 
-class Read(NamedTuple):
+class ReadBatch(NamedTuple):
     """What a worker made of consecutive images."""
 
     names: dict[int, str]
     """Of each row that could be read."""
-    batches: list[Batch]
+    batches: list[tuple[list[int], dict[str, np.ndarray]]]
+    """As `Batch`, but arrays, which a worker sends through a pipe: tensors need shared memory, of which containers have
+    little."""
     unreadable: list[dict[str, Any]]
     seconds: float
 
 
-class Reader(Dataset[Read]):
+class Reader(Dataset[ReadBatch]):
     """Reads and processes images, in any process: `reader[range(32)]` is a batch."""
 
     def __init__(self, rows: ImageRows, image_processor: Any) -> None:
         self._rows, self._image_processor = rows, image_processor
 
-    def __getitem__(self, numbers: range) -> Read:
+    def __getitem__(self, numbers: range) -> ReadBatch:
         begun = time.perf_counter()
         names: dict[int, str] = {}
         made: list[Batch] = []
@@ -196,8 +209,9 @@ class Reader(Dataset[Read]):
                 names[row] = name
             except UnreadableImage as error:  # one is no reason to lose a run of hours
                 unreadable.append({"row": row, "name": name, "reason": str(error)})
-        batches = list(_alike(made, len(numbers), self._image_processor))
-        return Read(names, batches, unreadable, time.perf_counter() - begun)
+        alike = _alike(made, len(numbers), self._image_processor)
+        batches = [(rows, {name: value.numpy() for name, value in own.items()}) for rows, own in alike]
+        return ReadBatch(names, batches, unreadable, time.perf_counter() - begun)
 
 
 def _alike(made: Sequence[Batch], size: int, image_processor: Any) -> Iterator[Batch]:
@@ -268,7 +282,7 @@ class _Run:
         for number in own:
             yield number, self._shard(stream, len(shards.rows(number)), values, bar)
 
-    def _shard(self, stream: Iterator[Read], count: int, values: int, bar: Any) -> Shard:
+    def _shard(self, stream: Iterator[ReadBatch], count: int, values: int, bar: Any) -> Shard:
         names: dict[int, str] = {}
         unreadable: list[dict[str, Any]] = []
         order: list[int] = []
@@ -282,7 +296,11 @@ class _Run:
                 names |= read.names
                 unreadable += read.unreadable
                 self.seconds["reading"] += read.seconds
-            batches = [batch for read in reads for batch in read.batches]
+            batches = [
+                (rows, {name: torch.from_numpy(value) for name, value in made.items()})
+                for read in reads
+                for rows, made in read.batches
+            ]
             if self._window > 1:
                 batches = list(_alike(batches, self._batch_size, self._image_processor))
             for rows, made in batches:
@@ -382,10 +400,17 @@ class Shards:
         return range(number * self._size, min((number + 1) * self._size, self._images))
 
     def missing(self) -> list[int]:
-        """The files that this process has to make, whatever other processes have made."""
+        """This process's share of the files that are not there, whichever process made those that are."""
         index, processes = place()
-        own = range(index, len(self.files), processes)
-        return [number for number in own if not self.files[number].exists()]
+        # The main process looks, so that all share out the same list, while some write files already.
+        missing = in_main(lambda: [number for number, file in enumerate(self.files) if not file.exists()])
+        if missing and len(self.files) < processes and index == 0:
+            warnings.warn(
+                f"{self._images} images make {len(self.files)} files of up to {self._size}, fewer than the {processes} "
+                "processes, of which the others have nothing to do; a smaller shard_size makes more.",
+                stacklevel=3,
+            )
+        return missing[index::processes]
 
     def write(self, number: int, shard: Shard) -> None:
         """Writes a file, whole or not at all."""
@@ -397,15 +422,16 @@ class Shards:
         Raises:
             ValueError: the folder holds something else, or processes see different images or models.
         """
-        for process, other in enumerate(everywhere(lambda: of, lambda of: of)[1]):
+        others = gathered(lambda: of)
+        everywhere(lambda: self._require_own(of, others))
+        in_main(lambda: self._write_manifest({"of": of}))  # no file without a manifest
+
+    def _require_own(self, of: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
+        for process, other in enumerate(others):
             if other != of:
                 raise ValueError(
                     f"process {process} has another run ({_difference(other, of)}); expected the same for all."
                 )
-        everywhere(lambda: self._require_own(of))
-        in_main(lambda: self._write_manifest({"of": of}))  # no file without a manifest
-
-    def _require_own(self, of: dict[str, Any]) -> None:
         manifest = self._folder / MANIFEST
         if not manifest.exists():
             if any(self._folder.glob("train-*")):
@@ -418,13 +444,16 @@ class Shards:
                 "delete it."
             )
 
-    def _require_all(self) -> None:
+    def _read_all(self) -> tuple[int, list[dict[str, Any]]]:
+        """How many images all files have together, and which could not be read."""
         missing = [file.name for file in self.files if not file.exists()]
         if missing:
             raise FileNotFoundError(
                 f"{self._folder} lacks {len(missing)} of {len(self.files)} files, such as {missing[0]}, which other "
                 "processes should have written; expected one folder that all see."
             )
+        said = [self._kind.read(file) for file in self.files]
+        return sum(one["images"] for one in said), [image for one in said for image in one["unreadable"]]
 
     def end(self, of: dict[str, Any], run: _Run, values: int) -> Embedded:
         """Writes into the manifest what came of it, once all files are there.
@@ -432,15 +461,10 @@ class Shards:
         Raises:
             OSError: some are not, as where machines have a folder of this name each.
         """
-        everywhere(self._require_all)
-        images, unreadable = 0, []
-        for file in self.files:
-            said = self._kind.read(file)
-            images += said["images"]
-            unreadable += said["unreadable"]
+        (images, unreadable), _ = everywhere(self._read_all)
         in_main(lambda: self._write_manifest({"of": of, "images": images, "values": values, "unreadable": unreadable}))
-        own = (run.images, run.embedded, run.tokens, run.seconds)
-        runs = everywhere(lambda: own, lambda own: own)[1]
+        own: Any = (run.images, run.embedded, run.tokens, run.seconds)
+        runs = gathered(lambda: own)
         made, embedded, tokens = (sum(own[part] for own in runs) for part in range(3))
         times = [own[3] for own in runs]
         return Embedded(
@@ -452,6 +476,7 @@ class Shards:
             tokens / embedded if embedded else None,
             len(runs),
             max(own["total"] for own in times),
+            max(own["total"] - own["waiting"] for own in times),
             {what: sum(own[what] for own in times) for what in run.seconds},
         )
 
@@ -545,7 +570,7 @@ def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) 
     of = {
         "format": FORMAT,
         "vwt_hf": __version__,
-        "model": print_of(model),
+        "model": fingerprint_of(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "vwt": None if setting is None else setting.to_dict(),
         "words": words,

@@ -149,8 +149,9 @@ def evaluate_model(
     """Measures what a model answers plain and under settings: accuracy, agreement, tokens, with 95 % intervals.
 
     Every image is read once, shown to the model under each setting, and forgotten; those that cannot be read are left
-    out and named. Under `accelerate launch`, or in any program of several processes, each takes its share, and all
-    return the same figures.
+    out and named. Under `accelerate launch`, or in any program of several processes, each takes its share, all have to
+    make this call, and all return the same figures. It joins those that are not joined yet: each then waits for the
+    others for up to 30 days, in all that the program does.
 
     Args:
         model: of a supported family, plain or compressed; it is not changed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -132,7 +133,7 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def print_of(model: PreTrainedModel) -> str:
+def fingerprint_of(model: PreTrainedModel) -> str:
     """The class of `model` and a hash of some of its weights, spread over all: another training has another."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -389,6 +390,16 @@ def synchronize(device: torch.device) -> None:
     """Waits until an accelerator has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def return_memory() -> None:
+    """Has the C library give back to the system what it keeps free, where it can be asked to (glibc).
+
+    Tensors of ever other sizes leave gaps that it keeps: a process that runs for long on batches of different lengths
+    grows by them.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: on Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def count_flops(run: Callable[[], object]) -> int:

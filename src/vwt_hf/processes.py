@@ -12,12 +12,15 @@ import torch
 
 Made = TypeVar("Made")
 
-KINDS = (FileExistsError, FileNotFoundError, OSError, TypeError, ValueError, ImportError)
+RAISED_AGAIN = (FileExistsError, FileNotFoundError, OSError, TypeError, ValueError, ImportError)
 """What an error in another process is raised as; `RuntimeError` where it is of none of these kinds."""
-
 
 PATIENCE = datetime.timedelta(days=30)
 """How long processes wait for the one that has most to do; one that dies ends the others by its launcher."""
+
+
+KNOWN = "_vwt_hf_known"
+"""Attribute of errors that all processes know of."""
 
 
 class ProcessLost(ConnectionError):
@@ -25,39 +28,68 @@ class ProcessLost(ConnectionError):
 
 
 def together() -> bool:
-    """Whether this process is one of several that an `Accelerator` or `PartialState` has joined."""
+    """Whether this process is one of several that are joined, by accelerate or by torch."""
     return place()[1] > 1
 
 
 def place() -> tuple[int, int]:
     """Number of this process, counted from 0, which is the main one, and how many there are together."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1  # without asking `PartialState`, which decides on a device for the whole program
-    from accelerate import PartialState
+    if not _are_joined():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
-    return PartialState().process_index, PartialState().num_processes
+
+def _are_joined() -> bool:
+    # Without asking `PartialState`, which decides on a device for the whole program.
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def join(device: torch.device | str | None) -> Any:
-    """Joins the processes that a launcher has started, if there are several and they are not joined yet.
+    """Joins the processes that a launcher has started, if there are several, so that accelerate knows of all.
+
+    Each waits for the others for up to 30 days (`PATIENCE`), unless the program had joined them before.
 
     Args:
         device: what they are to work on, by default CUDA where there is one.
 
     Returns:
         accelerate's `PartialState`; `None` where there is one process.
+
+    Raises:
+        RuntimeError: accelerate was asked before there were several, and takes each for the only one.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    number = place()[1] if _are_joined() else int(os.environ.get("WORLD_SIZE", 1))
+    if number < 2:
         return None
     from accelerate import PartialState
 
+    cpu = not torch.cuda.is_available() or str(device).startswith("cpu")
+    if _are_joined():
+        cpu = cpu and torch.distributed.get_backend() != "nccl"  # which moves nothing that is on a CPU
+        _tell_environment(cpu)
     # Without `cpu` each process on a machine without GPUs takes itself for the only one.
-    return PartialState(cpu=not torch.cuda.is_available() or str(device).startswith("cpu"), timeout=PATIENCE)
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    if state.num_processes != number:
+        raise RuntimeError(
+            f"there are {number} processes, and accelerate's PartialState, made before, knows of "
+            f"{state.num_processes}; join them before anything asks accelerate, and on CPUs by Accelerator(cpu=True)."
+        )
+    return state
+
+
+def _tell_environment(cpu: bool) -> None:
+    """Sets what accelerate takes from the environment and a launcher puts there, where there was none."""
+    index, number = place()
+    local = index if cpu else torch.cuda.current_device()  # so that accelerate leaves the device as it is
+    for name, value in {"RANK": index, "WORLD_SIZE": number, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": number}.items():
+        os.environ.setdefault(name, str(value))
 
 
 @contextlib.contextmanager
 def joined(device: str | None) -> Iterator[None]:
-    """For a command: as `join`, and the main process alone tells what went wrong in any.
+    """For a command: as `join`, and an error that all know of is told by the main process alone.
+
+    An error that no other process knows of is raised where it arose.
 
     Args:
         device: as for `join`.
@@ -68,12 +100,10 @@ def joined(device: str | None) -> Iterator[None]:
         return
     try:
         yield
-    except ProcessLost:  # the main one, perhaps
+    except Exception as error:
+        if place()[0] > 0 and _is_known(error):
+            raise SystemExit(2) from None
         raise
-    except Exception:
-        if state.is_main_process:
-            raise
-        raise SystemExit(2) from None
     finally:
         state.destroy_process_group()
 
@@ -109,12 +139,25 @@ def everywhere(work: Callable[[], Made], tell: Callable[[Made], Any] = lambda ma
     except ProcessLost:
         if failed is None:
             raise
+    else:
+        _mark_known(failed)
     if failed is not None:
         raise failed
     for other, (_, description) in enumerate(outcomes):
         if description is not None:
             raise _again(other, number, *description)
     return made, [told for told, _ in outcomes]
+
+
+def gathered(work: Callable[[], Made]) -> list[Made]:
+    """What `work` gives in each process, in the order of their numbers; where it fails in one, all raise an error.
+
+    Every process has to call it, as often as the others.
+
+    Args:
+        work: what each does, without asking the others for anything; what it gives is pickled.
+    """
+    return everywhere(work, lambda made: made)[1]
 
 
 def in_main(work: Callable[[], Made]) -> Made:
@@ -138,8 +181,14 @@ def in_main(work: Callable[[], Made]) -> Made:
         except Exception as error:
             failed = error
             outcome = [(None, _described(error))]
-    with _talking():
-        broadcast_object_list(outcome)
+    try:
+        with _talking():
+            broadcast_object_list(outcome)
+    except ProcessLost:
+        if failed is None:
+            raise
+    else:
+        _mark_known(failed)
     if failed is not None:
         raise failed
     made, description = outcome[0]
@@ -182,11 +231,23 @@ def _talking() -> Iterator[None]:
 
 def _described(error: Exception) -> tuple[str, str]:
     """Kind and message: an error itself cannot always be pickled."""
-    kind = next((kind.__name__ for kind in KINDS if isinstance(error, kind)), "")
+    kind = next((kind.__name__ for kind in RAISED_AGAIN if isinstance(error, kind)), "")
     return kind, str(error) if kind and str(error) else f"{type(error).__name__}: {error}"
 
 
 def _again(index: int, number: int, kind: str, message: str) -> Exception:
     """The error of process `index`, for another."""
-    raised = {one.__name__: one for one in KINDS}.get(kind, RuntimeError)
-    return raised(f"process {index} of {number}: {message}")
+    raised = {one.__name__: one for one in RAISED_AGAIN}.get(kind, RuntimeError)
+    error = raised(f"process {index} of {number}: {message}")
+    _mark_known(error)
+    return error
+
+
+def _mark_known(error: Exception | None) -> None:
+    if error is not None:
+        setattr(error, KNOWN, True)
+
+
+def _is_known(error: BaseException | None) -> bool:
+    """Whether all know of an error, or of what it was made from."""
+    return error is not None and (hasattr(error, KNOWN) or _is_known(error.__cause__))

@@ -22,8 +22,8 @@ Each row has the image's name, its number and its features (float32).
 After an interruption the same command goes on: files are whole or not there. Another model, setting or list of images
 is refused then. Images that cannot be read are left out and named, at the end and in OUTPUT/embed.json.
 
-Several processes, on one machine or many that see OUTPUT, share the work under `accelerate launch --multi_gpu`, which
-is for CPUs, too."""
+Several processes, on one machine or many that see OUTPUT, share the files out under `accelerate launch --multi_gpu`,
+which is for CPUs, too."""
 EXAMPLES = """\
 examples:
   vwt-hf embed photographs/ --model facebook/dinov2-small --vwt true --output features
@@ -45,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to shorten: true, or a setting's fields; false: not at all (default: as MODEL says)",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="images in one forward pass (default: 32)")
-    parser.add_argument("--shard-size", type=int, default=1024, help="images of a file (default: 1024)")
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        default=1024,
+        help="images of a file, which one process makes: there should be a file for each process (default: 1024)",
+    )
     parser.add_argument(
         "--format", choices=("parquet", "safetensors"), default="parquet", help="of the files (default: parquet)"
     )
@@ -81,12 +86,12 @@ def work(args: argparse.Namespace) -> None:
 
     from ..embedding import embed
     from ..evaluation import usable_device
-    from ..processes import joined, place
+    from ..processes import everywhere, joined, place
     from ..processors import load_processor, quiet_transformers
     from .demo import load
     from .learn import open_source
 
-    with joined(args.device):
+    def prepare() -> tuple[Any, Any, Any]:
         device = usable_device(args.device)
         source, _ = open_source(args.images, column=args.column, split=args.split, streaming=False)
         with quiet_transformers():
@@ -95,11 +100,15 @@ def work(args: argparse.Namespace) -> None:
             )
         if not pooled:
             model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
+        return model, source, load_processor(args.model)
+
+    with joined(args.device):
+        (model, source, processor), _ = everywhere(prepare)
         made = embed(
             model,
             source,
             args.output,
-            image_processor=load_processor(args.model),
+            image_processor=processor,
             column=args.column,
             batch_size=args.batch_size,
             shard_size=args.shard_size,

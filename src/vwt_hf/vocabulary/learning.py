@@ -1,9 +1,9 @@
 """Learning words from images: the loop between the patch stream and k-means, with progress and checkpoints.
 
-Several processes learn the words that one would, but for rounding: each reads every so manieth image of the order in
-which one would read them, so that a step has the images of one's batch, and their statistics are summed. Where single
-patches matter, to seed words and to start them again, the main process gets them all, in that order, and hands out what
-comes of it.
+Several processes learn the words that one would, but for rounding: each of n processes reads every n-th image of the
+order in which one would read them, so that a step has the images of one's batch, and their statistics are summed. Where
+single patches matter, to seed words and to start them again, the main process gets them all, in that order, and hands
+out what comes of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..processes import everywhere, in_main, place, summed, together
+from ..processes import everywhere, gathered, in_main, join, place, summed, together
 from ..processors import processor_statistics
 from ..whole_saves import write_files
 from .files import VocabularyInfo, tensor_bytes
@@ -51,14 +51,14 @@ class Peer(NamedTuple):
     settings: dict[str, Any]
 
 
-class Read(NamedTuple):
+class StepRead(NamedTuple):
     """What a process tells the others of its part of a step."""
 
     images: int
     unreadable: list[str]
 
     @classmethod
-    def of(cls, batch: PatchBatch) -> Read:
+    def of(cls, batch: PatchBatch) -> StepRead:
         return cls(len(batch.lengths) - len(batch.unreadable), batch.unreadable)
 
     @property
@@ -78,7 +78,7 @@ class Progress:
     order: list[str] = dataclasses.field(default_factory=list)
     """`ImageSource.order` of the images that each process learns from."""
 
-    def add(self, reads: Sequence[Read]) -> None:
+    def add(self, reads: Sequence[StepRead]) -> None:
         """Counts the images of a step."""
         self.images += sum(read.images for read in reads)
         unreadable = [name for read in reads for name in read.unreadable]
@@ -108,31 +108,34 @@ def learn_words(
 
     See `VisualVocabulary.learn` for the arguments and errors.
     """
-    image_processor = getattr(image_processor, "image_processor", image_processor)
-    for name, value in {"size": size, "patch_size": patch_size, "batch_size": batch_size}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected a positive integer.")
-    if resume and checkpoint is None:
-        raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
+    join(device)
     index, processes = place()
     if processes > 1:
         # Where a process was forked, as by accelerate's notebook_launcher, torch makes a new pool of threads with this
         # call. The threads that read images would make it, too, and where two meet, torch raises an error in one.
         torch.set_num_threads(torch.get_num_threads())
+    image_processor = getattr(image_processor, "image_processor", image_processor)
     # The channels are RGB's: images are read as such.
     channels = 3
-    kmeans = MiniBatchKMeans(size, channels * patch_size**2, seed=seed, device=device or _default_device())
-    mean, std = processor_statistics(image_processor, channels)
-    made = image_processor.to_dict()
-    settings = {
-        "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size, "processes": processes,
-        "image_mean": list(mean), "image_std": list(std),
-        "image_processor": ", ".join(f"{name} {made[name]}" for name in CUTS if name in made),
-    }  # fmt: skip
-    source, peers = everywhere(
-        lambda: open_images(images, column=column, seed=seed), lambda found: Peer(found.order, found.name, settings)
-    )
-    _require_same_settings(peers)
+
+    def begin() -> tuple[MiniBatchKMeans, dict[str, Any], ImageSource]:
+        for name, value in {"size": size, "patch_size": patch_size, "batch_size": batch_size}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+        if resume and checkpoint is None:
+            raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
+        kmeans = MiniBatchKMeans(size, channels * patch_size**2, seed=seed, device=device or _default_device())
+        mean, std = processor_statistics(image_processor, channels)
+        made = image_processor.to_dict()
+        settings = {
+            "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size, "processes": processes,
+            "image_mean": list(mean), "image_std": list(std),
+            "image_processor": ", ".join(f"{name} {made[name]}" for name in CUTS if name in made),
+        }  # fmt: skip
+        return kmeans, settings, open_images(images, column=column, seed=seed)
+
+    (kmeans, settings, source), peers = everywhere(begin, lambda begun: Peer(begun[2].order, begun[2].name, begun[1]))
+    everywhere(lambda: _require_same_settings(peers))
     orders = [peer.order for peer in peers]
     file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
     done = in_main(lambda: _begin(file, resume, kmeans, settings, orders, max_images))
@@ -168,7 +171,13 @@ def learn_words(
                 save_checkpoint(file, kmeans, settings, done)
     if file is not None and whole:
         save_checkpoint(file, kmeans, settings, done)
-    _report(done)
+    everywhere(lambda: _require_images(done))
+    if done.unreadable and index == 0:
+        warnings.warn(
+            f"{done.unreadable} of {done.images + done.unreadable} images could not be read and were left out. The "
+            f"first: {'; '.join(done.first_unreadable)}.",
+            stacklevel=3,
+        )
     words, counts, seen, inertia = in_main(lambda: _finished(kmeans))
     if len(words) < size and index == 0:
         warnings.warn(
@@ -177,8 +186,8 @@ def learn_words(
             stacklevel=3,
         )
     info = VocabularyInfo(
-        image_mean=mean,
-        image_std=std,
+        image_mean=tuple(settings["image_mean"]),
+        image_std=tuple(settings["image_std"]),
         dataset=dataset or peers[0].name,
         base_model=base_model,
         patches=seen,
@@ -261,7 +270,7 @@ def _shared(source: ImageSource, orders: Sequence[str]) -> str:
     return f" ({len(orders)} processes, {different} different folders or data sets)"
 
 
-def steps_of(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator[tuple[PatchBatch, list[Read]]]:
+def steps_of(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator[tuple[PatchBatch, list[StepRead]]]:
     """This process's batches, empty ones once it has no more, until no process has; and what all read of each step."""
     nothing = PatchBatch(torch.zeros(0, kmeans.values), [], [])
 
@@ -270,7 +279,7 @@ def steps_of(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator
         return batch._replace(patches=kmeans.checked(batch.patches))
 
     while True:
-        batch, reads = everywhere(read, Read.of)
+        batch, reads = everywhere(read, StepRead.of)
         if not any(read.number for read in reads):
             return
         yield batch, reads
@@ -286,7 +295,7 @@ def learn_step(kmeans: MiniBatchKMeans, batch: PatchBatch) -> None:
         if not kmeans.merge(summed(statistics(batch.patches, kmeans.words))):
             return
         learn = kmeans.restart_rare
-    _, parts = everywhere(lambda: (batch.patches.cpu(), batch.lengths), lambda part: part)
+    parts = gathered(lambda: (batch.patches.cpu(), batch.lengths))
     _hand_out(kmeans, lambda: learn(_in_turn(parts).to(kmeans.device)))
 
 
@@ -325,19 +334,12 @@ def _finished(kmeans: MiniBatchKMeans) -> tuple[torch.Tensor, torch.Tensor, int,
     return words.cpu(), counts.cpu(), kmeans.seen, kmeans.inertia
 
 
-def _report(done: Progress) -> None:
-    """Warns of unreadable images; they are an error where there are no others."""
-    total = done.images + done.unreadable
-    names = "; ".join(done.first_unreadable)
-    if not total:
+def _require_images(done: Progress) -> None:
+    if not done.images + done.unreadable:
         raise ValueError("images holds no images; pass a data set, folder or iterable that does.")
     if not done.images:
-        raise ValueError(f"none of the {total} images could be read. The first: {names}.")
-    if done.unreadable and place()[0] == 0:
-        warnings.warn(
-            f"{done.unreadable} of {total} images could not be read and were left out. The first: {names}.",
-            stacklevel=4,
-        )
+        names = "; ".join(done.first_unreadable)
+        raise ValueError(f"none of the {done.unreadable} images could be read. The first: {names}.")
 
 
 def save_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any], done: Progress) -> None:

@@ -249,8 +249,10 @@ class VisualVocabulary:
         patches to seed the words, a buffer of 16 patches a word (16,384 at least). The same images and seed give the
         same words, bit for bit, on one machine.
 
-        Processes that an `accelerate.Accelerator` or `PartialState` has joined learn together, and all have to call
-        this: each reads its part of the images, and all get the same words. They are those of one process but for
+        Under `accelerate launch`, or in a program whose processes an `accelerate.Accelerator`, `PartialState` or
+        `torch.distributed` has joined, processes learn together, and all have to call this, which joins those that are
+        not: each then waits for the others for up to 30 days, in all that the program does. Each reads its part of the
+        images, and all get the same words. They are those of one process but for
         rounding where `batch_size` is a multiple of the processes' number and no shards of a stream are divided. The
         same number of processes gives the same words, bit for bit. An error in one process is raised in all.
 
