@@ -224,6 +224,7 @@ def test_the_labels_are_those_of_all_images_whatever_the_limit(tmp_path, photogr
     assert values(evaluate_model(model, photographs, limit=1, **of).rows[1])["kl"] > 0  # of one label it would be 0
     with pytest.raises(ValueError, match=r"the images have one label alone \('cat'\), which any model would find"):
         evaluate_model(model, photographs / "cat", **of)
+    assert evaluate_model(model, photographs / "cat", **of | {"task": None}).task == "features"
 
 
 def test_zero_shot_takes_each_of_the_labels_that_read_the_same(tmp_path, photographs):

@@ -341,7 +341,8 @@ def task_for(architectures: Sequence[str], model_type: str, images: LabelledImag
 
     Args:
         architectures: as a config has them: names of model classes.
-        images: a model of images and texts finds captions where they have some and no labels.
+        images: a model of images and texts finds captions where they have some and no labels, and labels where they
+            have names and differ: in a folder without folders all have one.
     """
     if any("ForImageClassification" in name for name in architectures):
         return Classification.name
@@ -350,7 +351,7 @@ def task_for(architectures: Sequence[str], model_type: str, images: LabelledImag
     if model_type in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         if images.has_captions and not images.has_labels:
             return Retrieval.name
-        if images.label_names is not None:
+        if len(images.label_names or ()) > 1:
             return ZeroShot.name
     return Features.name
 
