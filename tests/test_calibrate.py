@@ -15,7 +15,7 @@ from PIL import Image
 
 from tiny import answers, sample_pixel_values, tiny_model, traces
 from vwt_hf import VWTConfig, calibrate, compress
-from vwt_hf.calibrate import LEVELS, Calibration, Level
+from vwt_hf.calibrate import LEVELS, Calibration, Level, pixels_of
 from vwt_hf.cli import main
 from vwt_hf.evaluation import (
     agreement,
@@ -28,6 +28,7 @@ from vwt_hf.evaluation import (
     share_interval,
 )
 from vwt_hf.processors import load_processor
+from vwt_hf.vocabulary.image_source import UnreadableImage
 
 COUNT = 60
 
@@ -181,9 +182,8 @@ def test_time_is_that_of_both_models_in_turn(classifier, images, processor, monk
     turns = []
 
     def stopwatch(run, device):
-        run()
         turns.append(1)
-        return 3.0 if len(turns) % 2 else 2.0  # the plain model comes first
+        return run(), 3.0 if len(turns) % 2 else 2.0  # the plain model comes first
 
     monkeypatch.setattr(sys.modules[Calibration.__module__], "stopwatch", stopwatch)
     evidence = calibrate(
@@ -297,6 +297,12 @@ def test_too_few_images_one_that_cannot_be_read_and_other_models_are_refused(cla
         calibrate(classifier, folder, tokens=60, **options(processor))
     with pytest.raises(TypeError, match=r"expected a transformers\.PreTrainedModel"):
         calibrate(torch.nn.Linear(1, 1), images, tokens=60)
+
+    def refuses(**_: object) -> None:
+        raise RuntimeError("too small")
+
+    with pytest.raises(UnreadableImage, match=r"image 7 \(32×32\) is refused by function: too small"):
+        pixels_of("image 7", images[7], refuses)
     swin = transformers.SwinModel(transformers.SwinConfig(depths=[1], num_heads=[1], embed_dim=8))
     with pytest.raises(ValueError, match="Swin"):
         calibrate(swin, images, tokens=60, **options(processor))

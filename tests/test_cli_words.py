@@ -137,8 +137,8 @@ def test_learn_reads_a_data_set_of_the_hub_by_its_id(photographs, checkpoint, tm
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(name, **options):
-        asked.append((name, options))
+    def load_dataset(name, config, **options):
+        asked.append((name, config, options))
         paths = sorted(map(str, photographs.iterdir()))
         return datasets.Dataset.from_dict({"photo": paths}).cast_column("photo", datasets.Image())
 
@@ -147,7 +147,7 @@ def test_learn_reads_a_data_set_of_the_hub_by_its_id(photographs, checkpoint, tm
     assert (
         run_learn(Path("me/photographs"), checkpoint, tmp_path / "words", "--split", "test", "--column", "photo") == 0
     )
-    assert asked == [("me/photographs", {"split": "test", "streaming": False})]
+    assert asked == [("me/photographs", None, {"split": "test", "streaming": False})]
     info = VisualVocabulary.from_pretrained(tmp_path / "words").info
     assert (info.dataset, info.images) == ("me/photographs", IMAGES)
 
@@ -279,7 +279,7 @@ def test_show_draws_the_kept_patches(photographs, checkpoint, tmp_path, capsys):
         ("learn {photographs} --image-processor {model} --patch-size 0", "patch_size is 0"),
         ("learn {photographs} --image-processor {model} --patch-size 65", "none of the 12 images could be read"),
         ("learn {photographs} --image-processor {processor}", "give --patch-size"),
-        ("learn {photographs} --image-processor {model} --streaming", "--column and --streaming are for data sets"),
+        ("learn {photographs} --image-processor {model} --streaming", "--streaming: of data sets alone, and"),
         ("learn {photographs} --image-processor {model} --device abacus", "device is 'abacus'"),
         ("vocab nowhere/at/all", "nowhere/at/all is no folder"),
         ("vocab {photographs}", "holds neither vocabulary.json nor"),

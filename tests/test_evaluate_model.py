@@ -21,10 +21,11 @@ import vwt_hf
 from test_generation import blip, built, llava
 from test_pipeline import tokenizer_with
 from tiny import tiny_model
-from vwt_hf import compress, count_tokens, evaluate_model
+from vwt_hf import compress, count_tokens, evaluate_model, evaluation_tasks
 from vwt_hf.cli import main
 from vwt_hf.evaluate_model import name_of
-from vwt_hf.evaluation import agreement, divergence, token_f1
+from vwt_hf.evaluation import agreement, divergence, ranks, token_f1
+from vwt_hf.evaluation_tasks import ZeroShot
 from vwt_hf.labelled_images import open_labelled
 from vwt_hf.processors import load_processor
 from vwt_hf.vocabulary.image_source import find_images, pixel_batches
@@ -136,14 +137,17 @@ def test_a_row_a_setting_tells_what_the_models_themselves_answer(tmp_path, photo
                 found = model(pixels).logits
             right = (found.argmax(-1) == truth).double()
             assert row["tokens"] == count.mean and row["vwt"] == setting
+            to_plain = {
+                "agreement": agreement(found, plain),
+                "kl": divergence(found, plain),
+                "max_difference": (found - plain).abs().max().item(),
+            }
             assert values(row) == pytest.approx(
                 {
                     "accuracy": right.mean().item(),
                     "worst_group": min(right[:9].mean().item(), right[9:].mean().item()),
-                    "agreement": agreement(found, plain),
-                    "kl": divergence(found, plain),
-                    "max_difference": (found - plain).abs().max().item(),
-                },
+                }
+                | (to_plain if setting else {}),
                 abs=1e-5,
             )
     assert values(rows[1])["kl"] > 0 and values(rows[1])["agreement"] < 1  # else nothing would be compared
@@ -151,11 +155,13 @@ def test_a_row_a_setting_tells_what_the_models_themselves_answer(tmp_path, photo
     assert "classification, 17 images of images" in printed and "| keep ratio 0.5 | 33 |" in printed.replace(
         "33.0", "33"
     )
+    (line,) = (line for line in printed.splitlines() if "| uncompressed |" in line)
+    assert line.count("| n/a ") == 3  # the plain model agrees with itself
 
 
 def test_every_figure_has_an_interval_that_holds_it_and_that_the_seed_decides(tmp_path, photographs):
     model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
-    of = {"vwt": [HALF], "progress": False}
+    of = {"vwt": [HALF, {"keep_ratio": 1.0}], "progress": False}
     first, again, other = (evaluate_model(model, photographs, **of, seed=seed) for seed in (0, 0, 1))
     figures = first.rows[1].figures
     assert tuple(figures) == FIGURES and figures["max_difference"].interval is None
@@ -164,7 +170,7 @@ def test_every_figure_has_an_interval_that_holds_it_and_that_the_seed_decides(tm
         assert low <= figures[name].value <= high and low < high
         assert figures[name] == again.rows[1].figures[name]
     assert figures["kl"].interval != other.rows[1].figures["kl"].interval
-    everything = first.rows[0].figures["agreement"]  # 17 of 17 agree, of which a bootstrap would say 100 to 100 %
+    everything = first.rows[2].figures["agreement"]  # 17 of 17 agree, of which a bootstrap would say 100 to 100 %
     assert everything.value == everything.interval[1] == 1 and everything.interval[0] == pytest.approx(0.816, abs=1e-3)
     assert model.config.vwt is None  # the user's model is as it was
 
@@ -190,14 +196,59 @@ def test_folder_data_set_and_stream_of_the_same_images_give_the_same_figures(tmp
 
 def test_a_limit_takes_images_spread_over_a_folder_and_a_data_set_and_the_first_of_a_stream(photographs, dataset):
     def taken(images):
-        batches = open_labelled(images, limit=4).batches(0, 1, 3)
+        batches = open_labelled(images, limit=limit).batches(0, 1, 3)
         return [sample.name for _, batch in batches for sample in batch]
+
+    limit = 4
 
     assert [Path(name).stem for name in taken(photographs)] == ["00", "08", "16", "07"]
     numbered = dataset.cast_column("label", datasets.Value("int64")).map(lambda row: {"label": row["id"]})
     spread = open_labelled(numbered, limit=4)
     assert [row["label"] for row in spread.data] == [0, 4, 8, 12]
     assert taken(dataset.to_iterable_dataset()) == ["row 0", "row 1", "row 2", "row 3"]
+    # Also of more than half, in which the last folder would have no image else.
+    assert [row["label"] for row in open_labelled(numbered, limit=9).data] == [0, 1, 3, 5, 7, 9, 11, 13, 15]
+    limit = 9
+    assert [Path(name).stem for name in taken(photographs)] == ["00", "02", "06", "10", "14", "01", "05", "09", "13"]
+
+
+def test_the_labels_are_those_of_all_images_whatever_the_limit(tmp_path, photographs, dataset):
+    texts = dataset.map(lambda row: {"kind": LABELS[row["label"]]}).remove_columns("label")
+    texts = texts.rename_column("kind", "label")
+    for images in (photographs, texts):
+        opened = open_labelled(images, limit=1)
+        assert opened.label_names == ("cat", "dogs") and opened.total == 1
+    model = loaded(two_towers("clip", tmp_path))
+    of = {"vwt": [HALF], "task": "zero-shot", "progress": False}
+    of["tokenizer"] = transformers.AutoTokenizer.from_pretrained(tmp_path / "clip")
+    assert values(evaluate_model(model, photographs, limit=1, **of).rows[1])["kl"] > 0  # of one label it would be 0
+    with pytest.raises(ValueError, match=r"the images have one label alone \('cat'\), which any model would find"):
+        evaluate_model(model, photographs / "cat", **of)
+    assert evaluate_model(model, photographs / "cat", **of | {"task": None}).task == "features"
+
+
+def test_zero_shot_takes_each_of_the_labels_that_read_the_same(tmp_path, photographs):
+    opened = open_labelled(photographs)
+    opened.label_names = ("sea_cat", "dog", "sea cat")
+    given = {"prompt": "a {}", "max_new_tokens": 1, "seed": 0}
+    folder = two_towers("clip", tmp_path)
+    task = ZeroShot(loaded(folder), opened, transformers.AutoTokenizer.from_pretrained(folder), given)
+    found = task.truth(["sea_cat", "sea cat", "dog", "bird", None])
+    assert found == ([{0, 2}, {0, 2}, {1}, set(), set()], [])
+
+
+def test_an_image_that_the_processor_refuses_is_called_by_its_name(tmp_path, dataset):
+    class Refuses(transformers.ViTImageProcessorPil):
+        def __call__(self, images, **options):
+            if images[0].getpixel((0, 0)) == first:
+                raise ValueError("I do not like it")
+            return super().__call__(images, **options)
+
+    first = dataset["image"][3].getpixel((0, 0))
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    result = evaluate_model(model, dataset, vwt=[HALF], image_processor=Refuses(size=SIZE), progress=False)
+    assert result.images == 16
+    assert result.unreadable == ["row 3 (50×40) is refused by Refuses: I do not like it"]
 
 
 def test_a_data_set_on_the_hub_is_read_by_its_name_and_its_validation_split(tmp_path, dataset, monkeypatch, capsys):
@@ -213,13 +264,18 @@ def test_a_data_set_on_the_hub_is_read_by_its_name_and_its_validation_split(tmp_
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "test", "validation"])
     folder = random_classifier(tmp_path)
-    for more in ([], ["--split", "train", "--streaming", "--config", "small"]):
+    card = tmp_path / "README.md"
+    for more in ([], ["--split", "train", "--streaming", "--config", "small", "--card", str(card)]):
         assert main(["evaluate", str(folder), "--dataset", "me/photos", *more]) == 0
     assert asked == [
         ("me/photos", None, {"split": "validation", "streaming": False}),
         ("me/photos", "small", {"split": "train", "streaming": True}),
     ]
     assert capsys.readouterr().out.count("17 images of me/photos") == 2
+    written = huggingface_hub.ModelCard.load(card).data.eval_results
+    assert {(own.dataset_type, own.dataset_config, own.dataset_split) for own in written} == {
+        ("me/photos", "small", "train")
+    }
     for name in ("me/gone", "me/photos/of/cats"):
         assert main(["evaluate", str(folder), "--dataset", name]) == 2
     refused = capsys.readouterr().err
@@ -347,8 +403,8 @@ def test_zero_shot_is_what_the_model_itself_says_of_the_labels(tmp_path, photogr
         found = compress(model, HALF)(**given).logits_per_image
     for row, logits in zip(rows, (plain, found), strict=True):
         assert values(row)["accuracy"] == pytest.approx((logits.argmax(-1) == truth).double().mean().item())
-        assert values(row)["kl"] == pytest.approx(divergence(logits, plain), abs=1e-6)
-        assert values(row)["max_difference"] == pytest.approx((logits - plain).abs().max().item(), abs=1e-5)
+    assert values(rows[1])["kl"] == pytest.approx(divergence(found, plain), abs=1e-6)
+    assert values(rows[1])["max_difference"] == pytest.approx((found - plain).abs().max().item(), abs=1e-5)
     assert values(rows[1])["max_difference"] > 1e-4
     stream = dataset.cast_column("label", datasets.Value("int64"))
     with pytest.raises(ValueError, match="no labels with names"):
@@ -377,10 +433,32 @@ def test_retrieval_recalls_what_the_similarities_say(tmp_path, dataset):
             by_text = [any(text in captions[at] for at in some) for some, text in zip(nearest, texts, strict=True)]
             assert values(row)[f"image_to_text_recall@{count}"] == pytest.approx(np.mean(by_image))
             assert values(row)[f"text_to_image_recall@{count}"] == pytest.approx(np.mean(by_text))
-    assert values(result.rows[0])["cosine"] == pytest.approx(1) and values(result.rows[1])["cosine"] < 0.9999
+    assert "cosine" not in values(result.rows[0]) and values(result.rows[1])["cosine"] < 0.9999
     assert 0 < values(result.rows[0])["text_to_image_recall@5"] < 1  # else any model would pass
     with pytest.raises(ValueError, match="have no captions"):
         evaluate_model(model, dataset.remove_columns("caption"), task="retrieval", progress=False)
+    bare = dataset.map(lambda row: {"caption": []})
+    with pytest.raises(ValueError, match="none of 17 images has a caption, which retrieval is about; expected"):
+        evaluate_model(model, bare, task="retrieval", progress=False)
+
+
+def test_retrieval_holds_what_is_right_for_some_queries_at_a_time(tmp_path, dataset, monkeypatch):
+    dataset = dataset.map(lambda row: {"caption": [] if row["id"] in (0, 5) else row["caption"]})
+    model = loaded(two_towers("clip", tmp_path))
+    of = {"vwt": [HALF], "task": "retrieval", "progress": False}
+    of["tokenizer"] = transformers.AutoTokenizer.from_pretrained(tmp_path / "clip")
+    expected, seen = evaluate_model(model, dataset, **of), []
+    assert expected.said == ["2 images without a caption are left out."]
+
+    def watched(similarity, right):
+        seen.append(len(right))
+        return ranks(similarity, right)
+
+    monkeypatch.setattr(evaluation_tasks, "QUERIES", 4)
+    monkeypatch.setattr(evaluation_tasks, "ranks", watched)
+    found = evaluate_model(model, dataset, **of)
+    assert [row.figures for row in found.rows] == [row.figures for row in expected.rows]
+    assert max(seen) == 4 and sum(seen) == 2 * (15 + len({text for own in dataset["caption"] for text in own}))
 
 
 def test_captions_are_compared_with_the_plain_models_and_with_the_references(tmp_path, dataset):
@@ -400,14 +478,13 @@ def test_captions_are_compared_with_the_plain_models_and_with_the_references(tmp
             for each in (model, compress(built_like(model), {"keep_ratio": 0.1}))
         )
     assert any(plain)
-    for row, texts in zip(rows, (plain, short), strict=True):
-        assert values(row) == pytest.approx(
-            {
-                "same_caption": np.mean([a == b for a, b in zip(texts, plain, strict=True)]),
-                "plain_f1": np.mean([token_f1(a, [b]) for a, b in zip(texts, plain, strict=True)]),
-                "token_f1": np.mean([token_f1(a, b) for a, b in zip(texts, captions, strict=True)]),
-            }
-        )
+    to_plain = {
+        "same_caption": np.mean([a == b for a, b in zip(short, plain, strict=True)]),
+        "plain_f1": np.mean([token_f1(a, [b]) for a, b in zip(short, plain, strict=True)]),
+    }
+    for row, texts, more in zip(rows, (plain, short), ({}, to_plain), strict=True):
+        f1 = np.mean([token_f1(a, b) for a, b in zip(texts, captions, strict=True)])
+        assert values(row) == pytest.approx({"token_f1": f1} | more)
 
 
 @pytest.mark.parametrize(
@@ -436,7 +513,7 @@ def test_captions_may_lie_in_a_file_beside_the_images(tmp_path, photographs, mon
     (photographs / "metadata.jsonl").write_text("\n".join(lines))
     folder = two_towers("clip", tmp_path)
     plain, _ = run(folder, photographs, "--task", "retrieval", "--vwt", json.dumps(HALF))
-    assert values(plain)["text_to_image_recall@10"] == 1 and len(values(plain)) == 7
+    assert values(plain)["text_to_image_recall@10"] == 1 and len(values(plain)) == 6
 
 
 def built_like(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
@@ -452,8 +529,7 @@ def test_a_model_without_a_head_is_measured_by_its_features(tmp_path, photograph
     with torch.no_grad():
         expected, found = model(pixels)[1], compress(model, HALF)(pixels)[1]
     cosine = torch.cosine_similarity(found, expected).mean().item()
-    assert list(values(plain)) == ["cosine"] and values(plain)["cosine"] == pytest.approx(1)
-    assert values(half)["cosine"] == pytest.approx(cosine, abs=1e-6) and cosine < 0.9999
+    assert values(plain) == {} and values(half) == {"cosine": pytest.approx(cosine, abs=1e-6)} and cosine < 0.9999
 
 
 def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path, photographs, dataset, capsys):
@@ -508,15 +584,52 @@ def test_figures_go_into_the_model_index_of_a_card_and_come_back_from_it(tmp_pat
     assert found.text.strip() == "# Mine\n\nText." and found.data.license == "mit" and found.data.model_name == "mine"
     results = found.data.eval_results
     own = [result for result in results if result.dataset_type == "images"]
-    assert len(own) == 2 * len(FIGURES) == len(results) - 1
+    assert len(own) == 2 + len(FIGURES) == len(results) - 1  # of the plain model none that compare with it
     name, back = model_index_to_eval_results(eval_results_to_model_index("mine", results))
     assert name == "mine" and back == results
     model = loaded(folder, transformers.AutoModelForImageClassification)
     expected = evaluate_model(model, photographs, vwt=[HALF], seed=1, progress=False)
     assert own == expected.eval_results()
-    assert own[5].metric_args["vwt"] == HALF and own[5].metric_name == "accuracy (keep ratio 0.5)"
+    assert own[2].metric_args["vwt"] == HALF and own[2].metric_name == "accuracy (keep ratio 0.5)"
     run(folder, photographs, "--vwt", json.dumps(HALF), "--card", str(tmp_path / "new" / "README.md"))
     assert huggingface_hub.ModelCard.load(tmp_path / "new" / "README.md").data.eval_results[0].metric_type == "accuracy"
+
+
+def test_a_card_that_cannot_be_written_costs_nothing_that_was_measured(tmp_path, photographs, capsys, monkeypatch):
+    folder, card, measured = random_classifier(tmp_path), tmp_path / "README.md", tmp_path / "rows.json"
+    evaluate = sys.modules["vwt_hf.evaluate_model"].evaluate_model
+
+    def meanwhile(*args, **options):
+        card.write_text("---\n[a: b\n---\n")  # by somebody else, while it is measured
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(sys.modules["vwt_hf.evaluate_model"], "evaluate_model", meanwhile)
+    given = ["--vwt", json.dumps(HALF), "--json", str(measured), "--card", str(card)]
+    assert main(["evaluate", str(folder), "--dataset", str(photographs), *given]) == 2
+    printed = capsys.readouterr()
+    assert "| keep ratio 0.5 |" in printed.out and len(json.loads(measured.read_text())["rows"]) == 2
+    assert "README.md is no model card (" in printed.err and card.read_text() == "---\n[a: b\n---\n"
+
+
+def test_images_that_are_opened_already_are_taken_as_they_are(tmp_path, photographs, monkeypatch):
+    folder = random_classifier(tmp_path)
+    model = loaded(folder, transformers.AutoModelForImageClassification)
+    of = {"vwt": [HALF], "progress": False}
+    expected = evaluate_model(model, photographs, limit=5, **of)
+    opened = open_labelled(photographs, limit=5)
+    with pytest.raises(ValueError, match="limit is 3, and images is opened; give it to open_labelled"):
+        evaluate_model(model, opened, limit=3, **of)
+    monkeypatch.setattr(sys.modules["vwt_hf.evaluate_model"], "open_labelled", pytest.fail)
+    found = evaluate_model(model, opened, **of)
+    assert found.images == 5 and [row.figures for row in found.rows] == [row.figures for row in expected.rows]
+    rows = run(folder, photographs, "--vwt", json.dumps(HALF), "--limit", "5")  # the command opens them once
+    assert [values(row) for row in rows] == [values(row) for row in expected.rows]
+
+
+@pytest.mark.parametrize("setting", [False, None])
+def test_a_setting_that_leaves_the_model_plain_is_refused(photographs, setting):
+    with pytest.raises(ValueError, match=f"vwt holds {setting}, which leaves the model plain; leave it out"):
+        evaluate_model(tiny_model("vit-classifier"), photographs, vwt=[HALF, setting])
 
 
 PROGRAM = """
@@ -591,13 +704,16 @@ def test_two_processes_give_the_figures_of_one(tmp_path, photographs, dataset):
     [
         (["--json", "{images}"], "images is a folder; expected the name of a file to write"),
         (["--card", "{images}"], "images is a folder; expected the name of a file to write"),
+        (["--card", "{model}/broken.md"], "broken.md is no model card (while parsing"),
+        (["--card", "{model}/list.md"], "list.md is no model card (repo card metadata block should be a dict)"),
+        (["--vwt", "false"], "vwt holds False, which leaves the model plain; leave it out"),
         (["--vwt", '{{"keep_ratio": 2}}'], "keep_ratio is 2; expected a number in (0, 1]"),
         (["--device", "abacus"], "device is 'abacus'"),
         (["--groups", "{model}/config.json"], "names no group of 17 of 17 images, such as 'cat/00.png'; expected"),
         (["--groups", "{model}/list.json"], "list.json, which holds a list; expected an object"),
         (["--dataset", "{images}/nothing"], "nothing does not exist; expected a folder of images, a data set saved"),
         (["--dataset", "{model}/list.json"], "list.json is a file; expected a folder of images, a data set saved"),
-        (["--split", "test"], "--split and --streaming are for data sets"),
+        (["--split", "test"], "--split: of data sets alone, and"),
         (["--label-column", "kind"], "a column for label is for data sets"),
         (["--dataset", "{saved}", "--label-column", "kind"], "no column 'kind' for label; its columns are id, image"),
         (["--dataset", "{saved}", "--image-column", "id"], "no column of images 'id'"),
@@ -611,6 +727,8 @@ def test_two_processes_give_the_figures_of_one(tmp_path, photographs, dataset):
 def test_what_cannot_be_done_is_one_line(tmp_path, photographs, dataset, capsys, monkeypatch, options, reason):
     folder = classifier(tmp_path, {0: "cat", 1: "dogs"})
     (folder / "list.json").write_text("[1]")
+    (folder / "broken.md").write_text("---\n[a: b\n---\n")
+    (folder / "list.md").write_text("---\n- a\n---\n")
     (tmp_path / "nothing").mkdir()
     saved_as = tmp_path / "empty" / "saved"
     splits = datasets.DatasetDict({"one": dataset, "two": dataset}) if "--split" in options else dataset

@@ -93,6 +93,12 @@ def test_operations_of_a_product_are_two_for_each_pair_of_factors():
     assert count_flops(lambda: left @ right) == 2 * 3 * 4 * 5
 
 
+def test_a_stopwatch_gives_what_was_made_and_its_seconds(monkeypatch):
+    clock = iter([5.0, 7.5])
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
+    assert evaluation.stopwatch(lambda: "made", CPU) == ("made", 2.5)
+
+
 def test_an_answer_is_the_logits_the_embedding_or_the_pooled_output():
     images = sample_pixel_values()
     classifier, clip, vit, ijepa = (tiny_model(name) for name in ("vit-classifier", "clip", "vit", "ijepa"))

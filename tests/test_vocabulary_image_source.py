@@ -14,7 +14,16 @@ import pytest
 import torch
 import transformers
 
-from vwt_hf.vocabulary.image_source import UnreadableImage, find_images, open_images, pixel_batches, read_image
+from vwt_hf.labelled_images import open_labelled
+from vwt_hf.vocabulary.image_source import (
+    UnreadableImage,
+    find_images,
+    image_rows,
+    open_images,
+    pixel_batches,
+    read_image,
+    spread,
+)
 
 RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
 
@@ -153,6 +162,8 @@ def test_folders_are_searched_through_all_levels_for_what_pillow_decodes_itself(
     found = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path])]
     assert found == ["a.webp", "b/1.png", "b/2.JPG", "c.tif", "d.png/inner.gif"]
     assert find_images([tmp_path], 2) == [tmp_path / "a.webp", tmp_path / "b/2.JPG"]
+    three = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path], 3)]
+    assert three == ["a.webp", "b/1.png", "c.tif"]  # of five, and not the first three
     assert find_images([tmp_path / "c.tif", str(tmp_path / "b")], 9) == [
         tmp_path / name for name in ("c.tif", "b/1.png", "b/2.JPG")
     ]
@@ -161,6 +172,50 @@ def test_folders_are_searched_through_all_levels_for_what_pillow_decodes_itself(
         find_images([tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png does not exist"):
         find_images([tmp_path / "nowhere.png"])
+
+
+def test_where_a_limit_divides_every_nth_is_taken_and_else_they_are_as_even_as_can_be():
+    for count in range(40):
+        assert spread(count, None) == list(range(count))
+        for limit in range(1, 45):
+            taken = spread(count, limit)
+            gaps = np.diff([*taken, count])
+            assert len(taken) == min(count, limit) and taken[:1] == [0][:count]
+            assert count == 0 or gaps.max() - gaps.min() <= 1
+            if count and count % limit == 0:
+                assert taken == list(range(0, count, count // limit))
+
+
+@pytest.mark.parametrize("opened", [open_images, image_rows, open_labelled])
+def test_what_holds_no_images_is_refused_in_the_same_words(opened, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing', which is no folder; expected a folder of image files"):
+        opened(tmp_path / "nothing")
+    data = datasets.Dataset.from_dict({"text": ["a"]})
+    splits = datasets.DatasetDict({"test": data, "dev": data})
+    with pytest.raises(ValueError, match=r"has the splits test, dev; pass one of them, as images\['test'\]"):
+        opened(splits)
+    with pytest.raises(ValueError, match="has no column of images; its columns are text, those with images: none"):
+        opened(data)
+
+
+@pytest.mark.parametrize("opened", [open_images, open_labelled])
+def test_a_stream_that_says_nothing_is_asked_for_its_first_row(opened, photographs):
+    def rows():
+        for number, path in enumerate(photographs):
+            yield {"id": number, "photo": PIL.Image.open(path)}
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    assert stream.features is None
+    found = opened(stream)
+    if opened is open_images:
+        items = [item for _, item in found.part().items]
+    else:
+        items = [sample.item for _, batch in found.batches(0, 1, 2) for sample in batch]
+    assert len(items) == 5 and {read_image(item).size for item in items} == {(50, 40)}
+    with pytest.raises(ValueError, match="no column of images 'id'; its columns are id, photo, those with images: pho"):
+        opened(stream, **{"column" if opened is open_images else "image_column": "id"})
+    with pytest.raises(ValueError, match="the data set has no column of images"):
+        opened(datasets.IterableDataset.from_generator(lambda: iter(())))
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from .families import family_of, find_tower, model_of
 from .image_processing import NAME as PATCH_WORDS
 from .printable import shown
 from .processors import processor_of, processor_statistics
-from .vocabulary.image_source import one_batch, open_images, pixel_batches, read_image
+from .vocabulary.image_source import one_batch, open_images, processed
 from .whole_saves import write_files
 
 LEVELS = (
@@ -372,15 +372,14 @@ def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:
 
 def pixels_of(name: str, item: Any, image_processor: Any) -> dict[str, torch.Tensor]:
     """What the image processor makes of one image, without words for its patches, which each setting finds itself."""
-    (made,) = pixel_batches([read_image(item, name)], image_processor, 1)
+    made = processed(item, image_processor, name)
     return {key: value for key, value in made.items() if key != PATCH_WORDS}
 
 
 def _timed(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
     """Answers of a batch, (images, values) float32 on the CPU, and the seconds that they took."""
-    given, made = on_device(batch, model), []
-    seconds = stopwatch(lambda: made.append(answer(model, **given)), model.device)
-    return made[0].float().cpu(), seconds
+    found, seconds = stopwatch(functools.partial(answer, model, **on_device(batch, model)), model.device)
+    return found.float().cpu(), seconds
 
 
 def _read(file: Path, of: dict[str, Any]) -> list[Level]:

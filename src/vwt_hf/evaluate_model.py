@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from .evaluation import TokenCount, count_tokens, on_device, share, stopwatch
 from .evaluation_tasks import PROMPT, RECALLED, TASKS, Captions, Figure, Kept, Retrieval, Task, ZeroShot, task_for
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
-from .processes import everywhere, join, place
+from .processes import gathered, join, place
 from .processors import processor_of
 from .vocabulary.image_source import UnreadableImage, one_batch
 
@@ -57,6 +57,7 @@ class Row:
     seconds: float
     """That its answers took, reading left out; of the process that took longest."""
     figures: dict[str, Figure]
+    """By name. The plain model has none of those that compare with it."""
 
 
 @dataclasses.dataclass
@@ -91,13 +92,16 @@ class Evaluation:
             for row in self.rows
         ]
 
-    def eval_results(self, dataset: str | None = None, split: str | None = None) -> list[EvalResult]:
+    def eval_results(
+        self, dataset: str | None = None, split: str | None = None, config: str | None = None
+    ) -> list[EvalResult]:
         """The figures as the `model-index` of a model's card holds them, one for each setting and figure.
 
         `huggingface_hub.ModelCardData(model_name=..., eval_results=...)` takes them.
 
         Args:
             dataset: the data set's Hub id or another name; by default its own.
+            split, config: of the data set, where it has several.
         """
         name = printable(dataset or self.dataset)
         return [
@@ -105,6 +109,7 @@ class Evaluation:
                 task_type=TASKS[self.task].hub_name,
                 dataset_type=name,
                 dataset_name=name,
+                dataset_config=config,
                 dataset_split=split,
                 metric_type=metric,
                 metric_name=printable(f"{metric} ({row.setting})"),
@@ -148,6 +153,8 @@ def evaluate_model(
 ) -> Evaluation:
     """Measures what a model answers plain and under settings: accuracy, agreement, tokens, with 95 % intervals.
 
+    The plain model has a row of its own, without the figures that compare with it.
+
     Every image is read once, shown to the model under each setting, and forgotten; those that cannot be read are left
     out and named. Under `accelerate launch`, or in any program of several processes, each takes its share, all have to
     make this call, and all return the same figures. It joins those that are not joined yet: each then waits for the
@@ -155,8 +162,9 @@ def evaluate_model(
 
     Args:
         model: of a supported family, plain or compressed; it is not changed.
-        images: a folder, whose images' labels are the names of the folders that they lie in; a `datasets.Dataset`; or
-            a `datasets.IterableDataset`. Labels are the model's by their names, by number only where they have none.
+        images: a folder, whose images' labels are the names of the folders that they lie in; a `datasets.Dataset`; a
+            `datasets.IterableDataset`; or what `open_labelled` made of one of them, by its options in place of those
+            here. Labels are the model's by their names, by number only where they have none.
         vwt: settings, each as `from_pretrained(vwt=...)` takes it; by default the model's own or, if it is plain,
             `True`.
         task: "classification"; "zero-shot", by the labels' names; "retrieval" of captions by images and images by
@@ -174,25 +182,25 @@ def evaluate_model(
 
     Raises:
         ValueError: an argument is not valid, the images do not have what the task needs, or none can be read.
-        TypeError: `images` is of another type.
+        TypeError: `images` or a setting is of another type.
 
     Example:
         >>> result = evaluate_model(model, "photographs/", vwt=[True, {"keep_ratio": 0.5}])  # doctest: +SKIP
         >>> result.rows[1].figures["agreement"].value, result.rows[1].tokens  # doctest: +SKIP
         (0.985, 153.1)
     """
-    require_options(batch_size, max_new_tokens, prompt)
+    require_options(vwt, batch_size, max_new_tokens, prompt)
     if task is not None and task not in TASKS:
         raise ValueError(f"task is {shown(task)}; expected one of {', '.join(map(repr, TASKS))}.")
-    opened = open_labelled(
-        images,
-        image_column=image_column,
-        label_column=label_column,
-        caption_column=caption_column,
-        group_column=group_column,
-        groups=groups,
-        limit=limit,
-    )
+    of = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "caption_column": caption_column,
+        "group_column": group_column,
+        "groups": groups,
+        "limit": limit,
+    }
+    opened = _opened(images, of)
     task_class = TASKS[task or task_for([type(model).__name__], model.config.model_type, opened)]
     processor = processor_of(model, image_processor)
     if tokenizer is None and task_class in (ZeroShot, Retrieval, Captions):
@@ -204,9 +212,7 @@ def evaluate_model(
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
     join(model.device)
-    parts: list[_Part] = everywhere(
-        lambda: _answers(chosen, models, opened, processor, batch_size, progress), lambda own: own
-    )[1]
+    parts = gathered(lambda: _answers(chosen, models, opened, processor, batch_size, progress))
     kept, unreadable = _merged(parts, len(models))
     if not kept.labels:
         raise ValueError(f"no image can be read of {len(unreadable)}: {'; '.join(unreadable[:3]) or 'there are none'}.")
@@ -226,8 +232,23 @@ def evaluate_model(
     return Evaluation(source, task_class.name, opened.name, len(kept.labels), unreadable, said, rows, machine)
 
 
-def require_options(batch_size: Any, max_new_tokens: Any, prompt: Any) -> None:
-    """Refuses with a `ValueError` what `evaluate_model` cannot work with, whatever the model and the images are."""
+def _opened(images: Any, of: dict[str, Any]) -> LabelledImages:
+    if not isinstance(images, LabelledImages):
+        return open_labelled(images, **of)
+    given = [name for name, value in of.items() if value is not None]
+    if given:
+        raise ValueError(f"{given[0]} is {shown(of[given[0]])}, and images is opened; give it to open_labelled.")
+    return images
+
+
+def require_options(vwt: Sequence[Any] | None, batch_size: Any, max_new_tokens: Any, prompt: Any) -> None:
+    """Refuses with an error what `evaluate_model` cannot work with, whatever the model and the images are."""
+    for setting in vwt or ():
+        if VWTConfig.parse(setting) is None:
+            raise ValueError(
+                f"vwt holds {shown(setting)}, which leaves the model plain; leave it out: the plain model is measured "
+                "in any case."
+            )
     for name, number in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
         if not is_int(number) or number < 1:
             raise ValueError(f"{name} is {shown(number)}; expected a whole number of at least 1.")
@@ -282,13 +303,10 @@ def _kept(
     """What is kept of each model's answers to a batch; adds the seconds that they took."""
     found: list[Any] = []
     for index, model in enumerate(models):
-        run = functools.partial(task.answer, model, on_device(made, model))
-        seconds[index] += stopwatch(functools.partial(_append, found, run), model.device)
+        answers, spent = stopwatch(functools.partial(task.answer, model, on_device(made, model)), model.device)
+        found.append(answers)
+        seconds[index] += spent
     return [task.keep(answers, found[0]) for answers in found]
-
-
-def _append(found: list[Any], run: Callable[[], Any]) -> None:
-    found.append(run())
 
 
 def _merged(parts: Sequence[_Part], models: int) -> tuple[Kept, list[str]]:

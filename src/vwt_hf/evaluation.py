@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from transformers import PreTrainedModel
 from .compress import setting_of
 from .families import family_of, find_layers, find_tower
 from .forward import current_forward
+
+Made = TypeVar("Made")
 
 CONFIDENT = 1.959964
 """Standard deviations of a normal distribution within which 95 % of it lie."""
@@ -410,13 +412,13 @@ def count_flops(run: Callable[[], object]) -> int:
     return operations.get_total_flops()
 
 
-def stopwatch(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
+def stopwatch(run: Callable[[], Made], device: torch.device) -> tuple[Made, float]:
+    """What one call gives, and its seconds."""
     synchronize(device)
     start = time.perf_counter()
-    run()
+    made = run()
     synchronize(device)
-    return time.perf_counter() - start
+    return made, time.perf_counter() - start
 
 
 def time_in_turn(
@@ -444,7 +446,7 @@ def time_in_turn(
             if turn >= FEWEST_TURNS and time.perf_counter() - begun > seconds:
                 break
             for run, own in zip(runs, taken, strict=True):
-                spent = stopwatch(run, device)
+                spent = stopwatch(run, device)[1]
                 if turn >= 0:
                     own.append(spent)
     return taken

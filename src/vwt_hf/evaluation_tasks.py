@@ -28,7 +28,7 @@ from .evaluation import (
 from .families import HOLDERS
 from .labelled_images import LabelledImages
 from .printable import shown
-from .processes import everywhere, place
+from .processes import gathered, place
 
 RECALLED = (1, 5, 10)
 """Among how many of the most similar ones a right one must be."""
@@ -84,15 +84,32 @@ class Task:
         raise NotImplementedError
 
     def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
-        """For each model its figures by name, and what has to be said of them."""
+        """For each model its figures by name, and what has to be said of them.
+
+        The plain model has none of those that compare with it: what they are is known before.
+        """
+        own, said = self.own(kept)
+        plain, *others = kept.answers
+        compared = [self.to_plain(answers, plain) for answers in others]
+        return [one | more for one, more in zip(own, [{}, *compared], strict=True)], said
+
+    def own(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+        """As `figures`, of those that compare with what is known of the images."""
+        return [{} for _ in kept.answers], []
+
+    def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
+        """The figures that compare what is kept of a model's answers with that of the plain model's."""
         raise NotImplementedError
 
     def share(self, values: Sequence[bool]) -> Figure:
         """The share of the images of which something holds."""
-        value = sum(values) / len(values)
-        if value in (0, 1):  # a bootstrap of values that are all alike says nothing
-            return Figure(value, share_interval(value, len(values)))
-        return self.mean(torch.tensor(values, dtype=torch.float64))
+        return Figure(sum(values) / len(values), self.share_interval(values))
+
+    def share_interval(self, values: Sequence[bool]) -> tuple[float, float]:
+        """The 95 % interval of that share."""
+        if all(values) or not any(values):  # of values that are all alike a bootstrap says nothing
+            return share_interval(float(values[0]), len(values))
+        return mean_interval(torch.tensor(values, dtype=torch.float64).sort().values, self.seed)
 
     def mean(self, values: torch.Tensor) -> Figure:
         """The mean over the images; it is the same in whichever order they were seen."""
@@ -116,9 +133,9 @@ class Classification(Task):
             "difference": (found - plain).abs().amax(dim=-1),
         }
 
-    def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+    def own(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
         truth, said = self.truth(kept.labels)
-        return [self._figures(own, kept.answers[0], truth, kept.groups) for own in kept.answers], said
+        return [self._right(answers["answer"].tolist(), truth, kept.groups) for answers in kept.answers], said
 
     def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
         """The right answers for each image, none where that is not known; and what has to be said of them."""
@@ -138,32 +155,33 @@ class Classification(Task):
             )
         return truth, said
 
-    def _figures(
-        self, own: dict[str, Any], plain: dict[str, Any], truth: list[set[int]], groups: Sequence[str]
-    ) -> dict[str, Figure]:
-        from .metrics import Accuracy, Agreement, WorstGroup, compute  # `evaluate` takes a second to import
+    def _right(self, answers: Sequence[int], truth: Sequence[set[int]], groups: Sequence[str]) -> dict[str, Figure]:
+        from .metrics import Accuracy, WorstGroup, compute  # `evaluate` takes a second to import
 
-        answers, expected = own["answer"].tolist(), plain["answer"].tolist()
-        figures = {}
         known = [index for index, right in enumerate(truth) if right]
-        if known:
-            given = [answers[index] for index in known]
-            # Of labels that are called the same each is right.
-            right = [at if at in truth[index] else min(truth[index]) for index, at in zip(known, given, strict=True)]
-            of = [groups[index] for index in known]
-            found = compute([Accuracy, WorstGroup], predictions=given, references=right, groups=of)
-            correct = are_alike(given, right)
-            figures["accuracy"] = self._of_metric(found["accuracy"], correct)
-            if found["worst_group"] is not None:
-                figures["worst_group"] = Figure(found["worst_group"], worst_group_interval(correct, of, self.seed))
-        found = compute([Agreement], predictions=answers, plain_predictions=expected)
-        figures["agreement"] = self._of_metric(found["agreement"], are_alike(answers, expected))
-        figures["kl"] = self.mean(own["kl"])
-        figures["max_difference"] = Figure(own["difference"].max().item())
+        if not known:
+            return {}
+        given = [answers[index] for index in known]
+        # Of labels that are called the same each is right.
+        right = [at if at in truth[index] else min(truth[index]) for index, at in zip(known, given, strict=True)]
+        of = [groups[index] for index in known]
+        found = compute([Accuracy, WorstGroup], predictions=given, references=right, groups=of)
+        correct = are_alike(given, right)  # a metric of `evaluate` tells no interval: that is of the single images
+        figures = {"accuracy": Figure(found["accuracy"], self.share_interval(correct))}
+        if found["worst_group"] is not None:
+            figures["worst_group"] = Figure(found["worst_group"], worst_group_interval(correct, of, self.seed))
         return figures
 
-    def _of_metric(self, value: float, values: Sequence[bool]) -> Figure:
-        return Figure(value, self.share(values).interval)
+    def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
+        from .metrics import Agreement, compute
+
+        given, expected = answers["answer"].tolist(), plain["answer"].tolist()
+        found = compute([Agreement], predictions=given, plain_predictions=expected)
+        return {
+            "agreement": Figure(found["agreement"], self.share_interval(are_alike(given, expected))),
+            "kl": self.mean(answers["kl"]),
+            "max_difference": Figure(answers["difference"].max().item()),
+        }
 
 
 class ZeroShot(Classification):
@@ -179,9 +197,14 @@ class ZeroShot(Classification):
                 "folder of folders, a column of datasets.ClassLabel, or a column of names in a data set that is no "
                 "stream."
             )
-        self.names = images.label_names
-        prompt = self.options["prompt"]
-        texts = [prompt.replace("{}", name.replace("_", " ")) for name in self.names]
+        if len(images.label_names) < 2:
+            raise ValueError(
+                f"the images have one label alone ({', '.join(map(shown, images.label_names))}), which any model would "
+                "find; expected at least two, such as a folder with a folder for each. Without labels, the task "
+                "'features' compares what the model makes of images."
+            )
+        self.names = [_spoken(name) for name in images.label_names]
+        texts = [self.options["prompt"].replace("{}", name) for name in self.names]
         self.texts = text_features(self.model, self.tokenizer, texts)
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -190,8 +213,15 @@ class ZeroShot(Classification):
         return similarity * self.model.logit_scale.detach().float().cpu().exp()
 
     def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
-        numbers = {name: {number} for number, name in enumerate(self.names)}
-        return [numbers.get(str(label), set()) for label in labels], []
+        numbers: dict[str, set[int]] = {}
+        for number, name in enumerate(self.names):
+            numbers.setdefault(name, set()).add(number)
+        return [set() if label is None else numbers.get(_spoken(str(label)), set()) for label in labels], []
+
+
+def _spoken(label: str) -> str:
+    """A label's name as a sentence has it."""
+    return label.replace("_", " ")
 
 
 class Retrieval(Task):
@@ -209,41 +239,43 @@ class Retrieval(Task):
     def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
         return {"features": found, "cosine": cosines(found, plain)}
 
-    def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+    def own(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+        captioned = [image for image, captions in enumerate(kept.captions) if captions]
+        if not captioned:
+            raise ValueError(
+                f"none of {len(kept.captions)} images has a caption, which {self.name} is about; expected a column "
+                "with a text, or a list of texts, about each image: name it."
+            )
         texts = sorted({caption for captions in kept.captions for caption in captions})
         numbers = {text: number for number, text in enumerate(texts)}
-        right = torch.zeros(len(kept.captions), len(texts), dtype=torch.bool)
-        for image, captions in enumerate(kept.captions):
-            right[image, [numbers[caption] for caption in captions]] = True
-        captioned = right.any(dim=1)
+        of_images = [[numbers[caption] for caption in kept.captions[image]] for image in captioned]
+        of_texts: list[list[int]] = [[] for _ in texts]
+        for image, own in enumerate(of_images):
+            for text in own:
+                of_texts[text].append(image)
         index, processes = place()
 
         def encoded() -> torch.Tensor:
             own = texts[len(texts) * index // processes : len(texts) * (index + 1) // processes]
             return text_features(self.model, self.tokenizer, own) if own else torch.zeros(0, 1)
 
-        features = torch.cat([own for own in everywhere(encoded, lambda own: own)[1] if len(own)])
-        said = [f"{int((~captioned).sum())} images without a caption are left out."] if not captioned.all() else []
-        return [self._figures(own, features, right, captioned) for own in kept.answers], said
-
-    def _figures(
-        self, own: dict[str, Any], texts: torch.Tensor, right: torch.Tensor, captioned: torch.Tensor
-    ) -> dict[str, Figure]:
-        images, right = own["features"][captioned], right[captioned]
-        figures = {}
-        for name, queries, candidates, of in (
-            ("image_to_text", images, texts, right),
-            ("text_to_image", texts, images, right.T),
-        ):
-            places = torch.cat(
-                [
-                    ranks(some @ candidates.T, own)
-                    for some, own in zip(queries.split(QUERIES), of.split(QUERIES), strict=True)
-                ]
+        features = torch.cat([own for own in gathered(encoded) if len(own)])
+        others = len(kept.captions) - len(captioned)
+        said = [f"{others} images without a caption are left out."] if others else []
+        recalls = []
+        for answers in kept.answers:
+            images = answers["features"][captioned]
+            recalls.append(
+                self._recalls("image_to_text", ranks_of(images, features, of_images))
+                | self._recalls("text_to_image", ranks_of(features, images, of_texts))
             )
-            for count in RECALLED:
-                figures[f"{name}_recall@{count}"] = self.share((places < count).tolist())
-        return figures | {"cosine": self.mean(own["cosine"])}
+        return recalls, said
+
+    def _recalls(self, name: str, found: torch.Tensor) -> dict[str, Figure]:
+        return {f"{name}_recall@{count}": self.share((found < count).tolist()) for count in RECALLED}
+
+    def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
+        return {"cosine": self.mean(answers["cosine"])}
 
 
 class Captions(Task):
@@ -268,19 +300,19 @@ class Captions(Task):
     def keep(self, found: list[str], plain: list[str]) -> dict[str, Any]:
         return {"text": found}
 
-    def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
-        plain = kept.answers[0]["text"]
-        return [self._figures(own["text"], plain, kept.captions) for own in kept.answers], []
+    def own(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+        captioned = [image for image, captions in enumerate(kept.captions) if captions]
+        if not captioned:
+            return super().own(kept)
+        references = [kept.captions[image] for image in captioned]
+        texts = [[answers["text"][image] for image in captioned] for answers in kept.answers]
+        return [{"token_f1": self._f1(written, references)} for written in texts], []
 
-    def _figures(self, texts: list[str], plain: list[str], captions: Sequence[tuple[str, ...]]) -> dict[str, Figure]:
-        figures = {
-            "same_caption": self.share(are_alike(texts, plain)),
-            "plain_f1": self._f1(texts, [(other,) for other in plain]),
+    def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
+        return {
+            "same_caption": self.share(are_alike(answers["text"], plain["text"])),
+            "plain_f1": self._f1(answers["text"], [(other,) for other in plain["text"]]),
         }
-        captioned = [index for index, own in enumerate(captions) if own]
-        if captioned:
-            figures["token_f1"] = self._f1([texts[at] for at in captioned], [captions[at] for at in captioned])
-        return figures
 
     def _f1(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Figure:
         return self.mean(torch.tensor([token_f1(text, of) for text, of in zip(texts, references, strict=True)]))
@@ -297,8 +329,8 @@ class Features(Task):
     def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
         return {"cosine": cosines(found, plain)}
 
-    def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
-        return [{"cosine": self.mean(own["cosine"])} for own in kept.answers], []
+    def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
+        return {"cosine": self.mean(answers["cosine"])}
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, ZeroShot, Retrieval, Captions, Features)}
@@ -309,7 +341,8 @@ def task_for(architectures: Sequence[str], model_type: str, images: LabelledImag
 
     Args:
         architectures: as a config has them: names of model classes.
-        images: a model of images and texts finds captions where they have some and no labels.
+        images: a model of images and texts finds captions where they have some and no labels, and labels where they
+            have names and differ: in a folder without folders all have one.
     """
     if any("ForImageClassification" in name for name in architectures):
         return Classification.name
@@ -318,7 +351,7 @@ def task_for(architectures: Sequence[str], model_type: str, images: LabelledImag
     if model_type in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         if images.has_captions and not images.has_labels:
             return Retrieval.name
-        if images.label_names is not None:
+        if len(images.label_names or ()) > 1:
             return ZeroShot.name
     return Features.name
 
@@ -349,6 +382,22 @@ def _longest(model: Any) -> int:
         config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "altclip_text_model" else 0
     )
     return config.max_position_embeddings - first
+
+
+def ranks_of(queries: torch.Tensor, candidates: torch.Tensor, right: Sequence[Sequence[int]]) -> torch.Tensor:
+    """As `ranks`, of queries and candidates by their features, (…, values) of length 1; some queries at a time.
+
+    Args:
+        right: for each query the numbers of the candidates that are right.
+    """
+    found = []
+    for start in range(0, len(queries), QUERIES):
+        similarity = queries[start : start + QUERIES] @ candidates.T
+        is_right = torch.zeros(similarity.shape, dtype=torch.bool)  # of all queries it would not fit into memory
+        for row, own in enumerate(right[start : start + QUERIES]):
+            is_right[row, list(own)] = True
+        found.append(ranks(similarity, is_right))
+    return torch.cat(found)
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .bounds import is_int
 from .printable import shown
-from .vocabulary.image_source import _image_column, _looks_like_image, find_images
+from .vocabulary.image_source import features_of, find_image_column, find_images, folder_of, spread, undecoded
 
 LABEL_COLUMNS = ("label", "labels")
 """Where labels lie if no column is of classes."""
@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass
 class LabelledImages:
-    """Images in an order of their own; see `open_labelled`."""
+    """Images in an order of their own, with all that is known of them. Made by `open_labelled`."""
 
     data: Any
     """A list of files, a `datasets.Dataset` or a `datasets.IterableDataset`."""
@@ -128,25 +128,23 @@ def open_labelled(
     if limit is not None and (not is_int(limit) or limit < 1):
         raise ValueError(f"limit is {shown(limit)}; expected a whole number of at least 1.")
     columns = {"image": image_column, "label": label_column, "captions": caption_column, "group": group_column}
-    if isinstance(images, (str, os.PathLike)):
+    folder = folder_of(images)
+    if folder is not None:
         asked = [name for name, column in columns.items() if column is not None]
         if asked:
             raise ValueError(f"a column for {asked[0]} is for data sets, and {images} is a folder; leave it out.")
-        return _of_folder(Path(images), groups, limit)
+        return _of_folder(folder, groups, limit)
     if groups is not None:
         raise ValueError("a file of groups is for folders of images; name a data set's column of groups instead.")
-    if isinstance(images, Mapping):
-        raise ValueError(f"images has the splits {', '.join(map(str, images))}; pass one of them, as images['test'].")
     if type(images).__module__.split(".")[0] != "datasets":
         raise TypeError(f"images is a {type(images).__name__}; expected a folder or a data set of `datasets`.")
     return _of_dataset(images, columns, limit)
 
 
 def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int | None) -> LabelledImages:
-    if not folder.is_dir():
-        raise ValueError(f"images is {str(folder)!r}, which is no folder; expected a folder of image files.")
-    files = find_images([folder], limit)
-    names = tuple(sorted({file.parent.name for file in files}))
+    files = find_images([folder])
+    names = tuple(sorted({file.parent.name for file in files}))  # also those of which the limit leaves no image
+    files = [files[index] for index in spread(len(files), limit)]
     own = None if groups is None else groups_of(files, folder, Path(groups))
     return LabelledImages(files, folder.resolve().name, len(files), names, {}, own)
 
@@ -182,12 +180,8 @@ def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[
 def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -> LabelledImages:
     import datasets
 
-    features = dataset.features
-    if features is None:
-        # Some streams say only with their first row what they hold.
-        first: Mapping[str, Any] = next(iter(dataset), {})
-        features = {key: datasets.Image() if _looks_like_image(value) else None for key, value in first.items()}
-    columns = {"image": _image_column(features, asked["image"])}
+    features = features_of(dataset)
+    columns = {"image": find_image_column(features, asked["image"])}
     for kind, found in {
         "label": _label_column(features),
         "captions": next((name for name in CAPTION_COLUMNS if name in features), None),
@@ -200,24 +194,18 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
             )
         if name or found:
             columns[kind] = str(name or found)
-    if dataset.features is not None:
-        # Images as stored: decoded later, one that cannot be is no error of the whole data set.
-        dataset = dataset.select_columns(sorted(set(columns.values())))
-        dataset = dataset.cast_column(columns["image"], datasets.Image(decode=False))
-    total = limit
-    if isinstance(dataset, datasets.Dataset):
-        rows = range(len(dataset))
-        if limit is not None:
-            rows = rows[:: max(1, len(dataset) // limit)][:limit]
-        dataset = dataset.with_format(None).select(rows)
-        total = len(rows)
-    elif limit is not None:
-        dataset = dataset.take(limit)
+    dataset = undecoded(dataset, columns["image"], columns.values())
     name = getattr(dataset.info, "dataset_name", None) or "a data set"
     names = getattr(features.get(columns.get("label", "")), "names", None)
-    if names is None and "label" in columns and isinstance(dataset, datasets.Dataset):
-        written = dataset[columns["label"]][:]
-        names = sorted({label for label in written if isinstance(label, str)}) or None
+    total = limit
+    if isinstance(dataset, datasets.Dataset):
+        if names is None and "label" in columns:  # of all rows: the limit says how many are looked at, not of what
+            written = dataset[columns["label"]][:]
+            names = sorted({label for label in written if isinstance(label, str)}) or None
+        rows = spread(len(dataset), limit)
+        dataset, total = dataset.select(rows), len(rows)
+    elif limit is not None:
+        dataset = dataset.take(limit)
     return LabelledImages(dataset, name, total, None if names is None else tuple(names), columns)
 
 

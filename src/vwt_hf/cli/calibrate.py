@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
 from ..terminal import aligned, require_folder, require_writable, write_file
+from .learn import IMAGES, open_source
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's own."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a supported model")
-    parser.add_argument("images", metavar="IMAGES", help="a folder of images, searched recursively, or a Hub data set")
+    parser.add_argument("images", metavar="IMAGES", help=IMAGES)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--agreement", type=float, metavar="SHARE", help="least share of equal answers, or cosine")
     target.add_argument("--speed", type=float, metavar="RATIO", help="least speed, of the plain model's")
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-images", type=int, default=200, help="look at no more than these (default: 200)")
     parser.add_argument("--batch-size", type=int, default=32, help="images in one forward pass (default: 32)")
+    parser.add_argument("--split", help="of the data set (default: its only one, or train)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
     parser.add_argument("--output", metavar="FOLDER", help="save the model here, shortened by the setting")
     parser.add_argument("--json", metavar="FILE", help="write the setting and all that was measured here")
@@ -82,14 +84,13 @@ def work(args: argparse.Namespace) -> None:
     from ..evaluation import usable_device
     from ..processors import load_processor, quiet_transformers
     from ..visualize import front_figure, require_matplotlib, write_png
-    from .learn import open_source
 
     targets = {"agreement": args.agreement, "speed": args.speed, "tokens": args.tokens}
     target_of(**targets)
     if args.plot is not None:
         require_matplotlib()
     device = usable_device(args.device)
-    source, _ = open_source(args.images, column=None, split="train", streaming=False)
+    source, _ = open_source(args.images, split=args.split)
     processor = load_processor(args.model)
     with quiet_transformers():
         model = load_model(args.model, device, args.dtype and getattr(torch, args.dtype))
@@ -138,10 +139,7 @@ def load_model(checkpoint: str, device: torch.device, dtype: torch.dtype | None,
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     is_classifier = any("ForImageClassification" in name for name in config.architectures or [])
     auto = AutoModelForImageClassification if is_classifier else AutoModel
-    model, pooled = load(checkpoint, device, auto=auto, dtype=dtype, vwt=vwt)
-    if not pooled:
-        model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
-    return model
+    return load(checkpoint, device, auto=auto, dtype=dtype, vwt=vwt)[0]
 
 
 def table(levels: list[Level], measure: str, setting: Any) -> list[tuple[str, ...]]:

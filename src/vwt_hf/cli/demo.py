@@ -205,6 +205,8 @@ def load(
 ) -> tuple[PreTrainedModel, bool]:
     """A checkpoint's model, and whether its pooled output is trained (some classifiers' checkpoints hold no pooler).
 
+    Where it is not, the model gives none.
+
     Args:
         auto: the Auto class that loads it; by default `AutoModel`.
         dtype: by default float32 on a CPU, else that of the checkpoint.
@@ -236,6 +238,8 @@ def load(
             f"{checkpoint} lacks weights of {type(model).__name__}, which would be random: "
             f"{', '.join(sorted(missing - poolers))}. Expected a complete checkpoint."
         )
+    if poolers:
+        model.pooler = None  # what it gave would be random
     return model.to(device).eval(), not poolers
 
 

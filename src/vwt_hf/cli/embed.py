@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..printable import printable
 from ..terminal import aligned, require_folder
 from .calibrate import DTYPES
+from .learn import IMAGES, open_source
 
 if TYPE_CHECKING:
     from ..embedding import Embedded
@@ -35,7 +36,7 @@ NAMED = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's own."""
-    parser.add_argument("images", metavar="IMAGES", help="a folder of images, searched recursively, or a Hub data set")
+    parser.add_argument("images", metavar="IMAGES", help=IMAGES)
     parser.add_argument("--model", required=True, metavar="MODEL", help="Hub id or folder of a supported model")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="for the files")
     parser.add_argument(
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("parquet", "safetensors"), default="parquet", help="of the files (default: parquet)"
     )
     parser.add_argument("--column", help="the data set's image column (default: its first)")
-    parser.add_argument("--split", default="train", help="of the data set (default: train)")
+    parser.add_argument("--split", help="of the data set (default: its only one, or train)")
     parser.add_argument(
         "--workers", type=int, help="processes that read images; 0: none (default: as many as cores, at most 4)"
     )
@@ -89,17 +90,14 @@ def work(args: argparse.Namespace) -> None:
     from ..processes import everywhere, joined, place
     from ..processors import load_processor, quiet_transformers
     from .demo import load
-    from .learn import open_source
 
     def prepare() -> tuple[Any, Any, Any]:
         device = usable_device(args.device)
-        source, _ = open_source(args.images, column=args.column, split=args.split, streaming=False)
+        source, _ = open_source(args.images, column=args.column, split=args.split)
         with quiet_transformers():
-            model, pooled = load(
+            model, _ = load(
                 args.model, device, auto=AutoModel, dtype=args.dtype and getattr(torch, args.dtype), vwt=args.vwt
             )
-        if not pooled:
-            model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
         return model, source, load_processor(args.model)
 
     with joined(args.device):

@@ -11,8 +11,11 @@ from ..printable import printable
 from ..terminal import markdown, require_writable, write_file
 from .calibrate import DTYPES
 from .demo import load
+from .learn import open_source
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
     from ..evaluate_model import Evaluation
 
 HELP = "measure what shortening changes in a model's answers, on a data set or folder"
@@ -108,11 +111,12 @@ def work(args: argparse.Namespace) -> None:
         OSError: the model or the data set cannot be had, or a file cannot be written.
     """
     require_writable(args.json, args.card)
+    if args.card is not None:
+        read_card(Path(args.card), args.model)  # refused before hours are spent on what goes in
 
     import torch
     from transformers import AutoConfig
 
-    from ..config import VWTConfig
     from ..evaluate_model import evaluate_model, require_options
     from ..evaluation import usable_device
     from ..evaluation_tasks import TASKS, task_for
@@ -120,31 +124,26 @@ def work(args: argparse.Namespace) -> None:
     from ..processes import joined, place
     from ..processors import load_processor, quiet_transformers
 
-    for setting in args.vwt or ():
-        VWTConfig.parse(setting)
-    require_options(args.batch_size, args.max_new_tokens, args.prompt)
+    require_options(args.vwt, args.batch_size, args.max_new_tokens, args.prompt)
     with joined(args.device):
         device = usable_device(args.device)
-        data, split = open_data(args.dataset, args.config, args.split, args.streaming)
+        data, split = open_source(
+            args.dataset, config=args.config, split=args.split, usual=SPLITS, streaming=args.streaming, described=True
+        )
         of = {name: getattr(args, name) for name in COLUMNS}
-        opened = open_labelled(data, **of, groups=args.groups, limit=args.limit)  # refused before a model is loaded
+        images = open_labelled(data, **of, groups=args.groups, limit=args.limit)
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
-        task = args.task or task_for(config.architectures or [], config.model_type, opened)
+        task = args.task or task_for(config.architectures or [], config.model_type, images)
         processor = load_processor(args.model)
         with quiet_transformers():
             dtype = args.dtype and getattr(torch, args.dtype)
-            model, pooled = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, vwt=None)
-        if not pooled:
-            model.pooler = None  # type: ignore[assignment]  # which the checkpoint does not hold: what it gave would be random
+            model, _ = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, vwt=None)
         result = evaluate_model(
             model,
-            data,
+            images,
             vwt=args.vwt,
             task=task,
             image_processor=processor,
-            **of,
-            groups=args.groups,
-            limit=args.limit,
             batch_size=args.batch_size,
             prompt=args.prompt,
             max_new_tokens=args.max_new_tokens,
@@ -152,75 +151,18 @@ def work(args: argparse.Namespace) -> None:
         )
         result.dataset = result.dataset if Path(args.dataset).exists() else args.dataset
         if place()[0] == 0:
-            report(result, args.json, args.card, split)
+            report(result)
+            if args.json is not None:
+                write_file(args.json, json.dumps(result.to_dict(), indent=1))
+            if args.card is not None:
+                write_card(Path(args.card), result, split, args.config)
 
 
 COLUMNS = ("image_column", "label_column", "caption_column", "group_column")
 
 
-def open_data(name: str, config: str | None, split: str | None, streaming: bool) -> tuple[Any, str | None]:
-    """What `evaluate_model` takes as images: a folder of images, or a data set; and the name of its split.
-
-    Raises:
-        ValueError: `name` is a file, or a folder with options that only a data set has, or has several splits.
-        OSError: `name` is neither a folder nor a data set on the Hub.
-    """
-    path = Path(name)
-    expected = "expected a folder of images, a data set saved to disk, or the Hub id of a data set"
-    if path.is_dir():
-        return _open_folder(path, config, split, streaming)
-    if path.exists():
-        raise ValueError(f"{name} is a file; {expected}.")
-    # A Hub id has one slash at most, and load_dataset takes a path for a file to read.
-    if path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or name.endswith("/"):
-        raise FileNotFoundError(f"{name} does not exist; {expected}.")
-
-    import datasets
-
-    try:
-        split = split or _one_of(datasets.get_dataset_split_names(name, config), name)
-        return datasets.load_dataset(name, config, split=split, streaming=streaming), split
-    except OSError as error:
-        raise OSError(f"{name} is no folder here, and cannot be had as a data set: {error}") from error
-
-
-def _open_folder(folder: Path, config: str | None, split: str | None, streaming: bool) -> tuple[Any, str | None]:
-    import datasets
-
-    is_saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
-    if is_saved:
-        data = datasets.load_from_disk(folder)
-        if isinstance(data, datasets.DatasetDict):
-            split = split or _one_of(list(data), str(folder))
-            if split not in data:
-                raise ValueError(f"{folder} has no split {split!r}; its splits are {', '.join(data)}.")
-            data = data[split]
-        return data.to_iterable_dataset() if streaming else data, split
-    # What is written beside the images, or holds them: datasets reads it.
-    kinds = ("metadata.*", "*.parquet", "*.arrow", "*.tar")
-    if any(next(folder.glob(f"{within}{kind}"), None) for within in ("", "*/") for kind in kinds):
-        split = split or _one_of(datasets.get_dataset_split_names(str(folder), config), str(folder))
-        return datasets.load_dataset(str(folder), config, split=split, streaming=streaming), split
-    if config or split or streaming:
-        raise ValueError(
-            f"--config, --split and --streaming are for data sets, and {folder} is a folder; leave them out."
-        )
-    return folder, None
-
-
-def _one_of(splits: list[str], name: str) -> str:
-    found = splits if len(splits) == 1 else [split for split in SPLITS if split in splits]
-    if not found:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}; name one by --split.")
-    return found[0]
-
-
-def report(result: Evaluation, file: str | None, card: str | None, split: str | None) -> None:
-    """Prints what was measured and writes it where asked to."""
-    if file is not None:
-        write_file(file, json.dumps(result.to_dict(), indent=1))
-    if card is not None:
-        write_card(Path(card), result, split)
+def report(result: Evaluation) -> None:
+    """Prints what was measured."""
     of = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     print(f"{printable(result.model)}, {result.task}, {result.images} images of {printable(result.dataset)}, {of}")
     for sentence in result.said:
@@ -232,21 +174,49 @@ def report(result: Evaluation, file: str | None, card: str | None, split: str | 
     print(f"\n{markdown(result.table())}", end="")
 
 
-def write_card(file: Path, result: Evaluation, split: str | None) -> None:
+def read_card(file: Path, model: str) -> ModelCard:
+    """A model card, with a name for its figures; a new one where there is no file.
+
+    Args:
+        model: Hub id or folder, of which it is.
+
+    Raises:
+        ValueError: the file is no model card.
+        OSError: it cannot be read.
+    """
+    from huggingface_hub import ModelCard
+
+    name = Path(model).name or "model"
+    if file.exists():
+        try:
+            card = ModelCard(file.read_text(encoding="utf-8"))
+        except OSError:
+            raise
+        except Exception as error:  # YAML has errors of its own
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{file} is no model card ({reason}); mend what stands between its lines of ---, or name another file."
+            ) from error
+    else:
+        card = ModelCard(f"---\nlibrary_name: vwt-hf\n---\n\n# {name}\n")
+    data: Any = card.data
+    data.model_name = data.model_name or name
+    return card
+
+
+def write_card(file: Path, result: Evaluation, split: str | None, config: str | None) -> None:
     """Puts the figures into the `model-index` of a model card, in place of those of the same task and data set.
+
+    Args:
+        split, config: of the data set.
 
     Raises:
         ValueError: the file is no model card.
         OSError: it cannot be written.
     """
-    from huggingface_hub import ModelCard
-
-    name = Path(result.model).name or "model"
-    content = file.read_text(encoding="utf-8") if file.exists() else f"---\nlibrary_name: vwt-hf\n---\n\n# {name}\n"
-    card = ModelCard(content)
-    new = result.eval_results(split=split)
+    card = read_card(file, result.model)
+    new = result.eval_results(split=split, config=config)
     replaced = {own.unique_identifier for own in new}
     data: Any = card.data
-    data.model_name = data.model_name or name
     data.eval_results = [own for own in data.eval_results or [] if own.unique_identifier not in replaced] + new
     write_file(file, str(card))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +38,12 @@ examples:
   vwt-hf learn photographs/ --image-processor openai/clip-vit-base-patch32 --push-to-hub me/words-p32 --private
   accelerate launch --multi_gpu --num_processes 2 -m vwt_hf.cli learn photographs/ --image-processor me/my-model"""
 
+IMAGES = "a folder of images, searched recursively, a data set saved to disk, or the Hub id of one"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's own."""
-    parser.add_argument("images", metavar="IMAGES", help="a folder of images, searched recursively, or a Hub data set")
+    parser.add_argument("images", metavar="IMAGES", help=IMAGES)
     parser.add_argument(
         "--image-processor", required=True, metavar="MODEL", help="Hub id or folder of a model, or of its processor"
     )
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-images", type=int, help="learn from no more than these (default: all)")
     parser.add_argument("--column", help="the data set's image column (default: its first)")
-    parser.add_argument("--split", default="train", help="of the data set (default: train)")
+    parser.add_argument("--split", help="of the data set (default: its only one, or train)")
     parser.add_argument(
         "--streaming", action="store_true", help="read the data set over the network instead of downloading it first"
     )
@@ -116,7 +119,7 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from ..evaluation import usable_device
     from ..processors import load_processor, patch_size_of
 
-    images, dataset = open_source(args.images, column=args.column, split=args.split, streaming=args.streaming)
+    images, _ = open_source(args.images, column=args.column, split=args.split, streaming=args.streaming)
     processor = load_processor(args.image_processor)
     patch_size = args.patch_size if args.patch_size is not None else patch_size_of(args.image_processor)
     if patch_size is None:
@@ -133,7 +136,7 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         "column": args.column,
         "max_images": args.max_images,
         "device": device,
-        "dataset": dataset,
+        "dataset": None if Path(args.images).exists() else args.images,
         "base_model": None if Path(args.image_processor).exists() else args.image_processor,
     }
 
@@ -175,28 +178,75 @@ def _require_hub(repo_id: str) -> None:
     HfApi().whoami()
 
 
-def open_source(images: str, *, column: str | None, split: str, streaming: bool) -> tuple[Any, str | None]:
-    """What `VisualVocabulary.learn` takes as images, and the name to record; `None` for the folder's own.
+def open_source(
+    images: str,
+    *,
+    column: str | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    usual: Sequence[str] = ("train",),
+    streaming: bool = False,
+    described: bool = False,
+) -> tuple[Any, str | None]:
+    """What a command takes as images: a folder of them, or a data set; and the name of its split, if it has several.
+
+    Args:
+        images: a folder of images, one that `save_to_disk` of `datasets` wrote, or a data set's Hub id.
+        column: as a user named it, which only data sets have.
+        usual: the splits, by preference, of which one is taken where `split` names none.
+        described: whether a folder's images may be described by files among them, or lie in such, as `datasets` reads:
+            metadata.jsonl, Parquet, ...
 
     Raises:
-        ValueError: `images` is a file, or a folder with options that only a data set has.
+        ValueError: `images` is a file, a folder with options that only a data set has, or has no such split.
         OSError: `images` is neither a folder nor a data set on the Hub.
     """
     path = Path(images)
+    expected = "expected a folder of images, a data set saved to disk, or the Hub id of a data set"
     if path.is_dir():
-        if column is not None or streaming:
-            raise ValueError(f"--column and --streaming are for data sets, and {images} is a folder; leave them out.")
-        return path, None
-    expected = "expected a folder of images, or the Hub id of a data set"
-    if path.exists():
+        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            return _saved(path, split, usual, streaming)
+        if not described or not _is_described(path):
+            options = {"column": column, "config": config, "split": split, "streaming": streaming or None}
+            given = [f"--{name}" for name, value in options.items() if value is not None]
+            if given:
+                raise ValueError(f"{', '.join(given)}: of data sets alone, and {images} is a folder; leave it out.")
+            return path, None
+    elif path.exists():
         raise ValueError(f"{images} is a file; {expected}.")
     # A Hub id has one slash at most, and load_dataset takes a path for a file to read.
-    if path.is_absolute() or len(path.parts) > 2 or images.startswith((".", "~")) or images.endswith("/"):
+    elif path.is_absolute() or len(path.parts) > 2 or images.startswith((".", "~")) or images.endswith("/"):
         raise FileNotFoundError(f"{images} does not exist; {expected}.")
 
     import datasets
 
     try:
-        return datasets.load_dataset(images, split=split, streaming=streaming), images
+        split = split or _one_of(datasets.get_dataset_split_names(str(path), config), usual, images)
+        return datasets.load_dataset(str(path), config, split=split, streaming=streaming), split
     except OSError as error:
-        raise OSError(f"{images} is no folder here, and cannot be had as a data set: {error}") from error
+        what = "cannot be read" if path.is_dir() else "is no folder here, and cannot be had as a data set"
+        raise OSError(f"{images} {what}: {error}") from error
+
+
+def _saved(folder: Path, split: str | None, usual: Sequence[str], streaming: bool) -> tuple[Any, str | None]:
+    import datasets
+
+    data = datasets.load_from_disk(folder)
+    if isinstance(data, datasets.DatasetDict):
+        split = split or _one_of(list(data), usual, str(folder))
+        if split not in data:
+            raise ValueError(f"{folder} has no split {split!r}; its splits are {', '.join(data)}.")
+        data = data[split]
+    return data.to_iterable_dataset() if streaming else data, split
+
+
+def _is_described(folder: Path) -> bool:
+    kinds = ("metadata.*", "*.parquet", "*.arrow", "*.tar")
+    return any(next(folder.glob(f"{within}{kind}"), None) for within in ("", "*/") for kind in kinds)
+
+
+def _one_of(splits: Sequence[str], usual: Sequence[str], name: str) -> str:
+    found = splits if len(splits) == 1 else [split for split in usual if split in splits]
+    if not found:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}; name one by --split.")
+    return found[0]

@@ -94,14 +94,11 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
         ValueError: the folder has no images, the data set has no such column or several splits.
         TypeError: `images` is of another type.
     """
-    if isinstance(images, (str, os.PathLike)):
-        if not Path(images).is_dir():
-            raise ValueError(f"images is {str(images)!r}, which is no folder; expected a folder of image files.")
-        files = find_images([images])
+    folder = folder_of(images)
+    if folder is not None:
+        files = find_images([folder])
         items = _Shuffled(len(files), seed, lambda i: (str(files[i]), files[i]))
-        return ImageSource(Path(images).resolve().name, _described(Path(images), files), items.cut)
-    if isinstance(images, Mapping):
-        raise ValueError(f"images has the splits {', '.join(map(str, images))}; pass one of them, as images['train'].")
+        return ImageSource(folder.resolve().name, _described(folder, files), items.cut)
     if type(images).__module__.split(".")[0] == "datasets":
         return _dataset(images, column, seed)
     if not hasattr(images, "__iter__"):
@@ -118,6 +115,24 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
         )
 
     return ImageSource(None, "images in their own order", cut, divides=False)
+
+
+def folder_of(images: Any) -> Path | None:
+    """The folder that holds images; `None` where they lie in something else.
+
+    Raises:
+        ValueError: it is no folder, or `images` is all splits of a data set.
+    """
+    if isinstance(images, Mapping):
+        splits = list(map(str, images))
+        raise ValueError(
+            f"images has the splits {', '.join(splits)}; pass one of them, as images[{(splits or ['train'])[0]!r}]."
+        )
+    if not isinstance(images, (str, os.PathLike)):
+        return None
+    if not Path(images).is_dir():
+        raise ValueError(f"images is {str(images)!r}, which is no folder; expected a folder of image files.")
+    return Path(images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +193,17 @@ def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = No
             files.append(place)
         else:
             raise FileNotFoundError(f"{place} does not exist; expected an image or a folder of images.")
-    return files if limit is None else files[:: max(1, len(files) // limit)][:limit]
+    return [files[index] for index in spread(len(files), limit)]
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Which of `count` things are taken where no more than `limit` are to be: spread evenly, the first among them.
+
+    >>> spread(5, 3)
+    [0, 1, 3]
+    """
+    taken = count if limit is None else min(count, limit)
+    return [number * count // taken for number in range(taken)]
 
 
 def _no_images(folder: Path) -> str:
@@ -251,12 +276,8 @@ class _DatasetRows(ImageRows):
     """The column in which WebDataset keeps the name of each sample."""
 
     def __init__(self, dataset: Any, column: str | None) -> None:
-        import datasets
-
-        self._column = _image_column(dataset.features, column)
-        wanted = [self._column] + [self.KEY] * (self.KEY in dataset.features and self._column != self.KEY)
-        undecoded = dataset.select_columns(wanted).cast_column(self._column, datasets.Image(decode=False))
-        self._rows = undecoded.with_format(None)
+        self._column = find_image_column(dataset.features, column)
+        self._rows = undecoded(dataset, self._column, [self.KEY] if self.KEY in dataset.features else [])
         if not len(self):
             raise ValueError("the data set has no rows; expected images.")
         self.order = f"column {self._column!r} of a data set of {len(self)} rows (fingerprint: {dataset._fingerprint})"
@@ -283,14 +304,11 @@ def image_rows(images: Any, column: str | None = None) -> ImageRows:
     """
     import datasets
 
-    if isinstance(images, (str, os.PathLike)):
-        if not Path(images).is_dir():
-            raise ValueError(f"images is {str(images)!r}, which is no folder; expected a folder of image files.")
+    folder = folder_of(images)
+    if folder is not None:
         if column is not None:
             raise ValueError(f"column is {column!r}, and images is a folder; columns are of data sets.")
-        return _FolderRows(Path(images))
-    if isinstance(images, Mapping):
-        raise ValueError(f"images has the splits {', '.join(map(str, images))}; pass one of them, as images['train'].")
+        return _FolderRows(folder)
     if not isinstance(images, datasets.Dataset):
         raise TypeError(
             f"images is a {type(images).__name__}; expected a folder or a datasets.Dataset, whose rows come in any "
@@ -305,21 +323,14 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
 
     name = getattr(dataset.info, "dataset_name", None)
     if isinstance(dataset, datasets.Dataset):
-        column = _image_column(dataset.features, column)
-        encoded = _undecoded(dataset, column).with_format(None)
+        column = find_image_column(dataset.features, column)
+        encoded = undecoded(dataset, column)
         items = _Shuffled(len(dataset), seed, lambda i: (f"row {i}", encoded[i][column]))
         return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows", items.cut)
     if not isinstance(dataset, datasets.IterableDataset):
         raise TypeError(f"images is a {type(dataset).__name__}; expected a Dataset or an IterableDataset.")
-    features = dataset.features
-    if features is None:
-        # Some streams say only with their first row what they hold.
-        features = {key: datasets.Image() for key, value in next(iter(dataset)).items() if _looks_like_image(value)}
-        column = _image_column(features, column)
-        shuffled = dataset.shuffle(seed=seed, buffer_size=SHUFFLED)
-    else:
-        column = _image_column(features, column)
-        shuffled = _undecoded(dataset, column).shuffle(seed=seed, buffer_size=SHUFFLED)
+    column = find_image_column(features_of(dataset), column)
+    shuffled = undecoded(dataset, column).shuffle(seed=seed, buffer_size=SHUFFLED)
 
     def cut(index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
         # In whole shards where their number allows it; else every process reads all rows and keeps its own.
@@ -331,11 +342,32 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
     return ImageSource(name, f"column {column!r} of a streaming data set", cut)
 
 
-def _undecoded(dataset: Any, column: str) -> Any:
-    """The same rows with the images as stored: decoded later, one that cannot be is no error of the whole data set."""
+def features_of(dataset: Any) -> Mapping[str, Any]:
+    """What each column of a data set holds.
+
+    Some streams say only with their first row what they hold: of these which columns are images; `None` for others.
+    """
     import datasets
 
-    return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    if dataset.features is not None:
+        return dataset.features
+    first: Mapping[str, Any] = next(iter(dataset), {})
+    return {key: datasets.Image() if _looks_like_image(value) else None for key, value in first.items()}
+
+
+def undecoded(dataset: Any, column: str, others: Iterable[str] = ()) -> Any:
+    """The same rows with the images as stored: decoded later, one that cannot be is no error of the whole data set.
+
+    Args:
+        column: of the images.
+        others: columns that stay beside it.
+    """
+    import datasets
+
+    if dataset.features is None:  # a stream of which nothing is known before
+        return dataset
+    found = dataset.select_columns(sorted({column, *others})).cast_column(column, datasets.Image(decode=False))
+    return found.with_format(None) if isinstance(found, datasets.Dataset) else found
 
 
 def _looks_like_image(value: Any) -> bool:
@@ -344,7 +376,12 @@ def _looks_like_image(value: Any) -> bool:
     return isinstance(value, PIL.Image.Image) or (isinstance(value, Mapping) and {"bytes", "path"} <= set(value))
 
 
-def _image_column(features: Mapping[str, Any], column: str | None) -> str:
+def find_image_column(features: Mapping[str, Any], column: str | None) -> str:
+    """The column of images that is asked for, by default the first.
+
+    Raises:
+        ValueError: there is none.
+    """
     import datasets
 
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]

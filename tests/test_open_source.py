@@ -1,0 +1,98 @@
+"""The commands take a folder of images, a data set saved to disk or one on the Hub, by the same rules."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import datasets
+import pytest
+import transformers
+from PIL import Image
+
+from tiny import tiny_model
+from vwt_hf.cli import calibrate, embed, evaluate, learn, main
+from vwt_hf.cli.demo import load
+from vwt_hf.cli.learn import open_source
+from vwt_hf.evaluation import answer, usable_device
+
+SIZE = {"height": 32, "width": 32}
+
+
+@pytest.fixture
+def data() -> datasets.Dataset:
+    images = [Image.effect_noise((32, 32), 20 + index).convert("RGB") for index in range(50)]
+    return datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
+
+
+def test_a_data_set_saved_to_disk_is_opened_by_its_split(tmp_path, data):
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": data.select([0]), "train": data}).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict({"odd": data}).save_to_disk(tmp_path / "odd")
+    datasets.DatasetDict({"a": data, "b": data}).save_to_disk(tmp_path / "neither")
+
+    def opened(name: str, **options):
+        found, split = open_source(str(tmp_path / name), **options)
+        return type(found), split
+
+    assert opened("one") == opened("one", column="image") == (datasets.Dataset, None)
+    assert opened("two") == (datasets.Dataset, "train")
+    assert opened("two", split="test", streaming=True) == (datasets.IterableDataset, "test")
+    assert opened("two", usual=("val", "test")) == (datasets.Dataset, "test")
+    assert opened("odd") == (datasets.Dataset, "odd")
+    with pytest.raises(ValueError, match="neither has the splits a, b; name one by --split"):
+        opened("neither")
+    with pytest.raises(ValueError, match="neither has no split 'train'; its splits are a, b"):
+        opened("neither", split="train")
+
+
+def test_a_folder_of_images_is_one_whatever_lies_beside_them_unless_that_is_asked_for(tmp_path, data, monkeypatch):
+    folder = tmp_path / "photographs"
+    (folder / "features").mkdir(parents=True)
+    data["image"][0].save(folder / "a.png")
+    data.to_parquet(folder / "features" / "train.parquet")
+    assert open_source(str(folder)) == (folder, None)
+    with pytest.raises(ValueError, match=r"--column, --split: of data sets alone, and .*photographs is a folder"):
+        open_source(str(folder), column="image", split="train")
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, **options: (name, config, options))
+    asked = (str(folder), "small", {"split": "train", "streaming": False})
+    assert open_source(str(folder), config="small", described=True) == (asked, "train")
+
+
+@pytest.mark.parametrize("verb", [calibrate, embed, evaluate, learn])
+def test_no_verb_names_a_split_by_itself(verb):
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    assert parser.get_default("split") is None  # else a folder of images would be refused
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """Of a classifier, which has no pooler."""
+    tiny_model("vit-classifier").save_pretrained(tmp_path / "model")
+    transformers.ViTImageProcessorPil(size=SIZE).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_every_verb_that_reads_images_takes_a_data_set_saved_to_disk(tmp_path, data, checkpoint, capsys):
+    data.save_to_disk(tmp_path / "saved")
+    saved, model, words = str(tmp_path / "saved"), str(checkpoint), tmp_path / "words"
+    commands = {
+        "learn": ["--image-processor", model, "--patch-size", "16", "--size", "4", "--output", str(words)],
+        "calibrate": ["--agreement", "0.01", "--by", "flops"],
+        "embed": ["--model", model, "--output", str(tmp_path / "out"), "--workers", "0"],
+    }
+    for verb, given in commands.items():
+        before = [model, saved] if verb == "calibrate" else [saved]
+        assert main([verb, *before, *given]) == 0, capsys.readouterr().err
+    assert (words / "vocabulary.json").exists() and (tmp_path / "out" / "embed.json").exists()
+    assert "50 images" in capsys.readouterr().out
+
+
+def test_a_pooler_that_the_checkpoint_does_not_hold_is_left_out(checkpoint):
+    model, pooled = load(str(checkpoint), usable_device("cpu"))
+    assert not pooled and model.pooler is None
+    pixels = transformers.ViTImageProcessorPil(size=SIZE)([Image.new("RGB", (32, 32))], return_tensors="pt")
+    found = answer(model, **pixels)
+    assert (found == model(**pixels).last_hidden_state[:, 0]).all()
