@@ -23,6 +23,8 @@ from vwt_hf import VisualVocabulary, compress
 from vwt_hf.evaluation import share
 from vwt_hf.vocabulary.image_source import find_images
 
+pytestmark = pytest.mark.newest
+
 CPU = torch.device("cpu")
 
 

@@ -76,6 +76,7 @@ def test_a_model_traced_before_its_first_call_keeps_the_patches_that_it_keeps_ea
     torch.testing.assert_close(answers[0], expected)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_intra_compiled_by_inductor_answers_as_it_does_eagerly(mode):
     model = compress(tiny_model("dinov2-classifier", num_hidden_layers=1), {"keep_ratio": 0.5})
@@ -85,7 +86,10 @@ def test_intra_compiled_by_inductor_answers_as_it_does_eagerly(mode):
     torch.testing.assert_close(answers(compiled, pixel_values), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dinov2-classifier", "clip-vision"])
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("name", "words"), [("dinov2-classifier", "packed"), ("clip-vision", "padded")], indirect=["words"]
+)
 def test_inter_compiles_no_more_once_it_has_seen_a_few_batches(name, words):
     model = compress(tiny_model(name), words)
     counter = CompileCounterWithBackend("eager")
@@ -108,6 +112,7 @@ def test_relative_and_rotary_positions_are_the_same_compiled(name, setting):
         torch.testing.assert_close(answers(compiled, ragged(batch)), answers(model, ragged(batch)))
 
 
+@pytest.mark.newest
 def test_inter_compiled_by_inductor_answers_as_it_does_eagerly(words):
     model = compress(tiny_model("vit-classifier", num_hidden_layers=1), words)
     compiled = torch.compile(model)

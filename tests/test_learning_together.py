@@ -26,6 +26,8 @@ from vwt_hf import VisualVocabulary
 from vwt_hf.processes import everywhere, gathered, in_main, joined, place, summed
 from vwt_hf.vocabulary import image_source, kmeans, learning
 
+pytestmark = pytest.mark.newest
+
 if not hasattr(os, "fork"):
     pytest.skip("needs os.fork", allow_module_level=True)
 
@@ -488,7 +490,6 @@ def paths() -> str:
     return os.pathsep.join([str(SRC), os.environ.get("PYTHONPATH", "")])
 
 
-@pytest.mark.newest
 def test_accelerate_launches_two_that_write_the_words_of_one_and_print_once(
     folder: Path, checkpoint: Path, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,8 @@ import torch
 from vwt_hf import evaluation
 from vwt_hf.metrics import Accuracy, Agreement, Divergence, TokenF1, WorstGroup, compute
 
+pytestmark = pytest.mark.newest
+
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS, PLAIN = (torch.randn(40, 4, generator=GENERATOR) for _ in range(2))
 COLUMNS = {

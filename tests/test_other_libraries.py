@@ -288,6 +288,7 @@ def test_an_exported_program_takes_batches_of_any_size(name):
 
 # Torch exports the check of sizes in SigLIP 2's plain embeddings to ONNX no more than in compressed ones.
 # Without gradients: with them torch takes sdpa with a relative position bias apart into views that it cannot have.
+@pytest.mark.newest
 @torch.no_grad()
 @pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "siglip2-vision"])
 def test_onnx_answers_as_torch(name, tmp_path):

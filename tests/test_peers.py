@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import peers
 
+pytestmark = pytest.mark.newest
+
 CLASSIFIERS = ["vit-classifier", "deit-classifier", "dinov2-classifier", "registers-classifier", "clip-classifier"]
 
 

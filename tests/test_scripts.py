@@ -11,6 +11,8 @@ import pytest
 
 from vwt_hf.terminal import run_command
 
+pytestmark = pytest.mark.newest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 SCRIPTS = (

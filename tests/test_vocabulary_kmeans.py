@@ -7,6 +7,8 @@ import torch
 
 from vwt_hf.vocabulary.kmeans import BUFFERED_AT_LEAST, MiniBatchKMeans, closest_words, statistics
 
+pytestmark = pytest.mark.newest
+
 
 def clustered(patches: int, values: int = 12, clusters: int = 40, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,8 @@ from vwt_hf import whole_saves
 from vwt_hf.vocabulary import VisualVocabulary, files
 from vwt_hf.vocabulary.files import VocabularyInfo
 
+pytestmark = pytest.mark.newest
+
 # Of one shape, so that words of one with the facts of another would load.
 NAMES = ("old", "new", "other")
 VOCABULARIES = {
