@@ -48,7 +48,7 @@ LARGEST = 32 * 2**20
 """Bytes of a request's body that are read at most."""
 MOST_PIXELS = 40_000_000
 """Of an image, by default: decoding takes some ten bytes for each, in as many threads as there are cores."""
-RETURNED = 50
+RETURNED = 10
 """Batches after which a worker gives back the memory that it does not use."""
 BEST = 5
 """Labels in an answer."""
