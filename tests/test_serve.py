@@ -326,6 +326,14 @@ def served(folder: Path, vwt: Any) -> serve.Answers:
     return api
 
 
+def test_a_worker_gives_back_memory_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    api, times = served(checkpoint(tmp_path / "model", "dinov2"), SETTING), []
+    monkeypatch.setattr(serve, "return_memory", lambda: times.append(api.batches))
+    for _ in range(2 * serve.RETURNED + 1):
+        api.predict([{"pixel_values": torch.randn(1, 3, 32, 32)}])
+    assert times == [serve.RETURNED, 2 * serve.RETURNED]
+
+
 def test_images_of_different_sizes_run_in_batches_of_one_size(tmp_path: Path):
     folder = checkpoint(tmp_path / "model", "dinov2")
     api = served(folder, SETTING)
