@@ -79,7 +79,7 @@ from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.labelled_images import groups_of
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor, whole_images
-from vwt_hf.terminal import markdown, require_writable, run_command, write_file
+from vwt_hf.terminal import markdown, require_writable, run_command, vwt_option, write_file
 from vwt_hf.visualize import require_matplotlib
 from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
@@ -148,7 +148,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hub id or folder of a supported model")
     parser.add_argument("--images", required=True, type=Path, help="folder of images, searched through all levels")
     parser.add_argument(
-        "--vwt", action="append", type=json.loads, help="a setting as JSON; may be given several times", metavar="JSON"
+        "--vwt", action="append", type=vwt_option, help="a setting as JSON; may be given several times", metavar="JSON"
     )
     parser.add_argument(
         "--vocabulary",

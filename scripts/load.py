@@ -46,7 +46,7 @@ from vwt_hf.evaluate_model import name_of
 from vwt_hf.evaluation import usable_device
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor
-from vwt_hf.terminal import markdown, require_writable, run_command, write_file
+from vwt_hf.terminal import markdown, require_writable, run_command, vwt_option, write_file
 from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
 SETTINGS: tuple[Any, ...] = (True, {"keep_ratio": 0.5})
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hub id or folder of a supported model")
     parser.add_argument("--images", required=True, type=Path, help="folder of images, searched through all levels")
-    parser.add_argument("--vwt", action="append", type=json.loads, help="a setting as JSON; may be given several times")
+    parser.add_argument("--vwt", action="append", type=vwt_option, help="a setting as JSON; may be given several times")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="at a time (default: 1 8 32)")
     parser.add_argument("--seconds", type=float, default=20, help="of each measurement (default: 20)")
     parser.add_argument(

@@ -40,7 +40,7 @@ from starlette.requests import ClientDisconnect
 from vwt_hf.cli.calibrate import DTYPES, load_model
 from vwt_hf.evaluation import answer, classifies, count_tokens, on_device, return_memory, usable_device
 from vwt_hf.processors import load_processor, quiet_transformers
-from vwt_hf.terminal import run_command
+from vwt_hf.terminal import run_command, vwt_option
 from vwt_hf.vocabulary.image_source import UnreadableImage, pixel_batches
 
 FIELD = "image"
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a supported model")
     parser.add_argument(
         "--vwt",
-        type=json.loads,
+        type=vwt_option,
         metavar="JSON",
         help="the setting, or true, or false (default: as the model was saved)",
     )

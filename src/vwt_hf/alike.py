@@ -19,6 +19,8 @@ class Pairs(NamedTuple):
     """(images, pairs), int64: as `tokens`."""
     cosines: torch.Tensor
     """(images, pairs), float32: how alike the two are; −inf where an image has no such token."""
+    counts: torch.Tensor
+    """(images,), int64: how many tokens each image has, without prefix tokens."""
 
     def into(self, joins: torch.Tensor, layout: Layout) -> torch.Tensor:
         """The row of the token that each becomes part of, its own if it stays: (sequences, prefix + tokens), int64.
@@ -52,7 +54,7 @@ def find_pairs(values: torch.Tensor, layout: Layout) -> Pairs:
     cosines.masked_fill_(~real[:, None, 0::2], -torch.inf)
     cosine, which = cosines.max(dim=2)
     others = rows[:, 0::2].gather(1, which)
-    return Pairs(rows[:, 1::2], others, cosine.masked_fill(~real[:, 1::2], -torch.inf))
+    return Pairs(rows[:, 1::2], others, cosine.masked_fill(~real[:, 1::2], -torch.inf), ends - first)
 
 
 def join_alike(values: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
@@ -81,9 +83,7 @@ def join_share(values: torch.Tensor, layout: Layout, share: float) -> torch.Tens
     if (number := number_to_join(layout, share)) is not None:
         joins = torch.zeros_like(pairs.tokens, dtype=torch.bool).scatter(1, order[:, :number], True)
     else:
-        tokens = layout.rows.amax(dim=1) + 1 - layout.rows.amin(dim=1) - layout.prefix
-        numbers = whole_shares(tokens.to(values.device), share).unsqueeze(1)
-        joins = order.argsort(dim=1) < numbers
+        joins = order.argsort(dim=1) < whole_shares(pairs.counts, share).unsqueeze(1)
     return pairs.into(joins, layout)
 
 

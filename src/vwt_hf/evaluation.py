@@ -397,8 +397,8 @@ def synchronize(device: torch.device) -> None:
 def return_memory() -> None:
     """Has the C library give back to the system what it keeps free, where it can be asked to (glibc).
 
-    Tensors of ever other sizes leave gaps that it keeps: a process that runs for long on batches of different lengths
-    grows by them.
+    Tensors of changing sizes leave gaps in its memory, by which a process would grow that runs for long on batches of
+    different lengths.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: on Windows
         ctypes.CDLL(None).malloc_trim(0)

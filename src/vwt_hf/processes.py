@@ -133,9 +133,21 @@ def everywhere(work: Callable[[], Made], tell: Callable[[Made], Any] = lambda ma
         told = tell(made)
     except Exception as error:
         failed = error
+    outcomes = _exchanged(lambda: gather_object([(told, failed and _described(failed))]), failed)
+    for other, (_, description) in enumerate(outcomes):
+        if description is not None:
+            raise _again(other, number, *description)
+    return made, [told for told, _ in outcomes]
+
+
+def _exchanged(exchange: Callable[[], Made], failed: Exception | None) -> Made:
+    """What `exchange` gives, by which processes tell each other; raises `failed`, what went wrong in this one.
+
+    An error of this process's own is not lost with another process.
+    """
     try:
         with _talking():
-            outcomes = gather_object([(told, failed and _described(failed))])
+            made = exchange()
     except ProcessLost:
         if failed is None:
             raise
@@ -143,10 +155,7 @@ def everywhere(work: Callable[[], Made], tell: Callable[[Made], Any] = lambda ma
         _mark_known(failed)
     if failed is not None:
         raise failed
-    for other, (_, description) in enumerate(outcomes):
-        if description is not None:
-            raise _again(other, number, *description)
-    return made, [told for told, _ in outcomes]
+    return made
 
 
 def gathered(work: Callable[[], Made]) -> list[Made]:
@@ -181,17 +190,7 @@ def in_main(work: Callable[[], Made]) -> Made:
         except Exception as error:
             failed = error
             outcome = [(None, _described(error))]
-    try:
-        with _talking():
-            broadcast_object_list(outcome)
-    except ProcessLost:
-        if failed is None:
-            raise
-    else:
-        _mark_known(failed)
-    if failed is not None:
-        raise failed
-    made, description = outcome[0]
+    made, description = _exchanged(lambda: broadcast_object_list(outcome), failed)[0]
     if description is not None:
         raise _again(0, number, *description)
     return made

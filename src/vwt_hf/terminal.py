@@ -5,10 +5,12 @@ Nothing here imports torch, so that help comes at once.
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import contextlib
 import functools
 import io
+import json
 import os
 import sys
 import tempfile
@@ -115,6 +117,15 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
     below = (line("n/a" if row[name] is None else row[name] for name in columns) for row in rows)
     return line(iter(columns)) + "|" + "---|" * len(columns) + "\n" + "".join(below)
+
+
+def vwt_option(text: str) -> Any:
+    """A setting as the option `--vwt` of a command gives it, as JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        message = f"{text!r} is no JSON; expected true, false, or fields, as '{{\"keep_ratio\": 0.5}}'"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def require_writable(*files: str | os.PathLike[str] | None) -> None:

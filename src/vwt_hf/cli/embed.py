@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned, require_folder
+from ..terminal import aligned, require_folder, vwt_option
 from .calibrate import DTYPES
 from .learn import IMAGES, open_source
 
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="for the files")
     parser.add_argument(
         "--vwt",
-        type=setting,
+        type=vwt_option,
         metavar="JSON",
         help="how to shorten: true, or a setting's fields; false: not at all (default: as MODEL says)",
     )
@@ -62,15 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
-
-
-def setting(text: str) -> Any:
-    """A setting as `--vwt` gives it."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        message = f"{text!r} is no JSON; expected true, false, or fields, as '{{\"keep_ratio\": 0.5}}'"
-        raise argparse.ArgumentTypeError(message) from None
 
 
 def work(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import markdown, require_writable, write_file
+from ..terminal import markdown, require_writable, vwt_option, write_file
 from .calibrate import DTYPES
 from .demo import load
 from .learn import open_source
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vwt",
         action="append",
-        type=json.loads,
+        type=vwt_option,
         metavar="JSON",
         help="a setting; may be given several times (default: the model's own or, if it has none, true)",
     )
@@ -121,11 +121,12 @@ def work(args: argparse.Namespace) -> None:
     from ..evaluation import usable_device
     from ..evaluation_tasks import TASKS, task_for
     from ..labelled_images import open_labelled
-    from ..processes import joined, place
+    from ..processes import everywhere, joined, place
     from ..processors import load_processor, quiet_transformers
 
     require_options(args.vwt, args.batch_size, args.max_new_tokens, args.prompt)
-    with joined(args.device):
+
+    def prepare() -> tuple[Any, ...]:
         device = usable_device(args.device)
         data, split = open_source(
             args.dataset, config=args.config, split=args.split, usual=SPLITS, streaming=args.streaming, described=True
@@ -138,6 +139,10 @@ def work(args: argparse.Namespace) -> None:
         with quiet_transformers():
             dtype = args.dtype and getattr(torch, args.dtype)
             model, _ = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, vwt=None)
+        return model, images, split, task, processor
+
+    with joined(args.device):
+        (model, images, split, task, processor), _ = everywhere(prepare)
         result = evaluate_model(
             model,
             images,
