@@ -22,7 +22,7 @@ from test_generation import blip, built, llava
 from test_pipeline import tokenizer_with
 from tiny import tiny_model
 from vwt_hf import compress, count_tokens, evaluate_model, evaluation_tasks
-from vwt_hf.cli import main
+from vwt_hf.cli import evaluate, main
 from vwt_hf.evaluate_model import name_of
 from vwt_hf.evaluation import agreement, divergence, ranks, token_f1
 from vwt_hf.evaluation_tasks import ZeroShot
@@ -630,6 +630,38 @@ def test_images_that_are_opened_already_are_taken_as_they_are(tmp_path, photogra
 def test_a_setting_that_leaves_the_model_plain_is_refused(photographs, setting):
     with pytest.raises(ValueError, match=f"vwt holds {setting}, which leaves the model plain; leave it out"):
         evaluate_model(tiny_model("vit-classifier"), photographs, vwt=[HALF, setting])
+
+
+def test_what_was_measured_is_written_also_where_nobody_reads_what_is_printed(tmp_path, photographs, monkeypatch):
+    def gone(result):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluate, "report", gone)
+    file = tmp_path / "rows.json"
+    given = ["evaluate", str(random_classifier(tmp_path)), "--dataset", str(photographs), "--json", str(file)]
+    with monkeypatch.context() as patch:
+        patch.setattr("os.dup2", lambda *of: None)  # of the tests' own output
+        assert main(given) == 141
+    assert len(json.loads(file.read_text())["rows"]) == 2
+
+
+def test_the_script_compare_writes_the_figures_as_bare_numbers(tmp_path, photographs, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    import compare
+
+    folder, file = random_classifier(tmp_path), tmp_path / "compared.json"
+    given = ["--model", str(folder), "--images", str(photographs), "--vwt", json.dumps(HALF), "--json", str(file)]
+    compare.main(given)
+    plain, half = json.loads(file.read_text())["rows"]
+    expected = run(folder, photographs, "--vwt", json.dumps(HALF), "--task", "classification")
+    assert plain["setting"] == "uncompressed" and half["vwt"] == HALF and half["tokens"] == expected[1]["tokens"]
+    for row, own in ((plain, expected[0]), (half, expected[1])):
+        found = values(own)
+        assert row["top-1 %"] == round(100 * found["accuracy"], 2)
+        assert row.get("agree %") == (round(100 * found["agreement"], 2) if own is expected[1] else None)
+    with pytest.raises(SystemExit) as end:
+        compare.main(["--model", str(folder), "--images", str(tmp_path / "nowhere"), "--vwt", "true"])
+    assert end.value.code == 2
 
 
 PROGRAM = """

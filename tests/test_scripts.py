@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 SCRIPTS = (
     "benchmark",
+    "compare",
     "compare_attention",
     "compare_clustering",
     "compare_processor",

@@ -156,9 +156,9 @@ def work(args: argparse.Namespace) -> None:
         )
         result.dataset = result.dataset if Path(args.dataset).exists() else args.dataset
         if place()[0] == 0:
-            report(result)
-            if args.json is not None:
+            if args.json is not None:  # before what is printed, which nobody may read to its end
                 write_file(args.json, json.dumps(result.to_dict(), indent=1))
+            report(result)
             if args.card is not None:
                 write_card(Path(args.card), result, split, args.config)
 
