@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -342,6 +343,29 @@ def test_two_that_save_at_once_leave_what_one_of_them_saved(save: Save, tmp_path
     assert not bad, "\n".join(f"{kill} of the second: the folder {why}" for kill, why in bad)
     save.write(folder, "new")
     assert files_in(folder) == files_in(tmp_path / "new")
+
+
+def test_the_seal_of_a_model_tells_of_the_weights_that_its_own_save_wrote(tmp_path: Path, monkeypatch) -> None:
+    """Another save into the folder, which begins before it is sealed, waits for its turn."""
+    folder, auto = tmp_path / "folder", sys.modules["vwt_hf.auto"]
+    seal, weights, others = auto.seal_words, [], []
+
+    def sealed_late(*of: Any) -> None:
+        if not others:
+            others.append(threading.Thread(target=write_model, args=(folder, "other")))
+            others[0].start()
+            others[0].join(1)
+            weights.append((folder / "model.safetensors").read_bytes())
+        seal(*of)
+
+    monkeypatch.setattr(auto, "seal_words", sealed_late)
+    write_model(folder, "new")
+    others[0].join()
+    monkeypatch.undo()
+    for which in ("new", "other"):
+        write_model(tmp_path / which, which)
+    assert weights == [(tmp_path / "new" / "model.safetensors").read_bytes()]
+    assert read_model(folder) == read_model(tmp_path / "other")
 
 
 def repeat(save: Save, folder: Path, which: str) -> None:
