@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vwt_hf.layout import attention_bias, expand, group, medoids, pool, pool_pairs, represent
+from vwt_hf.layout import attention_bias, expand, group, medoids, pool, pool_pairs, regroup, represent
 from vwt_hf.words import (
     gather_patches,
     grid_patches,
@@ -68,6 +68,30 @@ def test_the_numbers_of_the_words_do_not_matter(packed):
     renamed = torch.randperm(10, generator=torch.Generator().manual_seed(0))[WORDS]
     one, other = group(WORDS, 1, packed), group(renamed, 1, packed)
     assert torch.equal(one.rows, other.rows) and torch.equal(one.sizes, other.sizes)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "with-padding"])
+def test_tokens_that_become_one_lie_as_if_their_patches_had_shared_a_word_from_the_start(packed, padding, prefix):
+    generator = torch.Generator().manual_seed(prefix)
+    for _ in range(20):
+        real = (torch.arange(12) < torch.randint(3, 13, (4, 1), generator=generator)) if padding else None
+        words = torch.randint(0, 12, (4, 12), generator=generator)
+        layout = group(words, prefix, packed, real)
+        into = torch.arange(layout.sizes.numel())
+        joined = words.clone()
+        for image, row in enumerate(layout.rows[:, prefix:]):
+            # A patch that counts joins another of its image, before or behind it, and so do all of its token.
+            one, other = torch.randint(0, 3, (2,), generator=generator).tolist()
+            into[row[one]] = row[other]
+            joined[image, words[image] == words[image, one]] = words[image, other]
+        expected = group(joined, prefix, packed, real, not_as=[layout.sizes.shape])
+        found = regroup(layout, into, not_as=[layout.sizes.shape])
+        if expected.tokens == layout.tokens:
+            assert found is layout
+            continue
+        assert found.runs == expected.runs and found.packed == expected.packed
+        assert torch.equal(found.rows, expected.rows) and torch.equal(found.sizes, expected.sizes)
 
 
 def test_an_empty_batch_has_an_empty_layout(packed):

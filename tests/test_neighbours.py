@@ -7,10 +7,19 @@ import math
 import pytest
 import torch
 
-from vwt_hf.neighbours import CLASSES, FAR, FINE, OFFSETS, cover, cover_by, describe, find_neighbours, leaders
-from vwt_hf.words import patch_places
+from vwt_hf.neighbours import (
+    CLASSES,
+    FAR,
+    FINE,
+    OFFSETS,
+    cover,
+    cover_by,
+    describe,
+    find_neighbours,
+    find_padded_neighbours,
+    leaders,
+)
 
-CPU = torch.device("cpu")
 GRIDS = [(8, 8), (5, 7), (1, 6), (3, 1)]
 
 
@@ -56,10 +65,10 @@ def leader_by_loops(looks, place, columns: int, stays: set) -> tuple[int, int]:
 @pytest.mark.parametrize(("rows", "columns"), GRIDS)
 @pytest.mark.parametrize("tolerance", [0.0, 0.3, 0.6, 1.1, 9.0])
 def test_a_patch_goes_where_a_neighbour_that_stays_is_alike(rows, columns, tolerance):
-    looks, places = looks_of(rows, columns), patch_places((rows, columns), CPU)
-    neighbours = find_neighbours(looks, places, None)
-    stays = cover(neighbours, places, tolerance)
-    leads = leaders(neighbours, places, stays)
+    looks = looks_of(rows, columns)
+    neighbours = find_neighbours(looks, (rows, columns))
+    stays = cover(neighbours, tolerance)
+    leads = leaders(neighbours, stays)
     for image in range(len(looks)):
         expected = cover_by_loops(looks[image], rows, columns, tolerance)
         assert {divmod(index, columns) for index in stays[image].nonzero().flatten().tolist()} == expected
@@ -69,12 +78,11 @@ def test_a_patch_goes_where_a_neighbour_that_stays_is_alike(rows, columns, toler
 
 
 def test_images_with_nothing_alike_keep_all_and_flat_ones_a_sixteenth():
-    places = patch_places((8, 8), CPU)
-    flat = find_neighbours(torch.zeros(1, 64, 2), places, None)
-    stays = cover(flat, places, 1e-6)
+    flat = find_neighbours(torch.zeros(1, 64, 2), (8, 8))
+    stays = cover(flat, 1e-6)
     assert stays.nonzero()[:, 1].tolist() == [0, 4, 32, 36]
-    assert leaders(flat, places, stays).unique().tolist() == [0, 4, 32, 36]
-    assert cover(flat, places, 0.0).all()
+    assert leaders(flat, stays).unique().tolist() == [0, 4, 32, 36]
+    assert cover(flat, 0.0).all()
 
 
 @pytest.mark.parametrize(("rows", "columns"), GRIDS)
@@ -84,26 +92,24 @@ def test_padded_images_are_covered_as_they_are_alone(rows, columns):
     index = torch.arange(rows * columns + 5)
     places = torch.stack((index // columns, index % columns), dim=-1).float().unsqueeze(0)
     real = (index < rows * columns).unsqueeze(0)
-    alone_places = patch_places((rows, columns), CPU)
-    alone = find_neighbours(looks, alone_places, None)
-    found = find_neighbours(padded, places, real)
-    stays, expected = cover(found, places, 0.6), cover(alone, alone_places, 0.6)
+    alone = find_neighbours(looks, (rows, columns))
+    found = find_padded_neighbours(padded, places, real)
+    stays, expected = cover(found, 0.6), cover(alone, 0.6)
     assert torch.equal(stays[real], expected[0])
-    assert torch.equal(leaders(found, places, stays)[real], leaders(alone, alone_places, expected)[0])
+    assert torch.equal(leaders(found, stays)[real], leaders(alone, expected)[0])
 
 
 def test_a_number_of_patches_is_what_the_tolerance_that_leaves_so_many_leaves():
     looks = torch.randn(5, 64, 3, generator=torch.Generator().manual_seed(0))
-    places = patch_places((8, 8), CPU)
-    neighbours = find_neighbours(looks, places, None)
+    neighbours = find_neighbours(looks, (8, 8))
     for tolerance in (1.5, 2.0):
-        stays = cover(neighbours, places, tolerance)
-        scores = cover_by(neighbours, places, stays.sum(dim=1))
+        stays = cover(neighbours, tolerance)
+        scores = cover_by(neighbours, stays.sum(dim=1))
         for image in range(len(looks)):
             best = scores[image].argsort(descending=True, stable=True)[: stays[image].sum()]
             assert torch.equal(best.sort().values, stays[image].nonzero().flatten())
     for keep in (4, 20, 63):
-        scores = cover_by(neighbours, places, keep)
+        scores = cover_by(neighbours, keep)
         assert (scores.isinf().sum(dim=1) <= keep).all()
 
 

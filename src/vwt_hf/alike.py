@@ -42,19 +42,22 @@ def find_pairs(values: torch.Tensor, layout: Layout) -> Pairs:
         values: (sequences, prefix + tokens, size), float32: tokens are as alike as the cosine of these.
         layout: where the tokens of each image lie. Its prefix tokens are in no pair.
     """
-    first = layout.rows.to(values.device).amin(dim=1) + layout.prefix
-    ends = layout.rows.to(values.device).amax(dim=1) + 1
-    place = torch.arange(layout.longest - layout.prefix, device=values.device)
-    rows = first.unsqueeze(1) + place  # (images, tokens)
-    real = rows < ends.unsqueeze(1)
-    rows = rows.clamp(max=layout.sizes.numel() - 1)
+    first, ends = (bound.to(values.device) for bound in layout.bounds)
+    first = first + layout.prefix
+    rows = first.unsqueeze(1) + torch.arange(layout.longest - layout.prefix, device=values.device)
     with without_autocast(values.device):
-        directions = torch.nn.functional.normalize(values.flatten(0, 1), dim=-1)[rows]
-        cosines = directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)
-    cosines.masked_fill_(~real[:, None, 0::2], -torch.inf)
-    cosine, which = cosines.max(dim=2)
-    others = rows[:, 0::2].gather(1, which)
-    return Pairs(rows[:, 1::2], others, cosine.masked_fill(~real[:, 1::2], -torch.inf), ends - first)
+        directions = torch.nn.functional.normalize(values.flatten(0, 1), dim=-1)
+        if len(layout.runs) == 1 and layout.real is None:  # all images have as many tokens
+            directions = directions[rows]
+            cosine, which = (directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)).max(dim=2)
+        else:
+            real = rows < ends.unsqueeze(1)
+            rows = rows.clamp(max=layout.sizes.numel() - 1)
+            directions = directions[rows]
+            cosines = directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)
+            cosine, which = cosines.masked_fill_(~real[:, None, 0::2], -torch.inf).max(dim=2)
+            cosine = cosine.masked_fill(~real[:, 1::2], -torch.inf)
+    return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), cosine, ends - first)
 
 
 def join_alike(values: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:

@@ -346,7 +346,7 @@ def _by_layout(
     layout = plan.layout
     if not layout.runs:  # no images, of which an interface may not tell the shape
         return value.transpose(1, 2)
-    if not layout.packed:
+    if not layout.packed or layout.rows.shape[0] == 1:  # one image has no padding
         return attend(query, key, value, _sum(query, bias, None if pairs is None else pairs[0]))
     rows = [images * length for length, images in layout.runs]
     parts = zip(*(tensor[0].split(rows, dim=1) for tensor in (query, key, value)), strict=True)

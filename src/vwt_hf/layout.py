@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections import Counter
 from collections.abc import Collection
 
 import torch
@@ -48,6 +50,12 @@ class Layout:
     def longest(self) -> int:
         """Tokens of the longest image."""
         return self.runs[-1][0] if self.runs else 0
+
+    @functools.cached_property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The row in which each image starts, and the one after its last: (batch,) both."""
+        # The first patch of an image is in its first token, as tokens come in the order of their first patches.
+        return self.rows[:, 0], self.rows.amax(dim=1) + 1
 
     @functools.cached_property
     def bags(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,27 +127,74 @@ def group(
     """
     if real is not None:
         patch_words = torch.where(real, patch_words, patch_words[:, :1])
-    batch, patches = patch_words.shape
-    device = patch_words.device
     token_of_patch, lengths = _tokens(patch_words)
-    images_of_length = torch.zeros(patches + 1, dtype=torch.int64, device=device)
-    images_of_length.scatter_add_(0, lengths, torch.ones_like(lengths))
-    counted = images_of_length.tolist()  # the one synchronisation with the device
-    runs = tuple((length + prefix, images) for length, images in enumerate(counted) if images)
-    packed = packed and batch > 0  # a sequence of no tokens is none that a convolution takes
-    if packed:
-        order = lengths.argsort(stable=True)
-        ends = (lengths[order] + prefix).cumsum(0)
-        starts = torch.empty_like(lengths).scatter_(0, order, ends - lengths[order] - prefix)
-        shape = (1, sum(length * images for length, images in runs))
-    else:
-        longest = runs[-1][0] if runs else prefix + 1
-        # Longer where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
-        while longest == prefix + patches or (batch, longest) in not_as:
-            longest += 1
-        shape = (batch, longest)
-        starts = torch.arange(batch, device=device) * shape[1]
-    return _lay_out(token_of_patch, prefix, starts, shape, runs, packed, real)
+    counted = (lengths + prefix).tolist()  # the one synchronisation with the device
+    shape, starts, packed = _places(counted, prefix + patch_words.shape[1], packed, not_as)
+    first = _on(starts, patch_words.device)
+    return _lay_out(token_of_patch, prefix, first, shape, _runs(counted), packed, real)
+
+
+def regroup(before: Layout, into: torch.Tensor, not_as: Collection[tuple[int, ...]] = ()) -> Layout:
+    """Lays tokens out of which some have become part of others of their image, in the order of their first patches.
+
+    Args:
+        before: how they lay.
+        into: (sequences, prefix tokens + tokens), int64, on the device of `before`: the row of the token that each
+            becomes part of, its own if it stays.
+        not_as: as for `group`.
+
+    Returns:
+        `before` itself, if all stay.
+    """
+    into = into.flatten()
+    own = torch.arange(into.numel(), device=into.device)
+    lead = own.scatter_reduce(0, into, own, "amin")[into]  # of those that become one, the first
+    leads = lead == own
+    if not before.dense:  # rows of padding are none
+        leads = leads & (before.sizes.flatten() > 0)
+    place = leads.cumsum(0)
+    first, ends = before.bounds
+    counted = (place[ends - 1] - place[first] + 1).tolist()  # the one synchronisation with the device
+    if sum(counted) == before.tokens:
+        return before
+    shape, starts, packed = _places(counted, before.rows.shape[1], before.packed, not_as)
+    moved = _on(starts, into.device) - place[first]
+    rows = place[lead][before.rows] + moved.unsqueeze(1)
+    return _of_rows(rows, before.prefix, shape, _runs(counted), packed, before.real)
+
+
+def _runs(counted: list[int]) -> tuple[tuple[int, int], ...]:
+    """`Layout.runs` of images of so many tokens each, prefix tokens included."""
+    return tuple(sorted(Counter(counted).items()))
+
+
+def _places(
+    counted: list[int], whole: int, packed: bool, not_as: Collection[tuple[int, ...]]
+) -> tuple[tuple[int, int], list[int], bool]:
+    """Where images of so many tokens lie: the shape of their batch, the row that each starts in, whether it is packed.
+
+    Args:
+        counted: tokens of each image, prefix tokens included.
+        whole: prefix tokens and patches of an image.
+        packed, not_as: as for `group`.
+    """
+    batch = len(counted)
+    if packed and batch:  # a sequence of no tokens is none that a convolution takes
+        order = sorted(range(batch), key=counted.__getitem__)
+        ends = list(itertools.accumulate(counted[image] for image in order))
+        starts = [0] * batch
+        for image, end in zip(order, ends, strict=True):
+            starts[image] = end - counted[image]
+        return (1, ends[-1]), starts, True
+    longest = max(counted, default=1)
+    # Longer where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
+    while longest == whole or (batch, longest) in not_as:
+        longest += 1
+    return (batch, longest), [image * longest for image in range(batch)], False
+
+
+def _on(rows: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: torch.Tensor | None = None) -> Layout:
@@ -168,7 +223,19 @@ def _lay_out(
     """A layout whose images start at the rows `starts` (batch,)."""
     own = torch.arange(prefix, device=starts.device).expand(starts.shape[0], -1)
     rows = torch.cat((own, token_of_patch + prefix), dim=1) + starts.unsqueeze(1)
-    counts = torch.ones(rows.shape, device=starts.device, dtype=torch.float32)
+    return _of_rows(rows, prefix, shape, runs, packed, real)
+
+
+def _of_rows(
+    rows: torch.Tensor,
+    prefix: int,
+    shape: tuple[int, int],
+    runs: tuple[tuple[int, int], ...],
+    packed: bool,
+    real: torch.Tensor | None,
+) -> Layout:
+    """A layout whose prefix tokens and patches, (batch, prefix + patches), are in these rows."""
+    counts = torch.ones(rows.shape, device=rows.device, dtype=torch.float32)
     if real is not None:
         counts[:, prefix:] = real
     sizes = counts.new_zeros(shape[0] * shape[1]).scatter_add_(0, rows.flatten(), counts.flatten())

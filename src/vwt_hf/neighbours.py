@@ -7,11 +7,12 @@ have stayed until then, to one two patches away.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
 
-from .words import first_of, gather_patches, same_for_all
+from .words import first_of, gather_patches, same_for_all, whole_numbers
 
 OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
 """Rows and columns from a patch to its neighbours. The last four are opposite to the first four, in their order."""
@@ -26,6 +27,10 @@ STEPS = 12
 """Halvings by which a tolerance is found that leaves a given number of patches: to 1/4096 of the largest distance."""
 
 
+STAYS = len(CLASSES)
+"""The number of no class: of patches that may not go at a spacing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
     """The eight neighbours of each patch, at one spacing."""
@@ -34,6 +39,8 @@ class Neighbours:
     """(batch or 1, patches, 8), int64: which patches they are; 0 where there is none."""
     distance: torch.Tensor
     """(batch, patches, 8): how much the patch differs from each; infinite where there is none."""
+    classes: torch.Tensor
+    """(batch or 1, patches), int64: the number in `CLASSES` of each patch, or `STAYS`."""
     spacing: int
     """How many patches away they are: 1 or 2."""
     within: float
@@ -75,28 +82,78 @@ def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tupl
     return torch.cat((slow.flatten(2), FINE * fine.unsqueeze(-1)), dim=-1)
 
 
-def find_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torch.Tensor | None) -> list[Neighbours]:
+def find_neighbours(looks: torch.Tensor, grid: tuple[int, int]) -> list[Neighbours]:
     """The neighbours of each patch, those beside it and those two patches away.
 
     Args:
         looks: (batch, patches, values), as `describe` gives them.
-        places: (batch or 1, patches, 2): row and column of each patch, in row-major order.
-        real: (batch, patches), bool: which patches are no padding; `None` if all are.
+        grid: rows and columns of patches.
+    """
+    return [
+        _neighbours(
+            looks, _index_in_grid(*grid, spacing, looks.device), _classes_in_grid(*grid, spacing, looks.device), spacing
+        )
+        for spacing in (1, 2)
+    ]
+
+
+def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torch.Tensor) -> list[Neighbours]:
+    """As `find_neighbours`, of images that are padded; padding has no neighbours and is none.
+
+    Args:
+        looks: (batch, patches, values).
+        places: (batch, patches, 2): row and column of each patch, in row-major order.
+        real: (batch, patches), bool: which patches are no padding.
     """
     row, column = places.long().unsqueeze(2).unbind(-1)
-    if real is not None:
-        row, column = row.masked_fill(~real.unsqueeze(2), -1), column.masked_fill(~real.unsqueeze(2), -1)
-    rows, columns = row.amax(dim=1, keepdim=True) + 1, column.amax(dim=1, keepdim=True) + 1
+    inside_row, inside_column = (place.masked_fill(~real.unsqueeze(2), -1) for place in (row, column))
+    rows, columns = (place.amax(dim=1, keepdim=True) + 1 for place in (inside_row, inside_column))
+    offsets = torch.tensor(OFFSETS, device=places.device).unbind(1)
     found = []
-    for spacing, within in ((1, 1.0), (2, FAR)):
-        down, right = (spacing * torch.tensor(OFFSETS, device=places.device)).unbind(1)
-        there_row, there_column = row + down, column + right
-        exists = (there_row >= 0) & (there_row < rows) & (there_column >= 0) & (there_column < columns)
-        if real is not None:
-            exists = exists & real.unsqueeze(2)
-        index = torch.where(exists, there_row * columns + there_column, 0)
-        found.append(Neighbours(index, _distances(looks, index).masked_fill(~exists, torch.inf), spacing, within))
+    for spacing in (1, 2):
+        index = _index(inside_row, inside_column, rows, columns, offsets, spacing)
+        index = index.masked_fill(~real.unsqueeze(2), NONE)
+        found.append(_neighbours(looks, index, _classes(row, column, spacing).squeeze(2), spacing))
     return found
+
+
+NONE = -1
+"""In place of the index of a patch: there is none."""
+
+
+@same_for_all
+def _index_in_grid(rows: int, columns: int, spacing: int, device: torch.device) -> torch.Tensor:
+    """(1, patches, 8), int64: the neighbours of each patch, or `NONE`."""
+    row, column = np.divmod(np.arange(rows * columns)[:, None], columns)
+    return whole_numbers(_index(row, column, rows, columns, np.array(OFFSETS).T, spacing)[None], device)
+
+
+@same_for_all
+def _classes_in_grid(rows: int, columns: int, spacing: int, device: torch.device) -> torch.Tensor:
+    """(1, patches), int64: `Neighbours.classes`."""
+    return whole_numbers(_classes(*np.divmod(np.arange(rows * columns), columns), spacing)[None], device)
+
+
+def _index(row: Any, column: Any, rows: Any, columns: Any, offsets: Any, spacing: int) -> Any:
+    """Which patches the neighbours are, or `NONE`; of arrays of numpy or of torch."""
+    there_row, there_column = row + spacing * offsets[0], column + spacing * offsets[1]
+    exists = (there_row >= 0) & (there_row < rows) & (there_column >= 0) & (there_column < columns)
+    return (there_row * columns + there_column - NONE) * exists + NONE
+
+
+def _classes(row: Any, column: Any, spacing: int) -> Any:
+    """`Neighbours.classes`, of arrays of numpy or of torch."""
+    found = 0 * (row + column) + STAYS
+    for number, (down, right) in enumerate(CLASSES):
+        of_class = (row % (2 * spacing) == down * spacing) & (column % (2 * spacing) == right * spacing)
+        found = found + (number - STAYS) * of_class
+    return found
+
+
+def _neighbours(looks: torch.Tensor, index: torch.Tensor, classes: torch.Tensor, spacing: int) -> Neighbours:
+    none, index = index == NONE, index.clamp(min=0)
+    distance = _distances(looks, index).masked_fill(none, torch.inf)
+    return Neighbours(index, distance, classes, spacing, 1.0 if spacing == 1 else FAR)
 
 
 def _distances(looks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -113,7 +170,7 @@ def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, index.flatten(1)).view(index.shape)
 
 
-def cover(neighbours: list[Neighbours], places: torch.Tensor, tolerance: float | torch.Tensor) -> torch.Tensor:
+def cover(neighbours: list[Neighbours], tolerance: float | torch.Tensor) -> torch.Tensor:
     """Which patches stay, if one goes where a neighbour that stays differs from it by less than a tolerance.
 
     At each spacing the three classes of `CLASSES` are looked at in turn, all patches of one at once. The patches of
@@ -121,7 +178,6 @@ def cover(neighbours: list[Neighbours], places: torch.Tensor, tolerance: float |
 
     Args:
         neighbours: as `find_neighbours` gives them.
-        places: (batch or 1, patches, 2).
         tolerance: a number, or (batch, 1, 1).
 
     Returns:
@@ -130,20 +186,18 @@ def cover(neighbours: list[Neighbours], places: torch.Tensor, tolerance: float |
     stays = torch.ones_like(neighbours[0].distance[..., 0], dtype=torch.bool)
     for near in neighbours:
         alike = near.distance < near.within * tolerance
-        part = places.long() % (2 * near.spacing)
-        for row, column in CLASSES:
-            of_class = (part[..., 0] == row * near.spacing) & (part[..., 1] == column * near.spacing)
-            stays = stays & ~(of_class & (alike & at(stays, near.index)).any(dim=-1))
+        for number in range(len(CLASSES)):
+            stays = stays & ~((near.classes == number) & (alike & at(stays, near.index)).any(dim=-1))
     return stays
 
 
-def cover_by(neighbours: list[Neighbours], places: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+def cover_by(neighbours: list[Neighbours], keep: int | torch.Tensor) -> torch.Tensor:
     """Scores by which the patches that stay are the highest: as `cover`, by the tolerance that leaves so many.
 
     Where no tolerance leaves just so many, of the patches that would go those stay that differ most.
 
     Args:
-        neighbours, places: as for `cover`.
+        neighbours: as for `cover`.
         keep: patches of each image, or (batch,).
 
     Returns:
@@ -155,24 +209,24 @@ def cover_by(neighbours: list[Neighbours], places: torch.Tensor, keep: int | tor
     wanted = torch.as_tensor(keep, device=known.device).view(-1, 1, 1)
     for _ in range(STEPS):
         middle = (low + high) / 2
-        fewer = cover(neighbours, places, middle).sum(dim=1).view(-1, 1, 1) <= wanted
+        fewer = cover(neighbours, middle).sum(dim=1).view(-1, 1, 1) <= wanted
         low, high = torch.where(fewer, low, middle), torch.where(fewer, middle, high)
-    stays = cover(neighbours, places, high)
+    stays = cover(neighbours, high)
     near, far = neighbours
-    even = _even(places)
+    even = near.classes == STAYS
     beside, _ = _nearest(near, stays | even)
     apart, _ = _nearest(far, stays)
     return torch.where(stays, torch.inf, torch.where(even, apart / far.within, beside / near.within))
 
 
-def leaders(neighbours: list[Neighbours], places: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+def leaders(neighbours: list[Neighbours], stays: torch.Tensor) -> torch.Tensor:
     """Which patch stands for each: itself if it stays, else the one that stands for the neighbour that differs least.
 
     The neighbour is one that stays or is of even row and column, and for a patch that is so itself one that stays, two
     patches away. Of neighbours that differ equally the first by `OFFSETS` is taken.
 
     Args:
-        neighbours, places: as for `cover`.
+        neighbours: as for `cover`.
         stays: (batch, patches), bool: those of every fourth row and column among them.
 
     Returns:
@@ -180,15 +234,10 @@ def leaders(neighbours: list[Neighbours], places: torch.Tensor, stays: torch.Ten
     """
     near, far = neighbours
     own = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
-    even = _even(places)
+    even = near.classes == STAYS
     beside = torch.where(stays | even, own, _nearest(near, stays | even)[1])
     apart = torch.where(stays, own, _nearest(far, stays)[1])
     return at(apart, beside)
-
-
-def _even(places: torch.Tensor) -> torch.Tensor:
-    """(batch or 1, patches), bool: which patches lie in every second row and column."""
-    return (places.long() % 2 == 0).all(dim=-1)
 
 
 def _nearest(neighbours: Neighbours, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -180,7 +180,7 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return chosen
 
 
-def _whole_numbers(values: Any, device: torch.device) -> torch.Tensor:
+def whole_numbers(values: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor(np.asarray(values).tolist(), dtype=torch.int64, device=device)
 
 
@@ -197,13 +197,13 @@ def _shuffled(patches: int, seed: int) -> list[int]:
 @same_for_all
 def random_order(patches: int, seed: int, device: torch.device) -> torch.Tensor:
     """Patches in a seeded random order, (patches,): the same on every device."""
-    return _whole_numbers(_shuffled(patches, seed), device)
+    return whole_numbers(_shuffled(patches, seed), device)
 
 
 @same_for_all
 def random_patches(patches: int, keep: int, seed: int, device: torch.device) -> torch.Tensor:
     """A seeded random subset of `keep` patches, ascending, (1, keep): the same on every device and for every image."""
-    return _whole_numbers([sorted(_shuffled(patches, seed)[:keep])], device)
+    return whole_numbers([sorted(_shuffled(patches, seed)[:keep])], device)
 
 
 def _spread(size: int) -> np.ndarray:
@@ -217,7 +217,7 @@ def _spread(size: int) -> np.ndarray:
 
 @same_for_all
 def _spread_on(size: int, device: torch.device) -> torch.Tensor:
-    return _whole_numbers(_spread(size), device)
+    return whole_numbers(_spread(size), device)
 
 
 def _dither(row: Any, column: Any, spread: Any) -> Any:
@@ -244,7 +244,7 @@ def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> to
     The order is that of `_dither`, so a larger cover contains the smaller ones.
     """
     order = _dither(np.arange(rows)[:, None], np.arange(columns), _spread(max(rows, columns)))
-    return _whole_numbers([np.sort(order.ravel().argsort()[:keep])], device)
+    return whole_numbers([np.sort(order.ravel().argsort()[:keep])], device)
 
 
 def with_prefix(kept: torch.Tensor, prefix: int) -> torch.Tensor:

@@ -116,8 +116,6 @@ class GradualConfig(LocalConfig):
             return plan
         means = keys.float().mean(dim=1)
         if self.join_ratio is None:
-            joined = plan.joined(join_alike(means, plan.layout, wanted), not_as)
-        else:
-            number = number_to_join(plan.layout, wanted)
-            joined = plan.joined(join_share(means, plan.layout, wanted), not_as, number)
-        return plan if joined.layout.tokens == plan.layout.tokens else joined
+            return plan.joined(join_alike(means, plan.layout, wanted), not_as)
+        number = number_to_join(plan.layout, wanted)
+        return plan.joined(join_share(means, plan.layout, wanted), not_as, number)

@@ -10,7 +10,16 @@ from transformers.utils import logging
 
 from ..bounds import checked_statistics, is_int, is_number
 from ..config import ModelFacts, per_channel
-from ..neighbours import Neighbours, at, cover, cover_by, describe, find_neighbours, leaders
+from ..neighbours import (
+    Neighbours,
+    at,
+    cover,
+    cover_by,
+    describe,
+    find_neighbours,
+    find_padded_neighbours,
+    leaders,
+)
 from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
@@ -113,24 +122,27 @@ class LocalConfig(RaggedConfig):
         return dataclasses.replace(self, image_std=std)
 
     def plan(self, patches: Patches) -> Grouped:
-        places, real = patches.places, patches.real
         assert self.image_std is not None  # `prepared` came before
         pixels = patches.pixels_as_words().float()
         with without_autocast(pixels.device), torch.no_grad():
             looks = describe(pixels, patches.patch_size, self.image_std)
-            neighbours = find_neighbours(looks, places, real)
+            if patches.grid is not None:
+                neighbours = find_neighbours(looks, patches.grid)
+            else:
+                assert patches.real is not None
+                neighbours = find_padded_neighbours(looks, patches.places, patches.real)
             if self.tolerance is not None:
-                stays = cover(neighbours, places, self.tolerance)
+                stays = cover(neighbours, self.tolerance)
             elif patches.grid is None:
                 stays = self._stay_by_number(patches, neighbours)
             else:
                 return self._plan_of_number(patches, neighbours, self._number(*patches.grid))
-            return patches.lead(leaders(neighbours, places, stays), self.packs(patches), self.proportional_attention)
+            return patches.lead(leaders(neighbours, stays), self.packs(patches), self.proportional_attention)
 
     def _plan_of_number(self, patches: Patches, neighbours: list[Neighbours], keep: int) -> Grouped:
-        kept = highest(cover_by(neighbours, patches.places, keep), keep)
+        kept = highest(cover_by(neighbours, keep), keep)
         stays = torch.zeros(kept.shape[0], patches.count, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
-        nearest = at(stays.cumsum(dim=1) - 1, leaders(neighbours, patches.places, stays))
+        nearest = at(stays.cumsum(dim=1) - 1, leaders(neighbours, stays))
         return patches.represent(nearest, kept, None, self.proportional_attention)
 
     def _stay_by_number(self, patches: Patches, neighbours: list[Neighbours]) -> torch.Tensor:
@@ -138,7 +150,7 @@ class LocalConfig(RaggedConfig):
         assert patches.real is not None
         numbers = self._numbers(patches)
         # Padding has no neighbours, so it counts among what stays.
-        scores = cover_by(neighbours, patches.places, numbers + (~patches.real).sum(dim=1))
+        scores = cover_by(neighbours, numbers + (~patches.real).sum(dim=1))
         scores = scores.masked_fill(~patches.real, -torch.inf)
         order = scores.argsort(dim=1, descending=True, stable=True)
         return order.argsort(dim=1) < numbers.unsqueeze(1)
