@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
 import importlib
 import os
@@ -124,7 +125,7 @@ def headings(written: str) -> list[str]:
 def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
     # From the top, transformers 5.17 offers it only with torchvision, as the README says.
     monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
-    first, second, third, fourth, fifth, sixth = blocks("python")
+    first, second, third, fourth, fifth, sixth, _ = blocks("python")
     loading, in_memory = first.split("# A model in memory")
     use: dict[str, Any] = {}
     exec(compile(loading, "README.md", "exec"), use)
@@ -159,6 +160,42 @@ def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.Monkey
     collection: dict[str, Any] = {}
     exec(compile(sixth, "README.md", "exec"), collection)
     assert collection["nearest"][0] == "0.png" and len(set(collection["nearest"])) == 5
+
+
+def test_ray_serve_would_fill_batches_by_their_tokens(tiny_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
+    """By what stands in for Ray, which the tests do not install: it calls a batch with what its requests asked."""
+    batching: dict[str, Any] = {}
+
+    def batch(**how: Any) -> Any:
+        batching.update(how)
+        return lambda method: method
+
+    serve = types.SimpleNamespace(batch=batch, deployment=FakeDeployment, run=lambda made: made)
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(serve=serve))
+    monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
+    use: dict[str, Any] = {}
+    exec(compile(blocks("python")[-1], "README.md", "exec"), use)
+    served = use["Classifier"].made[0]
+    noise = Image.effect_noise((300, 240), 90).convert("RGB")
+    images = [served.processor(image, return_tensors="pt") for image in (noise, Image.new("RGB", (224, 224)))]
+    counts = [use["tokens"]([image]) for image in images]
+    assert batching["batch_size_fn"] is use["tokens"] and use["tokens"](images) == sum(counts)
+    with vwt_hf.count_tokens(served.model) as count:
+        logits = asyncio.run(served.logits(images))
+    assert count.tokens == sum(counts) + 2 and counts[0] > counts[1]  # two CLS tokens beside them
+    for image, found in zip(images, logits, strict=True):
+        torch.testing.assert_close(found, served.model(**image).logits[0], atol=1e-5, rtol=1e-5)
+
+
+class FakeDeployment:
+    """What `serve.deployment` makes of a class."""
+
+    def __init__(self, deployed: type) -> None:
+        self.deployed = deployed
+
+    def bind(self) -> FakeDeployment:
+        self.made = [self.deployed()]
+        return self
 
 
 def test_the_commands_of_vwt_hf_in_it_run(tiny_hub: LoopbackHub, capsys: pytest.CaptureFixture[str]):
