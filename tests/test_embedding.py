@@ -26,6 +26,7 @@ import transformers
 from PIL import Image
 
 import vwt_hf.embedding
+from settings import ViTImageProcessor
 from tiny import tiny_model
 from vwt_hf import VisualVocabulary, compress, embed, token_lengths
 from vwt_hf.cli import main
@@ -63,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    return transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return ViTImageProcessor(size={"height": 32, "width": 32})
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +354,7 @@ def another_model() -> transformers.PreTrainedModel:
         (lambda: {"model": compress(tiny_model("dinov2"), PADDED).double()}, "dtype 'float32' there, 'float64' here"),
         (lambda: {"shard_size": SHARD + 1}, "shard_size 5 there, 6 here"),
         (lambda: {"format": "safetensors"}, "files 'parquet' there"),
-        (lambda: {"image_processor": transformers.ViTImageProcessorPil(resample=0)}, "image_processor: resample"),
+        (lambda: {"image_processor": ViTImageProcessor(resample=0)}, "image_processor: resample"),
     ],
 )
 def test_files_of_another_run_are_refused_with_the_reason(changed, reason, run, whole, tmp_path, monkeypatch):
@@ -458,7 +459,7 @@ def test_images_of_different_sizes_run_with_those_of_their_own(run, seen, tmp_pa
     (tmp_path / "sizes").mkdir()
     for index in range(8):
         drawn(index).resize((32, 48) if index % 2 else (48, 32)).save(tmp_path / "sizes" / f"{index}.png")
-    as_they_are = transformers.ViTImageProcessorPil(do_resize=False)
+    as_they_are = ViTImageProcessor(do_resize=False)
     own = tiny_model("dinov2").requires_grad_(False)
     made = run(model=own, images=tmp_path / "sizes", image_processor=as_they_are, shard_size=8, batch_size=4)
     assert [len(batch["pixel_values"]) for batch in seen[1:]] == [4, 4]

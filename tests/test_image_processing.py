@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, AutoProcessor, AutoTokenizer, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from settings import SETTINGS, WORDS, inter
+from settings import SETTINGS, WORDS, ViTImageProcessor, inter
 from test_pipeline import LLAVA, PHOTOGRAPHS, image_processor_class, tokenizer_with
 from tiny import MODELS, TINY, inputs, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, register, unregister
@@ -106,7 +106,7 @@ def test_without_vwt_it_is_the_plain_image_processor(folders, tmp_path):
     folder = folders("vit-classifier")
     plain = AutoImageProcessor.from_pretrained(folder)
     off = AutoImageProcessor.from_pretrained(folder, vwt=False)
-    assert type(plain) is type(off) is transformers.ViTImageProcessorPil
+    assert type(plain) is type(off) is ViTImageProcessor
     assert plain.vwt is None and "vwt" not in plain.to_dict() and NAME not in plain(PHOTOGRAPHS)
     plain.save_pretrained(tmp_path)
     assert (tmp_path / "preprocessor_config.json").read_bytes() == (folder / "preprocessor_config.json").read_bytes()
@@ -124,9 +124,9 @@ def test_a_saved_image_processor_gives_the_same_words(setting, folder, tmp_path)
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
         files = sorted(path.name for path in (tmp_path / "alone").iterdir())
         assert len(files) == (2 if setting.words_to_save() or setting.method == "inter" else 1)
-    assert type(processor).__name__ == "ViTImageProcessorPil"
+    assert type(processor).__name__ == ViTImageProcessor.__name__
     off = AutoImageProcessor.from_pretrained(tmp_path / "alone", vwt=False)
-    assert type(off) is transformers.ViTImageProcessorPil
+    assert type(off) is ViTImageProcessor
 
 
 def test_model_and_image_processor_keep_their_words_in_one_folder(folder):
@@ -158,7 +158,7 @@ def test_it_loads_as_the_plain_image_processor_where_vwt_hf_is_not_imported(fold
         "print(type(made).__name__, sorted(made(numpy.zeros((40, 40, 3), numpy.uint8))), 'vwt_hf' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == "ViTImageProcessorPil ['pixel_values'] False", done.stderr
+    assert done.stdout.strip() == f"{ViTImageProcessor.__name__} ['pixel_values'] False", done.stderr
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
@@ -310,7 +310,7 @@ def test_unregistering_gives_the_plain_image_processor_back(folder):
     unregister()
     try:
         plain = AutoImageProcessor.from_pretrained(folder)
-        assert type(plain) is transformers.ViTImageProcessorPil and NAME not in plain(PHOTOGRAPHS)
+        assert type(plain) is ViTImageProcessor and NAME not in plain(PHOTOGRAPHS)
     finally:
         register()
     assert NAME in AutoImageProcessor.from_pretrained(folder)(PHOTOGRAPHS)

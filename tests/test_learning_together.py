@@ -22,6 +22,7 @@ import pytest
 import torch
 import transformers
 
+from settings import ViTImageProcessor
 from vwt_hf import VisualVocabulary
 from vwt_hf.processes import everywhere, gathered, in_main, joined, place, summed
 from vwt_hf.vocabulary import image_source, kmeans, learning
@@ -68,7 +69,7 @@ def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    return transformers.ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    return ViTImageProcessor(size={"height": SIDE, "width": SIDE})
 
 
 def photographs(number: int, seed: int = 0) -> list[PIL.Image.Image]:

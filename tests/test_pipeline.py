@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -148,7 +150,10 @@ def folder(task, model_class, name, tmp_path) -> str:
     if task == "image-text-to-text":
         tokenizer = tokenizer_with({"<pad>": 0, "<s>": 1, "</s>": 97, "<image>": IMAGE_TOKEN})
         processor_class = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
-        processor_class(image_processor, tokenizer, **PROCESSOR_FIELDS.get(model_type, {})).save_pretrained(tmp_path)
+        parts = [image_processor, tokenizer]
+        if "video_processor" in inspect.signature(processor_class).parameters:
+            parts.append(transformers.LlavaOnevisionVideoProcessor(size=size))
+        processor_class(*parts, **PROCESSOR_FIELDS.get(model_type, {})).save_pretrained(tmp_path)
     else:
         image_processor.save_pretrained(tmp_path)
     if task == "zero-shot-image-classification":

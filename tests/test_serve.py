@@ -21,9 +21,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import transformers
 from PIL import Image
 
+from settings import ViTImageProcessor
 from tiny import tiny_model
 from vwt_hf import count_tokens
 from vwt_hf.terminal import run_command
@@ -75,7 +75,7 @@ class Reply(NamedTuple):
 
 def checkpoint(folder: Path, name: str) -> Path:
     tiny_model(name).save_pretrained(folder)
-    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
 
 
@@ -135,7 +135,7 @@ def file(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
 
 def alone(model: Any, image: Image.Image) -> dict[str, Any]:
     """The answer to one RGB image."""
-    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
     return serve.encoded(model, serve.run(model, dict(processor(images=[image], return_tensors="pt")))[0])
 
 
