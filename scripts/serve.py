@@ -52,6 +52,8 @@ RETURNED = 10
 """Batches after which a worker gives back the memory that it does not use."""
 BEST = 5
 """Labels in an answer."""
+SHORTEST = 0.001
+"""Seconds that a worker waits for more images at least."""
 MOST_WORKERS = 4
 """Processes by default on a CPU: each holds a model."""
 
@@ -83,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     numbers = (options.max_batch_size, options.max_pixels, 1 if options.workers is None else options.workers)
-    if min(numbers) < 1 or options.batch_timeout <= 0:
+    if min(numbers) < 1 or options.batch_timeout < SHORTEST:
         whole = "--max-batch-size, --max-pixels and --workers take whole numbers from 1 on"
-        parser.error(f"{whole}, --batch-timeout seconds above 0.")
+        parser.error(f"{whole}, --batch-timeout {SHORTEST} seconds or more.")
 
     # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
     torch.set_num_threads(1)
@@ -211,8 +213,11 @@ class Batches(BatchedLoop):
     """LitServe's loop, but for asking its queue a thousand times a second while there is nothing to do."""
 
     def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> Any:
-        first = request_queue.get()
-        return super().get_batch_requests(lit_api, Ahead([first], request_queue), transport)
+        ahead = Ahead([request_queue.get()], request_queue)
+        while True:
+            found = super().get_batch_requests(lit_api, ahead, transport)
+            if not ahead.requests:  # else its time was over before it took one
+                return found
 
 
 class Answers(litserve.LitAPI):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vwt_hf.alike import join_alike, join_share, number_to_join
+from vwt_hf.alike import find_pairs, join_alike, join_share, number_to_join
 from vwt_hf.layout import group, join, represent
 from vwt_hf.plans import Grouped
 
@@ -69,6 +69,20 @@ def test_images_of_as_many_tokens_have_as_many_when_a_share_of_them_is_joined():
     for one, other in zip(wide.layout.rows, after.layout.rows, strict=True):
         assert torch.equal(one.unsqueeze(0) == one.unsqueeze(1), other.unsqueeze(0) == other.unsqueeze(1))
     assert torch.equal(wide.sources.flatten()[wide.layout.rows], after.sources.flatten()[after.layout.rows])
+
+
+@pytest.mark.parametrize("real", [None, torch.ones(2, 6, dtype=torch.bool)], ids=["whole", "with-padding"])
+def test_the_first_patch_may_be_part_of_another_token_than_the_first(real):
+    """As in plans that a caller's words tell."""
+    layout = represent(torch.tensor([[2, 0, 1, 3, 2, 1], [1, 0, 2, 3, 3, 3]]), 4, prefix=0, real=real)
+    assert [bound.tolist() for bound in layout.bounds] == [[0, 4], [4, 8]]
+    values = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    pairs = find_pairs(values, layout)
+    assert pairs.tokens.tolist() == [[1, 3], [5, 7]] and set(pairs.others.flatten().tolist()) <= {0, 2, 4, 6}
+    into = torch.tensor([[0, 0, 2, 2], [4, 5, 6, 7]])
+    after = Grouped(layout, True, (1, 6), torch.arange(8).view(2, 4)).joined(into)
+    first, second = (rows - rows.min() for rows in after.layout.rows)
+    assert first.tolist() == [1, 0, 0, 1, 1, 0] and second.tolist() == [1, 0, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("leads", [True, False], ids=["representatives", "means"])

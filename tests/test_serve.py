@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import io
 import json
+import queue
 import socket
 import subprocess
 import sys
@@ -332,6 +333,31 @@ def test_a_worker_gives_back_memory_now_and_then(tmp_path: Path, monkeypatch: py
     for _ in range(2 * serve.RETURNED + 1):
         api.predict([{"pixel_values": torch.randn(1, 3, 32, 32)}])
     assert times == [serve.RETURNED, 2 * serve.RETURNED]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 5.0])
+def test_requests_are_batched_in_their_order_and_none_is_lost_where_the_time_is_over_at_once(tmp_path: Path, seconds):
+    api = served(checkpoint(tmp_path / "model", "vit"), SETTING)
+    api.request_timeout = -1  # which a server sets
+    requests = queue.Queue()
+    for number in range(9):
+        requests.put((0, number, 0.0, f"image {number}"))
+    taken, times = [], []
+
+    class Clock:
+        """Time goes on by so much from one look to the next, and after some by less."""
+
+        def monotonic(self) -> float:
+            times.append(seconds if len(times) < 6 else 0.02)
+            return sum(times)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("litserve.loops.base.time", Clock())
+        while len(taken) < 9:
+            batch, late = serve.Batches().get_batch_requests(api, requests, None)
+            assert 0 < len(batch) <= 4 and not late
+            taken += batch
+    assert taken == [(0, number, f"image {number}") for number in range(9)] and requests.empty()
 
 
 def test_images_of_different_sizes_run_in_batches_of_one_size(tmp_path: Path):

@@ -54,8 +54,8 @@ class Layout:
     @functools.cached_property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The row in which each image starts, and the one after its last: (batch,) both."""
-        # The first patch of an image is in its first token, as tokens come in the order of their first patches.
-        return self.rows[:, 0], self.rows.amax(dim=1) + 1
+        first = self.rows[:, 0] if self.prefix else self.rows.amin(dim=1)
+        return first, self.rows.amax(dim=1) + 1
 
     @functools.cached_property
     def bags(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +135,9 @@ def group(
 
 
 def regroup(before: Layout, into: torch.Tensor, not_as: Collection[tuple[int, ...]] = ()) -> Layout:
-    """Lays tokens out of which some have become part of others of their image, in the order of their first patches.
+    """Lays out anew the tokens that are left when some have become part of others of their image.
+
+    They keep their order, by the first of those that become one.
 
     Args:
         before: how they lay.
@@ -194,7 +196,7 @@ def _places(
 
 
 def _on(rows: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=device.type == "cuda")
 
 
 def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: torch.Tensor | None = None) -> Layout:

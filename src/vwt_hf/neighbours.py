@@ -19,6 +19,8 @@ OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
 CLASSES = ((1, 1), (0, 1), (1, 0))
 """Row and column, modulo two, of the patches that may go, class after class. No two patches of a class are neighbours,
 and each of them has a neighbour of even row and even column, which stays."""
+SPACINGS = (1, 2)
+"""How many patches away neighbours are, first and then."""
 FAR = 0.25
 """Share of the tolerance within which patches two apart must be alike."""
 FINE = 0.5
@@ -89,11 +91,10 @@ def find_neighbours(looks: torch.Tensor, grid: tuple[int, int]) -> list[Neighbou
         looks: (batch, patches, values), as `describe` gives them.
         grid: rows and columns of patches.
     """
+    beside = _beside(*grid, looks.device)
     return [
-        _neighbours(
-            looks, _index_in_grid(*grid, spacing, looks.device), _classes_in_grid(*grid, spacing, looks.device), spacing
-        )
-        for spacing in (1, 2)
+        _neighbours(looks, part[..., :-1], part[..., -1], spacing)
+        for part, spacing in zip(beside, SPACINGS, strict=True)
     ]
 
 
@@ -110,7 +111,7 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
     rows, columns = (place.amax(dim=1, keepdim=True) + 1 for place in (inside_row, inside_column))
     offsets = torch.tensor(OFFSETS, device=places.device).unbind(1)
     found = []
-    for spacing in (1, 2):
+    for spacing in SPACINGS:
         index = _index(inside_row, inside_column, rows, columns, offsets, spacing)
         index = index.masked_fill(~real.unsqueeze(2), NONE)
         found.append(_neighbours(looks, index, _classes(row, column, spacing).squeeze(2), spacing))
@@ -122,16 +123,14 @@ NONE = -1
 
 
 @same_for_all
-def _index_in_grid(rows: int, columns: int, spacing: int, device: torch.device) -> torch.Tensor:
-    """(1, patches, 8), int64: the neighbours of each patch, or `NONE`."""
+def _beside(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """For each spacing the neighbours of each patch, or `NONE`, and its class: (2, 1, patches, 9) int64."""
     row, column = np.divmod(np.arange(rows * columns)[:, None], columns)
-    return whole_numbers(_index(row, column, rows, columns, np.array(OFFSETS).T, spacing)[None], device)
-
-
-@same_for_all
-def _classes_in_grid(rows: int, columns: int, spacing: int, device: torch.device) -> torch.Tensor:
-    """(1, patches), int64: `Neighbours.classes`."""
-    return whole_numbers(_classes(*np.divmod(np.arange(rows * columns), columns), spacing)[None], device)
+    parts = [
+        np.hstack((_index(row, column, rows, columns, np.array(OFFSETS).T, spacing), _classes(row, column, spacing)))
+        for spacing in SPACINGS
+    ]
+    return whole_numbers(np.stack(parts)[:, None], device)
 
 
 def _index(row: Any, column: Any, rows: Any, columns: Any, offsets: Any, spacing: int) -> Any:
