@@ -18,6 +18,7 @@ import asyncio
 import base64
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -85,9 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     numbers = (options.max_batch_size, options.max_pixels, 1 if options.workers is None else options.workers)
-    if min(numbers) < 1 or options.batch_timeout < SHORTEST:
+    if min(numbers) < 1 or not SHORTEST <= options.batch_timeout < math.inf:
         whole = "--max-batch-size, --max-pixels and --workers take whole numbers from 1 on"
-        parser.error(f"{whole}, --batch-timeout {SHORTEST} seconds or more.")
+        given = f"{numbers[0]}, {numbers[1]}, {numbers[2]} and {options.batch_timeout}"
+        parser.error(f"{whole}, --batch-timeout {SHORTEST} seconds or more; given {given}.")
 
     # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
     torch.set_num_threads(1)
@@ -210,7 +212,7 @@ class Ahead(NamedTuple):
 
 
 class Batches(BatchedLoop):
-    """LitServe's loop, but for asking its queue a thousand times a second while there is nothing to do."""
+    """LitServe's loop, which waits for a first request, and does not ask for one a thousand times a second."""
 
     def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> Any:
         ahead = Ahead([request_queue.get()], request_queue)

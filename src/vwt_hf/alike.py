@@ -45,18 +45,14 @@ def find_pairs(values: torch.Tensor, layout: Layout) -> Pairs:
     first, ends = (bound.to(values.device) for bound in layout.bounds)
     first = first + layout.prefix
     rows = first.unsqueeze(1) + torch.arange(layout.longest - layout.prefix, device=values.device)
+    real = rows < ends.unsqueeze(1)
+    rows = rows.clamp(max=layout.sizes.numel() - 1)
     with without_autocast(values.device):
-        directions = torch.nn.functional.normalize(values.flatten(0, 1), dim=-1)
-        if len(layout.runs) == 1 and layout.real is None:  # all images have as many tokens
-            directions = directions[rows]
-            cosine, which = (directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)).max(dim=2)
-        else:
-            real = rows < ends.unsqueeze(1)
-            rows = rows.clamp(max=layout.sizes.numel() - 1)
-            directions = directions[rows]
-            cosines = directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)
-            cosine, which = cosines.masked_fill_(~real[:, None, 0::2], -torch.inf).max(dim=2)
-            cosine = cosine.masked_fill(~real[:, 1::2], -torch.inf)
+        directions = torch.nn.functional.normalize(values.flatten(0, 1), dim=-1)[rows]
+        cosines = directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)
+    if len(layout.runs) > 1 or layout.real is not None:  # else all images have as many tokens
+        cosines.masked_fill_(~(real[:, 1::2, None] & real[:, None, 0::2]), -torch.inf)
+    cosine, which = cosines.max(dim=2)
     return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), cosine, ends - first)
 
 

@@ -19,6 +19,10 @@ OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
 CLASSES = ((1, 1), (0, 1), (1, 0))
 """Row and column, modulo two, of the patches that may go, class after class. No two patches of a class are neighbours,
 and each of them has a neighbour of even row and even column, which stays."""
+STAYS = len(CLASSES)
+"""In place of the number of a class: the patch may not go at a spacing."""
+NONE = -1
+"""In place of the index of a patch: there is none."""
 SPACINGS = (1, 2)
 """How many patches away neighbours are, first and then."""
 FAR = 0.25
@@ -27,10 +31,6 @@ FINE = 0.5
 """Weight of how strongly patches are textured, beside the weight of 1 of their colours and gradients."""
 STEPS = 12
 """Halvings by which a tolerance is found that leaves a given number of patches: to 1/4096 of the largest distance."""
-
-
-STAYS = len(CLASSES)
-"""The number of no class: of patches that may not go at a spacing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,6 @@ class Neighbours:
     """(batch, patches, 8): how much the patch differs from each; infinite where there is none."""
     classes: torch.Tensor
     """(batch or 1, patches), int64: the number in `CLASSES` of each patch, or `STAYS`."""
-    spacing: int
-    """How many patches away they are: 1 or 2."""
     within: float
     """Share of the tolerance within which they are alike."""
 
@@ -118,10 +116,6 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
     return found
 
 
-NONE = -1
-"""In place of the index of a patch: there is none."""
-
-
 @same_for_all
 def _beside(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """For each spacing the neighbours of each patch, or `NONE`, and its class: (2, 1, patches, 9) int64."""
@@ -152,7 +146,7 @@ def _classes(row: Any, column: Any, spacing: int) -> Any:
 def _neighbours(looks: torch.Tensor, index: torch.Tensor, classes: torch.Tensor, spacing: int) -> Neighbours:
     none, index = index == NONE, index.clamp(min=0)
     distance = _distances(looks, index).masked_fill(none, torch.inf)
-    return Neighbours(index, distance, classes, spacing, 1.0 if spacing == 1 else FAR)
+    return Neighbours(index, distance, classes, 1.0 if spacing == 1 else FAR)
 
 
 def _distances(looks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

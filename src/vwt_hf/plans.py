@@ -157,19 +157,16 @@ class Grouped:
         """
         before, prefix = self.layout, self.layout.prefix
         into = into.to(before.rows.device)
+        rows = into.flatten()[before.rows]
         if number is None:
             layout = regroup(before, into, not_as)
         else:
             stays = into == torch.arange(into.numel(), device=into.device).view_as(into)
             place = (stays.cumsum(dim=1) - 1 - prefix).flatten()
-            rows = into.flatten()[before.rows[:, prefix:]]
-            layout = represent(place[rows], before.longest - prefix - number, prefix)
+            layout = represent(place[rows[:, prefix:]], before.longest - prefix - number, prefix)
         if layout.tokens == before.tokens:
             return self
-        sources = self.sources
-        if sources is not None:  # those of the tokens that stay
-            staying = into.flatten()[before.rows]
-            sources = by_token(sources.flatten()[staying], layout)
+        sources = None if self.sources is None else by_token(self.sources.flatten()[rows], layout)
         return dataclasses.replace(self, layout=layout, sources=sources, stays=None, folded={})
 
     def patch_words(self, batch: int, patches: int) -> torch.Tensor:
