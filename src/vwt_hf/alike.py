@@ -14,13 +14,11 @@ class Pairs(NamedTuple):
     """Every second token of each image, and the token among the others that is most like it."""
 
     tokens: torch.Tensor
-    """(images, pairs), int64: rows, of all sequences one after another."""
+    """(images, pairs), int64: rows, of all sequences one after another; of an image with fewer pairs its first row."""
     others: torch.Tensor
     """(images, pairs), int64: as `tokens`."""
     cosines: torch.Tensor
     """(images, pairs), float32: how alike the two are; −inf where an image has no such token."""
-    counts: torch.Tensor
-    """(images,), int64: how many tokens each image has, without prefix tokens."""
 
     def into(self, joins: torch.Tensor, layout: Layout) -> torch.Tensor:
         """The row of the token that each becomes part of, its own if it stays: (sequences, prefix + tokens), int64.
@@ -29,9 +27,8 @@ class Pairs(NamedTuple):
             joins: (images, pairs), bool: which of `tokens` become part of their other.
         """
         own = torch.arange(layout.sizes.numel(), device=joins.device)
-        sources = torch.where(joins, self.tokens, own.shape[0])  # what stays goes to a last place, which is none
-        into = torch.cat((own, own[:1])).scatter(0, sources.flatten(), self.others.flatten())
-        return into[:-1].view_as(layout.sizes)
+        targets = torch.where(joins, self.others, self.tokens)
+        return own.scatter(0, self.tokens.flatten(), targets.flatten()).view_as(layout.sizes)
 
 
 @torch.no_grad()
@@ -42,18 +39,23 @@ def find_pairs(values: torch.Tensor, layout: Layout) -> Pairs:
         values: (sequences, prefix + tokens, size), float32: tokens are as alike as the cosine of these.
         layout: where the tokens of each image lie. Its prefix tokens are in no pair.
     """
-    first, ends = (bound.to(values.device) for bound in layout.bounds)
-    first = first + layout.prefix
-    rows = first.unsqueeze(1) + torch.arange(layout.longest - layout.prefix, device=values.device)
-    real = rows < ends.unsqueeze(1)
-    rows = rows.clamp(max=layout.sizes.numel() - 1)
+    real = None
+    if layout.even:
+        rows = torch.arange(layout.sizes.numel(), device=values.device).view(-1, layout.longest)[:, layout.prefix :]
+        values = values.view(-1, layout.longest, values.shape[-1])[:, layout.prefix :]
+    else:
+        first, ends = (bound.to(values.device).unsqueeze(1) for bound in layout.bounds)
+        rows = first + torch.arange(layout.prefix, layout.longest, device=values.device)
+        real = rows < ends
+        rows = torch.where(real, rows, first)
+        values = values.flatten(0, 1)[rows]
     with without_autocast(values.device):
-        directions = torch.nn.functional.normalize(values.flatten(0, 1), dim=-1)[rows]
+        directions = torch.nn.functional.normalize(values, dim=-1)
         cosines = directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)
-    if len(layout.runs) > 1 or layout.real is not None:  # else all images have as many tokens
+    if real is not None:
         cosines.masked_fill_(~(real[:, 1::2, None] & real[:, None, 0::2]), -torch.inf)
     cosine, which = cosines.max(dim=2)
-    return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), cosine, ends - first)
+    return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), cosine)
 
 
 def join_alike(values: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
@@ -82,7 +84,9 @@ def join_share(values: torch.Tensor, layout: Layout, share: float) -> torch.Tens
     if (number := number_to_join(layout, share)) is not None:
         joins = torch.zeros_like(pairs.tokens, dtype=torch.bool).scatter(1, order[:, :number], True)
     else:
-        joins = order.argsort(dim=1) < whole_shares(pairs.counts, share).unsqueeze(1)
+        first, ends = layout.bounds
+        counts = (ends - first - layout.prefix).to(order.device)
+        joins = order.argsort(dim=1) < whole_shares(counts, share).unsqueeze(1)
     return pairs.into(joins, layout)
 
 

@@ -19,6 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .beside import FOLDER, PROCESSOR_FOLDER, seal_words, write_words
 from .config import ModelFacts, VWTConfig
+from .levels import are_levels, ends_with_values, look_up
 from .patches import Patches, padded_places
 from .plans import DROPPED, Grouped, Kept
 from .printable import shown
@@ -196,6 +197,18 @@ class Tokenizing:
         made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
         made[NAME] = self.tokenizer_of_patches.words(made)
         return made
+
+    def _preprocess(self, images: Any, *args: Any, **steps: Any) -> Any:
+        """As the image processor without `vwt`; the values of pixels are looked up where that gives the same."""
+        preprocess = super()._preprocess  # type: ignore[misc]
+        if not args and ends_with_values(_plain_class(type(self)), steps) and are_levels(images):
+            of_levels = {"do_rescale": False, "do_normalize": False, "return_tensors": None}
+            made = preprocess(images, **steps | of_levels)
+            if are_levels(made["pixel_values"]):
+                values, wanted = look_up(self, made["pixel_values"], steps), steps.get("return_tensors")
+                made["pixel_values"] = list(values) if wanted is None else values
+                return made.convert_to_tensors(wanted)
+        return preprocess(images, *args, **steps)
 
     def decode(self, patch_words: Any, images: Any) -> list[Any]:
         """Pictures of what the model still sees: each patch as its token shows it, pale where it has none.

@@ -32,6 +32,8 @@ class Layout:
     runs: tuple[tuple[int, int], ...]
     """The lengths of the batch's images, ascending: (tokens, images that have so many)."""
     packed: bool
+    bounds: tuple[torch.Tensor, torch.Tensor]
+    """The row in which each image starts, and the one after its last: (batch,), int64, both."""
     real: torch.Tensor | None = None
     """(batch, patches), bool: which patches the tokens stand for, where that is not all of them. The others are in a
     token, too, whose hidden state they get, but do not count in it."""
@@ -41,21 +43,20 @@ class Layout:
         """Tokens of the batch, prefix tokens included and padding left out."""
         return sum(length * images for length, images in self.runs)
 
-    @property
+    @functools.cached_property
     def dense(self) -> bool:
         """Whether there is no padding, and no token that stands for nothing."""
         return self.tokens == self.sizes.numel() and self.real is None
 
     @property
+    def even(self) -> bool:
+        """Whether it is dense, and all images have as many tokens."""
+        return len(self.runs) == 1 and self.dense
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest image."""
         return self.runs[-1][0] if self.runs else 0
-
-    @functools.cached_property
-    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The row in which each image starts, and the one after its last: (batch,) both."""
-        first = self.rows[:, 0] if self.prefix else self.rows.amin(dim=1)
-        return first, self.rows.amax(dim=1) + 1
 
     @functools.cached_property
     def bags(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,14 +96,17 @@ class Layout:
     @functools.cached_property
     def boundaries(self) -> torch.Tensor:
         """(batch + 1,), int32: where each image starts among the rows, and where the last one ends."""
-        starts = self.rows[:, 0].sort().values
+        starts = self.bounds[0].sort().values
         return torch.nn.functional.pad(starts, (0, 1), value=self.tokens).to(torch.int32)
 
 
 def _bags(of: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The order that puts values side by side that go to one of so many `rows`, and where those of each row start."""
-    held = torch.zeros(rows, dtype=torch.int64, device=of.device).scatter_add_(0, of, torch.ones_like(of))
-    return ascending(of), held.cumsum(0) - held
+    if torch.onnx.is_in_onnx_export():
+        held = torch.zeros(rows, dtype=torch.int64, device=of.device).scatter_add_(0, of, torch.ones_like(of))
+        return ascending(of), held.cumsum(0) - held
+    ordered, order = of.sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(rows, device=of.device))
 
 
 def group(
@@ -130,8 +134,8 @@ def group(
     token_of_patch, lengths = _tokens(patch_words)
     counted = (lengths + prefix).tolist()  # the one synchronisation with the device
     shape, starts, packed = _places(counted, prefix + patch_words.shape[1], packed, not_as)
-    first = _on(starts, patch_words.device)
-    return _lay_out(token_of_patch, prefix, first, shape, _runs(counted), packed, real)
+    bounds = _bounds(starts, counted, patch_words.device)
+    return _lay_out(token_of_patch, prefix, bounds, shape, _runs(counted), packed, real)
 
 
 def regroup(before: Layout, into: torch.Tensor, not_as: Collection[tuple[int, ...]] = ()) -> Layout:
@@ -156,13 +160,14 @@ def regroup(before: Layout, into: torch.Tensor, not_as: Collection[tuple[int, ..
         leads = leads & (before.sizes.flatten() > 0)
     place = leads.cumsum(0)
     first, ends = before.bounds
-    counted = (place[ends - 1] - place[first] + 1).tolist()  # the one synchronisation with the device
+    begin = place[first]
+    counted = (place[ends - 1] - begin + 1).tolist()  # the one synchronisation with the device
     if sum(counted) == before.tokens:
         return before
     shape, starts, packed = _places(counted, before.rows.shape[1], before.packed, not_as)
-    moved = _on(starts, into.device) - place[first]
-    rows = place[lead][before.rows] + moved.unsqueeze(1)
-    return _of_rows(rows, before.prefix, shape, _runs(counted), packed, before.real)
+    bounds = _bounds(starts, counted, into.device)
+    rows = place[lead][before.rows] + (bounds[0] - begin).unsqueeze(1)
+    return _of_rows(rows, before.prefix, bounds, shape, _runs(counted), packed, before.real)
 
 
 def _runs(counted: list[int]) -> tuple[tuple[int, int], ...]:
@@ -195,8 +200,12 @@ def _places(
     return (batch, longest), [image * longest for image in range(batch)], False
 
 
-def _on(rows: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=device.type == "cuda")
+def _bounds(starts: list[int], counted: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Layout.bounds` of images of so many tokens that start in these rows."""
+    ends = [start + count for start, count in zip(starts, counted, strict=True)]
+    both = torch.tensor([starts, ends], dtype=torch.int64, device="cpu")
+    first, after = both.to(device, non_blocking=device.type == "cuda")
+    return first, after
 
 
 def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: torch.Tensor | None = None) -> Layout:
@@ -210,27 +219,29 @@ def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: 
     """
     batch, length = token_of_patch.shape[0], prefix + tokens
     starts = torch.arange(batch, device=token_of_patch.device) * length
-    return _lay_out(token_of_patch, prefix, starts, (batch, length), ((length, batch),) if batch else (), False, real)
+    bounds, runs = (starts, starts + length), ((length, batch),) if batch else ()
+    return _lay_out(token_of_patch, prefix, bounds, (batch, length), runs, False, real)
 
 
 def _lay_out(
     token_of_patch: torch.Tensor,
     prefix: int,
-    starts: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
     shape: tuple[int, int],
     runs: tuple[tuple[int, int], ...],
     packed: bool,
     real: torch.Tensor | None,
 ) -> Layout:
-    """A layout whose images start at the rows `starts` (batch,)."""
-    own = torch.arange(prefix, device=starts.device).expand(starts.shape[0], -1)
-    rows = torch.cat((own, token_of_patch + prefix), dim=1) + starts.unsqueeze(1)
-    return _of_rows(rows, prefix, shape, runs, packed, real)
+    """A layout whose images lie within `bounds`."""
+    own = torch.arange(prefix, device=token_of_patch.device).expand(token_of_patch.shape[0], -1)
+    rows = torch.cat((own, token_of_patch + prefix), dim=1) + bounds[0].unsqueeze(1)
+    return _of_rows(rows, prefix, bounds, shape, runs, packed, real)
 
 
 def _of_rows(
     rows: torch.Tensor,
     prefix: int,
+    bounds: tuple[torch.Tensor, torch.Tensor],
     shape: tuple[int, int],
     runs: tuple[tuple[int, int], ...],
     packed: bool,
@@ -241,7 +252,7 @@ def _of_rows(
     if real is not None:
         counts[:, prefix:] = real
     sizes = counts.new_zeros(shape[0] * shape[1]).scatter_add_(0, rows.flatten(), counts.flatten())
-    return Layout(rows, sizes.view(shape), prefix, runs, packed, real)
+    return Layout(rows, sizes.view(shape), prefix, runs, packed, bounds, real)
 
 
 def _tokens(patch_words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,8 +317,7 @@ def by_token(values: torch.Tensor, layout: Layout) -> torch.Tensor:
         (sequences, tokens), int64; 0 for padding.
     """
     found = torch.zeros_like(layout.sizes, dtype=torch.int64).flatten()
-    found[layout.rows.flatten()] = values.flatten()
-    return found.view_as(layout.sizes)
+    return found.scatter_(0, layout.rows.flatten(), values.flatten()).view_as(layout.sizes)
 
 
 def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
@@ -321,12 +331,11 @@ def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     Returns:
         (sequences, tokens, hidden), of `after`; 0 for padding.
     """
-    # The row of each token that it becomes part of; of padding a last one, which is none.
-    into = torch.full((before.sizes.numel(),), after.sizes.numel(), device=before.rows.device)
+    # The row of each token that it becomes part of; padding, which has no size, counts for nothing in the first.
+    into = torch.zeros(before.sizes.numel(), dtype=torch.int64, device=before.rows.device)
     into.scatter_(0, before.rows.flatten(), after.rows.flatten())
-    order, starts = _bags(into, after.sizes.numel() + 1)
-    sizes = torch.cat((after.sizes.flatten(), after.sizes.new_ones(1))).clamp(min=1)
-    weights = (before.sizes.flatten() / sizes[into])[order].to(values.device)
+    order, starts = _bags(into, after.sizes.numel())
+    weights = (before.sizes.flatten() / after.sizes.flatten().clamp(min=1)[into])[order].to(values.device)
     table = values.flatten(0, 1).float()
     order, starts = order.to(values.device), starts.to(values.device)
 
@@ -336,7 +345,7 @@ def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     means = mean(table)
     lengths = mean(torch.linalg.vector_norm(table, dim=1, keepdim=True))
     means = means * (lengths / torch.linalg.vector_norm(means, dim=1, keepdim=True).clamp(min=1e-12))
-    return means[: after.sizes.numel()].view(*after.sizes.shape, -1).to(values.dtype)
+    return means.view(*after.sizes.shape, -1).to(values.dtype)
 
 
 def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:

@@ -152,9 +152,10 @@ def _neighbours(looks: torch.Tensor, index: torch.Tensor, classes: torch.Tensor,
 def _distances(looks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """(batch, patches, 8): how much each patch differs from its neighbours, the same seen from either."""
     half = len(OFFSETS) // 2
-    ahead = [torch.linalg.vector_norm(looks - gather_patches(looks, index[..., k]), dim=-1) for k in range(half)]
-    behind = [at(ahead[k], index[..., half + k]) for k in range(half)]
-    return torch.stack((*ahead, *behind), dim=-1)
+    there = gather_patches(looks, index[..., :half].flatten(1)).unflatten(1, (-1, half))
+    ahead = torch.linalg.vector_norm(looks.unsqueeze(2) - there, dim=-1)
+    behind = ahead.gather(1, index[..., half:].expand_as(ahead))
+    return torch.cat((ahead, behind), dim=-1)
 
 
 def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -228,7 +229,8 @@ def leaders(neighbours: list[Neighbours], stays: torch.Tensor) -> torch.Tensor:
     near, far = neighbours
     own = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
     even = near.classes == STAYS
-    beside = torch.where(stays | even, own, _nearest(near, stays | even)[1])
+    first = stays | even
+    beside = torch.where(first, own, _nearest(near, first)[1])
     apart = torch.where(stays, own, _nearest(far, stays)[1])
     return at(apart, beside)
 
