@@ -23,7 +23,7 @@ from test_pipeline import LLAVA, PHOTOGRAPHS, image_processor_class, tokenizer_w
 from tiny import MODELS, TINY, inputs, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, register, unregister
 from vwt_hf.families import FAMILIES
-from vwt_hf.image_processing import NAME
+from vwt_hf.image_processing import AT_ONCE, NAME
 from vwt_hf.patches import Patches
 
 EVERY = list(MODELS)
@@ -100,6 +100,8 @@ def test_words_come_as_the_pixels_do_and_one_image_by_itself_as_among_others(set
     assert torch.equal(torch.from_numpy(np.stack(listed)), tensors)
     for image, words in zip(PHOTOGRAPHS, tensors, strict=True):
         assert torch.equal(processor(image, return_tensors="pt")[NAME][0], words)
+    assert len(PHOTOGRAPHS) <= AT_ONCE < 4 * len(PHOTOGRAPHS)
+    assert torch.equal(processor(PHOTOGRAPHS * 4, return_tensors="pt")[NAME], tensors.repeat(4, 1))
 
 
 def test_without_vwt_it_is_the_plain_image_processor(folders, tmp_path):

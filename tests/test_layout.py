@@ -9,6 +9,7 @@ import torch
 
 from vwt_hf.layout import attention_bias, expand, group, medoids, pool, pool_pairs, regroup, represent
 from vwt_hf.words import (
+    centre,
     gather_patches,
     grid_patches,
     highest,
@@ -184,7 +185,7 @@ def test_images_of_one_length_are_laid_out_without_padding():
 def test_a_dropped_patch_joins_the_kept_one_that_looks_alike_and_lies_close():
     patches = torch.randn(2, 12, 5)
     kept = torch.tensor([[0, 5, 6, 11], [1, 2, 3, 8]])
-    found = nearest_kept(patches, kept, patch_places((3, 4), patches.device))
+    found = nearest_kept(centre(patches), kept, patch_places((3, 4), patches.device))
     places = torch.tensor([[row, column] for row in range(3) for column in range(4)], dtype=torch.float32)
     for image in range(2):
         pixels = torch.cdist(patches[image], gather_patches(patches, kept)[image])
@@ -195,9 +196,9 @@ def test_a_dropped_patch_joins_the_kept_one_that_looks_alike_and_lies_close():
 
 
 def test_of_patches_that_are_all_alike_the_closest_is_joined_and_each_kept_one_stays_itself():
-    found = nearest_kept(torch.ones(1, 6, 4), torch.tensor([[0, 5]]), patch_places((1, 6), torch.device("cpu")))
+    found = nearest_kept(centre(torch.ones(1, 6, 4)), torch.tensor([[0, 5]]), patch_places((1, 6), torch.device("cpu")))
     assert found.tolist() == [[0, 0, 0, 1, 1, 1]]
-    assert nearest_kept(torch.ones(1, 1, 4), torch.tensor([[0]]), torch.zeros(1, 1, 2)).tolist() == [[0]]
+    assert nearest_kept(centre(torch.ones(1, 1, 4)), torch.tensor([[0]]), torch.zeros(1, 1, 2)).tolist() == [[0]]
 
 
 def test_a_patch_takes_the_word_of_smallest_cosine_distance_within_the_threshold():
@@ -240,7 +241,7 @@ def test_of_kept_patches_equally_near_the_first_is_joined_however_products_are_r
     patches, places = structured(rows, columns, side), patch_places((rows, columns), torch.device("cpu"))
     for keep in {max(1, rows * columns // share) for share in (2, 4, 9)}:
         for kept in (grid_patches(rows, columns, keep, patches.device), highest(variance_scores(patches), keep)):
-            found = nearest_kept(patches, kept, places)
+            found = nearest_kept(centre(patches), kept, places)
             for number, image in enumerate(patches):
                 own = kept[min(number, len(kept) - 1)]
                 near = sum(
@@ -251,7 +252,7 @@ def test_of_kept_patches_equally_near_the_first_is_joined_however_products_are_r
                 expected = (near <= near.amin(1, keepdim=True) + 1e-5).int().argmax(1)
                 expected[own] = torch.arange(keep)
                 assert torch.equal(found[number], expected)
-                assert torch.equal(nearest_kept(image[None], own[None], places)[0], expected)
+                assert torch.equal(nearest_kept(centre(image[None]), own[None], places)[0], expected)
 
 
 @pytest.mark.parametrize(("rows", "columns", "side"), [(7, 5, 4), (9, 11, 14), (1, 1, 3), (16, 16, 6)])

@@ -29,6 +29,8 @@ from .words import patch_grid
 
 NAME = "patch_words"
 """The key of what a tokenizing image processor adds."""
+AT_ONCE = 8
+"""Images that are tokenized together: few enough that what is made of them stays in a core's cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,9 @@ class HostTokenizer:
         return words
 
     def _of_patches(self, patches: Patches) -> torch.Tensor:
+        if patches.real is None and len(patches.pixel_values) > AT_ONCE:
+            parts = patches.pixel_values.split(AT_ONCE)
+            return torch.cat([self._of_patches(dataclasses.replace(patches, pixel_values=part)) for part in parts])
         batch = len(patches.pixel_values)
         plan = self.setting.plan(patches) if self.setting.shortens else None
         if plan is not None:

@@ -20,7 +20,6 @@ from ..words import (
     nearest_kept,
     random_order,
     random_patches,
-    variance_scores,
     whole_share,
     whole_shares,
 )
@@ -109,7 +108,7 @@ class IntraConfig(VWTConfig):
             kept, stays = self._choose(patches, keep), None
         if not self.groups:
             return patches.keep(kept, stays)
-        nearest = nearest_kept(patches.pixels(), kept, patches.places, patches.real, stays)
+        nearest = nearest_kept(patches.centred, kept, patches.places, patches.real, stays)
         return patches.represent(nearest, kept, stays, self.proportional_attention)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
@@ -121,7 +120,7 @@ class IntraConfig(VWTConfig):
     def _choose(self, patches: Patches, keep: int) -> torch.Tensor:
         """Indices of the patches that stay, ascending, (batch, keep), or (1, keep): the same for all images."""
         if self.criterion == "variance":
-            return highest(variance_scores(patches.pixels()), keep)
+            return highest(patches.centred.variance, keep)
         if self.criterion == "random":
             return random_patches(patches.count, keep, self.seed, patches.device)
         assert patches.grid is not None  # images are not padded
@@ -136,7 +135,7 @@ class IntraConfig(VWTConfig):
         real = patches.real
         assert real is not None
         if self.criterion == "variance":
-            scores = variance_scores(patches.pixels())
+            scores = patches.centred.variance
         elif self.criterion == "random":
             scores = -random_order(patches.count, self.seed, patches.device).argsort().float()
         else:
