@@ -68,9 +68,11 @@ def test_help_names_the_verb_and_the_verbs_help_its_options(capsys):
 def test_demo_prints_a_row_for_each_ratio_and_writes_the_picture(checkpoint, photographs, capsys):
     assert run_demo(checkpoint, photographs, "--keep-ratio", "1", "0.5", "--device", "cpu") == 0
     printed = capsys.readouterr()
-    everything, half = [line.split() for line in printed.out.splitlines() if "→" in line]
-    assert everything[:4] == ["1", "17", "→", "17"] and everything[-2:] == ["1.0000", "1.0000"]
-    assert half[:4] == ["0.5", "17", "→", "9"] and float(half[-1]) < 1
+    recommended, everything, half = [line.split() for line in printed.out.splitlines() if "→" in line]
+    # CLS and, of the noise, all 16 patches; of the ramp, whose patches are alike along a row, six.
+    assert recommended[:4] == ["vwt=True", "17", "→", "12"] and 0.5 < float(recommended[-1]) <= 1
+    assert everything[:4] == ["keep_ratio=1", "17", "→", "17"] and everything[-2:] == ["1.0000", "1.0000"]
+    assert half[:4] == ["keep_ratio=0.5", "17", "→", "9"] and float(half[-1]) < 1
     assert "2 photographs at 32×32" in printed.out and "float32" in printed.out
     assert printed.err == ""
     picture = photographs.parent / "out" / "kept_patches.png"

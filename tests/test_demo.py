@@ -137,11 +137,12 @@ def test_photographs_are_the_pixel_values_before_normalisation():
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason='needs matplotlib: pip install "vwt-hf[demo]"')
 def test_the_picture_has_a_row_for_each_photograph_and_a_column_for_each_setting(pixel_values):
-    settings = [VWTConfig(keep_ratio=0.5), VWTConfig(keep_ratio=0.25)]
-    captions = [[f"{name} at {s.keep_ratio}" for s in settings] for name in "abc"]
+    settings = {f"half of {half}": VWTConfig(keep_ratio=half / 2) for half in (1.0, 0.5)}
+    captions = [[f"{name} at {s.keep_ratio}" for s in settings.values()] for name in "abc"]
     figure = kept_patches_figure(pixel_values, (4, 4), settings, names=list("abc"), captions=captions)
     axes = figure.axes
     assert len(axes) == 9
     assert [a.get_ylabel() for a in axes[::3]] == list("abc")
+    assert [a.get_title() for a in axes[:3]] == ["what the model sees", *settings]
     assert [a.get_xlabel() for a in axes[3:6]] == ["", "b at 0.5", "b at 0.25"]
     assert figure.canvas.manager is None  # pyplot, with its global state, has no part in it

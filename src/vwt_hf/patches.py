@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 
 from .layout import by_token, group, represent
 from .plans import DROPPED, Grouped, Kept
-from .words import Centred, centre, patch_places, patchify, with_prefix
+from .words import patch_places, patchify, with_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +55,6 @@ class Patches:
     def pixels(self) -> torch.Tensor:
         """(batch, patches, values): each patch's values, all patches in one order of values, whichever it is."""
         return self.pixel_values if self.grid is None else patchify(self.pixel_values, self.patch_size)
-
-    @functools.cached_property
-    def centred(self) -> Centred:
-        """The values of `pixels`, each patch without their mean."""
-        return centre(self.pixels())
 
     def pixels_as_words(self) -> torch.Tensor:
         """(batch, patches, channels · patch height · patch width): values in the order of a vocabulary's words."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +32,7 @@ TINT, EDGE = 0.55, 1.0
 def kept_patches_figure(
     pixel_values: torch.Tensor,
     patch_size: tuple[int, int],
-    settings: Sequence[VWTConfig],
+    settings: Mapping[str, VWTConfig | None],
     *,
     names: Sequence[str],
     captions: Sequence[Sequence[str]],
@@ -46,7 +46,8 @@ def kept_patches_figure(
     Args:
         pixel_values: (photographs, channels, height, width), as the model gets them.
         patch_size: height and width of a patch, in pixels.
-        settings: one for each column after the first, which shows the whole photograph.
+        settings: one for each column after the first, which shows the whole photograph, by the column's heading; `None`
+            for a plain model.
         names: one for each photograph.
         captions: [photograph][setting], written below each picture.
         image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
@@ -61,10 +62,10 @@ def kept_patches_figure(
     photographs = photographs_of(pixel_values, image_mean, image_std)
     patches = Patches(pixel_values, patch_size, pixel_values.shape[1], 0, patch_grid(pixel_values, patch_size))
     columns = [Column("what the model sees", photographs, [""] * len(photographs))]
-    for index, setting in enumerate(settings):
-        plan = setting.plan(patches)
+    for index, (heading, setting) in enumerate(settings.items()):
+        plan = setting.plan(patches) if setting is not None and setting.shortens else None
         seen = photographs if plan is None else torch.stack(seen_pictures(patches, plan, image_mean, image_std))
-        columns.append(Column(f"keep_ratio={setting.keep_ratio:g}", seen, [row[index] for row in captions]))
+        columns.append(Column(heading, seen, [row[index] for row in captions]))
     return draw(columns, names, PANEL)
 
 

@@ -324,7 +324,7 @@ def nearest_kept(
         if stays is not None:
             distance = distance.masked_fill(~stays.unsqueeze(1), torch.inf)
         nearest = first_of(distance.le_(distance.amin(dim=2, keepdim=True) + _EQUALLY_NEAR))
-        kept = kept.expand(len(nearest), -1)
+        kept = kept.expand(nearest.shape[0], -1)
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         if stays is not None:
             own = torch.where(stays, own, nearest.gather(1, kept))

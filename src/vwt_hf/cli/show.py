@@ -112,8 +112,9 @@ def work(args: argparse.Namespace) -> None:
         mask = kept_mask(pixel_values, size, setting)
         captions = [f"{int(kept.sum())} of {kept.numel()} patches" for kept in mask]
         below = [[caption] for caption in captions]
+        columns: Any = {f"keep_ratio={setting.keep_ratio:g}": setting}
         figure = kept_patches_figure(
-            pixel_values, size, [setting], names=titles, captions=below, image_mean=mean, image_std=std
+            pixel_values, size, columns, names=titles, captions=below, image_mean=mean, image_std=std
         )
     else:
         words.require(size, channels=pixel_values.shape[1])

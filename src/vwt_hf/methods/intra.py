@@ -13,7 +13,9 @@ from ..patches import Patches
 from ..plans import Grouped, Kept
 from ..printable import shown
 from ..words import (
+    Centred,
     best,
+    centre,
     dithered,
     grid_patches,
     highest,
@@ -100,15 +102,17 @@ class IntraConfig(VWTConfig):
 
     def plan(self, patches: Patches) -> Kept | Grouped | None:
         keep = self.patches_kept(patches.count)
-        if patches.real is not None:
-            kept, stays = self._choose_real(patches, keep)
-        elif keep == patches.count:
+        if patches.real is None and keep == patches.count:
             return None
+        values = centre(patches.pixels()) if self.criterion == "variance" or self.groups else None
+        if patches.real is not None:
+            kept, stays = self._choose_real(patches, values, keep)
         else:
-            kept, stays = self._choose(patches, keep), None
+            kept, stays = self._choose(patches, values, keep), None
         if not self.groups:
             return patches.keep(kept, stays)
-        nearest = nearest_kept(patches.centred, kept, patches.places, patches.real, stays)
+        assert values is not None
+        nearest = nearest_kept(values, kept, patches.places, patches.real, stays)
         return patches.represent(nearest, kept, stays, self.proportional_attention)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
@@ -117,17 +121,25 @@ class IntraConfig(VWTConfig):
             return patches.represented_by(words, self.proportional_attention, tokens)
         return patches.kept_by(words, tokens)
 
-    def _choose(self, patches: Patches, keep: int) -> torch.Tensor:
-        """Indices of the patches that stay, ascending, (batch, keep), or (1, keep): the same for all images."""
+    def _choose(self, patches: Patches, values: Centred | None, keep: int) -> torch.Tensor:
+        """Indices of the patches that stay, ascending, (batch, keep), or (1, keep): the same for all images.
+
+        Args:
+            values: of the patches, if the criterion looks at them.
+        """
         if self.criterion == "variance":
-            return highest(patches.centred.variance, keep)
+            assert values is not None
+            return highest(values.variance, keep)
         if self.criterion == "random":
             return random_patches(patches.count, keep, self.seed, patches.device)
         assert patches.grid is not None  # images are not padded
         return grid_patches(*patches.grid, keep, patches.device)
 
-    def _choose_real(self, patches: Patches, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _choose_real(self, patches: Patches, values: Centred | None, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Chooses patches where images are padded: `keep_ratio` of each image's real patches stay, at least one.
+
+        Args:
+            values: as for `_choose`.
 
         Returns:
             Indices of patches, (batch, keep), ascending, and which of them stay, (batch, keep) bool.
@@ -135,7 +147,8 @@ class IntraConfig(VWTConfig):
         real = patches.real
         assert real is not None
         if self.criterion == "variance":
-            scores = patches.centred.variance
+            assert values is not None
+            scores = values.variance
         elif self.criterion == "random":
             scores = -random_order(patches.count, self.seed, patches.device).argsort().float()
         else:
