@@ -139,6 +139,7 @@ def test_images_that_come_as_patches_are_refused(photographs, tmp_path, capsys):
         assert "expected whole images (batch, channels, height, width)" in capsys.readouterr().err
 
 
+@pytest.mark.newest
 def test_the_command_works_as_a_process_of_its_own_in_an_encoding_without_arrows(checkpoint, photographs):
     arguments = ["demo", "--model", checkpoint, "--images", str(photographs), "--repeats", "1", "--device", "cpu"]
     env = dict(os.environ, PYTHONIOENCODING="cp1252")

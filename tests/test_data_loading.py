@@ -181,6 +181,7 @@ class Threads(torch.utils.data.Dataset):
         return torch.get_num_threads()
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_worker_of_a_data_loader_computes_in_one_thread(method, folder):
     processor = AutoImageProcessor.from_pretrained(folder, vwt=inter())
@@ -204,6 +205,7 @@ print(torch.equal(found, expected), torch.get_num_threads())
 """
 
 
+@pytest.mark.newest
 def test_a_data_set_is_mapped_by_processes_that_are_forked_from_one_with_threads(folder):
     pytest.importorskip("datasets")
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))

@@ -101,6 +101,7 @@ def test_help_imports_no_torch_and_can_be_printed_in_any_encoding(arguments, tmp
     assert b"vwt_hf.cli.demo" in imported and not imported & {b"torch", b"transformers", b"numpy"}
 
 
+@pytest.mark.newest
 def test_a_program_that_uses_the_commands_function_is_registered():
     code = "from vwt_hf.cli import main; from transformers import AutoConfig as A; print(A.for_model('vit', vwt=1).vwt)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)

@@ -762,6 +762,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.newest
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux, to measure peak memory")
 def test_loading_takes_little_more_memory_than_the_words(tmp_path: Path, saved: Path) -> None:
     words = torch.rand(30_000, 3, 16, 16)
