@@ -144,5 +144,16 @@ def test_the_picture_has_a_row_for_each_photograph_and_a_column_for_each_setting
     assert len(axes) == 9
     assert [a.get_ylabel() for a in axes[::3]] == list("abc")
     assert [a.get_title() for a in axes[:3]] == ["what the model sees", *settings]
-    assert [a.get_xlabel() for a in axes[3:6]] == ["", "b at 0.5", "b at 0.25"]
+    assert [a.get_xlabel() for a in axes[3:6]] == ["", "32 of 64 patches, b at 0.5", "16 of 64 patches, b at 0.25"]
     assert figure.canvas.manager is None  # pyplot, with its global state, has no part in it
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason='needs matplotlib: pip install "vwt-hf[demo]"')
+def test_the_picture_tells_of_each_photograph_how_many_tokens_it_becomes(pixel_values):
+    """Of one colour as few as may be, of noise all."""
+    pixel_values[0] = 0.25
+    setting = VWTConfig(method="local", image_std=(1.0, 1.0, 1.0), tolerance=0.01)
+    figure = kept_patches_figure(pixel_values, (4, 4), {"local": setting, "plain": None}, names=list("abc"))
+    few, *many = [a.get_xlabel() for a in figure.axes[1::3]]
+    assert few == "4 of 64 patches" and many == ["64 of 64 patches"] * 2
+    assert [a.get_xlabel() for a in figure.axes[2::3]] == ["64 of 64 patches"] * 3

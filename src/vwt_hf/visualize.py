@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .config import VWTConfig
+from .data_loading import token_lengths
 from .patches import Patches
 from .plans import DROPPED, Grouped, Kept
 from .printable import printable
@@ -35,13 +36,14 @@ def kept_patches_figure(
     settings: Mapping[str, VWTConfig | None],
     *,
     names: Sequence[str],
-    captions: Sequence[Sequence[str]],
+    captions: Sequence[Sequence[str]] | None = None,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> Figure:
-    """Draws each photograph as the model sees it, and beside it, for each setting, what is left of it.
+    """Draws each photograph as the model sees it, and beside it, for each setting, what enters the model's first layer.
 
-    Dropped patches are faded, or show the patch that stands for them.
+    Dropped patches are faded, or show the patch that stands for them. How many tokens the patches become is written
+    below.
 
     Args:
         pixel_values: (photographs, channels, height, width), as the model gets them.
@@ -49,7 +51,7 @@ def kept_patches_figure(
         settings: one for each column after the first, which shows the whole photograph, by the column's heading; `None`
             for a plain model.
         names: one for each photograph.
-        captions: [photograph][setting], written below each picture.
+        captions: [photograph][setting], written behind it.
         image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
 
     Returns:
@@ -64,8 +66,13 @@ def kept_patches_figure(
     columns = [Column("what the model sees", photographs, [""] * len(photographs))]
     for index, (heading, setting) in enumerate(settings.items()):
         plan = setting.plan(patches) if setting is not None and setting.shortens else None
-        seen = photographs if plan is None else torch.stack(seen_pictures(patches, plan, image_mean, image_std))
-        columns.append(Column(heading, seen, [row[index] for row in captions]))
+        seen, counts = photographs, [patches.count] * len(photographs)
+        if plan is not None:
+            seen = torch.stack(seen_pictures(patches, plan, image_mean, image_std))
+            counts = token_lengths(plan.patch_words(len(photographs), patches.count))
+        more = [""] * len(counts) if captions is None else [f", {row[index]}" for row in captions]
+        below = [f"{count} of {patches.count} patches{caption}" for count, caption in zip(counts, more, strict=True)]
+        columns.append(Column(heading, seen, below))
     return draw(columns, names, PANEL)
 
 

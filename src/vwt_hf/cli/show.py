@@ -111,11 +111,8 @@ def work(args: argparse.Namespace) -> None:
     if words is None:
         mask = kept_mask(pixel_values, size, setting)
         captions = [f"{int(kept.sum())} of {kept.numel()} patches" for kept in mask]
-        below = [[caption] for caption in captions]
         columns: Any = {f"keep_ratio={setting.keep_ratio:g}": setting}
-        figure = kept_patches_figure(
-            pixel_values, size, columns, names=titles, captions=below, image_mean=mean, image_std=std
-        )
+        figure = kept_patches_figure(pixel_values, size, columns, names=titles, image_mean=mean, image_std=std)
     else:
         words.require(size, channels=pixel_values.shape[1])
         seen = words.normalized(mean, std)
