@@ -18,7 +18,7 @@ import vwt_hf
 from settings import SETTINGS
 from tiny import TINY, answers, forward, inputs, require_restored, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, restore
-from vwt_hf.words import gather_patches, grid_patches, highest, patchify, variance_scores
+from vwt_hf.words import centre, gather_patches, grid_patches, highest, patchify
 
 BY_PLACE = [
     VWTConfig(criterion="random", seed=3),
@@ -126,7 +126,7 @@ def test_half_precision_keeps_the_same_patches_and_answers_nearly_the_same(model
     whole, short = embedded(model.to(dtype), pixel_values.to(dtype), {"keep_ratio": 0.5})
     found = answers(model, pixel_values.to(dtype))
     assert found.dtype == dtype
-    kept = highest(variance_scores(patchify(pixel_values, (4, 4))), 32)
+    kept = highest(centre(patchify(pixel_values, (4, 4))).variance, 32)
     prefix = whole.shape[1] - 64
     assert torch.equal(short, torch.cat((whole[:, :prefix], gather_patches(whole[:, prefix:], kept)), dim=1))
     expected = answers(model.float(), pixel_values)

@@ -24,7 +24,7 @@ from tiny import (
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.families import UNFIT, family_of, find_layers, find_tower, is_of, require_supported
 from vwt_hf.plans import Kept
-from vwt_hf.words import gather_patches, highest, patchify, variance_scores
+from vwt_hf.words import centre, gather_patches, highest, patchify
 
 EVERY = list(MODELS)
 CONTRASTIVE = ["clip", "metaclip-2", "chinese-clip", "altclip", "clipseg", "siglip", "siglip2", "aimv2"]
@@ -169,7 +169,7 @@ def test_the_tokens_that_are_given_out_are_those_that_patches_have_the_hidden_st
 def test_rotary_tokens_are_rotated_as_their_patches_are(images):
     """DINOv3's layers by hand, on the tokens and rotations of the patches that stay."""
     model = tiny_model("dinov3")
-    kept = highest(variance_scores(patchify(images, (4, 4))), 32)
+    kept = highest(centre(patchify(images, (4, 4))).variance, 32)
     with torch.no_grad():
         whole = model.embeddings(images)
         hidden = torch.cat((whole[:, :4], gather_patches(whole[:, 4:], kept)), 1)
@@ -245,7 +245,7 @@ def test_a_masked_autoencoder_gives_features_of_whole_images_alone(images):
 
 
 def test_a_masked_autoencoder_says_which_patches_were_dropped(images):
-    kept = highest(variance_scores(patchify(images, (4, 4))), 32)
+    kept = highest(centre(patchify(images, (4, 4))).variance, 32)
     output = compress(tiny_model("vit-mae"), SETTINGS["discard"])(pixel_values=images)
     assert output.mask.shape == (4, 64) and output.mask.sum() == 4 * 32
     assert not output.mask.gather(1, kept).any()

@@ -18,7 +18,6 @@ from vwt_hf.words import (
     nearest_words,
     patch_places,
     patchify,
-    variance_scores,
 )
 
 WORDS = torch.tensor([[4, 2, 4, 7, 2, 2], [9, 8, 7, 6, 5, 4], [3, 3, 3, 3, 3, 3]])
@@ -93,6 +92,10 @@ def test_tokens_that_become_one_lie_as_if_their_patches_had_shared_a_word_from_t
             continue
         assert found.runs == expected.runs and found.packed == expected.packed
         assert torch.equal(found.rows, expected.rows) and torch.equal(found.sizes, expected.sizes)
+        for at in (0, 1):
+            assert torch.equal(found.bounds[at], expected.bounds[at])
+        assert torch.equal(found.bounds[0], found.rows.amin(dim=1))
+        assert torch.equal(found.bounds[1], found.rows.amax(dim=1) + 1)
 
 
 def test_an_empty_batch_has_an_empty_layout(packed):
@@ -240,7 +243,7 @@ def test_of_kept_patches_equally_near_the_first_is_joined_however_products_are_r
     """In a batch as alone. What is expected is worked out in double precision, image by image."""
     patches, places = structured(rows, columns, side), patch_places((rows, columns), torch.device("cpu"))
     for keep in {max(1, rows * columns // share) for share in (2, 4, 9)}:
-        for kept in (grid_patches(rows, columns, keep, patches.device), highest(variance_scores(patches), keep)):
+        for kept in (grid_patches(rows, columns, keep, patches.device), highest(centre(patches).variance, keep)):
             found = nearest_kept(centre(patches), kept, places)
             for number, image in enumerate(patches):
                 own = kept[min(number, len(kept) - 1)]

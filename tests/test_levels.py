@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
+from transformers import BatchFeature, CLIPImageProcessorPil, ViTImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 
 from vwt_hf import VWTConfig, levels
@@ -120,6 +120,13 @@ class Brightest(ViTImageProcessorPil):
         return super().rescale(image, 1 / image.max(), **kwargs)
 
 
+class Levelled(ViTImageProcessorPil):
+    """Takes the mean of its values off each image, which no table of levels can tell."""
+
+    def normalize(self, image, mean, std, **kwargs):
+        return super().normalize(image, image.mean(), std, **kwargs)
+
+
 class Twice(ViTImageProcessorPil):
     """Does something after all other steps."""
 
@@ -129,7 +136,26 @@ class Twice(ViTImageProcessorPil):
         return made
 
 
-@pytest.mark.parametrize("plain_class", [Brightest, Twice])
+class Wide(ViTImageProcessorPil):
+    """Has images of other than eight bits once they are resized."""
+
+    def resize(self, image, size, **kwargs):
+        return super().resize(image, size, **kwargs).astype(np.float32) + 0.25
+
+
+class Single(ViTImageProcessorPil):
+    """Takes images by another name, one after another."""
+
+    def preprocess(self, images, **kwargs):
+        made = [super(Single, self).preprocess([image], **kwargs)["pixel_values"] for image in images]
+        found = [self._preprocess(image=values) for values in made]
+        return BatchFeature({"pixel_values": np.concatenate(found)})
+
+    def _preprocess(self, images=None, image=None, **steps):
+        return image * 2 if images is None else super()._preprocess(images, **steps)
+
+
+@pytest.mark.parametrize("plain_class", [Brightest, Levelled, Twice, Single])
 def test_a_class_with_steps_of_its_own_takes_them(plain_class, tables):
     plain, tokenizing = pair(plain_class)
     dark = [np.asarray(IMAGES[0]) // 3]
@@ -139,6 +165,20 @@ def test_a_class_with_steps_of_its_own_takes_them(plain_class, tables):
     assert not np.array_equal(
         expected, ViTImageProcessorPil(size=plain.size)(dark, return_tensors="np")["pixel_values"]
     )
+
+
+def test_pixels_that_lose_their_levels_on_the_way_are_computed(tables):
+    plain, tokenizing = pair(Wide)
+    expected = plain(IMAGES, return_tensors="np")["pixel_values"]
+    assert_same(tokenizing(IMAGES, return_tensors="np")["pixel_values"], expected)
+    assert tables == []
+
+
+def test_images_that_stay_a_list_are_arrays_of_their_own():
+    """So that one that is kept does not hold the memory of all."""
+    _, tokenizing = pair()
+    found = tokenizing(IMAGES)["pixel_values"]
+    assert all(values.base is None for values in found)
 
 
 def test_transformers_image_processors_by_pillow_have_the_steps_that_are_looked_up():

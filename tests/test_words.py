@@ -9,6 +9,7 @@ import torch
 
 from vwt_hf import VWTConfig, words
 from vwt_hf.words import (
+    centre,
     dithered,
     gather_pairs,
     gather_patches,
@@ -17,7 +18,6 @@ from vwt_hf.words import (
     patchify,
     random_order,
     random_patches,
-    variance_scores,
 )
 
 CPU = torch.device("cpu")
@@ -43,13 +43,13 @@ def test_an_image_smaller_than_a_patch_is_refused_with_both_sizes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scores_are_the_unbiased_variance_in_float32_whatever_the_dtype(dtype):
     patches = (torch.randn(2, 5, 588, dtype=torch.float64) * torch.rand(2, 5, 1) + 2).to(dtype)
-    scores = variance_scores(patches)
+    scores = centre(patches).variance
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, patches.double().var(dim=-1).float(), rtol=1e-5, atol=1e-7)
 
 
 def test_flat_patches_score_nothing_however_bright():
-    assert (variance_scores(torch.full((1, 2, 588), 2.6)) < 1e-12).all()
+    assert (centre(torch.full((1, 2, 588), 2.6)).variance < 1e-12).all()
 
 
 def test_of_equal_scores_the_earlier_patch_wins_and_order_is_kept():
@@ -140,7 +140,7 @@ def test_many_threads_are_given_the_same_choices():
 def test_scores_of_a_batch_are_those_of_its_images_alone(values):
     patches = torch.randn(5, 99, values, generator=torch.Generator().manual_seed(0))
     patches[1:3] = patches[0, :1]
-    assert torch.equal(variance_scores(patches), torch.cat([variance_scores(image[None]) for image in patches]))
+    assert torch.equal(centre(patches).variance, torch.cat([centre(image[None]).variance for image in patches]))
 
 
 @pytest.mark.parametrize("images", [1, 3])

@@ -16,7 +16,7 @@ class Pairs(NamedTuple):
     tokens: torch.Tensor
     """(images, pairs), int64: rows, of all sequences one after another; of an image with fewer pairs its first row."""
     others: torch.Tensor
-    """(images, pairs), int64: as `tokens`."""
+    """(images, pairs), int64: rows; of pairs that an image does not have they say nothing."""
     cosines: torch.Tensor
     """(images, pairs), float32: how alike the two are; −inf where an image has no such token."""
 

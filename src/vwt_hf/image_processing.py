@@ -84,7 +84,7 @@ class HostTokenizer:
         return words
 
     def _of_patches(self, patches: Patches) -> torch.Tensor:
-        if patches.real is None and len(patches.pixel_values) > AT_ONCE:
+        if patches.device.type == "cpu" and patches.real is None and len(patches.pixel_values) > AT_ONCE:
             parts = patches.pixel_values.split(AT_ONCE)
             return torch.cat([self._of_patches(dataclasses.replace(patches, pixel_values=part)) for part in parts])
         batch = len(patches.pixel_values)
@@ -203,17 +203,16 @@ class Tokenizing:
         made[NAME] = self.tokenizer_of_patches.words(made)
         return made
 
-    def _preprocess(self, images: Any, *args: Any, **steps: Any) -> Any:
+    def _preprocess(self, *args: Any, **steps: Any) -> Any:
         """As the image processor without `vwt`; the values of pixels are looked up where that gives the same."""
         preprocess = super()._preprocess  # type: ignore[misc]
-        if not args and ends_with_values(_plain_class(type(self)), steps) and are_levels(images):
+        if len(args) == 1 and ends_with_values(_plain_class(type(self)), steps) and are_levels(args[0]):
             of_levels = {"do_rescale": False, "do_normalize": False, "return_tensors": None}
-            made = preprocess(images, **steps | of_levels)
+            made = preprocess(*args, **steps | of_levels)
             if are_levels(made["pixel_values"]):
-                values, wanted = look_up(self, made["pixel_values"], steps), steps.get("return_tensors")
-                made["pixel_values"] = list(values) if wanted is None else values
-                return made.convert_to_tensors(wanted)
-        return preprocess(images, *args, **steps)
+                made["pixel_values"] = look_up(self, made["pixel_values"], steps)
+                return made.convert_to_tensors(steps.get("return_tensors"))
+        return preprocess(*args, **steps)
 
     def decode(self, patch_words: Any, images: Any) -> list[Any]:
         """Pictures of what the model still sees: each patch as its token shows it, pale where it has none.

@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 import torch
 
-from .words import ascending, patch_places
+from .words import patch_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _bags(of: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The order that puts values side by side that go to one of so many `rows`, and where those of each row start."""
     if torch.onnx.is_in_onnx_export():
         held = torch.zeros(rows, dtype=torch.int64, device=of.device).scatter_add_(0, of, torch.ones_like(of))
-        return ascending(of), held.cumsum(0) - held
+        return of.topk(of.shape[0], largest=False).indices, held.cumsum(0) - held
     ordered, order = of.sort(stable=True)
     return order, torch.searchsorted(ordered, torch.arange(rows, device=of.device))
 
@@ -331,11 +331,14 @@ def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     Returns:
         (sequences, tokens, hidden), of `after`; 0 for padding.
     """
-    # The row of each token that it becomes part of; padding, which has no size, counts for nothing in the first.
-    into = torch.zeros(before.sizes.numel(), dtype=torch.int64, device=before.rows.device)
+    rows, sizes = after.sizes.numel(), after.sizes.flatten().clamp(min=1)
+    if not before.dense:  # padding becomes part of a last row, which is none
+        sizes = torch.nn.functional.pad(sizes, (0, 1), value=1.0)
+    # The row of each token that it becomes part of.
+    into = torch.full((before.sizes.numel(),), rows, device=before.rows.device)
     into.scatter_(0, before.rows.flatten(), after.rows.flatten())
-    order, starts = _bags(into, after.sizes.numel())
-    weights = (before.sizes.flatten() / after.sizes.flatten().clamp(min=1)[into])[order].to(values.device)
+    order, starts = _bags(into, sizes.numel())
+    weights = (before.sizes.flatten() / sizes[into])[order].to(values.device)
     table = values.flatten(0, 1).float()
     order, starts = order.to(values.device), starts.to(values.device)
 
@@ -345,7 +348,7 @@ def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     means = mean(table)
     lengths = mean(torch.linalg.vector_norm(table, dim=1, keepdim=True))
     means = means * (lengths / torch.linalg.vector_norm(means, dim=1, keepdim=True).clamp(min=1e-12))
-    return means.view(*after.sizes.shape, -1).to(values.dtype)
+    return means[:rows].view(*after.sizes.shape, -1).to(values.dtype)
 
 
 def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:

@@ -41,13 +41,14 @@ def look_up(processor: Any, images: Sequence[np.ndarray], steps: dict[str, Any])
         steps: as for `ends_with_values`.
 
     Returns:
-        The array of each image, float32; of images of one size one array of them all.
+        The array of each image, float32. Where they become one tensor, and are of one size, one array of them all.
     """
     tables = {channels: _values(processor, channels, steps) for channels in {len(image) for image in images}}
     shapes = [image.shape for image in images]
-    found: Any = [np.empty(shape, np.float32) for shape in shapes]
-    if len(set(shapes)) == 1:
-        found = np.empty((len(shapes), *shapes[0]), np.float32)
+    if steps.get("return_tensors") is not None and len(set(shapes)) == 1:
+        found: Any = np.empty((len(shapes), *shapes[0]), np.float32)
+    else:
+        found = [np.empty(shape, np.float32) for shape in shapes]
     for image, values in zip(images, found, strict=True):
         for plane, table, made in zip(image, tables[len(image)], values, strict=True):
             np.take(table, plane, out=made, mode="clip")

@@ -99,7 +99,7 @@ class Centred(NamedTuple):
 
     @property
     def variance(self) -> torch.Tensor:
-        """(batch, patches): unbiased variance of each patch's values."""
+        """(batch, patches): unbiased variance of each patch's values (paper, intra-image approach)."""
         return self.squares.squeeze(2) / (self.rest.shape[2] - 1)
 
 
@@ -114,18 +114,6 @@ def centre(patches: torch.Tensor) -> Centred:
     level = values.mean(dim=2, keepdim=True)
     rest = values - level
     return Centred(level, rest, torch.linalg.vector_norm(rest, dim=2, keepdim=True).square())
-
-
-def variance_scores(patches: torch.Tensor) -> torch.Tensor:
-    """Unbiased variance of each patch's values, in float32 (paper, intra-image approach).
-
-    Args:
-        patches: (batch, patches, channels · patch height · patch width).
-
-    Returns:
-        (batch, patches).
-    """
-    return centre(patches).variance
 
 
 def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
@@ -156,13 +144,6 @@ def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
     if torch.onnx.is_in_onnx_export():  # which has no stable sort; its TopK keeps the earlier of equals
         return scores.topk(keep, dim=1).indices
     return scores.argsort(dim=1, descending=True, stable=True)[:, :keep]
-
-
-def ascending(values: torch.Tensor) -> torch.Tensor:
-    """The order of values (count,), the smallest first, the earlier of equals first: (count,) int64."""
-    if torch.onnx.is_in_onnx_export():
-        return values.topk(values.shape[0], largest=False).indices
-    return values.argsort(stable=True)
 
 
 _kept: collections.OrderedDict[tuple[Any, ...], torch.Tensor] = collections.OrderedDict()

@@ -79,7 +79,7 @@ def work(args: argparse.Namespace) -> None:
     """
     settings: dict[str, Any] = {"vwt=True": True}
     for ratio in args.keep_ratio:
-        settings[f"keep_ratio={ratio:g}"] = VWTConfig(keep_ratio=ratio, criterion=args.criterion, seed=args.seed)
+        settings[f"keep_ratio={ratio:.12g}"] = VWTConfig(keep_ratio=ratio, criterion=args.criterion, seed=args.seed)
     for name in ("batch_size", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; expected at least 1.")
@@ -103,7 +103,7 @@ def work(args: argparse.Namespace) -> None:
     with quiet_transformers():
         processor = load_processor(checkpoint)
         plain, pooled = load(checkpoint, device)
-        models = [plain, *(compress(share(plain), setting) for setting in settings.values())]
+    models = [plain, *(compress(share(plain), setting) for setting in settings.values())]
     seconds = torch.zeros(len(models), args.repeats)  # of each model and turn, for all photographs
     found: list[list[float]] = [[] for _ in models]
     counted = [0.0] * len(models)
