@@ -4,7 +4,7 @@ r"""What compression costs and gains on your own model, images and device, besid
 For each data type, batch size and method, in turn with the uncompressed model of that data type, in one process:
 
   tokens        of an image, the mean over all layers
-  ms p50, p95   of a whole forward of the batch, tokenising included
+  ms p50, p95   of a whole forward of a batch, tokenising included; of several batches of --images in turn, if there are
   speed ratio   median time of the uncompressed model over that of the method (a ratio of medians, not of single turns)
   FLOPs ratio   the same of floating point operations; none for int8, whose operations are not floating point
   quotient      speed ratio over FLOPs ratio: 1.0 says that nothing is lost to tokenising and bookkeeping
@@ -98,6 +98,8 @@ RATIOS = (0.75, 0.5, 0.25)
 PEERS = ["random", *MERGING, "tome-alike", "int8", "bf16", "bf16+settings"]
 WARM_UP = 2
 EMBEDDING_TURNS = 3
+SAMPLE, BATCHES = 64, 8
+"""Images that batches are made of, or as many as the largest batch has, and batches of a size at most."""
 ENERGY_SECONDS = 3.0
 QUALITY_BATCH = 32
 LEARN_FROM = 64
@@ -127,9 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
         if judged and not batch_sizes:
             continue
         methods = methods_of(options, plain[dtype])
-        images = sample(options, plain[dtype], max(options.batch_sizes)) if batch_sizes else None
+        images = sample(options, plain[dtype], max(SAMPLE, *options.batch_sizes)) if batch_sizes else None
         for size in batch_sizes:
-            rows = measure(methods, images[torch.arange(size) % len(images)], options, meter)
+            rows = measure(methods, batches_of(images, size), options, meter)
             results.add("timing", [{"dtype": dtype, "batch": size} | row for row in rows])
         if not judged:
             rows = judge(methods, plain[options.dtype[0]], paths, groups, load_processor(options.model))
@@ -391,18 +393,33 @@ def sample(options: argparse.Namespace, model: PreTrainedModel, count: int) -> t
     return whole_images(made).to(model.device, model.dtype)
 
 
+def batches_of(images: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """Batches of so many of the images, each spread evenly over all; where these are too few, one that repeats them."""
+    number = min(BATCHES, len(images) // size)
+    if not number:
+        return [images[torch.arange(size) % len(images)]]
+    spread = torch.arange(number * size) * len(images) // (number * size)
+    return [images[spread[start::number]] for start in range(number)]
+
+
 @torch.inference_mode()
 def measure(
-    methods: list[Method], batch: torch.Tensor, options: argparse.Namespace, meter: Meter | None
+    methods: list[Method], batches: list[torch.Tensor], options: argparse.Namespace, meter: Meter | None
 ) -> list[dict[str, Any]]:
-    """One row a method on `batch`, (batch, channels, height, width); the uncompressed model comes first."""
-    batches = [batch.to(method.model.dtype) for method in methods]
-    runs = [forward_of(method.model, own, options.compile) for method, own in zip(methods, batches, strict=True)]
+    """One row a method on batches of one size, (batch, channels, height, width) each, which take turns.
+
+    The uncompressed model comes first. Memory and energy are those of the first batch.
+    """
+    device, size = batches[0].device, len(batches[0])
+    given = [[batch.to(method.model.dtype) for batch in batches] for method in methods]
+    forwards = [forward_of(method.model, options.compile) for method in methods]
+    runs = [run_on_each(forward, own) for forward, own in zip(forwards, given, strict=True)]
     turns = {"turns": options.turns, "warm_up": WARM_UP, "seconds": options.seconds}
-    seconds = time_in_turn(runs, batch.device, **turns, label=f"batch {len(batch)}")
+    seconds = time_in_turn(runs, device, **turns, label=f"batch {size}")
     rows = []
-    described = tqdm(list(zip(methods, batches, runs, seconds, strict=True)), "memory, operations", leave=False)
-    for method, own, run, taken in described:
+    described = tqdm(list(zip(methods, given, forwards, seconds, strict=True)), "memory, operations", leave=False)
+    for method, own, forward, taken in described:
+        run = functools.partial(forward, pixel_values=own[0])
         rows.append(
             {
                 "method": method.name,
@@ -410,10 +427,10 @@ def measure(
                 "seconds": taken,
                 "p50_ms": 1e3 * statistics.median(taken),
                 "p95_ms": 1e3 * torch.tensor(taken, dtype=torch.float64).quantile(0.95).item(),
-                "embedding_seconds": embedding_seconds(method.model, own),
+                "embedding_seconds": embedding_seconds(method.model, own[0]),
                 "weight_bytes": peers.weight_bytes(method.model),
-                "activation_bytes": peak_bytes(run, batch.device),
-                "joules_per_image": None if meter is None else joules(meter, run, batch.device) / len(batch),
+                "activation_bytes": peak_bytes(run, device),
+                "joules_per_image": None if meter is None else joules(meter, run, device) / size,
             }
             | count(method, own)
         )
@@ -438,20 +455,26 @@ def memory_of(row: dict[str, Any]) -> int | None:
     return row["activation_bytes"] and row["weight_bytes"] + row["activation_bytes"]
 
 
-def forward_of(model: PreTrainedModel, batch: torch.Tensor, mode: str | None) -> Callable[[], object]:
-    """What runs `model` on `batch`; `mode`: how torch compiles it first, if at all."""
+def run_on_each(forward: Callable[..., object], batches: Sequence[torch.Tensor]) -> Callable[[], object]:
+    """What runs a model on the next of some batches, again and again."""
+    ahead = itertools.cycle(batches)
+    return lambda: forward(pixel_values=next(ahead))
+
+
+def forward_of(model: PreTrainedModel, mode: str | None) -> Callable[..., object]:
+    """What runs `model` on `pixel_values`; `mode`: how torch compiles it first, if at all."""
     if mode is None:
-        return functools.partial(model, pixel_values=batch)
+        return model
     # All models share their classes' code, and each is one more version of it; past the limit they would run eagerly.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     setting = vwt_hf.VWTConfig.parse(model.config.vwt)
     if setting is None or not setting.groups:
-        return functools.partial(torch.compile(model, mode=mode, dynamic=False), pixel_values=batch)
+        return torch.compile(model, mode=mode, dynamic=False)
     # Grouping breaks the graph, after which torch would compile no model's outer forward as a whole: layers alone here.
     model = share(model)
     for layer in find_layers(find_tower(model, family_of(model)).module):
         layer.compile(mode=mode)
-    return functools.partial(model, pixel_values=batch)
+    return model
 
 
 def embedding_seconds(model: PreTrainedModel, batch: torch.Tensor) -> float:
@@ -471,11 +494,11 @@ def embedding_seconds(model: PreTrainedModel, batch: torch.Tensor) -> float:
     return statistics.median(end - start for start, end in zip(clock[0::2], clock[1::2], strict=True))
 
 
-def count(method: Method, batch: torch.Tensor) -> dict[str, Any]:
-    """Tokens of an image, and floating point operations of a forward."""
+def count(method: Method, batches: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Tokens of an image, and floating point operations of a forward: the means over batches of one size."""
     with method.count(method.model) as tokens:
-        flops = count_flops(functools.partial(method.model, pixel_values=batch))
-    return {"tokens": round(tokens.mean, 1), "flops": flops if method.counts_flops else None}
+        flops = [count_flops(functools.partial(method.model, pixel_values=batch)) for batch in batches]
+    return {"tokens": round(tokens.mean, 1), "flops": statistics.mean(flops) if method.counts_flops else None}
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:

@@ -113,7 +113,7 @@ def forwards(
         model = compress(share(plain), setting)
         runs.append((name, "searched", model, functools.partial(model, pixel_values=pixels)))
         runs.append((name, "given", model, functools.partial(model, **batch)))
-    counts = [count(Method(name, name, model), pixels) for name, _, model, _ in runs]
+    counts = [count(Method(name, name, model), [pixels]) for name, _, model, _ in runs]
     taken = time_in_turn([run for *_, run in runs], pixels.device, turns)
     medians = [statistics.median(seconds) for seconds in taken]
     return [

@@ -19,8 +19,8 @@ from tiny import sample_pixel_values, tiny_model
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import benchmark
-from vwt_hf import VisualVocabulary, compress
-from vwt_hf.evaluation import share
+from vwt_hf import VisualVocabulary, VWTConfig, compress
+from vwt_hf.evaluation import share, time_in_turn
 from vwt_hf.vocabulary.image_source import find_images
 
 pytestmark = pytest.mark.newest
@@ -66,7 +66,7 @@ def test_a_model_is_compiled_whole_or_by_its_layers_where_patches_are_grouped(wo
         (vocabulary, ["layer", "layer"]),
     ):
         model = compress(tiny_model("vit-classifier"), setting)
-        benchmark.forward_of(model, sample_pixel_values(), "default")()
+        benchmark.forward_of(model, "default")(pixel_values=sample_pixel_values())
         assert compiled == expected, setting
         compiled.clear()
 
@@ -141,7 +141,7 @@ def test_a_run_that_was_cut_off_measures_what_is_missing(checkpoint, photographs
     monkeypatch.setattr(
         benchmark,
         "measure",
-        lambda methods, batch, *rest: measured.append(len(batch)) or measure(methods, batch, *rest),
+        lambda methods, batches, *rest: measured.append(len(batches[0])) or measure(methods, batches, *rest),
     )
     benchmark.main(arguments)
     assert measured == [1]
@@ -247,9 +247,45 @@ def test_accuracy_is_told_of_all_images_and_of_the_worst_group():
     assert (shown["top-1 %"], shown["worst group %"]) == ("72.73", "40.00")
 
 
+@pytest.mark.parametrize(
+    ("images", "size", "expected"),
+    [
+        (64, 1, [[0], [8], [16], [24], [32], [40], [48], [56]]),
+        (5, 2, [[0, 2], [1, 3]]),
+        (6, 3, [[0, 2, 4], [1, 3, 5]]),
+        (64, 32, [[*range(0, 64, 2)], [*range(1, 64, 2)]]),
+        (3, 5, [[0, 1, 2, 0, 1]]),
+    ],
+)
+def test_batches_are_spread_evenly_over_the_images(images, size, expected):
+    assert [batch.tolist() for batch in benchmark.batches_of(torch.arange(images), size)] == expected
+
+
+def test_methods_are_timed_on_the_same_batches_in_turn():
+    seen = []
+    runs = [
+        benchmark.run_on_each(lambda pixel_values, name=name: seen.append((name, int(pixel_values))), torch.arange(3))
+        for name in "ab"
+    ]
+    time_in_turn(runs, CPU, 4, warm_up=1)
+    assert seen == [(name, turn % 3) for turn in range(5) for name in "ab"]
+
+
+def test_counting_is_of_all_batches():
+    model = compress(tiny_model("vit"), VWTConfig(method="local", tolerance=0.2, image_std=(1.0, 1.0, 1.0)))
+    noise = sample_pixel_values()
+    rows = [
+        benchmark.count(benchmark.Method("", "", model), given) for given in ([noise], [0 * noise], [noise, 0 * noise])
+    ]
+    for name in ("tokens", "flops"):
+        assert rows[1][name] < rows[0][name] and rows[2][name] == pytest.approx(
+            (rows[0][name] + rows[1][name]) / 2, abs=0.06
+        )
+
+
 def test_counting_leaves_no_hook_in_a_model_that_is_timed():
     model = tiny_model("vit")
-    counted = benchmark.count(benchmark.Method("plain", "plain", model), sample_pixel_values())
+    counted = benchmark.count(benchmark.Method("plain", "plain", model), [sample_pixel_values()])
     assert counted["tokens"] == 65 and counted["flops"] > 0
     assert not any(module._forward_hooks for module in model.modules())
 
