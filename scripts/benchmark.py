@@ -414,7 +414,9 @@ def measure(
     given = [[batch.to(method.model.dtype) for batch in batches] for method in methods]
     forwards = [forward_of(method.model, options.compile) for method in methods]
     runs = [run_on_each(forward, own) for forward, own in zip(forwards, given, strict=True)]
-    turns = {"turns": options.turns, "warm_up": WARM_UP, "seconds": options.seconds}
+    # Kernels are made ready for each shape when it first comes, so each batch has been seen before it is timed.
+    warm_up = max(WARM_UP, len(batches))
+    turns = {"turns": options.turns, "warm_up": warm_up, "seconds": options.seconds}
     seconds = time_in_turn(runs, device, **turns, label=f"batch {size}")
     rows = []
     described = tqdm(list(zip(methods, given, forwards, seconds, strict=True)), "memory, operations", leave=False)
