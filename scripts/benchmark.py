@@ -98,8 +98,10 @@ RATIOS = (0.75, 0.5, 0.25)
 PEERS = ["random", *MERGING, "tome-alike", "int8", "bf16", "bf16+settings"]
 WARM_UP = 2
 EMBEDDING_TURNS = 3
-SAMPLE, BATCHES = 64, 8
-"""Images that batches are made of, or as many as the largest batch has, and batches of a size at most."""
+SAMPLE = 64
+"""Images that batches are made of; more if the largest batch has more."""
+BATCHES = 8
+"""Batches of one size that are timed in turn, at most."""
 ENERGY_SECONDS = 3.0
 QUALITY_BATCH = 32
 LEARN_FROM = 64

@@ -102,7 +102,7 @@ class Layout:
 
 def _bags(of: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The order that puts values side by side that go to one of so many `rows`, and where those of each row start."""
-    if torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export():  # which knows neither a stable sort nor searchsorted
         held = torch.zeros(rows, dtype=torch.int64, device=of.device).scatter_add_(0, of, torch.ones_like(of))
         return of.topk(of.shape[0], largest=False).indices, held.cumsum(0) - held
     ordered, order = of.sort(stable=True)

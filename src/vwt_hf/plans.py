@@ -167,7 +167,7 @@ class Grouped:
         if layout.tokens == before.tokens:
             return self
         sources = None if self.sources is None else by_token(self.sources.flatten()[rows], layout)
-        return Grouped(layout, self.proportional, self.grid, sources, words=self.words)
+        return dataclasses.replace(self, layout=layout, sources=sources, stays=None, folded={})
 
     def patch_words(self, batch: int, patches: int) -> torch.Tensor:
         """The plan as a caller may give it, (batch, patches) int64: the word of each patch, or the index of the patch
