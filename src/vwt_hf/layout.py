@@ -50,7 +50,7 @@ class Layout:
 
     @property
     def even(self) -> bool:
-        """Whether it is dense, and all images have as many tokens."""
+        """Whether all images have the same number of tokens, and no row is padding or stands for nothing."""
         return len(self.runs) == 1 and self.dense
 
     @property

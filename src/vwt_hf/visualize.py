@@ -51,7 +51,7 @@ def kept_patches_figure(
         settings: one for each column after the first, which shows the whole photograph, by the column's heading; `None`
             for a plain model.
         names: one for each photograph.
-        captions: [photograph][setting], written behind it.
+        captions: [photograph][setting], written after that number.
         image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
 
     Returns:
