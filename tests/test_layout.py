@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -32,13 +33,15 @@ def by_image(values: torch.Tensor, layout) -> list[torch.Tensor]:
     return [rows[start : start + layout.prefix + n] for start, n in zip(starts, (3, 6, 1), strict=True)]
 
 
-@pytest.fixture(params=[True, False], ids=["packed", "padded"])
-def packed(request) -> bool:
-    return request.param
+@pytest.fixture(params=["packed", "rounded", "padded"])
+def lay(request, monkeypatch):
+    """`group`, of a packed batch, of one whose rows are made a multiple of seven, or of a padded one."""
+    monkeypatch.setattr("vwt_hf.layout._rounded", lambda rows: -(-rows // 7) * 7)
+    return functools.partial(group, packed=request.param != "padded", rounds=request.param == "rounded")
 
 
-def test_patches_that_share_a_word_share_a_token_in_the_order_of_their_first_patches(packed):
-    layout = group(WORDS, 2, packed)
+def test_patches_that_share_a_word_share_a_token_in_the_order_of_their_first_patches(lay):
+    layout = lay(WORDS, 2)
     for image, (rows, tokens) in enumerate(zip(layout.rows.tolist(), TOKENS, strict=True)):
         assert rows == [rows[0], rows[0] + 1, *(rows[0] + 2 + token for token in tokens)]
         sizes = layout.sizes.flatten()[layout.rows[image]].tolist()
@@ -54,6 +57,21 @@ def test_a_packed_batch_has_no_padding_and_images_of_one_length_side_by_side():
     assert layout.boundaries.tolist() == [0, 2, 6, 10, 17] and layout.boundaries.dtype == torch.int32
 
 
+def test_a_rounded_batch_ends_with_padding_that_makes_its_rows_one_of_few_numbers():
+    """16 numbers from one power of two to the next; another where the next one is taken."""
+    words = torch.arange(300).repeat(2, 1)
+    lengths = {group(words[:, :count], 0, rounds=True).sizes.shape[1] for count in range(1, 257)}
+    assert {length for length in lengths if length <= 64} == {*range(2, 32, 2), *range(32, 66, 2)}
+    assert sorted(length for length in lengths if length > 256) == list(range(272, 513, 16))
+    layout = group(words[:, :130], 1, rounds=True, not_as=[(1, 272)])
+    assert layout.sizes.shape == (1, 288) and not layout.dense and layout.even
+    assert (layout.sizes[0, :262] == 1).all() and not layout.sizes[0, 262:].any()
+    assert layout.rows.tolist() == [list(range(131)), list(range(131, 262))]
+    # Not as long as what one image is expanded to, from which a shape could not tell its tokens then.
+    words = torch.arange(288).clamp(min=8).unsqueeze(0)
+    assert group(words, 0, rounds=True).sizes.shape == (1, 304) and group(words, 0).sizes.shape == (1, 280)
+
+
 def test_a_padded_batch_has_a_sequence_for_each_image_and_sizes_of_zero_where_it_is_padded():
     layout = group(WORDS[[0, 2]], 0, packed=False)
     assert layout.sizes.tolist() == [[2, 3, 1], [6, 0, 0]]
@@ -64,20 +82,20 @@ def test_a_padded_batch_is_never_as_long_as_what_it_is_expanded_to():
     assert group(WORDS, 1, packed=False).sizes.shape == (3, 8)
 
 
-def test_the_numbers_of_the_words_do_not_matter(packed):
+def test_the_numbers_of_the_words_do_not_matter(lay):
     renamed = torch.randperm(10, generator=torch.Generator().manual_seed(0))[WORDS]
-    one, other = group(WORDS, 1, packed), group(renamed, 1, packed)
+    one, other = lay(WORDS, 1), lay(renamed, 1)
     assert torch.equal(one.rows, other.rows) and torch.equal(one.sizes, other.sizes)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("padding", [False, True], ids=["whole", "with-padding"])
-def test_tokens_that_become_one_lie_as_if_their_patches_had_shared_a_word_from_the_start(packed, padding, prefix):
+def test_tokens_that_become_one_lie_as_if_their_patches_had_shared_a_word_from_the_start(lay, padding, prefix):
     generator = torch.Generator().manual_seed(prefix)
     for _ in range(20):
         real = (torch.arange(12) < torch.randint(3, 13, (4, 1), generator=generator)) if padding else None
         words = torch.randint(0, 12, (4, 12), generator=generator)
-        layout = group(words, prefix, packed, real)
+        layout = lay(words, prefix, real=real)
         into = torch.arange(layout.sizes.numel())
         joined = words.clone()
         for image, row in enumerate(layout.rows[:, prefix:]):
@@ -85,7 +103,7 @@ def test_tokens_that_become_one_lie_as_if_their_patches_had_shared_a_word_from_t
             one, other = torch.randint(0, 3, (2,), generator=generator).tolist()
             into[row[one]] = row[other]
             joined[image, words[image] == words[image, one]] = words[image, other]
-        expected = group(joined, prefix, packed, real, not_as=[layout.sizes.shape])
+        expected = lay(joined, prefix, real=real, not_as=[layout.sizes.shape])
         found = regroup(layout, into, not_as=[layout.sizes.shape])
         if expected.tokens == layout.tokens:
             assert found is layout
@@ -98,16 +116,16 @@ def test_tokens_that_become_one_lie_as_if_their_patches_had_shared_a_word_from_t
         assert torch.equal(found.bounds[1], found.rows.amax(dim=1) + 1)
 
 
-def test_an_empty_batch_has_an_empty_layout(packed):
-    layout = group(WORDS[:0], 1, packed)
+def test_an_empty_batch_has_an_empty_layout(lay):
+    layout = lay(WORDS[:0], 1)
     assert layout.sizes.numel() == 0 and layout.tokens == layout.longest == 0
     assert expand(torch.zeros(*layout.sizes.shape, 4), layout).shape == (0, 7, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("images", [1, 3])
-def test_a_token_is_the_mean_of_its_patches_and_prefix_tokens_and_padding_are_zero(dtype, images, packed):
-    values, layout = torch.randn(images, 6, 5).to(dtype), group(WORDS, 2, packed)
+def test_a_token_is_the_mean_of_its_patches_and_prefix_tokens_and_padding_are_zero(dtype, images, lay):
+    values, layout = torch.randn(images, 6, 5).to(dtype), lay(WORDS, 2)
     pooled = pool(values, layout)
     assert pooled.dtype == dtype and pooled.shape[:2] == layout.sizes.shape
     for image, tokens in enumerate(by_image(pooled, layout)):
@@ -118,23 +136,23 @@ def test_a_token_is_the_mean_of_its_patches_and_prefix_tokens_and_padding_are_ze
     assert not pooled[layout.sizes == 0].any()
 
 
-def test_gradients_of_pooling_are_shared_by_the_patches_of_a_token(packed):
+def test_gradients_of_pooling_are_shared_by_the_patches_of_a_token(lay):
     values = torch.randn(3, 6, 5, requires_grad=True)
-    pool(values, group(WORDS, 1, packed)).sum().backward()
+    pool(values, lay(WORDS, 1)).sum().backward()
     sizes = torch.tensor([[tokens.count(token) for token in tokens] for tokens in TOKENS])
     torch.testing.assert_close(values.grad, (1 / sizes).unsqueeze(-1).expand(-1, -1, 5))
 
 
-def test_expanding_gives_each_patch_its_token_and_leaves_prefix_tokens(packed):
-    layout = group(WORDS, 2, packed)
+def test_expanding_gives_each_patch_its_token_and_leaves_prefix_tokens(lay):
+    layout = lay(WORDS, 2)
     hidden_states = torch.randn(*layout.sizes.shape, 4)
     full = expand(hidden_states, layout)
     for image, tokens in enumerate(by_image(hidden_states, layout)):
         assert torch.equal(full[image], tokens[[0, 1, *(2 + token for token in TOKENS[image])]])
 
 
-def test_a_token_of_s_patches_gets_log_s_and_padding_nothing(packed):
-    layout = group(WORDS, 1, packed)
+def test_a_token_of_s_patches_gets_log_s_and_padding_nothing(lay):
+    layout = lay(WORDS, 1)
     bias = attention_bias(layout, proportional=True)
     expected = [[0, math.log(2), math.log(3), 0], [0] * 7, [0, math.log(6)]]
     for found, wanted in zip(by_image(bias, layout), expected, strict=True):
@@ -148,8 +166,8 @@ def test_without_proportional_attention_only_padding_is_hidden():
     assert bias[2].tolist() == [0, 0] + [-math.inf] * 6
 
 
-def test_a_token_lies_where_the_patch_nearest_to_the_mean_place_of_its_patches_does(packed):
-    layout = group(WORDS, 2, packed)
+def test_a_token_lies_where_the_patch_nearest_to_the_mean_place_of_its_patches_does(lay):
+    layout = lay(WORDS, 2)
     places = torch.tensor([[row, column] for row in range(2) for column in range(3)], dtype=torch.float32)
     for image, found in enumerate(by_image(medoids(layout, (2, 3)).unsqueeze(-1), layout)):
         assert found[:2].flatten().tolist() == [6, 6]
@@ -160,12 +178,12 @@ def test_a_token_lies_where_the_patch_nearest_to_the_mean_place_of_its_patches_d
     assert (medoids(layout, (2, 3))[layout.sizes == 0] == 6).all()
 
 
-def test_what_two_tokens_have_for_each_other_is_the_mean_over_their_patches(packed):
+def test_what_two_tokens_have_for_each_other_is_the_mean_over_their_patches(lay):
     """Against a loop over the images in the order of their rows."""
     values = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    layout = group(torch.cat((WORDS, WORDS[:1])), 2, packed)
+    layout = lay(torch.cat((WORDS, WORDS[:1])), 2)
     found = pool_pairs(values, layout)
-    assert [len(part) for part in found] == ([1, 2, 1] if packed else [4])
+    assert [len(part) for part in found] == ([1, 2, 1] if layout.packed else [4])
     images = [image for part in found for image in part]
     for row, pairs in zip(layout.rows[layout.rows[:, 0].argsort()], images, strict=True):
         of = (row - row[0]).tolist()

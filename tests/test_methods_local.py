@@ -6,12 +6,13 @@ import pytest
 import torch
 import transformers
 
-from settings import fixed, gradual, local
+from settings import fixed, gradual, inter, local
 from test_families import NEAR, sample_images
 from tiny import MODELS, answers, inputs, padded_patches, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, count_tokens
 from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.forward import current_forward
+from vwt_hf.layout import _rounded
 from vwt_hf.plans import Grouped
 
 NAMES = ["vit", "dinov2", "dinov3", "beit", "clip", "blip-vision", "siglip2-vision"]
@@ -129,6 +130,41 @@ def test_layouts_answer_alike_and_as_images_alone(name, dtype, layout, images):
     model = compress(tiny_model(name).to(dtype), gradual(layout=layout))
     alone = torch.cat([answers(model, image[None]) for image in images])
     torch.testing.assert_close(answers(model, images), alone, atol=NEAR[dtype], rtol=NEAR[dtype])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("setting", [gradual(), inter()], ids=["gradual", "inter"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_padding_that_round_a_packed_batch_change_no_answer(name, setting, attention, images, monkeypatch):
+    model, lengths = compress(tiny_model(name), setting), []
+    if name != "blip-vision":  # whose attention is one of its own
+        model.set_attn_implementation(attention)
+    batches = (images, images[1:2])
+    expected = [answers(model, batch) for batch in batches]
+    monkeypatch.setattr("vwt_hf.attention.rounds", lambda device, dtype: True)
+    monkeypatch.setattr("vwt_hf.layout._rounded", lambda rows: -(-rows // 13) * 13)
+    find_layers(find_tower(model, family_of(model)).module)[0].register_forward_pre_hook(
+        lambda layer, args: lengths.append(args[0].shape[1])
+    )
+    for batch, answer in zip(batches, expected, strict=True):
+        torch.testing.assert_close(answers(model, batch), answer, atol=1e-5, rtol=1e-5)
+    assert lengths and not any(length % 13 for length in lengths)
+
+
+def test_half_precision_on_a_cpu_rounds_the_rows_of_a_packed_batch(images):
+    def layout(dtype: torch.dtype, autocast: bool = False):
+        model, found = compress(tiny_model("vit").to(dtype), gradual()), []
+        find_layers(find_tower(model, family_of(model)).module)[1].register_forward_pre_hook(
+            lambda layer, args: found.append(current_forward().plan.layout)
+        )
+        with torch.autocast("cpu", enabled=autocast):
+            answers(model, images.to(dtype))
+        return found[0]
+
+    whole = layout(torch.float32)
+    assert not whole.rounds and whole.sizes.shape[1] == whole.tokens
+    for rounded in (layout(torch.bfloat16), layout(torch.float16), layout(torch.float32, autocast=True)):
+        assert rounded.rounds and rounded.sizes.shape[1] == _rounded(rounded.tokens)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3", "clip-vision"])

@@ -41,8 +41,8 @@ def find_pairs(values: torch.Tensor, layout: Layout) -> Pairs:
     """
     real = None
     if layout.even:
-        rows = torch.arange(layout.sizes.numel(), device=values.device).view(-1, layout.longest)[:, layout.prefix :]
-        values = values.view(-1, layout.longest, values.shape[-1])[:, layout.prefix :]
+        rows = torch.arange(layout.tokens, device=values.device).view(-1, layout.longest)[:, layout.prefix :]
+        values = values.flatten(0, 1)[: layout.tokens].unflatten(0, (-1, layout.longest))[:, layout.prefix :]
     else:
         first, ends = (bound.to(values.device).unsqueeze(1) for bound in layout.bounds)
         rows = first + torch.arange(layout.prefix, layout.longest, device=values.device)

@@ -128,6 +128,16 @@ def packs(forward: Forward, knows_interface: bool, device: torch.device, dtype: 
     return implementation == "flash_attention_2" or (implementation == "sdpa" and _has_flash(device, dtype))
 
 
+def rounds(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether layers take longer for a number of rows that they have not seen before.
+
+    For half precision on a CPU, torch's matrix products are those of oneDNN, which writes a kernel for each number.
+    """
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) and torch.backends.mkldnn.is_available()
+
+
 def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's own variable-length flash attention takes tensors like these."""
     if device.type != "cuda" or not VARLEN_SCALES or dtype not in (torch.float16, torch.bfloat16):
@@ -346,11 +356,12 @@ def _by_layout(
     layout = plan.layout
     if not layout.runs:  # no images, of which an interface may not tell the shape
         return value.transpose(1, 2)
-    if not layout.packed or layout.rows.shape[0] == 1:  # one image has no padding
+    padding = layout.sizes.numel() - layout.tokens
+    if not layout.packed or (layout.rows.shape[0] == 1 and not padding):
         return attend(query, key, value, _sum(query, bias, None if pairs is None else pairs[0]))
     rows = [images * length for length, images in layout.runs]
-    parts = zip(*(tensor[0].split(rows, dim=1) for tensor in (query, key, value)), strict=True)
-    biases = [None] * len(rows) if bias is None else bias[0].split(rows)
+    parts = zip(*(tensor[0].split([*rows, padding], dim=1)[:-1] for tensor in (query, key, value)), strict=True)
+    biases = [None] * len(rows) if bias is None else bias[0].split([*rows, padding])[:-1]
     between = [None] * len(rows) if pairs is None else pairs
     outputs = [
         attend(
@@ -359,6 +370,8 @@ def _by_layout(
         ).flatten(0, 1)
         for part, one, pair, (length, images) in zip(parts, biases, between, layout.runs, strict=True)
     ]
+    if padding:
+        outputs.append(outputs[0].new_zeros(padding, *outputs[0].shape[1:]))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
 
 

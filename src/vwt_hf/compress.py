@@ -474,7 +474,8 @@ class Reduce(Hook):
             real = real if forward.real is None else real & forward.real.bool()
             patches = dataclasses.replace(patches, real=real, padded_places=places)
         packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
-        patches = dataclasses.replace(patches, packs=packs, draws=forward.draws_by_sequence)
+        rounds = attention.rounds(tokens.device, tokens.dtype)
+        patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)
         plan = self.plan(patches, forward.given and forward.given.take())
         if plan is None:
             return output

@@ -1,8 +1,8 @@
 """Ragged batches: which patches of an image share a token, where the tokens of a batch lie, and the way back.
 
-Pure tensors. The tokens of a batch lie in rows, image by image. Packed, they are one sequence without padding, the
-image with the fewest tokens first, so that images of equal length lie side by side. Padded, each image is a sequence,
-as long as the longest of them.
+Pure tensors. The tokens of a batch lie in rows, image by image. Packed, they are one sequence without padding between
+images, the image with the fewest tokens first, so that images of equal length lie side by side. Padded, each image is a
+sequence, as long as the longest of them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Layout:
     real: torch.Tensor | None = None
     """(batch, patches), bool: which patches the tokens stand for, where that is not all of them. The others are in a
     token, too, whose hidden state they get, but do not count in it."""
+    rounds: bool = False
+    """Whether padding follows the last image of a packed batch, which makes its rows one of few numbers."""
 
     @property
     def tokens(self) -> int:
@@ -50,8 +52,8 @@ class Layout:
 
     @property
     def even(self) -> bool:
-        """Whether all images have the same number of tokens, and no row is padding or stands for nothing."""
-        return len(self.runs) == 1 and self.dense
+        """Whether all images have the same number of tokens, no padding between them, and none stands for nothing."""
+        return len(self.runs) == 1 and (self.packed or self.dense) and self.real is None
 
     @property
     def longest(self) -> int:
@@ -90,7 +92,7 @@ class Layout:
         """For each run if packed, else for all images: (images, tokens) of (sequences, tokens)."""
         if not self.packed:
             return (values,)
-        parts = values[0].split([length * images for length, images in self.runs])
+        parts = values[0, : self.tokens].split([length * images for length, images in self.runs])
         return tuple(part.view(-1, length) for part, (length, _) in zip(parts, self.runs, strict=True))
 
     @functools.cached_property
@@ -115,6 +117,7 @@ def group(
     packed: bool = True,
     real: torch.Tensor | None = None,
     not_as: Collection[tuple[int, ...]] = (),
+    rounds: bool = False,
 ) -> Layout:
     """Lays patches out as tokens: those of one image that share a word become one.
 
@@ -127,15 +130,16 @@ def group(
             without images is padded.
         real: (batch, patches), bool: which patches are no padding, the first of each image among them; `None` if all
             are.
-        not_as: shapes (sequences, tokens) that a padded batch must not have.
+        not_as: shapes (sequences, tokens) that a batch with padding must not have.
+        rounds: whether a packed batch ends with padding that makes its rows one of few numbers.
     """
     if real is not None:
         patch_words = torch.where(real, patch_words, patch_words[:, :1])
     token_of_patch, lengths = _tokens(patch_words)
     counted = (lengths + prefix).tolist()  # the one synchronisation with the device
-    shape, starts, packed = _places(counted, prefix + patch_words.shape[1], packed, not_as)
+    shape, starts, packed = _places(counted, prefix + patch_words.shape[1], packed, not_as, rounds)
     bounds = _bounds(starts, counted, patch_words.device)
-    return _lay_out(token_of_patch, prefix, bounds, shape, _runs(counted), packed, real)
+    return _lay_out(token_of_patch, prefix, bounds, shape, _runs(counted), packed, real, rounds and packed)
 
 
 def regroup(before: Layout, into: torch.Tensor, not_as: Collection[tuple[int, ...]] = ()) -> Layout:
@@ -164,10 +168,10 @@ def regroup(before: Layout, into: torch.Tensor, not_as: Collection[tuple[int, ..
     counted = (place[ends - 1] - begin + 1).tolist()  # the one synchronisation with the device
     if sum(counted) == before.tokens:
         return before
-    shape, starts, packed = _places(counted, before.rows.shape[1], before.packed, not_as)
+    shape, starts, packed = _places(counted, before.rows.shape[1], before.packed, not_as, before.rounds)
     bounds = _bounds(starts, counted, into.device)
     rows = place[lead][before.rows] + (bounds[0] - begin).unsqueeze(1)
-    return _of_rows(rows, before.prefix, bounds, shape, _runs(counted), packed, before.real)
+    return _of_rows(rows, before.prefix, bounds, shape, _runs(counted), packed, before.real, before.rounds)
 
 
 def _runs(counted: list[int]) -> tuple[tuple[int, int], ...]:
@@ -176,14 +180,14 @@ def _runs(counted: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _places(
-    counted: list[int], whole: int, packed: bool, not_as: Collection[tuple[int, ...]]
+    counted: list[int], whole: int, packed: bool, not_as: Collection[tuple[int, ...]], rounds: bool
 ) -> tuple[tuple[int, int], list[int], bool]:
     """Where images of so many tokens lie: the shape of their batch, the row that each starts in, whether it is packed.
 
     Args:
         counted: tokens of each image, prefix tokens included.
         whole: prefix tokens and patches of an image.
-        packed, not_as: as for `group`.
+        packed, not_as, rounds: as for `group`.
     """
     batch = len(counted)
     if packed and batch:  # a sequence of no tokens is none that a convolution takes
@@ -192,12 +196,23 @@ def _places(
         starts = [0] * batch
         for image, end in zip(order, ends, strict=True):
             starts[image] = end - counted[image]
-        return (1, ends[-1]), starts, True
+        rows = ends[-1]
+        if rounds:
+            rows = _rounded(rows)
+            while (1, rows) in not_as or (batch, rows) == (1, whole):
+                rows = _rounded(rows + 1)
+        return (1, rows), starts, True
     longest = max(counted, default=1)
     # Longer where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
     while longest == whole or (batch, longest) in not_as:
         longest += 1
     return (batch, longest), [image * longest for image in range(batch)], False
+
+
+def _rounded(rows: int) -> int:
+    """The next of 16 numbers from one power of two to the next, which is 6 % more at most."""
+    step = 1 << max(rows.bit_length() - 5, 0)
+    return -(-rows // step) * step
 
 
 def _bounds(starts: list[int], counted: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,11 +246,12 @@ def _lay_out(
     runs: tuple[tuple[int, int], ...],
     packed: bool,
     real: torch.Tensor | None,
+    rounds: bool = False,
 ) -> Layout:
     """A layout whose images lie within `bounds`."""
     own = torch.arange(prefix, device=token_of_patch.device).expand(token_of_patch.shape[0], -1)
     rows = torch.cat((own, token_of_patch + prefix), dim=1) + bounds[0].unsqueeze(1)
-    return _of_rows(rows, prefix, bounds, shape, runs, packed, real)
+    return _of_rows(rows, prefix, bounds, shape, runs, packed, real, rounds)
 
 
 def _of_rows(
@@ -246,13 +262,14 @@ def _of_rows(
     runs: tuple[tuple[int, int], ...],
     packed: bool,
     real: torch.Tensor | None,
+    rounds: bool = False,
 ) -> Layout:
     """A layout whose prefix tokens and patches, (batch, prefix + patches), are in these rows."""
     counts = torch.ones(rows.shape, device=rows.device, dtype=torch.float32)
     if real is not None:
         counts[:, prefix:] = real
     sizes = counts.new_zeros(shape[0] * shape[1]).scatter_add_(0, rows.flatten(), counts.flatten())
-    return Layout(rows, sizes.view(shape), prefix, runs, packed, bounds, real)
+    return Layout(rows, sizes.view(shape), prefix, runs, packed, bounds, real, rounds)
 
 
 def _tokens(patch_words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,7 +317,8 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
     order = order % layout.rows.shape[1]
     means = torch.nn.functional.embedding_bag(order, table.flatten(1), starts, mode="mean")
     # Means over the one token's patches, (rows, channels, prefix + patches); those over the other's are a product.
-    parts = means.view(-1, *table.shape[1:]).split([len(share) * share.shape[2] for share in layout.shares])
+    means = means.view(-1, *table.shape[1:])[: layout.tokens if layout.packed else len(means)]
+    parts = means.split([len(share) * share.shape[2] for share in layout.shares])
     return tuple(
         (part.view(len(share), -1, share.shape[1]) @ share).unflatten(1, (share.shape[2], -1)).transpose(1, 2)
         for part, share in zip(parts, layout.shares, strict=True)

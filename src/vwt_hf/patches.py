@@ -32,6 +32,8 @@ class Patches:
     """(batch, patches, 2) float32: what `places` gives, where images are padded."""
     packs: bool = True
     """Whether attention takes a batch without padding, as one sequence, as fast as it takes a padded one."""
+    rounds: bool = False
+    """Whether such a sequence runs faster if its length is one of few numbers."""
     draws: bool = False
     """Whether layers draw random numbers for each sequence, so that images in one sequence would share them."""
 
@@ -116,7 +118,7 @@ class Patches:
         """
         if self.real is not None:  # padding is part of the first patch's token, and does not count
             leaders = torch.where(self.real, leaders, leaders[:, :1])
-        layout = group(leaders, self.prefix, packed, self.real)
+        layout = group(leaders, self.prefix, packed, self.real, rounds=self.rounds)
         return Grouped(layout, proportional, self.grid, by_token(self._rows_of(leaders), layout))
 
     @staticmethod
@@ -136,7 +138,7 @@ class Patches:
             packed: whether the batch becomes one sequence without padding, or one padded sequence for each image.
             proportional: as for `represent`.
         """
-        layout = group(words, self.prefix, packed, self.real)
+        layout = group(words, self.prefix, packed, self.real, rounds=self.rounds)
         return Grouped(layout, proportional, self.grid, words=words)
 
     def of_words(self, patch_words: torch.Tensor, repeats: bool = False) -> torch.Tensor:
