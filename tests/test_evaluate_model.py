@@ -31,6 +31,7 @@ from vwt_hf.processors import load_processor
 from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
 HALF = {"keep_ratio": 0.5}
+evaluate_module = sys.modules["vwt_hf.evaluate_model"]  # in `vwt_hf` the name is its function's
 SIZE = {"height": 32, "width": 32}
 LABELS = ("cat", "dogs", "tea")
 WORDS = ("this", "is", "a", "photo", "of", "cat", "dogs")
@@ -673,6 +674,7 @@ from vwt_hf import cli, evaluate_model
 classifier, towers, images, saved, output = sys.argv[1:]
 half = {"keep_ratio": 0.5}
 given = ["evaluate", classifier, "--dataset", images, "--vwt", json.dumps(half), "--batch-size", "4"]
+given += ["--resume", output.replace("out", "measured")]
 destroy, PartialState.destroy_process_group = PartialState.destroy_process_group, lambda state: None
 assert cli.main([*given, "--json", f"{output}.command"]) == 0  # the processes are joined by it
 
@@ -692,7 +694,7 @@ destroy(PartialState())
 
 
 @pytest.mark.newest
-def test_two_processes_give_the_figures_of_one(tmp_path, photographs, dataset):
+def test_two_processes_give_the_figures_of_one(tmp_path, photographs, dataset, monkeypatch):
     """17 images and one that cannot be read, in batches of 4: five batches of which one process gets three."""
     folder, towers = random_classifier(tmp_path), two_towers("clip", tmp_path)
     (photographs / "dogs" / "broken.png").write_bytes(b"no image")
@@ -729,11 +731,111 @@ def test_two_processes_give_the_figures_of_one(tmp_path, photographs, dataset):
     assert command["machine"]["processes"] == 2 and command["images"] == 17 and len(command["unreadable"]) == 1
     alone = run(folder, photographs, "--vwt", json.dumps(HALF), "--batch-size", "4")
     assert [row["figures"] for row in command["rows"]] == [row["figures"] for row in alone]
+    # What two have measured one goes on from, all of which was measured.
+    assert len(list((tmp_path / "measured").iterdir())) == 2
+    monkeypatch.setattr(evaluate_module, "_answers", pytest.fail)
+    alone = run(
+        folder, photographs, "--vwt", json.dumps(HALF), "--batch-size", "4", "--resume", str(tmp_path / "measured")
+    )
+    assert [row["figures"] for row in command["rows"]] == [row["figures"] for row in alone]
+
+
+def cut_off(monkeypatch, after: int) -> list[int]:
+    """Stops the next evaluation after so many batches; gives the images of each batch that is shown to models."""
+    shown, show = [], evaluate_module._answers
+
+    def watched(task, models, made):
+        if len(shown) == after:
+            raise KeyboardInterrupt
+        shown.append(len(made["pixel_values"]))
+        return show(task, models, made)
+
+    monkeypatch.setattr(evaluate_module, "_answers", watched)
+    return shown
+
+
+@pytest.mark.parametrize("form", ["folder", "data set", "stream"])
+def test_a_run_that_was_cut_off_goes_on_and_ends_with_the_figures_of_one(
+    tmp_path, photographs, dataset, form, monkeypatch
+):
+    """17 images, in a folder also one that cannot be read, in batches of 4; the first run is stopped in the third."""
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    if form == "folder":
+        (photographs / "cat" / "03.png").write_bytes(b"no image")
+    images = {"folder": photographs, "data set": dataset, "stream": dataset.to_iterable_dataset(num_shards=3)}[form]
+    of = {"vwt": [HALF, True], "batch_size": 4, "progress": False}
+    expected = evaluate_model(model, images, **of)
+    shown, resume = cut_off(monkeypatch, 2), tmp_path / "measured"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(model, images, **of, resume=resume)
+    (file,) = resume.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-30])  # as a kill leaves it
+    monkeypatch.undo()
+    shown = cut_off(monkeypatch, -1)
+    found = evaluate_model(model, images, **of, resume=resume)
+    assert shown == [4, 4, 4, 2 if form == "folder" else 1]  # the second batch again, whose line was cut short
+    assert [row.figures for row in found.rows] == [row.figures for row in expected.rows]
+    assert [row.tokens for row in found.rows] == [row.tokens for row in expected.rows]
+    assert (found.images, found.unreadable, found.said) == (expected.images, expected.unreadable, expected.said)
+    assert all(row.seconds > 0 for row in found.rows)
+    shown.clear()
+    assert [row.figures for row in evaluate_model(model, images, **of, resume=resume).rows] == [
+        row.figures for row in expected.rows
+    ]
+    assert not shown
+
+
+@pytest.mark.parametrize("task", ["retrieval", "captions"])
+def test_texts_and_features_are_gone_on_from_as_they_were(tmp_path, dataset, task, monkeypatch):
+    if task == "retrieval":
+        model = loaded(two_towers("clip", tmp_path))
+    else:
+        folder = saved(built(blip), tmp_path / "captioner")
+        tokenizer_with({"<pad>": 0, "<s>": 1, "</s>": 97}).save_pretrained(folder)
+        model = loaded(folder, transformers.AutoModelForImageTextToText)
+    of = {"vwt": [HALF], "task": task, "batch_size": 6, "max_new_tokens": 4, "progress": False}
+    expected = evaluate_model(model, dataset, **of)
+    cut_off(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(model, dataset, **of, resume=tmp_path / "measured")
+    monkeypatch.undo()
+    found = evaluate_model(model, dataset, **of, resume=tmp_path / "measured")
+    assert [row.figures for row in found.rows] == [row.figures for row in expected.rows]
+
+
+def test_what_was_measured_of_something_else_is_refused_and_says_what_differs(tmp_path, photographs, dataset):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    resume = tmp_path / "measured"
+    of = {"batch_size": 8, "progress": False, "resume": resume}
+    evaluate_model(model, photographs, vwt=[HALF], **of)
+    other = loaded(tmp_path / "model", transformers.AutoModelForImageClassification)
+    other.classifier.weight.data += 1
+    for one, images, more, reason in (
+        (model, photographs, {"vwt": [True]}, "settings: .*gradual"),
+        (model, photographs, {"vwt": [HALF], "batch_size": 4}, "batch_size 8 there, 4 here"),
+        (model, photographs, {"vwt": [HALF], "limit": 9}, "images 'a folder of 17 .* there, 'a folder of 9 .* here"),
+        (model, dataset, {"vwt": [HALF]}, "images 'a folder of .* here"),
+        (other, photographs, {"vwt": [HALF]}, "model 'ViTForImageClassification .* here"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"evaluate-0.jsonl cannot be gone on from .*{reason}.*name another folder"
+        ):
+            evaluate_model(one, images, **of | more)
+    with (photographs / "cat" / "00.png").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(ValueError, match=r"images 'a folder of 17 .* there, 'a folder of 17 .* here"):
+        evaluate_model(model, photographs, vwt=[HALF], **of)
+    for content in ('{"number": 0}', '{"of": 1}', "[1]", '{"of": {}, "number": 0}'):
+        (resume / "evaluate-0.jsonl").write_text(content + "\n")
+        with pytest.raises(ValueError, match="cannot be gone on from"):
+            evaluate_model(model, photographs, vwt=[HALF], **of)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        (["--resume", "{model}/list.json"], "list.json is no folder; expected one to write into"),
         (["--json", "{images}"], "images is a folder; expected the name of a file to write"),
         (["--card", "{images}"], "images is a folder; expected the name of a file to write"),
         (["--card", "{model}/broken.md"], "broken.md is no model card (while parsing"),

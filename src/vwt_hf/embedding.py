@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -25,14 +24,22 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .bounds import is_int
-from .compress import lexicon_of, setting_of
+from .compress import setting_of
 from .data_loading import token_lengths
-from .evaluation import answer, classifies, count_tokens, fingerprint_of, on_device, return_memory
+from .evaluation import (
+    answer,
+    classifies,
+    compression_of,
+    count_tokens,
+    fingerprint_of,
+    on_device,
+    return_memory,
+)
 from .families import family_of, find_tower, model_of
 from .forward import current_forward
 from .image_processing import NAME as PATCH_WORDS
 from .image_processing import HostTokenizer
-from .printable import shown
+from .printable import difference, shown
 from .processes import everywhere, gathered, in_main, join, place
 from .processors import processor_of
 from .terminal import require_folder
@@ -430,7 +437,7 @@ class Shards:
         for process, other in enumerate(others):
             if other != of:
                 raise ValueError(
-                    f"process {process} has another run ({_difference(other, of)}); expected the same for all."
+                    f"process {process} has another run ({difference(other, of)}); expected the same for all."
                 )
         manifest = self._folder / MANIFEST
         if not manifest.exists():
@@ -440,7 +447,7 @@ class Shards:
         found = _read_manifest(manifest)
         if found != of:
             raise ValueError(
-                f"{self._folder} holds features of another run ({_difference(found, of)}); name another folder, or "
+                f"{self._folder} holds features of another run ({difference(found, of)}); name another folder, or "
                 "delete it."
             )
 
@@ -492,18 +499,6 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no manifest of features ({error}); name another folder.") from error
     return found
-
-
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """What differs, field by field, also within `vwt` and `image_processor`."""
-    said = []
-    for name in here | there:
-        one, other = there.get(name), here.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            said += [f"{name}: {_difference(one, other)}"] if one != other else []
-        elif one != other:
-            said.append(f"{name} {shown(one)} there, {shown(other)} here")
-    return "; ".join(said)
 
 
 class Trial(NamedTuple):
@@ -565,15 +560,12 @@ def _tokenizing(image_processor: Any, model: PreTrainedModel) -> Any:
 
 def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) -> dict[str, Any]:
     """What files must share to belong together, as JSON holds it."""
-    setting, lexicon = setting_of(model), lexicon_of(model)
-    words = None if lexicon is None else hashlib.sha256(lexicon.vocabulary.words.numpy().tobytes()).hexdigest()[:16]
     of = {
         "format": FORMAT,
         "vwt_hf": __version__,
         "model": fingerprint_of(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "vwt": None if setting is None else setting.to_dict(),
-        "words": words,
+        **compression_of(model),
         "image_processor": image_processor.to_dict(),
         "images": rows.order,
     }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from . import __version__
+from .batch_log import Batch, BatchLog
 from .bounds import is_int
 from .calibrate import pixels_of
 from .compress import compress, restore, setting_of
 from .config import RECOMMENDED, VWTConfig
-from .evaluation import TokenCount, count_tokens, on_device, share, stopwatch
+from .evaluation import TokenCount, compression_of, count_tokens, fingerprint_of, on_device, share, stopwatch
 from .evaluation_tasks import PROMPT, RECALLED, TASKS, Captions, Figure, Kept, Retrieval, Task, ZeroShot, task_for
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
@@ -28,6 +31,8 @@ from .processes import gathered, join, place
 from .processors import processor_of
 from .vocabulary.image_source import UnreadableImage, one_batch
 
+FORMAT = 1
+"""Of what is kept of a run that may be cut off."""
 SHOWN: dict[str, tuple[str, int, int]] = {
     "accuracy": ("top-1 %", 100, 2),
     "worst_group": ("worst group %", 100, 2),
@@ -149,6 +154,7 @@ def evaluate_model(
     prompt: str = PROMPT,
     max_new_tokens: int = 30,
     seed: int = 0,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Measures what a model answers plain and under settings: accuracy, agreement, tokens, with 95 % intervals.
@@ -178,11 +184,16 @@ def evaluate_model(
         prompt: what a zero-shot classifier reads, the label in place of {}.
         max_new_tokens: of a caption.
         seed: of the intervals.
+        resume: a folder for what was measured of each batch, made if it is not there. A run that was cut off goes on
+            from it, also by another number of processes if `images` is no stream; one of another model, other settings
+            or other images is refused. Of a stream it is trusted that it gives the same images again.
         progress: whether to show a bar.
 
     Raises:
-        ValueError: an argument is not valid, the images do not have what the task needs, or none can be read.
+        ValueError: an argument is not valid, the images do not have what the task needs, none can be read, or `resume`
+            holds another run.
         TypeError: `images` or a setting is of another type.
+        OSError: `resume` cannot be read or written.
 
     Example:
         >>> result = evaluate_model(model, "photographs/", vwt=[True, {"keep_ratio": 0.5}])  # doctest: +SKIP
@@ -212,8 +223,16 @@ def evaluate_model(
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
     join(model.device)
-    parts = gathered(lambda: _answers(chosen, models, opened, processor, batch_size, progress))
-    kept, unreadable = _merged(parts, len(models))
+
+    def measure() -> list[Batch]:
+        log = None
+        if resume is not None:
+            of = _fingerprint(chosen, models, opened, processor, batch_size)
+            log = BatchLog(Path(resume), place()[0], of)
+        return _measured(chosen, models, opened, processor, batch_size, log, progress)
+
+    parts = gathered(measure)
+    kept, unreadable = _merged([batch for part in parts for batch in part], len(models))
     if not kept.labels:
         raise ValueError(f"no image can be read of {len(unreadable)}: {'; '.join(unreadable[:3]) or 'there are none'}.")
     figures, said = chosen.figures(kept)
@@ -221,8 +240,8 @@ def evaluate_model(
         Row(
             setting=name_of(setting),
             vwt=json_of(setting),
-            tokens=_total([part.counts[index] for part in parts]).mean,
-            seconds=max(part.seconds[index] for part in parts),
+            tokens=_total([batch.counts[index] for part in parts for batch in part]).mean,
+            seconds=max(sum(batch.seconds[index] for batch in part) for part in parts),
             figures=figures[index],
         )
         for index, setting in enumerate([None, *settings])
@@ -256,72 +275,100 @@ def require_options(vwt: Sequence[Any] | None, batch_size: Any, max_new_tokens: 
         raise ValueError(f"prompt is {shown(prompt)}; expected a text with one {{}}, where the label goes.")
 
 
-@dataclasses.dataclass
-class _Part:
-    """What one process saw and measured."""
-
-    batches: list[tuple[int, list[Sample], list[dict[str, Any]]]]
-    """Number, the images without what was read of them, and for each model what is kept of its answers."""
-    unreadable: list[tuple[int, str]]
-    counts: list[TokenCount]
-    seconds: list[float]
-
-
-def _answers(
+def _measured(
     task: Task,
     models: Sequence[Any],
     images: LabelledImages,
     processor: Any,
     batch_size: int,
+    log: BatchLog | None,
     progress: bool,
-) -> _Part:
-    """Shows this process's share of the images to all models."""
+) -> list[Batch]:
+    """Shows this process's share of the images to all models, but for the batches that `log` has."""
     index, processes = place()
+    before = {} if log is None else log.before
+    found = [batch for number, batch in sorted(before.items()) if number % processes == index]
     with contextlib.ExitStack() as stack:
-        part = _Part([], [], [stack.enter_context(count_tokens(model)) for model in models], [0.0] * len(models))
+        if log is not None:
+            stack.callback(log.close)
         total = None if images.total is None else -(-images.total // processes)
-        shows = progress and index == 0
-        bar = stack.enter_context(tqdm(total=total, desc="Images", unit="image", disable=not shows, leave=False))
-        for number, samples in images.batches(index, processes, batch_size):
-            read, made = [], []
-            for sample in samples:
-                try:
-                    made.append(pixels_of(sample.name, sample.item, processor))
-                    read.append(sample._replace(item=None))
-                except UnreadableImage as error:
-                    part.unreadable.append((number, str(error)))
+        seen = sum(len(batch.samples) + len(batch.unreadable) for batch in found)
+        hidden = not progress or index > 0
+        bar = stack.enter_context(
+            tqdm(total=total, initial=seen, desc="Images", unit="image", disable=hidden, leave=False)
+        )
+        for number, samples in images.batches(index, processes, batch_size, leave_out=before):
+            batch = _batch(task, models, number, samples, processor)
+            found.append(batch)
+            if log is not None:
+                log.add(batch)
             bar.update(len(samples))
-            if made:
-                given = one_batch(made, processor)
-                part.batches.append((number, read, _kept(task, models, given, part.seconds)))
-    return part
+    return found
 
 
-def _kept(
-    task: Task, models: Sequence[Any], made: dict[str, torch.Tensor], seconds: list[float]
-) -> list[dict[str, Any]]:
-    """What is kept of each model's answers to a batch; adds the seconds that they took."""
-    found: list[Any] = []
-    for index, model in enumerate(models):
-        answers, spent = stopwatch(functools.partial(task.answer, model, on_device(made, model)), model.device)
-        found.append(answers)
-        seconds[index] += spent
-    return [task.keep(answers, found[0]) for answers in found]
+def _batch(task: Task, models: Sequence[Any], number: int, samples: Sequence[Sample], processor: Any) -> Batch:
+    """Shows a batch to all models."""
+    read: list[Sample] = []
+    made: list[Any] = []
+    unreadable: list[str] = []
+    for sample in samples:
+        try:
+            made.append(pixels_of(sample.name, sample.item, processor))
+            read.append(sample._replace(item=None))
+        except UnreadableImage as error:
+            unreadable.append(str(error))
+    with contextlib.ExitStack() as stack:
+        counts = [stack.enter_context(count_tokens(model)) for model in models]
+        answers, seconds = _answers(task, models, one_batch(made, processor)) if made else ([], [0.0] * len(models))
+    return Batch(number, read, unreadable, answers, counts, seconds)
 
 
-def _merged(parts: Sequence[_Part], models: int) -> tuple[Kept, list[str]]:
-    """What all processes kept, in the order of the images."""
-    batches = sorted((batch for part in parts for batch in part.batches), key=lambda batch: batch[0])
-    samples = [sample for _, own, _ in batches for sample in own]
-    answers = [_joined([answers[index] for _, _, answers in batches]) for index in range(models)]
-    unreadable = sorted((entry for part in parts for entry in part.unreadable), key=lambda entry: entry[0])
+def _answers(
+    task: Task, models: Sequence[Any], made: dict[str, torch.Tensor]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """For each model what is kept of its answers to a batch, and the seconds that they took."""
+    timed = [stopwatch(functools.partial(task.answer, model, on_device(made, model)), model.device) for model in models]
+    plain = timed[0][0]
+    return [task.keep(answers, plain) for answers, _ in timed], [seconds for _, seconds in timed]
+
+
+def _fingerprint(
+    task: Task, models: Sequence[PreTrainedModel], images: LabelledImages, processor: Any, batch_size: int
+) -> dict[str, Any]:
+    """What two runs must share for one to go on from the other, as JSON holds it."""
+    plain = models[0]
+    of = {
+        "format": FORMAT,
+        "vwt_hf": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "model": fingerprint_of(plain),
+        "device": plain.device.type,
+        "dtype": str(plain.dtype).removeprefix("torch."),
+        "attention": plain.config._attn_implementation,
+        "settings": {str(number): compression_of(model) for number, model in enumerate(models)},
+        "image_processor": processor.to_dict(),
+        "tokenizer": getattr(task.tokenizer, "name_or_path", None),
+        "task": task.name,
+        "options": {name: value for name, value in task.options.items() if name != "seed"},
+        "images": images.order(place()[1]),
+        "batch_size": batch_size,
+    }
+    return json.loads(json.dumps(of))
+
+
+def _merged(batches: Sequence[Batch], models: int) -> tuple[Kept, list[str]]:
+    """What all processes kept, in the order of the images; and the images that could not be read."""
+    batches = sorted(batches, key=lambda batch: batch.number)
+    samples = [sample for batch in batches for sample in batch.samples]
+    answers = [_joined([batch.answers[index] for batch in batches if batch.samples]) for index in range(models)]
     kept = Kept(
         [sample.label for sample in samples],
         [sample.group for sample in samples],
         [sample.captions for sample in samples],
         answers,
     )
-    return kept, [said for _, said in unreadable]
+    return kept, [said for batch in batches for said in batch.unreadable]
 
 
 def _joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

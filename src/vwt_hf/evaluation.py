@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .compress import setting_of
+from .compress import lexicon_of, setting_of
 from .families import family_of, find_layers, find_tower
 from .forward import current_forward
 
@@ -142,6 +142,13 @@ def fingerprint_of(model: PreTrainedModel) -> str:
         some = tensor.flatten()[:: max(1, tensor.numel() // 64)][:65]
         weights.update(f"{name}{tuple(tensor.shape)}{some.tolist()}".encode())
     return f"{type(model).__name__} {weights.hexdigest()[:16]}"
+
+
+def compression_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The setting of `model`, and a hash of the words that it was given, as JSON holds them; `None` for none."""
+    setting, lexicon = setting_of(model), lexicon_of(model)
+    words = None if lexicon is None else hashlib.sha256(lexicon.vocabulary.words.numpy().tobytes()).hexdigest()[:16]
+    return {"vwt": None if setting is None else setting.to_dict(), "words": words}
 
 
 def on_device(made: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:

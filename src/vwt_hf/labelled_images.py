@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .bounds import is_int
 from .printable import shown
-from .vocabulary.image_source import features_of, find_image_column, find_images, folder_of, spread, undecoded
+from .vocabulary.image_source import (
+    described,
+    features_of,
+    find_image_column,
+    find_images,
+    folder_of,
+    spread,
+    undecoded,
+)
 
 LABEL_COLUMNS = ("label", "labels")
 """Where labels lie if no column is of classes."""
@@ -57,14 +66,35 @@ class LabelledImages:
     def has_captions(self) -> bool:
         return "captions" in self.columns
 
-    def batches(self, process: int, processes: int, batch_size: int) -> Iterator[tuple[int, list[Sample]]]:
+    def order(self, processes: int) -> str:
+        """What they are: other images, in number or order, or with other labels or groups, differ in it.
+
+        Of a stream nothing is known before it is read, but how it is split.
+        """
+        known = hashlib.sha256(repr((self.label_names, self.groups, self.columns)).encode("utf-8", "backslashreplace"))
+        if isinstance(self.data, list):
+            files = described(Path(os.path.commonpath([file.parent for file in self.data])), self.data)
+        elif hasattr(self.data, "__len__"):
+            files = f"a data set of {len(self.data)} rows (fingerprint: {self.data._fingerprint})"
+        else:
+            files = f"a stream of {self.name} for {processes} processes, {self.total or 'all'} images"
+        return f"{files}, known of them: {known.hexdigest()[:16]}"
+
+    def batches(
+        self, process: int, processes: int, batch_size: int, leave_out: Collection[int] = ()
+    ) -> Iterator[tuple[int, list[Sample]]]:
         """The batches of one process of several, each with a number that puts those of all processes into one order.
 
         Files and rows come in the same batches however many processes there are: of two processes each takes every
         second. A stream is split by `datasets.distributed.split_dataset_by_node`.
+
+        Args:
+            leave_out: numbers of batches that are not wanted.
         """
         if hasattr(self.data, "__len__"):
             for start in range(process * batch_size, len(self.data), processes * batch_size):
+                if start // batch_size in leave_out:
+                    continue
                 numbers = range(start, min(start + batch_size, len(self.data)))
                 yield start // batch_size, [self._sample(number, self.data[number]) for number in numbers]
             return
@@ -76,6 +106,8 @@ class LabelledImages:
             batch = list(itertools.islice(rows, batch_size))
             if not batch:
                 return
+            if number in leave_out:
+                continue
             first, whose = number // processes * batch_size, f" of process {process}" if processes > 1 else ""
             yield number, [self._sample(first + index, row, whose) for index, row in enumerate(batch)]
 

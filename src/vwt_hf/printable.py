@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 LONGEST = 200
 """Characters of a stranger's value that an error shows."""
 
@@ -18,3 +20,15 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of more digits than Python writes out; a list in itself
         return f"a {type(value).__name__} too large to show"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs between two tables, field by field, also within tables of theirs."""
+    said = []
+    for name in here | there:
+        one, other = there.get(name), here.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            said += [f"{name}: {difference(one, other)}"] if one != other else []
+        elif one != other:
+            said.append(f"{name} {shown(one)} there, {shown(other)} here")
+    return "; ".join(said)

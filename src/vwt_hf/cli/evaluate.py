@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import markdown, require_writable, vwt_option, write_file
+from ..terminal import markdown, require_folder, require_writable, vwt_option, write_file
 from .calibrate import DTYPES
 from .demo import load
 from .learn import open_source
@@ -39,7 +39,8 @@ examples:
   vwt-hf evaluate google/vit-base-patch16-224 --dataset validation/ --vwt true --vwt '{"keep_ratio": 0.5}'
   vwt-hf evaluate openai/clip-vit-base-patch16 --dataset ethz/food101 --split validation --streaming --limit 2000
   vwt-hf evaluate openai/clip-vit-base-patch16 --dataset nlphuji/flickr30k --task retrieval --caption-column caption
-  accelerate launch --multi_gpu --num_processes 2 -m vwt_hf.cli evaluate my-model --dataset photographs/"""
+  accelerate launch --multi_gpu --num_processes 2 -m vwt_hf.cli evaluate my-model --dataset photographs/
+  vwt-hf evaluate my-model --dataset imagenet/ --resume measured/       # the same again goes on where it was cut off"""
 SPLITS = ("validation", "test", "val", "valid")
 """Which one is taken of a data set that has several."""
 
@@ -84,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the intervals (default: 0)")
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
+    parser.add_argument(
+        "--resume",
+        metavar="FOLDER",
+        help="keep here what was measured of each batch, and go on from it if it is there already",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all that was measured here")
     parser.add_argument(
         "--card",
@@ -111,6 +117,8 @@ def work(args: argparse.Namespace) -> None:
         OSError: the model or the data set cannot be had, or a file cannot be written.
     """
     require_writable(args.json, args.card)
+    if args.resume is not None:
+        require_folder(args.resume)
     if args.card is not None:
         read_card(Path(args.card), args.model)  # refused before hours are spent on what goes in
 
@@ -153,6 +161,7 @@ def work(args: argparse.Namespace) -> None:
             prompt=args.prompt,
             max_new_tokens=args.max_new_tokens,
             seed=args.seed,
+            resume=args.resume,
         )
         result.dataset = result.dataset if Path(args.dataset).exists() else args.dataset
         if place()[0] == 0:

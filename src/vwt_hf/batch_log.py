@@ -1,0 +1,121 @@
+"""What an evaluation measured of each batch, on disk, so that a run that was cut off is gone on with.
+
+A folder holds a file for each process, of lines of JSON. A line is a batch, or says what the batches after it are of;
+one that a kill cut short counts for nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .evaluation import TokenCount
+from .labelled_images import Sample
+from .printable import difference
+
+
+@dataclasses.dataclass
+class Batch:
+    """What was seen and measured of one batch of images."""
+
+    number: int
+    samples: list[Sample]
+    """The images that could be read, without what was read of them."""
+    unreadable: list[str]
+    """Name and reason of each that could not."""
+    answers: list[dict[str, Any]]
+    """For each model, by name: a list or a tensor with an entry for each sample."""
+    counts: list[TokenCount]
+    """For each model."""
+    seconds: list[float]
+    """For each model: that its answers took."""
+
+
+class BatchLog:
+    """The batches that were measured before, and a file for those that this process adds.
+
+    Args:
+        folder: made if it is not there.
+        process: the number of this process.
+        of: what batches must share to belong together, as JSON holds it.
+
+    Raises:
+        ValueError: the folder holds batches of something else.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(self, folder: Path, process: int, of: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.before: dict[int, Batch] = {}
+        for file in sorted(folder.glob("evaluate-*.jsonl")):
+            self.before |= {batch.number: batch for batch in _read(file, of)}
+        self._file = (folder / f"evaluate-{process}.jsonl").open("ab", buffering=0)
+        if self._file.tell():
+            self._file.write(b"\n")  # ends a line that was cut short
+        self._write({"of": of})
+
+    def add(self, batch: Batch) -> None:
+        """Keeps a batch."""
+        answers = [{name: _to_json(values) for name, values in own.items()} for own in batch.answers]
+        self._write({**vars(batch), "answers": answers, "counts": [vars(count) for count in batch.counts]})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+
+def _read(file: Path, of: dict[str, Any]) -> Iterator[Batch]:
+    known = False
+    for line in file.read_bytes().splitlines():
+        try:
+            content = json.loads(line)
+        except ValueError:  # cut short by a kill
+            continue
+        try:
+            if "of" in content:
+                if content["of"] != of:
+                    raise ValueError(f"it is of another evaluation: {difference(content['of'], of)}")
+                known = True
+                continue
+            if not known:
+                raise ValueError("it does not say what its batches are of")
+            yield _batch(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file} cannot be gone on from ({error}); name another folder, or delete it to start again."
+            ) from error
+
+
+def _batch(content: dict[str, Any]) -> Batch:
+    samples = [Sample._make(fields) for fields in content["samples"]]
+    samples = [sample._replace(captions=tuple(sample.captions)) for sample in samples]
+    answers = [{name: _from_json(values) for name, values in own.items()} for own in content["answers"]]
+    counts = [TokenCount(**count) for count in content["counts"]]
+    return Batch(**content | {"samples": samples, "answers": answers, "counts": counts})
+
+
+def _to_json(values: Any) -> Any:
+    if not isinstance(values, torch.Tensor):
+        return values
+    array = values.numpy()
+    return {
+        "dtype": array.dtype.str,
+        "shape": array.shape,
+        "values": base64.b64encode(array.tobytes()).decode(),
+    }
+
+
+def _from_json(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    array = np.frombuffer(base64.b64decode(values["values"]), np.dtype(values["dtype"]))
+    return torch.from_numpy(array.reshape(values["shape"]).copy())
