@@ -92,10 +92,15 @@ MERGING: dict[str, tuple[str, str, Callable[[PreTrainedModel, Any], PreTrainedMo
 }
 """Peers that merge tokens and learn nothing: name of a method, with a place for its number; the option that has the
 numbers; what changes a model."""
+FITTED: dict[str, tuple[str, Callable[..., PreTrainedModel]]] = {
+    "tome-alike": ("ToMe alike, r {}", peers.tome_alike),
+    "ppt": ("PPT, r {}", peers.ppt),
+}
+"""Peers that merge tokens, with the numbers of `--tome-r`, and are fitted to images."""
 FIRST_SETTINGS: list[Any] = [True, {"method": "local"}]
 """Settings that are measured first where none is asked for."""
 RATIOS = (0.75, 0.5, 0.25)
-PEERS = ["random", *MERGING, "tome-alike", "int8", "bf16", "bf16+settings"]
+PEERS = ["random", *MERGING, *FITTED, "int8", "bf16", "bf16+settings"]
 WARM_UP = 2
 EMBEDDING_TURNS = 3
 SAMPLE = 64
@@ -105,7 +110,7 @@ BATCHES = 8
 ENERGY_SECONDS = 3.0
 QUALITY_BATCH = 32
 LEARN_FROM = 64
-"""Images that ToMe by cosine is fitted to."""
+"""Images that peers are fitted to."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -170,8 +175,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         choices=[*PEERS, "all"],
-        help="also: random patches at the settings' keep ratios; Token Merging, also with fewer pairs from layer to "
-        "layer, and of all patches that are alike enough; PiToMe; TPS without training; dynamic 8-bit linear layers "
+        help="also: random patches at the settings' keep ratios; Token Merging, also with fewer pairs from layer "
+        "to layer, and of all patches that are alike enough; PiToMe; PPT; TPS without training; dynamic 8-bit layers "
         "(float32 on a CPU); the model in bfloat16; and each setting in bfloat16",
     )
     parser.add_argument(
@@ -179,8 +184,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=int,
         default=[5, 8, 10, 13, 16],
-        help="pairs of patches that ToMe and PiToMe merge in each layer: the mean over layers if they decrease; of "
-        f"tome-alike the mean over images, of which {LEARN_FROM} of --images tell how alike they must be",
+        help="pairs of patches that ToMe and PiToMe merge in each layer, or that PPT drops there: the mean over layers "
+        "if they decrease, of tome-alike the mean over images. Tome-alike and ppt are fitted to "
+        f"{LEARN_FROM} of --images",
     )
     parser.add_argument(
         "--tps-keep", nargs="+", type=float, default=[0.9, 0.7], help="share of patches that each pruning of TPS keeps"
@@ -352,10 +358,11 @@ def peers_of(options: argparse.Namespace, plain: PreTrainedModel) -> Iterator[Ca
     for peer, (name, numbers, make) in MERGING.items():
         for number in getattr(options, numbers) if peer in options.peers else ():
             yield functools.partial(merging, plain, name, number, make)
-    if "tome-alike" in options.peers:
-        learn = functools.partial(peers.tome_alike, pixel_values=sample(options, plain, LEARN_FROM))
-        for r in options.tome_r:
-            yield functools.partial(merging, plain, "ToMe alike, r {}", r, learn)
+    for peer, (name, fit) in FITTED.items():
+        if peer in options.peers:
+            learn = functools.partial(fit, pixel_values=sample(options, plain, LEARN_FROM))
+            for r in options.tome_r:
+                yield functools.partial(merging, plain, name, r, learn)
     if "int8" in options.peers:
         yield lambda: Method("int8", "int8", peers.dynamic_int8(plain), counts_flops=False)
     if plain.dtype == torch.bfloat16 or not {"bf16", "bf16+settings"}.intersection(options.peers):

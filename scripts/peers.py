@@ -1,8 +1,9 @@
 """Other ways to make a vision transformer cheaper, to stand beside vwt_hf in scripts/benchmark.py.
 
-Token Merging (Bolya et al., arXiv 2210.09461), PiToMe (Tran et al., arXiv 2405.16148) and TPS (Wei et al., arXiv
-2304.10716) are written from their descriptions alone and run without training; 8-bit linear layers are torch's. All
-three shorten the sequence between the attention and the MLP of a layer, and differ in what they pair.
+Token Merging (Bolya et al., arXiv 2210.09461), PiToMe (Tran et al., arXiv 2405.16148), PPT (Wu et al., arXiv
+2310.01812) and TPS (Wei et al., arXiv 2304.10716) are written from their descriptions alone and run without training;
+8-bit linear layers are torch's. All four shorten the sequence between the attention and the MLP of a layer, and differ
+in what they pair.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class Merge:
     """(batch, tokens left), bool: what of `kept` is no token, where images differ in how many are left."""
     weights: torch.Tensor | None = None
     """(batch, tokens), float32: how much each counts in the average; `None` for its size, which then adds up."""
+    dropped: torch.Tensor | None = None
+    """(merges,), bool: which of `merged` count for nothing in the token that they end in; `None` for none."""
 
 
 def match(keys: torch.Tensor, prefix: int, r: int) -> Merge:
@@ -175,6 +178,29 @@ def match_pruned(hidden_states: torch.Tensor, scores: torch.Tensor, prefix: int,
     return dataclasses.replace(pairs, weights=weights.scatter(1, pruned, cosine.float().exp()))
 
 
+def match_or_drop(keys: torch.Tensor, scores: torch.Tensor, drops: torch.Tensor, prefix: int, r: int) -> Merge:
+    """Takes `r` patches from each image: those of the lowest score, or as `match` does (PPT).
+
+    A dropped patch ends in the one left that is most like it, in which it counts for nothing.
+
+    Args:
+        keys: (batch, tokens, head size), averaged over heads.
+        scores: (batch, patches).
+        drops: (batch,), bool: of which images patches are dropped.
+        prefix: how many tokens come before the patches.
+        r: at most half of the patches.
+    """
+    lowest = scores.topk(r, dim=-1, largest=False).indices
+    stays = torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False)
+    _, hosts = nearest(take(keys, prefix + lowest), keys[:, prefix:], stays)
+    cosine, partner = nearest(keys[:, prefix::2], keys[:, prefix + 1 :: 2])
+    chosen = cosine.topk(r, dim=-1).indices
+    merged = torch.where(drops.unsqueeze(1), lowest, 2 * chosen)
+    into = torch.where(drops.unsqueeze(1), hosts, 2 * partner.gather(1, chosen) + 1)
+    pairs = merge_of(keys.shape[1], prefix + merged, prefix + into)
+    return dataclasses.replace(pairs, dropped=drops.repeat_interleave(r))
+
+
 def nearest(
     tokens: torch.Tensor, others: torch.Tensor, allowed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,6 +243,8 @@ def merge(hidden_states: torch.Tensor, sizes: torch.Tensor, pairs: Merge) -> tup
     kept_sizes, merged_sizes = sizes.gather(1, pairs.kept), sizes.flatten()[pairs.merged]
     if pairs.padding is not None:
         kept_sizes = kept_sizes.masked_fill(pairs.padding, 0.0)
+    if pairs.dropped is not None:
+        merged_sizes = merged_sizes.masked_fill(pairs.dropped, 0.0)
     total = kept_sizes.flatten().index_add(0, pairs.into, merged_sizes)
     # Shares, not sums of size · token divided again: a token that nothing is merged into keeps its exact value.
     shares = kept_sizes / total.view_as(kept_sizes).clamp(min=1.0)
@@ -253,6 +281,8 @@ class Merging:
         """(batch, heads, tokens, head size), of the attention under way; the first is that of CLS."""
         self.key: torch.Tensor | None = None
         """As `query`."""
+        self.value: torch.Tensor | None = None
+        """As `query`."""
         self.scaling = 1.0
         """What the attention under way multiplies products of queries and keys by."""
         self.sizes: torch.Tensor | None = None
@@ -275,7 +305,7 @@ class Merging:
     def step(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Merges the tokens of a layer, (batch, tokens, hidden), by what its attention left here."""
         pairs = self.pair(self, hidden_states)
-        self.query = self.key = None  # they would take memory while the MLP runs
+        self.query = self.key = self.value = None  # they would take memory while the MLP runs
         self.layer += 1
         if pairs is None:
             return hidden_states
@@ -376,6 +406,53 @@ def pitome(model: PreTrainedModel, r: int) -> PreTrainedModel:
     return merge_in_layers(model, pair)
 
 
+@torch.inference_mode()
+def ppt(model: PreTrainedModel, r: int, pixel_values: torch.Tensor) -> PreTrainedModel:
+    """PPT (arXiv 2310.01812): every layer takes `r` patches from each image, by dropping or by merging them.
+
+    The score of a patch is the attention of CLS to it times the length of its value, the mean over heads, as a share of
+    those of all patches. In an image whose scores vary by more than a threshold those of the lowest score are dropped,
+    in another one pairs are merged as in Token Merging. The paper sets the threshold for each model; here it is the
+    one that half of the layers of `pixel_values` exceed. The score and the choice were written down from memory of the
+    paper and not compared with it. A dropped patch has the hidden state of the one left that is most like it.
+
+    Args:
+        model: as for `tome`, with a CLS token.
+        r: patches a layer; no layer takes more than half of its patches.
+        pixel_values: (images, channels, height, width), as `model` wants them.
+
+    Raises:
+        Unsupported: the layers are of a class that is not known here, or there is no CLS token.
+        ValueError: `r` is negative.
+    """
+    _require_cls(model, "ppt")
+    by_layer = _by_layer(model, r)
+    found: list[torch.Tensor] = []
+
+    def scores_of(merging: Merging) -> torch.Tensor:
+        assert merging.value is not None  # attention came before
+        lengths = torch.linalg.vector_norm(merging.value.float(), dim=-1)
+        scores = (cls_attentions(merging).float() * lengths).mean(dim=1)[:, merging.prefix :]
+        return scores / scores.sum(dim=-1, keepdim=True)
+
+    def learn(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
+        found.append(scores_of(merging).var(dim=-1))
+        r = _at_most_half(by_layer[merging.layer], hidden_states, merging.prefix)
+        return match(merging.keys, merging.prefix, r) if r else None
+
+    merge_in_layers(model, learn)(pixel_values=pixel_values)
+    threshold = torch.cat(found).median()
+
+    def pair(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
+        r = _at_most_half(by_layer[merging.layer], hidden_states, merging.prefix)
+        if not r:
+            return None
+        scores = scores_of(merging)
+        return match_or_drop(merging.keys, scores, scores.var(dim=-1) > threshold, merging.prefix, r)
+
+    return merge_in_layers(model, pair)
+
+
 def tps(model: PreTrainedModel, keep: float) -> PreTrainedModel:
     """TPS (arXiv 2304.10716) without its training: a third, seven and ten twelfths into the layers, patches that CLS
     attends to least are pruned and squeezed into the kept ones that are most like them.
@@ -394,8 +471,7 @@ def tps(model: PreTrainedModel, keep: float) -> PreTrainedModel:
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep}; expected the share of patches that stay, in (0, 1].")
-    if not family_of(model).prefix.startswith("CLS"):
-        raise Unsupported(f"{type(model).__name__} has no CLS token, whose attention scores patches. Leave tps out.")
+    _require_cls(model, "tps")
     at = {round(depth * len(layers_of(model))) - 1 for depth in TPS_DEPTHS}
 
     def pair(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
@@ -403,17 +479,22 @@ def tps(model: PreTrainedModel, keep: float) -> PreTrainedModel:
         kept = max(1, math.ceil(keep * patches))
         if merging.layer not in at or kept == patches:
             return None
-        scores = cls_attention(merging)[:, merging.prefix :]
+        scores = cls_attentions(merging).mean(dim=1)[:, merging.prefix :]
         return match_pruned(hidden_states, scores, merging.prefix, kept)
 
     return merge_in_layers(model, pair)
 
 
-def cls_attention(merging: Merging) -> torch.Tensor:
-    """How much the first token attends to each, (batch, tokens), the mean over heads of the attention under way."""
+def _require_cls(model: PreTrainedModel, peer: str) -> None:
+    if not family_of(model).prefix.startswith("CLS"):
+        raise Unsupported(f"{type(model).__name__} has no CLS token, whose attention scores patches. Leave {peer} out.")
+
+
+def cls_attentions(merging: Merging) -> torch.Tensor:
+    """How much the first token attends to each in the attention under way, (batch, heads, tokens)."""
     assert merging.query is not None and merging.key is not None  # attention came before
     logits = merging.query[:, :, :1] @ merging.key.transpose(2, 3) * merging.scaling
-    return logits.softmax(dim=-1).mean(dim=1)[:, 0]
+    return logits.softmax(dim=-1)[:, :, 0]
 
 
 def _by_layer(model: PreTrainedModel, r: int | Sequence[int]) -> list[int]:
@@ -461,7 +542,7 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     if not layers:
         raise Unsupported(
             f"{type(model).__name__} has no layer whose tokens can be merged; known are {', '.join(PARTS)}. "
-            "Leave tome, tome-decreasing, tome-alike, pitome and tps out."
+            "Leave tome, tome-decreasing, tome-alike, pitome, ppt and tps out."
         )
     return layers
 
@@ -500,9 +581,9 @@ def proportional_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`sdpa` under the log of the tokens' sizes; leaves query and key, (batch, heads, tokens, head size)."""
+    """`sdpa` under the log of the tokens' sizes; leaves query, key and value, (batch, heads, tokens, head size)."""
     merging = module.token_merging
-    merging.query, merging.key = query, key
+    merging.query, merging.key, merging.value = query, key, value
     merging.scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     bias = None if merging.sizes is None else merging.sizes.log().to(query.dtype)[:, None, None, :]
     return sdpa_attention_forward(module, query, key, value, bias, **kwargs)

@@ -87,7 +87,7 @@ def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothin
 
     settings = ["keep ratio 0.5", f"inter, {words}, threshold 0.1"]
     merging = [f"{name}, r {r}" for name in ("ToMe", "ToMe decreasing", "PiToMe") for r in (2, 8)]
-    merging += ["TPS, keep 0.7", "ToMe alike, r 2", "ToMe alike, r 8"]
+    merging += ["TPS, keep 0.7", "ToMe alike, r 2", "ToMe alike, r 8", "PPT, r 2", "PPT, r 8"]
     methods = ["uncompressed", *settings, "random, keep ratio 0.5", *merging, "int8", "bf16"]
     methods += [f"bf16 + {setting}" for setting in settings]
     found = json.loads(files["json"].read_text())

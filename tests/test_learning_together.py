@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import multiprocessing
 import os
@@ -134,18 +135,23 @@ def by_torch_after_accelerate(index: int, number: int, port: int) -> None:
     by_torch(index, number, port)
 
 
+all_joined: contextvars.ContextVar[Any] = contextvars.ContextVar("all_joined")
+"""A barrier of the processes that `together` forks, which each may wait at once it has joined the others."""
+
+
 def together(
     number: int, work: Callable[[int], Any], at: Path, join: Callable[[int, int, int], None] = by_accelerate
 ) -> list[Ended]:
     """Forks so many processes, joined by `join`, that do `work`, which is told their index."""
     from accelerate import PartialState
 
-    port = free_port()
+    port, barrier = free_port(), multiprocessing.get_context("fork").Barrier(number)
     at.mkdir(parents=True, exist_ok=True)
 
     def run(index: int) -> None:
         PartialState._reset_state()  # of another test's, if any
         join(index, number, port)
+        all_joined.set(barrier)
         made, error = None, ""
         with warnings.catch_warnings(record=True) as warned, open(at / f"{index}.txt", "w") as printed:
             sys.stderr = printed
@@ -344,6 +350,7 @@ def fail_by_what_main_tells(_: int) -> None:
 
 
 def fail_untold(index: int, lost: int) -> None:
+    all_joined.get().wait(LONGEST)  # else the other might find this one gone before it has joined it
     if index == lost:
         os._exit(1)
     time.sleep(0.5)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tiny import COMMON, answers, sample_pixel_values, tiny_model
-from vwt_hf.families import family_of, find_tower
+from vwt_hf.families import family_of, find_layers, find_tower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -139,6 +139,7 @@ MERGING = {
     "tome-decreasing": lambda model: peers.tome_decreasing(model, 8),
     "tome-alike": lambda model: peers.tome_alike(model, 8, sample_pixel_values().flip(3)),
     "pitome": lambda model: peers.pitome(model, 8),
+    "ppt": lambda model: peers.ppt(model, 8, sample_pixel_values().flip(3)),
     "tps": lambda model: peers.tps(model, 0.7),
 }
 
@@ -250,8 +251,8 @@ def test_pruned_patches_are_squeezed_into_the_kept_one_that_is_most_like_them():
 
 
 def test_the_score_is_the_attention_of_cls_that_the_model_itself_computes(monkeypatch):
-    scored, score = [], peers.cls_attention
-    monkeypatch.setattr(peers, "cls_attention", lambda merging: scored.append(score(merging)) or scored[-1])
+    scored, score = [], peers.cls_attentions
+    monkeypatch.setattr(peers, "cls_attentions", lambda merging: scored.append(score(merging)) or scored[-1])
     model = peers.tps(tiny_model("dinov2", num_hidden_layers=3), 0.5)  # prunes in the first two
     with peers.count_layer_tokens(model) as count:
         answers(model, sample_pixel_values())
@@ -260,7 +261,47 @@ def test_the_score_is_the_attention_of_cls_that_the_model_itself_computes(monkey
     plain.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = plain(sample_pixel_values(), output_attentions=True).attentions
-    torch.testing.assert_close(scored[0], attentions[0].mean(dim=1)[:, 0])
+    torch.testing.assert_close(scored[0], attentions[0][:, :, 0])
+
+
+def test_patches_are_dropped_from_some_images_and_merged_in_others():
+    hidden_states, keys, sizes = tokens_keys_and_sizes()
+    scores = torch.rand(3, 11, generator=torch.Generator().manual_seed(5))
+    drops = torch.tensor([True, False, True])
+    pairs = peers.match_or_drop(keys, scores, drops, 2, 4)
+    result, left = peers.merge(hidden_states, sizes, pairs)
+    merged, summed = peers.merge(hidden_states, sizes, peers.match(keys, 2, 4))
+    torch.testing.assert_close(result[1], merged[1])
+    torch.testing.assert_close(left[1], summed[1])
+    for image in (0, 2):
+        gone = sorted(range(2, 13), key=lambda token: scores[image, token - 2])[:4]
+        kept = [token for token in range(13) if token not in gone]
+        assert torch.equal(result[image], hidden_states[image, kept]) and torch.equal(left[image], sizes[image, kept])
+        for token in gone:  # where a head that reads every patch finds it
+            alike = [torch.cosine_similarity(keys[image, token], keys[image, other], dim=0) for other in kept[2:]]
+            assert pairs.place[image, token] == 2 + max(range(7), key=alike.__getitem__)
+
+
+def test_ppt_drops_where_scores_vary_by_more_than_in_half_of_what_it_is_fitted_to(monkeypatch):
+    images, asked, choose = sample_pixel_values(), [], peers.match_or_drop
+    model = peers.ppt(tiny_model("vit", num_hidden_layers=3), 4, images)
+    monkeypatch.setattr(peers, "match_or_drop", lambda *given: asked.append(given) or choose(*given))
+    answers(model, images)
+    plain, values = tiny_model("vit", num_hidden_layers=3), []
+    plain.set_attn_implementation("eager")
+    modules = find_layers(plain)[0].attention.named_modules()
+    project = next(part for name, part in modules if name.endswith(("value", "v_proj")))
+    project.register_forward_hook(lambda module, args, output: values.append(output))
+    with torch.no_grad():
+        attention = plain(images, output_attentions=True).attentions[0]
+    lengths = values[0].unflatten(-1, (attention.shape[1], -1)).norm(dim=-1).transpose(1, 2)
+    score = (attention[:, :, 0] * lengths).mean(dim=1)[:, 1:]
+    torch.testing.assert_close(asked[0][1], score / score.sum(dim=-1, keepdim=True))
+    variances = torch.cat([scores.var(dim=-1) for _, scores, *_ in asked])
+    drops = torch.cat([drops for _, _, drops, *_ in asked])
+    assert drops.any() and not drops.all() and variances[drops].min() > variances[~drops].max()
+    with pytest.raises(peers.Unsupported, match=r"SiglipVisionModel has no CLS token.*Leave ppt out"):
+        peers.ppt(tiny_model("siglip-vision"), 4, images)
 
 
 def test_tps_prunes_at_the_fourth_seventh_and_tenth_of_twelve_layers_and_says_what_it_needs():
@@ -289,6 +330,7 @@ def test_a_layer_of_an_unknown_class_is_named(monkeypatch):
         peers.tome_decreasing,
         peers.pitome,
         lambda model, r: peers.tome_alike(model, r, sample_pixel_values()),
+        lambda model, r: peers.ppt(model, r, sample_pixel_values()),
     ],
 )
 def test_a_negative_number_of_pairs_is_refused(make):
