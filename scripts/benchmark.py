@@ -4,8 +4,9 @@ r"""What compression costs and gains on your own model, images and device, besid
 For each data type, batch size and method, in turn with the uncompressed model of that data type, in one process:
 
   tokens        of an image, the mean over all layers
-  ms p50, p95   of a whole forward of a batch, tokenising included; of several batches of --images in turn, if there are
-  speed ratio   median time of the uncompressed model over that of the method (a ratio of medians, not of single turns)
+  ms            of a whole forward of a batch, tokenising included: the median of its turns, the mean over up to 8
+                batches of --images; and p95 of all turns
+  speed ratio   of the uncompressed model's ms over those of the method (a ratio of medians, not of single turns)
   FLOPs ratio   the same of floating point operations; none for int8, whose operations are not floating point
   quotient      speed ratio over FLOPs ratio: 1.0 says that nothing is lost to tokenising and bookkeeping
   embedding %   time from pixels to the first layer (choosing, grouping and projecting patches), as a share of the
@@ -107,6 +108,8 @@ SAMPLE = 64
 """Images that batches are made of; more if the largest batch has more."""
 BATCHES = 8
 """Batches of one size that are timed in turn, at most."""
+TURNS_OF_BATCH = 3
+"""Of each of them, however long they take."""
 ENERGY_SECONDS = 3.0
 QUALITY_BATCH = 32
 LEARN_FROM = 64
@@ -184,9 +187,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=int,
         default=[5, 8, 10, 13, 16],
-        help="pairs of patches that ToMe and PiToMe merge in each layer, or that PPT drops there: the mean over layers "
-        "if they decrease, of tome-alike the mean over images. Tome-alike and ppt are fitted to "
-        f"{LEARN_FROM} of --images",
+        help="how many patches ToMe, PiToMe and PPT take from each layer: of tome-decreasing the mean over layers, of "
+        f"tome-alike the mean over images. Tome-alike and ppt are fitted to {LEARN_FROM} of --images",
     )
     parser.add_argument(
         "--tps-keep", nargs="+", type=float, default=[0.9, 0.7], help="share of patches that each pruning of TPS keeps"
@@ -196,7 +198,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--seconds",
         type=float,
         default=60,
-        help=f"no turn of a batch size starts later than this, if there were {FEWEST_TURNS}",
+        help=f"no turn of a batch size starts later than this, if there were {FEWEST_TURNS}, and {TURNS_OF_BATCH} of "
+        "each batch",
     )
     add_groups(parser)
     parser.add_argument("--limit", type=int, help="judge so many images, spread evenly over the folder; default: all")
@@ -423,10 +426,16 @@ def measure(
     given = [[batch.to(method.model.dtype) for batch in batches] for method in methods]
     forwards = [forward_of(method.model, options.compile) for method in methods]
     runs = [run_on_each(forward, own) for forward, own in zip(forwards, given, strict=True)]
-    # Kernels are made ready for each shape when it first comes, so each batch has been seen before it is timed.
-    warm_up = max(WARM_UP, len(batches))
-    turns = {"turns": options.turns, "warm_up": warm_up, "seconds": options.seconds}
-    seconds = time_in_turn(runs, device, **turns, label=f"batch {size}")
+    seconds = time_in_turn(
+        runs,
+        device,
+        options.turns,
+        # Kernels are made ready for each shape when it first comes, so each batch has been seen before it is timed.
+        warm_up=max(WARM_UP, len(batches)),
+        fewest=max(FEWEST_TURNS, TURNS_OF_BATCH * len(batches)),
+        seconds=options.seconds,
+        label=f"batch {size}",
+    )
     rows = []
     described = tqdm(list(zip(methods, given, forwards, seconds, strict=True)), "memory, operations", leave=False)
     for method, own, forward, taken in described:
@@ -436,7 +445,7 @@ def measure(
                 "method": method.name,
                 "line": method.line,
                 "seconds": taken,
-                "p50_ms": 1e3 * statistics.median(taken),
+                "ms": 1e3 * typical(taken, len(own)),
                 "p95_ms": 1e3 * torch.tensor(taken, dtype=torch.float64).quantile(0.95).item(),
                 "embedding_seconds": embedding_seconds(method.model, own[0]),
                 "weight_bytes": peers.weight_bytes(method.model),
@@ -450,13 +459,22 @@ def measure(
     return rows
 
 
+def typical(seconds: Sequence[float], batches: int) -> float:
+    """The mean over batches, which took turns, of the median of their seconds.
+
+    Batches differ in how many tokens they need, and the median of all seconds would be that of one of them.
+    """
+    turns = [seconds[first::batches] for first in range(min(batches, len(seconds)))]
+    return statistics.mean(map(statistics.median, turns))
+
+
 def compare_rows(row: dict[str, Any], plain: dict[str, Any], compiled: bool) -> None:
     """Adds to a row how it stands to that of the uncompressed model."""
-    row["speed_ratio"] = plain["p50_ms"] / row["p50_ms"]
+    row["speed_ratio"] = plain["ms"] / row["ms"]
     row["flops_ratio"] = row["flops"] and plain["flops"] / row["flops"]
     row["quotient"] = row["flops_ratio"] and row["speed_ratio"] / row["flops_ratio"]
     # Embeddings are timed eagerly, so they have no share in the time of a compiled forward.
-    timed = None if compiled else 1e3 / plain["p50_ms"]
+    timed = None if compiled else 1e3 / plain["ms"]
     row["embedding_share"] = timed and timed * row["embedding_seconds"]
     row["plain_embedding_share"] = timed and timed * plain["embedding_seconds"]
     row["memory_ratio"] = memory_of(row) and memory_of(plain) / memory_of(row)
@@ -602,7 +620,7 @@ def table(results: Results) -> list[dict[str, Any]]:
                 "dtype": row["dtype"],
                 "method": row["method"],
                 "tokens": row["tokens"],
-                "ms p50": rounded(row["p50_ms"], 2),
+                "ms": rounded(row["ms"], 2),
                 "ms p95": rounded(row["p95_ms"], 2),
                 "speed ratio": rounded(row["speed_ratio"], 2),
                 "FLOPs ratio": rounded(row["flops_ratio"], 2),
@@ -692,7 +710,7 @@ def points_of(results: Results, batch: int, value: str) -> dict[tuple[str, str],
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in results.rows("timing", batch=batch):
         (judged,) = results.rows("quality", dtype=row["dtype"], method=row["method"])
-        lines.setdefault((row["dtype"], row["line"]), []).append((row["p50_ms"] / batch, judged[value]))
+        lines.setdefault((row["dtype"], row["line"]), []).append((row["ms"] / batch, judged[value]))
     return {key: sorted(points) for key, points in lines.items()}
 
 

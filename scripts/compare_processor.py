@@ -36,6 +36,8 @@ SETTINGS: list[dict[str, Any]] = [
     *({"criterion": criterion} for criterion in ("variance", "random", "grid")),
     {"dropped": "merge"},
     {"method": "inter"},
+    {"method": "local"},
+    {"method": "gradual"},
 ]
 LARGEST = 1e-5
 """Difference of scores that rounding makes."""

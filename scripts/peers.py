@@ -1,9 +1,9 @@
 """Other ways to make a vision transformer cheaper, to stand beside vwt_hf in scripts/benchmark.py.
 
 Token Merging (Bolya et al., arXiv 2210.09461), PiToMe (Tran et al., arXiv 2405.16148), PPT (Wu et al., arXiv
-2310.01812) and TPS (Wei et al., arXiv 2304.10716) are written from their descriptions alone and run without training;
-8-bit linear layers are torch's. All four shorten the sequence between the attention and the MLP of a layer, and differ
-in what they pair.
+2310.01812) and TPS (Wei et al., arXiv 2304.10716) are written from their descriptions or from memory of them, never
+from their code, and run without training; 8-bit linear layers are torch's. All four shorten the sequence between the
+attention and the MLP of a layer, and differ in which tokens they pair or drop.
 """
 
 from __future__ import annotations
@@ -413,8 +413,9 @@ def ppt(model: PreTrainedModel, r: int, pixel_values: torch.Tensor) -> PreTraine
     The score of a patch is the attention of CLS to it times the length of its value, the mean over heads, as a share of
     those of all patches. In an image whose scores vary by more than a threshold those of the lowest score are dropped,
     in another one pairs are merged as in Token Merging. The paper sets the threshold for each model; here it is the
-    one that half of the layers of `pixel_values` exceed. The score and the choice were written down from memory of the
-    paper and not compared with it. A dropped patch has the hidden state of the one left that is most like it.
+    median over images and layers while all of `pixel_values` are merged. The score and the choice were written down
+    from memory of the paper and not compared with it. A dropped patch has the hidden state of the one left that is most
+    like it.
 
     Args:
         model: as for `tome`, with a CLS token.
@@ -494,6 +495,8 @@ def cls_attentions(merging: Merging) -> torch.Tensor:
     """How much the first token attends to each in the attention under way, (batch, heads, tokens)."""
     assert merging.query is not None and merging.key is not None  # attention came before
     logits = merging.query[:, :, :1] @ merging.key.transpose(2, 3) * merging.scaling
+    if merging.sizes is not None:
+        logits = logits + merging.sizes.log().to(logits.dtype)[:, None, None]
     return logits.softmax(dim=-1)[:, :, 0]
 
 

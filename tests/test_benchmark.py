@@ -109,7 +109,7 @@ def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothin
 
     lines = files["md"].read_text().splitlines()
     assert len(lines) == 2 + (2 + 2 * len(methods)) + 1 + (2 + len(methods)) and lines[2] in capsys.readouterr().out
-    columns = "batch|dtype|method|tokens|ms p50|ms p95|speed ratio|FLOPs ratio|quotient|embedding %|memory MiB|"
+    columns = "batch|dtype|method|tokens|ms|ms p95|speed ratio|FLOPs ratio|quotient|embedding %|memory MiB|"
     columns += "memory ratio|J/image|agree %|KL|top-1 %|worst group %"
     assert [name.strip() for name in lines[2].strip("|").split("|")] == columns.split("|")
     assert Image.open(files["png"]).size[0] > 400
@@ -203,9 +203,14 @@ def test_the_peak_is_what_a_function_holds_at_once():
     assert benchmark.peak_bytes(lambda: None, CPU) == 0
 
 
+def test_the_time_of_a_method_is_the_mean_over_batches_of_the_median_of_their_turns():
+    assert benchmark.typical([1.0, 5.0, 9.0, 6.0, 2.0, 100.0, 3.0], 2) == (2.5 + 6.0) / 2
+    assert benchmark.typical([4.0], 3) == 4.0  # one turn, of the first batch
+
+
 def test_ratios_are_of_the_uncompressed_model_over_the_method():
-    plain = {"p50_ms": 20.0, "flops": 300, "embedding_seconds": 1e-3, "weight_bytes": 60, "activation_bytes": 40}
-    row = {"p50_ms": 10.0, "flops": 100, "embedding_seconds": 2e-3, "weight_bytes": 60, "activation_bytes": 20}
+    plain = {"ms": 20.0, "flops": 300, "embedding_seconds": 1e-3, "weight_bytes": 60, "activation_bytes": 40}
+    row = {"ms": 10.0, "flops": 100, "embedding_seconds": 2e-3, "weight_bytes": 60, "activation_bytes": 20}
     benchmark.compare_rows(row, plain, False)
     assert row["speed_ratio"] == 2 and row["flops_ratio"] == 3 and row["quotient"] == pytest.approx(2 / 3)
     assert row["memory_ratio"] == 1.25
@@ -312,7 +317,7 @@ def test_a_peer_that_cannot_be_had_is_left_out_and_the_rest_is_measured(capsys):
 
 
 def test_names_in_the_plot_are_text_whatever_matplotlib_makes_of_them(tmp_path):
-    row = {"dtype": "float32", "batch": 1, "p50_ms": 3.0, "agreement": 0.5}
+    row = {"dtype": "float32", "batch": 1, "ms": 3.0, "agreement": 0.5}
     lines = ("uncompressed", "_a$$b", "caf\udce9\n")
     header = {"options": {"dtype": ["float32"], "model": "x/Ba$$in"}, "machine": {"device": "cpu"}}
     results = benchmark.Results(None, header)

@@ -731,13 +731,11 @@ def test_two_processes_give_the_figures_of_one(tmp_path, photographs, dataset, m
     assert command["machine"]["processes"] == 2 and command["images"] == 17 and len(command["unreadable"]) == 1
     alone = run(folder, photographs, "--vwt", json.dumps(HALF), "--batch-size", "4")
     assert [row["figures"] for row in command["rows"]] == [row["figures"] for row in alone]
-    # What two have measured one goes on from, all of which was measured.
+    # What two have measured one goes on from: nothing is missing but the batch with the image that cannot be read.
     assert len(list((tmp_path / "measured").iterdir())) == 2
-    monkeypatch.setattr(evaluate_module, "_answers", pytest.fail)
-    alone = run(
-        folder, photographs, "--vwt", json.dumps(HALF), "--batch-size", "4", "--resume", str(tmp_path / "measured")
-    )
-    assert [row["figures"] for row in command["rows"]] == [row["figures"] for row in alone]
+    shown, resume = cut_off(monkeypatch, -1), ["--resume", str(tmp_path / "measured")]
+    alone = run(folder, photographs, "--vwt", json.dumps(HALF), "--batch-size", "4", *resume)
+    assert [row["figures"] for row in command["rows"]] == [row["figures"] for row in alone] and shown == [1]
 
 
 def cut_off(monkeypatch, after: int) -> list[int]:
@@ -761,7 +759,8 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_with_the_figures_of_one(
     """17 images, in a folder also one that cannot be read, in batches of 4; the first run is stopped in the third."""
     model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
     if form == "folder":
-        (photographs / "cat" / "03.png").write_bytes(b"no image")
+        mended = (photographs / "cat" / "02.png").read_bytes()
+        (photographs / "cat" / "03.png").write_bytes(bytes(len(mended)))
     images = {"folder": photographs, "data set": dataset, "stream": dataset.to_iterable_dataset(num_shards=3)}[form]
     of = {"vwt": [HALF, True], "batch_size": 4, "progress": False}
     expected = evaluate_model(model, images, **of)
@@ -774,7 +773,9 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_with_the_figures_of_one(
     monkeypatch.undo()
     shown = cut_off(monkeypatch, -1)
     found = evaluate_model(model, images, **of, resume=resume)
-    assert shown == [4, 4, 4, 2 if form == "folder" else 1]  # the second batch again, whose line was cut short
+    # The second batch again, whose line was cut short; in the folder the first, too, with the image that is none.
+    again = [3] if form == "folder" else []
+    assert shown == [*again, 4, 4, 4, 2 if again else 1]
     assert [row.figures for row in found.rows] == [row.figures for row in expected.rows]
     assert [row.tokens for row in found.rows] == [row.tokens for row in expected.rows]
     assert (found.images, found.unreadable, found.said) == (expected.images, expected.unreadable, expected.said)
@@ -783,7 +784,15 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_with_the_figures_of_one(
     assert [row.figures for row in evaluate_model(model, images, **of, resume=resume).rows] == [
         row.figures for row in expected.rows
     ]
-    assert not shown
+    assert shown == again
+    if form == "folder":
+        (photographs / "cat" / "03.png").write_bytes(mended)
+        shown.clear()
+        found = evaluate_model(model, images, **of, resume=resume)
+        assert (shown, found.images, found.unreadable) == ([4], 18, [])
+        shown.clear()
+        assert evaluate_model(model, images, **of, resume=resume).rows[1].figures == found.rows[1].figures
+        assert not shown
 
 
 @pytest.mark.parametrize("task", ["retrieval", "captions"])
@@ -811,15 +820,17 @@ def test_what_was_measured_of_something_else_is_refused_and_says_what_differs(tm
     evaluate_model(model, photographs, vwt=[HALF], **of)
     other = loaded(tmp_path / "model", transformers.AutoModelForImageClassification)
     other.classifier.weight.data += 1
+    larger = transformers.ViTImageProcessorPil(size={"height": 36, "width": 36})
     for one, images, more, reason in (
         (model, photographs, {"vwt": [True]}, "settings: .*gradual"),
         (model, photographs, {"vwt": [HALF], "batch_size": 4}, "batch_size 8 there, 4 here"),
         (model, photographs, {"vwt": [HALF], "limit": 9}, "images 'a folder of 17 .* there, 'a folder of 9 .* here"),
         (model, dataset, {"vwt": [HALF]}, "images 'a folder of .* here"),
         (other, photographs, {"vwt": [HALF]}, "model 'ViTForImageClassification .* here"),
+        (model, photographs, {"vwt": [HALF], "image_processor": larger}, "image_processor: size: height 32 there"),
     ):
         with pytest.raises(
-            ValueError, match=f"evaluate-0.jsonl cannot be gone on from .*{reason}.*name another folder"
+            ValueError, match=f"evaluate-0.jsonl holds no batches of this evaluation .*{reason}.*name another folder"
         ):
             evaluate_model(one, images, **of | more)
     with (photographs / "cat" / "00.png").open("ab") as file:
@@ -828,8 +839,23 @@ def test_what_was_measured_of_something_else_is_refused_and_says_what_differs(tm
         evaluate_model(model, photographs, vwt=[HALF], **of)
     for content in ('{"number": 0}', '{"of": 1}', "[1]", '{"of": {}, "number": 0}'):
         (resume / "evaluate-0.jsonl").write_text(content + "\n")
-        with pytest.raises(ValueError, match="cannot be gone on from"):
+        with pytest.raises(ValueError, match="holds no batches of this evaluation"):
             evaluate_model(model, photographs, vwt=[HALF], **of)
+
+
+def test_what_was_measured_of_another_stream_is_refused(tmp_path, dataset, capsys):
+    model = random_classifier(tmp_path)
+    for name in ("one", "two"):
+        dataset.save_to_disk(tmp_path / name)
+    given = ["--streaming", "--batch-size", "8", "--resume", str(tmp_path / "measured")]
+    assert run(model, tmp_path / "one", *given) == run(model, tmp_path / "one", *given)
+    assert main(["evaluate", str(model), "--dataset", str(tmp_path / "two"), *given]) == 2
+    assert "images of a stream" in capsys.readouterr().err
+    streams = [dataset.to_iterable_dataset() for _ in range(2)]
+    for stream, split in zip(streams, ("train", "test"), strict=True):
+        stream.info.splits = None
+        stream._split = datasets.NamedSplit(split)
+    assert open_labelled(streams[0]).order(1) != open_labelled(streams[1]).order(1)
 
 
 @pytest.mark.parametrize(

@@ -58,18 +58,23 @@ def test_a_packed_batch_has_no_padding_and_images_of_one_length_side_by_side():
 
 
 def test_a_rounded_batch_ends_with_padding_that_makes_its_rows_one_of_few_numbers():
-    """16 numbers from one power of two to the next; another where the next one is taken."""
+    """16 numbers from one power of two to the next."""
     words = torch.arange(300).repeat(2, 1)
     lengths = {group(words[:, :count], 0, rounds=True).sizes.shape[1] for count in range(1, 257)}
     assert {length for length in lengths if length <= 64} == {*range(2, 32, 2), *range(32, 66, 2)}
     assert sorted(length for length in lengths if length > 256) == list(range(272, 513, 16))
-    layout = group(words[:, :130], 1, rounds=True, not_as=[(1, 272)])
-    assert layout.sizes.shape == (1, 288) and not layout.dense and layout.even
+    layout = group(words[:, :130], 1, rounds=True)
+    assert layout.sizes.shape == (1, 272) and layout.tokens == 262 and not layout.dense and layout.even
     assert (layout.sizes[0, :262] == 1).all() and not layout.sizes[0, 262:].any()
     assert layout.rows.tolist() == [list(range(131)), list(range(131, 262))]
-    # Not as long as what one image is expanded to, from which a shape could not tell its tokens then.
+    assert attention_bias(layout, proportional=False) is None
+
+
+def test_a_rounded_batch_has_no_padding_where_that_would_give_it_the_shape_of_another():
+    words = torch.arange(300).repeat(2, 1)
+    assert group(words[:, :130], 1, rounds=True, not_as=[(1, 272)]).sizes.shape == (1, 262)
     words = torch.arange(288).clamp(min=8).unsqueeze(0)
-    assert group(words, 0, rounds=True).sizes.shape == (1, 304) and group(words, 0).sizes.shape == (1, 280)
+    assert group(words, 0, rounds=True).sizes.shape == (1, 280)  # and not the 288 patches that it is expanded to
 
 
 def test_a_padded_batch_has_a_sequence_for_each_image_and_sizes_of_zero_where_it_is_padded():

@@ -142,29 +142,44 @@ def test_rows_of_padding_that_round_a_packed_batch_change_no_answer(name, settin
     batches = (images, images[1:2])
     expected = [answers(model, batch) for batch in batches]
     monkeypatch.setattr("vwt_hf.attention.rounds", lambda device, dtype: True)
-    monkeypatch.setattr("vwt_hf.layout._rounded", lambda rows: -(-rows // 13) * 13)
+    monkeypatch.setattr("vwt_hf.layout._rounded", lambda rows: -(-rows // 11) * 11)
     find_layers(find_tower(model, family_of(model)).module)[0].register_forward_pre_hook(
         lambda layer, args: lengths.append(args[0].shape[1])
     )
     for batch, answer in zip(batches, expected, strict=True):
         torch.testing.assert_close(answers(model, batch), answer, atol=1e-5, rtol=1e-5)
-    assert lengths and not any(length % 13 for length in lengths)
+    assert lengths and not any(length % 11 for length in lengths)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov3", "beit", "blip-vision"])
+def test_rows_of_padding_change_no_gradient_of_layers_that_are_repeated(name, images, monkeypatch):
+    def gradients() -> list[torch.Tensor]:
+        model = compress(tiny_model(name, num_hidden_layers=3), gradual(layers=(1, 2))).train()
+        model.gradient_checkpointing_enable()
+        model(pixel_values=images).last_hidden_state.square().mean().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = gradients()
+    monkeypatch.setattr("vwt_hf.attention.rounds", lambda device, dtype: True)
+    monkeypatch.setattr("vwt_hf.layout._rounded", lambda rows: -(-rows // 11) * 11)
+    for found, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_half_precision_on_a_cpu_rounds_the_rows_of_a_packed_batch(images):
     def layout(dtype: torch.dtype, autocast: bool = False):
         model, found = compress(tiny_model("vit").to(dtype), gradual()), []
-        find_layers(find_tower(model, family_of(model)).module)[1].register_forward_pre_hook(
+        find_layers(find_tower(model, family_of(model)).module)[0].register_forward_pre_hook(
             lambda layer, args: found.append(current_forward().plan.layout)
         )
         with torch.autocast("cpu", enabled=autocast):
-            answers(model, images.to(dtype))
+            answers(model, torch.cat((images, images[1:2])).to(dtype))
         return found[0]
 
     whole = layout(torch.float32)
     assert not whole.rounds and whole.sizes.shape[1] == whole.tokens
     for rounded in (layout(torch.bfloat16), layout(torch.float16), layout(torch.float32, autocast=True)):
-        assert rounded.rounds and rounded.sizes.shape[1] == _rounded(rounded.tokens)
+        assert rounded.rounds and rounded.sizes.shape[1] == _rounded(rounded.tokens) > rounded.tokens
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3", "clip-vision"])

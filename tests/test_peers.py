@@ -297,6 +297,11 @@ def test_ppt_drops_where_scores_vary_by_more_than_in_half_of_what_it_is_fitted_t
     lengths = values[0].unflatten(-1, (attention.shape[1], -1)).norm(dim=-1).transpose(1, 2)
     score = (attention[:, :, 0] * lengths).mean(dim=1)[:, 1:]
     torch.testing.assert_close(asked[0][1], score / score.sum(dim=-1, keepdim=True))
+    # After the first merge tokens of several patches draw as much attention as these would.
+    of_sizes = peers.Merging(1, lambda *_: None)
+    of_sizes.query = of_sizes.key = torch.zeros(1, 1, 3, 2)
+    of_sizes.sizes = torch.tensor([[1.0, 1.0, 2.0]])
+    torch.testing.assert_close(peers.cls_attentions(of_sizes), torch.tensor([[[0.25, 0.25, 0.5]]]))
     variances = torch.cat([scores.var(dim=-1) for _, scores, *_ in asked])
     drops = torch.cat([drops for _, _, drops, *_ in asked])
     assert drops.any() and not drops.all() and variances[drops].min() > variances[~drops].max()

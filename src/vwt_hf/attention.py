@@ -5,7 +5,7 @@ in the forward's own state.
 
 A padded batch attends under a bias that hides the padding. A packed one attends by a kernel that knows where images
 end (variable-length flash attention, on CUDA in half precision), else length by length: images of one length lie side
-by side and are a view of the sequence, so nothing is copied and nothing is padded.
+by side and are a view of the sequence, so nothing is copied and no image is padded.
 """
 
 from __future__ import annotations
@@ -133,9 +133,11 @@ def rounds(device: torch.device, dtype: torch.dtype) -> bool:
 
     For half precision on a CPU, torch's matrix products are those of oneDNN, which writes a kernel for each number.
     """
+    if device.type != "cpu":
+        return False
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return device.type == "cpu" and dtype in (torch.float16, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    return dtype in (torch.float16, torch.bfloat16) and torch.backends.mkldnn.is_available()
 
 
 def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:

@@ -41,6 +41,8 @@ class Batch:
 class BatchLog:
     """The batches that were measured before, and a file for those that this process adds.
 
+    Of those before, the ones with an image that could not be read are left out.
+
     Args:
         folder: made if it is not there.
         process: the number of this process.
@@ -53,9 +55,9 @@ class BatchLog:
 
     def __init__(self, folder: Path, process: int, of: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.before: dict[int, Batch] = {}
-        for file in sorted(folder.glob("evaluate-*.jsonl")):
-            self.before |= {batch.number: batch for batch in _read(file, of)}
+        found = (batch for file in sorted(folder.glob("evaluate-*.jsonl")) for batch in _read(file, of))
+        # An image that could not be read may be there again, as on a disk that was not.
+        self.before = {batch.number: batch for batch in found if not batch.unreadable}
         self._file = (folder / f"evaluate-{process}.jsonl").open("ab", buffering=0)
         if self._file.tell():
             self._file.write(b"\n")  # ends a line that was cut short
@@ -91,7 +93,7 @@ def _read(file: Path, of: dict[str, Any]) -> Iterator[Batch]:
             yield _batch(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{file} cannot be gone on from ({error}); name another folder, or delete it to start again."
+                f"{file} holds no batches of this evaluation ({error}); name another folder, or delete {file.parent}."
             ) from error
 
 

@@ -28,7 +28,7 @@ from .evaluation_tasks import PROMPT, RECALLED, TASKS, Captions, Figure, Kept, R
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
 from .processes import gathered, join, place
-from .processors import processor_of
+from .processors import described, processor_of
 from .vocabulary.image_source import UnreadableImage, one_batch
 
 FORMAT = 1
@@ -60,7 +60,8 @@ class Row:
     tokens: float
     """Of an image: the mean over images and layers."""
     seconds: float
-    """That its answers took, reading left out; of the process that took longest."""
+    """That its answers took, reading left out; of the process that took longest. A run that went on after it was cut
+    off counts all of them, also those of another machine."""
     figures: dict[str, Figure]
     """By name. The plain model has none of those that compare with it."""
 
@@ -185,8 +186,9 @@ def evaluate_model(
         max_new_tokens: of a caption.
         seed: of the intervals.
         resume: a folder for what was measured of each batch, made if it is not there. A run that was cut off goes on
-            from it, also by another number of processes if `images` is no stream; one of another model, other settings
-            or other images is refused. Of a stream it is trusted that it gives the same images again.
+            from it, also by another number of processes if `images` is no stream; batches with an image that could not
+            be read are tried again. A run of another model, other settings or other images is refused: files are told
+            by their names and sizes, and a stream is trusted to give the same images again.
         progress: whether to show a bar.
 
     Raises:
@@ -347,8 +349,9 @@ def _fingerprint(
         "dtype": str(plain.dtype).removeprefix("torch."),
         "attention": plain.config._attn_implementation,
         "settings": {str(number): compression_of(model) for number, model in enumerate(models)},
-        "image_processor": processor.to_dict(),
+        "image_processor": described(processor),
         "tokenizer": getattr(task.tokenizer, "name_or_path", None),
+        "generation": plain.generation_config.to_dict() if isinstance(task, Captions) else None,
         "task": task.name,
         "options": {name: value for name, value in task.options.items() if name != "seed"},
         "images": images.order(place()[1]),

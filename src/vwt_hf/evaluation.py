@@ -434,6 +434,7 @@ def time_in_turn(
     turns: int,
     *,
     warm_up: int = 1,
+    fewest: int = FEWEST_TURNS,
     seconds: float = math.inf,
     label: str | None = None,
 ) -> list[list[float]]:
@@ -441,7 +442,8 @@ def time_in_turn(
 
     Args:
         turns: how often each is called, after `warm_up` calls that do not count.
-        seconds: no turn starts later than this, if there were `FEWEST_TURNS`.
+        fewest: turns that there are however long they take, if not fewer are wanted.
+        seconds: no turn starts later than this, if there were the `fewest`.
         label: of a progress bar; `None` for none.
     """
     taken: list[list[float]] = [[] for _ in runs]
@@ -450,7 +452,7 @@ def time_in_turn(
         for turn in bar:
             if turn == 0:
                 begun = time.perf_counter()
-            if turn >= FEWEST_TURNS and time.perf_counter() - begun > seconds:
+            if turn >= fewest and time.perf_counter() - begun > seconds:
                 break
             for run, own in zip(runs, taken, strict=True):
                 spent = stopwatch(run, device)[1]

@@ -57,6 +57,8 @@ class LabelledImages:
     """Where a data set has `image`, `label`, `captions` and `group`."""
     groups: Sequence[str] | None = None
     """Of each file."""
+    source: str = ""
+    """Where a stream comes from, as whoever opened it says."""
 
     @property
     def has_labels(self) -> bool:
@@ -67,9 +69,9 @@ class LabelledImages:
         return "captions" in self.columns
 
     def order(self, processes: int) -> str:
-        """What they are: other images, in number or order, or with other labels or groups, differ in it.
+        """What they are: others in number, order, names, sizes of files, labels or groups differ in it.
 
-        Of a stream nothing is known before it is read, but how it is split.
+        Of a stream, which is not known before it is read, only where it comes from and how it is split.
         """
         known = hashlib.sha256(repr((self.label_names, self.groups, self.columns)).encode("utf-8", "backslashreplace"))
         if isinstance(self.data, list):
@@ -77,7 +79,8 @@ class LabelledImages:
         elif hasattr(self.data, "__len__"):
             files = f"a data set of {len(self.data)} rows (fingerprint: {self.data._fingerprint})"
         else:
-            files = f"a stream of {self.name} for {processes} processes, {self.total or 'all'} images"
+            of = f"{self.name}, {self.data.info.config_name}, {self.data.split}, {self.source}"
+            files = f"{self.total or 'all'} images of a stream ({of}) for {processes} processes"
         return f"{files}, known of them: {known.hexdigest()[:16]}"
 
     def batches(

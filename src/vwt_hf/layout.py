@@ -126,8 +126,8 @@ def group(
     Args:
         patch_words: (batch, patches), integers.
         prefix: prefix tokens of each image, which come before its patches.
-        packed: whether the batch becomes one sequence without padding, or one padded sequence for each image. A batch
-            without images is padded.
+        packed: whether the batch becomes one sequence with no padding between images, or one padded sequence for each
+            image. A batch without images is padded.
         real: (batch, patches), bool: which patches are no padding, the first of each image among them; `None` if all
             are.
         not_as: shapes (sequences, tokens) that a batch with padding must not have.
@@ -196,11 +196,9 @@ def _places(
         starts = [0] * batch
         for image, end in zip(order, ends, strict=True):
             starts[image] = end - counted[image]
-        rows = ends[-1]
-        if rounds:
-            rows = _rounded(rows)
-            while (1, rows) in not_as or (batch, rows) == (1, whole):
-                rows = _rounded(rows + 1)
+        rows = _rounded(ends[-1]) if rounds else ends[-1]
+        if rows > ends[-1] and ((1, rows) in not_as or (batch, rows) == (1, whole)):
+            rows = ends[-1]
         return (1, rows), starts, True
     longest = max(counted, default=1)
     # Longer where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
@@ -416,6 +414,6 @@ def attention_bias(layout: Layout, proportional: bool) -> torch.Tensor | None:
     """
     if proportional:
         return layout.sizes.log()
-    if layout.dense:
+    if layout.dense or (layout.packed and layout.real is None):  # attention leaves out what follows the last image
         return None
     return torch.where(layout.sizes > 0, 0.0, -torch.inf)

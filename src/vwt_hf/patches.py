@@ -31,7 +31,7 @@ class Patches:
     padded_places: torch.Tensor | None = None
     """(batch, patches, 2) float32: what `places` gives, where images are padded."""
     packs: bool = True
-    """Whether attention takes a batch without padding, as one sequence, as fast as it takes a padded one."""
+    """Whether attention takes a batch as one sequence as fast as it takes a padded one."""
     rounds: bool = False
     """Whether such a sequence runs faster if its length is one of few numbers."""
     draws: bool = False
@@ -135,7 +135,7 @@ class Patches:
 
         Args:
             words: (batch, patches), integers.
-            packed: whether the batch becomes one sequence without padding, or one padded sequence for each image.
+            packed: whether the batch becomes one sequence, or one padded sequence for each image.
             proportional: as for `represent`.
         """
         layout = group(words, self.prefix, packed, self.real, rounds=self.rounds)

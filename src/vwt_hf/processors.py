@@ -152,3 +152,8 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def described(image_processor: Any) -> dict[str, Any]:
+    """What an image processor is and does; of Pillow's and torchvision's of one name `to_dict` gives the same."""
+    return {"class": type(image_processor).__name__, **image_processor.to_dict()}

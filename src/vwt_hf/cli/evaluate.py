@@ -141,6 +141,7 @@ def work(args: argparse.Namespace) -> None:
         )
         of = {name: getattr(args, name) for name in COLUMNS}
         images = open_labelled(data, **of, groups=args.groups, limit=args.limit)
+        images.source = args.dataset
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
         task = args.task or task_for(config.architectures or [], config.model_type, images)
         processor = load_processor(args.model)
