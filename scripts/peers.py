@@ -93,9 +93,14 @@ def match(keys: torch.Tensor, prefix: int, r: int) -> Merge:
         prefix: how many tokens come before the patches.
         r: at most half of the patches.
     """
+    return merge_of(keys.shape[1], *best_matches(keys, prefix, r))
+
+
+def best_matches(keys: torch.Tensor, prefix: int, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that `match` merges, and what each becomes part of: (batch, r) each."""
     cosine, partner = nearest(keys[:, prefix::2], keys[:, prefix + 1 :: 2])
     chosen = cosine.topk(r, dim=-1).indices
-    return merge_of(keys.shape[1], prefix + 2 * chosen, prefix + 2 * partner.gather(1, chosen) + 1)
+    return prefix + 2 * chosen, prefix + 2 * partner.gather(1, chosen) + 1
 
 
 def match_alike(keys: torch.Tensor, prefix: int, least: float, sizes: torch.Tensor) -> Merge | None:
@@ -193,11 +198,9 @@ def match_or_drop(keys: torch.Tensor, scores: torch.Tensor, drops: torch.Tensor,
     lowest = scores.topk(r, dim=-1, largest=False).indices
     stays = torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False)
     _, hosts = nearest(take(keys, prefix + lowest), keys[:, prefix:], stays)
-    cosine, partner = nearest(keys[:, prefix::2], keys[:, prefix + 1 :: 2])
-    chosen = cosine.topk(r, dim=-1).indices
-    merged = torch.where(drops.unsqueeze(1), lowest, 2 * chosen)
-    into = torch.where(drops.unsqueeze(1), hosts, 2 * partner.gather(1, chosen) + 1)
-    pairs = merge_of(keys.shape[1], prefix + merged, prefix + into)
+    merged, partner = best_matches(keys, prefix, r)
+    merged = torch.where(drops.unsqueeze(1), prefix + lowest, merged)
+    pairs = merge_of(keys.shape[1], merged, torch.where(drops.unsqueeze(1), prefix + hosts, partner))
     return dataclasses.replace(pairs, dropped=drops.repeat_interleave(r))
 
 
@@ -295,6 +298,10 @@ class Merging:
         """(batch, tokens, head size): means over the heads."""
         assert self.key is not None  # attention came before
         return self.key.mean(dim=1)
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """(batch, 1, 1, tokens): the log of the tokens' sizes, which is added to logits; `None` for nothing."""
+        return None if self.sizes is None else self.sizes.log().to(dtype)[:, None, None]
 
     def sizes_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The size of each token of (batch, tokens, hidden)."""
@@ -495,9 +502,8 @@ def cls_attentions(merging: Merging) -> torch.Tensor:
     """How much the first token attends to each in the attention under way, (batch, heads, tokens)."""
     assert merging.query is not None and merging.key is not None  # attention came before
     logits = merging.query[:, :, :1] @ merging.key.transpose(2, 3) * merging.scaling
-    if merging.sizes is not None:
-        logits = logits + merging.sizes.log().to(logits.dtype)[:, None, None]
-    return logits.softmax(dim=-1)[:, :, 0]
+    bias = merging.bias(logits.dtype)
+    return (logits if bias is None else logits + bias).softmax(dim=-1)[:, :, 0]
 
 
 def _by_layer(model: PreTrainedModel, r: int | Sequence[int]) -> list[int]:
@@ -588,8 +594,7 @@ def proportional_attention(
     merging = module.token_merging
     merging.query, merging.key, merging.value = query, key, value
     merging.scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-    bias = None if merging.sizes is None else merging.sizes.log().to(query.dtype)[:, None, None, :]
-    return sdpa_attention_forward(module, query, key, value, bias, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, merging.bias(query.dtype), **kwargs)
 
 
 AttentionInterface.register(ATTENTION, proportional_attention)

@@ -362,13 +362,14 @@ def _by_layout(
     if not layout.packed or (layout.rows.shape[0] == 1 and not padding):
         return attend(query, key, value, _sum(query, bias, None if pairs is None else pairs[0]))
     rows = [images * length for length, images in layout.runs]
-    parts = zip(*(tensor[0].split([*rows, padding], dim=1)[:-1] for tensor in (query, key, value)), strict=True)
-    biases = [None] * len(rows) if bias is None else bias[0].split([*rows, padding])[:-1]
+    packed = (tensor[0, :, : layout.tokens] for tensor in (query, key, value))
+    parts = zip(*(tensor.split(rows, dim=1) for tensor in packed), strict=True)
+    biases = [None] * len(rows) if bias is None else layout.by_run(bias)
     between = [None] * len(rows) if pairs is None else pairs
     outputs = [
         attend(
             *(tensor.unflatten(1, (images, length)).transpose(0, 1) for tensor in part),
-            _sum(query, None if one is None else one.view(images, length), pair),
+            _sum(query, one, pair),
         ).flatten(0, 1)
         for part, one, pair, (length, images) in zip(parts, biases, between, layout.runs, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""What an evaluation measured of each batch, on disk, so that a run that was cut off is gone on with.
+"""What an evaluation measured of each batch, kept on disk so that it can be resumed after an interruption.
 
 A folder holds a file for each process, of lines of JSON. A line is a batch, or says what the batches after it are of;
 one that a kill cut short counts for nothing.
@@ -64,7 +64,7 @@ class BatchLog:
         self._write({"of": of})
 
     def add(self, batch: Batch) -> None:
-        """Keeps a batch."""
+        """Writes a batch to the file of this process."""
         answers = [{name: _to_json(values) for name, values in own.items()} for own in batch.answers]
         self._write({**vars(batch), "answers": answers, "counts": [vars(count) for count in batch.counts]})
 

@@ -39,7 +39,7 @@ from .evaluation import (
 )
 from .families import family_of, find_tower, model_of
 from .image_processing import NAME as PATCH_WORDS
-from .printable import shown
+from .printable import difference, shown
 from .processors import processor_of, processor_statistics
 from .vocabulary.image_source import one_batch, open_images, processed
 from .whole_saves import write_files
@@ -392,10 +392,9 @@ def _read(file: Path, of: dict[str, Any]) -> list[Level]:
         content = json.loads(file.read_text(encoding="utf-8"))
         found = content["of"]
         levels = [Level(**row | {"interval": tuple(row["interval"])}) for row in content["levels"]]
-        different = [name for name, value in of.items() if found.get(name) != value]
+        different = difference({name: found.get(name) for name in of}, of)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no file of a search ({error}); name another file, or delete it.") from error
     if different:
-        said = "; ".join(f"{name} {found.get(name)!r} there, {of[name]!r} here" for name in different)
-        raise ValueError(f"{file} is of another search ({said}); name another file, or delete it to start again.")
+        raise ValueError(f"{file} is of another search ({different}); name another file, or delete it to start again.")
     return levels

@@ -41,7 +41,7 @@ from .image_processing import NAME as PATCH_WORDS
 from .image_processing import HostTokenizer
 from .printable import difference, shown
 from .processes import everywhere, gathered, in_main, join, place
-from .processors import described, processor_of
+from .processors import described_processor, processor_of
 from .terminal import require_folder
 from .vocabulary.image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed
 from .whole_saves import write_files
@@ -566,7 +566,7 @@ def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) 
         "model": fingerprint_of(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         **compression_of(model),
-        "image_processor": described(image_processor),
+        "image_processor": described_processor(image_processor),
         "images": rows.order,
     }
     return json.loads(json.dumps(of))

@@ -28,7 +28,7 @@ from .evaluation_tasks import PROMPT, RECALLED, TASKS, Captions, Figure, Kept, R
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
 from .processes import gathered, join, place
-from .processors import described, processor_of
+from .processors import described_processor, processor_of
 from .vocabulary.image_source import UnreadableImage, one_batch
 
 FORMAT = 1
@@ -349,7 +349,7 @@ def _fingerprint(
         "dtype": str(plain.dtype).removeprefix("torch."),
         "attention": plain.config._attn_implementation,
         "settings": {str(number): compression_of(model) for number, model in enumerate(models)},
-        "image_processor": described(processor),
+        "image_processor": described_processor(processor),
         "tokenizer": getattr(task.tokenizer, "name_or_path", None),
         "generation": plain.generation_config.to_dict() if isinstance(task, Captions) else None,
         "task": task.name,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .bounds import is_int
 from .printable import shown
 from .vocabulary.image_source import (
-    described,
+    described_files,
     features_of,
     find_image_column,
     find_images,
@@ -58,7 +58,7 @@ class LabelledImages:
     groups: Sequence[str] | None = None
     """Of each file."""
     source: str = ""
-    """Where a stream comes from, as whoever opened it says."""
+    """Where a stream comes from, such as a Hub id; set by whoever opened it."""
 
     @property
     def has_labels(self) -> bool:
@@ -69,13 +69,13 @@ class LabelledImages:
         return "captions" in self.columns
 
     def order(self, processes: int) -> str:
-        """What they are: others in number, order, names, sizes of files, labels or groups differ in it.
+        """A text that tells these images from others: in number, order, names, sizes of files, labels or groups.
 
-        Of a stream, which is not known before it is read, only where it comes from and how it is split.
+        Streams, which are not known before they are read, are told by where they come from and how they are split.
         """
         known = hashlib.sha256(repr((self.label_names, self.groups, self.columns)).encode("utf-8", "backslashreplace"))
         if isinstance(self.data, list):
-            files = described(Path(os.path.commonpath([file.parent for file in self.data])), self.data)
+            files = described_files(Path(os.path.commonpath([file.parent for file in self.data])), self.data)
         elif hasattr(self.data, "__len__"):
             files = f"a data set of {len(self.data)} rows (fingerprint: {self.data._fingerprint})"
         else:

@@ -51,9 +51,14 @@ class Layout:
         return self.tokens == self.sizes.numel() and self.real is None
 
     @property
+    def gapless(self) -> bool:
+        """Whether no padding lies between images, and no token stands for nothing; padding may follow the last one."""
+        return self.dense or (self.packed and self.real is None)
+
+    @property
     def even(self) -> bool:
-        """Whether all images have the same number of tokens, no padding between them, and none stands for nothing."""
-        return len(self.runs) == 1 and (self.packed or self.dense) and self.real is None
+        """Whether `gapless`, and all images have the same number of tokens."""
+        return len(self.runs) == 1 and self.gapless
 
     @property
     def longest(self) -> int:
@@ -315,8 +320,8 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
     order = order % layout.rows.shape[1]
     means = torch.nn.functional.embedding_bag(order, table.flatten(1), starts, mode="mean")
     # Means over the one token's patches, (rows, channels, prefix + patches); those over the other's are a product.
-    means = means.view(-1, *table.shape[1:])[: layout.tokens if layout.packed else len(means)]
-    parts = means.split([len(share) * share.shape[2] for share in layout.shares])
+    rows = [len(share) * share.shape[2] for share in layout.shares]
+    parts = means[: sum(rows)].view(-1, *table.shape[1:]).split(rows)
     return tuple(
         (part.view(len(share), -1, share.shape[1]) @ share).unflatten(1, (share.shape[2], -1)).transpose(1, 2)
         for part, share in zip(parts, layout.shares, strict=True)
@@ -414,6 +419,6 @@ def attention_bias(layout: Layout, proportional: bool) -> torch.Tensor | None:
     """
     if proportional:
         return layout.sizes.log()
-    if layout.dense or (layout.packed and layout.real is None):  # attention leaves out what follows the last image
+    if layout.gapless:  # attention leaves out what follows the last image
         return None
     return torch.where(layout.sizes > 0, 0.0, -torch.inf)

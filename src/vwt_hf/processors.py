@@ -154,6 +154,9 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def described(image_processor: Any) -> dict[str, Any]:
-    """What an image processor is and does; of Pillow's and torchvision's of one name `to_dict` gives the same."""
+def described_processor(image_processor: Any) -> dict[str, Any]:
+    """The class and the settings of an image processor.
+
+    Its `to_dict` alone leaves open whether it works by Pillow or by torchvision, which resize to other pixels.
+    """
     return {"class": type(image_processor).__name__, **image_processor.to_dict()}

@@ -98,7 +98,7 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
     if folder is not None:
         files = find_images([folder])
         items = _Shuffled(len(files), seed, lambda i: (str(files[i]), files[i]))
-        return ImageSource(folder.resolve().name, described(folder, files), items.cut)
+        return ImageSource(folder.resolve().name, described_files(folder, files), items.cut)
     if type(images).__module__.split(".")[0] == "datasets":
         return _dataset(images, column, seed)
     if not hasattr(images, "__iter__"):
@@ -161,7 +161,7 @@ def _after(skip: int, items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, A
     yield from items
 
 
-def described(folder: Path, files: Iterable[Path]) -> str:
+def described_files(folder: Path, files: Iterable[Path]) -> str:
     """A folder's images: as many others differ in their number, or in the digest of their names and sizes."""
     digest, count = hashlib.sha256(), 0
     for file in files:
@@ -261,7 +261,7 @@ class _FolderRows(ImageRows):
         self._names = pa.chunked_array(chunks, pa.binary())
         if not len(self):
             raise ValueError(_no_images(folder))
-        self.order = described(folder, (folder / os.fsdecode(name.as_py()) for name in self._names))
+        self.order = described_files(folder, (folder / os.fsdecode(name.as_py()) for name in self._names))
 
     def __len__(self) -> int:
         return len(self._names)
