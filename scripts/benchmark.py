@@ -4,8 +4,8 @@ r"""What compression costs and gains on your own model, images and device, besid
 For each data type, batch size and method, in turn with the uncompressed model of that data type, in one process:
 
   tokens        of an image, the mean over all layers
-  ms            of a whole forward of a batch, tokenising included: the median of its turns, the mean over up to 8
-                batches of --images; and p95 of all turns
+  ms            of a whole forward of a batch, tokenising included: the median of its turns, the mean over the batches
+                that --timed images of --images make; and p95 of all turns
   speed ratio   of the uncompressed model's ms over those of the method (a ratio of medians, not of single turns)
   FLOPs ratio   the same of floating point operations; none for int8, whose operations are not floating point
   quotient      speed ratio over FLOPs ratio: 1.0 says that nothing is lost to tokenising and bookkeeping
@@ -104,12 +104,8 @@ RATIOS = (0.75, 0.5, 0.25)
 PEERS = ["random", *MERGING, *FITTED, "int8", "bf16", "bf16+settings"]
 WARM_UP = 2
 EMBEDDING_TURNS = 3
-SAMPLE = 64
-"""Images that batches are made of; more if the largest batch has more."""
-BATCHES = 8
-"""Batches of one size that are timed in turn, at most."""
 TURNS_OF_BATCH = 3
-"""Of each of them, however long they take."""
+"""Of each batch, however long they take."""
 ENERGY_SECONDS = 3.0
 QUALITY_BATCH = 32
 LEARN_FROM = 64
@@ -139,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         if judged and not batch_sizes:
             continue
         methods = methods_of(options, plain[dtype])
-        images = sample(options, plain[dtype], max(SAMPLE, *options.batch_sizes)) if batch_sizes else None
+        images = sample(options, plain[dtype], max(options.timed, *options.batch_sizes)) if batch_sizes else None
         for size in batch_sizes:
             rows = measure(methods, batches_of(images, size), options, meter)
             results.add("timing", [{"dtype": dtype, "batch": size} | row for row in rows])
@@ -193,7 +189,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tps-keep", nargs="+", type=float, default=[0.9, 0.7], help="share of patches that each pruning of TPS keeps"
     )
-    parser.add_argument("--turns", type=int, default=100, help="timed turns of a batch size at most")
+    parser.add_argument(
+        "--timed", type=int, default=64, help="time the batches of so many images, spread evenly over the folder"
+    )
+    parser.add_argument("--turns", type=int, default=1000, help="timed turns of a batch size at most")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -208,15 +207,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="?",
         const="default",
         choices=["default", "reduce-overhead"],
-        help="time what torch.compile makes of each model, the uncompressed too (where patches are grouped: of its "
-        "layers); all else is as without",
+        help="time what torch.compile makes of each model, the uncompressed too (where images differ in their tokens: "
+        "of its layers); all else is as without",
     )
     parser.add_argument("--json", type=Path, help="write everything here, raw times too, after each finished piece")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     parser.add_argument("--plot", type=Path, help="draw agreement against time of an image at the largest batch size")
     options = parser.parse_args(arguments)
-    if min(options.batch_sizes) < 1 or options.turns < 1 or (options.limit is not None and options.limit < 1):
-        parser.error("--batch-sizes, --turns and --limit take whole numbers from 1 on.")
+    limit = 1 if options.limit is None else options.limit
+    if min(*options.batch_sizes, options.timed, options.turns, limit) < 1:
+        parser.error("--batch-sizes, --timed, --turns and --limit take whole numbers from 1 on.")
     options.peers = PEERS if "all" in options.peers else options.peers
     settings = options.vwt or [
         *FIRST_SETTINGS,
@@ -407,7 +407,7 @@ def sample(options: argparse.Namespace, model: PreTrainedModel, count: int) -> t
 
 def batches_of(images: torch.Tensor, size: int) -> list[torch.Tensor]:
     """Batches of so many of the images, each spread evenly over all; where these are too few, one that repeats them."""
-    number = min(BATCHES, len(images) // size)
+    number = len(images) // size
     if not number:
         return [images[torch.arange(size) % len(images)]]
     spread = torch.arange(number * size) * len(images) // (number * size)
@@ -497,9 +497,10 @@ def forward_of(model: PreTrainedModel, mode: str | None) -> Callable[..., object
     # All models share their classes' code, and each is one more version of it; past the limit they would run eagerly.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     setting = vwt_hf.VWTConfig.parse(model.config.vwt)
-    if setting is None or not setting.groups:
+    if setting is None or (setting.even and family_of(model).padded is None):
         return torch.compile(model, mode=mode, dynamic=False)
-    # Grouping breaks the graph, after which torch would compile no model's outer forward as a whole: layers alone here.
+    # Where images differ in their tokens, the graph breaks, after which torch would compile no model's outer forward as
+    # a whole: layers alone here.
     model = share(model)
     for layer in find_layers(find_tower(model, family_of(model)).module):
         layer.compile(mode=mode)

@@ -1,19 +1,25 @@
-"""`torch.compile`: one graph for intra-image words, and few, whatever the lengths, for inter-image words; and what
-keeps a device waiting."""
+"""`torch.compile`: one graph where all images have as many tokens, and few, whatever the lengths, where they have not;
+and what keeps a device waiting."""
 
 from __future__ import annotations
 
 import collections
+import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from settings import SETTINGS, fixed, inter
+from settings import SETTINGS, fixed, inter, local
 from tiny import COMMON, answers, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress
+from vwt_hf.families import family_of, find_layers, find_tower
+from vwt_hf.forward import current_forward
 
+EVEN = {"local": local(num_patches=30), "gradual": fixed(), "merge": SETTINGS["merge"], "discard": SETTINGS["discard"]}
+"""Settings by which all images have as many tokens."""
 TOWERS = [*(name for name in COMMON if name != "clip"), "vit-mae", "aimv2-vision", "aimv2-native", "dinov3"]
 
 
@@ -48,6 +54,148 @@ def test_intra_is_one_graph(name, criterion):
     torch.testing.assert_close(answers(compiled, pixel_values), expected)
 
 
+def layers_of(model) -> list[torch.nn.Module]:
+    return find_layers(find_tower(model, family_of(model)).module)
+
+
+newest = functools.partial(pytest.param, marks=pytest.mark.newest)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "batches"),
+    [
+        ("vit-classifier", "gradual", (3, 2, 1)),
+        newest("vit-classifier", "local", (3, 2)),
+        newest("dinov2-classifier", "merge", (3, 2)),
+        newest("clip", "gradual", (3,)),
+        newest("siglip", "local", (3,)),
+        ("dinov3", "gradual", (3,)),
+        ("beit", "gradual", (3,)),
+        newest("beit", "discard", (3, 2)),
+        newest("data2vec-classifier", "merge", (3,)),
+        newest("blip-vision", "gradual", (3,)),
+        newest("aimv2-vision", "local", (3,)),
+    ],
+)
+def test_as_many_tokens_of_every_image_are_one_graph(name, setting, batches):
+    model = compress(tiny_model(name), EVEN[setting])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for batch in batches:
+        pixel_values = sample_pixel_values(batch)
+        torch.testing.assert_close(answers(compiled, pixel_values), answers(model, pixel_values))
+
+
+@pytest.mark.newest
+def test_graphs_of_models_with_other_settings_are_told_apart():
+    models = [compress(tiny_model("vit-classifier"), EVEN[name]) for name in ("local", "gradual")]
+    compiled = [torch.compile(model, fullgraph=True, backend="eager") for model in models]
+    pixel_values = sample_pixel_values()
+    for model, own in zip(models, compiled, strict=True):
+        torch.testing.assert_close(answers(own, pixel_values), answers(model, pixel_values))
+
+
+@pytest.mark.newest
+def test_a_graph_that_is_left_in_a_layer_goes_by_the_same_plan():
+    """And threads that run the pieces at once have plans of their own."""
+    model = compress(tiny_model("vit-classifier"), EVEN["gradual"])
+    batches = [sample_pixel_values(3), sample_pixel_values(3).flip(0)]
+    expected = [answers(model, pixel_values) for pixel_values in batches]
+    for module in (layers_of(model)[0], layers_of(model)[0].attention):
+        module.register_forward_hook(lambda module, args, output: (torch._dynamo.graph_break(), output)[1])
+    compiled = torch.compile(model, backend="eager")
+    for pixel_values, known in zip(batches, expected, strict=True):
+        torch.testing.assert_close(answers(compiled, pixel_values), known)
+
+    def answer_often(image_batch: int) -> None:
+        for _ in range(5):
+            torch.testing.assert_close(answers(compiled, batches[image_batch]), expected[image_batch])
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(answer_often, [0, 1]))
+    assert current_forward() is None
+
+
+@pytest.mark.newest
+def test_an_error_within_a_compiled_layer_leaves_nothing_behind():
+    model, pixel_values = compress(tiny_model("vit-classifier"), EVEN["gradual"]), sample_pixel_values()
+    expected = answers(model, pixel_values)
+    errors = [KeyError("first"), KeyError("second")]
+
+    @torch.compiler.disable
+    def fail(*_) -> None:
+        if errors:
+            raise errors.pop()
+
+    layers_of(model)[0].register_forward_hook(fail)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            answers(compiled, pixel_values)
+        assert current_forward() is None
+    torch.testing.assert_close(answers(compiled, pixel_values), expected)
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("outer", ["local", "gradual", "inter"])
+def test_a_compiled_model_is_called_within_the_forward_of_another(outer):
+    """One whose images have as many tokens, and one whose have not."""
+    pixel_values = sample_pixel_values()
+    inner = [compress(tiny_model("vit-classifier"), setting) for setting in (EVEN["gradual"], inter())]
+    compiled = [torch.compile(model, backend="eager") for model in inner]
+    model = compress(tiny_model("dinov2-classifier"), SETTINGS[outer] if outer == "inter" else EVEN[outer])
+    expected, found = answers(model, pixel_values), []
+    for one in compiled:
+        layers_of(model)[0].register_forward_hook(lambda *_, one=one: found.append(one(pixel_values=pixel_values)[0]))
+    for way in (model, torch.compile(model, backend="eager")):
+        torch.testing.assert_close(answers(way, pixel_values), expected)
+        torch.testing.assert_close(found, [answers(one, pixel_values) for one in inner])
+        found.clear()
+    assert current_forward() is None
+
+
+def test_a_compiled_model_goes_by_words_and_then_by_itself_again():
+    model, pixel_values = compress(tiny_model("vit-classifier"), EVEN["local"]), sample_pixel_values()
+    compiled = torch.compile(model, backend="eager")
+    expected = answers(model, pixel_values)
+    # Every second patch stands for the one after it.
+    words = (torch.arange(64) // 2 * 2).expand(len(pixel_values), -1)
+    for _ in range(2):
+        torch.testing.assert_close(answers(compiled, pixel_values), expected)
+        torch.testing.assert_close(
+            compiled(pixel_values=pixel_values, patch_words=words).logits,
+            model(pixel_values=pixel_values, patch_words=words).logits,
+        )
+        with pytest.raises(ValueError, match="of 1 images"):
+            compiled(pixel_values=pixel_values, patch_words=words[:1])
+    graph = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(answers(graph, pixel_values), expected)
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_a_compiled_model_has_the_gradients_of_the_model(checkpoints):
+    model, pixel_values = compress(tiny_model("vit-classifier"), EVEN["gradual"]).train(), sample_pixel_values()
+    if checkpoints:
+        model.gradient_checkpointing_enable()
+
+    def gradients(way) -> list[torch.Tensor]:
+        model.zero_grad()
+        way(pixel_values=pixel_values).logits.square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    # Layers are repeated outside of graphs, where what a forward knows is at hand.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=not checkpoints)
+    torch.testing.assert_close(gradients(compiled), gradients(model))
+
+
+def test_a_compiled_model_refuses_an_attention_that_knows_no_sizes():
+    model = compress(tiny_model("vit-classifier"), EVEN["gradual"])
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="flex_attention"):
+        answers(torch.compile(model, backend="eager"), sample_pixel_values())
+    assert current_forward() is None
+
+
 @pytest.mark.parametrize("criterion", ["random", "grid"])
 @pytest.mark.parametrize("tool", ["torch.export", "torch.jit.trace", "torch.compile"])
 def test_a_model_traced_before_its_first_call_keeps_the_patches_that_it_keeps_eagerly(tool, criterion, monkeypatch):
@@ -77,9 +225,9 @@ def test_a_model_traced_before_its_first_call_keeps_the_patches_that_it_keeps_ea
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_intra_compiled_by_inductor_answers_as_it_does_eagerly(mode):
-    model = compress(tiny_model("dinov2-classifier", num_hidden_layers=1), {"keep_ratio": 0.5})
+@pytest.mark.parametrize(("setting", "mode"), [("discard", "reduce-overhead"), ("gradual", "default")])
+def test_one_graph_compiled_by_inductor_answers_as_it_does_eagerly(setting, mode):
+    model = compress(tiny_model("dinov2-classifier"), EVEN[setting])
     pixel_values = sample_pixel_values()
     expected = answers(model, pixel_values)
     compiled = torch.compile(model, fullgraph=True, mode=mode)
@@ -102,11 +250,9 @@ def test_inter_compiles_no_more_once_it_has_seen_a_few_batches(name, words):
     assert 0 < frames[0] < frames[2] == frames[-1]
 
 
-@pytest.mark.parametrize(
-    ("name", "setting"), [("beit", "discard"), ("beit", "inter"), ("data2vec-classifier", "merge"), ("dinov3", "inter")]
-)
-def test_relative_and_rotary_positions_are_the_same_compiled(name, setting):
-    model = compress(tiny_model(name), SETTINGS[setting])
+@pytest.mark.parametrize("name", ["beit", "dinov3"])
+def test_relative_and_rotary_positions_are_the_same_compiled(name):
+    model = compress(tiny_model(name), SETTINGS["inter"])
     compiled = torch.compile(model, backend="eager")
     for batch in (4, 3):
         torch.testing.assert_close(answers(compiled, ragged(batch)), answers(model, ragged(batch)))

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .forward import Forward, current_forward, forward_of, run_within
+from .forward import Forward, current_forward, forward_of, run_within, traced_within
 from .model_configs import BY_PLAN
 from .plans import Grouped
 
@@ -89,6 +89,11 @@ def require_usable(tower: Any) -> None:
             f"The model's attention implementation is {base!r}; grouped patches need one of {', '.join(BASES)}. Load "
             "it with attn_implementation='sdpa'."
         )
+
+
+def checkpoints(tower: nn.Module) -> bool:
+    """Whether gradient checkpointing may be on."""
+    return any(getattr(module, name, None) is not None for module in tower.modules() for name in CHECKPOINTS)
 
 
 def carry_through_checkpoints(tower: nn.Module) -> None:
@@ -189,7 +194,7 @@ def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., A
 
 # Compiled models call attention as it is: what it finds in the context variable is not for a graph to hold, and lengths
 # differ from batch to batch.
-@torch.compiler.disable
+@traced_within
 def sdpa(
     module: nn.Module,
     query: torch.Tensor,
@@ -220,7 +225,7 @@ def sdpa(
     return _by_layout(attend, query, key, value, plan, pairs), None
 
 
-@torch.compiler.disable
+@traced_within
 def eager(
     module: nn.Module,
     query: torch.Tensor,
@@ -248,7 +253,7 @@ def eager(
     return _by_layout(attend, query, key, value, plan, pairs), _no_weights(query)
 
 
-@torch.compiler.disable
+@traced_within
 def flash_attention_2(
     module: nn.Module,
     query: torch.Tensor,

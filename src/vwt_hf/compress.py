@@ -22,12 +22,15 @@ from .forward import (
     GivenWords,
     begin_call,
     begin_forward,
+    begin_traced,
     call_with,
     current_forward,
     end_call,
     end_forward,
     forward_of,
     given_words,
+    traced_within,
+    words_are_given,
 )
 from .layout import join
 from .model_configs import attend_by_plan
@@ -143,7 +146,8 @@ def _hook_in(
     if "forward" not in vars(model):
         model.forward = _forward_with_words(model, begins=follows and model is tower.module)
     if follows:
-        begin = Begin(bool(relative), by_sizes, strips_mask=by_sizes and family.padded is not None)
+        padded = family.padded is not None
+        begin = Begin(bool(relative), by_sizes, strips_mask=by_sizes and padded, even=setting.even and not padded)
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
@@ -177,7 +181,7 @@ def _hook_in(
     if follows:
         tower.module.register_forward_hook(End(), always_call=True)
     for holder in entered:
-        holder.register_forward_hook(EndWords(follows), always_call=True)
+        holder.register_forward_hook(EndWords(), always_call=True)
 
 
 @functools.cache
@@ -230,7 +234,7 @@ def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any)
     return model(*args, **kwargs)
 
 
-@torch.compiler.disable
+@traced_within
 def _runs(tower: PreTrainedModel) -> bool:
     forward = current_forward()
     return forward is not None and forward.tower is tower
@@ -383,14 +387,11 @@ class TakeWords(Hook):
         begin_call(model, patch_words)
 
 
-@dataclasses.dataclass(eq=False)
 class EndWords(Hook):
     """Forward hook of the same: what comes after has no words, and words that nothing went by are refused."""
 
-    follows: bool
-
     def __call__(self, model: Any, args: Any, output: Any) -> None:
-        if self.follows or not torch.compiler.is_compiling():
+        if words_are_given():
             self._end(model, output)
 
     @torch.compiler.disable
@@ -411,10 +412,27 @@ class Begin(Hook):
     strips_mask: bool
     """Whether images come as padded patches. Then `pixel_attention_mask` is kept from the layers, which see tokens and
     not patches, and stored in the `Forward` for the head."""
+    even: bool
+    """Whether all images have as many tokens in every layer, so that one graph of torch.compile holds a forward."""
     _members: weakref.WeakSet[nn.Module] | None = None
 
-    @torch.compiler.disable
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_dynamo_compiling() and self._is_for_one_graph(tower):
+            begin_traced(tower, self.relative)
+            if self.by_sizes:
+                attention.require_usable(tower)
+            return None
+        return self._begin(tower, args, kwargs)
+
+    def _is_for_one_graph(self, tower: Any) -> bool:
+        """Whether the forward is traced as a whole. A layer that is repeated for its gradient may change nothing that
+        the forward knows."""
+        if not self.even or words_are_given():
+            return False
+        return not (torch.is_grad_enabled() and tower.training and attention.checkpoints(tower))
+
+    @torch.compiler.disable
+    def _begin(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.by_sizes:
             attention.require_usable(tower)  # `set_attn_implementation` may have come after `compress`
             if torch.is_grad_enabled():
@@ -461,8 +479,7 @@ class Reduce(Hook):
         plan = self.plan(self.patches(pixel_values, _tokens_of(output).shape[1]), given and given.take())
         return output if plan is None else self.family.reduces(output, plan)
 
-    # How many tokens there are is known only when it has run, and the plan that it leaves is not for a graph to hold.
-    @torch.compiler.disable
+    @traced_within
     def _reduce_and_store(
         self, module: nn.Module, pixel_values: torch.Tensor, args: Any, kwargs: dict[str, Any], output: Any
     ) -> Any:
@@ -473,9 +490,10 @@ class Reduce(Hook):
             places, real = padded_places(spatial_shapes.to(pixel_values.device), pixel_values.shape[1])
             real = real if forward.real is None else real & forward.real.bool()
             patches = dataclasses.replace(patches, real=real, padded_places=places)
-        packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
-        rounds = attention.rounds(tokens.device, tokens.dtype)
-        patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)
+        if not self.setting.even:
+            packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
+            rounds = attention.rounds(tokens.device, tokens.dtype)
+            patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)
         plan = self.plan(patches, forward.given and forward.given.take())
         if plan is None:
             return output
@@ -541,7 +559,7 @@ class Rotate(Hook):
         plan = self.reduce.plan(patches, None if torch.compiler.is_compiling() else given_words())
         return output if plan is None else plan.rotate(output)
 
-    @torch.compiler.disable
+    @traced_within
     def _rotate_as_stored(self, rotary: nn.Module, output: Any) -> Any:
         forward = current_forward()
         if forward is None or forward.plan is None or not forward.holds(rotary):
@@ -553,7 +571,7 @@ class Rotate(Hook):
 class RotateTokens(Hook):
     """Forward pre-hook of a layer after one that tokens are grouped behind: hands it the rotations of its tokens."""
 
-    @torch.compiler.disable
+    @traced_within
     def __call__(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         forward = current_forward()
         if forward is None or not forward.holds(layer) or "position_embeddings" not in kwargs:
@@ -566,7 +584,7 @@ class RotateTokens(Hook):
 class WantKeys(Hook):
     """Forward pre-hook of a layer whose output is grouped: has its attention leave the keys."""
 
-    @torch.compiler.disable
+    @traced_within
     def __call__(self, layer: nn.Module, args: Any) -> None:
         forward = current_forward()
         if forward is not None and forward.holds(layer):
@@ -581,7 +599,7 @@ class Join(Hook):
     wanted: float
     """What `VWTConfig.joins` says of the layer."""
 
-    @torch.compiler.disable
+    @traced_within
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
         forward = current_forward()
         if forward is None or not forward.holds(layer):
@@ -612,7 +630,7 @@ class OfWholeImage(Hook):
 class Bias(Hook):
     """Forward hook of a relative position bias: that between patches becomes that between tokens."""
 
-    @torch.compiler.disable
+    @traced_within
     def __call__(self, bias: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         plan = _plan_of(bias)
         return output if plan is None else plan.bias(output)
@@ -631,7 +649,7 @@ class Expand(Hook):
     """Forward hook of a tower's last layer, of what holds the layers, and of the tower: what comes after sees every
     patch, with its token's hidden state."""
 
-    @torch.compiler.disable
+    @traced_within
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         forward = current_forward()
         if forward is None or not forward.plans or not forward.holds(module):
@@ -649,7 +667,7 @@ class Expand(Hook):
 class End(Hook):
     """Forward hook of a vision tower: ends its `Forward`, and refuses attention weights, which grouped patches lack."""
 
-    @torch.compiler.disable
+    @traced_within
     def __call__(self, tower: nn.Module, args: Any, output: Any) -> None:
         forward = end_forward(tower)
         if forward is None or output is None:  # no output: the forward raised

@@ -134,6 +134,11 @@ class VWTConfig:
         return True
 
     @property
+    def even(self) -> bool:
+        """Whether all images of a batch have as many tokens, in every layer, so that one graph holds a forward."""
+        return False
+
+    @property
     def searches(self) -> bool:
         """Whether it finds out by itself what becomes of the patches of an image, so an image processor may do it."""
         return True

@@ -6,6 +6,9 @@ asyncio task has its own, so one model may serve many. When a forward ends that 
 current one again.
 
 A call with `patch_words` is such a forward, too, of the model that is called: its towers run within it.
+
+torch.compile traces no context variable. A forward that one graph can hold, as all images have as many tokens, is stored in
+a variable of its thread while it is traced; a graph that holds all of it leaves that as it was.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import sys
+import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,8 +74,10 @@ class Forward:
     """The modules of the tower that are known."""
     relative: bool
     """Whether its attention takes a bias by where patches lie to each other, handed over as its mask."""
-    outer: Forward | None
+    outer: Forward | None = None
     """The forward that this one runs within, of another model; `None` if there is none."""
+    within: Traced | None = None
+    """The forward that is traced and that this one runs within, nearer than `outer`; `None` if there is none."""
     given: GivenWords | None = None
     """The words of the call that this is, or runs within; `None` if there are none."""
     plan: Kept | Grouped | None = None
@@ -142,11 +149,45 @@ class Call(Forward):
         return False
 
 
+@dataclasses.dataclass(eq=False)
+class Traced(Forward):
+    """A forward that torch.compile traces, as far as its graphs go."""
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether `module` is a part of the tower."""
+        return _is_part(module, self.tower)
+
+
+@torch.compiler.assume_constant_result
+def _is_part(module: nn.Module, tower: nn.Module) -> bool:
+    return any(module is part for part in tower.modules())
+
+
+class _InGraphs:
+    """What graphs can know of the forwards of their thread."""
+
+    def __init__(self) -> None:
+        self.traced: Traced | None = None
+        """The innermost forward under way, if that is a traced one."""
+        self.words = False
+        """Whether a call under way was given `patch_words`, by which no graph goes."""
+
+
+class _InThread(threading.local):
+    def __init__(self) -> None:
+        # A graph that is left early stores what it has set of an object, and not of a `threading.local` itself.
+        self.graphs = _InGraphs()
+
+
 _current: contextvars.ContextVar[Forward | None] = contextvars.ContextVar("vwt_hf forward", default=None)
+_in_thread = _InThread()
+_NO_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def current_forward() -> Forward | None:
     """The forward that this code runs in; `None` if it runs in none of a compressed tower."""
+    if _in_thread.graphs.traced is not None:
+        return _in_thread.graphs.traced
     forward = _current.get()
     while forward is not None and forward.left:
         forward = forward.outer
@@ -154,13 +195,33 @@ def current_forward() -> Forward | None:
     return forward
 
 
+def traced_within(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Has torch.compile trace a function within a forward that is traced, and elsewhere leave it out of graphs."""
+    outside = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if _in_thread.graphs.traced is None and torch.compiler.is_dynamo_compiling():
+            return outside(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
+
+
 def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool) -> Forward:
     """Begins a forward of `tower`, within the one that is under way if there is one."""
-    outer = current_forward()
-    given = None if outer is None else outer.given
-    forward = Forward(tower, members, relative, outer, given, called_by=_calling_frame())
-    _current.set(forward)
+    forward = Forward(tower, members, relative, called_by=_calling_frame())
+    _enter(forward)
+    forward.given = None if forward.outer is None else forward.outer.given
     return forward
+
+
+def begin_traced(tower: nn.Module, relative: bool) -> None:
+    """As `begin_forward`, while torch.compile traces the call of `tower`."""
+    within = _in_thread.graphs.traced
+    if within is not None and within.tower is tower:  # an error left it
+        within = within.within
+    _in_thread.graphs.traced = Traced(tower, _NO_MODULES, relative, within=within)
 
 
 def end_forward(tower: nn.Module) -> Forward | None:
@@ -169,16 +230,33 @@ def end_forward(tower: nn.Module) -> Forward | None:
     Returns:
         The forward; `None` if `tower` has none under way, and then those of other towers go on.
     """
+    traced = _in_thread.graphs.traced
+    if traced is not None and traced.tower is tower:
+        _in_thread.graphs.traced = traced.within
+        return traced
     ended, forward = [], _current.get()
     while forward is not None:
         ended.append(forward)
         if forward.tower is tower:
             for one in ended:
-                one.called_by = None  # a frame holds what its call was given
-            _current.set(forward.outer)
+                _leave(one)
             return forward
         forward = forward.outer
     return None
+
+
+def _enter(forward: Forward) -> None:
+    """Makes a forward the current one."""
+    forward.within, _in_thread.graphs.traced = _in_thread.graphs.traced, None
+    forward.outer = current_forward()
+    _current.set(forward)
+
+
+def _leave(forward: Forward) -> None:
+    """Makes the one that it ran within the current one."""
+    _current.set(forward.outer)
+    _in_thread.graphs.traced = forward.within
+    forward.called_by = None  # a frame holds what its call was given
 
 
 def given_words() -> GivenWords | None:
@@ -187,19 +265,25 @@ def given_words() -> GivenWords | None:
     return None if forward is None else forward.given
 
 
+def words_are_given() -> bool:
+    """Whether a call of this thread that is under way was given `patch_words`; also for graphs to ask."""
+    return _in_thread.graphs.words
+
+
 def begin_call(model: nn.Module, patch_words: torch.Tensor) -> None:
     """Begins a call of `model` with words, within what is under way."""
-    _current.set(_call(model, GivenWords(patch_words, repeats=False), _calling_frame()))
+    _enter(_call(model, GivenWords(patch_words, repeats=False), _calling_frame()))
+    _in_thread.graphs.words = True
 
 
 def end_call(model: nn.Module) -> GivenWords | None:
     """Ends a call of `model` that `begin_call` began, and returns its words; `None` if none is under way."""
-    forward = current_forward()
-    if not isinstance(forward, Call) or forward.tower is not model:
-        return None
-    _current.set(forward.outer)
-    forward.called_by = None  # a frame holds what its call was given
-    return forward.given
+    forward, given = current_forward(), None
+    if isinstance(forward, Call) and forward.tower is model:
+        given = forward.given
+        _leave(forward)
+    _in_thread.graphs.words = given_words() is not None
+    return given
 
 
 @contextlib.contextmanager
@@ -210,16 +294,19 @@ def call_with(model: nn.Module, patch_words: torch.Tensor, repeats: bool) -> Ite
         ValueError: nothing went by them.
     """
     given = GivenWords(patch_words, repeats)
-    token = _current.set(_call(model, given, None))
+    call = _call(model, given, None)
+    _enter(call)
+    before, _in_thread.graphs.words = _in_thread.graphs.words, True
     try:
         yield
     finally:
-        _current.reset(token)
+        _leave(call)
+        _in_thread.graphs.words = before
     given.require_taken()
 
 
 def _call(model: nn.Module, given: GivenWords, called_by: types.FrameType | None) -> Call:
-    return Call(model, weakref.WeakSet(), False, current_forward(), given, called_by=called_by)
+    return Call(model, weakref.WeakSet(), False, given=given, called_by=called_by)
 
 
 def _calling_frame() -> types.FrameType | None:

@@ -11,11 +11,35 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any, Generic, TypeVar, cast, overload
 
 import torch
 
 from .words import patch_places
+
+T = TypeVar("T")
+
+
+class lazy(Generic[T]):
+    """As `functools.cached_property`, which has a lock, and so breaks graphs: worked out each time where torch.compile
+    traces it."""
+
+    def __init__(self, function: Callable[[Any], T]) -> None:
+        functools.update_wrapper(cast(Any, self), function)
+        self.function = function
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> lazy[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type | None = None) -> T: ...
+    def __get__(self, instance: object | None, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        found = self.function(instance)
+        if not torch.compiler.is_dynamo_compiling():
+            instance.__dict__[self.function.__name__] = found
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +69,7 @@ class Layout:
         """Tokens of the batch, prefix tokens included and padding left out."""
         return sum(length * images for length, images in self.runs)
 
-    @functools.cached_property
+    @lazy
     def dense(self) -> bool:
         """Whether there is no padding, and no token that stands for nothing."""
         return self.tokens == self.sizes.numel() and self.real is None
@@ -65,7 +89,7 @@ class Layout:
         """Tokens of the longest image."""
         return self.runs[-1][0] if self.runs else 0
 
-    @functools.cached_property
+    @lazy
     def bags(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The patches of the batch in the order of their rows, (batch · patches,), and where those of each row start,
         (rows,)."""
@@ -74,12 +98,12 @@ class Layout:
             patch_rows = torch.where(self.real.flatten(), patch_rows, self.sizes.numel())
         return _bags(patch_rows, self.sizes.numel() + (self.real is not None))
 
-    @functools.cached_property
+    @lazy
     def whole_bags(self) -> tuple[torch.Tensor, torch.Tensor]:
         """As `bags`, of prefix tokens and patches."""
         return _bags(self.rows.flatten(), self.sizes.numel())
 
-    @functools.cached_property
+    @lazy
     def shares(self) -> tuple[torch.Tensor, ...]:
         """For each run if packed, else for all images: the share of each token that a prefix token or patch is,
         (images, prefix + patches, tokens); images in the order of their rows."""
@@ -100,7 +124,7 @@ class Layout:
         parts = values[0, : self.tokens].split([length * images for length, images in self.runs])
         return tuple(part.view(-1, length) for part, (length, _) in zip(parts, self.runs, strict=True))
 
-    @functools.cached_property
+    @lazy
     def boundaries(self) -> torch.Tensor:
         """(batch + 1,), int32: where each image starts among the rows, and where the last one ends."""
         starts = self.bounds[0].sort().values

@@ -77,8 +77,10 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
             fields["vwt"] = setting and setting.to_dict()
         return fields
 
+    read_base = plain._attn_implementation.fget
+
     def read_implementation(self: PreTrainedConfig) -> str | None:
-        base = plain._attn_implementation.fget(self)
+        base = read_base(self)
         forward = current_forward()
         if forward is None or forward.grouped is None:
             return base  # else attention looks whether it is of that forward: a layer may have a copy of the config

@@ -7,13 +7,12 @@ several patches or, where images are padded, for none.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Collection
 from typing import Any
 
 import torch
 
-from .layout import Layout, attention_bias, by_token, expand, medoids, pool, pool_pairs, regroup, represent
+from .layout import Layout, attention_bias, by_token, expand, lazy, medoids, pool, pool_pairs, regroup, represent
 from .words import gather_pairs, gather_patches, with_prefix
 
 DROPPED = -1
@@ -80,7 +79,7 @@ class Grouped:
     folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict, compare=False)
     """What `attention.fold_bias` adds to queries and keys, which is the same in every layer of this plan."""
 
-    @functools.cached_property
+    @lazy
     def key_bias(self) -> torch.Tensor | None:
         """(sequences, tokens), float32: added to the attention logits of a layer, by key; `None` for nothing."""
         return attention_bias(self.layout, self.proportional)

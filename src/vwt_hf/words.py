@@ -179,6 +179,9 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
                     _kept.popitem(last=False)
         return found
 
+    # A graph tells its constants apart by the names in the code of the functions that give them.
+    constant.__code__ = constant.__code__.replace(co_name=choose.__name__)
+
     @functools.wraps(choose)
     def chosen(*args: Any) -> torch.Tensor:
         # Sizes are tensors in torch.jit.trace, and symbols in torch.compile.

@@ -87,6 +87,10 @@ class GradualConfig(LocalConfig):
             object.__setattr__(self, field, given)
 
     @property
+    def even(self) -> bool:
+        return super().even and self.join_ratio is not None
+
+    @property
     def shortens(self) -> bool:
         return True
 

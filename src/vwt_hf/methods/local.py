@@ -88,6 +88,10 @@ class LocalConfig(RaggedConfig):
         if self.image_std is not None:
             object.__setattr__(self, "image_std", per_channel("image_std", self.image_std, positive=True))
 
+    @property
+    def even(self) -> bool:
+        return self.tolerance is None
+
     def require_sane(self) -> None:
         if self.image_std is not None:
             checked_statistics("VWTConfig.image_std", self.image_std, positive=True)
