@@ -57,6 +57,7 @@ import vwt_hf
 from energy import Meter, NoMeter, find_meter
 from vwt_hf import count_tokens
 from vwt_hf.cli.evaluate import add_groups
+from vwt_hf.compress import is_even
 from vwt_hf.evaluate_model import fields_of, name_of
 from vwt_hf.evaluation import (
     FEWEST_TURNS,
@@ -497,8 +498,8 @@ def forward_of(model: PreTrainedModel, mode: str | None) -> Callable[..., object
     # All models share their classes' code, and each is one more version of it; past the limit they would run eagerly.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     setting = vwt_hf.VWTConfig.parse(model.config.vwt)
-    if setting is None or (setting.even and family_of(model).padded is None):
-        return torch.compile(model, mode=mode, dynamic=False)
+    if setting is None or is_even(setting, family_of(model)):
+        return torch.compile(model, mode=mode, dynamic=False, fullgraph=setting is not None)
     # Where images differ in their tokens, the graph breaks, after which torch would compile no model's outer forward as
     # a whole: layers alone here.
     model = share(model)

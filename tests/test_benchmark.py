@@ -54,7 +54,7 @@ def words(tmp_path) -> Path:
     return tmp_path / "words"
 
 
-def test_a_model_is_compiled_whole_or_by_its_layers_where_patches_are_grouped(words, monkeypatch):
+def test_a_model_is_compiled_whole_or_by_its_layers_where_images_differ_in_their_tokens(words, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append("whole") or model)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **_: compiled.append("layer"))
@@ -62,7 +62,9 @@ def test_a_model_is_compiled_whole_or_by_its_layers_where_patches_are_grouped(wo
     for setting, expected in (
         (None, ["whole"]),
         ({"keep_ratio": 0.5}, ["whole"]),
-        ({"keep_ratio": 0.5, "dropped": "merge"}, ["layer", "layer"]),
+        ({"keep_ratio": 0.5, "dropped": "merge"}, ["whole"]),
+        ({"method": "local", "num_patches": 30, "image_std": [0.5] * 3}, ["whole"]),
+        ({"method": "local", "tolerance": 0.2, "image_std": [0.5] * 3}, ["layer", "layer"]),
         (vocabulary, ["layer", "layer"]),
     ):
         model = compress(tiny_model("vit-classifier"), setting)

@@ -192,8 +192,7 @@ def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., A
     return attend
 
 
-# Compiled models call attention as it is: what it finds in the context variable is not for a graph to hold, and lengths
-# differ from batch to batch.
+# Where images differ in their tokens, compiled models call attention as it is: lengths differ from batch to batch.
 @traced_within
 def sdpa(
     module: nn.Module,

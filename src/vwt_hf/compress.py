@@ -29,6 +29,7 @@ from .forward import (
     end_forward,
     forward_of,
     given_words,
+    is_traced,
     traced_within,
     words_are_given,
 )
@@ -132,6 +133,7 @@ def _hook_in(
             replaces its forward.
     """
     follows = setting.shortens and (by_sizes or bool(relative))
+    even = is_even(setting, family)
     layers = find_layers(tower.module)
     joins = setting.joins(len(layers)) if by_sizes else {}
     entered = [
@@ -146,10 +148,9 @@ def _hook_in(
     if "forward" not in vars(model):
         model.forward = _forward_with_words(model, begins=follows and model is tower.module)
     if follows:
-        padded = family.padded is not None
-        begin = Begin(bool(relative), by_sizes, strips_mask=by_sizes and padded, even=setting.even and not padded)
+        begin = Begin(bool(relative), by_sizes, strips_mask=by_sizes and family.padded is not None, even=even)
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
-    reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows)
+    reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows, even)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
     for module in tower.module.modules():
         if is_of(module, family.rotary):
@@ -181,7 +182,12 @@ def _hook_in(
     if follows:
         tower.module.register_forward_hook(End(), always_call=True)
     for holder in entered:
-        holder.register_forward_hook(EndWords(), always_call=True)
+        holder.register_forward_hook(EndWords(follows), always_call=True)
+
+
+def is_even(setting: VWTConfig, family: Family) -> bool:
+    """Whether all images of a batch have as many tokens in every layer, so that one graph holds a forward."""
+    return setting.even and family.padded is None
 
 
 @functools.cache
@@ -237,7 +243,7 @@ def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any)
 @traced_within
 def _runs(tower: PreTrainedModel) -> bool:
     forward = current_forward()
-    return forward is not None and forward.tower is tower
+    return forward is not None and forward.tower is tower and forward.plan is None
 
 
 def _call_by_words(model: PreTrainedModel, name: str, /, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
@@ -387,11 +393,14 @@ class TakeWords(Hook):
         begin_call(model, patch_words)
 
 
+@dataclasses.dataclass(eq=False)
 class EndWords(Hook):
     """Forward hook of the same: what comes after has no words, and words that nothing went by are refused."""
 
+    follows: bool
+
     def __call__(self, model: Any, args: Any, output: Any) -> None:
-        if words_are_given():
+        if words_are_given() and (self.follows or not torch.compiler.is_compiling()):
             self._end(model, output)
 
     @torch.compiler.disable
@@ -412,24 +421,27 @@ class Begin(Hook):
     strips_mask: bool
     """Whether images come as padded patches. Then `pixel_attention_mask` is kept from the layers, which see tokens and
     not patches, and stored in the `Forward` for the head."""
-    even: bool
-    """Whether all images have as many tokens in every layer, so that one graph of torch.compile holds a forward."""
+    even: bool = False
+    """As of `is_even`."""
     _members: weakref.WeakSet[nn.Module] | None = None
 
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_for_one_graph(tower):
             begin_traced(tower, self.relative)
-            if self.by_sizes:
+            if self.by_sizes:  # now, as a config that is read within no forward looks for one where no graph can
                 attention.require_usable(tower)
             return None
         return self._begin(tower, args, kwargs)
 
     def _is_for_one_graph(self, tower: Any) -> bool:
-        """Whether the forward is traced as a whole. A layer that is repeated for its gradient may change nothing that
-        the forward knows."""
-        if not self.even or words_are_given():
+        """Whether torch.compile is to trace the forward.
+
+        Not one that goes by a caller's words, which are checked, nor one of a tower that is called within itself. And
+        a layer that is repeated for its gradient may not write to what the forward knows.
+        """
+        if not self.even or words_are_given() or is_traced(tower):
             return False
-        return not (torch.is_grad_enabled() and tower.training and attention.checkpoints(tower))
+        return not (torch.is_grad_enabled() and attention.checkpoints(tower))
 
     @torch.compiler.disable
     def _begin(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -462,6 +474,8 @@ class Reduce(Hook):
     channels: int
     follows: bool
     """Whether modules that run after the embeddings need the plan, so that it is stored in the `Forward`."""
+    even: bool = False
+    """As of `is_even`."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         pixel_values = args[0] if args else kwargs["pixel_values"]
@@ -490,7 +504,7 @@ class Reduce(Hook):
             places, real = padded_places(spatial_shapes.to(pixel_values.device), pixel_values.shape[1])
             real = real if forward.real is None else real & forward.real.bool()
             patches = dataclasses.replace(patches, real=real, padded_places=places)
-        if not self.setting.even:
+        if not self.even:
             packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
             rounds = attention.rounds(tokens.device, tokens.dtype)
             patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)

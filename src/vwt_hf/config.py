@@ -135,7 +135,7 @@ class VWTConfig:
 
     @property
     def even(self) -> bool:
-        """Whether all images of a batch have as many tokens, in every layer, so that one graph holds a forward."""
+        """Whether all images of as many patches have as many tokens, in every layer."""
         return False
 
     @property

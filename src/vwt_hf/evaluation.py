@@ -122,7 +122,8 @@ def _images_and_tokens(
     forward = current_forward()
     plan = None if forward is None or not forward.holds(embeddings) else forward.grouped
     if plan is not None:
-        return len(plan.layout.rows), int((plan.layout.sizes > 0).sum())
+        tokens = plan.layout.tokens if plan.layout.real is None else int((plan.layout.sizes > 0).sum())
+        return len(plan.layout.rows), tokens
     output = output[0] if isinstance(output, tuple) else output  # some embeddings give more than tokens
     shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
     if isinstance(shapes, torch.Tensor) and shapes.shape == (len(output), 2):  # patches that come padded

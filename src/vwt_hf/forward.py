@@ -1,14 +1,14 @@
 """What one forward of a compressed vision tower knows, and where its parts find it.
 
 A pre-hook of the tower begins a forward, a hook of its embeddings stores the plan by which patches became tokens, and
-attention, rotations and heads read it. All of it is one object behind one context variable: each thread and each
-asyncio task has its own, so one model may serve many. When a forward ends that ran within another, the other is the
-current one again.
+attention, rotations and heads read it. All of it is one object, behind a context variable: each thread and each asyncio
+task has its own, so one model may serve many. When a forward ends that ran within another, the other is the current one
+again.
 
 A call with `patch_words` is such a forward, too, of the model that is called: its towers run within it.
 
-torch.compile traces no context variable. A forward that one graph can hold, as all images have as many tokens, is stored in
-a variable of its thread while it is traced; a graph that holds all of it leaves that as it was.
+torch.compile traces no context variable. A forward that one graph can hold, as all images have as many tokens, lies in
+a variable of its thread while it is traced; a graph that holds all of it leaves that variable as it was.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class Forward:
 
     tower: Any
     """The vision tower that runs."""
-    members: weakref.WeakSet[nn.Module]
-    """The modules of the tower that are known."""
     relative: bool
     """Whether its attention takes a bias by where patches lie to each other, handed over as its mask."""
+    members: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
+    """The modules of the tower that are known."""
     outer: Forward | None = None
-    """The forward that this one runs within, of another model; `None` if there is none."""
+    """The forward that this one runs within and that is not traced; `None` if there is none, or this one is traced."""
     within: Traced | None = None
-    """The forward that is traced and that this one runs within, nearer than `outer`; `None` if there is none."""
+    """The traced forward that this one runs within, nearer than `outer`; `None` if there is none."""
     given: GivenWords | None = None
     """The words of the call that this is, or runs within; `None` if there are none."""
     plan: Kept | Grouped | None = None
@@ -153,6 +153,8 @@ class Call(Forward):
 class Traced(Forward):
     """A forward that torch.compile traces, as far as its graphs go."""
 
+    members: Any = None
+
     def holds(self, module: nn.Module) -> bool:
         """Whether `module` is a part of the tower."""
         return _is_part(module, self.tower)
@@ -170,7 +172,7 @@ class _InGraphs:
         self.traced: Traced | None = None
         """The innermost forward under way, if that is a traced one."""
         self.words = False
-        """Whether a call under way was given `patch_words`, by which no graph goes."""
+        """Whether a call under way was given `patch_words`: then graphs leave the forward to native code."""
 
 
 class _InThread(threading.local):
@@ -181,7 +183,6 @@ class _InThread(threading.local):
 
 _current: contextvars.ContextVar[Forward | None] = contextvars.ContextVar("vwt_hf forward", default=None)
 _in_thread = _InThread()
-_NO_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def current_forward() -> Forward | None:
@@ -190,8 +191,10 @@ def current_forward() -> Forward | None:
         return _in_thread.graphs.traced
     forward = _current.get()
     while forward is not None and forward.left:
+        _leave(forward)
+        if _in_thread.graphs.traced is not None:
+            return _in_thread.graphs.traced
         forward = forward.outer
-        _current.set(forward)
     return forward
 
 
@@ -205,12 +208,15 @@ def traced_within(function: Callable[..., Any]) -> Callable[..., Any]:
             return outside(*args, **kwargs)
         return function(*args, **kwargs)
 
-    return run
+    # Torch counts what it compiles of a function by its code, so each has its own.
+    named: Any = run
+    named.__code__ = named.__code__.replace(co_name=function.__name__)
+    return named
 
 
 def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool) -> Forward:
     """Begins a forward of `tower`, within the one that is under way if there is one."""
-    forward = Forward(tower, members, relative, called_by=_calling_frame())
+    forward = Forward(tower, relative, members, called_by=_calling_frame())
     _enter(forward)
     forward.given = None if forward.outer is None else forward.outer.given
     return forward
@@ -218,10 +224,19 @@ def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relativ
 
 def begin_traced(tower: nn.Module, relative: bool) -> None:
     """As `begin_forward`, while torch.compile traces the call of `tower`."""
-    within = _in_thread.graphs.traced
-    if within is not None and within.tower is tower:  # an error left it
-        within = within.within
-    _in_thread.graphs.traced = Traced(tower, _NO_MODULES, relative, within=within)
+    _in_thread.graphs.traced = Traced(tower, relative, within=_in_thread.graphs.traced)
+
+
+def is_traced(tower: nn.Module) -> bool:
+    """Whether a traced forward of `tower` is under way."""
+    return _traced_of(tower) is not None
+
+
+def _traced_of(tower: nn.Module) -> Traced | None:
+    traced = _in_thread.graphs.traced
+    while traced is not None and traced.tower is not tower:
+        traced = traced.within
+    return traced
 
 
 def end_forward(tower: nn.Module) -> Forward | None:
@@ -230,8 +245,10 @@ def end_forward(tower: nn.Module) -> Forward | None:
     Returns:
         The forward; `None` if `tower` has none under way, and then those of other towers go on.
     """
-    traced = _in_thread.graphs.traced
-    if traced is not None and traced.tower is tower:
+    if not torch.compiler.is_dynamo_compiling():
+        current_forward()  # which forgets those that an interrupt left
+    traced = _traced_of(tower)
+    if traced is not None:
         _in_thread.graphs.traced = traced.within
         return traced
     ended, forward = [], _current.get()
@@ -306,7 +323,7 @@ def call_with(model: nn.Module, patch_words: torch.Tensor, repeats: bool) -> Ite
 
 
 def _call(model: nn.Module, given: GivenWords, called_by: types.FrameType | None) -> Call:
-    return Call(model, weakref.WeakSet(), False, given=given, called_by=called_by)
+    return Call(model, False, given=given, called_by=called_by)
 
 
 def _calling_frame() -> types.FrameType | None:
@@ -319,11 +336,13 @@ def _calling_frame() -> types.FrameType | None:
 
 def run_within(forward: Forward | None, function: Any, *args: Any) -> Any:
     """Calls a function as if it ran in that forward."""
-    token = _current.set(forward)
+    graphs = _in_thread.graphs
+    token, (traced, graphs.traced) = _current.set(forward), (graphs.traced, None)
     try:
         return function(*args)
     finally:
         _current.reset(token)
+        graphs.traced = traced
 
 
 def forward_of(module: nn.Module) -> Forward:

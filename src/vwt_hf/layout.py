@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 
 class lazy(Generic[T]):
-    """As `functools.cached_property`, which has a lock, and so breaks graphs: worked out each time where torch.compile
-    traces it."""
+    """As `functools.cached_property`, which breaks graphs by its lock (before Python 3.12): where torch.compile traces
+    it, it is worked out each time."""
 
     def __init__(self, function: Callable[[Any], T]) -> None:
         functools.update_wrapper(cast(Any, self), function)

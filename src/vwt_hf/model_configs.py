@@ -67,7 +67,8 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
 
     Args:
         by_plan: whether layers that read it use this package's attention in forwards that group patches. The property
-            that does so breaks the graph of a compiled model, so configs that do not need it lack it.
+            that does so breaks the graph of a compiled model where no forward is traced, so configs that do not need it
+            lack it.
     """
 
     def to_dict(self: PreTrainedConfig) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
                     _kept.popitem(last=False)
         return found
 
-    # A graph tells its constants apart by the names in the code of the functions that give them.
+    # A graph tells its constants apart by the names in the code of the functions that give them, so it holds one of each.
     constant.__code__ = constant.__code__.replace(co_name=choose.__name__)
 
     @functools.wraps(choose)

@@ -45,7 +45,7 @@ class RaggedConfig(VWTConfig):
         Raises:
             ValueError: neither an exported program nor this training can hold such a batch.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves plans of groups alone
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves this out of its graphs
             raise ValueError(
                 f"method={self.method!r} gives every image its own number of tokens, which an exported or traced "
                 "program cannot hold. Export a model compressed with method='intra', 'local' with num_patches, or "
