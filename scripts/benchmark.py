@@ -105,6 +105,7 @@ RATIOS = (0.75, 0.5, 0.25)
 PEERS = ["random", *MERGING, *FITTED, "int8", "bf16", "bf16+settings"]
 WARM_UP = 2
 EMBEDDING_TURNS = 3
+TURNS = 1000
 TURNS_OF_BATCH = 3
 """Of each batch, however long they take."""
 ENERGY_SECONDS = 3.0
@@ -193,7 +194,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--timed", type=int, default=64, help="time the batches of so many images, spread evenly over the folder"
     )
-    parser.add_argument("--turns", type=int, default=1000, help="timed turns of a batch size at most")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        help=f"timed turns of a batch size at most; default: {TURNS}, or {TURNS_OF_BATCH} of each batch",
+    )
     parser.add_argument(
         "--seconds",
         type=float,
@@ -215,8 +220,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     parser.add_argument("--plot", type=Path, help="draw agreement against time of an image at the largest batch size")
     options = parser.parse_args(arguments)
-    limit = 1 if options.limit is None else options.limit
-    if min(*options.batch_sizes, options.timed, options.turns, limit) < 1:
+    numbers = [*options.batch_sizes, options.timed, options.turns, options.limit]
+    if min(number for number in numbers if number is not None) < 1:
         parser.error("--batch-sizes, --timed, --turns and --limit take whole numbers from 1 on.")
     options.peers = PEERS if "all" in options.peers else options.peers
     settings = options.vwt or [
@@ -427,13 +432,14 @@ def measure(
     given = [[batch.to(method.model.dtype) for batch in batches] for method in methods]
     forwards = [forward_of(method.model, options.compile) for method in methods]
     runs = [run_on_each(forward, own) for forward, own in zip(forwards, given, strict=True)]
+    fewest = max(FEWEST_TURNS, TURNS_OF_BATCH * len(batches))
     seconds = time_in_turn(
         runs,
         device,
-        options.turns,
+        options.turns or max(TURNS, fewest),
         # Kernels are made ready for each shape when it first comes, so each batch has been seen before it is timed.
         warm_up=max(WARM_UP, len(batches)),
-        fewest=max(FEWEST_TURNS, TURNS_OF_BATCH * len(batches)),
+        fewest=fewest,
         seconds=options.seconds,
         label=f"batch {size}",
     )

@@ -170,6 +170,32 @@ def test_an_error_within_a_compiled_layer_leaves_nothing_behind():
 
 
 @pytest.mark.newest
+def test_an_interrupt_of_a_model_that_a_compiled_one_calls_changes_nothing():
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_) -> None:
+        raise Stopped
+
+    pixel_values = sample_pixel_values()
+    inner = compress(tiny_model("vit", num_hidden_layers=1), inter())
+    layers_of(inner)[0].register_forward_hook(stop)
+    model = compress(tiny_model("vit-classifier", num_hidden_layers=1), EVEN["local"])
+    expected = answers(model, pixel_values)
+
+    @torch.compiler.disable
+    def call(*_) -> None:
+        with pytest.raises(Stopped):
+            answers(inner, pixel_values)
+
+    layers_of(model)[0].attention.register_forward_pre_hook(call)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(answers(compiled, pixel_values), expected)
+        assert current_forward() is None
+
+
+@pytest.mark.newest
 def test_a_compiled_model_is_called_within_its_own_forward():
     model, pixel_values = compress(tiny_model("vit-classifier"), EVEN["gradual"]), sample_pixel_values()
     expected, inner, found = answers(model, pixel_values), answers(model, -pixel_values[:2]), []
@@ -188,12 +214,15 @@ def test_a_compiled_model_is_called_within_its_own_forward():
 
 
 @pytest.mark.newest
-def test_a_compiled_model_is_called_within_the_forward_of_another():
+@pytest.mark.parametrize("outer", [inter(), EVEN["local"]], ids=["inter", "local"])
+def test_a_compiled_model_is_called_within_the_forward_of_another(outer):
     """One whose images have as many tokens, and one whose have not."""
     pixel_values = sample_pixel_values()
-    inner = [compress(tiny_model("vit-classifier"), setting) for setting in (EVEN["gradual"], inter())]
+    inner = [
+        compress(tiny_model("vit-classifier", num_hidden_layers=1), setting) for setting in (EVEN["merge"], inter())
+    ]
     compiled = [torch.compile(model, backend="eager") for model in inner]
-    model = compress(tiny_model("dinov2-classifier"), inter())
+    model = compress(tiny_model("dinov2-classifier"), outer)
     expected, found = answers(model, pixel_values), []
     for one in compiled:
         layers_of(model)[0].register_forward_hook(lambda *_, one=one: found.append(one(pixel_values=pixel_values)[0]))

@@ -428,7 +428,7 @@ class Begin(Hook):
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_for_one_graph(tower):
             begin_traced(tower, self.relative)
-            if self.by_sizes:  # now, as a config that is read within no forward looks for one where no graph can
+            if self.by_sizes:  # now, as reading the config before asks the context variable, which no graph can
                 attention.require_usable(tower)
             return None
         return self._begin(tower, args, kwargs)

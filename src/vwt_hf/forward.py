@@ -78,6 +78,8 @@ class Forward:
     """The forward that this one runs within and that is not traced; `None` if there is none, or this one is traced."""
     within: Traced | None = None
     """The traced forward that this one runs within, nearer than `outer`; `None` if there is none."""
+    begun_in: _InGraphs | None = None
+    """What the thread knows that it began in; `None` if it is traced."""
     given: GivenWords | None = None
     """The words of the call that this is, or runs within; `None` if there are none."""
     plan: Kept | Grouped | None = None
@@ -187,13 +189,16 @@ _in_thread = _InThread()
 
 def current_forward() -> Forward | None:
     """The forward that this code runs in; `None` if it runs in none of a compressed tower."""
-    if _in_thread.graphs.traced is not None:
-        return _in_thread.graphs.traced
+    graphs = _in_thread.graphs
+    if graphs.traced is not None:
+        return graphs.traced
     forward = _current.get()
     while forward is not None and forward.left:
-        _leave(forward)
-        if _in_thread.graphs.traced is not None:
-            return _in_thread.graphs.traced
+        _current.set(forward.outer)
+        graphs.words = forward.outer is not None and forward.outer.given is not None
+        if forward.within is not None and forward.begun_in is graphs:
+            graphs.traced = forward.within
+            return forward.within
         forward = forward.outer
     return forward
 
@@ -264,8 +269,13 @@ def end_forward(tower: nn.Module) -> Forward | None:
 
 def _enter(forward: Forward) -> None:
     """Makes a forward the current one."""
-    forward.within, _in_thread.graphs.traced = _in_thread.graphs.traced, None
-    forward.outer = current_forward()
+    current_forward()  # which forgets those that an interrupt left
+    graphs = forward.begun_in = _in_thread.graphs
+    forward.within, graphs.traced = graphs.traced, None
+    outer = _current.get()
+    while outer is not None and outer.left:
+        outer = outer.outer
+    forward.outer = outer
     _current.set(forward)
 
 
@@ -283,7 +293,10 @@ def given_words() -> GivenWords | None:
 
 
 def words_are_given() -> bool:
-    """Whether a call of this thread that is under way was given `patch_words`; also for graphs to ask."""
+    """Whether a call of this thread that is under way was given `patch_words`; also for graphs to ask.
+
+    It may be said of one that an interrupt (`KeyboardInterrupt`) left, until the next call that is not one graph.
+    """
     return _in_thread.graphs.words
 
 

@@ -179,7 +179,8 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
                     _kept.popitem(last=False)
         return found
 
-    # A graph tells its constants apart by the names in the code of the functions that give them, so it holds one of each.
+    # A graph tells where its constants come from by the names in the code of the functions that give them, so it holds
+    # one of each function.
     constant.__code__ = constant.__code__.replace(co_name=choose.__name__)
 
     @functools.wraps(choose)
