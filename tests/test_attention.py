@@ -28,7 +28,7 @@ WORDS = torch.tensor([[4, 2, 4, 7, 2, 2], [9, 8, 7, 6, 5, 4], [3, 3, 3, 3, 3, 3]
 def forward_of(implementation: str | None) -> Forward:
     """A forward of a tower that attends by that implementation."""
     tower = types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation=implementation))
-    return Forward(tower, frozenset(), relative=False, outer=None)
+    return Forward(tower, relative=False)
 
 
 def varlen_reference(query, key, value, starts, key_starts, longest, longest_key, *, scale):
