@@ -106,6 +106,7 @@ PEERS = ["random", *MERGING, *FITTED, "int8", "bf16", "bf16+settings"]
 WARM_UP = 2
 EMBEDDING_TURNS = 3
 TURNS = 1000
+"""Timed turns of a batch size at most, where no batch needs more for its own."""
 TURNS_OF_BATCH = 3
 """Of each batch, however long they take."""
 ENERGY_SECONDS = 3.0
@@ -213,8 +214,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="?",
         const="default",
         choices=["default", "reduce-overhead"],
-        help="time what torch.compile makes of each model, the uncompressed too (where images differ in their tokens: "
-        "of its layers); all else is as without",
+        help="time what torch.compile makes of each model, the uncompressed too (where images differ in their "
+        "number of tokens: of its layers); all else is as without",
     )
     parser.add_argument("--json", type=Path, help="write everything here, raw times too, after each finished piece")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
@@ -506,8 +507,8 @@ def forward_of(model: PreTrainedModel, mode: str | None) -> Callable[..., object
     setting = vwt_hf.VWTConfig.parse(model.config.vwt)
     if setting is None or is_even(setting, family_of(model)):
         return torch.compile(model, mode=mode, dynamic=False, fullgraph=setting is not None)
-    # Where images differ in their tokens, the graph breaks, after which torch would compile no model's outer forward as
-    # a whole: layers alone here.
+    # Where images differ in their number of tokens, the graph breaks, after which torch would compile no model's outer
+    # forward as a whole: layers alone here.
     model = share(model)
     for layer in find_layers(find_tower(model, family_of(model)).module):
         layer.compile(mode=mode)

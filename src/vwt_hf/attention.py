@@ -92,7 +92,7 @@ def require_usable(tower: Any) -> None:
 
 
 def checkpoints(tower: nn.Module) -> bool:
-    """Whether gradient checkpointing may be on."""
+    """Whether layers of `tower` may run again for their gradients (gradient checkpointing)."""
     return any(getattr(module, name, None) is not None for module in tower.modules() for name in CHECKPOINTS)
 
 
@@ -192,7 +192,7 @@ def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., A
     return attend
 
 
-# Where images differ in their tokens, compiled models call attention as it is: lengths differ from batch to batch.
+# Not in graphs where images differ in their number of tokens: lengths then differ from batch to batch.
 @traced_within
 def sdpa(
     module: nn.Module,

@@ -29,7 +29,6 @@ from .forward import (
     end_forward,
     forward_of,
     given_words,
-    is_traced,
     traced_within,
     words_are_given,
 )
@@ -133,7 +132,6 @@ def _hook_in(
             replaces its forward.
     """
     follows = setting.shortens and (by_sizes or bool(relative))
-    even = is_even(setting, family)
     layers = find_layers(tower.module)
     joins = setting.joins(len(layers)) if by_sizes else {}
     entered = [
@@ -148,9 +146,10 @@ def _hook_in(
     if "forward" not in vars(model):
         model.forward = _forward_with_words(model, begins=follows and model is tower.module)
     if follows:
-        begin = Begin(bool(relative), by_sizes, strips_mask=by_sizes and family.padded is not None, even=even)
+        strips_mask = by_sizes and family.padded is not None
+        begin = Begin(bool(relative), by_sizes, strips_mask, even=is_even(setting, family))
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
-    reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows, even)
+    reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
     for module in tower.module.modules():
         if is_of(module, family.rotary):
@@ -186,7 +185,8 @@ def _hook_in(
 
 
 def is_even(setting: VWTConfig, family: Family) -> bool:
-    """Whether all images of a batch have as many tokens in every layer, so that one graph holds a forward."""
+    """Whether all images of a batch have the same number of tokens in every layer, so that one graph of torch.compile
+    can hold a forward."""
     return setting.even and family.padded is None
 
 
@@ -422,24 +422,25 @@ class Begin(Hook):
     """Whether images come as padded patches. Then `pixel_attention_mask` is kept from the layers, which see tokens and
     not patches, and stored in the `Forward` for the head."""
     even: bool = False
-    """As of `is_even`."""
+    """What `is_even` says."""
     _members: weakref.WeakSet[nn.Module] | None = None
 
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_for_one_graph(tower):
             begin_traced(tower, self.relative)
-            if self.by_sizes:  # now, as reading the config before asks the context variable, which no graph can
+            # Not before: outside a traced forward, reading the config reads the context variable, which no graph can.
+            if self.by_sizes:
                 attention.require_usable(tower)
             return None
         return self._begin(tower, args, kwargs)
 
     def _is_for_one_graph(self, tower: Any) -> bool:
-        """Whether torch.compile is to trace the forward.
+        """Whether torch.compile is to trace this forward, and not to run it natively.
 
-        Not one that goes by a caller's words, which are checked, nor one of a tower that is called within itself. And
-        a layer that is repeated for its gradient may not write to what the forward knows.
+        It runs natively where a caller gave words, since checking them depends on their values, and under gradient
+        checkpointing, since torch traces no checkpointed layer that changes the `Forward`.
         """
-        if not self.even or words_are_given() or is_traced(tower):
+        if not self.even or words_are_given():
             return False
         return not (torch.is_grad_enabled() and attention.checkpoints(tower))
 
@@ -474,8 +475,6 @@ class Reduce(Hook):
     channels: int
     follows: bool
     """Whether modules that run after the embeddings need the plan, so that it is stored in the `Forward`."""
-    even: bool = False
-    """As of `is_even`."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         pixel_values = args[0] if args else kwargs["pixel_values"]
@@ -504,7 +503,7 @@ class Reduce(Hook):
             places, real = padded_places(spatial_shapes.to(pixel_values.device), pixel_values.shape[1])
             real = real if forward.real is None else real & forward.real.bool()
             patches = dataclasses.replace(patches, real=real, padded_places=places)
-        if not self.even:
+        if not is_even(self.setting, self.family):
             packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
             rounds = attention.rounds(tokens.device, tokens.dtype)
             patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)

@@ -135,7 +135,7 @@ class VWTConfig:
 
     @property
     def even(self) -> bool:
-        """Whether all images of as many patches have as many tokens, in every layer."""
+        """Whether images with the same number of patches have the same number of tokens, in every layer."""
         return False
 
     @property

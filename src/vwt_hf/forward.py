@@ -7,8 +7,8 @@ again.
 
 A call with `patch_words` is such a forward, too, of the model that is called: its towers run within it.
 
-torch.compile traces no context variable. A forward that one graph can hold, as all images have as many tokens, lies in
-a variable of its thread while it is traced; a graph that holds all of it leaves that variable as it was.
+torch.compile traces no context variable. A forward that one graph can hold, as all images have the same number of
+tokens, lies in a variable of its thread while it is traced, which is empty again when the forward ends.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Forward:
     within: Traced | None = None
     """The traced forward that this one runs within, nearer than `outer`; `None` if there is none."""
     begun_in: _InGraphs | None = None
-    """What the thread knows that it began in; `None` if it is traced."""
+    """`_in_thread.graphs` of the thread that it began in; `None` if it is traced."""
     given: GivenWords | None = None
     """The words of the call that this is, or runs within; `None` if there are none."""
     plan: Kept | Grouped | None = None
@@ -153,7 +153,7 @@ class Call(Forward):
 
 @dataclasses.dataclass(eq=False)
 class Traced(Forward):
-    """A forward that torch.compile traces, as far as its graphs go."""
+    """A forward that torch.compile traces, into one graph or, where that breaks, into several."""
 
     members: Any = None
 
@@ -168,18 +168,18 @@ def _is_part(module: nn.Module, tower: nn.Module) -> bool:
 
 
 class _InGraphs:
-    """What graphs can know of the forwards of their thread."""
+    """The state of one thread, where torch.compile can trace it."""
 
     def __init__(self) -> None:
         self.traced: Traced | None = None
         """The innermost forward under way, if that is a traced one."""
         self.words = False
-        """Whether a call under way was given `patch_words`: then graphs leave the forward to native code."""
+        """Whether a call under way was given `patch_words`: then its forwards run natively."""
 
 
 class _InThread(threading.local):
     def __init__(self) -> None:
-        # A graph that is left early stores what it has set of an object, and not of a `threading.local` itself.
+        # In an object of its own: where a graph breaks, torch loses what was set on a `threading.local` itself.
         self.graphs = _InGraphs()
 
 
@@ -204,7 +204,7 @@ def current_forward() -> Forward | None:
 
 
 def traced_within(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Has torch.compile trace a function within a forward that is traced, and elsewhere leave it out of graphs."""
+    """Decorator: torch.compile traces the function within a traced forward, and leaves it out of graphs elsewhere."""
     outside = torch.compiler.disable(function)
 
     @functools.wraps(function)
@@ -213,7 +213,7 @@ def traced_within(function: Callable[..., Any]) -> Callable[..., Any]:
             return outside(*args, **kwargs)
         return function(*args, **kwargs)
 
-    # Torch counts what it compiles of a function by its code, so each has its own.
+    # Torch limits how often it compiles one code object, which all functions made here would share.
     named: Any = run
     named.__code__ = named.__code__.replace(co_name=function.__name__)
     return named
@@ -232,18 +232,6 @@ def begin_traced(tower: nn.Module, relative: bool) -> None:
     _in_thread.graphs.traced = Traced(tower, relative, within=_in_thread.graphs.traced)
 
 
-def is_traced(tower: nn.Module) -> bool:
-    """Whether a traced forward of `tower` is under way."""
-    return _traced_of(tower) is not None
-
-
-def _traced_of(tower: nn.Module) -> Traced | None:
-    traced = _in_thread.graphs.traced
-    while traced is not None and traced.tower is not tower:
-        traced = traced.within
-    return traced
-
-
 def end_forward(tower: nn.Module) -> Forward | None:
     """Ends the forward of `tower`, and those within it that an error left.
 
@@ -252,7 +240,9 @@ def end_forward(tower: nn.Module) -> Forward | None:
     """
     if not torch.compiler.is_dynamo_compiling():
         current_forward()  # which forgets those that an interrupt left
-    traced = _traced_of(tower)
+    traced = _in_thread.graphs.traced
+    while traced is not None and traced.tower is not tower:
+        traced = traced.within
     if traced is not None:
         _in_thread.graphs.traced = traced.within
         return traced
@@ -295,7 +285,7 @@ def given_words() -> GivenWords | None:
 def words_are_given() -> bool:
     """Whether a call of this thread that is under way was given `patch_words`; also for graphs to ask.
 
-    It may be said of one that an interrupt (`KeyboardInterrupt`) left, until the next call that is not one graph.
+    After an interrupt (`KeyboardInterrupt`) of such a call it stays true until another model runs natively.
     """
     return _in_thread.graphs.words
 

@@ -22,8 +22,10 @@ T = TypeVar("T")
 
 
 class lazy(Generic[T]):
-    """As `functools.cached_property`, which breaks graphs by its lock (before Python 3.12): where torch.compile traces
-    it, it is worked out each time."""
+    """A property that is computed once and kept; while torch.compile traces it, it is computed each time.
+
+    `functools.cached_property` takes a lock before Python 3.12, which no graph can hold.
+    """
 
     def __init__(self, function: Callable[[Any], T]) -> None:
         functools.update_wrapper(cast(Any, self), function)

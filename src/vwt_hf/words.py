@@ -179,8 +179,7 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
                     _kept.popitem(last=False)
         return found
 
-    # A graph tells where its constants come from by the names in the code of the functions that give them, so it holds
-    # one of each function.
+    # Torch names a constant after the code of the function that gave it, and a graph cannot hold two of one name.
     constant.__code__ = constant.__code__.replace(co_name=choose.__name__)
 
     @functools.wraps(choose)
