@@ -39,6 +39,9 @@ from .plans import DROPPED, Grouped, Kept
 from .vouch import vouch
 from .words import patch_grid
 
+ONE_GRAPH = torch.__version__ >= "2.11"
+"""Whether torch.compile can trace what the forward of a tower knows: before, graphs break in transformers, too."""
+
 
 def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> PreTrainedModel:
     """Makes `model` group or drop patches before its first layer or also later, in place, without changing a weight.
@@ -356,6 +359,11 @@ def _require_whole_images(config: Any, family: Family) -> None:
 class StandIn(functools.partial):
     """A function of ours in place of a module's forward; `restore` finds it by its type."""
 
+    @property
+    def __code__(self) -> types.CodeType:
+        """Where torch.export, before torch 2.11, says that a forward stands."""
+        return self.func.__code__
+
 
 class Hook:
     """A hook of ours; `restore` finds it by its type."""
@@ -440,7 +448,7 @@ class Begin(Hook):
         It runs natively where a caller gave words, since checking them depends on their values, and under gradient
         checkpointing, since torch traces no checkpointed layer that changes the `Forward`.
         """
-        if not self.even or words_are_given():
+        if not (self.even and ONE_GRAPH) or words_are_given():
             return False
         return not (torch.is_grad_enabled() and attention.checkpoints(tower))
 

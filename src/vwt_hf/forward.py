@@ -156,15 +156,20 @@ class Traced(Forward):
     """A forward that torch.compile traces, into one graph or, where that breaks, into several."""
 
     members: Any = None
+    """The numbers (`id`) of the modules of the tower: torch.compile takes no set of modules."""
 
     def holds(self, module: nn.Module) -> bool:
         """Whether `module` is a part of the tower."""
-        return _is_part(module, self.tower)
+        return id(module) in self.members
 
 
-@torch.compiler.assume_constant_result
-def _is_part(module: nn.Module, tower: nn.Module) -> bool:
-    return any(module is part for part in tower.modules())
+def _numbers(module: nn.Module) -> list[int]:
+    """`id` of a module and of all within it."""
+    found = [id(module)]
+    for child in module._modules.values():
+        if child is not None:
+            found += _numbers(child)
+    return found
 
 
 class _InGraphs:
@@ -229,7 +234,7 @@ def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relativ
 
 def begin_traced(tower: nn.Module, relative: bool) -> None:
     """As `begin_forward`, while torch.compile traces the call of `tower`."""
-    _in_thread.graphs.traced = Traced(tower, relative, within=_in_thread.graphs.traced)
+    _in_thread.graphs.traced = Traced(tower, relative, _numbers(tower), within=_in_thread.graphs.traced)
 
 
 def end_forward(tower: nn.Module) -> Forward | None:

@@ -44,7 +44,7 @@ def attend_by_plan(config: PreTrainedConfig) -> None:
 
 
 def _by_plan(config: PreTrainedConfig) -> bool:
-    return isinstance(type(config), _StandsFor) and "_attn_implementation" in vars(type(config))
+    return isinstance(type(config), _StandsFor) and "__getattribute__" in vars(type(config))
 
 
 def _plain_class(config_class: type) -> type:
@@ -66,8 +66,8 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     """The subclass of a config class, of the same name, whose instances have a setting and write it to config.json.
 
     Args:
-        by_plan: whether layers that read it use this package's attention in forwards that group patches. The property
-            that does so breaks the graph of a compiled model where no forward is traced, so configs that do not need it
+        by_plan: whether layers that read it use this package's attention in forwards that group patches. What does so
+            breaks the graph of a compiled model where no forward is traced, so configs that do not need it
             lack it.
     """
 
@@ -78,14 +78,14 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
             fields["vwt"] = setting and setting.to_dict()
         return fields
 
-    read_base = plain._attn_implementation.fget
-
-    def read_implementation(self: PreTrainedConfig) -> str | None:
-        base = read_base(self)
+    def read(self: PreTrainedConfig, name: str) -> Any:
+        value = plain.__getattribute__(self, name)
+        if name != "_attn_implementation":
+            return value
         forward = current_forward()
         if forward is None or forward.grouped is None:
-            return base  # else attention looks whether it is of that forward: a layer may have a copy of the config
-        return BY_PLAN + (base or "eager")
+            return value  # else attention looks whether it is of that forward: a layer may have a copy of the config
+        return BY_PLAN + (value or "eager")
 
     def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
         return _empty, (plain, by_plan), self.__dict__
@@ -99,7 +99,8 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
         "__reduce__": reduce,
     }
     if by_plan:
-        body["_attn_implementation"] = property(read_implementation, plain._attn_implementation.fset)
+        # No property: where a class has a `__getattribute__`, torch before 2.13 traces no properties.
+        body["__getattribute__"] = read
     # By its name `pickle` would find the plain class.
     copyreg.pickle(metaclass, lambda _: (config_subclass, (plain, by_plan)))
     return metaclass(plain.__name__, (plain,), body)

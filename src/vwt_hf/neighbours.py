@@ -61,6 +61,12 @@ def _waves(height: int, width: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(np.stack(normed, axis=1).tolist(), dtype=torch.float32, device=device)
 
 
+@same_for_all
+def _weights(image_std: tuple[float, ...], values: int, device: torch.device) -> torch.Tensor:
+    """What makes a sum over the values of a patch one of raw RGB, for each channel."""
+    return torch.tensor(image_std, device=device) * values**-0.5
+
+
 def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tuple[float, ...]) -> torch.Tensor:
     """What patches look like from afar: colours, their slopes across the patch, and how strongly it is textured.
 
@@ -75,7 +81,7 @@ def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tupl
     """
     waves = _waves(*patch_size, patches.device)
     pixels = patches.unflatten(-1, (len(image_std), len(waves)))
-    std = torch.tensor(image_std, device=patches.device) * patches.shape[-1] ** -0.5
+    std = _weights(tuple(image_std), patches.shape[-1], patches.device)
     slow = (pixels @ waves) * std.unsqueeze(1)
     lengths = torch.linalg.vector_norm(pixels, dim=-1) * std
     fine = (lengths.square().sum(dim=-1) - slow.square().sum(dim=(-2, -1))).clamp(min=0).sqrt()
@@ -107,13 +113,18 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
     row, column = places.long().unsqueeze(2).unbind(-1)
     inside_row, inside_column = (place.masked_fill(~real.unsqueeze(2), -1) for place in (row, column))
     rows, columns = (place.amax(dim=1, keepdim=True) + 1 for place in (inside_row, inside_column))
-    offsets = torch.tensor(OFFSETS, device=places.device).unbind(1)
+    offsets = _offsets(places.device).unbind(1)
     found = []
     for spacing in SPACINGS:
         index = _index(inside_row, inside_column, rows, columns, offsets, spacing)
         index = index.masked_fill(~real.unsqueeze(2), NONE)
         found.append(_neighbours(looks, index, _classes(row, column, spacing).squeeze(2), spacing))
     return found
+
+
+@same_for_all
+def _offsets(device: torch.device) -> torch.Tensor:
+    return whole_numbers(OFFSETS, device)
 
 
 @same_for_all
@@ -200,7 +211,7 @@ def cover_by(neighbours: list[Neighbours], keep: int | torch.Tensor) -> torch.Te
     known = torch.cat([near.distance.masked_fill(near.distance.isinf(), 0) / near.within for near in neighbours], dim=2)
     high = known.amax(dim=(1, 2), keepdim=True) * 1.001 + 1e-6
     low = torch.zeros_like(high)
-    wanted = torch.as_tensor(keep, device=known.device).view(-1, 1, 1)
+    wanted = keep.view(-1, 1, 1) if isinstance(keep, torch.Tensor) else keep
     for _ in range(STEPS):
         middle = (low + high) / 2
         fewer = cover(neighbours, middle).sum(dim=1).view(-1, 1, 1) <= wanted

@@ -155,9 +155,9 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     """Makes what `choose` gives a constant of any graph that is traced, and keeps it for the next call.
 
     Args:
-        choose: takes whole numbers and, last, a device. It works out numbers without torch and makes a tensor of them
-            in one step: torch's random numbers would be drawn anew by every call of what torch.export or
-            torch.jit.trace makes.
+        choose: takes whole numbers or tuples of numbers and, last, a device. It works out numbers without torch and
+            makes a tensor of them in one step: torch's random numbers would be drawn anew by every call of what
+            torch.export or torch.jit.trace makes.
     """
 
     @torch.compiler.assume_constant_result
@@ -185,7 +185,7 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     @functools.wraps(choose)
     def chosen(*args: Any) -> torch.Tensor:
         # Sizes are tensors in torch.jit.trace, and symbols in torch.compile.
-        return constant(*[operator.index(number) for number in args[:-1]], args[-1])
+        return constant(*[one if isinstance(one, tuple) else operator.index(one) for one in args[:-1]], args[-1])
 
     return chosen
 

@@ -88,7 +88,7 @@ class GradualConfig(LocalConfig):
 
     @property
     def even(self) -> bool:
-        return super().even and self.join_ratio is not None
+        return self.tolerance is None and self.join_ratio is not None
 
     @property
     def shortens(self) -> bool:

@@ -177,7 +177,7 @@ class LocalConfig(RaggedConfig):
         assert patches.real is not None
         counts = patches.real.sum(dim=1)
         always = (patches.places.long() % 4 == 0).all(dim=-1) & patches.real
-        wanted = counts.new_tensor(self.num_patches or 0)
+        wanted = torch.full_like(counts, self.num_patches or 0)
         if self.keep_ratio is not None:
             wanted = whole_shares(counts, self.keep_ratio)
         return wanted.maximum(always.sum(dim=1)).minimum(counts)
