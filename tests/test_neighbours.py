@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from vwt_hf.neighbours import (
-    CLASSES,
     FAR,
     FINE,
     OFFSETS,
@@ -21,6 +20,8 @@ from vwt_hf.neighbours import (
 )
 
 GRIDS = [(8, 8), (5, 7), (1, 6), (3, 1)]
+CLASSES = ((1, 1), (0, 1), (1, 0))
+"""Row and column, modulo two, of the patches that may go, class after class."""
 
 
 def looks_of(rows: int, columns: int, images: int = 3) -> torch.Tensor:

@@ -149,6 +149,7 @@ def group(
     real: torch.Tensor | None = None,
     not_as: Collection[tuple[int, ...]] = (),
     rounds: bool = False,
+    by_index: bool = False,
 ) -> Layout:
     """Lays patches out as tokens: those of one image that share a word become one.
 
@@ -163,10 +164,11 @@ def group(
             are.
         not_as: shapes (sequences, tokens) that a batch with padding must not have.
         rounds: whether a packed batch ends with padding that makes its rows one of few numbers.
+        by_index: whether the words are indices of patches, in [0, patches).
     """
     if real is not None:
         patch_words = torch.where(real, patch_words, patch_words[:, :1])
-    token_of_patch, lengths = _tokens(patch_words)
+    token_of_patch, lengths = _tokens(patch_words, by_index)
     counted = (lengths + prefix).tolist()  # the one synchronisation with the device
     shape, starts, packed = _places(counted, prefix + patch_words.shape[1], packed, not_as, rounds)
     bounds = _bounds(starts, counted, patch_words.device)
@@ -301,15 +303,19 @@ def _of_rows(
     return Layout(rows, sizes.view(shape), prefix, runs, packed, bounds, real, rounds)
 
 
-def _tokens(patch_words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _tokens(patch_words: torch.Tensor, by_index: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The token of each patch, (batch, patches), and how many tokens each image has, (batch,)."""
-    ordered, order = patch_words.sort(dim=1, stable=True)
-    starts = torch.ones_like(patch_words, dtype=torch.bool)
-    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     place = torch.arange(patch_words.shape[1], device=patch_words.device).expand_as(patch_words)
-    # The sort is stable, so the patch that starts a run is the first in the image that has the run's word.
-    run_start = torch.where(starts, place, 0).cummax(dim=1).values
-    first = torch.empty_like(order).scatter_(1, order, order.gather(1, run_start))
+    # The first patch in the image that has the same word.
+    if by_index:
+        first = place.scatter_reduce(1, patch_words, place, "amin", include_self=False).gather(1, patch_words)
+    else:
+        ordered, order = patch_words.sort(dim=1, stable=True)
+        starts = torch.ones_like(patch_words, dtype=torch.bool)
+        starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        # The sort is stable, so it is the one that starts a run.
+        run_start = torch.where(starts, place, 0).cummax(dim=1).values
+        first = torch.empty_like(order).scatter_(1, order, order.gather(1, run_start))
     leads = first == place
     return (leads.cumsum(dim=1) - 1).gather(1, first), leads.sum(dim=1)
 

@@ -1,7 +1,7 @@
 """Patches that look like a patch beside them, which may stand for both: functions on tensors alone.
 
-Twice, patches are left to a neighbour: first to one beside them, then, of those in every second row and column, which
-have stayed until then, to one two patches away.
+A patch of odd row or column may be left to one of the eight beside it. One of even row and column may be left to one
+two patches away, which has an even row and column, too. So those of every fourth row and column always stay.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ import torch
 from .words import first_of, gather_patches, same_for_all, whole_numbers
 
 OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
-"""Rows and columns from a patch to its neighbours. The last four are opposite to the first four, in their order."""
-CLASSES = ((1, 1), (0, 1), (1, 0))
-"""Row and column, modulo two, of the patches that may go, class after class. No two patches of a class are neighbours,
-and each of them has a neighbour of even row and even column, which stays."""
-STAYS = len(CLASSES)
-"""In place of the number of a class: the patch may not go at a spacing."""
-NONE = -1
-"""In place of the index of a patch: there is none."""
-SPACINGS = (1, 2)
-"""How many patches away neighbours are, first and then."""
+"""Rows and columns from a patch to its neighbours, or half of them where these are two patches away."""
+TURNS = 3
+"""Patches are looked at in turns: first those of odd row and column, then those of odd column, then those of odd row.
+No two patches of a turn are neighbours. Those of even row and column have turns of their own, by half of these."""
+ALWAYS = 2 * TURNS
+"""In place of the number of a turn: the patch always stays."""
 FAR = 0.25
 """Share of the tolerance within which patches two apart must be alike."""
 FINE = 0.5
@@ -35,16 +31,17 @@ STEPS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """The eight neighbours of each patch, at one spacing."""
+    """The eight neighbours of each patch, to one of which it may be left."""
 
     index: torch.Tensor
     """(batch or 1, patches, 8), int64: which patches they are; 0 where there is none."""
     distance: torch.Tensor
-    """(batch, patches, 8): how much the patch differs from each; infinite where there is none."""
-    classes: torch.Tensor
-    """(batch or 1, patches), int64: the number in `CLASSES` of each patch, or `STAYS`."""
-    within: float
-    """Share of the tolerance within which they are alike."""
+    """(batch, patches, 8): the tolerance from which on the patch may be left to each; infinite where there is none, and
+    of patches that always stay."""
+    earlier: torch.Tensor
+    """(batch or 1, patches, 8), int64: which patches they are if it is their turn earlier; else 0, which stays."""
+    passes: torch.Tensor
+    """(batch or 1, patches, 8), bool: whether the patch may be left to each even if that is left to another itself."""
 
 
 @same_for_all
@@ -88,21 +85,18 @@ def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tupl
     return torch.cat((slow.flatten(2), FINE * fine.unsqueeze(-1)), dim=-1)
 
 
-def find_neighbours(looks: torch.Tensor, grid: tuple[int, int]) -> list[Neighbours]:
-    """The neighbours of each patch, those beside it and those two patches away.
+def find_neighbours(looks: torch.Tensor, grid: tuple[int, int]) -> Neighbours:
+    """The neighbours of each patch.
 
     Args:
         looks: (batch, patches, values), as `describe` gives them.
         grid: rows and columns of patches.
     """
-    beside = _beside(*grid, looks.device)
-    return [
-        _neighbours(looks, part[..., :-1], part[..., -1], spacing)
-        for part, spacing in zip(beside, SPACINGS, strict=True)
-    ]
+    index, earlier, passes = _beside(*grid, looks.device).unbind(0)
+    return _neighbours(looks, index, earlier, passes.bool(), *_limits(*grid, looks.device).unbind(0))
 
 
-def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torch.Tensor) -> list[Neighbours]:
+def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torch.Tensor) -> Neighbours:
     """As `find_neighbours`, of images that are padded; padding has no neighbours and is none.
 
     Args:
@@ -111,15 +105,11 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
         real: (batch, patches), bool: which patches are no padding.
     """
     row, column = places.long().unsqueeze(2).unbind(-1)
-    inside_row, inside_column = (place.masked_fill(~real.unsqueeze(2), -1) for place in (row, column))
-    rows, columns = (place.amax(dim=1, keepdim=True) + 1 for place in (inside_row, inside_column))
-    offsets = _offsets(places.device).unbind(1)
-    found = []
-    for spacing in SPACINGS:
-        index = _index(inside_row, inside_column, rows, columns, offsets, spacing)
-        index = index.masked_fill(~real.unsqueeze(2), NONE)
-        found.append(_neighbours(looks, index, _classes(row, column, spacing).squeeze(2), spacing))
-    return found
+    rows, columns = (place.masked_fill(~real.unsqueeze(2), -1).amax(dim=1, keepdim=True) + 1 for place in (row, column))
+    index, earlier, passes, factor, exists = _around(row, column, rows, columns, _offsets(places.device).unbind(1))
+    exists = exists & real.unsqueeze(2)
+    none = torch.zeros_like(looks[..., :1]).masked_fill(~exists, torch.inf)
+    return _neighbours(looks, index * exists, earlier * exists, passes & exists, factor, none)
 
 
 @same_for_all
@@ -127,46 +117,68 @@ def _offsets(device: torch.device) -> torch.Tensor:
     return whole_numbers(OFFSETS, device)
 
 
+def _on_grid(rows: int, columns: int) -> list[Any]:
+    """What `_around` gives of all patches of a grid: (patches, 8) or, of the factors, (patches, 1)."""
+    row, column = np.divmod(np.arange(rows * columns)[:, None], columns)
+    return list(_around(row, column, rows, columns, np.array(OFFSETS).T))
+
+
 @same_for_all
 def _beside(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """For each spacing the neighbours of each patch, or `NONE`, and its class: (2, 1, patches, 9) int64."""
-    row, column = np.divmod(np.arange(rows * columns)[:, None], columns)
-    parts = [
-        np.hstack((_index(row, column, rows, columns, np.array(OFFSETS).T, spacing), _classes(row, column, spacing)))
-        for spacing in SPACINGS
-    ]
-    return whole_numbers(np.stack(parts)[:, None], device)
+    """`index`, `earlier` and `passes` of `Neighbours`: (3, 1, patches, 8), int64."""
+    index, earlier, passes, _, exists = _on_grid(rows, columns)
+    return whole_numbers(np.stack((index, earlier, passes))[:, None] * exists, device)
 
 
-def _index(row: Any, column: Any, rows: Any, columns: Any, offsets: Any, spacing: int) -> Any:
-    """Which patches the neighbours are, or `NONE`; of arrays of numpy or of torch."""
-    there_row, there_column = row + spacing * offsets[0], column + spacing * offsets[1]
-    exists = (there_row >= 0) & (there_row < rows) & (there_column >= 0) & (there_column < columns)
-    return (there_row * columns + there_column - NONE) * exists + NONE
+@same_for_all
+def _limits(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """What a difference is multiplied by, and infinity where there is no neighbour: (2, 1, patches, 8), float32."""
+    *_, factor, exists = _on_grid(rows, columns)
+    both = np.stack((factor * np.ones_like(exists), np.where(exists, 0, np.inf)))
+    return torch.tensor(both[:, None].tolist(), dtype=torch.float32, device=device)
 
 
-def _classes(row: Any, column: Any, spacing: int) -> Any:
-    """`Neighbours.classes`, of arrays of numpy or of torch."""
-    found = 0 * (row + column) + STAYS
-    for number, (down, right) in enumerate(CLASSES):
-        of_class = (row % (2 * spacing) == down * spacing) & (column % (2 * spacing) == right * spacing)
-        found = found + (number - STAYS) * of_class
-    return found
+def _around(row: Any, column: Any, rows: Any, columns: Any, offsets: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """What there is around patches; of arrays of numpy or of torch.
+
+    Args:
+        row, column: of each patch: (..., patches, 1).
+        rows, columns: of its image.
+        offsets: `OFFSETS`, downwards and to the right: (8,) each.
+
+    Returns:
+        `index`, `earlier` and `passes` of `Neighbours`, right where a neighbour exists; what the difference is
+        multiplied by; whether it exists, and the patch may be left to it.
+    """
+    turn = _turn(row, column)
+    even = turn >= TURNS
+    there_row, there_column = row + (1 + even) * offsets[0], column + (1 + even) * offsets[1]
+    exists = (there_row >= 0) & (there_row < rows) & (there_column >= 0) & (there_column < columns) & (turn != ALWAYS)
+    index, turn_there = there_row * columns + there_column, _turn(there_row, there_column)
+    return index, index * (turn_there < turn), ~even & (turn_there >= TURNS), 1 + even * (1 / FAR - 1), exists
 
 
-def _neighbours(looks: torch.Tensor, index: torch.Tensor, classes: torch.Tensor, spacing: int) -> Neighbours:
-    none, index = index == NONE, index.clamp(min=0)
-    distance = _distances(looks, index).masked_fill(none, torch.inf)
-    return Neighbours(index, distance, classes, 1.0 if spacing == 1 else FAR)
+def _turn(row: Any, column: Any) -> Any:
+    """The number of the turn of patches, from 0 to `ALWAYS`."""
+
+    def of_odd(row: Any, column: Any) -> Any:
+        return TURNS - row % 2 - 2 * (column % 2)
+
+    turn = of_odd(row, column)
+    return turn + (turn == TURNS) * of_odd(row // 2, column // 2)
 
 
-def _distances(looks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(batch, patches, 8): how much each patch differs from its neighbours, the same seen from either."""
-    half = len(OFFSETS) // 2
-    there = gather_patches(looks, index[..., :half].flatten(1)).unflatten(1, (-1, half))
-    ahead = torch.linalg.vector_norm(looks.unsqueeze(2) - there, dim=-1)
-    behind = ahead.gather(1, index[..., half:].expand_as(ahead))
-    return torch.cat((ahead, behind), dim=-1)
+def _neighbours(
+    looks: torch.Tensor,
+    index: torch.Tensor,
+    earlier: torch.Tensor,
+    passes: torch.Tensor,
+    factor: torch.Tensor,
+    none: torch.Tensor,
+) -> Neighbours:
+    there = gather_patches(looks, index.flatten(1)).unflatten(1, index.shape[1:])
+    distance = torch.linalg.vector_norm(looks.unsqueeze(2) - there, dim=-1)
+    return Neighbours(index, none + distance * factor, earlier, passes)
 
 
 def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -175,11 +187,10 @@ def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, index.flatten(1)).view(index.shape)
 
 
-def cover(neighbours: list[Neighbours], tolerance: float | torch.Tensor) -> torch.Tensor:
+def cover(neighbours: Neighbours, tolerance: float | torch.Tensor) -> torch.Tensor:
     """Which patches stay, if one goes where a neighbour that stays differs from it by less than a tolerance.
 
-    At each spacing the three classes of `CLASSES` are looked at in turn, all patches of one at once. The patches of
-    every fourth row and column always stay.
+    All patches of a turn are looked at at once. One stays where it is left to a neighbour whose turn comes later.
 
     Args:
         neighbours: as `find_neighbours` gives them.
@@ -188,15 +199,14 @@ def cover(neighbours: list[Neighbours], tolerance: float | torch.Tensor) -> torc
     Returns:
         (batch, patches), bool.
     """
-    stays = torch.ones_like(neighbours[0].distance[..., 0], dtype=torch.bool)
-    for near in neighbours:
-        alike = near.distance < near.within * tolerance
-        for number in range(len(CLASSES)):
-            stays = stays & ~((near.classes == number) & (alike & at(stays, near.index)).any(dim=-1))
-    return stays
+    alike = neighbours.distance < tolerance
+    goes = alike.any(dim=-1)  # right for the first turn, before which none has gone, and then for one more each time
+    for _ in range(1, TURNS):
+        goes = (alike & ~at(goes, neighbours.earlier)).any(dim=-1)
+    return ~goes
 
 
-def cover_by(neighbours: list[Neighbours], keep: int | torch.Tensor) -> torch.Tensor:
+def cover_by(neighbours: Neighbours, keep: int | torch.Tensor) -> torch.Tensor:
     """Scores by which the patches that stay are the highest: as `cover`, by the tolerance that leaves so many.
 
     Where no tolerance leaves just so many, of the patches that would go those stay that differ most.
@@ -208,7 +218,7 @@ def cover_by(neighbours: list[Neighbours], keep: int | torch.Tensor) -> torch.Te
     Returns:
         (batch, patches), float32.
     """
-    known = torch.cat([near.distance.masked_fill(near.distance.isinf(), 0) / near.within for near in neighbours], dim=2)
+    known = neighbours.distance.masked_fill(neighbours.distance.isinf(), 0)
     high = known.amax(dim=(1, 2), keepdim=True) * 1.001 + 1e-6
     low = torch.zeros_like(high)
     wanted = keep.view(-1, 1, 1) if isinstance(keep, torch.Tensor) else keep
@@ -217,18 +227,15 @@ def cover_by(neighbours: list[Neighbours], keep: int | torch.Tensor) -> torch.Te
         fewer = cover(neighbours, middle).sum(dim=1).view(-1, 1, 1) <= wanted
         low, high = torch.where(fewer, low, middle), torch.where(fewer, middle, high)
     stays = cover(neighbours, high)
-    near, far = neighbours
-    even = near.classes == STAYS
-    beside, _ = _nearest(near, stays | even)
-    apart, _ = _nearest(far, stays)
-    return torch.where(stays, torch.inf, torch.where(even, apart / far.within, beside / near.within))
+    least, _ = _nearest(neighbours, stays)
+    return least.masked_fill(stays, torch.inf)
 
 
-def leaders(neighbours: list[Neighbours], stays: torch.Tensor) -> torch.Tensor:
+def leaders(neighbours: Neighbours, stays: torch.Tensor) -> torch.Tensor:
     """Which patch stands for each: itself if it stays, else the one that stands for the neighbour that differs least.
 
-    The neighbour is one that stays or is of even row and column, and for a patch that is so itself one that stays, two
-    patches away. Of neighbours that differ equally the first by `OFFSETS` is taken.
+    The neighbour is one that stays or, of a patch of odd row or column, one of even row and column. Of neighbours that
+    differ equally the first by `OFFSETS` is taken.
 
     Args:
         neighbours: as for `cover`.
@@ -237,18 +244,15 @@ def leaders(neighbours: list[Neighbours], stays: torch.Tensor) -> torch.Tensor:
     Returns:
         (batch, patches), int64.
     """
-    near, far = neighbours
     own = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
-    even = near.classes == STAYS
-    first = stays | even
-    beside = torch.where(first, own, _nearest(near, first)[1])
-    apart = torch.where(stays, own, _nearest(far, stays)[1])
-    return at(apart, beside)
+    first = torch.where(stays, own, _nearest(neighbours, stays)[1])
+    return at(first, first)
 
 
 def _nearest(neighbours: Neighbours, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much each patch differs from the neighbour that stays and differs least, and which that is."""
-    near = neighbours.distance.masked_fill(~at(stays, neighbours.index), torch.inf)
+    """How much each patch differs from the one that it may be left to and differs least from, and which that is."""
+    takes = at(stays, neighbours.index) | neighbours.passes
+    near = neighbours.distance.masked_fill(~takes, torch.inf)
     least = near.amin(dim=-1, keepdim=True)
     which = first_of((near == least).float()).unsqueeze(-1)
     return least.squeeze(-1), neighbours.index.expand(near.shape).gather(-1, which).squeeze(-1)

@@ -118,7 +118,7 @@ class Patches:
         """
         if self.real is not None:  # padding is part of the first patch's token, and does not count
             leaders = torch.where(self.real, leaders, leaders[:, :1])
-        layout = group(leaders, self.prefix, packed, self.real, rounds=self.rounds)
+        layout = group(leaders, self.prefix, packed, self.real, rounds=self.rounds, by_index=True)
         return Grouped(layout, proportional, self.grid, by_token(self._rows_of(leaders), layout))
 
     @staticmethod

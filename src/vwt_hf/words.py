@@ -350,7 +350,7 @@ def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         (batch, keep, values).
     """
     if kept.shape[0] == 1:
-        return patches[:, kept[0]]
+        return patches.index_select(1, kept[0])
     if patches.shape[0] == 1:
         return patches[0, kept]
     return patches[torch.arange(patches.shape[0], device=kept.device).unsqueeze(1), kept]

@@ -143,13 +143,13 @@ class LocalConfig(RaggedConfig):
                 return self._plan_of_number(patches, neighbours, self._number(*patches.grid))
             return patches.lead(leaders(neighbours, stays), self.packs(patches), self.proportional_attention)
 
-    def _plan_of_number(self, patches: Patches, neighbours: list[Neighbours], keep: int) -> Grouped:
+    def _plan_of_number(self, patches: Patches, neighbours: Neighbours, keep: int) -> Grouped:
         kept = highest(cover_by(neighbours, keep), keep)
         stays = torch.zeros(kept.shape[0], patches.count, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
         nearest = at(stays.cumsum(dim=1) - 1, leaders(neighbours, stays))
         return patches.represent(nearest, kept, None, self.proportional_attention)
 
-    def _stay_by_number(self, patches: Patches, neighbours: list[Neighbours]) -> torch.Tensor:
+    def _stay_by_number(self, patches: Patches, neighbours: Neighbours) -> torch.Tensor:
         """Which patches stay, (batch, patches) bool, where images are padded."""
         assert patches.real is not None
         numbers = self._numbers(patches)
