@@ -36,19 +36,19 @@ def exact(monkeypatch):
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return sample_images()
+    """Without the white one, whose tokens are equally alike but for rounding, which differs between devices."""
+    return sample_images()[1:]
 
 
 @setting
 @every
 def test_answers_are_those_of_the_cpu(name, setting, images, plans):
-    images = images.roll(1, 0)[1:]  # without the white one, whose tokens are equally alike but for rounding
     model = compress(tiny_model(name), setting)
     expected = answers(model, images)
     on_gpu = on_device(model, images)
     torch.testing.assert_close(on_gpu.cpu(), expected, atol=1e-4, rtol=1e-4)
     if hasattr(plans[0][0], "patch_words") and len(plans) == 2:
-        ours, theirs = ((plan.patch_words(3, patches.count)) for plan, patches, _ in plans)
+        ours, theirs = ((plan.patch_words(len(images), patches.count)) for plan, patches, _ in plans)
         assert torch.equal(ours, theirs.cpu())
 
 
@@ -175,7 +175,7 @@ def test_words_on_the_host_go_to_a_model_on_the_device(setting, images, plans):
     model = compress(tiny_model("vit-classifier"), setting)
     expected = answers(model, images)
     plan, patches, _ = plans[0]
-    words = plan.patch_words(4, patches.count)
+    words = plan.patch_words(len(images), patches.count)
     model.cuda()
     with torch.no_grad():
         found = model(pixel_values=images.cuda(), patch_words=words).logits

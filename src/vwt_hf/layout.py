@@ -348,15 +348,16 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
         For each run if packed, else for all images: (images, channels, tokens, tokens), float32; 0 for padding.
     """
     table = values[0].float().transpose(0, 1)
-    order, starts = layout.whole_bags
-    order = order % layout.rows.shape[1]
+    # A layer may lie on another device than the embeddings, which made the layout.
+    order, starts = (bag.to(values.device) for bag in layout.whole_bags)
+    order, shares = order % layout.rows.shape[1], [share.to(values.device) for share in layout.shares]
     means = torch.nn.functional.embedding_bag(order, table.flatten(1), starts, mode="mean")
     # Means over the one token's patches, (rows, channels, prefix + patches); those over the other's are a product.
-    rows = [len(share) * share.shape[2] for share in layout.shares]
+    rows = [len(share) * share.shape[2] for share in shares]
     parts = means[: sum(rows)].view(-1, *table.shape[1:]).split(rows)
     return tuple(
         (part.view(len(share), -1, share.shape[1]) @ share).unflatten(1, (share.shape[2], -1)).transpose(1, 2)
-        for part, share in zip(parts, layout.shares, strict=True)
+        for part, share in zip(parts, shares, strict=True)
     )
 
 
