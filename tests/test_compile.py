@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from settings import SETTINGS, fixed, inter, local
-from tiny import COMMON, answers, sample_pixel_values, tiny_model
+from tiny import COMMON, answers, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, count_tokens, restore
 from vwt_hf.families import find_layers
 from vwt_hf.forward import current_forward
@@ -220,7 +220,7 @@ def test_a_compiled_model_is_called_within_the_forward_of_another(outer):
         compress(tiny_model("vit-classifier", num_hidden_layers=1), setting) for setting in (EVEN["merge"], inter())
     ]
     compiled = [torch.compile(model, backend="eager") for model in inner]
-    model = compress(tiny_model("dinov2-classifier"), outer)
+    model = compress(tiny_model("dinov2-classifier", num_hidden_layers=1), outer)
     expected, found = answers(model, pixel_values), []
     for one in compiled:
         find_layers(model)[0].register_forward_hook(lambda *_, one=one: found.append(one(pixel_values=pixel_values)[0]))
@@ -346,7 +346,8 @@ def test_inter_compiled_by_inductor_answers_as_it_does_eagerly(words):
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations for which the host would wait for a device: those whose result or shape depends on data."""
+    """Counts what the host would wait for a device for: operations whose result or shape depends on data, and those
+    that make a tensor there of what the host has."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -354,9 +355,16 @@ class Waits(TorchDispatchMode):
         # Reading a list from a CPU tensor goes past the dispatcher.
         original = torch.Tensor.tolist
         monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (self._add(), original(tensor))[1])
+        for name in ("tensor", "as_tensor"):
+            monkeypatch.setattr(torch, name, functools.partial(self._make, getattr(torch, name)))
 
     def _add(self) -> None:
         self.count += 1
+
+    def _make(self, make, *args, device=None, **kwargs) -> torch.Tensor:
+        if device != "cpu":  # by its name: what is made on the host and is copied without waiting
+            self._add()
+        return make(*args, device=device, **kwargs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         indices = args[1] if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default) else ()
@@ -369,8 +377,9 @@ class Waits(TorchDispatchMode):
 
 def waits(model, pixel_values, monkeypatch) -> int:
     answers(model, pixel_values)  # what is made once is made
-    with Waits(monkeypatch) as mode:
-        answers(model, pixel_values)
+    given = inputs(model, pixel_values)
+    with torch.no_grad(), Waits(monkeypatch) as mode:
+        model(**given)
     monkeypatch.undo()
     return mode.count
 
@@ -381,7 +390,9 @@ def test_what_makes_a_host_wait_is_counted(monkeypatch):
 
     with Waits(monkeypatch) as mode:
         waiting(sample_pixel_values())
-    assert mode.count == 4
+        assert mode.count == 4
+        torch.tensor([1], device=torch.device("cpu"))
+    assert mode.count == 5
 
 
 @pytest.mark.parametrize("model", [*COMMON, "beit", "data2vec"], indirect=True)
@@ -389,5 +400,7 @@ def test_a_forward_waits_for_its_device_once_with_words_and_never_without(model,
     pixel_values = ragged(3)
     for criterion in ("variance", "random", "grid"):
         assert waits(compress(model, {"criterion": criterion}), pixel_values, monkeypatch) == 0
-    assert waits(compress(model, fixed()), pixel_values, monkeypatch) == 0
+    for setting in (fixed(), local(num_patches=30)):
+        assert waits(compress(model, setting), pixel_values, monkeypatch) == 0
+    assert waits(compress(model, local()), pixel_values, monkeypatch) == 1
     assert waits(compress(model, words), pixel_values, monkeypatch) == 1
