@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -89,6 +90,17 @@ def test_graphs_of_models_with_other_settings_are_told_apart():
     pixel_values = sample_pixel_values()
     for model, own in zip(models, compiled, strict=True):
         torch.testing.assert_close(answers(own, pixel_values), answers(model, pixel_values))
+
+
+@pytest.mark.newest
+def test_with_an_older_torch_the_graph_breaks(monkeypatch):
+    monkeypatch.setattr(sys.modules["vwt_hf.compress"], "ONE_GRAPH", False)
+    model = compress(tiny_model("vit-classifier", num_hidden_layers=1), EVEN["local"])
+    pixel_values = sample_pixel_values()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        answers(torch.compile(model, backend="eager", fullgraph=True), pixel_values)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(answers(compiled, pixel_values), answers(model, pixel_values))
 
 
 @pytest.mark.newest
@@ -357,6 +369,8 @@ class Waits(TorchDispatchMode):
         monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (self._add(), original(tensor))[1])
         for name in ("tensor", "as_tensor"):
             monkeypatch.setattr(torch, name, functools.partial(self._make, getattr(torch, name)))
+        new = torch.Tensor.new_tensor
+        monkeypatch.setattr(torch.Tensor, "new_tensor", lambda *args, **kwargs: self._make(new, *args, **kwargs))
 
     def _add(self) -> None:
         self.count += 1
@@ -404,3 +418,10 @@ def test_a_forward_waits_for_its_device_once_with_words_and_never_without(model,
         assert waits(compress(model, setting), pixel_values, monkeypatch) == 0
     assert waits(compress(model, local()), pixel_values, monkeypatch) == 1
     assert waits(compress(model, words), pixel_values, monkeypatch) == 1
+
+
+@pytest.mark.parametrize("setting", [local(num_patches=30), local(), inter()], ids=["number", "local", "inter"])
+def test_padded_images_wait_no_more_often_than_in_the_plain_model(setting, monkeypatch):
+    model, pixel_values = tiny_model("siglip2-vision"), ragged(3)
+    plain = waits(model, pixel_values, monkeypatch)
+    assert waits(compress(model, setting), pixel_values, monkeypatch) <= plain

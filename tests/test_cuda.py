@@ -7,14 +7,18 @@ import warnings
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from PIL import Image
+from torch._dynamo.utils import counters
 
-from settings import fixed, gradual, inter, local
+from settings import ViTImageProcessor, fixed, gradual, inter, local
 from test_families import SETTINGS, sample_images
-from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
+from tiny import MODELS, answers, forward, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, attention, compress
+from vwt_hf.compress import ONE_GRAPH
 from vwt_hf.families import family_of, find_layers, find_tower
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs CUDA")
 HALF = [torch.float16, torch.bfloat16]
 RAGGED = {"inter": inter(), "local": local(), "gradual": gradual()}
 EVEN = {
@@ -45,21 +49,10 @@ def images() -> torch.Tensor:
 def test_answers_are_those_of_the_cpu(name, setting, images, plans):
     model = compress(tiny_model(name), setting)
     expected = answers(model, images)
-    on_gpu = on_device(model, images)
-    torch.testing.assert_close(on_gpu.cpu(), expected, atol=1e-4, rtol=1e-4)
-    if hasattr(plans[0][0], "patch_words") and len(plans) == 2:
-        ours, theirs = ((plan.patch_words(len(images), patches.count)) for plan, patches, _ in plans)
-        assert torch.equal(ours, theirs.cpu())
-
-
-def on_the_cpu(name: str):
-    with torch.device("cpu"):
-        return tiny_model(name)
-
-
-def on_device(model, images: torch.Tensor) -> torch.Tensor:
-    with torch.device("cuda"):  # of what `inputs` makes besides the images
-        return answers(model.cuda(), images.cuda())
+    torch.testing.assert_close(answers(model.cuda(), images.cuda()).cpu(), expected, atol=1e-4, rtol=1e-4)
+    words = [plan.patch_words(len(images), patches.count).cpu() for plan, patches, _ in plans]
+    half = len(words) // 2  # more than one of a forward where rotations ask for the plan, too
+    assert half and all(torch.equal(*both) for both in zip(words[:half], words[half:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -69,15 +62,15 @@ def test_packed_and_padded_batches_answer_as_single_images(name, setting, dtype,
     model, images = tiny_model(name).to("cuda", dtype), images.to("cuda", dtype)
     for layout in ("auto", "packed", "padded"):
         compress(model, dataclasses.replace(setting, layout=layout))
-        with torch.device("cuda"):
-            alone = torch.cat([answers(model, image[None]) for image in images])
-            torch.testing.assert_close(answers(model, images), alone, atol=4e-2, rtol=4e-2)
+        alone = torch.cat([answers(model, image[None]) for image in images])
+        torch.testing.assert_close(answers(model, images), alone, atol=4e-2, rtol=4e-2)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_packs_and_attends_by_the_kernel_that_knows_where_images_end(dtype, images, plans, monkeypatch):
-    calls = []
-    kernel = attention.varlen_attn
+    if not attention._has_flash(torch.device("cuda"), dtype):
+        pytest.skip("needs torch 2.10 and compute capability 8.0")
+    calls, kernel = [], attention.varlen_attn
     monkeypatch.setattr(attention, "varlen_attn", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
     model = compress(tiny_model("vit-classifier").to("cuda", dtype), gradual())
     answers(model, images.to("cuda", dtype))
@@ -119,6 +112,7 @@ def test_a_forward_is_captured_as_a_cuda_graph(setting):
     first, second = sample_pixel_values().cuda(), sample_pixel_values().flip(0, 1).cuda()
     expected = [answers(model, first), answers(model, second)]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         answers(model, first)
     torch.cuda.current_stream().wait_stream(stream)
@@ -131,11 +125,10 @@ def test_a_forward_is_captured_as_a_cuda_graph(setting):
         torch.testing.assert_close(found, known)
 
 
+@pytest.mark.skipif(not ONE_GRAPH, reason="needs torch 2.11")
 @pytest.mark.parametrize("setting", list(EVEN.values()), ids=list(EVEN))
 @pytest.mark.parametrize("name", ["vit-classifier", "dinov3", "beit-classifier"])
 def test_compiled_for_cuda_graphs_a_model_answers_as_before(name, setting):
-    from torch._dynamo.utils import counters
-
     torch._dynamo.reset()
     counters.clear()
     model = compress(tiny_model(name).cuda(), setting)
@@ -156,8 +149,7 @@ def test_gradients_are_those_of_the_cpu(name, setting, images):
         return {name: one.grad.cpu() for name, one in model.named_parameters() if one.grad is not None}
 
     expected = gradients(compress(tiny_model(name), setting), images)
-    with torch.device("cuda"):
-        found = gradients(compress(on_the_cpu(name), setting).cuda(), images.cuda())
+    found = gradients(compress(tiny_model(name), setting).cuda(), images.cuda())
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
@@ -165,12 +157,12 @@ def test_gradients_are_those_of_the_cpu(name, setting, images):
 @every
 def test_under_autocast_it_answers_as_in_single_images(name, setting, images):
     model, images = compress(tiny_model(name).cuda(), setting), images.cuda()
-    with torch.autocast("cuda", torch.bfloat16), torch.device("cuda"):
+    with torch.autocast("cuda", torch.bfloat16):
         alone = torch.cat([answers(model, image[None]) for image in images])
         torch.testing.assert_close(answers(model, images).float(), alone.float(), atol=6e-2, rtol=6e-2)
 
 
-@pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
+@setting
 def test_words_on_the_host_go_to_a_model_on_the_device(setting, images, plans):
     model = compress(tiny_model("vit-classifier"), setting)
     expected = answers(model, images)
@@ -182,18 +174,16 @@ def test_words_on_the_host_go_to_a_model_on_the_device(setting, images, plans):
     torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
+@setting
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", ["vit-classifier", "dinov3", "clip-classifier", "data2vec-classifier"])
 def test_a_model_lies_on_two_devices(name, first, setting, images):
-    from accelerate import dispatch_model
-
     model = compress(tiny_model(name), setting)
     expected = answers(model, images)
     last = find_layers(find_tower(model, family_of(model)).module)[-1]
     holders = {id(module) for module in model.modules() if last in list(module.modules())[1:]}
     other = "cuda" if first == "cpu" else "cpu"
-    places = {
+    places = {  # devices, not their names: by the name "cpu", accelerate offloads
         f"{name}.{part}".removeprefix("."): torch.device(other if child is last else first)
         for name, module in model.named_modules()
         if id(module) in holders
@@ -201,19 +191,12 @@ def test_a_model_lies_on_two_devices(name, first, setting, images):
         if id(child) not in holders
     }
     dispatch_model(model, places, main_device=first)
-    given = inputs(model, images.to(first))
-    with torch.no_grad():
-        found = model(**{name: value.to(first) for name, value in given.items()})[0]
-    torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(answers(model, images.to(first)).cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_words_are_learned_as_on_the_cpu(tmp_path):
-    from PIL import Image
-
     for number, image in enumerate(sample_pixel_values(32, 64, 64)):
         Image.fromarray((image.sigmoid() * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
-    from settings import ViTImageProcessor
-
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
     learned = [
         VisualVocabulary.learn(tmp_path, processor, size=20, patch_size=8, device=device) for device in ("cpu", "cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 
 import pytest
@@ -138,6 +139,20 @@ def test_looks_measure_raw_colours_their_slopes_and_texture(size):
         expected.append(torch.stack(values) / math.sqrt(3 * height * width))
     found = describe(patches.flatten(2), size, std)[0]
     torch.testing.assert_close(found.double(), torch.stack(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_looks_are_the_same_under_another_default_dtype_and_after_it(monkeypatch):
+    monkeypatch.setattr("vwt_hf.words._kept", collections.OrderedDict())
+    patches, std = torch.randn(1, 2, 48, generator=torch.Generator().manual_seed(0)), (0.229, 0.224, 0.225)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = describe(patches, (4, 4), std)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    after = describe(patches, (4, 4), std)
+    monkeypatch.setattr("vwt_hf.words._kept", collections.OrderedDict())
+    expected = describe(patches, (4, 4), std)
+    assert torch.equal(other, expected) and torch.equal(after, expected)
 
 
 def test_patches_of_one_colour_differ_by_the_distance_of_their_colours():

@@ -170,7 +170,7 @@ def padded_patches(pixel_values: torch.Tensor, patch_size: int) -> dict[str, tor
     for image, whole, (high, wide) in zip(patches, pixel_values.float(), shapes.tolist(), strict=True):
         grid = whole[:, : high * patch_size, : wide * patch_size].unflatten(2, (wide, -1)).unflatten(1, (high, -1))
         image[: high * wide] = grid.permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
-    mask = torch.arange(rows * columns) < shapes.prod(1, keepdim=True)
+    mask = torch.arange(rows * columns, device=shapes.device) < shapes.prod(1, keepdim=True)
     return {"pixel_values": patches.to(pixel_values), "pixel_attention_mask": mask.int(), "spatial_shapes": shapes}
 
 
@@ -183,8 +183,8 @@ def inputs(model: transformers.PreTrainedModel, pixel_values: torch.Tensor) -> d
         patches = pixel_values[0, 0].numel() // model.config.patch_size**2
         given["noise"] = torch.arange(patches, dtype=torch.float32).expand(len(pixel_values), -1)
     if hasattr(model, "text_model"):
-        given["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]], device=pixel_values.device)
-    return given
+        given["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]])
+    return {name: value.to(pixel_values.device) for name, value in given.items()}
 
 
 def forward(model: transformers.PreTrainedModel, pixel_values: torch.Tensor, **kwargs):

@@ -39,8 +39,9 @@ from .plans import DROPPED, Grouped, Kept
 from .vouch import vouch
 from .words import patch_grid
 
-ONE_GRAPH = torch.__version__ >= "2.11"
-"""Whether torch.compile can trace what the forward of a tower knows: before, graphs break in transformers, too."""
+ONE_GRAPH = torch.__version__ >= "2.11.0a0"
+"""Whether one graph of torch.compile can hold a forward. With an older torch graphs break in transformers anyway, so
+forwards run natively between them."""
 
 
 def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> PreTrainedModel:

@@ -156,7 +156,7 @@ class Traced(Forward):
     """A forward that torch.compile traces, into one graph or, where that breaks, into several."""
 
     members: Any = None
-    """The numbers (`id`) of the modules of the tower: torch.compile takes no set of modules."""
+    """The numbers (`id`) of the modules of the tower."""
 
     def holds(self, module: nn.Module) -> bool:
         """Whether `module` is a part of the tower."""
@@ -164,7 +164,7 @@ class Traced(Forward):
 
 
 def _numbers(module: nn.Module) -> list[int]:
-    """`id` of a module and of all within it."""
+    """`id` of a module and of all within it; `module.modules()` keeps a set of modules, which is not traced."""
     found = [id(module)]
     for child in module._modules.values():
         if child is not None:

@@ -66,9 +66,8 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     """The subclass of a config class, of the same name, whose instances have a setting and write it to config.json.
 
     Args:
-        by_plan: whether layers that read it use this package's attention in forwards that group patches. What does so
-            breaks the graph of a compiled model where no forward is traced, so configs that do not need it
-            lack it.
+        by_plan: whether layers that read it use this package's attention in forwards that group patches. Reading such a
+            config breaks the graph of a compiled model where no forward is traced, so others are not of this kind.
     """
 
     def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
@@ -99,7 +98,7 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
         "__reduce__": reduce,
     }
     if by_plan:
-        # No property: where a class has a `__getattribute__`, torch before 2.13 traces no properties.
+        # Configs of transformers have a `__getattribute__`, and of such classes torch before 2.13 traces no properties.
         body["__getattribute__"] = read
     # By its name `pickle` would find the plain class.
     copyreg.pickle(metaclass, lambda _: (config_subclass, (plain, by_plan)))

@@ -1,7 +1,7 @@
 """Patches that look like a patch beside them, which may stand for both: functions on tensors alone.
 
-A patch of odd row or column may be left to one of the eight beside it. One of even row and column may be left to one
-two patches away, which has an even row and column, too. So those of every fourth row and column always stay.
+A patch of odd row or column may be left to one of the eight beside it, and one of even row and column to one two
+patches away. Those of every fourth row and column always stay: each other one of even row and column has one around it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Neighbours:
     """(batch, patches, 8): the tolerance from which on the patch may be left to each; infinite where there is none, and
     of patches that always stay."""
     earlier: torch.Tensor
-    """(batch or 1, patches, 8), int64: which patches they are if it is their turn earlier; else 0, which stays."""
+    """(batch or 1, patches, 8), int64: which patches they are, if their turn is earlier than the patch's own; else 0, a
+    patch that always stays."""
     passes: torch.Tensor
     """(batch or 1, patches, 8), bool: whether the patch may be left to each even if that is left to another itself."""
 
@@ -60,8 +61,9 @@ def _waves(height: int, width: int, device: torch.device) -> torch.Tensor:
 
 @same_for_all
 def _weights(image_std: tuple[float, ...], values: int, device: torch.device) -> torch.Tensor:
-    """What makes a sum over the values of a patch one of raw RGB, for each channel."""
-    return torch.tensor(image_std, device=device) * values**-0.5
+    """What pixels of a patch are multiplied by, by channel, so that the length of all is their root mean square."""
+    weights = np.asarray(image_std, np.float32) * np.float32(values**-0.5)
+    return torch.tensor(weights.tolist(), dtype=torch.float32, device=device)
 
 
 def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tuple[float, ...]) -> torch.Tensor:
@@ -190,7 +192,7 @@ def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def cover(neighbours: Neighbours, tolerance: float | torch.Tensor) -> torch.Tensor:
     """Which patches stay, if one goes where a neighbour that stays differs from it by less than a tolerance.
 
-    All patches of a turn are looked at at once. One stays where it is left to a neighbour whose turn comes later.
+    All patches of a turn are looked at at once. A neighbour whose turn comes later counts as one that stays.
 
     Args:
         neighbours: as `find_neighbours` gives them.
@@ -250,7 +252,7 @@ def leaders(neighbours: Neighbours, stays: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest(neighbours: Neighbours, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much each patch differs from the one that it may be left to and differs least from, and which that is."""
+    """How much each patch differs from the most similar of the neighbours that it may be left to, and which that is."""
     takes = at(stays, neighbours.index) | neighbours.passes
     near = neighbours.distance.masked_fill(~takes, torch.inf)
     least = near.amin(dim=-1, keepdim=True)

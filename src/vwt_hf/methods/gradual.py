@@ -88,7 +88,7 @@ class GradualConfig(LocalConfig):
 
     @property
     def even(self) -> bool:
-        return self.tolerance is None and self.join_ratio is not None
+        return self.tolerance is None and self.join_ratio is not None  # torch before 2.13 traces no super().even
 
     @property
     def shortens(self) -> bool:
