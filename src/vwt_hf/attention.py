@@ -210,7 +210,7 @@ def sdpa(
     head_size = query.shape[-1]
     if (
         plan.layout.packed
-        and plan.layout.rows.shape[0] > 1  # for one image a bias is faster than what has to be folded for that kernel
+        and plan.layout.rows.shape[0] > 1  # one image takes a bias, which is fewer operations than folding it
         and pairs is None
         and not dropout
         and _has_flash(query.device, query.dtype)

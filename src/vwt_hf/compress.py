@@ -362,7 +362,7 @@ class StandIn(functools.partial):
 
     @property
     def __code__(self) -> types.CodeType:
-        """Where torch.export, before torch 2.11, says that a forward stands."""
+        """The code of that function, which torch.export of torch 2.6 reads of every forward."""
         return self.func.__code__
 
 

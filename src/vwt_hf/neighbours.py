@@ -38,9 +38,8 @@ class Neighbours:
     distance: torch.Tensor
     """(batch, patches, 8): the tolerance from which on the patch may be left to each; infinite where there is none, and
     of patches that always stay."""
-    earlier: torch.Tensor
-    """(batch or 1, patches, 8), int64: which patches they are, if their turn is earlier than the patch's own; else 0, a
-    patch that always stays."""
+    later: torch.Tensor
+    """(batch or 1, patches, 8), bool: whether their turn comes after the patch's own, or they have none."""
     passes: torch.Tensor
     """(batch or 1, patches, 8), bool: whether the patch may be left to each even if that is left to another itself."""
 
@@ -94,8 +93,8 @@ def find_neighbours(looks: torch.Tensor, grid: tuple[int, int]) -> Neighbours:
         looks: (batch, patches, values), as `describe` gives them.
         grid: rows and columns of patches.
     """
-    index, earlier, passes = _beside(*grid, looks.device).unbind(0)
-    return _neighbours(looks, index, earlier, passes.bool(), *_limits(*grid, looks.device).unbind(0))
+    index, later, passes = _beside(*grid, looks.device).unbind(0)
+    return _neighbours(looks, index, later.bool(), passes.bool(), *_limits(*grid, looks.device).unbind(0))
 
 
 def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torch.Tensor) -> Neighbours:
@@ -108,10 +107,10 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
     """
     row, column = places.long().unsqueeze(2).unbind(-1)
     rows, columns = (place.masked_fill(~real.unsqueeze(2), -1).amax(dim=1, keepdim=True) + 1 for place in (row, column))
-    index, earlier, passes, factor, exists = _around(row, column, rows, columns, _offsets(places.device).unbind(1))
+    index, later, passes, factor, exists = _around(row, column, rows, columns, _offsets(places.device).unbind(1))
     exists = exists & real.unsqueeze(2)
     none = torch.zeros_like(looks[..., :1]).masked_fill(~exists, torch.inf)
-    return _neighbours(looks, index * exists, earlier * exists, passes & exists, factor, none)
+    return _neighbours(looks, index * exists, later, passes & exists, factor, none)
 
 
 @same_for_all
@@ -119,17 +118,17 @@ def _offsets(device: torch.device) -> torch.Tensor:
     return whole_numbers(OFFSETS, device)
 
 
-def _on_grid(rows: int, columns: int) -> list[Any]:
+def _on_grid(rows: int, columns: int) -> tuple[Any, ...]:
     """What `_around` gives of all patches of a grid: (patches, 8) or, of the factors, (patches, 1)."""
     row, column = np.divmod(np.arange(rows * columns)[:, None], columns)
-    return list(_around(row, column, rows, columns, np.array(OFFSETS).T))
+    return _around(row, column, rows, columns, np.array(OFFSETS).T)
 
 
 @same_for_all
 def _beside(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """`index`, `earlier` and `passes` of `Neighbours`: (3, 1, patches, 8), int64."""
-    index, earlier, passes, _, exists = _on_grid(rows, columns)
-    return whole_numbers(np.stack((index, earlier, passes))[:, None] * exists, device)
+    """`index`, `later` and `passes` of `Neighbours`: (3, 1, patches, 8), int64."""
+    index, later, passes, _, exists = _on_grid(rows, columns)
+    return whole_numbers(np.stack((index, later, passes))[:, None] * exists, device)
 
 
 @same_for_all
@@ -149,7 +148,7 @@ def _around(row: Any, column: Any, rows: Any, columns: Any, offsets: Any) -> tup
         offsets: `OFFSETS`, downwards and to the right: (8,) each.
 
     Returns:
-        `index`, `earlier` and `passes` of `Neighbours`, right where a neighbour exists; what the difference is
+        `index`, `later` and `passes` of `Neighbours`, right where a neighbour exists; what the difference is
         multiplied by; whether it exists, and the patch may be left to it.
     """
     turn = _turn(row, column)
@@ -157,7 +156,7 @@ def _around(row: Any, column: Any, rows: Any, columns: Any, offsets: Any) -> tup
     there_row, there_column = row + (1 + even) * offsets[0], column + (1 + even) * offsets[1]
     exists = (there_row >= 0) & (there_row < rows) & (there_column >= 0) & (there_column < columns) & (turn != ALWAYS)
     index, turn_there = there_row * columns + there_column, _turn(there_row, there_column)
-    return index, index * (turn_there < turn), ~even & (turn_there >= TURNS), 1 + even * (1 / FAR - 1), exists
+    return index, turn_there > turn, ~even & (turn_there >= TURNS), 1 + even * (1 / FAR - 1), exists
 
 
 def _turn(row: Any, column: Any) -> Any:
@@ -173,14 +172,14 @@ def _turn(row: Any, column: Any) -> Any:
 def _neighbours(
     looks: torch.Tensor,
     index: torch.Tensor,
-    earlier: torch.Tensor,
+    later: torch.Tensor,
     passes: torch.Tensor,
     factor: torch.Tensor,
     none: torch.Tensor,
 ) -> Neighbours:
     there = gather_patches(looks, index.flatten(1)).unflatten(1, index.shape[1:])
     distance = torch.linalg.vector_norm(looks.unsqueeze(2) - there, dim=-1)
-    return Neighbours(index, none + distance * factor, earlier, passes)
+    return Neighbours(index, none + distance * factor, later, passes)
 
 
 def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -192,7 +191,8 @@ def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def cover(neighbours: Neighbours, tolerance: float | torch.Tensor) -> torch.Tensor:
     """Which patches stay, if one goes where a neighbour that stays differs from it by less than a tolerance.
 
-    All patches of a turn are looked at at once. A neighbour whose turn comes later counts as one that stays.
+    All patches of a turn are looked at at once. A neighbour whose turn comes later counts as one that stays, and one
+    whose turn was earlier has gone if it is alike, as the patch stayed then. So no turn needs to wait for another.
 
     Args:
         neighbours: as `find_neighbours` gives them.
@@ -201,11 +201,7 @@ def cover(neighbours: Neighbours, tolerance: float | torch.Tensor) -> torch.Tens
     Returns:
         (batch, patches), bool.
     """
-    alike = neighbours.distance < tolerance
-    goes = alike.any(dim=-1)  # right for the first turn, before which none has gone, and then for one more each time
-    for _ in range(1, TURNS):
-        goes = (alike & ~at(goes, neighbours.earlier)).any(dim=-1)
-    return ~goes
+    return ~((neighbours.distance < tolerance) & neighbours.later).any(dim=-1)
 
 
 def cover_by(neighbours: Neighbours, keep: int | torch.Tensor) -> torch.Tensor:
