@@ -444,7 +444,7 @@ def draw_local(draw: st.DrawFn, patches: int) -> Fields:
     }
     field = draw(st.sampled_from([*how_many]))
     found = {
-        "method": draw(st.sampled_from(["local", "gradual"])),
+        "method": draw(st.sampled_from(["local", "gradual", "coarse"])),
         field: draw(how_many[field]),
         "image_std": draw(st.sampled_from([[0.5] * 3, [0.2, 0.5, 1.0]])),
         "layout": draw(st.sampled_from(["auto", "packed", "padded"])),

@@ -37,6 +37,11 @@ def fixed(**fields) -> VWTConfig:
     return VWTConfig(**{"method": "gradual", "keep_ratio": 0.5, "join_ratio": 0.25, "image_std": deviation, **fields})
 
 
+def coarse(**fields) -> VWTConfig:
+    """Blocks at a tolerance that some of the tests' images pass."""
+    return local(**{"method": "coarse", **fields})
+
+
 SETTINGS = {
     "discard": VWTConfig(keep_ratio=0.5),
     "merge": VWTConfig(keep_ratio=0.5, dropped="merge"),

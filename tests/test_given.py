@@ -14,7 +14,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from settings import SETTINGS, inter
+from settings import SETTINGS, coarse, inter
 from test_families import sample_images
 from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip, built, llava
 from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
@@ -30,6 +30,7 @@ KINDS = {
     "grid": VWTConfig(criterion="grid", keep_ratio=0.3),
     "grid-merge": VWTConfig(criterion="grid", keep_ratio=0.3, dropped="merge"),
     "padded": inter(layout="padded"),
+    "coarse": coarse(),
 }
 GIVEN = {"method": "given"}
 kind = pytest.mark.parametrize("setting", list(KINDS.values()), ids=list(KINDS))
@@ -75,7 +76,8 @@ def test_a_model_given_its_words_answers_as_if_it_had_searched(name, setting, im
     def refuse(*_):
         raise AssertionError("it searched")
 
-    monkeypatch.setattr(type(setting), "plan", refuse)
+    for search in ("plan", "choose"):
+        monkeypatch.setattr(type(setting), search, refuse)
     given = answered(model, images, patch_words=words)
     assert plans[-1][2] is not None and current_forward() is None
     torch.testing.assert_close(given, found, atol=1e-5, rtol=1e-5)

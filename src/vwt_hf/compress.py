@@ -19,6 +19,7 @@ from . import attention
 from .config import ModelFacts, VWTConfig
 from .families import Family, Tower, family_of, find_layers, find_stack, find_tower, is_of, model_of, require_supported
 from .forward import (
+    Forward,
     GivenWords,
     begin_call,
     begin_forward,
@@ -154,6 +155,8 @@ def _hook_in(
         begin = Begin(bool(relative), by_sizes, strips_mask, even=is_even(setting, family))
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows)
+    if setting.shortens and setting.repaints:
+        tower.embeddings.register_forward_pre_hook(Repaint(reduce), with_kwargs=True)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
     for module in tower.module.modules():
         if is_of(module, family.rotary):
@@ -506,17 +509,12 @@ class Reduce(Hook):
         self, module: nn.Module, pixel_values: torch.Tensor, args: Any, kwargs: dict[str, Any], output: Any
     ) -> Any:
         forward, tokens = forward_of(module), _tokens_of(output)
-        patches = self.patches(pixel_values, tokens.shape[1])
-        if self.family.padded is not None:
-            spatial_shapes = args[1] if len(args) > 1 else kwargs["spatial_shapes"]
-            places, real = padded_places(spatial_shapes.to(pixel_values.device), pixel_values.shape[1])
-            real = real if forward.real is None else real & forward.real.bool()
-            patches = dataclasses.replace(patches, real=real, padded_places=places)
+        patches = self.patches_within(forward, pixel_values, tokens.shape[1], args, kwargs)
         if not is_even(self.setting, self.family):
             packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
             rounds = attention.rounds(tokens.device, tokens.dtype)
             patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)
-        plan = self.plan(patches, forward.given and forward.given.take())
+        plan = self.plan(patches, forward.given and forward.given.take(), forward.words)
         if plan is None:
             return output
         forward.go_by(plan)
@@ -524,10 +522,12 @@ class Reduce(Hook):
             forward.real = patches.real if self.setting.restores else getattr(plan, "stays", None)
         return self.family.reduces(output, plan)
 
-    def plan(self, patches: Patches, given: GivenWords | None) -> Kept | Grouped | None:
-        """What becomes of the patches: as the caller's words say, if there are any."""
+    def plan(
+        self, patches: Patches, given: GivenWords | None, chosen: torch.Tensor | None = None
+    ) -> Kept | Grouped | None:
+        """What becomes of the patches: as the caller's words say, if there are any, or those that `Repaint` chose."""
         if given is None:
-            return self.setting.plan(patches)
+            return self.setting.plan(patches) if chosen is None else self.setting.plan_by(patches, chosen)
         return self.setting.plan_of(patches, patches.of_words(given.words, given.repeats))
 
     def _require_alone(self, pixel_values: torch.Tensor, length: int) -> None:
@@ -546,12 +546,47 @@ class Reduce(Hook):
                 "setting of the model keeps all. Load image processor and model with the same `vwt`."
             )
 
-    def patches(self, pixel_values: torch.Tensor, length: int) -> Patches:
-        """The patches in `pixel_values`, of which the embeddings made `length` rows with their prefix tokens."""
+    def patches_within(
+        self, forward: Forward, pixel_values: torch.Tensor, length: int | None, args: Any, kwargs: dict[str, Any]
+    ) -> Patches:
+        """As `patches`, of embeddings that were called with `args` and `kwargs`: also where images are padded."""
+        patches = self.patches(pixel_values, length)
+        if self.family.padded is None:
+            return patches
+        spatial_shapes = args[1] if len(args) > 1 else kwargs["spatial_shapes"]
+        places, real = padded_places(spatial_shapes.to(pixel_values.device), pixel_values.shape[1])
+        real = real if forward.real is None else real & forward.real.bool()
+        return dataclasses.replace(patches, real=real, padded_places=places)
+
+    def patches(self, pixel_values: torch.Tensor, length: int | None) -> Patches:
+        """The patches in `pixel_values`, of which the embeddings made `length` rows with their prefix tokens; `None`
+        before they did, when nobody knows how many prefix tokens there are."""
         if self.family.padded is not None:
             return Patches(pixel_values, self.patch_size, self.channels, prefix=0, grid=None)
         grid = patch_grid(pixel_values, self.patch_size)
-        return Patches(pixel_values, self.patch_size, self.channels, length - grid[0] * grid[1], grid)
+        prefix = 0 if length is None else length - grid[0] * grid[1]
+        return Patches(pixel_values, self.patch_size, self.channels, prefix, grid)
+
+
+@dataclasses.dataclass(eq=False)
+class Repaint(Hook):
+    """Forward pre-hook of the embeddings: has them see what the setting shows in place of some patches."""
+
+    reduce: Reduce
+
+    @traced_within
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        forward, setting = forward_of(module), self.reduce.setting
+        pixel_values = args[0] if args else kwargs["pixel_values"]
+        patches = self.reduce.patches_within(forward, pixel_values, None, args, kwargs)
+        if forward.given is None:
+            words = forward.words = setting.choose(patches)
+        else:  # `Reduce` takes them, and refuses what they must not be
+            words = patches.of_words(forward.given.words, forward.given.repeats)
+        shown = setting.repainted(patches, words)
+        if args:
+            return (shown, *args[1:]), kwargs
+        return args, kwargs | {"pixel_values": shown}
 
 
 def _tokens_of(output: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .bounds import is_number
 from .evidence import checked_evidence
@@ -82,6 +82,9 @@ class VWTConfig:
         137
     """
 
+    attention_exponent: ClassVar[float] = 1
+    """What `attention` is with `proportional_attention`."""
+
     method: str = "intra"
     output: str | None = None
     proportional_attention: bool = True
@@ -122,6 +125,11 @@ class VWTConfig:
 
     def __repr__(self) -> str:
         return f"VWTConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    @property
+    def attention(self) -> float:
+        """To which power of the number of its patches a token draws attention."""
+        return self.attention_exponent if self.proportional_attention else 0
 
     @property
     def groups(self) -> bool:
@@ -180,6 +188,36 @@ class VWTConfig:
             ValueError: they tell of another kind of plan.
         """
         raise NotImplementedError
+
+    @property
+    def repaints(self) -> bool:
+        """Whether patches are chosen before they are embedded, as some are to show something else then."""
+        return False
+
+    def choose(self, patches: Patches) -> torch.Tensor:
+        """The words by which `plan_by` makes the plan that `plan` makes, (batch, patches) int64; if it `repaints`."""
+        raise NotImplementedError
+
+    def repainted(self, patches: Patches, words: torch.Tensor, enlarged: bool = False) -> torch.Tensor:
+        """What is embedded in place of the images, of the shape and dtype of `patches.pixel_values`; if it `repaints`.
+
+        Args:
+            words: (batch, patches) int64, as `choose` or a caller tells them.
+            enlarged: whether for a person to look at.
+        """
+        raise NotImplementedError
+
+    def plan_by(self, patches: Patches, words: torch.Tensor) -> Grouped:
+        """The plan that `plan` makes, of what `choose` told; if it `repaints`."""
+        raise NotImplementedError
+
+    def seen(self, patches: Patches, plan: Kept | Grouped) -> torch.Tensor:
+        """What is left of each patch, for a person to look at: (batch, patches, channels · patch height · patch width).
+
+        Args:
+            plan: one that this setting made of these patches.
+        """
+        return patches.seen(plan)
 
     def joins(self, layers: int) -> dict[int, float]:
         """After which of a model's layers tokens are grouped again, ascending, and what `join` is told of each.

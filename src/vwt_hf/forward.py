@@ -82,6 +82,8 @@ class Forward:
     """`_in_thread.graphs` of the thread that it began in; `None` if it is traced."""
     given: GivenWords | None = None
     """The words of the call that this is, or runs within; `None` if there are none."""
+    words: torch.Tensor | None = None
+    """(batch, patches), int64: what becomes of the patches, where that was chosen before they were embedded."""
     plan: Kept | Grouped | None = None
     """Which tokens the patches became; `None` before the embeddings ran, and where all patches stay as they are."""
     real: torch.Tensor | None = None

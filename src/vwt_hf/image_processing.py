@@ -122,7 +122,7 @@ class HostTokenizer:
         """
         words = patches.of_words(patch_words)
         if not self.setting.shortens:
-            return patches.grouped_by(words, packed=False, proportional=False)
+            return patches.grouped_by(words, packed=False, attention=0)
         return self.setting.plan_of(patches, words)
 
 
@@ -242,8 +242,9 @@ class Tokenizing:
         words = _tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
         plan = tokenizer.plan(patches, words.flatten(0, -2))
         mean, std = processor_statistics(self, patches.channels)
-        seen = [(picture * 255).round().to(torch.uint8) for picture in seen_pictures(patches, plan, mean, std)]
-        return [Image.fromarray(picture.squeeze(-1).numpy()) for picture in seen]
+        seen = tokenizer.setting.seen(patches, plan)
+        pictures = [(one * 255).round().to(torch.uint8) for one in seen_pictures(patches, plan, seen, mean, std)]
+        return [Image.fromarray(picture.squeeze(-1).numpy()) for picture in pictures]
 
     def to_dict(self) -> dict[str, Any]:
         """As the image processor without `vwt`, with the setting."""

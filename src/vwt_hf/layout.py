@@ -112,7 +112,7 @@ class Layout:
         starts = self.rows[:, :1]
         order = starts.flatten().argsort()
         lengths = [length for length, _ in self.runs] if self.packed else [self.sizes.shape[1]]
-        images = [images for _, images in self.runs] if self.packed else [len(order)]
+        images = [images for _, images in self.runs] if self.packed else [order.shape[0]]
         share = self.sizes.flatten()[self.rows].reciprocal().unsqueeze(-1)
         shares = share.new_zeros(*self.rows.shape, max(lengths, default=0))
         shares.scatter_(2, (self.rows - starts).unsqueeze(-1), share)
@@ -353,10 +353,10 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
     order, shares = order % layout.rows.shape[1], [share.to(values.device) for share in layout.shares]
     means = torch.nn.functional.embedding_bag(order, table.flatten(1), starts, mode="mean")
     # Means over the one token's patches, (rows, channels, prefix + patches); those over the other's are a product.
-    rows = [len(share) * share.shape[2] for share in shares]
+    rows = [share.shape[0] * share.shape[2] for share in shares]
     parts = means[: sum(rows)].view(-1, *table.shape[1:]).split(rows)
     return tuple(
-        (part.view(len(share), -1, share.shape[1]) @ share).unflatten(1, (share.shape[2], -1)).transpose(1, 2)
+        (part.view(share.shape[0], -1, share.shape[1]) @ share).unflatten(1, (share.shape[2], -1)).transpose(1, 2)
         for part, share in zip(parts, shares, strict=True)
     )
 
@@ -442,16 +442,17 @@ def expand(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
     return hidden_states.flatten(0, 1)[layout.rows.to(hidden_states.device)]
 
 
-def attention_bias(layout: Layout, proportional: bool) -> torch.Tensor | None:
-    """What is added to attention logits: −inf on padding and, if `proportional`, log s on a token of s patches.
+def attention_bias(layout: Layout, exponent: float) -> torch.Tensor | None:
+    """What is added to attention logits: −inf on padding, and `exponent` times log s on a token of s patches.
 
-    A token of s patches then draws as much attention as its s patches would together (proportional attention).
+    With 1 it draws as much attention as its s patches would together (proportional attention), with 0 as one patch.
 
     Returns:
         (sequences, tokens), float32; `None` if there is nothing to add.
     """
-    if proportional:
-        return layout.sizes.log()
+    if exponent:
+        bias = layout.sizes.log()
+        return bias if exponent == 1 else bias * exponent
     if layout.gapless:  # attention leaves out what follows the last image
         return None
     return torch.where(layout.sizes > 0, 0.0, -torch.inf)

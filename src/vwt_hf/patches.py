@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from .blocks import chosen_by, words_of
 from .layout import by_token, group, represent
 from .plans import DROPPED, Grouped, Kept
 from .words import patch_places, patchify, with_prefix
@@ -80,22 +81,22 @@ class Patches:
         layout = represent(
             token_of_patch, kept.shape[1], self.prefix, torch.zeros_like(self.real).scatter_(1, kept, stays)
         )
-        return Grouped(layout, False, self.grid, self._rows_of(kept), stays)
+        return Grouped(layout, 0, self.grid, self._rows_of(kept), stays)
 
     def represent(
-        self, nearest: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor | None, proportional: bool
+        self, nearest: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor | None, attention: float
     ) -> Grouped:
         """A plan by which some patches stay, as they are, and stand for the others, too.
 
         Args:
             nearest: (batch, patches) int64 in [0, keep): which of `kept` each patch is represented by.
             kept, stays: as for `keep`.
-            proportional: whether a token draws as much attention as the patches that it stands for would.
+            attention: a token of s patches draws as much attention as s to this power.
         """
         if self.real is not None:
             kept, stays = self._real_ones(self.real, kept, stays)
         layout = represent(nearest, kept.shape[1], self.prefix, self.real)
-        return Grouped(layout, proportional, self.grid, self._rows_of(kept), stays)
+        return Grouped(layout, attention, self.grid, self._rows_of(kept), stays)
 
     def _rows_of(self, kept: torch.Tensor) -> torch.Tensor:
         """The rows of prefix tokens and of some patches, as `Grouped.sources` counts them.
@@ -109,17 +110,17 @@ class Patches:
         starts = torch.arange(self.pixel_values.shape[0], device=kept.device) * (self.prefix + self.count)
         return with_prefix(kept, self.prefix) + starts.unsqueeze(1)
 
-    def lead(self, leaders: torch.Tensor, packed: bool, proportional: bool) -> Grouped:
+    def lead(self, leaders: torch.Tensor, packed: bool, attention: float) -> Grouped:
         """A plan by which some patches stay, as many of each image as it needs, and stand for the others, too.
 
         Args:
             leaders: (batch, patches), int64: the patch that stands for each; those that stay stand for themselves.
-            packed, proportional: as for `group`.
+            packed, attention: as for `group`.
         """
         if self.real is not None:  # padding is part of the first patch's token, and does not count
             leaders = torch.where(self.real, leaders, leaders[:, :1])
         layout = group(leaders, self.prefix, packed, self.real, rounds=self.rounds, by_index=True)
-        return Grouped(layout, proportional, self.grid, by_token(self._rows_of(leaders), layout))
+        return Grouped(layout, attention, self.grid, by_token(self._rows_of(leaders), layout))
 
     @staticmethod
     def _real_ones(
@@ -130,16 +131,36 @@ class Patches:
         counts = real.gather(1, kept)
         return kept, counts if stays is None else stays & counts
 
-    def group(self, words: torch.Tensor, packed: bool, proportional: bool) -> Grouped:
+    def group(self, words: torch.Tensor, packed: bool, attention: float, by_index: bool = False) -> Grouped:
         """A plan by which the patches of an image that share a word become one token, their mean.
 
         Args:
             words: (batch, patches), integers.
             packed: whether the batch becomes one sequence, or one padded sequence for each image.
-            proportional: as for `represent`.
+            attention: as for `represent`.
+            by_index: whether the words are indices of patches.
         """
-        layout = group(words, self.prefix, packed, self.real, rounds=self.rounds)
-        return Grouped(layout, proportional, self.grid, words=words)
+        layout = group(words, self.prefix, packed, self.real, rounds=self.rounds, by_index=by_index)
+        return Grouped(layout, attention, self.grid, words=words)
+
+    def group_evenly(self, words: torch.Tensor, tokens: int, attention: float) -> Grouped:
+        """As `group`, where every image has as many tokens.
+
+        Args:
+            words: (batch, patches) int64: the index of the first patch of its token.
+            tokens: of each image, prefix tokens left out.
+            attention: as for `represent`.
+        """
+        leads = words == torch.arange(self.count, device=words.device)
+        token_of_patch = (leads.cumsum(dim=1) - 1).gather(1, words)
+        return Grouped(represent(token_of_patch, tokens, self.prefix), attention, self.grid, words=words)
+
+    def seen(self, plan: Kept | Grouped) -> torch.Tensor:
+        """What is left of each patch, (batch, patches, channels · patch height · patch width) float32: its token shows
+        the mean of its group or the patch that stands for it."""
+        rows = self.pixels_as_words().float()
+        # Without the prefix tokens, which pixels have none of.
+        return plan.expand(plan.reduce(rows)) if isinstance(plan, Grouped) else rows
 
     def of_words(self, patch_words: torch.Tensor, repeats: bool = False) -> torch.Tensor:
         """`patch_words` that a caller gave, as (batch, patches) int64 on the device of the patches.
@@ -193,13 +214,13 @@ class Patches:
         self._refuse(words, stays & (words != own), "its own index, or −1 if it is left out")
         return self.keep(*self._chosen(stays, tokens))
 
-    def represented_by(self, words: torch.Tensor, proportional: bool, tokens: int | None = None) -> Grouped:
+    def represented_by(self, words: torch.Tensor, attention: float, tokens: int | None = None) -> Grouped:
         """The plan of `represent`, of the words that tell it.
 
         Args:
             words: (batch, patches) int64: the index of the patch that stands for it, which stands for itself. What
                 padding has says nothing.
-            proportional: as for `represent`.
+            attention: as for `represent`.
             tokens: as for `kept_by`.
 
         Raises:
@@ -209,16 +230,16 @@ class Patches:
         kept, counts = self._chosen(self._required(words == own), tokens)
         place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         nearest = torch.zeros_like(words).scatter_(1, kept, place).gather(1, target)
-        return self.represent(nearest, kept, counts, proportional)
+        return self.represent(nearest, kept, counts, attention)
 
-    def led_by(self, words: torch.Tensor, packed: bool, proportional: bool) -> Grouped:
+    def led_by(self, words: torch.Tensor, packed: bool, attention: float) -> Grouped:
         """The plan of `lead`, of the words that tell it: (batch, patches) int64, as for `represented_by`.
 
         Raises:
             ValueError: they tell something else.
         """
         _, target = self._require_leaders(words)
-        return self.lead(target, packed, proportional)
+        return self.lead(target, packed, attention)
 
     def _require_leaders(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each patch's own index, and that of the patch that stands for it; both (batch, patches).
@@ -233,14 +254,38 @@ class Patches:
         self._refuse(words, ~fits if self.real is None else ~fits & self.real, "the index of one that has its own")
         return own, target
 
-    def grouped_by(self, words: torch.Tensor, packed: bool, proportional: bool) -> Grouped:
+    def grouped_by(self, words: torch.Tensor, packed: bool, attention: float) -> Grouped:
         """The plan of `group`, of the words that tell it.
 
         Raises:
             ValueError: a patch has a negative number.
         """
         self._refuse(words, words < 0 if self.real is None else (words < 0) & self.real, "the number of a word")
-        return self.group(words, packed, proportional)
+        return self.group(words, packed, attention)
+
+    def require_blocks(self, words: torch.Tensor, members: torch.Tensor) -> None:
+        """Refuses words that tell of other groups than blocks, or of parts of one.
+
+        Args:
+            words: (batch, patches) int64: the index of the first patch of its block, or its own. What padding has says
+                nothing.
+            members: what `blocks.grid_blocks` or `blocks.padded_blocks` gives.
+
+        Raises:
+            ValueError: they tell something else.
+        """
+        wrong = words != words_of(chosen_by(words, members), members, self.count)
+        wrong = wrong if self.real is None else wrong & self.real
+        self._refuse(words, wrong, "its own index or, as all four of its block, that of the first of them")
+
+    def even_number(self, words: torch.Tensor) -> int:
+        """How many tokens each image of a batch has, of words that are indices of the first patch of each.
+
+        Raises:
+            ValueError: they differ in it.
+        """
+        leads = self._required(words == torch.arange(self.count, device=words.device))
+        return int(leads.sum(dim=1).amax()) if len(words) else self.count
 
     def _required(self, stays: torch.Tensor) -> torch.Tensor:
         """Which patches are tokens of their own, none of them padding.

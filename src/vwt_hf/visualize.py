@@ -67,8 +67,9 @@ def kept_patches_figure(
     for index, (heading, setting) in enumerate(settings.items()):
         plan = setting.plan(patches) if setting is not None and setting.shortens else None
         seen, counts = photographs, [patches.count] * len(photographs)
-        if plan is not None:
-            seen = torch.stack(seen_pictures(patches, plan, image_mean, image_std))
+        if setting is not None and plan is not None:
+            left = setting.seen(patches, plan)
+            seen = torch.stack(seen_pictures(patches, plan, left, image_mean, image_std))
             counts = token_lengths(plan.patch_words(len(photographs), patches.count))
         more = [""] * len(counts) if captions is None else [f", {row[index]}" for row in captions]
         below = [f"{count} of {patches.count} patches{caption}" for count, caption in zip(counts, more, strict=True)]
@@ -110,7 +111,7 @@ def words_figure(
     shared, tokens = shared_words(pixel_values, patch_size, words, threshold)
     tinted = tint(photographs, shared, patch_size)
     patches, plan = _grouped(pixel_values, patch_size, words, threshold)
-    seen = torch.stack(seen_pictures(patches, plan, image_mean, image_std))
+    seen = torch.stack(seen_pictures(patches, plan, patches.seen(plan), image_mean, image_std))
     columns = [
         Column("what the model sees", photographs, [""] * len(photographs)),
         Column("same word, same colour", tinted, word_captions(shared, tokens)),
@@ -242,15 +243,20 @@ def kept_mask(pixel_values: torch.Tensor, patch_size: tuple[int, int], setting: 
 
 
 def seen_pictures(
-    patches: Patches, plan: Kept | Grouped, image_mean: Sequence[float] | None, image_std: Sequence[float] | None
+    patches: Patches,
+    plan: Kept | Grouped,
+    seen: torch.Tensor,
+    image_mean: Sequence[float] | None,
+    image_std: Sequence[float] | None,
 ) -> list[torch.Tensor]:
-    """What is left of each image: a patch shows its token, the mean of its group or the one that stands for it.
+    """What is left of each image.
 
     Patches without a token are pale grey, and so are pixels beyond the last whole patch.
 
     Args:
         patches: of a batch, whole images or padded patches.
         plan: what becomes of them.
+        seen: what is left of each, as `VWTConfig.seen` gives it.
         image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
 
     Returns:
@@ -258,12 +264,8 @@ def seen_pictures(
     """
     height, width = patches.patch_size
     words = plan.patch_words(len(patches.pixel_values), patches.count)
-    rows = patches.pixels_as_words().float()
-    if isinstance(plan, Grouped):
-        # Without the prefix tokens, which pixels have none of.
-        rows = plan.expand(plan.reduce(rows))
     pictures = []
-    for image, row in enumerate(rows):
+    for image, row in enumerate(seen):
         grid = patches.grid
         if grid is None:
             assert patches.real is not None  # padded patches say which are real
@@ -336,7 +338,7 @@ def _grouped(
     """The patches of whole images, and the plan by which those that share a word become one token."""
     patches = Patches(pixel_values, patch_size, pixel_values.shape[1], 0, patch_grid(pixel_values, patch_size))
     found = nearest_words(patches.pixels_as_words(), index_words(words), threshold)
-    return patches, patches.group(found, packed=False, proportional=False)
+    return patches, patches.group(found, packed=False, attention=0)
 
 
 def word_color(word: int) -> tuple[float, float, float]:

@@ -7,6 +7,7 @@ the package asks which method it is.
 from __future__ import annotations
 
 from ..config import VWTConfig
+from .coarse import CoarseConfig
 from .given import GivenConfig
 from .gradual import GradualConfig
 from .inter import InterConfig
@@ -19,4 +20,5 @@ METHODS: dict[str, type[VWTConfig]] = {
     "given": GivenConfig,
     "local": LocalConfig,
     "gradual": GradualConfig,
+    "coarse": CoarseConfig,
 }

@@ -51,5 +51,5 @@ class GivenConfig(RaggedConfig):
         if patches.real is None and self.output is None and bool((words == DROPPED).any()):
             return patches.kept_by(words)
         if self.tokens == "representatives":
-            return patches.led_by(words, self.packs(patches), self.proportional_attention)
-        return patches.grouped_by(words, self.packs(patches), self.proportional_attention)
+            return patches.led_by(words, self.packs(patches), self.attention)
+        return patches.grouped_by(words, self.packs(patches), self.attention)

@@ -117,7 +117,7 @@ class IntraConfig(VWTConfig):
             return patches.keep(kept, stays)
         assert values is not None
         nearest = nearest_kept(values, kept, patches.places, patches.real, stays)
-        return patches.represent(nearest, kept, stays, self.proportional_attention)
+        return patches.represent(nearest, kept, stays, self.attention)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
         tokens = None if patches.real is None else self.patches_kept(patches.count)

@@ -1,0 +1,180 @@
+"""Blocks of 2 × 2 patches, and how they look at half the size: functions on tensors alone.
+
+Blocks do not overlap: the first patch of each lies in an even row and column. Blocks of padded patches are cut out, and
+are images of one block each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .words import same_for_all, whole_numbers
+
+
+def halve(images: torch.Tensor) -> torch.Tensor:
+    """Images at half the size, each pixel the mean of 2 × 2.
+
+    Args:
+        images: (batch, channels, height, width); an odd last row or column is left out.
+
+    Returns:
+        (batch, channels, height // 2, width // 2), float32.
+    """
+    first, *others = _quarters(images)
+    total = first.float()
+    for other in others:
+        total = total + other
+    return total / 4
+
+
+def lost(
+    images: torch.Tensor, halves: torch.Tensor, patch_size: tuple[int, int], image_std: tuple[float, ...]
+) -> torch.Tensor:
+    """How much of each block is lost at half the size: the mean square of what its pixels differ by, in raw RGB.
+
+    Args:
+        images: (batch, channels, height, width).
+        halves: what `halve` makes of them.
+        patch_size: height and width of a patch, in pixels.
+        image_std: what each channel was divided by.
+
+    Returns:
+        (batch, rows // 2, columns // 2), float32.
+    """
+    first, *others = _quarters(images)
+    squares = (first - halves).square()
+    for other in others:
+        squares = squares + (other - halves).square()
+    means = torch.nn.functional.avg_pool2d(squares / 4, patch_size)
+    # One channel after another: of tensors of other shapes torch may add up in another order.
+    total = torch.zeros_like(means[:, 0])
+    for channel, deviation in zip(means.unbind(1), image_std, strict=True):
+        total = total + channel * deviation**2
+    return total / len(image_std)
+
+
+def _quarters(images: torch.Tensor) -> list[torch.Tensor]:
+    """The upper left pixel of each 2 × 2, the upper right, ...: (batch, channels, height // 2, width // 2) each."""
+    height, width = (size // 2 * 2 for size in images.shape[-2:])
+    return [images[..., row:height:2, column:width:2] for row in (0, 1) for column in (0, 1)]
+
+
+def with_halves(
+    images: torch.Tensor, halves: torch.Tensor, shown: torch.Tensor, patch_size: tuple[int, int], enlarged: bool
+) -> torch.Tensor:
+    """Images of which some blocks are shown at half the size.
+
+    Args:
+        images: (batch, channels, height, width).
+        halves: what `halve` makes of them.
+        shown: (batch, rows // 2, columns // 2) bool: which blocks.
+        patch_size: height and width of a patch, in pixels.
+        enlarged: whether the four patches of a block show it together, as a person would look at it, and not each of
+            them the whole block, as the model is to see it.
+
+    Returns:
+        Of the shape and dtype of `images`.
+    """
+    (height, width), (rows, columns) = patch_size, shown.shape[1:]
+    high, wide = rows * height, columns * width
+    halves = halves[..., :high, :wide].to(images.dtype)
+    if enlarged:
+        instead = halves.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+    else:
+        blocks = halves.unflatten(-1, (columns, 1, width)).unflatten(-4, (rows, 1, height))
+        instead = blocks.expand(-1, -1, -1, 2, -1, -1, 2, -1).flatten(-3).flatten(-4, -2)
+    mask = shown.repeat_interleave(2 * height, dim=1).repeat_interleave(2 * width, dim=2).unsqueeze(1)
+    within = torch.where(mask, instead, images[..., : 2 * high, : 2 * wide])
+    if within.shape == images.shape:
+        return within
+    right = torch.cat((within, images[..., : 2 * high, 2 * wide :]), dim=-1)
+    return torch.cat((right, images[..., 2 * high :, :]), dim=-2)
+
+
+@same_for_all
+def grid_blocks(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """The four patches of each block of a grid, row by row: (1, blocks, 4), int64."""
+    first = np.arange(rows // 2)[:, None] * 2 * columns + np.arange(columns // 2) * 2
+    return whole_numbers(first.reshape(1, -1, 1) + np.array([0, 1, columns, columns + 1]), device)
+
+
+def padded_blocks(places: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The four patches of each block where images are padded: (batch, blocks, 4), int64.
+
+    Args:
+        places: (batch, patches, 2), int64: row and column of each patch.
+        real: (batch, patches), bool: which are no padding.
+
+    Returns:
+        As many blocks of each image as could be; where there is none, four times the number of patches of an image.
+    """
+    batch, patches = real.shape
+    row, column = places.unbind(-1)
+    columns = column.amax(dim=1, keepdim=True) + 1
+    own = torch.arange(patches, device=real.device).expand(batch, -1)
+    four = torch.stack((own, own + 1, own + columns, own + columns + 1), dim=2)
+    there = four.clamp(max=patches - 1).flatten(1)
+    whole = (real.gather(1, there).view_as(four) & (four < patches)).all(dim=2)
+    # Of the patch after the last of a row it would lie in the next one.
+    whole &= (row % 2 == 0) & (column % 2 == 0) & (column + 1 < columns)
+    order = whole.long().argsort(dim=1, descending=True, stable=True)[:, : patches // 4]
+    four = torch.where(whole.unsqueeze(2), four, patches)
+    return four.gather(1, order.unsqueeze(2).expand(-1, -1, 4))
+
+
+def cut_blocks(patches: torch.Tensor, members: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """Blocks of padded patches, as images of their own.
+
+    Args:
+        patches: (batch, patches, height · width · channels).
+        members: what `padded_blocks` gives.
+        patch_size: height and width of a patch, in pixels.
+
+    Returns:
+        (batch · blocks, channels, 2 · height, 2 · width); zeros where there is no block.
+    """
+    found = _with_a_last(patches, 0).gather(1, _index(members, patches))
+    blocks = found.unflatten(1, (-1, 2, 2)).unflatten(-1, (*patch_size, -1))
+    return blocks.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4).flatten(0, 1)
+
+
+def put_back(patches: torch.Tensor, blocks: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """Padded patches, with other blocks in the place of those that `cut_blocks` took."""
+    height, width = (size // 2 for size in blocks.shape[-2:])
+    tiles = blocks.unflatten(0, (len(patches), -1)).unflatten(-1, (2, width)).unflatten(-3, (2, height))
+    rows = tiles.permute(0, 1, 3, 5, 4, 6, 2).flatten(4).flatten(1, 3)
+    return _with_a_last(patches, 0).scatter(1, _index(members, patches), rows)[:, :-1]
+
+
+def words_of(chosen: torch.Tensor, members: torch.Tensor, patches: int) -> torch.Tensor:
+    """The word of each patch: its own index, or that of the first of a block that becomes one token.
+
+    Args:
+        chosen: (batch, blocks), bool: which blocks do.
+        members: what `grid_blocks` or `padded_blocks` gives.
+        patches: of each image.
+
+    Returns:
+        (batch, patches), int64.
+    """
+    members = members.expand(chosen.shape[0], -1, -1)
+    words = torch.where(chosen.unsqueeze(2), members[:, :, :1], members).flatten(1)
+    own = torch.arange(patches + 1, device=chosen.device).expand(chosen.shape[0], -1)
+    return own.scatter(1, members.flatten(1), words)[:, :-1]
+
+
+def chosen_by(words: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """Which blocks become one token, (batch, blocks), bool: those whose patches all have the word of the first."""
+    members = members.expand(words.shape[0], -1, -1)
+    found = _with_a_last(words, -1).gather(1, members.flatten(1)).view_as(members)
+    return (found == members[:, :, :1]).all(dim=2)
+
+
+def _with_a_last(values: torch.Tensor, last: int) -> torch.Tensor:
+    """Values of the patches of each image and of one more, which stands where there is none."""
+    return torch.cat((values, torch.full_like(values[:, :1], last)), dim=1)
+
+
+def _index(members: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    return members.flatten(1).unsqueeze(2).expand(-1, -1, patches.shape[2])

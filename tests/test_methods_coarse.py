@@ -1,0 +1,276 @@
+"""Blocks of patches that are shown at half the size, as one patch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from settings import ViTImageProcessor, coarse
+from test_families import NEAR, sample_images
+from tiny import answers, forward, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
+from vwt_hf import VWTConfig, compress, count_tokens
+from vwt_hf.blocks import cut_blocks, grid_blocks, halve, lost, padded_blocks, put_back, with_halves
+from vwt_hf.families import find_layers
+from vwt_hf.patches import Patches, padded_places
+from vwt_hf.plans import Grouped
+from vwt_hf.words import patchify
+
+NAMES = ["vit", "dinov2", "dinov3", "beit", "clip", "blip-vision", "aimv2-vision", "siglip2-vision"]
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """White, noise, nearly flat and half flat."""
+    return sample_images()
+
+
+def whole(images: torch.Tensor, patch: int = 4) -> Patches:
+    grid = (images.shape[2] // patch, images.shape[3] // patch)
+    return Patches(images, (patch, patch), images.shape[1], 0, grid)
+
+
+def words_by_hand(image: torch.Tensor, tolerance: float, rows: int, columns: int, patch: int = 4) -> list[int]:
+    """The word of each patch of one image whose deviation is 0.5, by the definition."""
+    words = list(range(rows * columns))
+    for row in range(0, rows - 1, 2):
+        for column in range(0, columns - 1, 2):
+            block = image[:, row * patch : (row + 2) * patch, column * patch : (column + 2) * patch].double() * 0.5
+            means = block.unflatten(2, (patch, 2)).unflatten(1, (patch, 2)).mean((2, 4))
+            rest = block - means.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            if rest.square().mean().sqrt() < tolerance:
+                first = row * columns + column
+                for member in (first, first + 1, first + columns, first + columns + 1):
+                    words[member] = first
+    return words
+
+
+@pytest.mark.parametrize("size", [(32, 32), (36, 28), (20, 39)])
+def test_blocks_that_lose_little_become_one_token(size):
+    pixel_values = sample_pixel_values(3, *size) * torch.tensor([0.1, 0.5, 1.0]).view(3, 1, 1, 1)
+    pixel_values[2, :, :16, :16] = pixel_values[2, :, :1, :1]
+    patches = whole(pixel_values)
+    rows, columns = patches.grid
+    found = coarse(tolerance=0.2).choose(patches)
+    expected = [words_by_hand(image, 0.2, rows, columns) for image in pixel_values]
+    assert found.tolist() == expected
+    lengths = [len(set(words)) for words in expected]
+    assert lengths[0] == rows * columns - 3 * (rows // 2) * (columns // 2) < lengths[2] < rows * columns
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens"),
+    [({"num_patches": 40}, 40), ({"num_patches": 39}, 37), ({"num_patches": 1}, 16), ({"num_patches": 64}, 64)]
+    + [({"num_patches": 99}, 64), ({"keep_ratio": 0.25}, 16), ({"keep_ratio": 0.5}, 31), ({"keep_ratio": 1.0}, 64)],
+)
+def test_of_a_number_those_that_lose_least(asked, tokens, images):
+    patches = whole(images)
+    found = lost(images, halve(images), (4, 4), HALF).flatten(1)
+    words = VWTConfig(method="coarse", image_std=HALF, **asked).choose(patches)
+    for image in range(4):
+        assert len(words[image].unique()) == tokens
+        gone = words[image][grid_blocks(8, 8, images.device)[0, :, 3]] < grid_blocks(8, 8, images.device)[0, :, 3]
+        assert gone.sum() == (64 - tokens) // 3
+        if gone.any() and not gone.all():
+            assert found[image][gone].max() <= found[image][~gone].min()
+    if tokens == 64:
+        assert torch.equal(words, torch.arange(64).expand(4, -1))
+
+
+def test_a_grid_with_an_odd_side_keeps_its_last_row_and_column():
+    words = coarse(num_patches=1).choose(whole(sample_pixel_values(2, 36, 28)))
+    assert all(len(image.unique()) == 63 - 3 * 12 for image in words)
+    last = words.view(2, 9, 7)
+    own = torch.arange(63).view(9, 7)
+    assert torch.equal(last[:, 8], own[8].expand(2, -1)) and torch.equal(last[..., 6], own[:, 6].expand(2, -1))
+
+
+def test_what_a_token_is_and_how_much_attention_it_draws_by_hand(images):
+    """The mean of the embeddings of an image that has the block at half the size in all four places."""
+    model, plain = compress(tiny_model("vit"), coarse(num_patches=40)), tiny_model("vit")
+    image = images[3:]
+    words = coarse(num_patches=40).choose(whole(image))[0].tolist()
+    changed = image.clone()
+    for first in {word for word in words if words.count(word) == 4}:
+        row, column = 4 * (first // 8), 4 * (first % 8)
+        small = torch.nn.functional.avg_pool2d(image[0, :, row : row + 8, column : column + 8], 2)
+        changed[0, :, row : row + 8, column : column + 8] = small.repeat(1, 2, 2)
+    with torch.no_grad():
+        embedded = plain.embeddings(changed)[0]
+        kept = sorted(set(words))
+        assert len(kept) == 40
+        members = [[1 + index for index, word in enumerate(words) if word == first] for first in kept]
+        hidden = torch.stack([embedded[0], *(embedded[rows].mean(0) for rows in members)])[None]
+        bias = torch.tensor([0.0, *(math.log(len(rows)) * 2 / 3 for rows in members)]).view(1, 1, 1, -1)
+        for layer in find_layers(plain):
+            hidden = layer(hidden, attention_mask=bias)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        expected = plain.layernorm(hidden)[0]
+    found = answers(model, image)[0]
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    for place, rows in enumerate(members):
+        for row in rows:
+            torch.testing.assert_close(found[row], expected[1 + place], atol=1e-5, rtol=1e-5)
+    assert (found - answers(tiny_model("vit"), image)[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_without_proportional_attention_sizes_do_not_count(proportional, images):
+    model = compress(tiny_model("vit"), coarse(layout="padded", proportional_attention=proportional))
+    taken = watch_embeddings(model)
+    answers(model, images)
+    plan = taken[-1][1]
+    finite = plan.key_bias[plan.layout.sizes > 0]
+    assert (finite.max() > 0.9) == proportional and finite.min() == 0
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_layouts_answer_alike_and_as_images_alone(name, dtype, layout, images):
+    images = images.to(dtype)
+    model = compress(tiny_model(name).to(dtype), coarse(layout=layout))
+    alone = torch.cat([answers(model, image[None]) for image in images])
+    with count_tokens(model) as count:
+        torch.testing.assert_close(answers(model, images), alone, atol=NEAR[dtype], rtol=NEAR[dtype])
+    assert count.mean < 50
+
+
+def test_images_with_an_odd_grid_and_pixels_beyond_it_are_answered_as_alone():
+    model = compress(tiny_model("dinov2"), coarse(tolerance=0.3))
+    images = sample_pixel_values(3, 39, 28) * torch.tensor([0.1, 0.4, 1.0]).view(3, 1, 1, 1)
+    found = forward(model, images)
+    torch.testing.assert_close(found, torch.cat([forward(model, image[None]) for image in images]))
+    plain = forward(tiny_model("dinov2"), images)
+    assert found.shape == plain.shape
+    assert torch.equal(found[2], plain[2]) or (found[2] - plain[2]).abs().max() < 1e-5
+    assert (found[0] - plain[0]).abs().max() > 1e-3
+
+
+def test_padded_patches_become_the_blocks_that_whole_images_become(images):
+    """Images of 8 × 8, 6 × 8, 8 × 5 and 6 × 5 patches, as SigLIP 2 takes them."""
+    given = padded_patches(images, 4)
+    shapes = given["spatial_shapes"]
+    assert len(shapes.unique(dim=0)) > 1
+    places, real = padded_places(shapes, 64)
+    padded = Patches(given["pixel_values"], (4, 4), 3, 0, None, real=real, padded_places=places)
+    for setting in (coarse(), coarse(num_patches=20), VWTConfig(method="coarse", keep_ratio=0.4, image_std=HALF)):
+        words = setting.choose(padded)
+        shown = setting.repainted(padded, words)
+        seen = setting.repainted(padded, words, enlarged=True)
+        for image, (rows, columns) in enumerate(shapes.tolist()):
+            count = rows * columns
+            one = whole(images[image : image + 1, :, : rows * 4, : columns * 4])
+            expected = setting.choose(one)
+            assert torch.equal(words[image, :count], expected[0])
+            for enlarged, found in ((False, shown), (True, seen)):
+                pixels = patchify(setting.repainted(one, expected, enlarged), (4, 4))[0]
+                by_channel = pixels.unflatten(1, (3, 16)).transpose(1, 2).flatten(1)
+                torch.testing.assert_close(found[image, :count], by_channel)
+        assert torch.equal(shown[~real], padded.pixel_values[~real])
+
+
+@pytest.mark.parametrize("shapes", [[[1, 64], [64, 1]], [[8, 8], [1, 3]], [[5, 7], [2, 2]], [[3, 3], [2, 32]]])
+def test_blocks_of_padded_patches_lie_within_their_image(shapes):
+    places, real = padded_places(torch.tensor(shapes), 64)
+    members = padded_blocks(places.long(), real)
+    for image, (rows, columns) in enumerate(shapes):
+        expected = [
+            [row * columns + column + more for more in (0, 1, columns, columns + 1)]
+            for row in range(0, rows - 1, 2)
+            for column in range(0, columns - 1, 2)
+        ]
+        found = [four for four in members[image].tolist() if four[0] < 64]
+        assert found == expected
+        assert all(four == [64] * 4 for four in members[image].tolist()[len(found) :])
+    patches = torch.randn(2, 64, 4 * 4 * 3)
+    assert torch.equal(put_back(patches, cut_blocks(patches, members, (4, 4)), members), patches)
+
+
+def test_a_mask_of_pixels_makes_blocks_of_real_patches_alone(images):
+    """A caller's mask may leave out patches within an image; no block holds one of them."""
+    model = compress(tiny_model("siglip2-vision"), coarse(tolerance=0.99))
+    given = inputs(model, images)
+    given["pixel_attention_mask"][:, 0] = 0
+    taken = watch_embeddings(model)
+    with torch.no_grad():
+        model(**given)
+    words = taken[-1][1].patch_words(4, 64)
+    columns = given["spatial_shapes"][:, 1]
+    for image in range(4):
+        assert words[image, 0] == -1 and words[image, 1] == 1 and words[image, columns[image] + 1] == columns[image] + 1
+
+
+def test_a_picture_shows_blocks_enlarged(images):
+    setting, patches = coarse(num_patches=16), whole(images)
+    shown = with_halves(images, halve(images), torch.ones(4, 4, 4, dtype=torch.bool), (4, 4), True)
+    large = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(images, 2), scale_factor=2)
+    torch.testing.assert_close(shown, large)
+    torch.testing.assert_close(setting.seen(patches, setting.plan(patches)), patchify(large, (4, 4)))
+
+
+def test_decode_shows_what_the_model_sees(tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt={"method": "coarse", "num_patches": 16})
+    values = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    made = processor([Image.fromarray(values.numpy())], return_tensors="pt")
+    (picture,) = processor.decode(made["patch_words"], made)
+    small = values.float().unflatten(1, (16, 2)).unflatten(0, (16, 2)).mean((1, 3))
+    expected = small.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert (torch.from_numpy(np.asarray(picture).copy()) - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [((0, 1), "patch 0 .* the word 1;"), ((1, 0), "patch 1 .* the word 0;"), ((63, 62), "patch 63 .* the word 62;")],
+)
+def test_words_of_parts_of_blocks_are_refused(changed, said, images):
+    model = compress(tiny_model("vit"), coarse())
+    words = torch.arange(64).repeat(4, 1)
+    words[0, changed[0]] = changed[1]
+    with pytest.raises(ValueError, match=said + " expected its own index or, as all four of its block, that of"):
+        answers(model, images, patch_words=words)
+    even = compress(tiny_model("vit"), coarse(num_patches=40))
+    words = torch.arange(64).repeat(4, 1)
+    words[0, [0, 1, 8, 9]] = 0
+    with pytest.raises(ValueError, match=r"keep 61 to 64 patches"):
+        answers(even, images, patch_words=words)
+    words[:, [0, 1, 8, 9]] = 0
+    with count_tokens(even) as count:
+        answers(even, images, patch_words=words)
+    assert count.mean == 62
+
+
+def test_gradients_reach_pixels_and_projection(images):
+    model = compress(tiny_model("vit"), coarse(num_patches=40)).train()
+    images = images.clone().requires_grad_()
+    forward(model, images).square().sum().backward()
+    assert images.grad.isfinite().all() and (images.grad.flatten(1).abs().sum(1) > 0).all()
+    weight = model.embeddings.patch_embeddings.projection.weight
+    assert weight.grad.isfinite().all() and weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov3", "beit"])
+def test_by_number_it_is_exported_for_batches_of_any_size(name, images):
+    model = compress(tiny_model(name, num_hidden_layers=1), coarse(num_patches=40))
+    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (), inputs(model, images), dynamic_shapes=shapes, strict=False).module()
+    for batch in (sample_pixel_values(7), images[3:]):
+        torch.testing.assert_close(program(pixel_values=batch)[0], model(pixel_values=batch)[0])
+
+
+def test_by_number_it_is_one_graph_and_a_plan_has_no_padding(images):
+    model = compress(tiny_model("vit"), coarse(num_patches=40))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(answers(compiled, images), answers(model, images))
+    torch._dynamo.reset()
+    taken = watch_embeddings(model)
+    answers(model, images)
+    plan = taken[-1][1]
+    assert isinstance(plan, Grouped) and plan.layout.even and plan.shape == (4, 41)
