@@ -450,7 +450,7 @@ def draw_local(draw: st.DrawFn, patches: int) -> Fields:
         "layout": draw(st.sampled_from(["auto", "packed", "padded"])),
         "proportional_attention": draw(st.booleans()),
     }
-    if found["method"] == "gradual":
+    if found["method"] == "gradual" or (found["method"] == "coarse" and draw(st.booleans())):
         joined = {"similarity": st.floats(-1, 1), "join_ratio": st.floats(0, 0.5)}
         name = draw(st.sampled_from([*joined]))
         found[name] = draw(joined[name])

@@ -67,7 +67,7 @@ def test_a_rounded_batch_ends_with_padding_that_makes_its_rows_one_of_few_number
     assert layout.sizes.shape == (1, 272) and layout.tokens == 262 and not layout.dense and layout.even
     assert (layout.sizes[0, :262] == 1).all() and not layout.sizes[0, 262:].any()
     assert layout.rows.tolist() == [list(range(131)), list(range(131, 262))]
-    assert attention_bias(layout, proportional=False) is None
+    assert attention_bias(layout, exponent=0) is None
 
 
 def test_a_rounded_batch_has_no_padding_where_that_would_give_it_the_shape_of_another():
@@ -158,7 +158,7 @@ def test_expanding_gives_each_patch_its_token_and_leaves_prefix_tokens(lay):
 
 def test_a_token_of_s_patches_gets_log_s_and_padding_nothing(lay):
     layout = lay(WORDS, 1)
-    bias = attention_bias(layout, proportional=True)
+    bias = attention_bias(layout, exponent=1)
     expected = [[0, math.log(2), math.log(3), 0], [0] * 7, [0, math.log(6)]]
     for found, wanted in zip(by_image(bias, layout), expected, strict=True):
         assert found.tolist() == pytest.approx(wanted)
@@ -166,8 +166,8 @@ def test_a_token_of_s_patches_gets_log_s_and_padding_nothing(lay):
 
 
 def test_without_proportional_attention_only_padding_is_hidden():
-    assert attention_bias(group(WORDS, 1), proportional=False) is None
-    bias = attention_bias(group(WORDS, 1, packed=False), proportional=False)
+    assert attention_bias(group(WORDS, 1), exponent=0) is None
+    bias = attention_bias(group(WORDS, 1, packed=False), exponent=0)
     assert bias[2].tolist() == [0, 0] + [-math.inf] * 6
 
 
@@ -204,8 +204,8 @@ def test_images_of_one_length_are_laid_out_without_padding():
     layout = represent(torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]]), 2, 1)
     assert layout.sizes.tolist() == [[1, 2, 2], [1, 1, 3]] and layout.runs == ((3, 2),)
     assert layout.rows.tolist() == [[0, 1, 2, 2, 1], [3, 5, 5, 5, 4]]
-    assert attention_bias(layout, proportional=False) is None
-    assert attention_bias(layout, proportional=True)[1].tolist() == pytest.approx([0, 0, math.log(3)])
+    assert attention_bias(layout, exponent=0) is None
+    assert attention_bias(layout, exponent=1)[1].tolist() == pytest.approx([0, 0, math.log(3)])
 
 
 def test_a_dropped_patch_joins_the_kept_one_that_looks_alike_and_lies_close():

@@ -65,8 +65,10 @@ def test_blocks_that_lose_little_become_one_token(size):
 
 @pytest.mark.parametrize(
     ("asked", "tokens"),
-    [({"num_patches": 40}, 40), ({"num_patches": 39}, 37), ({"num_patches": 1}, 16), ({"num_patches": 64}, 64)]
-    + [({"num_patches": 99}, 64), ({"keep_ratio": 0.25}, 16), ({"keep_ratio": 0.5}, 31), ({"keep_ratio": 1.0}, 64)],
+    [
+        *(({"num_patches": asked}, tokens) for asked, tokens in ((40, 40), (39, 37), (1, 16), (64, 64), (99, 64))),
+        *(({"keep_ratio": asked}, tokens) for asked, tokens in ((0.25, 16), (0.5, 31), (1.0, 64))),
+    ],
 )
 def test_of_a_number_those_that_lose_least(asked, tokens, images):
     patches = whole(images)
@@ -134,11 +136,26 @@ def test_without_proportional_attention_sizes_do_not_count(proportional, images)
 @pytest.mark.parametrize("name", NAMES)
 def test_layouts_answer_alike_and_as_images_alone(name, dtype, layout, images):
     images = images.to(dtype)
-    model = compress(tiny_model(name).to(dtype), coarse(layout=layout))
+    model = compress(tiny_model(name).to(dtype), coarse(layout=layout, similarity=0.5))
     alone = torch.cat([answers(model, image[None]) for image in images])
     with count_tokens(model) as count:
         torch.testing.assert_close(answers(model, images), alone, atol=NEAR[dtype], rtol=NEAR[dtype])
     assert count.mean < 50
+
+
+def test_tokens_are_joined_after_some_layers_where_a_setting_says_so(images):
+    plain, joined = coarse(num_patches=40), coarse(num_patches=40, join_ratio=0.25)
+    model, counts = tiny_model("vit"), []
+    for setting in (plain, joined, coarse(), coarse(similarity=0.5)):
+        with count_tokens(compress(model, setting)) as count:
+            answers(model, images)
+        counts.append([tokens / 4 for tokens in count.by_layer])
+    assert counts[:2] == [[41, 41], [41, 31]]
+    assert counts[2][0] == counts[2][1] == counts[3][0] > counts[3][1]
+    assert plain.even and joined.even and not coarse().even and not coarse(num_patches=40, similarity=0.5).even
+    assert not coarse(tolerance=0).shortens and coarse(tolerance=0, similarity=0.5).shortens
+    with pytest.raises(ValueError, match=r"layers is \(1,\), and neither similarity nor join_ratio says"):
+        coarse(layers=[1])
 
 
 def test_images_with_an_odd_grid_and_pixels_beyond_it_are_answered_as_alone():

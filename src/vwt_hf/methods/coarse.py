@@ -21,11 +21,11 @@ from ..blocks import (
 from ..patches import Patches
 from ..plans import Grouped, Kept
 from ..words import highest, whole_share, whole_shares, without_autocast
-from .local import LocalConfig
+from .gradual import GradualConfig
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class CoarseConfig(LocalConfig):
+class CoarseConfig(GradualConfig):
     """Show blocks of 2 × 2 patches with little detail at half the size, as one patch; the others stay as they are.
 
     Such a patch is embedded four times, at the places of the four that it stands for, and their mean is the token. What
@@ -40,11 +40,14 @@ class CoarseConfig(LocalConfig):
             The blocks that lose least become one token.
         num_patches (`int`, *optional*):
             Most tokens of every image, prefix tokens left out; as for `keep_ratio`.
+        similarity, join_ratio, layers (*optional*):
+            As for `method="gradual"`: which tokens are joined after some layers. Default: none.
         image_std, layout:
             As for `method="local"`.
     """
 
     usual_tolerance: ClassVar[float] = 0.06
+    usual_similarity: ClassVar[float | None] = None
     attention_exponent: ClassVar[float] = 2 / 3
 
     method: str = "coarse"
@@ -57,6 +60,8 @@ class CoarseConfig(LocalConfig):
         assert self.image_std is not None  # `prepared` came before
         with without_autocast(patches.device), torch.no_grad():
             images, members = _blocks(patches)
+            if not members.shape[1]:  # a single row or column of patches
+                return torch.arange(patches.count, device=patches.device).repeat(patches.pixel_values.shape[0], 1)
             found = lost(images, halve(images), patches.patch_size, self.image_std)
             found = found.reshape(patches.pixel_values.shape[0], -1)
             there = members[:, :, 0] < patches.count
@@ -89,6 +94,8 @@ class CoarseConfig(LocalConfig):
 
     def repainted(self, patches: Patches, words: torch.Tensor, enlarged: bool = False) -> torch.Tensor:
         images, members = _blocks(patches)
+        if not members.shape[1]:
+            return patches.pixel_values
         halves, chosen = halve(images), chosen_by(words, members)
         if patches.grid is not None:
             rows, columns = patches.grid

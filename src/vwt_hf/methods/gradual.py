@@ -45,6 +45,8 @@ class GradualConfig(LocalConfig):
     """
 
     usual_tolerance: ClassVar[float] = 0.028
+    usual_similarity: ClassVar[float | None] = SIMILARITY
+    """The similarity where nothing says how many tokens are joined; `None`: then none are."""
 
     method: str = "gradual"
     similarity: float | tuple[float, ...] | None = None
@@ -71,8 +73,14 @@ class GradualConfig(LocalConfig):
             self._require_for_layers("join_ratio", 0, 0.5, "a share of the tokens in [0, 0.5]")
             return
         if self.similarity is None:
-            object.__setattr__(self, "similarity", SIMILARITY)
-        self._require_for_layers("similarity", -1, 1, "a cosine in [-1, 1]")
+            object.__setattr__(self, "similarity", self.usual_similarity)
+        if self.similarity is not None:
+            self._require_for_layers("similarity", -1, 1, "a cosine in [-1, 1]")
+        elif self.layers is not None:
+            raise ValueError(
+                f"VWTConfig.layers is {shown(self.layers)}, and neither similarity nor join_ratio says which tokens "
+                "are joined after them; expected one of the two, or no layers."
+            )
 
     def _require_for_layers(self, field: str, least: float, most: float, kind: str) -> None:
         """Refuses a field that is neither a number nor one for each layer, and makes a tuple of a list."""
@@ -88,11 +96,13 @@ class GradualConfig(LocalConfig):
 
     @property
     def even(self) -> bool:
-        return self.tolerance is None and self.join_ratio is not None  # torch before 2.13 traces no super().even
+        # Torch before 2.13 traces no super().even.
+        return self.tolerance is None and self.similarity is None
 
     @property
     def shortens(self) -> bool:
-        return True
+        joins = self.similarity is not None or self.join_ratio is not None
+        return joins or (self.tolerance != 0 and self.keep_ratio != 1)
 
     def joins(self, layers: int) -> dict[int, float]:
         if self.layers is not None and self.layers[-1] >= layers:
@@ -102,7 +112,8 @@ class GradualConfig(LocalConfig):
             )
         numbers = self.layers or [round(depth * layers) for depth in WIDTHS]
         given = self.similarity if self.join_ratio is None else self.join_ratio
-        assert given is not None  # one of the two is always given
+        if given is None:
+            return {}
         if isinstance(given, tuple):
             by_layer = list(given)
         elif self.layers is not None or self.join_ratio is not None:
