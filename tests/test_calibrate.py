@@ -13,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
+from settings import FAST
 from tiny import answers, sample_pixel_values, tiny_model, traces
 from vwt_hf import VWTConfig, calibrate, compress
 from vwt_hf.calibrate import LEVELS, Calibration, Level, pixels_of
@@ -365,7 +366,7 @@ def test_agreement_holds_on_photographs_that_were_not_seen(shared, name, monkeyp
     paths = sorted((shared / "data/caltech101/validation").rglob("*.jpg"))
     seen, others = paths[0::20][:50], paths[1::20][:50]
     folder = shared / "models" / name
-    model = transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=torch.bfloat16)
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=FAST)
     setting = calibrate(model, seen, agreement=0.95, by="flops", progress=False)
     assert setting.evidence["value"] >= 0.95 and setting.evidence["speed"] > 1.2
     batch = load_processor(str(folder))([Image.open(path).convert("RGB") for path in others], return_tensors="pt")

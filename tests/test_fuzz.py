@@ -1,5 +1,7 @@
 """Whatever the model, the images and the setting: a batch answers as its images, and restoring as never compressing.
 
+On the newest transformers alone: test_families.py goes through every family, setting and layout on both ends.
+
 The short form tries the same 700 cases at each run. VWT_LONG=1 tries 10,000 by a seed that failing tests print;
 VWT_SEED gives that seed.
 """
@@ -23,6 +25,7 @@ import fuzzing
 from fuzzing import Case, alone, cases, inputs, new_model, outputs, plain_model, setting_of
 from vwt_hf import compress, restore
 
+pytestmark = pytest.mark.newest
 LONG = os.environ.get("VWT_LONG") == "1"
 TIMES = 15
 """How many times as many cases the long form tries."""

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from settings import FAST
 from tiny import COMMON, MODELS, answers, tiny_model
 from vwt_hf import VisualVocabulary, compress, count_tokens
 from vwt_hf.evaluation import agreement, divergence
@@ -53,10 +54,10 @@ FIXED = {"method": "gradual", "keep_ratio": 0.8, "join_ratio": 0.15}
 
 @pytest.fixture(scope="module", params=CLASSIFIERS)
 def classified(request, shared, photographs) -> tuple[str, torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """For each classifier, in bf16: its name, itself, what it is given of 101 photographs, its plain answers."""
+    """For each classifier: its name, itself, what it is given of 101 photographs, its plain answers."""
     folder = shared / "models" / request.param
-    given = load_processor(str(folder))(photographs[0][::2], return_tensors="pt")["pixel_values"].bfloat16()
-    model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.bfloat16)
+    given = load_processor(str(folder))(photographs[0][::2], return_tensors="pt")["pixel_values"].to(FAST)
+    model = AutoModelForImageClassification.from_pretrained(folder, dtype=FAST)
     return request.param, model, given, answers_in_batches(model, given)
 
 
