@@ -53,15 +53,16 @@ class VWTConfig:
     """How a vision transformer's patch sequence is shortened, before its first layer (arXiv 2411.15397) or also later.
 
     `VWTConfig(method=..., ...)` is an instance of the method's own class in `vwt_hf.methods`, which has the fields that
-    the method adds: `IntraConfig`, `InterConfig`, `LocalConfig`, `GradualConfig` or `GivenConfig`.
+    the method adds: `IntraConfig`, `InterConfig`, `LocalConfig`, `GradualConfig`, `CoarseConfig` or `GivenConfig`.
 
     Args:
         method (`str`, default `"intra"`):
             `"intra"` keeps a subset of an image's own patches. `"inter"` replaces patches that are near one word of a
             vocabulary by one token, the average of their embeddings. `"local"` leaves a patch that looks like its
             neighbour to it, which stays as it is and stands for both. `"gradual"`, which `vwt=True` stands for, does so
-            and joins alike tokens after some layers. `"given"` groups patches as the `patch_words` say that each call
-            of the model is given.
+            and joins alike tokens after some layers. `"coarse"` shows blocks of 2 × 2 patches with little detail at
+            half the size, as one patch. `"given"` groups patches as the `patch_words` say that each call of the model
+            is given.
         output (`str`, *optional*):
             `"full"`: `last_hidden_state` has its usual length, each patch with the hidden state of its token, so heads
             and decoders that read every patch work and means weigh tokens by their sizes. `"compressed"`: it has
@@ -69,7 +70,7 @@ class VWTConfig:
             `dropped="discard"`; else compressed. Each is refused where it has no meaning.
         proportional_attention (`bool`, default `True`):
             Whether a token that stands for s patches gets + log s on its attention logits, so that it draws as much
-            attention as its patches would.
+            attention as its patches would; under `"coarse"` two thirds of that.
         evidence (`dict`, *optional*):
             Written by `vwt_hf.calibrate`: on how many images the setting was chosen, and what was measured there. It
             says nothing of a setting that is changed afterwards.

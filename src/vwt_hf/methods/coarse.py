@@ -33,7 +33,7 @@ class CoarseConfig(GradualConfig):
 
     Args:
         tolerance (`float`, *optional*):
-            A block becomes one token if it loses less, so each image has as many tokens as it needs. Default 0.06, if
+            A block becomes one token if it loses less, so each image has as many tokens as it needs. Default 0.08, if
             neither of the next two is given. 0 is the plain model.
         keep_ratio (`float`, *optional*):
             Share of patches, in (0, 1], that the tokens of every image are at most; a quarter is the least that can be.
@@ -46,7 +46,7 @@ class CoarseConfig(GradualConfig):
             As for `method="local"`.
     """
 
-    usual_tolerance: ClassVar[float] = 0.06
+    usual_tolerance: ClassVar[float] = 0.08
     usual_similarity: ClassVar[float | None] = None
     attention_exponent: ClassVar[float] = 2 / 3
 

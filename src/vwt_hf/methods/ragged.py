@@ -48,8 +48,8 @@ class RaggedConfig(VWTConfig):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves this out of its graphs
             raise ValueError(
                 f"method={self.method!r} gives every image its own number of tokens, which an exported or traced "
-                "program cannot hold. Export a model compressed with method='intra', 'local' with num_patches, or "
-                "'gradual' with num_patches and join_ratio."
+                "program cannot hold. Export a model compressed with method='intra', 'local' or 'coarse' with "
+                "num_patches, or 'gradual' with num_patches and join_ratio."
             )
         if patches.draws and self.layout == "packed":
             raise ValueError(
