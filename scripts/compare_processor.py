@@ -38,6 +38,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"method": "inter"},
     {"method": "local"},
     {"method": "gradual"},
+    {"method": "coarse"},
 ]
 LARGEST = 1e-5
 """Difference of scores that rounding makes."""

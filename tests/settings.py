@@ -49,4 +49,5 @@ SETTINGS = {
     "merge": VWTConfig(keep_ratio=0.5, dropped="merge"),
     "inter": inter(),
     "local": local(),
+    "coarse": coarse(),
 }
