@@ -67,7 +67,7 @@ def back_ends(layout: Layout, options: argparse.Namespace) -> dict[str, Run]:
     dtype = getattr(torch, options.dtype)
     shape = (3, 1, layout.tokens, options.heads, options.head_size)
     packed = list(torch.randn(shape, dtype=dtype).transpose(2, 3))
-    bias = attention_bias(layout, proportional=True)
+    bias = attention_bias(layout, exponent=1)
     plan = Grouped(layout, True, None)
     lengths = [length for length, images in layout.runs for _ in range(images)]
     runs: dict[str, Run] = {

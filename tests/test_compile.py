@@ -14,13 +14,19 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from settings import SETTINGS, fixed, inter, local
+from settings import SETTINGS, coarse, fixed, inter, local
 from tiny import COMMON, answers, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, count_tokens, restore
 from vwt_hf.families import find_layers
 from vwt_hf.forward import current_forward
 
-EVEN = {"local": local(num_patches=30), "gradual": fixed(), "merge": SETTINGS["merge"], "discard": SETTINGS["discard"]}
+EVEN = {
+    "local": local(num_patches=30),
+    "gradual": fixed(),
+    "coarse": coarse(num_patches=40),
+    "merge": SETTINGS["merge"],
+    "discard": SETTINGS["discard"],
+}
 """Settings by which all images have the same number of tokens."""
 TOWERS = [*(name for name in COMMON if name != "clip"), "vit-mae", "aimv2-vision", "aimv2-native", "dinov3"]
 
@@ -70,6 +76,9 @@ newest = functools.partial(pytest.param, marks=pytest.mark.newest)
         ("dinov3", "gradual", (3,)),
         ("beit", "gradual", (3,)),
         ("beit", "discard", (4, 3)),
+        newest("vit", "coarse", (3, 2)),
+        newest("beit", "coarse", (4, 3)),
+        newest("dinov3", "coarse", (3,)),
         ("data2vec-classifier", "merge", (4, 3)),
         newest("blip-vision", "gradual", (3,)),
         newest("aimv2-vision", "local", (3,)),

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from settings import SETTINGS, fixed
+from settings import SETTINGS, coarse, fixed
 from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, restore
 from vwt_hf.families import FAMILIES, find_layers
@@ -277,6 +277,7 @@ def exported_models(name: str) -> list[transformers.PreTrainedModel]:
     models = [compress(tiny_model(name, num_hidden_layers=1), SETTINGS[kind]) for kind in ("discard", "merge")]
     if name in POSITIONS:
         models.append(compress(tiny_model(name, num_hidden_layers=2), fixed()))
+        models.append(compress(tiny_model(name, num_hidden_layers=1), coarse(num_patches=40)))
     return models
 
 

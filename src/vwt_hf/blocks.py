@@ -142,7 +142,7 @@ def cut_blocks(patches: torch.Tensor, members: torch.Tensor, patch_size: tuple[i
 def put_back(patches: torch.Tensor, blocks: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
     """Padded patches, with other blocks in the place of those that `cut_blocks` took."""
     height, width = (size // 2 for size in blocks.shape[-2:])
-    tiles = blocks.unflatten(0, (len(patches), -1)).unflatten(-1, (2, width)).unflatten(-3, (2, height))
+    tiles = blocks.unflatten(0, members.shape[:2]).unflatten(-1, (2, width)).unflatten(-3, (2, height))
     rows = tiles.permute(0, 1, 3, 5, 4, 6, 2).flatten(4).flatten(1, 3)
     return _with_a_last(patches, 0).scatter(1, _index(members, patches), rows)[:, :-1]
 

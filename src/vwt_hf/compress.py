@@ -576,14 +576,18 @@ class Repaint(Hook):
 
     @traced_within
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        forward, setting = forward_of(module), self.reduce.setting
+        forward, setting, given = forward_of(module), self.reduce.setting, None
         pixel_values = args[0] if args else kwargs["pixel_values"]
+        if self.reduce.family.padded is None and pixel_values.shape[1] != self.reduce.channels:
+            return None  # the embeddings say what is wrong
         patches = self.reduce.patches_within(forward, pixel_values, None, args, kwargs)
-        if forward.given is None:
-            words = forward.words = setting.choose(patches)
-        else:  # `Reduce` takes them, and refuses what they must not be
-            words = patches.of_words(forward.given.words, forward.given.repeats)
-        shown = setting.repainted(patches, words)
+        if forward.given is not None:  # `Reduce` takes them, and refuses what they must not be
+            if forward.given.taken:
+                return None
+            given = patches.of_words(forward.given.words, forward.given.repeats)
+        words, shown = setting.repainted(patches, given)
+        if given is None:
+            forward.words = words
         if args:
             return (shown, *args[1:]), kwargs
         return args, kwargs | {"pixel_values": shown}

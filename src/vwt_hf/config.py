@@ -195,21 +195,23 @@ class VWTConfig:
         """Whether patches are chosen before they are embedded, as some are to show something else then."""
         return False
 
-    def choose(self, patches: Patches) -> torch.Tensor:
-        """The words by which `plan_by` makes the plan that `plan` makes, (batch, patches) int64; if it `repaints`."""
-        raise NotImplementedError
-
-    def repainted(self, patches: Patches, words: torch.Tensor, enlarged: bool = False) -> torch.Tensor:
-        """What is embedded in place of the images, of the shape and dtype of `patches.pixel_values`; if it `repaints`.
+    def repainted(
+        self, patches: Patches, words: torch.Tensor | None = None, enlarged: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What becomes of patches, and what is embedded in place of the images; if it `repaints`.
 
         Args:
-            words: (batch, patches) int64, as `choose` or a caller tells them.
+            words: (batch, patches) int64, if a caller has told what becomes of them.
             enlarged: whether for a person to look at.
+
+        Returns:
+            The words by which `plan_by` makes the plan, (batch, patches) int64; and what is shown, of the shape and
+            dtype of `patches.pixel_values`.
         """
         raise NotImplementedError
 
     def plan_by(self, patches: Patches, words: torch.Tensor) -> Grouped:
-        """The plan that `plan` makes, of what `choose` told; if it `repaints`."""
+        """The plan that `plan` makes, of the words of `repainted`; if it `repaints`."""
         raise NotImplementedError
 
     def seen(self, patches: Patches, plan: Kept | Grouped) -> torch.Tensor:

@@ -242,7 +242,8 @@ class Tokenizing:
         words = _tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
         plan = tokenizer.plan(patches, words.flatten(0, -2))
         mean, std = processor_statistics(self, patches.channels)
-        seen = tokenizer.setting.seen(patches, plan)
+        setting = tokenizer.setting
+        seen = setting.seen(patches, plan) if setting.shortens else patches.seen(plan)
         pictures = [(one * 255).round().to(torch.uint8) for one in seen_pictures(patches, plan, seen, mean, std)]
         return [Image.fromarray(picture.squeeze(-1).numpy()) for picture in pictures]
 

@@ -333,9 +333,19 @@ def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     order, starts = layout.bags
     order = order if values.shape[0] == layout.rows.shape[0] else order % patches
     table = values.flatten(0, 1).float()
-    # A bag of patches for each row: read once, summed in place, in parallel. index_add takes two to four times as long.
-    means = torch.nn.functional.embedding_bag(order, table, starts, mode="mean")
-    return means[: layout.sizes.numel()].view(*layout.sizes.shape, table.shape[1]).to(values.dtype)
+    return (
+        _means(order, table, starts)[: layout.sizes.numel()].view(*layout.sizes.shape, table.shape[1]).to(values.dtype)
+    )
+
+
+def _means(order: torch.Tensor, table: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """The mean of the rows of `table` in each bag, as `_bags` gives them; 0 of none: (bags, channels)."""
+    # A bag for each row: read once, summed in place, in parallel. index_add takes two to four times as long.
+    if not torch.onnx.is_in_onnx_export():
+        return torch.nn.functional.embedding_bag(order, table, starts, mode="mean")
+    # onnxruntime 1.32 crashes as it loads what the mean becomes.
+    counts = torch.diff(starts, append=torch.full_like(starts[:1], order.shape[0])).clamp(min=1)
+    return torch.nn.functional.embedding_bag(order, table, starts, mode="sum") / counts.unsqueeze(1)
 
 
 def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
@@ -351,7 +361,7 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
     # A layer may lie on another device than the embeddings, which made the layout.
     order, starts = (bag.to(values.device) for bag in layout.whole_bags)
     order, shares = order % layout.rows.shape[1], [share.to(values.device) for share in layout.shares]
-    means = torch.nn.functional.embedding_bag(order, table.flatten(1), starts, mode="mean")
+    means = _means(order, table.flatten(1), starts)
     # Means over the one token's patches, (rows, channels, prefix + patches); those over the other's are a product.
     rows = [share.shape[0] * share.shape[2] for share in shares]
     parts = means[: sum(rows)].view(-1, *table.shape[1:]).split(rows)

@@ -263,8 +263,8 @@ class Patches:
         self._refuse(words, words < 0 if self.real is None else (words < 0) & self.real, "the number of a word")
         return self.group(words, packed, attention)
 
-    def require_blocks(self, words: torch.Tensor, members: torch.Tensor) -> None:
-        """Refuses words that tell of other groups than blocks, or of parts of one.
+    def of_blocks(self, words: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+        """The words of blocks that a caller gave; padding has its own index.
 
         Args:
             words: (batch, patches) int64: the index of the first patch of its block, or its own. What padding has says
@@ -272,11 +272,12 @@ class Patches:
             members: what `blocks.grid_blocks` or `blocks.padded_blocks` gives.
 
         Raises:
-            ValueError: they tell something else.
+            ValueError: they tell something else, as of parts of a block.
         """
-        wrong = words != words_of(chosen_by(words, members), members, self.count)
-        wrong = wrong if self.real is None else wrong & self.real
+        clean = words_of(chosen_by(words, members), members, self.count)
+        wrong = words != clean if self.real is None else (words != clean) & self.real
         self._refuse(words, wrong, "its own index or, as all four of its block, that of the first of them")
+        return clean
 
     def even_number(self, words: torch.Tensor) -> int:
         """How many tokens each image of a batch has, of words that are indices of the first patch of each.
@@ -299,8 +300,8 @@ class Patches:
         if counts.numel() and (int(counts.min()) < 1 or int(counts.min()) != int(counts.max())):
             raise ValueError(
                 f"patch_words keep {int(counts.min())} to {int(counts.max())} patches of an image; expected the same "
-                "number of each image of a batch, and at least one. Only the tokens of method='inter', 'given' and "
-                "'local' may differ in their number."
+                "number of each image of a batch, and at least one. Images may differ in it where the setting has a "
+                "tolerance or words."
             )
         return stays
 

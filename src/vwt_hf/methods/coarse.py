@@ -28,16 +28,20 @@ from .gradual import GradualConfig
 class CoarseConfig(GradualConfig):
     """Show blocks of 2 × 2 patches with little detail at half the size, as one patch; the others stay as they are.
 
-    Such a patch is embedded four times, at the places of the four that it stands for, and their mean is the token. What
-    a block loses is the root mean square of what its pixels differ by at half the size, in raw RGB from 0 to 1.
+    Such a patch is embedded four times, at the places of the four that it stands for, and their mean is the token;
+    rotary positions are those of the first. What a block loses is the root mean square of what its pixels differ by at
+    half the size, in raw RGB from 0 to 1.
+
+    A token of s patches, also of joined ones, draws as much attention as s to the power of 2/3: as all s it would draw
+    too much, as one too little.
 
     Args:
         tolerance (`float`, *optional*):
             A block becomes one token if it loses less, so each image has as many tokens as it needs. Default 0.08, if
-            neither of the next two is given. 0 is the plain model.
+            neither of the next two is given. With 0 all patches enter the first layer.
         keep_ratio (`float`, *optional*):
-            Share of patches, in (0, 1], that the tokens of every image are at most; a quarter is the least that can be.
-            The blocks that lose least become one token.
+            Share of patches, in (0, 1], that the tokens of every image are at most, as far as there are blocks: a
+            quarter is the least, and an odd last row or column stays. The blocks that lose least become one token.
         num_patches (`int`, *optional*):
             Most tokens of every image, prefix tokens left out; as for `keep_ratio`.
         similarity, join_ratio, layers (*optional*):
@@ -56,23 +60,47 @@ class CoarseConfig(GradualConfig):
     def repaints(self) -> bool:
         return True
 
-    def choose(self, patches: Patches) -> torch.Tensor:
-        assert self.image_std is not None  # `prepared` came before
-        with without_autocast(patches.device), torch.no_grad():
-            images, members = _blocks(patches)
-            if not members.shape[1]:  # a single row or column of patches
-                return torch.arange(patches.count, device=patches.device).repeat(patches.pixel_values.shape[0], 1)
-            found = lost(images, halve(images), patches.patch_size, self.image_std)
-            found = found.reshape(patches.pixel_values.shape[0], -1)
-            there = members[:, :, 0] < patches.count
-            if self.tolerance is not None:
-                chosen = (found < self.tolerance**2) & there
-            elif patches.grid is not None:
-                number = self._blocks_of(*patches.grid)
-                chosen = torch.zeros_like(found, dtype=torch.bool).scatter(1, highest(-found, number), True)
+    def repainted(
+        self, patches: Patches, words: torch.Tensor | None = None, enlarged: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        members = _members(patches)
+        batch, blocks = patches.pixel_values.shape[0], members.shape[1]
+        if not blocks or not batch:  # as in a single row or column of patches
+            own = torch.arange(patches.count, device=patches.device).repeat(batch, 1)
+            return (own if words is None else words), patches.pixel_values
+        padded = patches.grid is None
+        images = cut_blocks(patches.pixel_values, members, patches.patch_size) if padded else patches.pixel_values
+        with without_autocast(patches.device):
+            halves = halve(images)
+            if words is None:
+                chosen = self._choose(patches, images.detach(), halves.detach(), members)
+                words = words_of(chosen, members, patches.count)
             else:
-                chosen = self._choose_padded(patches, found.masked_fill(~there, torch.inf), there)
-            return words_of(chosen, members, patches.count)
+                chosen = chosen_by(words, members)
+            grid = (1, 1) if patches.grid is None else (patches.grid[0] // 2, patches.grid[1] // 2)
+            shown = with_halves(images, halves, chosen.reshape(-1, *grid), patches.patch_size, enlarged)
+            return words, put_back(patches.pixel_values, shown, members) if padded else shown
+
+    def _choose(
+        self, patches: Patches, images: torch.Tensor, halves: torch.Tensor, members: torch.Tensor
+    ) -> torch.Tensor:
+        """Which blocks become one token, (batch, blocks), bool.
+
+        Args:
+            images: those that blocks lie in, or one of each block where images are padded.
+            halves: what `blocks.halve` makes of them.
+            members: the patches of each block.
+        """
+        assert self.image_std is not None  # `prepared` came before
+        found = lost(images, halves, patches.patch_size, self.image_std)
+        found = found.view(patches.pixel_values.shape[0], members.shape[1])
+        there = members[:, :, 0] < patches.count
+        if self.tolerance is not None:
+            return (found < self.tolerance**2) & there
+        if patches.grid is None:
+            return self._choose_padded(patches, found.masked_fill(~there, torch.inf), there)
+        number = self._blocks_of(*patches.grid)
+        return torch.zeros_like(found, dtype=torch.bool).scatter(1, highest(-found, number), True)
 
     def _blocks_of(self, rows: int, columns: int) -> int:
         """How many blocks of an image of so many rows and columns of patches become one token."""
@@ -92,20 +120,8 @@ class CoarseConfig(GradualConfig):
         order = found.argsort(dim=1, stable=True).argsort(dim=1)
         return (order < numbers.unsqueeze(1)) & there
 
-    def repainted(self, patches: Patches, words: torch.Tensor, enlarged: bool = False) -> torch.Tensor:
-        images, members = _blocks(patches)
-        if not members.shape[1]:
-            return patches.pixel_values
-        halves, chosen = halve(images), chosen_by(words, members)
-        if patches.grid is not None:
-            rows, columns = patches.grid
-            shown = chosen.unflatten(1, (rows // 2, columns // 2))
-            return with_halves(images, halves, shown, patches.patch_size, enlarged)
-        blocks = with_halves(images, halves, chosen.view(-1, 1, 1), patches.patch_size, enlarged)
-        return put_back(patches.pixel_values, blocks, members)
-
     def plan(self, patches: Patches) -> Grouped:
-        return self.plan_by(patches, self.choose(patches))
+        return self.plan_by(patches, self.repainted(patches)[0])
 
     def plan_by(self, patches: Patches, words: torch.Tensor) -> Grouped:
         if self.tolerance is None and patches.grid is not None:
@@ -114,14 +130,14 @@ class CoarseConfig(GradualConfig):
         return patches.group(words, self.packs(patches), self.attention, by_index=True)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
-        patches.require_blocks(words, _members(patches))
+        words = patches.of_blocks(words, _members(patches))
         if self.tolerance is None and patches.grid is not None:
             return patches.group_evenly(words, patches.even_number(words), self.attention)
         return patches.group(words, self.packs(patches), self.attention, by_index=True)
 
     def seen(self, patches: Patches, plan: Kept | Grouped) -> torch.Tensor:
         assert isinstance(plan, Grouped) and plan.words is not None
-        shown = self.repainted(patches, plan.words, enlarged=True)
+        _, shown = self.repainted(patches, plan.words, enlarged=True)
         return dataclasses.replace(patches, pixel_values=shown).pixels_as_words().float()
 
 
@@ -131,11 +147,3 @@ def _members(patches: Patches) -> torch.Tensor:
         return grid_blocks(*patches.grid, patches.device)
     assert patches.real is not None
     return padded_blocks(patches.places.long(), patches.real)
-
-
-def _blocks(patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images that blocks lie in, or one of each block where images are padded; and the patches of each block."""
-    members = _members(patches)
-    if patches.grid is not None:
-        return patches.pixel_values, members
-    return cut_blocks(patches.pixel_values, members, patches.patch_size), members
