@@ -333,9 +333,8 @@ def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     order, starts = layout.bags
     order = order if values.shape[0] == layout.rows.shape[0] else order % patches
     table = values.flatten(0, 1).float()
-    return (
-        _means(order, table, starts)[: layout.sizes.numel()].view(*layout.sizes.shape, table.shape[1]).to(values.dtype)
-    )
+    means = _means(order, table, starts)[: layout.sizes.numel()]
+    return means.view(*layout.sizes.shape, table.shape[1]).to(values.dtype)
 
 
 def _means(order: torch.Tensor, table: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
