@@ -68,7 +68,7 @@ def back_ends(layout: Layout, options: argparse.Namespace) -> dict[str, Run]:
     shape = (3, 1, layout.tokens, options.heads, options.head_size)
     packed = list(torch.randn(shape, dtype=dtype).transpose(2, 3))
     bias = attention_bias(layout, exponent=1)
-    plan = Grouped(layout, True, None)
+    plan = Grouped(layout, 1, None)
     lengths = [length for length, images in layout.runs for _ in range(images)]
     runs: dict[str, Run] = {
         "by length": functools.partial(_by_layout, attend, *packed, plan),

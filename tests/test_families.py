@@ -202,7 +202,7 @@ def test_attention_is_biased_by_where_the_patches_of_tokens_lie(name, setting, i
             else:
                 shares = torch.nn.functional.one_hot(plan.layout.rows[0], tokens.shape[1]).float().T
                 shares = shares / shares.sum(1, keepdim=True).clamp(min=1)
-            by_key = torch.zeros(()) if isinstance(plan, Kept) else plan.layout.sizes[0].log() * plan.attention
+            by_key = torch.zeros(()) if isinstance(plan, Kept) else plan.layout.sizes[0].log() * plan.exponent
             for index, (module, bias) in enumerate(zip(biases, whole, strict=True)):
                 # Where layers share a bias it is the first module's, and stands beside their own, if they have one.
                 once = by_key if name == "beit" or index == 0 else 0

@@ -1,6 +1,6 @@
 """Whatever the model, the images and the setting: a batch answers as its images, and restoring as never compressing.
 
-On the newest transformers alone: test_families.py goes through every family, setting and layout on both ends.
+On the newest transformers alone: test_families.py goes through every family and a setting of each kind on both ends.
 
 The short form tries the same 700 cases at each run. VWT_LONG=1 tries 10,000 by a seed that failing tests print;
 VWT_SEED gives that seed.

@@ -336,9 +336,10 @@ def test_decoding_shows_what_is_left(folders):
         words = made[NAME]
         for image in range(5):
             for patch in range(64):
-                if words[image, patch] < 0 or name == "coarse":  # what that shows: test_methods_coarse.py
-                    continue
                 alike = words[image] == words[image, patch]
+                # What blocks of coarse show: test_methods_coarse.py.
+                if words[image, patch] < 0 or (name == "coarse" and alike.sum() > 1):
+                    continue
                 if name in ("merge", "local"):
                     expected = cut[image, words[image, patch]]
                 else:

@@ -54,9 +54,9 @@ class Pairs(VWTConfig):
     def plan(self, patches: Patches) -> Grouped:
         pairs = (torch.arange(patches.count, device=patches.device) // 2).expand(len(patches.pixel_values), -1)
         if self.by == "mean":
-            return patches.group(pairs, patches.packs and not patches.draws, self.proportional_attention)
+            return patches.group(pairs, patches.packs and not patches.draws, self.size_exponent)
         firsts = torch.arange(0, patches.count, 2, device=patches.device).unsqueeze(0)
-        return patches.represent(pairs, firsts, None, self.proportional_attention)
+        return patches.represent(pairs, firsts, None, self.size_exponent)
 
 
 @pytest.fixture

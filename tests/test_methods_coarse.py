@@ -14,7 +14,7 @@ from settings import ViTImageProcessor, coarse
 from test_families import NEAR, sample_images
 from tiny import answers, forward, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, count_tokens
-from vwt_hf.blocks import cut_blocks, grid_blocks, halve, lost, padded_blocks, put_back, with_halves
+from vwt_hf.blocks import cut_blocks, detail_lost, grid_blocks, halve, padded_blocks, put_back, with_halves
 from vwt_hf.families import find_layers
 from vwt_hf.patches import Patches, padded_places
 from vwt_hf.plans import Grouped
@@ -72,7 +72,7 @@ def test_blocks_that_lose_little_become_one_token(size):
 )
 def test_of_a_number_those_that_lose_least(asked, tokens, images):
     patches = whole(images)
-    found = lost(images, halve(images), (4, 4), HALF).flatten(1)
+    found = detail_lost(images, halve(images), (4, 4), HALF).flatten(1)
     words, _ = VWTConfig(method="coarse", image_std=HALF, **asked).repainted(patches)
     for image in range(4):
         assert len(words[image].unique()) == tokens
@@ -288,12 +288,17 @@ def test_words_of_parts_of_blocks_are_refused(changed, said, images):
     assert count.mean == 62
 
 
-def test_gradients_reach_pixels_and_projection(images):
-    model = compress(tiny_model("vit"), coarse(num_patches=40)).train()
-    images = images.clone().requires_grad_()
-    forward(model, images).square().sum().backward()
-    assert images.grad.isfinite().all() and (images.grad.flatten(1).abs().sum(1) > 0).all()
-    weight = model.embeddings.patch_embeddings.projection.weight
+@pytest.mark.parametrize("name", ["vit", "siglip2-vision"])
+def test_gradients_reach_every_pixel_of_a_block_and_the_projection(name, images):
+    model = compress(tiny_model(name), coarse(num_patches=1)).train()
+    given = inputs(model, images)
+    given["pixel_values"].requires_grad_()
+    model(**given)[0].square().sum().backward()
+    gradient = given["pixel_values"].grad
+    if name == "vit":  # all patches lie in blocks
+        assert (gradient != 0).all()
+    assert gradient.isfinite().all() and (gradient != 0).any()
+    weight = next(value for key, value in model.named_parameters() if "patch_embedding" in key and "weight" in key)
     assert weight.grad.isfinite().all() and weight.grad.abs().max() > 0
 
 

@@ -134,6 +134,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
 dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

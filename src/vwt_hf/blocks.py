@@ -28,7 +28,7 @@ def halve(images: torch.Tensor) -> torch.Tensor:
     return total / 4
 
 
-def lost(
+def detail_lost(
     images: torch.Tensor, halves: torch.Tensor, patch_size: tuple[int, int], image_std: tuple[float, ...]
 ) -> torch.Tensor:
     """How much of each block is lost at half the size: the mean square of what its pixels differ by, in raw RGB.
@@ -61,14 +61,14 @@ def _quarters(images: torch.Tensor) -> list[torch.Tensor]:
 
 
 def with_halves(
-    images: torch.Tensor, halves: torch.Tensor, shown: torch.Tensor, patch_size: tuple[int, int], enlarged: bool
+    images: torch.Tensor, halves: torch.Tensor, chosen: torch.Tensor, patch_size: tuple[int, int], enlarged: bool
 ) -> torch.Tensor:
     """Images of which some blocks are shown at half the size.
 
     Args:
         images: (batch, channels, height, width).
         halves: what `halve` makes of them.
-        shown: (batch, rows // 2, columns // 2) bool: which blocks.
+        chosen: (batch, rows // 2, columns // 2) bool: which blocks.
         patch_size: height and width of a patch, in pixels.
         enlarged: whether the four patches of a block show it together, as a person would look at it, and not each of
             them the whole block, as the model is to see it.
@@ -76,7 +76,7 @@ def with_halves(
     Returns:
         Of the shape and dtype of `images`.
     """
-    (height, width), (rows, columns) = patch_size, shown.shape[1:]
+    (height, width), (rows, columns) = patch_size, chosen.shape[1:]
     high, wide = rows * height, columns * width
     halves = halves[..., :high, :wide].to(images.dtype)
     if enlarged:
@@ -84,7 +84,7 @@ def with_halves(
     else:
         blocks = halves.unflatten(-1, (columns, 1, width)).unflatten(-4, (rows, 1, height))
         instead = blocks.expand(-1, -1, -1, 2, -1, -1, 2, -1).flatten(-3).flatten(-4, -2)
-    mask = shown.repeat_interleave(2 * height, dim=1).repeat_interleave(2 * width, dim=2).unsqueeze(1)
+    mask = chosen.repeat_interleave(2 * height, dim=1).repeat_interleave(2 * width, dim=2).unsqueeze(1)
     within = torch.where(mask, instead, images[..., : 2 * high, : 2 * wide])
     if within.shape == images.shape:
         return within
@@ -96,7 +96,8 @@ def with_halves(
 def grid_blocks(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """The four patches of each block of a grid, row by row: (1, blocks, 4), int64."""
     first = np.arange(rows // 2)[:, None] * 2 * columns + np.arange(columns // 2) * 2
-    return whole_numbers(first.reshape(1, -1, 1) + np.array([0, 1, columns, columns + 1]), device)
+    four = first.reshape(-1, 1) + np.array([0, 1, columns, columns + 1])
+    return whole_numbers(four, device).view(1, -1, 4)
 
 
 def padded_blocks(places: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

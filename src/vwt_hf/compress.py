@@ -523,11 +523,11 @@ class Reduce(Hook):
         return self.family.reduces(output, plan)
 
     def plan(
-        self, patches: Patches, given: GivenWords | None, chosen: torch.Tensor | None = None
+        self, patches: Patches, given: GivenWords | None, words: torch.Tensor | None = None
     ) -> Kept | Grouped | None:
         """What becomes of the patches: as the caller's words say, if there are any, or those that `Repaint` chose."""
         if given is None:
-            return self.setting.plan(patches) if chosen is None else self.setting.plan_by(patches, chosen)
+            return self.setting.plan(patches) if words is None else self.setting.plan_by(patches, words)
         return self.setting.plan_of(patches, patches.of_words(given.words, given.repeats))
 
     def _require_alone(self, pixel_values: torch.Tensor, length: int) -> None:
@@ -570,7 +570,7 @@ class Reduce(Hook):
 
 @dataclasses.dataclass(eq=False)
 class Repaint(Hook):
-    """Forward pre-hook of the embeddings: has them see what the setting shows in place of some patches."""
+    """Forward pre-hook of the embeddings: gives them what the setting shows, and keeps its choice for `Reduce`."""
 
     reduce: Reduce
 

@@ -83,8 +83,8 @@ class VWTConfig:
         137
     """
 
-    attention_exponent: ClassVar[float] = 1
-    """What `attention` is with `proportional_attention`."""
+    usual_exponent: ClassVar[float] = 1
+    """What `size_exponent` is with `proportional_attention`."""
 
     method: str = "intra"
     output: str | None = None
@@ -128,9 +128,9 @@ class VWTConfig:
         return f"VWTConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
     @property
-    def attention(self) -> float:
-        """To which power of the number of its patches a token draws attention."""
-        return self.attention_exponent if self.proportional_attention else 0
+    def size_exponent(self) -> float:
+        """A token of s patches draws as much attention as s to this power."""
+        return self.usual_exponent if self.proportional_attention else 0
 
     @property
     def groups(self) -> bool:
@@ -192,7 +192,8 @@ class VWTConfig:
 
     @property
     def repaints(self) -> bool:
-        """Whether patches are chosen before they are embedded, as some are to show something else then."""
+        """Whether some patches show something else when they are embedded, so that it is chosen before what becomes of
+        them. Only a setting that `groups` may."""
         return False
 
     def repainted(

@@ -122,7 +122,7 @@ class HostTokenizer:
         """
         words = patches.of_words(patch_words)
         if not self.setting.shortens:
-            return patches.grouped_by(words, packed=False, attention=0)
+            return patches.grouped_by(words, packed=False, exponent=0)
         return self.setting.plan_of(patches, words)
 
 

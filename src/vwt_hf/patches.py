@@ -84,19 +84,19 @@ class Patches:
         return Grouped(layout, 0, self.grid, self._rows_of(kept), stays)
 
     def represent(
-        self, nearest: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor | None, attention: float
+        self, nearest: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor | None, exponent: float
     ) -> Grouped:
         """A plan by which some patches stay, as they are, and stand for the others, too.
 
         Args:
             nearest: (batch, patches) int64 in [0, keep): which of `kept` each patch is represented by.
             kept, stays: as for `keep`.
-            attention: a token of s patches draws as much attention as s to this power.
+            exponent: a token of s patches draws as much attention as s to this power.
         """
         if self.real is not None:
             kept, stays = self._real_ones(self.real, kept, stays)
         layout = represent(nearest, kept.shape[1], self.prefix, self.real)
-        return Grouped(layout, attention, self.grid, self._rows_of(kept), stays)
+        return Grouped(layout, exponent, self.grid, self._rows_of(kept), stays)
 
     def _rows_of(self, kept: torch.Tensor) -> torch.Tensor:
         """The rows of prefix tokens and of some patches, as `Grouped.sources` counts them.
@@ -110,17 +110,17 @@ class Patches:
         starts = torch.arange(self.pixel_values.shape[0], device=kept.device) * (self.prefix + self.count)
         return with_prefix(kept, self.prefix) + starts.unsqueeze(1)
 
-    def lead(self, leaders: torch.Tensor, packed: bool, attention: float) -> Grouped:
+    def lead(self, leaders: torch.Tensor, packed: bool, exponent: float) -> Grouped:
         """A plan by which some patches stay, as many of each image as it needs, and stand for the others, too.
 
         Args:
             leaders: (batch, patches), int64: the patch that stands for each; those that stay stand for themselves.
-            packed, attention: as for `group`.
+            packed, exponent: as for `group`.
         """
         if self.real is not None:  # padding is part of the first patch's token, and does not count
             leaders = torch.where(self.real, leaders, leaders[:, :1])
         layout = group(leaders, self.prefix, packed, self.real, rounds=self.rounds, by_index=True)
-        return Grouped(layout, attention, self.grid, by_token(self._rows_of(leaders), layout))
+        return Grouped(layout, exponent, self.grid, by_token(self._rows_of(leaders), layout))
 
     @staticmethod
     def _real_ones(
@@ -131,33 +131,36 @@ class Patches:
         counts = real.gather(1, kept)
         return kept, counts if stays is None else stays & counts
 
-    def group(self, words: torch.Tensor, packed: bool, attention: float, by_index: bool = False) -> Grouped:
+    def group(self, words: torch.Tensor, packed: bool, exponent: float, by_index: bool = False) -> Grouped:
         """A plan by which the patches of an image that share a word become one token, their mean.
 
         Args:
             words: (batch, patches), integers.
             packed: whether the batch becomes one sequence, or one padded sequence for each image.
-            attention: as for `represent`.
+            exponent: as for `represent`.
             by_index: whether the words are indices of patches.
         """
         layout = group(words, self.prefix, packed, self.real, rounds=self.rounds, by_index=by_index)
-        return Grouped(layout, attention, self.grid, words=words)
+        return Grouped(layout, exponent, self.grid, words=words)
 
-    def group_evenly(self, words: torch.Tensor, tokens: int, attention: float) -> Grouped:
+    def group_evenly(self, words: torch.Tensor, tokens: int, exponent: float) -> Grouped:
         """As `group`, where every image has as many tokens.
 
         Args:
             words: (batch, patches) int64: the index of the first patch of its token.
             tokens: of each image, prefix tokens left out.
-            attention: as for `represent`.
+            exponent: as for `represent`.
         """
         leads = words == torch.arange(self.count, device=words.device)
         token_of_patch = (leads.cumsum(dim=1) - 1).gather(1, words)
-        return Grouped(represent(token_of_patch, tokens, self.prefix), attention, self.grid, words=words)
+        return Grouped(represent(token_of_patch, tokens, self.prefix), exponent, self.grid, words=words)
 
     def seen(self, plan: Kept | Grouped) -> torch.Tensor:
-        """What is left of each patch, (batch, patches, channels · patch height · patch width) float32: its token shows
-        the mean of its group or the patch that stands for it."""
+        """What is left of each patch: the mean of its group, or the patch that stands for it.
+
+        Returns:
+            (batch, patches, channels · patch height · patch width), float32.
+        """
         rows = self.pixels_as_words().float()
         # Without the prefix tokens, which pixels have none of.
         return plan.expand(plan.reduce(rows)) if isinstance(plan, Grouped) else rows
@@ -214,13 +217,13 @@ class Patches:
         self._refuse(words, stays & (words != own), "its own index, or −1 if it is left out")
         return self.keep(*self._chosen(stays, tokens))
 
-    def represented_by(self, words: torch.Tensor, attention: float, tokens: int | None = None) -> Grouped:
+    def represented_by(self, words: torch.Tensor, exponent: float, tokens: int | None = None) -> Grouped:
         """The plan of `represent`, of the words that tell it.
 
         Args:
             words: (batch, patches) int64: the index of the patch that stands for it, which stands for itself. What
                 padding has says nothing.
-            attention: as for `represent`.
+            exponent: as for `represent`.
             tokens: as for `kept_by`.
 
         Raises:
@@ -230,16 +233,16 @@ class Patches:
         kept, counts = self._chosen(self._required(words == own), tokens)
         place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         nearest = torch.zeros_like(words).scatter_(1, kept, place).gather(1, target)
-        return self.represent(nearest, kept, counts, attention)
+        return self.represent(nearest, kept, counts, exponent)
 
-    def led_by(self, words: torch.Tensor, packed: bool, attention: float) -> Grouped:
+    def led_by(self, words: torch.Tensor, packed: bool, exponent: float) -> Grouped:
         """The plan of `lead`, of the words that tell it: (batch, patches) int64, as for `represented_by`.
 
         Raises:
             ValueError: they tell something else.
         """
         _, target = self._require_leaders(words)
-        return self.lead(target, packed, attention)
+        return self.lead(target, packed, exponent)
 
     def _require_leaders(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each patch's own index, and that of the patch that stands for it; both (batch, patches).
@@ -254,14 +257,14 @@ class Patches:
         self._refuse(words, ~fits if self.real is None else ~fits & self.real, "the index of one that has its own")
         return own, target
 
-    def grouped_by(self, words: torch.Tensor, packed: bool, attention: float) -> Grouped:
+    def grouped_by(self, words: torch.Tensor, packed: bool, exponent: float) -> Grouped:
         """The plan of `group`, of the words that tell it.
 
         Raises:
             ValueError: a patch has a negative number.
         """
         self._refuse(words, words < 0 if self.real is None else (words < 0) & self.real, "the number of a word")
-        return self.group(words, packed, attention)
+        return self.group(words, packed, exponent)
 
     def of_blocks(self, words: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
         """The words of blocks that a caller gave; padding has its own index.
@@ -301,7 +304,7 @@ class Patches:
             raise ValueError(
                 f"patch_words keep {int(counts.min())} to {int(counts.max())} patches of an image; expected the same "
                 "number of each image of a batch, and at least one. Images may differ in it where the setting has a "
-                "tolerance or words."
+                "tolerance, or is of method='inter' or 'given'."
             )
         return stays
 

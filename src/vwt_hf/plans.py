@@ -65,7 +65,7 @@ class Grouped:
 
     layout: Layout
     """Which token each patch is part of, and where the tokens of a batch lie."""
-    attention: float
+    exponent: float
     """A token of s patches draws as much attention as s to this power."""
     grid: tuple[int, int] | None
     """Rows and columns of patches; `None` where images are padded, and differ in them."""
@@ -82,7 +82,7 @@ class Grouped:
     @lazy
     def key_bias(self) -> torch.Tensor | None:
         """(sequences, tokens), float32: added to the attention logits of a layer, by key; `None` for nothing."""
-        return attention_bias(self.layout, self.attention)
+        return attention_bias(self.layout, self.exponent)
 
     @property
     def shape(self) -> torch.Size:

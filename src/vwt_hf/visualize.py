@@ -42,8 +42,8 @@ def kept_patches_figure(
 ) -> Figure:
     """Draws each photograph as the model sees it, and beside it, for each setting, what enters the model's first layer.
 
-    Dropped patches are faded, or show the patch that stands for them. How many tokens the patches become is written
-    below.
+    Dropped patches are faded, or show the patch that stands for them, or their block at half the size. How many tokens
+    the patches become is written below.
 
     Args:
         pixel_values: (photographs, channels, height, width), as the model gets them.
@@ -338,7 +338,7 @@ def _grouped(
     """The patches of whole images, and the plan by which those that share a word become one token."""
     patches = Patches(pixel_values, patch_size, pixel_values.shape[1], 0, patch_grid(pixel_values, patch_size))
     found = nearest_words(patches.pixels_as_words(), index_words(words), threshold)
-    return patches, patches.group(found, packed=False, attention=0)
+    return patches, patches.group(found, packed=False, exponent=0)
 
 
 def word_color(word: int) -> tuple[float, float, float]:

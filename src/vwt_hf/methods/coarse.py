@@ -10,9 +10,9 @@ import torch
 from ..blocks import (
     chosen_by,
     cut_blocks,
+    detail_lost,
     grid_blocks,
     halve,
-    lost,
     padded_blocks,
     put_back,
     with_halves,
@@ -32,16 +32,16 @@ class CoarseConfig(GradualConfig):
     rotary positions are those of the first. What a block loses is the root mean square of what its pixels differ by at
     half the size, in raw RGB from 0 to 1.
 
-    A token of s patches, also of joined ones, draws as much attention as s to the power of 2/3: as all s it would draw
-    too much, as one too little.
+    A token of s patches, also of joined ones, draws as much attention as s to the power of 2/3. With s it would draw
+    too much, with 1 too little.
 
     Args:
         tolerance (`float`, *optional*):
             A block becomes one token if it loses less, so each image has as many tokens as it needs. Default 0.08, if
             neither of the next two is given. With 0 all patches enter the first layer.
         keep_ratio (`float`, *optional*):
-            Share of patches, in (0, 1], that the tokens of every image are at most, as far as there are blocks: a
-            quarter is the least, and an odd last row or column stays. The blocks that lose least become one token.
+            The most tokens that an image may have, as a share of its patches in (0, 1]: the blocks that lose least
+            become one token. It has no fewer than a quarter, and an odd last row or column always stays.
         num_patches (`int`, *optional*):
             Most tokens of every image, prefix tokens left out; as for `keep_ratio`.
         similarity, join_ratio, layers (*optional*):
@@ -52,7 +52,7 @@ class CoarseConfig(GradualConfig):
 
     usual_tolerance: ClassVar[float] = 0.08
     usual_similarity: ClassVar[float | None] = None
-    attention_exponent: ClassVar[float] = 2 / 3
+    usual_exponent: ClassVar[float] = 2 / 3
 
     method: str = "coarse"
 
@@ -64,43 +64,43 @@ class CoarseConfig(GradualConfig):
         self, patches: Patches, words: torch.Tensor | None = None, enlarged: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         members = _members(patches)
-        batch, blocks = patches.pixel_values.shape[0], members.shape[1]
-        if not blocks or not batch:  # as in a single row or column of patches
-            own = torch.arange(patches.count, device=patches.device).repeat(batch, 1)
-            return (own if words is None else words), patches.pixel_values
-        padded = patches.grid is None
-        images = cut_blocks(patches.pixel_values, members, patches.patch_size) if padded else patches.pixel_values
         with without_autocast(patches.device):
+            images = _images(patches, members)
             halves = halve(images)
             if words is None:
-                chosen = self._choose(patches, images.detach(), halves.detach(), members)
-                words = words_of(chosen, members, patches.count)
-            else:
-                chosen = chosen_by(words, members)
+                words = self._choose(patches, members, images.detach(), halves.detach())
+            if not _any(patches, members):
+                return words, patches.pixel_values
             grid = (1, 1) if patches.grid is None else (patches.grid[0] // 2, patches.grid[1] // 2)
-            shown = with_halves(images, halves, chosen.reshape(-1, *grid), patches.patch_size, enlarged)
-            return words, put_back(patches.pixel_values, shown, members) if padded else shown
+            chosen = chosen_by(words, members).reshape(-1, *grid)
+            shown = with_halves(images, halves, chosen, patches.patch_size, enlarged)
+            return words, shown if patches.grid is not None else put_back(patches.pixel_values, shown, members)
 
     def _choose(
-        self, patches: Patches, images: torch.Tensor, halves: torch.Tensor, members: torch.Tensor
+        self, patches: Patches, members: torch.Tensor, images: torch.Tensor, halves: torch.Tensor
     ) -> torch.Tensor:
-        """Which blocks become one token, (batch, blocks), bool.
+        """The word of each patch, (batch, patches) int64: its own index, or that of the first of a block that becomes
+        one token.
 
         Args:
+            members: the patches of each block.
             images: those that blocks lie in, or one of each block where images are padded.
             halves: what `blocks.halve` makes of them.
-            members: the patches of each block.
         """
         assert self.image_std is not None  # `prepared` came before
-        found = lost(images, halves, patches.patch_size, self.image_std)
-        found = found.view(patches.pixel_values.shape[0], members.shape[1])
+        batch = patches.pixel_values.shape[0]
+        if not _any(patches, members):
+            return torch.arange(patches.count, device=patches.device).repeat(batch, 1)
+        found = detail_lost(images, halves, patches.patch_size, self.image_std).view(batch, members.shape[1])
         there = members[:, :, 0] < patches.count
         if self.tolerance is not None:
-            return (found < self.tolerance**2) & there
-        if patches.grid is None:
-            return self._choose_padded(patches, found.masked_fill(~there, torch.inf), there)
-        number = self._blocks_of(*patches.grid)
-        return torch.zeros_like(found, dtype=torch.bool).scatter(1, highest(-found, number), True)
+            chosen = (found < self.tolerance**2) & there
+        elif patches.grid is None:
+            chosen = self._choose_padded(patches, found.masked_fill(~there, torch.inf), there)
+        else:
+            number = self._blocks_of(*patches.grid)
+            chosen = torch.zeros_like(found, dtype=torch.bool).scatter(1, highest(-found, number), True)
+        return words_of(chosen, members, patches.count)
 
     def _blocks_of(self, rows: int, columns: int) -> int:
         """How many blocks of an image of so many rows and columns of patches become one token."""
@@ -121,19 +121,27 @@ class CoarseConfig(GradualConfig):
         return (order < numbers.unsqueeze(1)) & there
 
     def plan(self, patches: Patches) -> Grouped:
-        return self.plan_by(patches, self.repainted(patches)[0])
+        members = _members(patches)
+        with without_autocast(patches.device), torch.no_grad():
+            images = _images(patches, members)
+            return self.plan_by(patches, self._choose(patches, members, images, halve(images)))
 
     def plan_by(self, patches: Patches, words: torch.Tensor) -> Grouped:
+        gone = None
         if self.tolerance is None and patches.grid is not None:
-            tokens = patches.count - 3 * self._blocks_of(*patches.grid)
-            return patches.group_evenly(words, tokens, self.attention)
-        return patches.group(words, self.packs(patches), self.attention, by_index=True)
+            gone = 3 * self._blocks_of(*patches.grid)
+        return self._plan(patches, words, gone)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
         words = patches.of_blocks(words, _members(patches))
-        if self.tolerance is None and patches.grid is not None:
-            return patches.group_evenly(words, patches.even_number(words), self.attention)
-        return patches.group(words, self.packs(patches), self.attention, by_index=True)
+        by_number = self.tolerance is None and patches.grid is not None
+        return self._plan(patches, words, patches.count - patches.even_number(words) if by_number else None)
+
+    def _plan(self, patches: Patches, words: torch.Tensor, gone: int | None) -> Grouped:
+        """The plan of these words, by which so many patches of each image are no tokens of their own."""
+        if gone is not None:
+            return patches.group_evenly(words, patches.count - gone, self.size_exponent)
+        return patches.group(words, self.packs(patches), self.size_exponent, by_index=True)
 
     def seen(self, patches: Patches, plan: Kept | Grouped) -> torch.Tensor:
         assert isinstance(plan, Grouped) and plan.words is not None
@@ -147,3 +155,15 @@ def _members(patches: Patches) -> torch.Tensor:
         return grid_blocks(*patches.grid, patches.device)
     assert patches.real is not None
     return padded_blocks(patches.places.long(), patches.real)
+
+
+def _any(patches: Patches, members: torch.Tensor) -> bool:
+    """Whether there are blocks: an image of a single row or column of patches has none."""
+    return members.shape[1] > 0 and patches.pixel_values.shape[0] > 0
+
+
+def _images(patches: Patches, members: torch.Tensor) -> torch.Tensor:
+    """The images that blocks lie in, or one of each block where images are padded."""
+    if patches.grid is not None or not _any(patches, members):
+        return patches.pixel_values
+    return cut_blocks(patches.pixel_values, members, patches.patch_size)

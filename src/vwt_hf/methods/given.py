@@ -19,7 +19,8 @@ class GivenConfig(RaggedConfig):
     """Go by the `patch_words` that each call of the model is given, (batch, patches) integers; search nothing.
 
     Words with −1 tell which patches are left out: those that stay have their own index, as many of each image. All
-    other words tell which patches share a token.
+    other words tell which patches share a token. Those of method="coarse" do so, too, but no block is shown at half the
+    size.
 
     Args:
         tokens (`str`, default `"means"`):
@@ -51,5 +52,5 @@ class GivenConfig(RaggedConfig):
         if patches.real is None and self.output is None and bool((words == DROPPED).any()):
             return patches.kept_by(words)
         if self.tokens == "representatives":
-            return patches.led_by(words, self.packs(patches), self.attention)
-        return patches.grouped_by(words, self.packs(patches), self.attention)
+            return patches.led_by(words, self.packs(patches), self.size_exponent)
+        return patches.grouped_by(words, self.packs(patches), self.size_exponent)

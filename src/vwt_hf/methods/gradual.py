@@ -129,6 +129,8 @@ class GradualConfig(LocalConfig):
     def join(self, plan: Grouped, keys: torch.Tensor, wanted: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
         if not plan.layout.runs:  # no images
             return plan
+        if self.join_ratio is None:
+            self.require_untraced()
         means = keys.float().mean(dim=1)
         if self.join_ratio is None:
             return plan.joined(join_alike(means, plan.layout, wanted), not_as)

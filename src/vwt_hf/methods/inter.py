@@ -186,10 +186,10 @@ class InterConfig(RaggedConfig):
         assert self.words is not None  # `prepared` came before
         pixels = patches.pixels_as_words().float()
         words = nearest_words(pixels, self.words.on(pixels.device), self.threshold)
-        return patches.group(words, packed, self.attention)
+        return patches.group(words, packed, self.size_exponent)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
-        return patches.grouped_by(words, self.packs(patches), self.attention)
+        return patches.grouped_by(words, self.packs(patches), self.size_exponent)
 
 
 def is_vocabulary(value: object) -> bool:

@@ -117,12 +117,12 @@ class IntraConfig(VWTConfig):
             return patches.keep(kept, stays)
         assert values is not None
         nearest = nearest_kept(values, kept, patches.places, patches.real, stays)
-        return patches.represent(nearest, kept, stays, self.attention)
+        return patches.represent(nearest, kept, stays, self.size_exponent)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
         tokens = None if patches.real is None else self.patches_kept(patches.count)
         if self.groups:
-            return patches.represented_by(words, self.proportional_attention, tokens)
+            return patches.represented_by(words, self.size_exponent, tokens)
         return patches.kept_by(words, tokens)
 
     def _choose(self, patches: Patches, values: Centred | None, keep: int) -> torch.Tensor:

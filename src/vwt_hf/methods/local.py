@@ -141,13 +141,13 @@ class LocalConfig(RaggedConfig):
                 stays = self._stay_by_number(patches, neighbours)
             else:
                 return self._plan_of_number(patches, neighbours, self._number(*patches.grid))
-            return patches.lead(leaders(neighbours, stays), self.packs(patches), self.attention)
+            return patches.lead(leaders(neighbours, stays), self.packs(patches), self.size_exponent)
 
     def _plan_of_number(self, patches: Patches, neighbours: Neighbours, keep: int) -> Grouped:
         kept = highest(cover_by(neighbours, keep), keep)
         stays = torch.zeros(kept.shape[0], patches.count, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
         nearest = at(stays.cumsum(dim=1) - 1, leaders(neighbours, stays))
-        return patches.represent(nearest, kept, None, self.attention)
+        return patches.represent(nearest, kept, None, self.size_exponent)
 
     def _stay_by_number(self, patches: Patches, neighbours: Neighbours) -> torch.Tensor:
         """Which patches stay, (batch, patches) bool, where images are padded."""
@@ -161,8 +161,8 @@ class LocalConfig(RaggedConfig):
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
         if self.tolerance is None and patches.grid is not None:
-            return patches.represented_by(words, self.attention)
-        return patches.led_by(words, self.packs(patches), self.attention)
+            return patches.represented_by(words, self.size_exponent)
+        return patches.led_by(words, self.packs(patches), self.size_exponent)
 
     def _number(self, rows: int, columns: int) -> int:
         """How many patches of an image of so many stay."""

@@ -39,18 +39,23 @@ class RaggedConfig(VWTConfig):
     def groups(self) -> bool:
         return True
 
+    @staticmethod
+    def require_untraced() -> None:
+        """Raises `ValueError` where a program is exported or traced, which can hold no such batch."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves this out of its graphs
+            raise ValueError(
+                "The setting gives every image its own number of tokens, which an exported or traced program cannot "
+                "hold. Export a model compressed with method='intra', 'local' or 'coarse' with num_patches and no "
+                "similarity, or 'gradual' with num_patches and join_ratio."
+            )
+
     def packs(self, patches: Patches) -> bool:
         """Whether a batch becomes one sequence.
 
         Raises:
             ValueError: neither an exported program nor this training can hold such a batch.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves this out of its graphs
-            raise ValueError(
-                f"method={self.method!r} gives every image its own number of tokens, which an exported or traced "
-                "program cannot hold. Export a model compressed with method='intra', 'local' or 'coarse' with "
-                "num_patches, or 'gradual' with num_patches and join_ratio."
-            )
+        self.require_untraced()
         if patches.draws and self.layout == "packed":
             raise ValueError(
                 "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws "
