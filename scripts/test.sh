@@ -9,7 +9,8 @@ scripts/env.sh test
 python=${VENV:-.venv}/bin/python
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m mypy
+"$python" -m mypy &  # while pip is at work below
+types=$!
 
 # The oldest end lies beside the newest, with what it needs besides torch, and goes before it on the path.
 oldest=$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
@@ -19,6 +20,7 @@ if [ ! -d "$folder/transformers" ]; then
     "$python" -m pip install -q --target "$folder.part" "transformers==$oldest.0"
     mv "$folder.part" "$folder"
 fi
+wait "$types"
 # Tiny models gain nothing from threads: a process for each core, each with a thread.
 export OMP_NUM_THREADS=1
 how=(-q -n "${VWT_TEST_PROCESSES:-2}" --dist loadfile)
