@@ -44,8 +44,8 @@ def plans(monkeypatch) -> list:
     reduce = sys.modules["vwt_hf.compress"].Reduce
     plan, made = reduce.plan, []
 
-    def watch(self, patches, given, *chosen):
-        made.append((plan(self, patches, given, *chosen), patches, given))
+    def watch(self, patches, given, words=None):
+        made.append((plan(self, patches, given, words), patches, given))
         return made[-1][0]
 
     monkeypatch.setattr(reduce, "plan", watch)

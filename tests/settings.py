@@ -10,7 +10,7 @@ from vwt_hf import VisualVocabulary, VWTConfig
 
 ViTImageProcessor = getattr(transformers, f"ViTImageProcessor{'' if is_torchvision_available() else 'Pil'}")
 """What `AutoImageProcessor` loads for a ViT: that of torchvision resizes to other pixels than that of Pillow."""
-FAST = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+FAST = torch.bfloat16 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else torch.float32
 """The dtype in which trained models run faster on this machine."""
 WORDS = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
 STATISTICS = {"image_mean": [0.2, 0.0, -0.1], "image_std": [0.5, 1.0, 2.0]}

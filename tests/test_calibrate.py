@@ -31,7 +31,7 @@ from vwt_hf.evaluation import (
 from vwt_hf.processors import load_processor
 from vwt_hf.vocabulary.image_source import UnreadableImage
 
-# Two versions of transformers differ in no step of it, and in what they compute test_families.py holds them to one.
+# No step of it depends on the version of transformers.
 pytestmark = pytest.mark.newest
 COUNT = 60
 

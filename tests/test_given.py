@@ -87,7 +87,7 @@ def test_a_model_given_its_words_answers_as_if_it_had_searched(name, setting, im
 
 
 # Blocks at half the size are shown by models with that setting alone.
-@pytest.mark.parametrize("setting", [SETTINGS[kind] for kind in SETTINGS if kind != "coarse"])
+@pytest.mark.parametrize("setting", [pytest.param(SETTINGS[kind], id=kind) for kind in SETTINGS if kind != "coarse"])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_model_that_only_goes_by_words_answers_as_the_one_that_found_them(name, setting, images, plans):
     found = answered(compress(tiny_model(name), setting), images)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .words import same_for_all, whole_numbers
+from .neighbours import at
+from .words import gather_patches, same_for_all, whole_numbers
 
 
 def halve(images: torch.Tensor) -> torch.Tensor:
@@ -108,15 +109,15 @@ def padded_blocks(places: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         real: (batch, patches), bool: which are no padding.
 
     Returns:
-        As many blocks of each image as could be; where there is none, four times the number of patches of an image.
+        A row for each block, and then rows of no block, patches // 4 in all: these hold the number of patches in all
+        four places, which is no index of one.
     """
     batch, patches = real.shape
     row, column = places.unbind(-1)
     columns = column.amax(dim=1, keepdim=True) + 1
     own = torch.arange(patches, device=real.device).expand(batch, -1)
     four = torch.stack((own, own + 1, own + columns, own + columns + 1), dim=2)
-    there = four.clamp(max=patches - 1).flatten(1)
-    whole = (real.gather(1, there).view_as(four) & (four < patches)).all(dim=2)
+    whole = (at(real, four.clamp(max=patches - 1)) & (four < patches)).all(dim=2)
     # Of the patch after the last of a row it would lie in the next one.
     whole &= (row % 2 == 0) & (column % 2 == 0) & (column + 1 < columns)
     order = whole.long().argsort(dim=1, descending=True, stable=True)[:, : patches // 4]
@@ -135,7 +136,7 @@ def cut_blocks(patches: torch.Tensor, members: torch.Tensor, patch_size: tuple[i
     Returns:
         (batch · blocks, channels, 2 · height, 2 · width); zeros where there is no block.
     """
-    found = _with_a_last(patches, 0).gather(1, _index(members, patches))
+    found = gather_patches(_with_a_last(patches, 0), members.flatten(1))
     blocks = found.unflatten(1, (-1, 2, 2)).unflatten(-1, (*patch_size, -1))
     return blocks.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4).flatten(0, 1)
 
@@ -145,7 +146,8 @@ def put_back(patches: torch.Tensor, blocks: torch.Tensor, members: torch.Tensor)
     height, width = (size // 2 for size in blocks.shape[-2:])
     tiles = blocks.unflatten(0, members.shape[:2]).unflatten(-1, (2, width)).unflatten(-3, (2, height))
     rows = tiles.permute(0, 1, 3, 5, 4, 6, 2).flatten(4).flatten(1, 3)
-    return _with_a_last(patches, 0).scatter(1, _index(members, patches), rows)[:, :-1]
+    index = members.flatten(1).unsqueeze(2).expand_as(rows)
+    return _with_a_last(patches, 0).scatter(1, index, rows)[:, :-1]
 
 
 def words_of(chosen: torch.Tensor, members: torch.Tensor, patches: int) -> torch.Tensor:
@@ -167,15 +169,9 @@ def words_of(chosen: torch.Tensor, members: torch.Tensor, patches: int) -> torch
 
 def chosen_by(words: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
     """Which blocks become one token, (batch, blocks), bool: those whose patches all have the word of the first."""
-    members = members.expand(words.shape[0], -1, -1)
-    found = _with_a_last(words, -1).gather(1, members.flatten(1)).view_as(members)
-    return (found == members[:, :, :1]).all(dim=2)
+    return (at(_with_a_last(words, -1), members) == members[:, :, :1]).all(dim=2)
 
 
 def _with_a_last(values: torch.Tensor, last: int) -> torch.Tensor:
-    """Values of the patches of each image and of one more, which stands where there is none."""
+    """The values of each image's patches, and after them `last`, for indices that are of no patch."""
     return torch.cat((values, torch.full_like(values[:, :1], last)), dim=1)
-
-
-def _index(members: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-    return members.flatten(1).unsqueeze(2).expand(-1, -1, patches.shape[2])

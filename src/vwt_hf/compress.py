@@ -570,7 +570,8 @@ class Reduce(Hook):
 
 @dataclasses.dataclass(eq=False)
 class Repaint(Hook):
-    """Forward pre-hook of the embeddings: gives them what the setting shows, and keeps its choice for `Reduce`."""
+    """Forward pre-hook of the embeddings: has them embed what the setting shows in place of the images, and keeps for
+    `Reduce` what is to become of the patches."""
 
     reduce: Reduce
 

@@ -192,14 +192,16 @@ class VWTConfig:
 
     @property
     def repaints(self) -> bool:
-        """Whether some patches show something else when they are embedded, so that it is chosen before what becomes of
-        them. Only a setting that `groups` may."""
+        """Whether the setting changes what some patches show, before they are embedded.
+
+        Then it chooses before that, too. Only a setting that `groups` may.
+        """
         return False
 
     def repainted(
         self, patches: Patches, words: torch.Tensor | None = None, enlarged: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What becomes of patches, and what is embedded in place of the images; if it `repaints`.
+        """Chooses what becomes of the patches, and makes what is embedded in place of the images; if it `repaints`.
 
         Args:
             words: (batch, patches) int64, if a caller has told what becomes of them.

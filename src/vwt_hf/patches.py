@@ -267,7 +267,7 @@ class Patches:
         return self.group(words, packed, exponent)
 
     def of_blocks(self, words: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-        """The words of blocks that a caller gave; padding has its own index.
+        """Checks words of blocks that a caller gave, and gives those of padding their own index.
 
         Args:
             words: (batch, patches) int64: the index of the first patch of its block, or its own. What padding has says

@@ -249,14 +249,15 @@ def seen_pictures(
     image_mean: Sequence[float] | None,
     image_std: Sequence[float] | None,
 ) -> list[torch.Tensor]:
-    """What is left of each image.
+    """Pictures of what is left of each image.
 
     Patches without a token are pale grey, and so are pixels beyond the last whole patch.
 
     Args:
         patches: of a batch, whole images or padded patches.
         plan: what becomes of them.
-        seen: what is left of each, as `VWTConfig.seen` gives it.
+        seen: (batch, patches, channels · patch height · patch width): what each patch shows, as `VWTConfig.seen` gives
+            it.
         image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
 
     Returns:

@@ -20,7 +20,7 @@ from ..blocks import (
 )
 from ..patches import Patches
 from ..plans import Grouped, Kept
-from ..words import highest, whole_share, whole_shares, without_autocast
+from ..words import highest, without_autocast
 from .gradual import GradualConfig
 
 
@@ -28,9 +28,9 @@ from .gradual import GradualConfig
 class CoarseConfig(GradualConfig):
     """Show blocks of 2 × 2 patches with little detail at half the size, as one patch; the others stay as they are.
 
-    Such a patch is embedded four times, at the places of the four that it stands for, and their mean is the token;
-    rotary positions are those of the first. What a block loses is the root mean square of what its pixels differ by at
-    half the size, in raw RGB from 0 to 1.
+    This small patch is embedded four times, once at each of the four positions, and the mean of these is the token.
+    With rotary positions it has that of the first. A block loses the root mean square of the differences between its
+    pixels and those at half the size, in raw RGB from 0 to 1.
 
     A token of s patches, also of joined ones, draws as much attention as s to the power of 2/3. With s it would draw
     too much, with 1 too little.
@@ -69,7 +69,7 @@ class CoarseConfig(GradualConfig):
             halves = halve(images)
             if words is None:
                 words = self._choose(patches, members, images.detach(), halves.detach())
-            if not _any(patches, members):
+            if not _has_blocks(patches, members):
                 return words, patches.pixel_values
             grid = (1, 1) if patches.grid is None else (patches.grid[0] // 2, patches.grid[1] // 2)
             chosen = chosen_by(words, members).reshape(-1, *grid)
@@ -89,7 +89,7 @@ class CoarseConfig(GradualConfig):
         """
         assert self.image_std is not None  # `prepared` came before
         batch = patches.pixel_values.shape[0]
-        if not _any(patches, members):
+        if not _has_blocks(patches, members):
             return torch.arange(patches.count, device=patches.device).repeat(batch, 1)
         found = detail_lost(images, halves, patches.patch_size, self.image_std).view(batch, members.shape[1])
         there = members[:, :, 0] < patches.count
@@ -105,18 +105,13 @@ class CoarseConfig(GradualConfig):
     def _blocks_of(self, rows: int, columns: int) -> int:
         """How many blocks of an image of so many rows and columns of patches become one token."""
         count = rows * columns
-        wanted = self.num_patches if self.keep_ratio is None else whole_share(count, self.keep_ratio)
-        assert wanted is not None  # one of the two is given
-        return min(max(-(-(count - wanted) // 3), 0), (rows // 2) * (columns // 2))
+        return min(max(-(-(count - self._wanted(count)) // 3), 0), (rows // 2) * (columns // 2))
 
     def _choose_padded(self, patches: Patches, found: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
         """As many blocks of each image as it is to be shortened by: (batch, blocks), bool."""
         assert patches.real is not None
         counts = patches.real.sum(dim=1)
-        wanted = torch.full_like(counts, self.num_patches or 0)
-        if self.keep_ratio is not None:
-            wanted = whole_shares(counts, self.keep_ratio)
-        numbers = (counts - wanted + 2).div(3, rounding_mode="floor").clamp(min=0)
+        numbers = (counts - self._wanted_of_each(counts) + 2).div(3, rounding_mode="floor").clamp(min=0)
         order = found.argsort(dim=1, stable=True).argsort(dim=1)
         return (order < numbers.unsqueeze(1)) & there
 
@@ -127,20 +122,15 @@ class CoarseConfig(GradualConfig):
             return self.plan_by(patches, self._choose(patches, members, images, halve(images)))
 
     def plan_by(self, patches: Patches, words: torch.Tensor) -> Grouped:
-        gone = None
         if self.tolerance is None and patches.grid is not None:
-            gone = 3 * self._blocks_of(*patches.grid)
-        return self._plan(patches, words, gone)
+            tokens = patches.count - 3 * self._blocks_of(*patches.grid)
+            return patches.group_evenly(words, tokens, self.size_exponent)
+        return patches.group(words, self.packs(patches), self.size_exponent, by_index=True)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
         words = patches.of_blocks(words, _members(patches))
-        by_number = self.tolerance is None and patches.grid is not None
-        return self._plan(patches, words, patches.count - patches.even_number(words) if by_number else None)
-
-    def _plan(self, patches: Patches, words: torch.Tensor, gone: int | None) -> Grouped:
-        """The plan of these words, by which so many patches of each image are no tokens of their own."""
-        if gone is not None:
-            return patches.group_evenly(words, patches.count - gone, self.size_exponent)
+        if self.tolerance is None and patches.grid is not None:
+            return patches.group_evenly(words, patches.even_number(words), self.size_exponent)
         return patches.group(words, self.packs(patches), self.size_exponent, by_index=True)
 
     def seen(self, patches: Patches, plan: Kept | Grouped) -> torch.Tensor:
@@ -157,13 +147,13 @@ def _members(patches: Patches) -> torch.Tensor:
     return padded_blocks(patches.places.long(), patches.real)
 
 
-def _any(patches: Patches, members: torch.Tensor) -> bool:
-    """Whether there are blocks: an image of a single row or column of patches has none."""
+def _has_blocks(patches: Patches, members: torch.Tensor) -> bool:
+    """Whether there is any block: an image of a single row or column of patches has none."""
     return members.shape[1] > 0 and patches.pixel_values.shape[0] > 0
 
 
 def _images(patches: Patches, members: torch.Tensor) -> torch.Tensor:
     """The images that blocks lie in, or one of each block where images are padded."""
-    if patches.grid is not None or not _any(patches, members):
+    if patches.grid is not None or not _has_blocks(patches, members):
         return patches.pixel_values
     return cut_blocks(patches.pixel_values, members, patches.patch_size)

@@ -101,8 +101,7 @@ class GradualConfig(LocalConfig):
 
     @property
     def shortens(self) -> bool:
-        joins = self.similarity is not None or self.join_ratio is not None
-        return joins or (self.tolerance != 0 and self.keep_ratio != 1)
+        return self.cuts or self.similarity is not None or self.join_ratio is not None
 
     def joins(self, layers: int) -> dict[int, float]:
         if self.layers is not None and self.layers[-1] >= layers:

@@ -97,8 +97,13 @@ class LocalConfig(RaggedConfig):
             checked_statistics("VWTConfig.image_std", self.image_std, positive=True)
 
     @property
-    def shortens(self) -> bool:
+    def cuts(self) -> bool:
+        """Whether any image may have fewer tokens before the first layer."""
         return self.tolerance != 0 and self.keep_ratio != 1
+
+    @property
+    def shortens(self) -> bool:
+        return self.cuts
 
     def with_saved(self, saved: dict[str, Any]) -> LocalConfig:
         if self.image_std is not None or saved.get("image_std") is None:
@@ -167,17 +172,21 @@ class LocalConfig(RaggedConfig):
     def _number(self, rows: int, columns: int) -> int:
         """How many patches of an image of so many stay."""
         count, fewest = rows * columns, -(-rows // 4) * -(-columns // 4)
-        wanted = self.num_patches or 0
-        if self.keep_ratio is not None:
-            wanted = whole_share(count, self.keep_ratio)
-        return min(max(wanted, fewest), count)
+        return min(max(self._wanted(count), fewest), count)
 
     def _numbers(self, patches: Patches) -> torch.Tensor:
         """As `_number`, for each image of a padded batch: (batch,)."""
         assert patches.real is not None
         counts = patches.real.sum(dim=1)
         always = (patches.places.long() % 4 == 0).all(dim=-1) & patches.real
-        wanted = torch.full_like(counts, self.num_patches or 0)
+        return self._wanted_of_each(counts).maximum(always.sum(dim=1)).minimum(counts)
+
+    def _wanted(self, count: int) -> int:
+        """How many tokens `num_patches` or `keep_ratio` asks for, of an image of so many patches."""
+        return whole_share(count, self.keep_ratio) if self.keep_ratio is not None else self.num_patches or 0
+
+    def _wanted_of_each(self, counts: torch.Tensor) -> torch.Tensor:
+        """As `_wanted`, of each image of a batch: (batch,), int64."""
         if self.keep_ratio is not None:
-            wanted = whole_shares(counts, self.keep_ratio)
-        return wanted.maximum(always.sum(dim=1)).minimum(counts)
+            return whole_shares(counts, self.keep_ratio)
+        return torch.full_like(counts, self.num_patches or 0)

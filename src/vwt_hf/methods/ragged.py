@@ -39,14 +39,13 @@ class RaggedConfig(VWTConfig):
     def groups(self) -> bool:
         return True
 
-    @staticmethod
-    def require_untraced() -> None:
-        """Raises `ValueError` where a program is exported or traced, which can hold no such batch."""
+    def require_untraced(self) -> None:
+        """Raises `ValueError` where a program is exported or traced, which cannot hold images of different lengths."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves this out of its graphs
             raise ValueError(
-                "The setting gives every image its own number of tokens, which an exported or traced program cannot "
-                "hold. Export a model compressed with method='intra', 'local' or 'coarse' with num_patches and no "
-                "similarity, or 'gradual' with num_patches and join_ratio."
+                f"method={self.method!r} gives every image its own number of tokens, which an exported or traced "
+                "program cannot hold. Export a model compressed with method='intra', 'local' or 'coarse' with "
+                "num_patches and no similarity, or 'gradual' with num_patches and join_ratio."
             )
 
     def packs(self, patches: Patches) -> bool:
