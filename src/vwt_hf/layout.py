@@ -95,10 +95,10 @@ class Layout:
     def bags(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The patches of the batch in the order of their rows, (batch · patches,), and where those of each row start,
         (rows,)."""
-        patch_rows = self.rows[:, self.prefix :].flatten()
+        patch_rows, rows = self.rows[:, self.prefix :].flatten(), self.sizes.numel()
         if self.real is not None:  # those that do not count lie in a last row, which is none
-            patch_rows = torch.where(self.real.flatten(), patch_rows, self.sizes.numel())
-        return _bags(patch_rows, self.sizes.numel() + (self.real is not None))
+            patch_rows, rows = torch.where(self.real.flatten(), patch_rows, rows), rows + 1
+        return _bags(patch_rows, rows)
 
     @lazy
     def whole_bags(self) -> tuple[torch.Tensor, torch.Tensor]:
