@@ -149,6 +149,18 @@ def padding(lengths: list[int], order: list[int], batch_size: int) -> int:
     return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
 
 
+def test_lengths_of_images_that_have_different_numbers_of_patches_or_tiles():
+    tiles = [torch.arange(12).view(3, 4), torch.zeros(5, 4, dtype=torch.int64)]
+    assert token_lengths(tiles) == [12, 5] == token_lengths([one.tolist() for one in tiles])
+    assert token_lengths([[7, 7, 8], [1], [-1, -1]]) == [2, 1, 0]
+    assert token_lengths([]) == []
+
+
+def test_a_batch_of_no_images_is_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        collate_images([])
+
+
 def test_images_grouped_by_their_lengths_have_less_padding(folder):
     lengths = torch.randint(1, 64, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     words = [[min(place, length - 1) for place in range(64)] for length in lengths]
@@ -203,6 +215,29 @@ process = lambda batch: processor([image.convert("RGB") for image in batch["imag
 found = dataset.map(process, batched=True, num_proc=2).with_format("torch")[:]["patch_words"]
 print(torch.equal(found, expected), torch.get_num_threads())
 """
+
+
+KEPT_THREADS = """
+import os, sys, torch
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+import vwt_hf
+from test_pipeline import PHOTOGRAPHS
+processor = AutoImageProcessor.from_pretrained(sys.argv[1], vwt={"dropped": "merge"})
+child = os.fork()
+if child:
+    sys.exit(os.waitpid(child, 0)[1])
+torch.set_num_threads(3)
+processor(PHOTOGRAPHS, return_tensors="pt")
+os._exit(torch.get_num_threads() != 3)
+"""
+
+
+@pytest.mark.newest
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+def test_a_forked_process_has_as_many_threads_as_it_set(folder):
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    run = [sys.executable, "-c", KEPT_THREADS, str(folder)]
+    assert subprocess.run(run, timeout=120, env=env).returncode == 0
 
 
 @pytest.mark.newest

@@ -330,8 +330,9 @@ def test_a_compiled_model_goes_by_words_or_refuses_them(images, plans):
         compiled(pixel_values=images, patch_words=words)
 
 
-def test_one_batch_of_words_is_for_one_batch_of_images(images):
-    model = compress(tiny_model("vit"), GIVEN)
+@pytest.mark.parametrize("setting", [GIVEN, {"method": "coarse", "image_std": [0.5] * 3}], ids=["given", "coarse"])
+def test_one_batch_of_words_is_for_one_batch_of_images(setting, images):
+    model = compress(tiny_model("vit"), setting)
     inner, words = model.forward, torch.arange(64).expand(4, -1)
 
     def twice(pixel_values, **kwargs):

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,28 @@ def test_model_and_image_processor_keep_their_words_in_one_folder(folder):
     held = processor.tokenizer_of_patches.setting.words.vocabulary
     assert torch.equal(held.words, words.words)
     assert model(**processor(PHOTOGRAPHS, return_tensors="pt")).logits.shape[0] == 5
+
+
+def test_saves_at_once_into_one_folder_leave_an_image_processor_that_loads(folder, tmp_path):
+    """As the processes of a distributed run save: words of the last one, and none of the others."""
+    saved = [AutoImageProcessor.from_pretrained(folder, vwt=inter()) for _ in range(4)]
+    together = threading.Barrier(len(saved))
+
+    def save(processor):
+        together.wait()
+        processor.save_pretrained(tmp_path)
+
+    for _ in range(3):
+        threads = [threading.Thread(target=save, args=(processor,)) for processor in saved]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        loaded = AutoImageProcessor.from_pretrained(tmp_path)
+        assert torch.equal(
+            loaded(PHOTOGRAPHS[0], return_tensors="pt")[NAME], saved[0](PHOTOGRAPHS[0], return_tensors="pt")[NAME]
+        )
+        assert len(list(tmp_path.glob("processor_words-*"))) == 1
 
 
 def test_an_image_processor_finds_the_words_that_its_model_was_saved_with(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -194,3 +195,20 @@ def test_an_exported_program_answers_as_the_model(kind, images):
 def test_a_field_of_another_method_is_told_whose_it_is():
     with pytest.raises(ValueError, match="step is 3, but method is 'pairs'; the field belongs to method='every-other'"):
         VWTConfig(method="pairs", step=3)
+
+
+def test_numbers_of_numpy_are_numbers():
+    setting = VWTConfig(
+        "gradual",
+        num_patches=np.int64(40),
+        similarity=[np.float32(0.5), 0.5],
+        layers=np.arange(5, 7),
+        image_std=np.ones(3),
+    )
+    assert (
+        json.loads(json.dumps(setting.to_dict()))
+        == VWTConfig("gradual", num_patches=40, similarity=[0.5, 0.5], layers=[5, 6], image_std=[1.0] * 3).to_dict()
+    )
+    assert VWTConfig(keep_ratio=np.float64(0.5)) == VWTConfig()
+    with pytest.raises(ValueError, match=r"tolerance is 2\.0"):
+        VWTConfig("local", tolerance=np.float32(2))

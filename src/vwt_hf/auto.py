@@ -33,14 +33,15 @@ from .families import require_supported
 from .forward import call_with
 from .model_configs import SETTING, is_typed
 from .printable import shown
+from .processors import remember_load
 from .whole_saves import sharing
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 _NOT_GIVEN: Any = object()
 _TURN = 60.0
-"""Seconds for which a save of a model with words waits for another into its folder. Not for ever: processes that save
-together may wait for each other within it."""
+"""Seconds for which a save with words waits for another into its folder. Not for ever: processes that save together
+may wait for each other within it."""
 _REPLACED = (
     (PreTrainedConfig, "from_dict"),
     (PreTrainedModel, "from_pretrained"),
@@ -142,6 +143,7 @@ def _loading(original: Any) -> Any:
             loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        remember_load(model, hub_kwargs)
         if vwt is _NOT_GIVEN:
             _follow(model, source, hub_kwargs)
         else:
@@ -249,10 +251,13 @@ def _saving_processor(original: Any) -> Any:
         folder = Path(save_directory)
         if folder.is_file():
             return original(self, save_directory, **kwargs)
-        saved_as = image_processing.write_words_of(processor, folder)
         options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
-        saved = original(self, save_directory, **kwargs)
-        remove_other_words(folder, saved_as, image_processing.PROCESSOR_FOLDER)
+        # Every process of a distributed run may come here: each leaves the words that it named.
+        with sharing(folder, _TURN if image_processing.words_of(processor) else 0) as is_alone:
+            saved_as = image_processing.write_words_of(processor, folder)
+            saved = original(self, save_directory, **kwargs)
+            if is_alone():
+                remove_other_words(folder, saved_as, image_processing.PROCESSOR_FOLDER)
         if push_to_hub:  # the original uploads what it wrote itself
             self.push_to_hub(options.pop("repo_id", folder.name), token=kwargs.get("token"), **options)
         return saved

@@ -75,11 +75,13 @@ def with_halves(
             them the whole block, as the model is to see it.
 
     Returns:
-        Of the shape and dtype of `images`.
+        Of the shape and dtype of `images`; float32 where these are whole numbers.
     """
     (height, width), (rows, columns) = patch_size, chosen.shape[1:]
     high, wide = rows * height, columns * width
-    halves = halves[..., :high, :wide].to(images.dtype)
+    halves = halves[..., :high, :wide]
+    if images.is_floating_point():  # whole numbers would lose what means have behind the point
+        halves = halves.to(images.dtype)
     if enlarged:
         instead = halves.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
     else:

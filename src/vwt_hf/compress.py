@@ -37,6 +37,7 @@ from .layout import join
 from .model_configs import attend_by_plan
 from .patches import Patches, padded_places
 from .plans import DROPPED, Grouped, Kept
+from .processors import loaded_by
 from .vouch import vouch
 from .words import patch_grid
 
@@ -55,7 +56,8 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         model: a transformers model of a supported family (`vwt_hf.supported()`).
         config: a `VWTConfig`, a dict of its fields, `True` for the defaults, or a vocabulary (its Hub id, its folder or
             itself) for inter-image words. `False` restores the plain model.
-        hub_kwargs: `token`, `cache_dir`, `local_files_only`, ... for a vocabulary and an image processor on the Hub.
+        hub_kwargs: `token`, `cache_dir`, `local_files_only`, ... for a vocabulary and an image processor on the Hub;
+            by default those that the model was loaded with.
 
     Returns:
         The same `model`. Its `last_hidden_state` is (batch, prefix tokens + kept patches, hidden) where patches are
@@ -98,6 +100,7 @@ def compress_by(
     if family.tried and setting_of(model) is None:
         vouch(model, tower)
     source = str(source or model.name_or_path or "")
+    hub_kwargs = loaded_by(model) | hub_kwargs
     setting = setting.prepared(
         ModelFacts(source, tower.patch_size, tower.channels, setting_of(model), trusted, hub_kwargs)
     )
@@ -583,8 +586,6 @@ class Repaint(Hook):
             return None  # the embeddings say what is wrong
         patches = self.reduce.patches_within(forward, pixel_values, None, args, kwargs)
         if forward.given is not None:  # `Reduce` takes them, and refuses what they must not be
-            if forward.given.taken:
-                return None
             given = patches.of_words(forward.given.words, forward.given.repeats)
         words, shown = setting.repainted(patches, given)
         if given is None:

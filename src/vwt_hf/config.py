@@ -9,6 +9,8 @@ import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from .bounds import is_number
 from .evidence import checked_evidence
 from .printable import LONGEST, shown
@@ -109,6 +111,8 @@ class VWTConfig:
     def __post_init__(self) -> None:
         from .methods import METHODS
 
+        for name in _field_names(type(self)):
+            object.__setattr__(self, name, _without_numpy(getattr(self, name)))
         require_choice("method", self.method, tuple(METHODS))
         if not isinstance(self, METHODS[self.method]):
             raise ValueError(
@@ -304,6 +308,13 @@ class VWTConfig:
 def _field_names(method_class: type[VWTConfig]) -> list[str]:
     """The fields that a user gives, and config.json holds."""
     return [field.name for field in dataclasses.fields(method_class) if field.compare]
+
+
+def _without_numpy(value: Any) -> Any:
+    """Numbers of numpy, also in a list or a tuple, as Python's, which JSON can hold."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
 
 
 def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str, Any]) -> None:

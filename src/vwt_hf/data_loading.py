@@ -34,13 +34,16 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
         the most: the others have zeros in `pixel_values` and `pixel_attention_mask`, and −1 in `patch_words`.
 
     Raises:
-        ValueError: the whole images or the tiles are of different sizes, which no model takes in one batch.
+        ValueError: the whole images or the tiles are of different sizes, which no model takes in one batch, or there
+            are none.
 
     Example:
         >>> tiles = [{"pixel_values": torch.rand(n, 3, 32, 32), "patch_words": torch.ones(n, 64)} for n in (3, 5)]
         >>> {name: tuple(value.shape) for name, value in collate_images(tiles).items()}
         {'pixel_values': (2, 5, 3, 32, 32), 'patch_words': (2, 5, 64)}
     """
+    if not features:
+        raise ValueError("features is empty; expected what an image processor made of at least one image.")
     padded = [dict(feature) for feature in features]
     for name in _FILLS.keys() & padded[0].keys():
         values = _of_one_length(name, [torch.as_tensor(np.asarray(feature[name])) for feature in padded])
@@ -73,12 +76,14 @@ def token_lengths(patch_words: Any) -> list[int]:
 
     Args:
         patch_words: (batch, patches) or (batch, tiles, patches) integers, as an image processor loaded with `vwt` makes
-            them: a tensor, an array or a list.
+            them: a tensor, an array, or a list, in which images may have different numbers of patches or tiles.
 
     Example:
         >>> token_lengths([[5, 5, 5, 9], [0, -1, 2, -1]])
         [2, 2]
     """
+    if isinstance(patch_words, (list, tuple)):
+        return [length for words in patch_words for length in token_lengths(np.asarray(words)[None])]
     words = torch.as_tensor(np.asarray(patch_words)).sort(dim=-1).values
     real = words != DROPPED
     real[..., 1:] &= words[..., 1:] != words[..., :-1]

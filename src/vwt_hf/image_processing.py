@@ -6,10 +6,11 @@ its class, of the same name, which finds what becomes of the patches of each ima
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from .patches import Patches, padded_places
 from .plans import DROPPED, Grouped, Kept
 from .printable import shown
 from .processors import config_beside, processor_statistics, stated_patch_size
+from .shared_changes import SharedChange
 from .visualize import seen_pictures
+from .vocabulary import VisualVocabulary
 from .words import patch_grid
 
 NAME = "patch_words"
@@ -63,12 +66,12 @@ class HostTokenizer:
         Returns:
             int64 (batch, patches) or (batch, tiles, patches).
         """
-        _use_one_thread_if_forked()
         values = made["pixel_values"]
-        if isinstance(values, (list, tuple)):
-            return [self._of_each({name: made[name][i] for name in made}).numpy() for i in range(len(values))]
-        found = self._of_batch({name: _tensor(made[name]) for name in made if name in _READ})
-        return found if isinstance(values, torch.Tensor) else found.numpy()
+        with contextlib.nullcontext() if os.getpid() == _PROCESS else _one_thread():
+            if isinstance(values, (list, tuple)):
+                return [self._of_each({name: made[name][i] for name in made}).numpy() for i in range(len(values))]
+            found = self._of_batch({name: _tensor(made[name]) for name in made if name in _READ})
+            return found if isinstance(values, torch.Tensor) else found.numpy()
 
     def _of_each(self, made: Mapping[str, Any]) -> torch.Tensor:
         return self._of_batch({name: _tensor(value)[None] for name, value in made.items() if name in _READ})[0]
@@ -126,19 +129,18 @@ class HostTokenizer:
         return self.setting.plan_of(patches, words)
 
 
-_process = os.getpid()
-"""The process that set how many threads torch uses."""
+_PROCESS = os.getpid()
+"""The process that imported this. Another was forked, as those of `datasets.map(..., num_proc=...)` are."""
 
 
-def _use_one_thread_if_forked() -> None:
-    """Has torch use one thread in a process that was forked, as those of `datasets.map(..., num_proc=...)` are.
+def _use_one_thread() -> Callable[[], None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return lambda: torch.set_num_threads(before)
 
-    The threads of its parent are not there, and it would wait for them forever. `DataLoader` sets one for its workers.
-    """
-    global _process
-    if os.getpid() != _process:
-        torch.set_num_threads(1)
-        _process = os.getpid()
+
+_one_thread = SharedChange(_use_one_thread)
+"""In a process that was forked the threads of its parent are not there, and torch would wait for them forever."""
 
 
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
@@ -363,11 +365,16 @@ def write_words_of(processor: Any, folder: Path) -> list[str]:
 
     Its setting names them from then on.
     """
-    held = processor.__dict__.get("vwt")
-    vocabulary = held.setting.words_to_save() if isinstance(held, HostTokenizer) else None
+    vocabulary = words_of(processor)
     if vocabulary is None:
         return []
     saved_as = [write_words(folder, vocabulary, PROCESSOR_FOLDER)]
     seal_words(folder, saved_as, PROCESSOR_FOLDER)
-    processor.vwt = dataclasses.replace(held, saved_as=saved_as[0])
+    processor.vwt = dataclasses.replace(processor.__dict__["vwt"], saved_as=saved_as[0])
     return saved_as
+
+
+def words_of(processor: Any) -> VisualVocabulary | None:
+    """The words that an image processor is saved with; `None` if there are none, or they are on the Hub."""
+    held = processor.__dict__.get("vwt")
+    return held.setting.words_to_save() if isinstance(held, HostTokenizer) else None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
+
+from .shared_changes import SharedChange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,15 +22,35 @@ if TYPE_CHECKING:
     from .config import ModelFacts
 
 
-def load_processor(checkpoint: str) -> Any:
+_loaded_by: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""Of models that were loaded with any of them: `revision`, `subfolder`, `token` and the like. Models stay as they are,
+so a copy of one does not have them."""
+
+
+def remember_load(model: nn.Module, hub_kwargs: dict[str, Any]) -> None:
+    """Keeps how a model was loaded, besides `name_or_path`, for what is read from there later."""
+    kept = {name: value for name, value in hub_kwargs.items() if value is not None and name != "force_download"}
+    if kept:
+        _loaded_by[model] = kept
+
+
+def loaded_by(model: nn.Module) -> dict[str, Any]:
+    """The keyword arguments by which what lies beside a model's weights is read: `revision`, `subfolder`, ..."""
+    return dict(_loaded_by.get(model, {}))
+
+
+def load_processor(checkpoint: str, **hub_kwargs: Any) -> Any:
     """The image processor of a Hub id or folder.
+
+    Args:
+        hub_kwargs: how it is read: `revision`, `subfolder`, `token`, ...
 
     Raises:
         OSError: there is no such checkpoint, or it has no image processor.
         ValueError: its image processor is of a kind that transformers does not know.
     """
     with quiet_transformers():
-        return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False, vwt=False)
+        return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False, vwt=False, **hub_kwargs)
 
 
 def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
@@ -41,7 +64,7 @@ def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
     try:
         if not model.name_or_path:
             raise ValueError("it was loaded from nowhere")
-        return load_processor(model.name_or_path)
+        return load_processor(model.name_or_path, **loaded_by(model))
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"the {type(model).__name__} has no image processor that can be loaded ({error}); give one as "
@@ -140,18 +163,21 @@ def _each_channel(values: Any, white: float, channels: int) -> tuple[float, ...]
     return tuple(round(float(value) / white, 12) for value in listed)
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' progress bars and load reports off the terminal; errors still show."""
+def _quieten() -> Callable[[], None]:
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+    return undo
+
+
+quiet_transformers = SharedChange(_quieten)
+"""`with quiet_transformers():` keeps transformers' progress bars and load reports off the terminal; errors show."""
 
 
 def described_processor(image_processor: Any) -> dict[str, Any]:

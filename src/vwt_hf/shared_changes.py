@@ -1,0 +1,36 @@
+"""Changes, for a while, of what all threads of a process share, such as how much a library logs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+
+class SharedChange:
+    """A change that holds while any thread is within it; the last one to leave undoes it.
+
+    Threads that each kept what they found and put it back would leave the change for good where they overlap.
+
+    Args:
+        change: makes the change and returns what undoes it.
+    """
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        self._change = change
+        self._lock = threading.Lock()
+        self._within = 0
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._within == 0:
+                self._undo = self._change()
+            self._within += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._within -= 1
+                if self._within == 0:
+                    self._undo()

@@ -1,0 +1,31 @@
+"""What a checkpoint says about how its model gets images, wherever it lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModel
+
+from settings import ViTImageProcessor
+from tiny import tiny_model
+from vwt_hf import compress
+from vwt_hf.processors import processor_of
+
+
+@pytest.fixture
+def in_subfolder(tmp_path: Path) -> Path:
+    """A checkpoint whose pixels are divided by 0.25 below another whose pixels are divided by 0.5."""
+    tiny_model("vit").save_pretrained(tmp_path / "sub")
+    tiny_model("vit").save_pretrained(tmp_path)
+    for folder, std in ((tmp_path, 0.5), (tmp_path / "sub", 0.25)):
+        ViTImageProcessor(image_std=[std] * 3).save_pretrained(folder)
+    return tmp_path
+
+
+@pytest.mark.parametrize("vwt", [False, {"method": "coarse"}], ids=["plain", "coarse"])
+def test_the_image_processor_of_a_model_is_that_beside_its_weights(vwt, in_subfolder):
+    model = AutoModel.from_pretrained(in_subfolder, subfolder="sub", vwt=vwt)
+    assert tuple(processor_of(model).image_std) == (0.25,) * 3
+    assert compress(model, {"method": "local"}).config.vwt["image_std"] == [0.25] * 3
+    assert tuple(processor_of(AutoModel.from_pretrained(in_subfolder)).image_std) == (0.5,) * 3

@@ -1,0 +1,48 @@
+"""Changes that many threads make at once are undone by the last of them."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from transformers.utils import logging
+
+from vwt_hf.processors import quiet_transformers
+from vwt_hf.shared_changes import SharedChange
+
+
+def test_the_change_is_made_by_the_first_and_undone_by_the_last():
+    made = []
+
+    def change():
+        made.append("made")
+        return lambda: made.append("undone")
+
+    changed = SharedChange(change)
+    with changed():
+        with changed(), pytest.raises(ValueError), changed():
+            raise ValueError
+        assert made == ["made"]
+    assert made == ["made", "undone"]
+    with changed():
+        pass
+    assert made == ["made", "undone"] * 2
+
+
+def test_transformers_says_as_much_as_before_where_threads_overlap():
+    within, leave = threading.Barrier(2), threading.Event()
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+
+    def stay():
+        with quiet_transformers():
+            within.wait()
+            leave.wait()
+
+    thread = threading.Thread(target=stay)
+    with quiet_transformers():
+        thread.start()
+        within.wait()
+    assert logging.get_verbosity() == logging.ERROR  # the other is still within
+    leave.set()
+    thread.join()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
