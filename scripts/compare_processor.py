@@ -104,8 +104,8 @@ def words_by_which_models_went() -> Iterator[list[tuple[bool, torch.Tensor]]]:
     """For each batch that models embed in this block: whether the caller gave the words, and (batch, patches) words."""
     plan, made = Reduce.plan, []
 
-    def watched(self: Reduce, patches: Any, given: Any) -> Any:
-        found = plan(self, patches, given)
+    def watched(self: Reduce, patches: Any, given: Any, words: Any = None) -> Any:
+        found = plan(self, patches, given, words)
         made.append((given is not None, found.patch_words(len(patches.pixel_values), patches.count)))
         return found
 
