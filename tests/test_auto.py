@@ -233,34 +233,49 @@ def test_what_another_library_wrapped_is_not_unregistered(monkeypatch):
     assert AutoConfig.for_model("vit").vwt is None
 
 
-@pytest.mark.parametrize("own_config", [False, True])
-@pytest.mark.parametrize("imported", ["before", "after"])
-def test_a_class_that_a_user_registers_is_the_one_that_loads(imported, own_config, tmp_path):
+REGISTERING = """
+import itertools, os, sys
+from transformers import AutoConfig, AutoModelForImageClassification as Auto, ViTConfig, ViTForImageClassification
+
+def loads_mine(own_config, imported):
+    if imported == "before":
+        import vwt_hf
+    class Mine(ViTForImageClassification): pass
+    if own_config:
+        class MyConfig(ViTConfig): pass
+        AutoConfig.register("vit", MyConfig, exist_ok=True)
+        Mine.config_class = MyConfig
+    else:
+        MyConfig = ViTConfig
+    Auto.register(MyConfig, Mine, exist_ok=True)
+    import vwt_hf
+    for name, vwt in (("plain", {}), ("plain", {"vwt": True}), ("short", {}), ("short", {"vwt": False})):
+        model = Auto.from_pretrained(os.path.join(sys.argv[1], name), **vwt)
+        # transformers 5.17 takes no class for a config of its own, with the plugin or without.
+        expected = Auto._model_mapping[MyConfig]
+        assert type(model) is expected and isinstance(model.config, MyConfig), (own_config, imported, name, vwt)
+        assert expected is Mine or MyConfig is ViTConfig
+        is_plain = name == "plain" and not vwt or "vwt" in vwt and not vwt["vwt"]
+        assert (model.config.vwt is None) == is_plain, (own_config, imported, name, vwt)
+
+# Each in a process of its own, as nothing is taken back; forked, as transformers takes long to import.
+assert "vwt_hf" not in sys.modules
+for case in itertools.product((False, True), ("before", "after")):
+    child = os.fork()
+    if not child:
+        loads_mine(*case)
+        sys.exit()
+    assert os.waitpid(child, 0)[1] == 0, case
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+def test_a_class_that_a_user_registers_before_or_after_the_import_is_the_one_that_loads(tmp_path):
     model = tiny_model("vit-classifier")
     model.save_pretrained(tmp_path / "plain")
     vwt_hf.compress(model, HALF).save_pretrained(tmp_path / "short")
-    first, then = ("import vwt_hf", "") if imported == "before" else ("", "import vwt_hf")
-    script = f"""
-{first}
-from transformers import AutoConfig, AutoModelForImageClassification as Auto, ViTConfig, ViTForImageClassification
-class Mine(ViTForImageClassification): pass
-if {own_config}:
-    class MyConfig(ViTConfig): pass
-    AutoConfig.register("vit", MyConfig, exist_ok=True)
-    Mine.config_class = MyConfig
-else:
-    MyConfig = ViTConfig
-Auto.register(MyConfig, Mine, exist_ok=True)
-{then}
-for name, vwt in (("plain", {{}}), ("plain", {{"vwt": True}}), ("short", {{}}), ("short", {{"vwt": False}})):
-    model = Auto.from_pretrained({str(tmp_path)!r} + "/" + name, **vwt)
-    # transformers 5.17 takes no class for a config of its own, with the plugin or without.
-    expected = Auto._model_mapping[MyConfig]
-    assert type(model) is expected and isinstance(model.config, MyConfig), (name, vwt)
-    assert expected is Mine or MyConfig is ViTConfig
-    assert (model.config.vwt is None) == (name == "plain" and not vwt or "vwt" in vwt and not vwt["vwt"]), (name, vwt)
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    run = [sys.executable, "-W", "ignore", "-c", REGISTERING, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
