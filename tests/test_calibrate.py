@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tiny import answers, sample_pixel_values, tiny_model, traces
 from vwt_hf import VWTConfig, calibrate, compress
 from vwt_hf.calibrate import LEVELS, Calibration, Level, pixels_of
 from vwt_hf.cli import main
+from vwt_hf.compress import setting_of
 from vwt_hf.evaluation import (
     agreement,
     answer,
@@ -251,6 +253,99 @@ def test_what_another_search_left_is_refused_and_named(classifier, images, proce
     file.write_text("[]")
     with pytest.raises(ValueError, match="is no file of a search"):
         calibrate(classifier, images, tokens=60, **options(processor, resume=file))
+
+
+def test_a_time_counts_for_the_processor_and_the_threads_that_took_it(
+    classifier, images, processor, tmp_path, monkeypatch
+):
+    module, threads = sys.modules[Calibration.__module__], torch.get_num_threads()
+    monkeypatch.setattr(module, "LEVELS", LEVELS[-1:])
+    file, asked = tmp_path / "search.json", {"image_processor": processor, "progress": False, "tokens": 64}
+    evidence = calibrate(classifier, images, resume=file, **asked).evidence
+    assert evidence["threads"] == threads and evidence["by"] == "time"
+    flops = calibrate(classifier, images, resume=tmp_path / "flops.json", by="flops", **asked)
+    assert flops.evidence["threads"] is None
+    monkeypatch.setattr(module, "processor_name", lambda: "another")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    said = rf"another search \(processor .* there, 'another' here; threads {threads} there, {threads + 1} here\)"
+    with pytest.raises(ValueError, match=said):
+        calibrate(classifier, images, resume=file, **asked)
+    assert calibrate(classifier, images, resume=tmp_path / "flops.json", by="flops", **asked) == flops
+
+
+def test_a_link_to_the_file_stays_one(classifier, images, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[Calibration.__module__], "LEVELS", LEVELS[-1:])
+    link, file = tmp_path / "search.json", tmp_path / "elsewhere" / "search.json"
+    link.symlink_to(file)
+    found = [calibrate(classifier, images, tokens=60, **options(processor, resume=link)) for _ in range(2)]
+    assert link.is_symlink() and len(json.loads(file.read_text())["levels"]) == 1 and found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["file/search.json", "link.json", "file.json/", "folder"])
+def test_a_file_that_cannot_be_written_is_refused_before_images_are_read(classifier, processor, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link.json").symlink_to(tmp_path / "file" / "search.json")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.json").mkdir()
+    with pytest.raises(OSError, match=r"is no folder; expected one to write into|is a folder; expected the name of a"):
+        calibrate(classifier, "no images", tokens=60, **options(processor, resume=tmp_path / name))
+
+
+def test_answers_by_nan_or_infinity_are_refused_and_said_whose_they_are(classifier, images, processor):
+    def overflow(module, args, output):
+        output.logits[-1] /= setting_of(module) is None
+
+    hook = classifier.register_forward_hook(overflow)
+    with pytest.raises(ValueError, match=r"model shortened by VWTConfig\(.*, in float32, answers image \d+ by NaN or"):
+        calibrate(classifier, images, agreement=0.9, **options(processor))
+    hook.remove()
+    with torch.no_grad():
+        classifier.classifier.bias[0] = float("nan")
+    for model in (classifier, classifier.base_model):
+        with torch.no_grad():
+            classifier.base_model.layernorm.bias[0] = float("nan")
+        with pytest.raises(ValueError, match=r"the plain model, in float32, answers image \d+ by NaN or infinity"):
+            calibrate(model, images, tokens=60, **options(processor))
+
+
+def test_one_logit_agrees_where_its_sign_does(images, processor):
+    model = tiny_model("vit-classifier", num_hidden_layers=3, num_labels=1).requires_grad_(False)
+    batch = processor(images, return_tensors="pt")
+    logits = answer(model, **batch)
+    model.classifier.bias -= logits.median()
+    model.classifier.weight *= 40
+    model.classifier.bias *= 40
+    plain = answer(model, **batch) > 0
+    short = answer(compress(share(model), level_setting(LEVELS[-1])), **batch) > 0
+    agree = (short == plain).double().mean().item()
+    assert agree < 1
+    search = Calibration(model, images, **options(processor))
+    assert search._measure(LEVELS[-1], SimpleNamespace(set_postfix_str=print, update=print)).value == agree
+    model.config.problem_type = "regression"
+    with pytest.raises(ValueError, match="has problem_type 'regression': it gives quantities, which are no labels"):
+        calibrate(model, images, agreement=0.9, **options(processor))
+
+
+def test_a_class_of_ones_own_is_calibrated_as_the_one_it_is_made_from(classifier, images, processor):
+    class Mine(transformers.ViTForImageClassification):
+        pass
+
+    search = Calibration(Mine(classifier.config).eval(), images, **options(processor))
+    assert search.measure == "agreement"
+
+
+def test_torchs_defaults_change_nothing(images, processor, monkeypatch):
+    monkeypatch.setattr(sys.modules[Calibration.__module__], "LEVELS", LEVELS[-1:])
+    model = tiny_model("vit", num_hidden_layers=3).requires_grad_(False)
+    asked = {"tokens": 64, "image_processor": processor, "progress": False}
+    expected = calibrate(model, images, by="flops", **asked)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert calibrate(model, images, by="flops", **asked) == expected
+            assert calibrate(model, images, by="time", **asked).evidence["value"] == expected.evidence["value"]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_folder_a_data_set_and_a_list_are_looked_at(checkpoint, folder, images):

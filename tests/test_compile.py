@@ -175,6 +175,13 @@ def test_tokens_of_a_compiled_model_are_counted():
     assert counts[0] == counts[1]
 
 
+def test_tokens_of_what_torch_makes_of_a_model_are_counted_on_the_model():
+    model = tiny_model("vit")
+    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
+        with pytest.raises(TypeError, match=r"expected a transformers\.PreTrainedModel"), count_tokens(wrapped):
+            pass
+
+
 @pytest.mark.newest
 def test_an_error_within_a_compiled_layer_leaves_nothing_behind():
     model = compress(tiny_model("vit-classifier", num_hidden_layers=1), EVEN["local"])

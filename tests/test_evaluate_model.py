@@ -21,8 +21,9 @@ import vwt_hf
 from test_generation import blip, built, llava
 from test_pipeline import tokenizer_with
 from tiny import tiny_model
-from vwt_hf import compress, count_tokens, evaluate_model, evaluation_tasks
+from vwt_hf import VisualVocabulary, compress, count_tokens, evaluate_model, evaluation_tasks
 from vwt_hf.cli import evaluate, main
+from vwt_hf.compress import setting_of
 from vwt_hf.evaluate_model import name_of
 from vwt_hf.evaluation import agreement, divergence, ranks, token_f1
 from vwt_hf.evaluation_tasks import ZeroShot
@@ -504,6 +505,120 @@ def test_a_task_that_a_model_is_not_for_is_refused(dataset, make, task, reason):
         evaluate_model(make(), dataset, vwt=[{"keep_ratio": 0.5, "dropped": "merge"}], task=task, **given)
 
 
+def spoilt(model: transformers.PreTrainedModel, name: str) -> transformers.PreTrainedModel:
+    """`model` with NaN in one of its parameters."""
+    model.get_parameter(name).data[:1] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "parameter", "of"),
+    [
+        (lambda: tiny_model("vit-classifier", num_labels=3), "classifier.bias", r"\w+\.png"),
+        (lambda: tiny_model("dinov2"), "layernorm.bias", r"\w+\.png"),
+        (lambda: built(blip), "text_decoder.cls.predictions.decoder.bias", r"\w+\.png"),
+        (lambda: tiny_model("clip"), "visual_projection.weight", r"\w+\.png"),
+        (lambda: tiny_model("clip"), "text_projection.weight", "'a photo of a cat.'"),
+    ],
+)
+def test_a_model_that_answers_nan_is_refused_with_what_it_answers_so(photographs, model, parameter, of):
+    names = {"<pad>": 0, "<s>": 97, "</s>": 98}
+    given = {"image_processor": transformers.ViTImageProcessorPil(size=SIZE), "tokenizer": tokenizer_with(names)}
+    with pytest.raises(ValueError, match=f"the plain model, in float32, answers .*{of} by NaN or infinity; expected"):
+        evaluate_model(spoilt(model(), parameter), photographs, vwt=[HALF], max_new_tokens=2, progress=False, **given)
+
+
+def test_a_setting_under_which_a_model_answers_infinity_is_refused_and_named(tmp_path, photographs):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+
+    def overflow(module, args, output):
+        output.logits[4:] /= setting_of(module) is None
+
+    model.register_forward_hook(overflow)
+    with pytest.raises(
+        ValueError, match=r"model shortened by VWTConfig\(.*, in float32, answers .*08.png by NaN or inf"
+    ):
+        evaluate_model(model, photographs, vwt=[HALF], progress=False)
+    assert evaluate_model(model, photographs, vwt=[], progress=False).images == 17
+
+
+def one_logit(folder: Path) -> transformers.PreTrainedModel:
+    """A classifier of one label, cats, which about half of the tests' images get."""
+    model = loaded(random_classifier(folder), transformers.AutoModelForImageClassification)
+    model.classifier.weight.data = model.classifier.weight.data[:1]
+    model.classifier.bias.data = model.classifier.bias.data[:1]
+    model.config.id2label, model.config.label2id = {0: "cat"}, {"cat": 0}
+    return model
+
+
+def test_one_logit_is_answered_by_its_sign(tmp_path, photographs, dataset):
+    model, pixels = one_logit(tmp_path), pixels_of(photographs, tmp_path / "model")
+    result = evaluate_model(model, photographs, vwt=[HALF], progress=False)
+    with torch.no_grad():
+        plain = model(pixels).logits[:, 0].double()
+        short = compress(model, HALF)(pixels).logits[:, 0].double()
+    yes, found = plain > 0, values(result.rows[1])
+    assert 0 < yes.sum() < 17 and found["agreement"] == pytest.approx(((short > 0) == yes).double().mean().item())
+    kl = sum((sign * plain).sigmoid() * ((sign * plain).sigmoid() / (sign * short).sigmoid()).log() for sign in (-1, 1))
+    assert found["kl"] == pytest.approx(kl.mean().item()) and found["kl"] > 0
+    assert values(result.rows[0])["accuracy"] == pytest.approx(yes[:9].double().mean().item())  # those of cats
+    numbers = dataset.map(lambda row: {"label": 1 - row["label"]}).cast_column("label", datasets.Value("int64"))
+    is_cat = torch.tensor([True] * 9 + [False] * 8)
+    found = evaluate_model(model, numbers, vwt=[], progress=False)
+    assert values(found.rows[0])["accuracy"] == pytest.approx((yes == is_cat).double().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"id2label": {1: "cat", 2: "dogs", 3: "tea"}}, "label 0 of the ViTForImageClassification has no name"),
+        ({"problem_type": "regression"}, "has problem_type 'regression': it gives quantities"),
+    ],
+)
+def test_a_classifier_without_labels_is_refused_before_images_are_seen(
+    tmp_path, photographs, monkeypatch, config, reason
+):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    vars(model.config).update(config)
+    shown = cut_off(monkeypatch, 0)
+    with pytest.raises(ValueError, match=reason):
+        evaluate_model(model, photographs, progress=False)
+    assert not shown
+
+
+def test_a_class_of_ones_own_is_for_what_the_class_it_is_made_from_is(tmp_path, photographs):
+    class Mine(transformers.ViTForImageClassification):
+        pass
+
+    result = evaluate_model(loaded(random_classifier(tmp_path), Mine), photographs, vwt=[], progress=False)
+    assert result.task == "classification" and "accuracy" in result.rows[0].figures
+
+
+def test_torchs_defaults_change_no_figure(tmp_path, photographs):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+
+    def figures():
+        return [row.figures for row in evaluate_model(model, photographs, vwt=[HALF], progress=False).rows]
+
+    expected = figures()
+    with torch.device("meta"):
+        assert figures() == expected
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert figures() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_was_measured_is_json_ready_also_of_words_in_memory(photographs):
+    words = VisualVocabulary(torch.rand(4, 3, 4, 4))
+    setting = {"method": "inter", "vocabulary": words, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
+    given = {"image_processor": transformers.ViTImageProcessorPil(size=SIZE), "progress": False}
+    result = evaluate_model(tiny_model("vit"), photographs, vwt=[setting], **given)
+    written = json.loads(json.dumps(result.to_dict()))["rows"][1]["vwt"]
+    assert written == setting | {"vocabulary": str(words), "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
 def test_captions_may_lie_in_a_file_beside_the_images(tmp_path, photographs, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     files = sorted(photographs.rglob("*.png"))[:6]
@@ -742,11 +857,11 @@ def cut_off(monkeypatch, after: int) -> list[int]:
     """Stops the next evaluation after so many batches; gives the images of each batch that is shown to models."""
     shown, show = [], evaluate_module._answers
 
-    def watched(task, models, made):
+    def watched(task, models, made, names):
         if len(shown) == after:
             raise KeyboardInterrupt
-        shown.append(len(made["pixel_values"]))
-        return show(task, models, made)
+        shown.append(len(names))
+        return show(task, models, made, names)
 
     monkeypatch.setattr(evaluate_module, "_answers", watched)
     return shown

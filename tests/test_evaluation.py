@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 
 import vwt_hf
 from settings import SETTINGS, inter
@@ -17,13 +18,19 @@ from vwt_hf.evaluation import (
     accuracy,
     agreement,
     answer,
+    are_finite,
+    classifies,
     correctness,
     cosines,
     count_flops,
     divergence,
+    fingerprint_of,
+    first_answers,
     label_ids,
     mean_interval,
+    parameter_of,
     ranks,
+    require_finite,
     share,
     share_interval,
     time_in_turn,
@@ -46,6 +53,44 @@ def test_agreement_and_divergence_are_those_worked_out_by_hand():
     assert correctness(logits, [(), {0, 1}, ()]) == [None, True, None]
     assert accuracy([True, None, False]) == 0.5 and accuracy([None, True]) == 1 and accuracy([None]) is None
     assert cosines(expected[1:], logits[1:] * 2).tolist() == pytest.approx([1, 1])
+
+
+def test_one_logit_is_no_and_yes_by_the_sigmoid():
+    expected, logits = torch.tensor([[0.0], [1.0], [-2.0]]), torch.tensor([[math.log(3)], [1.0], [-2.0]])
+    assert first_answers(logits).tolist() == [1, 1, 0] and first_answers(expected).tolist() == [0, 1, 0]
+    assert agreement(logits, expected) == pytest.approx(2 / 3)
+    # One image of (1/2, 1/2) against (1/4, 3/4), as for two labels above.
+    assert divergence(logits, expected) == pytest.approx(math.log(4 / 3) / 2 / 3, rel=1e-6)
+    truth, said = true_labels(["hot dog", "hot dog", "tea"], labels({0: "hot dog"}, {"hot dog": 0}))
+    assert truth == [{1}, {1}, set()] and correctness(logits, truth) == [True, True, None]
+    assert said == ["1 of 3 images have a label that is none of the model's: top-1 is of the others."]
+
+
+def test_an_answer_that_is_not_finite_is_refused_with_its_image():
+    answers = torch.tensor([[1.0, 2.0], [0.0, math.inf], [math.nan, 0.0]])
+    assert are_finite(answers) == [True, False, False]
+    model = tiny_model("vit")
+    require_finite(model, [True], ["a.png"])
+    with pytest.raises(ValueError, match=r"the plain model, in float32, answers b\.png by NaN or infinity; expected"):
+        require_finite(model, are_finite(answers), ["a.png", "b.png", "c.png"])
+    with pytest.raises(ValueError, match=r"the model shortened by VWTConfig\(method='coarse'"):
+        require_finite(compress(model, {"method": "coarse", "image_std": [0.5] * 3}), [False], ["a.png"])
+
+
+def test_intervals_do_not_depend_on_torchs_defaults():
+    right, groups = [True] * 9 + [False] * 6, ["a"] * 7 + ["b"] * 8
+
+    def figures():
+        found = torch.tensor(right, dtype=torch.float32, device="cpu")
+        return mean_interval(found, 0), worst_group_interval(right, groups, 0), evaluation.share_alike(right, groups)
+
+    expected = figures()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert figures() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_intervals_are_those_worked_out_by_hand():
@@ -116,6 +161,78 @@ def test_the_worst_group_is_the_one_with_the_lowest_accuracy_among_those_of_five
     assert worst_group(correct, groups) == 0.6
     assert worst_group([*correct, False], [*groups, "few"]) == 0
     assert worst_group(correct[:5], ["a", "a", "a", "a", "b"]) is None and worst_group([], []) is None
+
+
+def test_a_class_of_ones_own_classifies_as_the_one_it_is_made_from():
+    class Mine(transformers.ViTForImageClassification):
+        pass
+
+    assert classifies(Mine(tiny_model("vit").config)) and not classifies(tiny_model("vit"))
+
+
+class Packed(torch.Tensor):
+    """A tensor of 8 bits that knows no operation, as torchao's know few."""
+
+    def __new__(cls, values: torch.Tensor) -> Packed:
+        made = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+        made.values_of_8_bits = values
+        return made
+
+    def __tensor_flatten__(self):
+        return ["values_of_8_bits"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten.detach.default:
+            return cls(args[0].values_of_8_bits)
+        raise NotImplementedError(str(operation))
+
+
+def of_8_bits(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """As `quantize_dynamic` of torch makes it."""
+    from torch.ao.nn.quantized.dynamic import Linear
+
+    linear = Linear(*reversed(model.pooler.dense.weight.shape), dtype=torch.qint8)
+    weight = torch.quantize_per_tensor(model.pooler.dense.weight.data, 0.01, 0, torch.qint8)
+    linear.set_weight_bias(weight, model.pooler.dense.bias.data)
+    model.pooler.dense = linear
+    return model
+
+
+def of_packed_tensors(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    weight = (model.pooler.dense.weight.data * 100).to(torch.int8)
+    model.pooler.dense.weight = torch.nn.Parameter(Packed(weight), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("kind", [lambda model: model, of_8_bits, of_packed_tensors])
+def test_a_fingerprint_tells_weights_apart_in_8_bits_too(kind):
+    other = tiny_model("vit")
+    other.pooler.dense.weight.data += 0.1
+    prints = [fingerprint_of(kind(model)) for model in (tiny_model("vit"), tiny_model("vit"), other)]
+    assert prints[0] == prints[1] != prints[2] and prints[0].startswith("ViTModel ")
+
+
+def test_weights_that_accelerate_keeps_elsewhere_are_known_and_their_model_is_given_images():
+    model, pixels = tiny_model("clip"), sample_pixel_values()
+    expected, scale = fingerprint_of(model), model.logit_scale.item()
+    with torch.no_grad():
+        features = answer(model, pixel_values=pixels)
+    cpu_offload(model, execution_device=CPU)
+    assert model.device.type == "meta" and fingerprint_of(model) == expected
+    assert parameter_of(model, "logit_scale").item() == scale and evaluation.device_of(model) == CPU
+    with torch.no_grad():
+        assert torch.equal(answer(model, **evaluation.on_device({"pixel_values": pixels}, model)), features)
+
+
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        model = transformers.ViTModel(tiny_model("vit").config)
+    for look in (fingerprint_of, evaluation.device_of):
+        with pytest.raises(
+            ValueError, match=r"embeddings.cls_token of the ViTModel is on the device meta, where it has"
+        ):
+            look(model)
 
 
 @pytest.mark.parametrize("name", PREFIX)

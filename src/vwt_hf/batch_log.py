@@ -58,7 +58,7 @@ class BatchLog:
         found = (batch for file in sorted(folder.glob("evaluate-*.jsonl")) for batch in _read(file, of))
         # An image that could not be read may be there again, as on a disk that was not.
         self.before = {batch.number: batch for batch in found if not batch.unreadable}
-        self._file = (folder / f"evaluate-{process}.jsonl").open("ab", buffering=0)
+        self._file = (folder / f"evaluate-{process}.jsonl").open("ab")
         if self._file.tell():
             self._file.write(b"\n")  # ends a line that was cut short
         self._write({"of": of})
@@ -73,6 +73,7 @@ class BatchLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
 
 
 def _read(file: Path, of: dict[str, Any]) -> Iterator[Batch]:

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,19 @@ from .config import VWTConfig
 from .evaluation import (
     FEWEST_TURNS,
     answer,
+    are_finite,
     classifies,
     cosines,
     count_flops,
     count_tokens,
+    device_of,
     fingerprint_of,
+    first_answers,
     mean_interval,
     on_device,
+    processor_name,
+    require_finite,
+    require_labels,
     share,
     share_interval,
     stopwatch,
@@ -41,8 +48,8 @@ from .families import family_of, find_tower, model_of
 from .image_processing import NAME as PATCH_WORDS
 from .printable import difference, shown
 from .processors import processor_of, processor_statistics
+from .terminal import require_writable, write_file
 from .vocabulary.image_source import one_batch, open_images, processed
-from .whole_saves import write_files
 
 LEVELS = (
     (0.006, 0.91),
@@ -121,16 +128,19 @@ def calibrate(
         seed: of the choice among more images than `max_images`, and of the interval of a mean cosine.
         max_images: most images to look at.
         resume: a JSON file for what was measured, made if it is not there. A search that was cut off goes on from it,
-            and one with another target measures nothing twice.
+            and one with another target measures nothing twice. By time, it goes on only on the same processor with as
+            many threads.
         progress: whether to show a bar.
 
     Returns:
         A setting of `method="gradual"`, whose `evidence` says what was measured, on what, and the 95 % interval.
 
     Raises:
-        ValueError: an argument is not valid, there are too few images, the model is not supported, the file to resume
-            is of another search, or no setting reaches the target; the message says which comes nearest.
+        ValueError: an argument is not valid, there are too few images, the model is not supported or answers by NaN or
+            infinity, plain or shortened, the file to resume is of another search, or no setting reaches the target;
+            the message says which comes nearest.
         UnreadableImage: an image cannot be read.
+        OSError: `resume` cannot be read or written.
         TypeError: `model` is no transformers model, or `images` no images.
 
     Example:
@@ -178,24 +188,29 @@ class Calibration:
             raise ValueError(f"max_images is {shown(max_images)}; expected a whole number of at least {FEWEST}.")
         if by not in BY:
             raise ValueError(f"by is {shown(by)}; expected one of {', '.join(map(repr, BY))}.")
+        self._file = None if resume is None else Path(resume)
+        if self._file is not None:
+            require_writable(self._file.resolve())
         channels = find_tower(model_of(model), family_of(model)).channels
         processor = processor_of(model, image_processor)
         self.measure = "agreement" if classifies(model) else "cosine"
+        if self.measure == "agreement":
+            require_labels(model)
         self._by, self._seed, self._progress = by, seed, progress
         # Copies, so that the user's model stays as it is, whatever happens.
         self._plain = restore(share(model)).eval()
         _, self._image_std = processor_statistics(processor, channels)
         chosen = tqdm(_choose(images, seed, max_images), "Reading images", unit="image", disable=not progress)
-        made = [pixels_of(name, item, processor) for name, item in chosen]
-        if len(made) < FEWEST:
+        named = [(name, pixels_of(name, item, processor)) for name, item in chosen]
+        if len(named) < FEWEST:
             raise ValueError(
-                f"images holds {len(made)} images; expected at least {FEWEST}: of fewer that all agree, the 95 % "
+                f"images holds {len(named)} images; expected at least {FEWEST}: of fewer that all agree, the 95 % "
                 "interval of agreement would still reach below 93 %."
             )
-        self.images, self._batch_size = len(made), min(batch_size, len(made))
-        starts = range(0, len(made), batch_size)
-        self._batches = [one_batch(made[start : start + batch_size], processor) for start in starts]
-        self._file = None if resume is None else Path(resume)
+        self.images, self._batch_size = len(named), min(batch_size, len(named))
+        parts = [named[start : start + batch_size] for start in range(0, len(named), batch_size)]
+        self._names = [[name for name, _ in part] for part in parts]
+        self._batches = [one_batch([pixels for _, pixels in part], processor) for part in parts]
         self._of = self._fingerprint()
         self._tried: dict[tuple[float, float], Level] = {}
         if self._file is not None and self._file.exists():
@@ -240,7 +255,7 @@ class Calibration:
             self._tried[level] = self._measure(level, bar)
             if self._file is not None:
                 content = {"of": self._of, "levels": [dataclasses.asdict(known) for known in self.tried]}
-                write_files(self._file.parent, {self._file.name: json.dumps(content, indent=1).encode()})
+                write_file(self._file, json.dumps(content, indent=1))
         return self._tried[level]
 
     @torch.inference_mode()
@@ -249,12 +264,15 @@ class Calibration:
         bar.set_postfix_str(f"tolerance {level[0]:g}, similarity {level[1]:g}")
         turns = []
         with count_tokens(pair[0]) as of_tokens, count_tokens(pair[1]) as tokens:
-            for batch in self._batches:
-                turns.append([_timed(model, batch) for model in pair])
-                bar.update(len(batch["pixel_values"]))
+            for batch, names in zip(self._batches, self._names, strict=True):
+                turn = [_timed(model, batch) for model in pair]
+                for model, (answers, _) in zip(pair, turn, strict=True):
+                    require_finite(model, are_finite(answers), names)
+                turns.append(turn)
+                bar.update(len(names))
         expected, found = (torch.cat([turn[which][0] for turn in turns]) for which in (0, 1))
         if self.measure == "agreement":
-            values = (found.argmax(-1) == expected.argmax(-1)).double()
+            values = (first_answers(found) == first_answers(expected)).double()
             interval = share_interval(values.mean().item(), len(values))
         else:
             values = cosines(found, expected).double()
@@ -275,10 +293,9 @@ class Calibration:
         more = itertools.islice(itertools.cycle(self._batches), max(0, FEWEST_TURNS - len(seconds)))
         seconds = seconds + [(_timed(pair[0], batch)[1], _timed(pair[1], batch)[1]) for batch in more]
         # The median of the turns' own ratios: a first call, or bursts of other work on the machine, hardly move it.
-        return torch.tensor([plain / short for plain, short in seconds], dtype=torch.float64).quantile(0.5).item()
+        return statistics.median(plain / short for plain, short in seconds)
 
     def _evidence(self, level: Level, target: str) -> dict[str, Any]:
-        device = self._plain.device
         return {
             "images": self.images,
             "measure": self.measure,
@@ -289,8 +306,7 @@ class Calibration:
             "speed": round(level.speed, 3),
             "by": self._by,
             "target": target,
-            **{name: self._of[name] for name in ("batch_size", "device", "dtype", "attention", "seed")},
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            **{name: self._of[name] for name in ("batch_size", "device", "dtype", "attention", "seed", "threads")},
             **{name: self._of[name] for name in ("vwt_hf", "transformers", "torch")},
         }
 
@@ -320,7 +336,8 @@ class Calibration:
         for batch in self._batches:
             for _, values in sorted(batch.items()):
                 pixels.update(values.contiguous().numpy().tobytes())
-        device = self._plain.device
+        device = device_of(self._plain)
+        is_timed_on_cpu = self._by == "time" and device.type == "cpu"
         return {
             "format": FORMAT,
             "model": fingerprint_of(self._plain),
@@ -329,6 +346,8 @@ class Calibration:
             "by": self._by,
             "seed": self._seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processor": processor_name() if is_timed_on_cpu else None,
+            "threads": torch.get_num_threads() if is_timed_on_cpu else None,
             "attention": self._plain.config._attn_implementation,
             "dtype": str(self._plain.dtype).removeprefix("torch."),
             "vwt_hf": __version__,
@@ -365,8 +384,8 @@ def _is_beyond(target: str, wanted: float, level: Level) -> bool:
 def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:
     """Name, and what `read_image` takes, of the images to look at: of more than `most`, those that `seed` chooses."""
     if isinstance(images, Sequence) and not isinstance(images, str):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:most].tolist()
-        return ((f"image {i}", images[i]) for i in order)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
+        return ((f"image {i}", images[i]) for i in order[:most].tolist())
     return open_images(images, seed=seed).part(max_images=most).items
 
 
@@ -378,7 +397,7 @@ def pixels_of(name: str, item: Any, image_processor: Any) -> dict[str, torch.Ten
 
 def _timed(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
     """Answers of a batch, (images, values) float32 on the CPU, and the seconds that they took."""
-    found, seconds = stopwatch(functools.partial(answer, model, **on_device(batch, model)), model.device)
+    found, seconds = stopwatch(functools.partial(answer, model, **on_device(batch, model)), device_of(model))
     return found.float().cpu(), seconds
 
 

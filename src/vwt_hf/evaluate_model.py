@@ -23,12 +23,23 @@ from .bounds import is_int
 from .calibrate import pixels_of
 from .compress import compress, restore, setting_of
 from .config import RECOMMENDED, VWTConfig
-from .evaluation import TokenCount, compression_of, count_tokens, fingerprint_of, on_device, share, stopwatch
+from .evaluation import (
+    TokenCount,
+    class_names,
+    compression_of,
+    count_tokens,
+    device_of,
+    fingerprint_of,
+    on_device,
+    require_finite,
+    share,
+    stopwatch,
+)
 from .evaluation_tasks import PROMPT, RECALLED, TASKS, Captions, Figure, Kept, Retrieval, Task, ZeroShot, task_for
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
 from .processes import gathered, join, place
-from .processors import described_processor, processor_of
+from .processors import described_processor, loaded_by, processor_of
 from .vocabulary.image_source import UnreadableImage, one_batch
 
 FORMAT = 1
@@ -192,8 +203,8 @@ def evaluate_model(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: an argument is not valid, the images do not have what the task needs, none can be read, or `resume`
-            holds another run.
+        ValueError: an argument is not valid, the images do not have what the task needs, none can be read, the model
+            answers one by NaN or infinity, plain or under a setting, or `resume` holds another run.
         TypeError: `images` or a setting is of another type.
         OSError: `resume` cannot be read or written.
 
@@ -214,17 +225,17 @@ def evaluate_model(
         "limit": limit,
     }
     opened = _opened(images, of)
-    task_class = TASKS[task or task_for([type(model).__name__], model.config.model_type, opened)]
+    task_class = TASKS[task or task_for(class_names(model), model.config.model_type, opened)]
     processor = processor_of(model, image_processor)
     if tokenizer is None and task_class in (ZeroShot, Retrieval, Captions):
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False, **loaded_by(model))
     settings = list(vwt) if vwt is not None else [setting_of(model) or True]
     # Copies, so that the user's model stays as it is, whatever happens.
     plain = restore(share(model)).eval()
     models = [plain, *(compress(share(plain), setting) for setting in settings)]
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
-    join(model.device)
+    join(device_of(model))
 
     def measure() -> list[Batch]:
         log = None
@@ -321,15 +332,21 @@ def _batch(task: Task, models: Sequence[Any], number: int, samples: Sequence[Sam
             unreadable.append(str(error))
     with contextlib.ExitStack() as stack:
         counts = [stack.enter_context(count_tokens(model)) for model in models]
-        answers, seconds = _answers(task, models, one_batch(made, processor)) if made else ([], [0.0] * len(models))
+        names = [sample.name for sample in read]
+        answers, seconds = (
+            _answers(task, models, one_batch(made, processor), names) if made else ([], [0.0] * len(models))
+        )
     return Batch(number, read, unreadable, answers, counts, seconds)
 
 
 def _answers(
-    task: Task, models: Sequence[Any], made: dict[str, torch.Tensor]
+    task: Task, models: Sequence[Any], made: dict[str, torch.Tensor], names: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """For each model what is kept of its answers to a batch, and the seconds that they took."""
-    timed = [stopwatch(functools.partial(task.answer, model, on_device(made, model)), model.device) for model in models]
+    """For each model what is kept of its answers to a batch of images of these names, and the seconds they took."""
+    device = device_of(models[0])
+    timed = [stopwatch(functools.partial(task.answer, model, on_device(made, model)), device) for model in models]
+    for model, (answers, _) in zip(models, timed, strict=True):
+        require_finite(model, task.finite(answers), names)
     plain = timed[0][0]
     return [task.keep(answers, plain) for answers, _ in timed], [seconds for _, seconds in timed]
 
@@ -345,7 +362,7 @@ def _fingerprint(
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "model": fingerprint_of(plain),
-        "device": plain.device.type,
+        "device": device_of(plain).type,
         "dtype": str(plain.dtype).removeprefix("torch."),
         "attention": plain.config._attn_implementation,
         "settings": {str(number): compression_of(model) for number, model in enumerate(models)},
@@ -389,7 +406,7 @@ def _total(counts: Sequence[TokenCount]) -> TokenCount:
 
 def _machine(model: PreTrainedModel, processes: int) -> dict[str, Any]:
     return {
-        "device": model.device.type,
+        "device": device_of(model).type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
         "processes": processes,
@@ -422,7 +439,11 @@ def name_of(setting: Any) -> str:
 
 
 def json_of(setting: Any) -> Any:
-    """A setting as JSON holds it."""
+    """A setting, or a value in one, as JSON holds it."""
     if isinstance(setting, VWTConfig):
         return setting.to_dict()
-    return setting if isinstance(setting, (bool, dict, str)) or setting is None else str(setting)
+    if isinstance(setting, Mapping):
+        return {name: json_of(value) for name, value in setting.items()}
+    if isinstance(setting, (list, tuple)):
+        return [json_of(value) for value in setting]
+    return setting if setting is None or isinstance(setting, (bool, int, float, str)) else str(setting)

@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import hashlib
 import math
+import platform
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,8 +25,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .compress import lexicon_of, setting_of
-from .families import family_of, find_layers, find_tower
+from .families import family_of, find_layers, find_tower, model_of
 from .forward import current_forward
+from .printable import printable, shown
 
 Made = TypeVar("Made")
 
@@ -74,6 +77,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
 
     Raises:
         ValueError: the family is not supported.
+        TypeError: `model` is no transformers model, as what torch.compile and DataParallel make of one.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -84,7 +88,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
         >>> count.tokens, count.images, count.mean  # CLS + 49 of 196 patches
         (100, 2, 50.0)
     """
-    tower = find_tower(model, family_of(model))
+    tower = find_tower(model_of(model), family_of(model))
     layers = find_layers(tower.module)
     count = TokenCount([0] * len(layers))
 
@@ -139,10 +143,84 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
 def fingerprint_of(model: PreTrainedModel) -> str:
     """The class of `model` and a hash of some of its weights, spread over all: another training has another."""
     weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        some = tensor.flatten()[:: max(1, tensor.numel() // 64)][:65]
-        weights.update(f"{name}{tuple(tensor.shape)}{some.tolist()}".encode())
+    for name, value in model.state_dict().items():
+        weights.update(f"{name}{_sample(_fetched(model, name, value))}".encode())
     return f"{type(model).__name__} {weights.hexdigest()[:16]}"
+
+
+def _sample(value: Any) -> str:
+    """Shape and some of the numbers of an entry of a state dict; of what is neither numbers nor holds any, its type."""
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):  # tensors in one, such as torchao's of 8 bits
+            return _sample({name: getattr(value, name) for name in value.__tensor_flatten__()[0]})
+        if value.is_quantized:
+            value = value.dequantize()
+        some = value.flatten()[:: max(1, value.numel() // 64)][:65]
+        return f"{tuple(value.shape)}{some.tolist()}"
+    if isinstance(value, Mapping):
+        return "".join(f"{name}{_sample(own)}" for name, own in value.items())
+    if isinstance(value, (list, tuple)):  # packed weights of torch's own 8 bits
+        return "".join(map(_sample, value))
+    is_plain = value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype))
+    return repr(value) if is_plain else type(value).__name__
+
+
+def parameter_of(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """A parameter of `model`, also where accelerate keeps its values elsewhere until they are used.
+
+    Raises:
+        ValueError: it has no values.
+    """
+    return _fetched(model, name, model.get_parameter(name).detach())
+
+
+def _fetched(model: PreTrainedModel, name: str, value: Any) -> Any:
+    """An entry of the state dict of `model`, as `parameter_of` gives it."""
+    if not isinstance(value, torch.Tensor) or not value.is_meta:
+        return value
+    parts = name.split(".")
+    for depth in reversed(range(len(parts))):  # the hook of a module may fetch what its own modules have
+        for hook in _hooks_of(model.get_submodule(".".join(parts[:depth]))):
+            weights = getattr(hook, "weights_map", None)
+            if weights is not None:
+                return weights[".".join(parts[depth:])]
+    raise ValueError(_no_values(model, name))
+
+
+def _hooks_of(module: nn.Module) -> Sequence[Any]:
+    """accelerate's hooks of a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))  # one holds several
+
+
+def _no_values(model: PreTrainedModel, name: str) -> str:
+    return (
+        f"{printable(name)} of the {type(model).__name__} is on the device meta, where it has no values; expected a "
+        "model with weights. Load them by from_pretrained."
+    )
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where `model` takes its images: where its weights are or, of those kept elsewhere, where accelerate runs it.
+
+    Raises:
+        ValueError: its weights have no values.
+    """
+    if model.device.type != "meta":
+        return model.device
+    for module in model.modules():
+        for hook in _hooks_of(module):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+    raise ValueError(_no_values(model, next(name for name, own in model.named_parameters() if own.is_meta)))
+
+
+def processor_name() -> str:
+    """The CPU of this machine, as the system calls it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def compression_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -154,14 +232,31 @@ def compression_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def on_device(made: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What an image processor made, where and as `model` wants it."""
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None) for name, value in made.items()
-    }
+    device = device_of(model)
+    return {name: value.to(device, model.dtype if value.is_floating_point() else None) for name, value in made.items()}
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """The names of the class of `model` and of those that it is derived from."""
+    return [base.__name__ for base in type(model).__mro__]
 
 
 def classifies(model: PreTrainedModel) -> bool:
     """Whether the model gives logits, so that its answers are labels."""
-    return "ForImageClassification" in type(model).__name__
+    return any("ForImageClassification" in name for name in class_names(model))
+
+
+def require_labels(model: PreTrainedModel) -> None:
+    """Refuses a classifier whose outputs are no labels.
+
+    Raises:
+        ValueError: it was trained to give quantities.
+    """
+    if model.config.problem_type == "regression":
+        raise ValueError(
+            f"the {type(model).__name__} has problem_type 'regression': it gives quantities, which are no labels; "
+            "expected a classifier. Load it by AutoModel to compare features, or correct config.problem_type."
+        )
 
 
 def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
@@ -181,14 +276,55 @@ def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
     return tokens[:, 0] if "CLS" in family_of(model).prefix else tokens.mean(dim=1)
 
 
+def are_finite(answers: torch.Tensor) -> list[bool]:
+    """Whether each image's answer, (images, ...), is free of NaN and infinity."""
+    return answers.isfinite().flatten(1).all(dim=1).tolist()
+
+
+def require_finite(model: PreTrainedModel, finite: Sequence[bool], images: Sequence[str]) -> None:
+    """Refuses answers that nothing can be compared with: NaN would agree with NaN.
+
+    Args:
+        model: that gave them.
+        finite: of each image, whether its answer is.
+        images: their names.
+
+    Raises:
+        ValueError: one is not; the message names the image.
+    """
+    if all(finite):
+        return
+    setting = setting_of(model)
+    whose = "plain model" if setting is None else f"model shortened by {shown(setting)}"
+    dtype = str(model.dtype).removeprefix("torch.")
+    raise ValueError(
+        f"the {whose}, in {dtype}, answers {printable(images[list(finite).index(False)])} by NaN or infinity; expected "
+        "finite numbers. Load the model in float32 or bfloat16, or check its weights."
+    )
+
+
+def _of_answers(logits: torch.Tensor) -> torch.Tensor:
+    """Logits with one for each answer, (images, answers): one label alone, of logit z, is no and yes, of 0 and z."""
+    return nn.functional.pad(logits, (1, 0)) if logits.shape[-1] == 1 else logits
+
+
+def first_answers(logits: torch.Tensor) -> torch.Tensor:
+    """The number of the label that each image gets, (images,); of one label alone whether it gets it, 0 or 1.
+
+    Args:
+        logits: (images, labels).
+    """
+    return _of_answers(logits).argmax(-1)
+
+
 def agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """Share of the images with the same first answer as `expected`, in [0, 1]; both (images, labels)."""
-    return share_alike(logits.argmax(-1).tolist(), expected.argmax(-1).tolist())
+    return share_alike(first_answers(logits).tolist(), first_answers(expected).tolist())
 
 
 def share_alike(answers: Sequence[Any], expected: Sequence[Any]) -> float:
     """Share of the images with the same answer as `expected`, in [0, 1]; both one for each image."""
-    return torch.tensor(are_alike(answers, expected), dtype=torch.float64).mean().item()
+    return torch.tensor(are_alike(answers, expected), dtype=torch.float64, device="cpu").mean().item()
 
 
 def are_alike(answers: Sequence[Any], expected: Sequence[Any]) -> list[bool]:
@@ -203,7 +339,7 @@ def divergence(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 def divergences(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """KL divergence of each image's answer from the one expected, in nats, (images,); both (images, labels)."""
-    wanted, given = expected.double().log_softmax(-1), logits.double().log_softmax(-1)
+    wanted, given = (_of_answers(own).double().log_softmax(-1) for own in (expected, logits))
     return (wanted.exp() * (wanted - given)).sum(-1)
 
 
@@ -212,9 +348,9 @@ def correctness(logits: torch.Tensor, truth: Sequence[Collection[int]]) -> list[
 
     Args:
         logits: (images, labels).
-        truth: for each image the labels that are right; none if that is not known.
+        truth: for each image the labels that are right, as `first_answers` has them; none if that is not known.
     """
-    return are_right(logits.argmax(-1).tolist(), truth)
+    return are_right(first_answers(logits).tolist(), truth)
 
 
 def are_right(answers: Sequence[int], truth: Sequence[Collection[int]]) -> list[bool | None]:
@@ -308,8 +444,8 @@ def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
     # Some resamples at a time: those of many images would not fit into memory.
     at_once = max(1, DRAWN_AT_ONCE // count)
     means = [
-        values[torch.randint(count, (min(at_once, RESAMPLES - start), count), generator=generator)].mean(dim=1)
-        for start in range(0, RESAMPLES, at_once)
+        values[torch.randint(count, (some, count), generator=generator, device="cpu")].mean(dim=1)
+        for some in (min(at_once, RESAMPLES - start) for start in range(0, RESAMPLES, at_once))
     ]
     return _percentiles(torch.cat(means))
 
@@ -325,8 +461,8 @@ def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str], 
     members = _judged_groups(correct, groups)
     if not members:
         raise ValueError(f"no group has {FEWEST_OF_GROUP} images of known label; expected one that has.")
-    right = torch.tensor([sum(own) for own in members], dtype=torch.float64)
-    sizes = torch.tensor([len(own) for own in members], dtype=torch.float64)
+    right = torch.tensor([sum(own) for own in members], dtype=torch.float64, device="cpu")
+    sizes = torch.tensor([len(own) for own in members], dtype=torch.float64, device="cpu")
     shares = right / sizes
     worst = shares.min().item()
     if worst in (0, 1):
@@ -337,7 +473,8 @@ def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str], 
 
 
 def _percentiles(resampled: torch.Tensor) -> tuple[float, float]:
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64, device=resampled.device)
+    low, high = resampled.quantile(ends).tolist()
     return low, high
 
 
@@ -359,7 +496,7 @@ def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list
     """The labels of images by the names that a data set or their folders give them, and what has to be said of them.
 
     Returns:
-        For each image the right answers, none where the name is no label's; and sentences.
+        For each image the right answers, as `first_answers` has them, none where the name is no label's; and sentences.
     """
     ids, given = label_ids(config), set(names)
     truth = [ids.get(name, set()) for name in names]
@@ -371,6 +508,8 @@ def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list
     for name, index in (config.label2id or {}).items():
         if name in given and str(index) not in map(str, ids[str(name)]):
             said.append(f"{name!r} is label {index} by label2id; id2label, which says otherwise, is trusted.")
+    if len(config.id2label or ()) == 1:  # who has it is answered right by 1
+        truth = [{1} if right else right for right in truth]
     unknown = sum(not right for right in truth)
     if 0 < unknown < len(truth):
         said.append(

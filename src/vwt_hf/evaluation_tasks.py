@@ -10,16 +10,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoModel, AutoModelForImageClassification, AutoModelForImageTextToText
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .evaluation import (
     answer,
     are_alike,
+    are_finite,
     cosines,
+    device_of,
     divergences,
+    first_answers,
     mean_interval,
+    parameter_of,
     ranks,
+    require_finite,
+    require_labels,
     share_interval,
     token_f1,
     true_labels,
@@ -79,6 +91,10 @@ class Task:
         """A model's answers to a batch, one for each image."""
         raise NotImplementedError
 
+    def finite(self, found: Any) -> list[bool]:
+        """Of each image, whether an answer to it is free of NaN and infinity."""
+        return are_finite(found)
+
     def keep(self, found: Any, plain: Any) -> dict[str, Any]:
         """What is kept of answers to a batch, by name: a list or a tensor with an entry for each image."""
         raise NotImplementedError
@@ -109,7 +125,7 @@ class Task:
         """The 95 % interval of that share."""
         if all(values) or not any(values):  # of values that are all alike a bootstrap says nothing
             return share_interval(float(values[0]), len(values))
-        return mean_interval(torch.tensor(values, dtype=torch.float64).sort().values, self.seed)
+        return mean_interval(torch.tensor(values, dtype=torch.float64, device="cpu").sort().values, self.seed)
 
     def mean(self, values: torch.Tensor) -> Figure:
         """The mean over the images; it is the same in whichever order they were seen."""
@@ -123,12 +139,24 @@ class Classification(Task):
     name, hub_name = "classification", "image-classification"
     auto: ClassVar[Any] = AutoModelForImageClassification
 
+    def prepare(self, images: LabelledImages) -> None:
+        require_labels(self.model)
+        config = self.model.config
+        named = {int(index) for index in config.id2label}
+        unnamed = sorted(set(range(config.num_labels)) - named)
+        if unnamed:
+            raise ValueError(
+                f"label {unnamed[0]} of the {type(self.model).__name__} has no name: its config.id2label is "
+                f"{shown(config.id2label)}; expected a name for each number from 0 to {config.num_labels - 1}. Set "
+                "config.id2label and config.label2id."
+            )
+
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**made).logits.float().cpu()
 
     def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
         return {
-            "answer": found.argmax(-1),
+            "answer": first_answers(found),
             "kl": divergences(found, plain),
             "difference": (found - plain).abs().amax(dim=-1),
         }
@@ -142,7 +170,7 @@ class Classification(Task):
         known = [label for label in labels if label is not None]
         config = self.model.config
         if any(isinstance(label, int) for label in known):
-            count = config.num_labels
+            count = max(2, config.num_labels)  # one label alone is no and yes
             truth = [{label} if isinstance(label, int) and 0 <= label < count else set() for label in labels]
             beyond = sum(not own for own in truth)
             said = ["The labels of the images have no names: they are the model's by their numbers."]
@@ -151,7 +179,7 @@ class Classification(Task):
         if known and not any(truth):
             said.append(
                 f"No label of the images (such as {shown(known[0])}) is one of the model's (such as "
-                f"{shown(config.id2label[0])}): they are compared by name, and there is no accuracy."
+                f"{shown(next(iter(config.id2label.values())))}): they are compared by name, and there is no accuracy."
             )
         return truth, said
 
@@ -210,7 +238,7 @@ class ZeroShot(Classification):
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         similarity = unit(answer(model, **made)) @ self.texts.T
         # Without SigLIP's bias, which is the same for all labels and so changes no figure.
-        return similarity * self.model.logit_scale.detach().float().cpu().exp()
+        return similarity * parameter_of(self.model, "logit_scale").float().cpu().exp()
 
     def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
         numbers: dict[str, set[int]] = {}
@@ -257,7 +285,7 @@ class Retrieval(Task):
 
         def encoded() -> torch.Tensor:
             own = texts[len(texts) * index // processes : len(texts) * (index + 1) // processes]
-            return text_features(self.model, self.tokenizer, own) if own else torch.zeros(0, 1)
+            return text_features(self.model, self.tokenizer, own) if own else torch.zeros(0, 1, device="cpu")
 
         features = torch.cat([own for own in gathered(encoded) if len(own)])
         others = len(kept.captions) - len(captioned)
@@ -293,9 +321,21 @@ class Captions(Task):
                 "writes captions of images, such as BLIP. Its vision tower may be evaluated by its features."
             )
 
-    def answer(self, model: Any, made: dict[str, torch.Tensor]) -> list[str]:
-        written = model.generate(**made, max_new_tokens=self.options["max_new_tokens"], do_sample=False, num_beams=1)
-        return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+    def answer(self, model: Any, made: dict[str, torch.Tensor]) -> list[str | None]:
+        """As in `Task`; `None` for a caption whose tokens were chosen by numbers that are not finite."""
+        watch = _Watch()
+        written = model.generate(
+            **made,
+            max_new_tokens=self.options["max_new_tokens"],
+            do_sample=False,
+            num_beams=1,
+            logits_processor=LogitsProcessorList([watch]),
+        )
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [text.strip() if finite else None for text, finite in zip(texts, watch.finite(), strict=True)]
+
+    def finite(self, found: list[str | None]) -> list[bool]:
+        return [text is not None for text in found]
 
     def keep(self, found: list[str], plain: list[str]) -> dict[str, Any]:
         return {"text": found}
@@ -315,7 +355,23 @@ class Captions(Task):
         }
 
     def _f1(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Figure:
-        return self.mean(torch.tensor([token_f1(text, of) for text, of in zip(texts, references, strict=True)]))
+        found = [token_f1(text, of) for text, of in zip(texts, references, strict=True)]
+        return self.mean(torch.tensor(found, dtype=torch.float64, device="cpu"))
+
+
+class _Watch(LogitsProcessor):
+    """Sees what each token of captions is chosen by."""
+
+    def __init__(self) -> None:
+        self._highest: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._highest.append(scores.amax(dim=-1))  # NaN where one is; tokens that are ruled out have -inf
+        return scores
+
+    def finite(self) -> list[bool]:
+        """Of each caption, whether all its tokens were chosen by finite numbers."""
+        return are_finite(torch.stack(self._highest, dim=1))
 
 
 class Features(Task):
@@ -340,7 +396,7 @@ def task_for(architectures: Sequence[str], model_type: str, images: LabelledImag
     """The name of the task that models of an architecture are for.
 
     Args:
-        architectures: as a config has them: names of model classes.
+        architectures: names of model classes, as a config has them, or as `class_names` gives them.
         images: a model of images and texts finds captions where they have some and no labels, and labels where they
             have names and differ: in a folder without folders all have one.
     """
@@ -360,7 +416,7 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Ten
     """What a model of images and texts makes of texts, (texts, values) of length 1, float32 on the CPU.
 
     Raises:
-        ValueError: the model has no text tower.
+        ValueError: the model has no text tower, or answers a text by NaN or infinity.
     """
     _require_texts(model)
     # SigLIP was trained on texts of one length.
@@ -369,8 +425,10 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Ten
     for start in range(0, len(texts), TEXTS):
         some = list(texts[start : start + TEXTS])
         given = tokenizer(some, padding=padding, truncation=True, max_length=_longest(model), return_tensors="pt")
-        output = model.get_text_features(**given.to(model.device))
-        parts.append(unit(getattr(output, "pooler_output", output)))
+        output = model.get_text_features(**given.to(device_of(model)))
+        features = unit(getattr(output, "pooler_output", output))
+        require_finite(model, are_finite(features), [shown(text) for text in some])
+        parts.append(features)
     return torch.cat(parts)
 
 
@@ -393,7 +451,8 @@ def ranks_of(queries: torch.Tensor, candidates: torch.Tensor, right: Sequence[Se
     found = []
     for start in range(0, len(queries), QUERIES):
         similarity = queries[start : start + QUERIES] @ candidates.T
-        is_right = torch.zeros(similarity.shape, dtype=torch.bool)  # of all queries it would not fit into memory
+        # Of all queries it would not fit into memory.
+        is_right = torch.zeros(similarity.shape, dtype=torch.bool, device=similarity.device)
         for row, own in enumerate(right[start : start + QUERIES]):
             is_right[row, list(own)] = True
         found.append(ranks(similarity, is_right))
