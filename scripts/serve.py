@@ -7,9 +7,9 @@ r"""Answers images over HTTP: labels of a classifier, else features. LitServe ba
 
 A classifier answers {"labels": [{"label": ..., "score": ...}, ...]}, the five best of its labels; any other model
 {"features": [...]}: its image embedding, else its pooled output, else its CLS token. An upload that cannot be answered
-gets a status of 400 (no image, or one that is damaged), 413 (a body of over 32 MiB) or 415 (of another type), with
-{"detail": the reason}. GET /health says "ok" once the model is loaded, /metrics counts requests, images, tokens and
-seconds in the format of Prometheus, and /info names the model and its setting.
+gets a status of 400 (no image, or one that is damaged, too large or too narrow), 413 (a body of over 32 MiB) or 415 (of
+another type), with {"detail": the reason}. GET /health says "ok" once the model is loaded, /metrics counts requests,
+images, tokens and seconds in the format of Prometheus, and /info names the model and its setting.
 """
 
 # Annotations stay what they are, not strings: LitServe hands that of `decode_request` to FastAPI.
@@ -40,6 +40,7 @@ from starlette.requests import ClientDisconnect
 
 from vwt_hf.cli.calibrate import DTYPES, load_model
 from vwt_hf.evaluation import answer, classifies, count_tokens, on_device, return_memory, usable_device
+from vwt_hf.printable import printable, shown
 from vwt_hf.processors import load_processor, quiet_transformers
 from vwt_hf.terminal import run_command, vwt_option
 from vwt_hf.vocabulary.image_source import UnreadableImage, pixel_batches
@@ -48,7 +49,8 @@ FIELD = "image"
 LARGEST = 32 * 2**20
 """Bytes of a request's body that are read at most."""
 MOST_PIXELS = 40_000_000
-"""Of an image, by default: decoding takes some ten bytes for each, in as many threads as there are cores."""
+"""Of an image, by default, as it comes and as it is resized before it is cropped: each takes some ten bytes, in as many
+threads as there are cores."""
 RETURNED = 10
 """Batches after which a worker gives back the memory that it does not use."""
 BEST = 5
@@ -97,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = options.workers or (min(MOST_WORKERS, cores) if device.type == "cpu" else 1)
     model = Model(options.model, options.vwt, options.dtype, max(1, cores // workers))
-    setting = model.load(device).config.vwt  # what cannot be served is refused here, in one line
+    loaded = model.load(device)  # what cannot be served is refused here, in one line
+    require_names(loaded)
+    setting = loaded.config.vwt
     with tempfile.TemporaryDirectory(prefix="vwt-serve-") as counts:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
         server = litserve.LitServer(
@@ -107,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             workers_per_device=workers,
             max_payload_size=LARGEST,
             middlewares=[Measured],
-            model_metadata={"model": options.model, "vwt": setting},
+            model_metadata={"model": printable(options.model), "vwt": setting},
         )
         server.app.state.image_processor = load_processor(options.model)
         server.app.state.decoders = ThreadPoolExecutor(cores, "vwt-decode")
@@ -283,6 +287,20 @@ def encoded(model: Any, output: torch.Tensor) -> dict[str, Any]:
             for score, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
     }
+
+
+def require_names(model: Any) -> None:
+    """Refuses a classifier that has no name for some of its labels.
+
+    Raises:
+        ValueError: the numbers of its names are not those of its labels, from 0 on.
+    """
+    numbers = sorted(model.config.id2label or {})
+    if classifies(model) and numbers != list(range(len(numbers))):
+        raise ValueError(
+            f"id2label in the config of the {type(model).__name__} names the labels {shown(numbers)}; expected "
+            f"{len(numbers)} numbers from 0 on, one for each logit. Correct it in the model's config.json."
+        )
 
 
 class Metrics(NamedTuple):

@@ -8,12 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
+import vwt_hf
+from test_pipeline import tokenizer_with
 from tiny import tiny_model
 from vwt_hf.cli import main
+from vwt_hf.cli.demo import features_class
+from vwt_hf.cli.evaluate import write_card
+from vwt_hf.cli.show import default_pixel_values
+from vwt_hf.evaluate_model import Evaluation, Row
+from vwt_hf.evaluation_tasks import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -221,3 +230,128 @@ def test_no_command_runs_or_asks_to_run_code_of_a_repository(with_code, photogra
     with pytest.raises(ValueError, match="trust_remote_code"):
         benchmark.load(checkpoint)
     assert not came and not (tmp_path / "ran").exists()
+
+
+CARD = """---
+model-index:
+- name: first
+  results:
+  - task: {type: image-classification}
+    dataset: {type: own, name: own}
+    metrics:
+    - {type: f1, value: 0.9}
+    - {type: accuracy, name: of the author, value: 0.8}
+    - {type: accuracy, name: accuracy (uncompressed), value: 0.1}
+---
+# Mine
+"""
+
+
+def evaluation(model: str) -> Evaluation:
+    row = Row("uncompressed", None, 17.0, 1.0, {"accuracy": Figure(0.5, None)})
+    return Evaluation(model, "classification", "own", 10, [], [], [row], {})
+
+
+def test_a_card_keeps_all_figures_but_those_of_the_same_name(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(CARD)
+    write_card(card, evaluation("me/model"), None, None)
+    data = huggingface_hub.ModelCard(card.read_text()).data
+    found = {(one.metric_type, one.metric_name): one.metric_value for one in data.eval_results}
+    author = {("f1", None): 0.9, ("accuracy", "of the author"): 0.8}
+    assert data.model_name == "first" and found == author | {("accuracy", "accuracy (uncompressed)"): 0.5}
+
+
+def test_a_card_of_several_models_is_refused_before_anything_is_read(tmp_path, capsys):
+    card = tmp_path / "README.md"
+    card.write_text(CARD.replace("---\n# Mine", "- name: second\n  results: []\n---\n# Mine"))
+    before = card.read_text()
+    assert main(["evaluate", "nowhere/at-all", "--dataset", "nowhere", "--card", str(card)]) == 2
+    assert "figures of 2 models in its model-index, ['first', 'second']; expected one" in capsys.readouterr().err
+    assert card.read_text() == before
+
+
+def test_the_card_of_a_folder_whose_name_is_no_text_has_escapes(tmp_path):
+    write_card(tmp_path / "README.md", evaluation(f"models/{os.fsdecode(b'mod' + bytes([0xE9]) + b'l')}"), None, None)
+    card = huggingface_hub.ModelCard((tmp_path / "README.md").read_text(encoding="utf-8"))
+    assert card.data.model_name == "mod\\udce9l" and "# mod\\udce9l" in card.text
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """As many images as `calibrate` needs, in part flat."""
+    (tmp_path / "many").mkdir()
+    values = torch.randint(0, 256, (50, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for index, pixels in enumerate(values):
+        pixels[: index % 32] = 90
+        Image.fromarray(pixels.numpy()).save(tmp_path / "many" / f"{index}.png")
+    return tmp_path / "many"
+
+
+@pytest.mark.parametrize("name", ["clip-projection", "clip", "vit-classifier"])
+def test_calibrate_saves_the_whole_model_in_its_own_data_type_and_what_lies_beside(name, many, tmp_path):
+    own, output = tiny_model(name).to(torch.bfloat16), tmp_path / "out"
+    checkpoint = save(own, tmp_path)
+    if name == "clip":
+        tokenizer_with({"<pad>": 1, "<s>": 97, "</s>": 98}).save_pretrained(checkpoint)
+    given = ["--tokens", "64", "--by", "flops", "--device", "cpu", "--output", str(output)]
+    assert main(["calibrate", checkpoint, str(many), *given]) == 0
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (checkpoint, output))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == [type(own).__name__] and (output / "preprocessor_config.json").exists()
+    assert type(own).from_pretrained(output).config.vwt["method"] == "gradual"
+    assert (output / "tokenizer.json").exists() == (name == "clip")
+
+
+def test_calibrate_saves_no_model_of_a_class_that_transformers_lacks(many, tmp_path, checkpoint, capsys):
+    config = json.loads((Path(checkpoint) / "config.json").read_text())
+    (Path(checkpoint) / "config.json").write_text(json.dumps(config | {"architectures": ["ViTOfMine"]}))
+    given = ["--tokens", "64", "--by", "flops", "--device", "cpu"]
+    assert main(["calibrate", checkpoint, str(many), *given, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "has architectures ['ViTOfMine'] in its config.json" in said and "Trying" not in said
+    assert not (tmp_path / "out").exists()
+    assert main(["calibrate", checkpoint, str(many), *given]) == 0
+
+
+def test_a_program_that_unregistered_stays_so_after_a_command(checkpoint, photographs, tmp_path):
+    given = ["show", str(photographs), "--keep-ratio", "0.5", "--output", str(tmp_path / "kept.png")]
+    vwt_hf.unregister()
+    try:
+        assert main(given) == 0 and not hasattr(transformers.PreTrainedConfig, "vwt")
+        assert run_demo(checkpoint, photographs, "--keep-ratio", "1.5") == 2
+        assert not hasattr(transformers.PreTrainedConfig, "vwt")
+    finally:
+        vwt_hf.register()
+    assert main(given) == 0 and hasattr(transformers.PreTrainedConfig, "vwt")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("clip-projection", "CLIPVisionModelWithProjection"),
+        ("clip", "CLIPModel"),
+        ("vit", "ViTModel"),
+        ("vit-classifier", "ViTModel"),
+    ],
+)
+def test_features_are_of_the_class_that_the_checkpoint_names_unless_it_has_a_head_for_something_else(
+    name, expected, tmp_path
+):
+    checkpoint = save(tiny_model(name), tmp_path)
+    assert type(features_class(checkpoint).from_pretrained(checkpoint)).__name__ == expected
+
+
+def test_torchs_defaults_change_no_photograph_that_show_draws(photographs):
+    given = sorted(photographs.glob("*.png")), 16, (0.5,) * 3, (0.25,) * 3
+    expected = default_pixel_values(*given)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = default_pixel_values(*given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)

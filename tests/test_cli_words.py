@@ -99,6 +99,14 @@ def test_learn_resumes_where_it_was_interrupted_and_ends_with_the_same_words(
     assert torch.equal(resumed.words, whole.words) and resumed.info == whole.info
 
 
+def test_learn_removes_of_the_folder_of_its_progress_what_it_wrote_alone(photographs, checkpoint, tmp_path):
+    progress = tmp_path / "words" / ".checkpoint"
+    progress.mkdir(parents=True)
+    (progress / "mine.txt").write_text("mine")
+    assert run_learn(photographs, checkpoint, tmp_path / "words") == 0
+    assert [path.name for path in progress.iterdir()] == ["mine.txt"]
+
+
 def interrupt_before_batch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     update = learning.MiniBatchKMeans.update
     calls = iter(range(1, number + 1))

@@ -19,8 +19,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas
+import pyarrow.parquet
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
@@ -427,6 +428,61 @@ def test_models_that_classify_or_train_are_refused(run):
         run(model=tiny_model("vit").train())
 
 
+def test_a_model_that_gives_several_features_for_an_image_is_refused(run):
+    vision, text = tiny_model("clip-vision").config, {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 99}
+    text = transformers.LlamaConfig(**text, num_attention_heads=2, intermediate_size=16)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=98)
+    with pytest.raises(
+        ValueError, match=r"the LlavaModel gives a (list|tuple) for an image; expected features of shape"
+    ):
+        run(model=transformers.LlavaModel(config).eval())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_of_nan_or_infinity_are_refused_with_the_image_and_not_written(value, run, tmp_path):
+    own = tiny_model("dinov2").requires_grad_(False)
+    own.layernorm.bias[:] = value
+    with pytest.raises(ValueError, match=r"in float32, answers .*\.png by NaN or infinity; .* check its weights"):
+        run(model=own)
+    assert not list((tmp_path / "out").glob("train-*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torchs_defaults_change_no_file(workers, run, whole, tmp_path):
+    torch.set_default_device("meta")  # as "cuda" would be, where there is one
+    torch.set_default_dtype(torch.float64)
+    try:
+        run(workers=workers)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_the_column_is_float32_also_where_torchs_default_is_not(run, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.png").write_text("no image")
+    torch.set_default_dtype(torch.float64)
+    try:
+        (file,) = run(images=tmp_path / "broken").files
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert pyarrow.parquet.read_schema(file).field("embedding").type.value_type == pyarrow.float32()
+
+
+@pytest.mark.parametrize("format", list(KINDS))
+def test_a_file_that_lost_what_it_says_of_itself_is_named(format, run, tmp_path):
+    _, file, *_ = run(format=format).files
+    if format == "parquet":
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(file).replace_schema_metadata(None), file)
+    else:
+        safetensors.torch.save_file(safetensors.torch.load_file(file), file)
+    with pytest.raises(ValueError, match=rf"{file.name} does not say what `embed` writes .* delete it, and"):
+        run(format=format)
+    file.unlink()
+    assert run(format=format).images == COUNT - 1
+
+
 @pytest.fixture
 def seen(monkeypatch) -> list[dict[str, torch.Tensor]]:
     """What the model is called with, after the blank picture."""
@@ -532,6 +588,21 @@ def test_the_command_writes_what_the_function_does(checkpoint, folder, whole, tm
     assert "features of another run (vwt" in capsys.readouterr().err
     assert main(command(checkpoint, folder, tmp_path / "plain", "--vwt", "false", "--dtype", "bfloat16")) == 0
     assert "65.0 of an image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["clip-projection", "clip-vision", "vit", "vit-classifier"])
+def test_the_command_loads_the_class_of_the_checkpoint_and_of_a_classifier_what_is_below(
+    name, run, processor, folder, tmp_path
+):
+    own = tiny_model(name)
+    own.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    assert main(command(tmp_path / "model", folder, tmp_path / "by-command", "--batch-size", "2")) == 0
+    if name == "vit-classifier":
+        own = own.base_model
+    run(model=own.eval())
+    found, expected = (table(sorted((tmp_path / made).glob("train-*"))) for made in ("by-command", "out"))
+    assert np.array_equal(np.stack(found.embedding), np.stack(expected.embedding))
 
 
 @pytest.mark.parametrize(

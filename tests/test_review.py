@@ -21,9 +21,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from settings import ViTImageProcessor
+from test_pipeline import PHOTOGRAPHS
 from tiny import answers, sample_pixel_values, tiny_model
-from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
+from vwt_hf import VisualVocabulary, VWTConfig, collate_images, compress, restore, token_lengths
 from vwt_hf.forward import current_forward
+from vwt_hf.image_processing import HostTokenizer
+from vwt_hf.visualize import fade, photographs_of, tint
 
 MERGE = VWTConfig(dropped="merge")
 
@@ -136,6 +140,30 @@ def test_words_are_read_exactly_whatever_torchs_defaults_are(tmp_path, another_d
     with torch.device("meta"):
         read = VisualVocabulary.from_pretrained(tmp_path)
     assert torch.equal(read.words, vocabulary.words) and torch.equal(read.frequencies, vocabulary.frequencies)
+
+
+def test_the_host_learns_words_draws_and_collates_whatever_torchs_default_device_is():
+    """ "meta" stands in for "cuda", as it is where nothing can be computed by mistake."""
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+
+    def made():
+        words = VisualVocabulary.learn(PHOTOGRAPHS, processor, size=4, patch_size=4, progress=False)
+        ready = HostTokenizer(VWTConfig(criterion="grid"), (4, 4))
+        inputs = dict(processor(PHOTOGRAPHS, return_tensors="np"))
+        inputs["patch_words"] = ready.words(inputs)
+        decoded = photographs_of(torch.zeros(1, 3, 8, 8, device="cpu"), (0.5,) * 3, (0.25,) * 3)
+        kept = torch.ones(1, 2, 2, dtype=torch.bool, device="cpu")
+        pictures = fade(decoded, kept, (4, 4)), tint(decoded, torch.arange(4, device="cpu").view(1, 2, 2), (4, 4))
+        several = collate_images([{"patch_words": row} for row in inputs["patch_words"]])["patch_words"]
+        return [words.words, *pictures, several, token_lengths(several), token_lengths(inputs["patch_words"])]
+
+    expected = made()
+    torch.set_default_device("meta")
+    try:
+        found = made()
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_setting_is_of_its_method_alone():

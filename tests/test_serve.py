@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import contextlib
@@ -16,12 +17,14 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from settings import ViTImageProcessor
@@ -387,6 +390,29 @@ def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path, capsys: py
         assert reason in said and "Traceback" not in said
     with pytest.raises(SystemExit):
         serve.main([str(folder), "--batch-timeout", "0"])
+
+
+def test_a_classifier_without_names_for_all_its_labels_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = checkpoint(tmp_path / "model", "vit-classifier")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {1: "a", 2: "b"}, "label2id": {}}))
+    assert run_command("serve.py", lambda: serve.main([str(folder)])) == 2
+    said = capsys.readouterr().err
+    assert "names the labels [1, 2]; expected 2 numbers from 0 on" in said
+
+
+@pytest.mark.parametrize("size", [(1_000_000, 4), (2, 2000)])
+def test_an_upload_that_would_take_all_memory_once_resized_gets_400_and_the_reason(size, monkeypatch):
+    async def upload(_: Any) -> bytes:
+        return bomb(*size)
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", serve.MOST_PIXELS)
+    monkeypatch.setattr(serve, "upload", upload)
+    with concurrent.futures.ThreadPoolExecutor(1) as decoders:
+        state = SimpleNamespace(image_processor=transformers.CLIPImageProcessorPil(), decoders=decoders)
+        with pytest.raises(serve.HTTPException, match="so narrow that it would have") as raised:
+            asyncio.run(serve.processed(SimpleNamespace(app=SimpleNamespace(state=state))))
+    assert raised.value.status_code == 400
 
 
 def test_load_sends_photographs_and_tells_speed_and_wrong_answers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -20,7 +21,9 @@ from vwt_hf.vocabulary.image_source import (
     find_images,
     image_rows,
     open_images,
+    patch_batches,
     pixel_batches,
+    processed,
     read_image,
     spread,
 )
@@ -146,6 +149,23 @@ def test_an_image_that_cannot_be_read_is_named_with_the_reason(tmp_path, content
         read_image({"bytes": content(), "path": None}, "row 7")
 
 
+def test_an_image_that_a_processor_would_make_enormous_is_refused_and_a_panorama_is_not(tmp_path):
+    keeps = transformers.CLIPImageProcessorPil()  # proportions, until it crops
+    pads = transformers.Owlv2ImageProcessorPil(size={"height": 32, "width": 32})  # to a square, before it resizes
+    stretches = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    PIL.Image.new("1", (4, 40_000)).save(tmp_path / "narrow.png")
+    narrow = tmp_path / "narrow.png"
+    for processor, pixels in ((keeps, "501,760,000"), (pads, "1,600,000,000")):
+        with pytest.raises(UnreadableImage, match=rf"narrow\.png \(4×40000\) is refused by .* have {pixels} pixels"):
+            processed(narrow, processor)
+        (read,) = patch_batches(iter([("narrow.png", narrow)]), processor, 16, 1)
+        assert read.lengths == [0] and f"have {pixels} pixels" in read.unreadable[0]
+        assert read.unreadable[0].startswith("narrow.png")
+    assert processed(narrow, stretches)["pixel_values"].shape == (1, 3, 32, 32)
+    for processor in (keeps, stretches, pads):
+        assert len(processed(PIL.Image.new("RGB", (1000, 50)), processor)["pixel_values"]) == 1
+
+
 def test_no_program_is_run_for_a_file_that_asks_for_one(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
     (tmp_path / "a.png").write_bytes(EPS)
@@ -172,6 +192,30 @@ def test_folders_are_searched_through_all_levels_for_what_pillow_decodes_itself(
         find_images([tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png does not exist"):
         find_images([tmp_path / "nowhere.png"])
+
+
+def test_links_are_followed_to_each_folder_once_and_one_to_nothing_is_an_unreadable_image(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for name in ("in/b/1.png", "in/d.png", "out/1.png", "out/deep/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (4, 4)).save(tmp_path / name)
+    links = {"a": "b", "c": "../out", "c2": "../out", "e.png": "nowhere", "f.png": "f.png", "g.png": "d.png", "h": "."}
+    for name, target in links.items():
+        (inside / name).symlink_to(target)
+    (outside / "back").symlink_to(inside)
+    os.mkfifo(tmp_path / "pipe")
+    (inside / "i.png").symlink_to(tmp_path / "pipe")  # which would be waited for
+    expected = ["b/1.png", "c/1.png", "c/deep/2.png", "d.png", "e.png", "f.png", "g.png"]
+    assert [path.relative_to(inside).as_posix() for path in find_images([inside])] == expected
+    rows = image_rows(inside)
+    assert [rows[index][0] for index in range(len(rows))] == expected and len(open_labelled(inside).data) == 7
+    for index, name in enumerate(expected):
+        if name in ("e.png", "f.png"):
+            with pytest.raises(UnreadableImage, match=rf"{name} cannot be read"):
+                read_image(rows[index][1], name)
+        else:
+            assert read_image(rows[index][1]).size == (4, 4)
+    assert open_images(inside).part().total == 7
 
 
 def test_where_a_limit_divides_every_nth_is_taken_and_else_they_are_as_even_as_can_be():
@@ -216,6 +260,26 @@ def test_a_stream_that_says_nothing_is_asked_for_its_first_row(opened, photograp
         opened(stream, **{"column" if opened is open_images else "image_column": "id"})
     with pytest.raises(ValueError, match="the data set has no column of images"):
         opened(datasets.IterableDataset.from_generator(lambda: iter(())))
+
+
+def test_torchs_defaults_change_neither_the_order_nor_the_patches(photographs, tmp_path):
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+    def found() -> tuple[list[str], torch.Tensor, list[dict[str, torch.Tensor]]]:
+        items = list(open_images(tmp_path).part().items)
+        (batch,) = patch_batches(iter(items), processor, 16, 5)
+        return [name for name, _ in items], batch.patches, list(pixel_batches(photographs, processor, 5))
+
+    names, patches, made = found()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = found()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert again[0] == names and torch.equal(again[1], patches)
+    assert torch.equal(again[2][0]["pixel_values"], made[0]["pixel_values"])
 
 
 @pytest.fixture

@@ -28,11 +28,13 @@ from .compress import setting_of
 from .data_loading import token_lengths
 from .evaluation import (
     answer,
+    are_finite,
     classifies,
     compression_of,
     count_tokens,
     fingerprint_of,
     on_device,
+    require_finite,
     return_memory,
 )
 from .families import family_of, find_tower, model_of
@@ -136,8 +138,8 @@ def embed(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: an argument is not valid, the model is not supported, classifies or is in training, there are no
-            images, or `output` holds something else.
+        ValueError: an argument is not valid, the model is not supported, classifies, is in training or gives NaN or
+            infinity for an image, there are no images, or `output` holds something else.
         TypeError: `model` is no transformers model, or `images` neither a folder nor a data set.
         OSError: a file cannot be written, or processes wrote into different folders.
 
@@ -284,7 +286,7 @@ class _Run:
             prefetch_factor=max(2, -(-self._window // workers)) if workers else None,
             generator=torch.Generator(),  # of seeds that nothing uses, which it would draw from the caller's
         )
-        with self.timed("waiting"):
+        with self.timed("waiting"), torch.device("cpu"):  # whatever torch's default is: it draws a seed
             stream = iter(loader)
         for number in own:
             yield number, self._shard(stream, len(shards.rows(number)), values, bar)
@@ -293,7 +295,7 @@ class _Run:
         names: dict[int, str] = {}
         unreadable: list[dict[str, Any]] = []
         order: list[int] = []
-        features = [torch.zeros(0, values)]
+        features = [torch.zeros(0, values, dtype=torch.float32, device="cpu")]
         left = -(-count // self._batch_size)
         while left:
             with self.timed("waiting"):
@@ -312,6 +314,7 @@ class _Run:
                 batches = list(_alike(batches, self._batch_size, self._image_processor))
             for rows, made in batches:
                 features.append(self._features(made))
+                require_finite(self._model, are_finite(features[-1]), [names[row] for row in rows])
                 order += rows
                 bar.update(len(rows))
                 bar.set_postfix_str(f"{self.tokens / self.embedded:.1f} tokens", refresh=False)
@@ -373,7 +376,7 @@ def _to_safetensors(shard: Shard) -> bytes:
     from safetensors.torch import save
 
     said = {"images": len(shard.rows), "unreadable": shard.unreadable, "names": shard.names}
-    tensors = {"embedding": shard.features, "row": torch.tensor(shard.rows, dtype=torch.int64)}
+    tensors = {"embedding": shard.features, "row": torch.tensor(shard.rows, dtype=torch.int64, device="cpu")}
     return save(tensors, {KEY: json.dumps(said)})  # one entry, since entries come in any order
 
 
@@ -459,8 +462,18 @@ class Shards:
                 f"{self._folder} lacks {len(missing)} of {len(self.files)} files, such as {missing[0]}, which other "
                 "processes should have written; expected one folder that all see."
             )
-        said = [self._kind.read(file) for file in self.files]
-        return sum(one["images"] for one in said), [image for one in said for image in one["unreadable"]]
+        said = [self._said_in(file) for file in self.files]
+        return sum(images for images, _ in said), [image for _, unreadable in said for image in unreadable]
+
+    def _said_in(self, file: Path) -> tuple[int, list[dict[str, Any]]]:
+        try:
+            said = self._kind.read(file)
+            return said["images"], said["unreadable"]
+        except Exception as error:  # of a damaged file libraries raise nearly anything
+            raise ValueError(
+                f"{file} does not say what `embed` writes into its metadata, as if it was damaged or written anew by "
+                f"something else ({type(error).__name__}: {error}); delete it, and the same call makes it again."
+            ) from error
 
     def end(self, of: dict[str, Any], run: _Run, values: int) -> Embedded:
         """Writes into the manifest what came of it, once all files are there.
@@ -541,9 +554,11 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
             features = answer(model, **on_device(wide, model))
     finally:
         hook.remove()
-    if features.dim() != 2 or len(features) != 1:
+    if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 1:
+        given = tuple(features.shape) if isinstance(features, torch.Tensor) else f"a {type(features).__name__}"
         raise ValueError(
-            f"the {type(model).__name__} gives {tuple(features.shape)} for an image; expected (1, values)."
+            f"the {type(model).__name__} gives {given} for an image; expected features of shape (1, values). Give a "
+            "model of images alone, such as its vision tower."
         )
     return Trial(features.shape[1], any(padded), wide["pixel_values"].shape != high["pixel_values"].shape)
 

@@ -84,7 +84,7 @@ class Divergence(_OfImages):
 
     def _compute(self, logits: Sequence[Any], plain_logits: Sequence[Any]) -> dict[str, float]:
         parts = [
-            divergences(torch.tensor(logits[some]), torch.tensor(plain_logits[some]))
+            divergences(*(torch.tensor(one[some], dtype=torch.float64, device="cpu") for one in (logits, plain_logits)))
             for some in (slice(start, start + AT_ONCE) for start in range(0, len(logits), AT_ONCE))
         ]
         return {"divergence": torch.cat(parts).mean().item()}
@@ -123,7 +123,7 @@ class TokenF1(_OfImages):
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         found = [token_f1(text, others) for text, others in zip(predictions, references, strict=True)]
-        return {"token_f1": torch.tensor(found, dtype=torch.float64).mean().item()}
+        return {"token_f1": torch.tensor(found, dtype=torch.float64, device="cpu").mean().item()}
 
 
 def _right(predictions: Sequence[int], references: Sequence[int]) -> list[bool | None]:

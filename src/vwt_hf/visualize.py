@@ -288,7 +288,8 @@ def photographs_of(
     """Pixel values as colours in [0, 1], (batch, height, width, channels), float32 on the CPU."""
     images = pixel_values.detach().float().cpu().permute(0, 2, 3, 1)
     if image_mean is not None and image_std is not None:
-        images = images * torch.tensor(image_std) + torch.tensor(image_mean)
+        std, mean = (torch.tensor(own, dtype=torch.float32, device="cpu") for own in (image_std, image_mean))
+        images = images * std + mean
     return images.clamp(0, 1)
 
 
@@ -302,7 +303,7 @@ def fade(photographs: torch.Tensor, mask: torch.Tensor, patch_size: tuple[int, i
     Returns:
         Of the shape of `photographs`.
     """
-    pixels = torch.zeros(photographs.shape[:3], dtype=torch.bool)
+    pixels = torch.zeros(photographs.shape[:3], dtype=torch.bool, device=photographs.device)
     whole = mask.repeat_interleave(patch_size[0], 1).repeat_interleave(patch_size[1], 2)
     pixels[:, : whole.shape[1], : whole.shape[2]] = whole
     # Faint enough that what stays stands out, and strong enough that one sees what was dropped.
@@ -374,7 +375,9 @@ def tint(photographs: torch.Tensor, shared: torch.Tensor, patch_size: tuple[int,
     edge[:, :-1] |= down
     strength = torch.where(edge, EDGE, TINT).unsqueeze(-1)
     words, place = pixels.unique(return_inverse=True)
-    colors = torch.tensor([word_color(word) for word in words.tolist()])[place]
+    colors = torch.tensor([word_color(word) for word in words.tolist()], dtype=torch.float32, device=words.device)[
+        place
+    ]
     # Over grey: over a red sign a green word would look as brown as a brown one.
     grey = photographs.mean(dim=-1, keepdim=True)
     colored = grey + strength * (colors - grey)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from ..shared_changes import SharedChange
 from ..terminal import run_command
 from . import calibrate, demo, embed, evaluate, learn, show, vocab
 
@@ -55,7 +56,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace) -> None:
-    from ..auto import register
+    with _registered():
+        args.work(args)
 
-    register()  # a process that is the command has not, so that help comes at once
-    args.work(args)
+
+def _register() -> Callable[[], None]:
+    """Registers, which a process that is the command has not, so that help comes at once; gives what undoes that."""
+    from transformers import PreTrainedConfig
+
+    from ..auto import register, unregister
+
+    if hasattr(PreTrainedConfig, "vwt"):
+        return lambda: None
+    register()
+    return unregister
+
+
+_registered = SharedChange(_register)

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..printable import printable
+from ..printable import printable, shown
 from ..terminal import aligned, require_folder, require_writable, write_file
 from .learn import IMAGES, open_source
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="images in one forward pass (default: 32)")
     parser.add_argument("--split", help="of the data set (default: its only one, or train)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
-    parser.add_argument("--output", metavar="FOLDER", help="save the model here, shortened by the setting")
+    parser.add_argument("--output", metavar="FOLDER", help="save the whole model here, shortened by the setting")
     parser.add_argument("--json", metavar="FILE", help="write the setting and all that was measured here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw all that was measured here")
     parser.add_argument(
@@ -70,7 +70,8 @@ def work(args: argparse.Namespace) -> None:
 
     Raises:
         ImportError: matplotlib, for --plot, is not installed.
-        ValueError: an option, the model or the images cannot be used, or no setting keeps what was asked for.
+        ValueError: an option, the model or the images cannot be used, the model cannot be saved whole, or no setting
+            keeps what was asked for.
         OSError: the model or an image cannot be read, or a file cannot be written.
     """
     require_writable(args.json, args.plot, args.resume)
@@ -94,6 +95,7 @@ def work(args: argparse.Namespace) -> None:
     processor = load_processor(args.model)
     with quiet_transformers():
         model = load_model(args.model, device, args.dtype and getattr(torch, args.dtype))
+        whole = None if args.output is None else load_whole(args.model)  # refused before anything is measured
     search = Calibration(
         model,
         source,
@@ -116,9 +118,11 @@ def work(args: argparse.Namespace) -> None:
     print(f"{type(model).__name__} from {printable(args.model)}, {search.images} images\n")
     print(aligned(table(search.tried, search.measure, setting), right=True))
     print(f"\nvwt={json.dumps({name: chosen[name] for name in ('method', 'tolerance', 'similarity')})}")
-    if args.output is not None:
-        compress(model, setting).save_pretrained(args.output)
-        processor.save_pretrained(args.output)
+    if whole is not None:
+        compress(whole, setting).save_pretrained(args.output)
+        for beside in (processor, tokenizer_beside(args.model)):
+            if beside is not None:
+                beside.save_pretrained(args.output)
         print(f"saved with it: {printable(args.output)}")
 
 
@@ -132,14 +136,47 @@ def load_model(checkpoint: str, device: torch.device, dtype: torch.dtype | None,
         ValueError: the checkpoint lacks weights, or the model's family is not supported.
         OSError: there is no such checkpoint.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoModelForImageClassification
 
-    from .demo import load
+    from .demo import features_class, load
 
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     is_classifier = any("ForImageClassification" in name for name in config.architectures or [])
-    auto = AutoModelForImageClassification if is_classifier else AutoModel
+    auto = AutoModelForImageClassification if is_classifier else features_class(checkpoint)
     return load(checkpoint, device, auto=auto, dtype=dtype, vwt=vwt)[0]
+
+
+def load_whole(checkpoint: str) -> PreTrainedModel:
+    """A checkpoint's model as it was saved, plain, on the CPU: of its own class, with all weights and their data type.
+
+    Raises:
+        ValueError: transformers has no such class, or it cannot be shortened.
+        OSError: there is no such checkpoint.
+    """
+    import torch
+    from transformers import AutoConfig, __version__
+
+    from .demo import load, own_class
+
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    own = own_class(config)
+    if own is None:
+        raise ValueError(
+            f"{checkpoint} has architectures {shown(config.architectures)} in its config.json; expected a class of "
+            f"transformers {__version__} for a {type(config).__name__}: saved as another the model may lose weights. "
+            "Correct it, or leave out --output and load the model with the setting that is printed."
+        )
+    return load(checkpoint, torch.device("cpu"), auto=own, dtype="auto")[0]
+
+
+def tokenizer_beside(checkpoint: str) -> Any:
+    """The tokenizer of a Hub id or folder; `None` where there is none."""
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    if cached_file(checkpoint, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is None:
+        return None
+    return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
 
 
 def table(levels: list[Level], measure: str, setting: Any) -> list[tuple[str, ...]]:

@@ -104,7 +104,7 @@ def work(args: argparse.Namespace) -> None:
         processor = load_processor(checkpoint)
         plain, pooled = load(checkpoint, device)
     models = [plain, *(compress(share(plain), setting) for setting in settings.values())]
-    seconds = torch.zeros(len(models), args.repeats)  # of each model and turn, for all photographs
+    seconds = torch.zeros(len(models), args.repeats, device="cpu")  # of each model and turn, for all photographs
     found: list[list[float]] = [[] for _ in models]
     counted = [0.0] * len(models)
     drawn: list[torch.Tensor] = []
@@ -118,7 +118,7 @@ def work(args: argparse.Namespace) -> None:
                 found[i] += cosines(features[i], features[0]).tolist()
                 counted[i] += count.mean * count.images
             runs = [functools.partial(embed, model, pixel_values, pooled) for model in models]
-            seconds += torch.tensor(time_in_turn(runs, device, args.repeats))
+            seconds += torch.tensor(time_in_turn(runs, device, args.repeats), device="cpu")
             if (room := ROWS - sum(map(len, drawn))) > 0:
                 drawn.append(pixel_values[:room].cpu())
             if drawn[0].shape[1:] != pixel_values.shape[1:]:
@@ -200,16 +200,35 @@ def find_photographs(images: Sequence[str] | None) -> list[Path]:
     return paths
 
 
+def own_class(config: Any) -> Any:
+    """The class of transformers that a checkpoint's config says its model is of; `None` where transformers has none."""
+    import transformers
+
+    found = [getattr(transformers, name, None) for name in config.architectures or []]
+    return next((own for own in found if getattr(own, "config_class", None) is type(config)), None)
+
+
+def features_class(checkpoint: str) -> Any:
+    """What loads a checkpoint for features: its own class, such as CLIPVisionModelWithProjection, else `AutoModel`.
+
+    Of a model with a head for something else, such as labels, `AutoModel` loads what is below.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    own = own_class(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False))
+    return own if own is not None and own.__name__.endswith(("Model", "WithProjection")) else AutoModel
+
+
 def load(
-    checkpoint: str, device: torch.device, *, auto: Any = None, dtype: torch.dtype | None = None, vwt: Any = False
+    checkpoint: str, device: torch.device, *, auto: Any = None, dtype: torch.dtype | str | None = None, vwt: Any = False
 ) -> tuple[PreTrainedModel, bool]:
     """A checkpoint's model, and whether its pooled output is trained (some classifiers' checkpoints hold no pooler).
 
     Where it is not, the model gives none.
 
     Args:
-        auto: the Auto class that loads it; by default `AutoModel`.
-        dtype: by default float32 on a CPU, else that of the checkpoint.
+        auto: the class that loads it; by default `AutoModel`.
+        dtype: by default float32 on a CPU, else that of the checkpoint, as `"auto"` is.
         vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
 
     Raises:

@@ -73,21 +73,20 @@ def work(args: argparse.Namespace) -> None:
     require_folder(args.output)
 
     import torch
-    from transformers import AutoModel
 
     from ..embedding import embed
     from ..evaluation import usable_device
     from ..processes import everywhere, joined, place
     from ..processors import load_processor, quiet_transformers
-    from .demo import load
+    from .demo import features_class, load
 
     def prepare() -> tuple[Any, Any, Any]:
         device = usable_device(args.device)
         source, _ = open_source(args.images, column=args.column, split=args.split)
         with quiet_transformers():
-            model, _ = load(
-                args.model, device, auto=AutoModel, dtype=args.dtype and getattr(torch, args.dtype), vwt=args.vwt
-            )
+            auto = features_class(args.model)
+            dtype = args.dtype and getattr(torch, args.dtype)
+            model, _ = load(args.model, device, auto=auto, dtype=dtype, vwt=args.vwt)
         return model, source, load_processor(args.model)
 
     with joined(args.device):

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..printable import printable
+from ..printable import printable, shown
 from ..terminal import markdown, require_folder, require_writable, vwt_option, write_file
 from .calibrate import DTYPES
-from .demo import load
+from .demo import features_class, load
 from .learn import open_source
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import EvalResult, ModelCard
 
     from ..evaluate_model import Evaluation
 
@@ -123,7 +123,7 @@ def work(args: argparse.Namespace) -> None:
         read_card(Path(args.card), args.model)  # refused before hours are spent on what goes in
 
     import torch
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel
 
     from ..evaluate_model import evaluate_model, require_options
     from ..evaluation import usable_device
@@ -147,7 +147,9 @@ def work(args: argparse.Namespace) -> None:
         processor = load_processor(args.model)
         with quiet_transformers():
             dtype = args.dtype and getattr(torch, args.dtype)
-            model, _ = load(args.model, device, auto=TASKS[task].auto, dtype=dtype, vwt=None)
+            auto = TASKS[task].auto
+            auto = features_class(args.model) if auto is AutoModel else auto
+            model, _ = load(args.model, device, auto=auto, dtype=dtype, vwt=None)
         return model, images, split, task, processor
 
     with joined(args.device):
@@ -196,15 +198,16 @@ def read_card(file: Path, model: str) -> ModelCard:
         model: Hub id or folder, of which it is.
 
     Raises:
-        ValueError: the file is no model card.
+        ValueError: the file is no model card, or one of several models.
         OSError: it cannot be read.
     """
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, metadata_load
 
-    name = Path(model).name or "model"
+    name = printable(Path(model).name) or "model"
     if file.exists():
         try:
             card = ModelCard(file.read_text(encoding="utf-8"))
+            models = [entry["name"] for entry in (metadata_load(file) or {}).get("model-index") or []]
         except OSError:
             raise
         except Exception as error:  # YAML has errors of its own
@@ -212,6 +215,11 @@ def read_card(file: Path, model: str) -> ModelCard:
             raise ValueError(
                 f"{file} is no model card ({reason}); mend what stands between its lines of ---, or name another file."
             ) from error
+        if len(models) > 1:  # which huggingface_hub would make one of
+            raise ValueError(
+                f"{file} has figures of {len(models)} models in its model-index, {shown(models)}; expected one model. "
+                "Name another file."
+            )
     else:
         card = ModelCard(f"---\nlibrary_name: vwt-hf\n---\n\n# {name}\n")
     data: Any = card.data
@@ -220,18 +228,23 @@ def read_card(file: Path, model: str) -> ModelCard:
 
 
 def write_card(file: Path, result: Evaluation, split: str | None, config: str | None) -> None:
-    """Puts the figures into the `model-index` of a model card, in place of those of the same task and data set.
+    """Puts the figures into the `model-index` of a model card, in place of those of the same task, data set and name.
 
     Args:
         split, config: of the data set.
 
     Raises:
-        ValueError: the file is no model card.
+        ValueError: the file is no model card, or one of several models.
         OSError: it cannot be written.
     """
     card = read_card(file, result.model)
     new = result.eval_results(split=split, config=config)
-    replaced = {own.unique_identifier for own in new}
+    replaced = {_figure_of(own) for own in new}
     data: Any = card.data
-    data.eval_results = [own for own in data.eval_results or [] if own.unique_identifier not in replaced] + new
+    data.eval_results = [own for own in data.eval_results or [] if _figure_of(own) not in replaced] + new
     write_file(file, str(card))
+
+
+def _figure_of(result: EvalResult) -> tuple[Any, ...]:
+    """Which figure it is: one alone of a card has the same. huggingface_hub's identifier leaves out the metric."""
+    return (*result.unique_identifier, result.metric_type, result.metric_name)

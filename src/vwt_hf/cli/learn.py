@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,9 +142,11 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _keep(args: argparse.Namespace, vocabulary: VisualVocabulary, seconds: float) -> None:
     """Writes the words, pushes them where asked to, and prints what came of it."""
+    from ..vocabulary.learning import remove_checkpoint
+
     vocabulary.save_pretrained(args.output, repo_id=args.push_to_hub)
     if args.checkpoint is None:
-        shutil.rmtree(_progress(args))
+        remove_checkpoint(_progress(args))
 
     info = vocabulary.info
     print(f"{len(vocabulary):,} words of {vocabulary.patch_size}×{vocabulary.patch_size} pixels\n")

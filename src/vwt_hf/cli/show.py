@@ -150,8 +150,9 @@ def default_pixel_values(
 
     side = max(1, round(SIDE / patch_size)) * patch_size
     squares = [ImageOps.fit(read_image(path), (side, side), Image.Resampling.BICUBIC) for path in paths]
-    pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2) / 255
-    return (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2).float() / 255
+    subtract, divide = (torch.tensor(own, dtype=torch.float32, device="cpu").view(-1, 1, 1) for own in (mean, std))
+    return (pixels - subtract) / divide
 
 
 def required_patch_size(model: str) -> int:

@@ -278,8 +278,8 @@ def _no_constant(name: str) -> NoReturn:
 def _read_legacy(located: Located) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyInfo]:
     """The format that the paper's authors published: a bare tensor (size, 3 · 16 · 16) in CLIP's pixel space."""
     _require_inside(located, located.file)
-    mean = torch.tensor(OPENAI_CLIP_MEAN, dtype=torch.float64).view(-1, 1, 1)
-    std = torch.tensor(OPENAI_CLIP_STD, dtype=torch.float64).view(-1, 1, 1)
+    mean = torch.tensor(OPENAI_CLIP_MEAN, dtype=torch.float64, device="cpu").view(-1, 1, 1)
+    std = torch.tensor(OPENAI_CLIP_STD, dtype=torch.float64, device="cpu").view(-1, 1, 1)
     try:
         words = read_bare_tensor(located.file, LEGACY_SHAPE, scale=std, shift=mean)
         _require_sane(words)

@@ -145,7 +145,8 @@ class _Shuffled:
 
     def cut(self, index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
         """As `ImageSource.part` does."""
-        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        order = torch.randperm(self.images, generator=generator, device="cpu").tolist()
         mine = order[index::number][:max_images]
         return ImagePart(map(self.get, mine[skip:]), len(mine))
 
@@ -166,14 +167,15 @@ def described_files(folder: Path, files: Iterable[Path]) -> str:
     digest, count = hashlib.sha256(), 0
     for file in files:
         count += 1
-        digest.update(
-            f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode(errors="surrogateescape")
-        )
+        size = os.path.getsize(file) if os.path.exists(file) else 0  # of a link to nothing
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{size}\0".encode(errors="surrogateescape"))
     return f"a folder of {count} image files (names and sizes: {digest.hexdigest()[:16]})"
 
 
 def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = None) -> list[Path]:
     """Image files: those named, and for a folder those in it, searched through all levels, in the order of their names.
+
+    Links are followed, so that each folder is searched once; a link to nothing is an image that cannot be read.
 
     Args:
         limit: take no more than these, spread evenly.
@@ -212,19 +214,41 @@ def _no_images(folder: Path) -> str:
 
 
 def _image_names(folder: Path) -> Iterator[str]:
-    """The image files in a folder and all below it, in the order of their paths, which are within `folder`, with /."""
+    """The image files in a folder and all below it, in the order of their paths, which are within `folder`, with /.
+
+    Links are followed. A folder that several lead to is searched once: where it lies if that is below `folder`, else
+    where the first link is. A link to nothing is among the files, so that it is named where it cannot be read.
+    """
     endings = _endings()
+    top = os.path.realpath(folder)
+    searched = set()
 
     def within(path: str, below: str) -> Iterator[str]:
+        searched.add(os.path.realpath(path))
         with os.scandir(path) as found:
             entries = sorted(found, key=lambda entry: entry.name)
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from within(entry.path, f"{below}{entry.name}/")
-            elif os.path.splitext(entry.name)[1].lower() in endings and entry.is_file():
+            if _is_folder(entry):
+                real = os.path.realpath(entry.path)
+                lies_elsewhere = entry.is_symlink() and os.path.join(real, "").startswith(os.path.join(top, ""))
+                if real not in searched and not lies_elsewhere:
+                    yield from within(entry.path, f"{below}{entry.name}/")
+            elif os.path.splitext(entry.name)[1].lower() in endings and _is_file(entry):
                 yield below + entry.name
 
     return within(os.fspath(folder), "")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # `is_dir` raises for a link that leads to itself.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link to one or to nothing."""
+    if entry.is_symlink():
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+    return entry.is_file()
 
 
 def _endings() -> set[str]:
@@ -516,11 +540,42 @@ def processed(item: Any, image_processor: Any, name: str | None = None) -> dict[
     """
     image = read_image(item, name)
     try:
-        return dict(image_processor(images=[image], return_tensors="pt"))
+        _require_room(image, image_processor)
+        with torch.device("cpu"):  # whatever torch's default is
+            return dict(image_processor(images=[image], return_tensors="pt"))
     except Exception as error:
         name = name or (os.fspath(item) if isinstance(item, (str, os.PathLike)) else "an image")
         called = f"{printable(name)} ({image.width}×{image.height})"
         raise UnreadableImage(f"{called} is refused by {type(image_processor).__name__}: {error}") from error
+
+
+def _require_room(image: Any, image_processor: Any) -> None:
+    """Refuses an image that a processor makes far larger on its way: a file of a few bytes could take all memory.
+
+    Raises:
+        ValueError: it would have more pixels than Pillow decodes without a warning (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    import PIL.Image
+
+    most, pixels = PIL.Image.MAX_IMAGE_PIXELS, _pixels_between(image, image_processor)
+    if most is not None and pixels > most:
+        raise ValueError(
+            f"it is so narrow that it would have {pixels:,} pixels before it is cropped or resized; expected at most "
+            f"{most:,}. Crop it"
+        )
+
+
+def _pixels_between(image: Any, image_processor: Any) -> int:
+    """How many pixels an image processor makes of an image before it crops or resizes it; 0: no more than it has."""
+    size: Any = getattr(image_processor, "size", None)
+    if not hasattr(size, "get"):  # it states no edges
+        return 0
+    longer, shorter, edge = max(image.size), min(image.size), size.get("shortest_edge")
+    if getattr(image_processor, "do_pad", False) and size.get("height"):  # to a square, as OWLv2's does
+        return longer**2
+    if getattr(image_processor, "do_resize", False) and edge and not size.get("longest_edge"):
+        return edge**2 * longer // shorter
+    return 0
 
 
 def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Tensor:
@@ -530,12 +585,14 @@ def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Te
         (patches, channels · p · p) float32 in [0, 1].
 
     Raises:
-        ValueError: what the processor returns has other values, or is smaller than a patch.
+        ValueError: the image is too narrow, or what the processor returns has other values, or is smaller than a patch.
     """
+    _require_room(image, image_processor)
     # Raw RGB for any processor, whatever its own rescale factor and statistics are.
-    made = image_processor(
-        images=[image], do_normalize=False, do_rescale=True, rescale_factor=1 / 255, return_tensors="pt"
-    )
+    with torch.device("cpu"):  # whatever torch's default is
+        made = image_processor(
+            images=[image], do_normalize=False, do_rescale=True, rescale_factor=1 / 255, return_tensors="pt"
+        )
     pixels = whole_images(made).float()
     low, high = pixels.aminmax()
     # Resizing in floating point overshoots a little.
@@ -563,7 +620,8 @@ def patch_batches(
                 unreadable.append(str(error))
             except Exception as error:
                 unreadable.append(f"{printable(name)} ({type(error).__name__}: {error})")
-        return PatchBatch(torch.cat(patches) if patches else torch.zeros(0, 3 * patch_size**2), lengths, unreadable)
+        none = torch.zeros(0, 3 * patch_size**2, dtype=torch.float32, device="cpu")
+        return PatchBatch(torch.cat(patches) if patches else none, lengths, unreadable)
 
     workers = min(4, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vwt-images")

@@ -253,4 +253,4 @@ class MiniBatchKMeans:
 
     def _choose(self, of: int, number: int) -> torch.Tensor:
         """`number` distinct indices below `of`, drawn on the CPU: the same on every device."""
-        return torch.randperm(of, generator=self._generator)[:number].to(self.device)
+        return torch.randperm(of, generator=self._generator, device="cpu")[:number].to(self.device)

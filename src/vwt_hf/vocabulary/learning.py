@@ -272,7 +272,7 @@ def _shared(source: ImageSource, orders: Sequence[str]) -> str:
 
 def steps_of(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator[tuple[PatchBatch, list[StepRead]]]:
     """This process's batches, empty ones once it has no more, until no process has; and what all read of each step."""
-    nothing = PatchBatch(torch.zeros(0, kmeans.values), [], [])
+    nothing = PatchBatch(torch.zeros(0, kmeans.values, dtype=torch.float32, device="cpu"), [], [])
 
     def read() -> PatchBatch:
         batch = next(batches, nothing)
@@ -359,6 +359,13 @@ def _write_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, A
         "format": CHECKPOINT_FORMAT, "settings": settings, "numbers": numbers, "done": dataclasses.asdict(done)
     }  # fmt: skip
     write_files(file.parent, {file.name: tensor_bytes(tensors, {"state": json.dumps(state)})})
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Removes the checkpoint in a folder, and the folder where nothing else lies in it."""
+    (folder / CHECKPOINT).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def load_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any]) -> Progress:

@@ -116,9 +116,9 @@ class VisualVocabulary:
 
     def _statistics(self, name: str, value: float | Sequence[float]) -> torch.Tensor:
         try:
-            values = torch.as_tensor(value, dtype=torch.float64).flatten()
+            values = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten()
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            values = torch.empty(0)
+            values = torch.empty(0, device="cpu")
         if len(values) not in (1, self.channels) or not values.isfinite().all():
             raise ValueError(
                 f"{name} is {shown(value)}; expected a number, or one for each of {self.channels} channels."
