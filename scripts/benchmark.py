@@ -39,7 +39,6 @@ import functools
 import io
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -69,6 +68,7 @@ from vwt_hf.evaluation import (
     cosines,
     count_flops,
     divergence,
+    processor_name,
     share,
     stopwatch,
     synchronize,
@@ -255,20 +255,13 @@ def load(name: str) -> PreTrainedModel:
 def describe(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": cpu_model(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "vwt_hf": vwt_hf.__version__,
         "attention": model.config._attn_implementation,
     }
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def energy_meter(device: torch.device) -> Meter | None:

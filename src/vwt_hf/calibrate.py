@@ -32,8 +32,6 @@ from .evaluation import (
     cosines,
     count_flops,
     count_tokens,
-    device_of,
-    fingerprint_of,
     first_answers,
     mean_interval,
     on_device,
@@ -50,6 +48,7 @@ from .printable import difference, shown
 from .processors import processor_of, processor_statistics
 from .terminal import require_writable, write_file
 from .vocabulary.image_source import one_batch, open_images, processed
+from .weights import device_of, fingerprint_of
 
 LEVELS = (
     (0.006, 0.91),

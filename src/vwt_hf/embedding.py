@@ -32,7 +32,6 @@ from .evaluation import (
     classifies,
     compression_of,
     count_tokens,
-    fingerprint_of,
     on_device,
     require_finite,
     return_memory,
@@ -46,6 +45,7 @@ from .processes import everywhere, gathered, in_main, join, place
 from .processors import described_processor, processor_of
 from .terminal import require_folder
 from .vocabulary.image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed
+from .weights import fingerprint_of
 from .whole_saves import write_files
 
 MANIFEST = "embed.json"

@@ -28,8 +28,6 @@ from .evaluation import (
     class_names,
     compression_of,
     count_tokens,
-    device_of,
-    fingerprint_of,
     on_device,
     require_finite,
     share,
@@ -41,6 +39,7 @@ from .printable import printable, shown
 from .processes import gathered, join, place
 from .processors import described_processor, loaded_by, processor_of
 from .vocabulary.image_source import UnreadableImage, one_batch
+from .weights import device_of, fingerprint_of
 
 FORMAT = 1
 """Of what is kept of a run that may be cut off."""

@@ -24,11 +24,9 @@ from .evaluation import (
     are_alike,
     are_finite,
     cosines,
-    device_of,
     divergences,
     first_answers,
     mean_interval,
-    parameter_of,
     ranks,
     require_finite,
     require_labels,
@@ -41,6 +39,7 @@ from .families import HOLDERS
 from .labelled_images import LabelledImages
 from .printable import shown
 from .processes import gathered, place
+from .weights import device_of, parameter_of
 
 RECALLED = (1, 5, 10)
 """Among how many of the most similar ones a right one must be."""

@@ -1,0 +1,79 @@
+"""Weights are told apart and found wherever they are and of however many bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from accelerate import cpu_offload
+
+from tiny import sample_pixel_values, tiny_model
+from vwt_hf.evaluation import answer, on_device
+from vwt_hf.weights import device_of, fingerprint_of, parameter_of
+
+CPU = torch.device("cpu")
+
+
+class Packed(torch.Tensor):
+    """A tensor of 8 bits that knows no operation, as torchao's know few."""
+
+    def __new__(cls, values: torch.Tensor) -> Packed:
+        made = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+        made.values_of_8_bits = values
+        return made
+
+    def __tensor_flatten__(self):
+        return ["values_of_8_bits"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten.detach.default:
+            return cls(args[0].values_of_8_bits)
+        raise NotImplementedError(str(operation))
+
+
+def of_8_bits(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """As `quantize_dynamic` of torch makes it."""
+    from torch.ao.nn.quantized.dynamic import Linear
+
+    linear = Linear(*reversed(model.pooler.dense.weight.shape), dtype=torch.qint8)
+    weight = torch.quantize_per_tensor(model.pooler.dense.weight.data, 0.01, 0, torch.qint8)
+    linear.set_weight_bias(weight, model.pooler.dense.bias.data)
+    model.pooler.dense = linear
+    return model
+
+
+def of_packed_tensors(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    weight = (model.pooler.dense.weight.data * 100).to(torch.int8)
+    model.pooler.dense.weight = torch.nn.Parameter(Packed(weight), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("kind", [lambda model: model, of_8_bits, of_packed_tensors])
+def test_a_fingerprint_tells_weights_apart_in_8_bits_too(kind):
+    other = tiny_model("vit")
+    other.pooler.dense.weight.data += 0.1
+    prints = [fingerprint_of(kind(model)) for model in (tiny_model("vit"), tiny_model("vit"), other)]
+    assert prints[0] == prints[1] != prints[2] and prints[0].startswith("ViTModel ")
+
+
+def test_weights_that_accelerate_keeps_elsewhere_are_known_and_their_model_is_given_images():
+    model, pixels = tiny_model("clip"), sample_pixel_values()
+    expected, scale = fingerprint_of(model), model.logit_scale.item()
+    with torch.no_grad():
+        features = answer(model, pixel_values=pixels)
+    cpu_offload(model, execution_device=CPU)
+    assert model.device.type == "meta" and fingerprint_of(model) == expected
+    assert parameter_of(model, "logit_scale").item() == scale and device_of(model) == CPU
+    with torch.no_grad():
+        assert torch.equal(answer(model, **on_device({"pixel_values": pixels}, model)), features)
+
+
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        model = transformers.ViTModel(tiny_model("vit").config)
+    for look in (fingerprint_of, device_of):
+        with pytest.raises(
+            ValueError, match=r"embeddings.cls_token of the ViTModel is on the device meta, where it has"
+        ):
+            look(model)
