@@ -14,7 +14,8 @@ class Pairs(NamedTuple):
     """Every second token of each image, and the token among the others that is most like it."""
 
     tokens: torch.Tensor
-    """(images, pairs), int64: rows, of all sequences one after another; of an image with fewer pairs its first row."""
+    """(images, pairs), int64: the row of each second token, counted over all sequences; an image with fewer pairs has
+    its first row there."""
     others: torch.Tensor
     """(images, pairs), int64: rows; of pairs that an image does not have they say nothing."""
     cosines: torch.Tensor

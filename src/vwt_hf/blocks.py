@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from .neighbours import at
 from .words import gather_patches, same_for_all, whole_numbers
@@ -138,7 +139,7 @@ def cut_blocks(patches: torch.Tensor, members: torch.Tensor, patch_size: tuple[i
     Returns:
         (batch · blocks, channels, 2 · height, 2 · width); zeros where there is no block.
     """
-    found = gather_patches(_with_a_last(patches, 0), members.flatten(1))
+    found = gather_patches(pad(patches, (0, 0, 0, 1)), members.flatten(1))
     blocks = found.unflatten(1, (-1, 2, 2)).unflatten(-1, (*patch_size, -1))
     return blocks.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4).flatten(0, 1)
 
@@ -149,7 +150,7 @@ def put_back(patches: torch.Tensor, blocks: torch.Tensor, members: torch.Tensor)
     tiles = blocks.unflatten(0, members.shape[:2]).unflatten(-1, (2, width)).unflatten(-3, (2, height))
     rows = tiles.permute(0, 1, 3, 5, 4, 6, 2).flatten(4).flatten(1, 3)
     index = members.flatten(1).unsqueeze(2).expand_as(rows)
-    return _with_a_last(patches, 0).scatter(1, index, rows)[:, :-1]
+    return pad(patches, (0, 0, 0, 1)).scatter(1, index, rows)[:, :-1]
 
 
 def words_of(chosen: torch.Tensor, members: torch.Tensor, patches: int) -> torch.Tensor:
@@ -171,9 +172,4 @@ def words_of(chosen: torch.Tensor, members: torch.Tensor, patches: int) -> torch
 
 def chosen_by(words: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
     """Which blocks become one token, (batch, blocks), bool: those whose patches all have the word of the first."""
-    return (at(_with_a_last(words, -1), members) == members[:, :, :1]).all(dim=2)
-
-
-def _with_a_last(values: torch.Tensor, last: int) -> torch.Tensor:
-    """The values of each image's patches, and after them `last`, for indices that are of no patch."""
-    return torch.cat((values, torch.full_like(values[:, :1], last)), dim=1)
+    return (at(pad(words, (0, 1), value=-1), members) == members[:, :, :1]).all(dim=2)

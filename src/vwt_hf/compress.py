@@ -410,7 +410,8 @@ class TakeWords(Hook):
 
 @dataclasses.dataclass(eq=False)
 class EndWords(Hook):
-    """Forward hook of the same: what comes after has no words, and words that nothing went by are refused."""
+    """Forward hook of the models that have `TakeWords`: ends the words of a call, and refuses those that no embeddings
+    used."""
 
     follows: bool
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
-from .bounds import is_number
 from .evidence import checked_evidence
 from .printable import LONGEST, shown
 
@@ -47,7 +43,7 @@ class ModelFacts:
     words_folder: str | None = None
     """Where words lie beside what `source` holds, if not where a model's do."""
     image_processor: Any = None
-    """Which makes its images; `None` if it is the one that `source` holds."""
+    """The image processor that makes the model's images; `None`: the one that lies in `source`."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -161,15 +157,6 @@ class VWTConfig:
         """Whether `last_hidden_state` has a row for every patch of the image, not for every token alone."""
         return self.groups if self.output is None else self.output == "full"
 
-    def require_sane(self) -> None:
-        """Refuses numbers that are valid and make no sense, such as a standard deviation of 1e-30.
-
-        Called for a setting that is given as a dict, as a config.json holds it.
-
-        Raises:
-            ValueError: the message names the field, the value and what is expected.
-        """
-
     def prepared(self, model: ModelFacts) -> VWTConfig:
         """The setting with all that it needs for `model`, such as words that are read from the Hub.
 
@@ -209,7 +196,8 @@ class VWTConfig:
 
         Args:
             words: (batch, patches) int64, if a caller has told what becomes of them.
-            enlarged: whether for a person to look at.
+            enlarged: whether a block is shown at its full size, as for a picture, and not in each of its patches, as
+                for the model.
 
         Returns:
             The words by which `plan_by` makes the plan, (batch, patches) int64; and what is shown, of the shape and
@@ -282,9 +270,7 @@ class VWTConfig:
         if isinstance(value, VWTConfig):
             return value
         if isinstance(value, dict):
-            setting = VWTConfig(**{str(name): field for name, field in value.items()})
-            setting.require_sane()
-            return setting
+            return VWTConfig(**{str(name): field for name, field in value.items()})
         named = isinstance(value, (str, os.PathLike)) and os.fspath(value)
         if named or hasattr(value, "normalized"):
             return VWTConfig(method="inter", vocabulary=value)
@@ -312,7 +298,7 @@ def _field_names(method_class: type[VWTConfig]) -> list[str]:
 
 def _without_numpy(value: Any) -> Any:
     """Numbers of numpy, also in a list or a tuple, as Python's, which JSON can hold."""
-    if isinstance(value, (np.generic, np.ndarray)):
+    if type(value).__module__ == "numpy":  # which takes long to import
         return value.tolist()
     return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
 
@@ -339,15 +325,6 @@ def require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         hint = nearest_hint(value, allowed)
         raise ValueError(f"VWTConfig.{field} is {shown(value)}; expected one of {', '.join(map(repr, allowed))}.{hint}")
-
-
-def per_channel(field: str, values: object, *, positive: bool) -> tuple[float, ...]:
-    """The numbers of `VWTConfig.field`, one for each colour channel, as floats; refuses what are none."""
-    least = sys.float_info.min if positive else -sys.float_info.max
-    if not isinstance(values, (list, tuple)) or not values or not all(is_number(value, least) for value in values):
-        kind = "positive numbers" if positive else "numbers"
-        raise ValueError(f"VWTConfig.{field} is {shown(values)}; expected None or {kind}, one for each channel.")
-    return tuple(map(float, values))
 
 
 def nearest_hint(given: object, allowed: Any) -> str:

@@ -61,10 +61,7 @@ def _of_one_length(name: str, values: list[torch.Tensor]) -> list[torch.Tensor]:
             f"{name} of one batch are {' and '.join(map(str, shapes))}; expected images or tiles of one size. Have the "
             "image processor resize them to one, or use a model that takes padded patches, as SigLIP 2 NaFlex."
         )
-    longest = max(len(value) for value in values)
-    return [
-        torch.cat((value, value.new_full((longest - len(value), *value.shape[1:]), _FILLS[name]))) for value in values
-    ]
+    return list(torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=_FILLS[name]))
 
 
 def token_lengths(patch_words: Any) -> list[int]:

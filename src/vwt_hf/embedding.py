@@ -50,7 +50,7 @@ from .whole_saves import write_files
 
 MANIFEST = "embed.json"
 KEY = "vwt_hf"
-"""Of what a file says of itself, JSON, in its metadata: which images could not be read; in safetensors also names."""
+"""The key in the metadata of a file under which it names the images that could not be read and, in safetensors, all."""
 FORMAT = 1
 """Of the manifest and the files."""
 WINDOW = 16
@@ -548,12 +548,9 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
         if forward is not None and forward.holds(embeddings) and forward.grouped is not None:
             padded.append(not forward.grouped.layout.packed)
 
-    hook = find_tower(model, family_of(model)).embeddings.register_forward_hook(look)
-    try:
-        with torch.inference_mode():
-            features = answer(model, **on_device(wide, model))
-    finally:
-        hook.remove()
+    embeddings = find_tower(model, family_of(model)).embeddings
+    with embeddings.register_forward_hook(look), torch.inference_mode():
+        features = answer(model, **on_device(wide, model))
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 1:
         given = tuple(features.shape) if isinstance(features, torch.Tensor) else f"a {type(features).__name__}"
         raise ValueError(

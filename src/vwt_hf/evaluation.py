@@ -230,7 +230,7 @@ def require_finite(model: PreTrainedModel, finite: Sequence[bool], images: Seque
 
 
 def _of_answers(logits: torch.Tensor) -> torch.Tensor:
-    """Logits with one for each answer, (images, answers): one label alone, of logit z, is no and yes, of 0 and z."""
+    """Logits, one for each answer, (images, answers): a single logit z is that of yes, and 0 that of no."""
     return nn.functional.pad(logits, (1, 0)) if logits.shape[-1] == 1 else logits
 
 

@@ -44,9 +44,9 @@ from .weights import device_of, parameter_of
 RECALLED = (1, 5, 10)
 """Among how many of the most similar ones a right one must be."""
 TEXTS = 64
-"""That are encoded together."""
+"""Texts in one forward pass."""
 QUERIES = 1024
-"""Of a retrieval that are compared with all candidates together."""
+"""Queries of a retrieval whose similarities to all candidates are in memory at once."""
 PROMPT = "a photo of a {}."
 
 
@@ -257,7 +257,11 @@ class Retrieval(Task):
     name, hub_name = "retrieval", "image-text-retrieval"
 
     def prepare(self, images: LabelledImages) -> None:
-        _require_captions(images, self.name)
+        if not images.has_captions:
+            raise ValueError(
+                f"the images have no captions, which {self.name} is about; expected a data set with a column of texts: "
+                "name it."
+            )
         _require_texts(self.model)
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -468,11 +472,4 @@ def _require_texts(model: Any) -> None:
         raise ValueError(
             f"the {type(model).__name__} has no tower for texts beside the one for images; expected a model such as "
             "CLIP or SigLIP, as AutoModel loads it."
-        )
-
-
-def _require_captions(images: LabelledImages, name: str) -> None:
-    if not images.has_captions:
-        raise ValueError(
-            f"the images have no captions, which {name} is about; expected a data set with a column of texts: name it."
         )

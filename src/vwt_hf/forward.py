@@ -42,10 +42,10 @@ class GivenWords:
     """Whether embeddings have gone by them."""
 
     def take(self) -> GivenWords:
-        """The same, once.
+        """Marks the words as used and returns them.
 
         Raises:
-            ValueError: they were taken.
+            ValueError: they were used before.
         """
         if self.taken:
             raise ValueError(
@@ -299,7 +299,8 @@ def words_are_given() -> bool:
 
 def begin_call(model: nn.Module, patch_words: torch.Tensor) -> None:
     """Begins a call of `model` with words, within what is under way."""
-    _enter(_call(model, GivenWords(patch_words, repeats=False), _calling_frame()))
+    given = GivenWords(patch_words, repeats=False)
+    _enter(Call(model, False, given=given, called_by=_calling_frame()))
     _in_thread.graphs.words = True
 
 
@@ -321,7 +322,7 @@ def call_with(model: nn.Module, patch_words: torch.Tensor, repeats: bool) -> Ite
         ValueError: nothing went by them.
     """
     given = GivenWords(patch_words, repeats)
-    call = _call(model, given, None)
+    call = Call(model, False, given=given, called_by=None)
     _enter(call)
     before, _in_thread.graphs.words = _in_thread.graphs.words, True
     try:
@@ -330,10 +331,6 @@ def call_with(model: nn.Module, patch_words: torch.Tensor, repeats: bool) -> Ite
         _leave(call)
         _in_thread.graphs.words = before
     given.require_taken()
-
-
-def _call(model: nn.Module, given: GivenWords, called_by: types.FrameType | None) -> Call:
-    return Call(model, False, given=given, called_by=called_by)
 
 
 def _calling_frame() -> types.FrameType | None:

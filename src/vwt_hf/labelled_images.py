@@ -69,7 +69,7 @@ class LabelledImages:
         return "captions" in self.columns
 
     def order(self, processes: int) -> str:
-        """A text that tells these images from others: in number, order, names, sizes of files, labels or groups.
+        """A text that is the same for the same images alone: it tells number, order, names, sizes, labels and groups.
 
         Streams, which are not known before they are read, are told by where they come from and how they are split.
         """

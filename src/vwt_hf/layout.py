@@ -107,8 +107,11 @@ class Layout:
 
     @lazy
     def shares(self) -> tuple[torch.Tensor, ...]:
-        """For each run if packed, else for all images: the share of each token that a prefix token or patch is,
-        (images, prefix + patches, tokens); images in the order of their rows."""
+        """How much each prefix token or patch counts in each token: 1 / size of the token that it is in, else 0.
+
+        (images, prefix + patches, tokens) for each run if packed, else for all images; images in the order of
+        their rows.
+        """
         starts = self.rows[:, :1]
         order = starts.flatten().argsort()
         lengths = [length for length, _ in self.runs] if self.packed else [self.sizes.shape[1]]

@@ -1,4 +1,4 @@
-"""Rescaled and normalised images, looked up: a pixel of eight bits has one of 256 levels, each of which has one value.
+"""Rescales and normalises images of eight bits by a table of 256 values for each channel, with the same result.
 
 An image processor by Pillow computes the value of every pixel, in several passes over each image.
 """

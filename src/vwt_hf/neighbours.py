@@ -18,7 +18,8 @@ OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
 """Rows and columns from a patch to its neighbours, or half of them where these are two patches away."""
 TURNS = 3
 """Patches are looked at in turns: first those of odd row and column, then those of odd column, then those of odd row.
-No two patches of a turn are neighbours. Those of even row and column have turns of their own, by half of these."""
+No two patches of a turn are neighbours. Those of even row and column come later, in three turns by the same
+rule on half of their row and column."""
 ALWAYS = 2 * TURNS
 """In place of the number of a turn: the patch always stays."""
 FAR = 0.25

@@ -70,8 +70,8 @@ class Grouped:
     grid: tuple[int, int] | None
     """Rows and columns of patches; `None` where images are padded, and differ in them."""
     sources: torch.Tensor | None = None
-    """(sequences, prefix + tokens), int64: which row of all images' prefix tokens and patches, one after another, each
-    token is, if tokens are no means."""
+    """(sequences, prefix + tokens), int64: where each token is one patch, its row in what the embeddings gave, counted
+    over all images; `None` where tokens are means."""
     stays: torch.Tensor | None = None
     """(batch, tokens), bool: which tokens count, where images are padded; `None` if all do."""
     words: torch.Tensor | None = None

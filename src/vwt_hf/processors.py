@@ -148,8 +148,7 @@ def model_statistics(model: ModelFacts, channels: int) -> tuple[tuple[float, ...
         if processor is None and not model.source:
             raise ValueError("it was loaded from nowhere")
         if processor is None:
-            kwargs = {"trust_remote_code": False, **model.hub_kwargs}
-            processor = AutoImageProcessor.from_pretrained(model.source, vwt=False, **kwargs)
+            processor = load_processor(model.source, **model.hub_kwargs)
         return processor_statistics(processor, channels)
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
         raise ValueError(

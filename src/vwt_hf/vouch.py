@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,15 +89,6 @@ def _run(tower: Tower, pixel_values: torch.Tensor, change: Any) -> tuple[torch.T
         taken.append(output)
         return change(output)
 
-    with _hooked(tower.embeddings, hook):
+    with tower.embeddings.register_forward_hook(hook):
         output = tower.module(pixel_values)
     return taken[0], output[0]
-
-
-@contextlib.contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

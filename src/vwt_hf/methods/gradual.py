@@ -16,8 +16,8 @@ from .local import LocalConfig
 
 SIMILARITY = 0.846
 WIDTHS = {5 / 12: 1.0, 6 / 12: 0.864, 7 / 12: 0.558, 8 / 12: 0.636}
-"""After which share of its layers a model's tokens are joined, if a setting does not say, and how far the keys of that
-layer lie apart, beside those of the first: what one minus the cosine is multiplied by."""
+"""Where tokens are joined by default: after which share of the layers, and the factor of 1 − similarity there. Keys are
+more alike in later layers, so it is below 1 after the first of these."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -128,10 +128,9 @@ class GradualConfig(LocalConfig):
     def join(self, plan: Grouped, keys: torch.Tensor, wanted: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
         if not plan.layout.runs:  # no images
             return plan
-        if self.join_ratio is None:
-            self.require_untraced()
         means = keys.float().mean(dim=1)
         if self.join_ratio is None:
+            self.require_untraced()
             return plan.joined(join_alike(means, plan.layout, wanted), not_as)
         number = number_to_join(plan.layout, wanted)
         return plan.joined(join_share(means, plan.layout, wanted), not_as, number)

@@ -67,7 +67,7 @@ class VocabularyInfo:
     images: int | None = None
     """Images read."""
     unreadable: int | None = None
-    """Images that could not be."""
+    """Images that could not be read."""
     inertia: float | None = None
     """Mean squared Euclidean distance of a patch, in raw RGB, to its nearest word, on patches not yet learned from."""
     seed: int | None = None

@@ -163,7 +163,7 @@ def _after(skip: int, items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, A
 
 
 def described_files(folder: Path, files: Iterable[Path]) -> str:
-    """A folder's images: as many others differ in their number, or in the digest of their names and sizes."""
+    """A text that changes when an image of the folder is added, removed, renamed or gets another size."""
     digest, count = hashlib.sha256(), 0
     for file in files:
         count += 1
