@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -180,6 +181,26 @@ def test_tokens_of_what_torch_makes_of_a_model_are_counted_on_the_model():
     for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
         with pytest.raises(TypeError, match=r"expected a transformers\.PreTrainedModel"), count_tokens(wrapped):
             pass
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("compiled_first", [True, False])
+@pytest.mark.parametrize("kind", ["merge", "inter", "local", "coarse"])
+def test_layers_that_are_compiled_one_by_one_answer_as_before(kind, compiled_first):
+    pixel_values = sample_pixel_values()
+    expected = answers(compress(tiny_model("vit"), SETTINGS[kind]), pixel_values)
+    model = tiny_model("vit")
+    if not compiled_first:
+        compress(model, SETTINGS[kind])
+    layers = find_layers(model)
+    for holder in list(model.modules()):
+        for name, child in list(holder.named_children()):
+            if child in layers:
+                setattr(holder, name, torch.compile(child, backend="eager"))
+    if compiled_first:
+        compress(model, SETTINGS[kind])
+    assert sum(isinstance(module, OptimizedModule) for module in model.modules()) == len(layers)
+    torch.testing.assert_close(answers(model, pixel_values), expected)
 
 
 @pytest.mark.newest

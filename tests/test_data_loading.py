@@ -156,6 +156,17 @@ def test_lengths_of_images_that_have_different_numbers_of_patches_or_tiles():
     assert token_lengths([]) == []
 
 
+def test_tensors_are_collated_and_counted_as_they_are():
+    pixels = torch.rand(2, 3, 8, 8).to(torch.bfloat16).requires_grad_()
+    words = torch.arange(256, dtype=torch.uint8)
+    batch = collate_images(
+        [{"pixel_values": one, "patch_words": words[:some]} for one, some in zip(pixels, (256, 9), strict=True)]
+    )
+    assert torch.equal(batch["pixel_values"], pixels) and batch["pixel_values"].requires_grad
+    assert batch["patch_words"].dtype == torch.int64 and token_lengths(batch["patch_words"]) == [256, 9]
+    assert token_lengths(words[None]) == [256]
+
+
 def test_a_batch_of_no_images_is_refused():
     with pytest.raises(ValueError, match="at least one image"):
         collate_images([])

@@ -351,6 +351,7 @@ def test_decoding_shows_what_is_left(folders):
         made = processor(PHOTOGRAPHS, return_tensors="pt")
         pictures = processor.decode(made[NAME], made["pixel_values"])
         assert [picture.size for picture in pictures] == [(32, 32)] * 5
+        assert np.array_equal(processor.decode(made[NAME][1], PHOTOGRAPHS[1])[0], pictures[1])
         for images in (PHOTOGRAPHS, made):
             again = processor.decode(made[NAME], images)
             assert all(np.array_equal(one, other) for one, other in zip(again, pictures, strict=True))

@@ -22,9 +22,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from settings import ViTImageProcessor
+from test_generation import llava
 from test_pipeline import PHOTOGRAPHS
 from tiny import answers, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, collate_images, compress, restore, token_lengths
+from vwt_hf.compress import setting_of
 from vwt_hf.forward import current_forward
 from vwt_hf.image_processing import HostTokenizer
 from vwt_hf.visualize import fade, photographs_of, tint
@@ -273,3 +275,106 @@ def test_embeddings_that_fsdp_shards_have_the_gradient_of_those_that_it_does_not
         torch.testing.assert_close(gradient(model), expected, atol=1e-4, rtol=1e-4)
     finally:
         torch.distributed.destroy_process_group()
+
+
+GRADUAL = VWTConfig("gradual", similarity=0.0, tolerance=0.3, image_std=[0.5] * 3)
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "dinov2-classifier", "clip-projection"])
+def test_a_part_with_the_config_of_its_whole_is_saved_with_the_whole(name, tmp_path, pixel_values):
+    """As a classifier's backbone, also after labels have set the kind of problem in the whole's config."""
+    whole = tiny_model(name)
+    part = next(child for child in whole.children() if isinstance(child, transformers.PreTrainedModel))
+    whole.config.problem_type = "single_label_classification"
+    compress(part, GRADUAL)
+    expected = answers(whole, pixel_values)
+    for _ in range(2):
+        whole.save_pretrained(tmp_path)
+        assert torch.equal(answers(whole, pixel_values), expected)
+    loaded = type(whole).from_pretrained(tmp_path)
+    assert torch.equal(answers(loaded, pixel_values), expected)
+    assert loaded.config.vwt == GRADUAL.to_dict() and "" not in loaded.config.to_dict()
+    assert loaded.config.problem_type == "single_label_classification"
+    assert torch.equal(answers(restore(whole), pixel_values), answers(tiny_model(name), pixel_values))
+
+
+def test_a_save_of_a_whole_changes_nothing_in_its_compressed_part(tmp_path, pixel_values):
+    whole = llava().eval()
+    compress(whole.model, GRADUAL)
+
+    def seen():
+        with torch.no_grad():
+            return whole.model.vision_tower(pixel_values)[0]
+
+    expected = seen()
+    whole.save_pretrained(tmp_path)
+    assert torch.equal(seen(), expected)
+
+
+class Two(transformers.PreTrainedModel):
+    """A student and a teacher that are made by one config."""
+
+    config_class = transformers.CLIPConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: transformers.CLIPConfig) -> None:
+        super().__init__(config)
+        self.student = transformers.CLIPVisionModel(config.vision_config)
+        self.teacher = transformers.CLIPVisionModel(config.vision_config)
+        self.post_init()
+
+
+def test_one_of_two_parts_that_are_made_by_one_config_is_not_saved_as_both(tmp_path):
+    model = Two(tiny_model("clip").config)
+    compress(model.student, {"keep_ratio": 0.5})
+    with pytest.raises(ValueError, match="of this part alone cannot be told"):
+        model.save_pretrained(tmp_path)
+    restore(model.student)
+    model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip-vision"])
+def test_a_model_whose_setting_is_taken_from_its_config_by_hand_answers_as_before(name, pixel_values):
+    model = compress(tiny_model(name), GRADUAL)
+    expected = answers(model, pixel_values)
+    model.config.vwt = None
+    assert torch.equal(answers(model, pixel_values), expected)
+    assert type(restore(model).config) is type(tiny_model(name).config)
+    assert torch.equal(answers(model, pixel_values), answers(tiny_model(name), pixel_values))
+
+
+def test_a_config_read_without_its_setting_has_none_in_any_part(tmp_path):
+    model = tiny_model("clip")
+    compress(model.vision_model, {"keep_ratio": 0.5})
+    model.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path, vwt=False)
+    assert config.vision_config.vwt is None
+    loaded = transformers.AutoModel.from_pretrained(tmp_path, config=config)
+    assert setting_of(loaded) is None and loaded.vision_model.config.vwt is None
+
+
+def test_a_config_of_a_compressed_model_is_equal_to_its_copy():
+    for name in ("vit", "clip"):
+        config = compress(tiny_model(name), GRADUAL).config
+        assert config == copy.deepcopy(config) == pickle.loads(pickle.dumps(config))
+
+
+def test_words_that_lie_beside_no_folder_are_not_replaced_by_others():
+    model = compress(tiny_model("vit", patch_size=16, image_size=64), VWTConfig("inter", vocabulary=of_16(), **HALVES))
+    with pytest.raises(ValueError, match="this model was loaded from nowhere"):
+        transformers.AutoModel.from_config(model.config)
+
+
+HALVES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def of_16() -> VisualVocabulary:
+    return VisualVocabulary(torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+
+def test_statistics_of_another_number_of_channels_are_no_model_s(tmp_path, caplog):
+    tiny_model("vit", num_channels=4).save_pretrained(tmp_path)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path, vwt={"method": "local"})
+    assert "image_mean has 3 numbers; expected 4" in caplog.text and len(model.config.vwt["image_std"]) == 4
+    assert answers(model, torch.rand(2, 4, 32, 32)).isfinite().all()

@@ -29,9 +29,9 @@ from .beside import remove_other_words, seal_words, words_folder, write_words
 from .compress import compress_by, configs_of, own_config, parts_of, restore, setting_of
 from .config import VWTConfig
 from .evidence import write_section
-from .families import require_supported
+from .families import family_of, find_tower, require_supported
 from .forward import call_with
-from .model_configs import SETTING, is_typed
+from .model_configs import SETTING, is_typed, take_over
 from .printable import shown
 from .processors import remember_load
 from .whole_saves import sharing
@@ -122,7 +122,10 @@ def _reading(original: Any) -> Any:
             return made
         if isinstance(made, tuple):
             return made[0], made[1] | {"vwt": vwt}
-        made.vwt = VWTConfig.parse(vwt)
+        setting = VWTConfig.parse(vwt)
+        for _, config in _within(made):
+            config.vwt = None
+        made.vwt = setting
         return made
 
     return from_dict
@@ -388,19 +391,36 @@ def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> No
     for part in parts:
         if _among(part.config, [config for _, config in _within(model.config)]):
             continue
-        alike = [path for path, config in _within(model.config) if _same_but_setting(config, part.config)]
-        if len(alike) != 1:
+        alike = [(path, config) for path, config in _within(model.config) if _same_but_setting(config, part.config)]
+        if len(alike) != 1 or not _is_of_part_alone(alike[0][1], model, part):
             raise ValueError(
-                f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and "
-                f"{len(alike)} of the configs within its own are like the config of that part, so its setting cannot "
-                "be saved. Save the part by itself, vwt_hf.restore(part), or vwt_hf.compress the whole model."
+                f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and which of the "
+                f"configs within its own is that of this part alone cannot be told: {len(alike)} are like it, and "
+                "other parts may go by them. Save the part by itself, vwt_hf.restore(part), or vwt_hf.compress the "
+                "whole."
             )
-        *holders, name = alike[0].split(".")
-        setattr(functools.reduce(getattr, holders, model.config), name, part.config)
+        (path, config), *_ = alike
+        if path:
+            *holders, name = path.split(".")
+            setattr(functools.reduce(getattr, holders, model.config), name, part.config)
+            continue
+        own = part.config
+        take_over(config, own)
+        for module in part.modules():
+            if module.__dict__.get("config") is own:
+                module.__dict__["config"] = config
     mine = [part.config for part in parts]
     for _, config in list(_within(model.config)):
         if not _among(config, mine):
             config.vwt = None
+
+
+def _is_of_part_alone(config: PreTrainedConfig, model: PreTrainedModel, part: PreTrainedModel) -> bool:
+    """Whether a part that is loaded by `config`, within that of `model`, is `part` and no other."""
+    if config is model.config:
+        return find_tower(model, family_of(model)).module in part.modules()
+    inside = set(part.modules())
+    return not any(module.__dict__.get("config") is config for module in model.modules() if module not in inside)
 
 
 def _among(config: PreTrainedConfig, configs: list[PreTrainedConfig]) -> bool:
@@ -418,7 +438,7 @@ def _within(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, Pre
 def _same_but_setting(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     def fields(config: PreTrainedConfig) -> dict[str, Any]:
         # What differs between a config on its own and the same one within another says nothing of the model.
-        left_out = ("vwt", "dtype", "architectures", "transformers_version")
+        left_out = ("vwt", "dtype", "architectures", "transformers_version", "problem_type")
         return {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}
 
     return type(one) == type(other) and fields(one) == fields(other)  # noqa: E721 (a subclass with a setting is equal)

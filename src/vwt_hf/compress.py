@@ -34,7 +34,7 @@ from .forward import (
     words_are_given,
 )
 from .layout import join
-from .model_configs import attend_by_plan
+from .model_configs import attend_by_plan, attend_plainly
 from .patches import Patches, padded_places
 from .plans import DROPPED, Grouped, Kept
 from .processors import loaded_by
@@ -291,6 +291,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         attention.give_back_checkpoint(module)
     for config in configs_of(model):
         config.vwt = None
+        attend_plainly(config)
     return model
 
 

@@ -137,6 +137,7 @@ class Forward:
             return False
         return True
 
+    @torch.compiler.disable  # of layers that are compiled one by one: it sees these and what wraps them
     def holds(self, module: nn.Module) -> bool:
         """Whether `module` is a part of the tower, also one that was put into it after it first ran."""
         if module not in self.members and any(module is part for part in self.tower.modules()):

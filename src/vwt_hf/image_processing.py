@@ -220,7 +220,7 @@ class Tokenizing:
         """Pictures of what the model still sees: each patch as its token shows it, pale where it has none.
 
         Args:
-            patch_words: as this image processor made them.
+            patch_words: as this image processor made them, of all images or of one.
             images: what they were made of: images, `pixel_values` (batch, channels, height, width), or all that
                 this image processor made.
 
@@ -242,7 +242,7 @@ class Tokenizing:
             made["pixel_values"] = made["pixel_values"].flatten(0, 1)
         patches = tokenizer.patches(made)
         words = _tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
-        plan = tokenizer.plan(patches, words.flatten(0, -2))
+        plan = tokenizer.plan(patches, words[None] if words.dim() == 1 else words.flatten(0, -2))
         mean, std = processor_statistics(self, patches.channels)
         setting = tokenizer.setting
         seen = setting.seen(patches, plan) if setting.shortens else patches.seen(plan)

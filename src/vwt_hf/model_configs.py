@@ -28,19 +28,34 @@ def _read_setting(config: PreTrainedConfig) -> Any:
 
 def _write_setting(config: PreTrainedConfig, vwt: Any) -> None:
     config.__dict__.pop("vwt", None)
-    if vwt is None or vwt is False:
-        config.__class__ = _plain_class(type(config))
-    else:
+    if vwt is not None and vwt is not False:
         config.__dict__["vwt"] = vwt
-        config.__class__ = config_subclass(_plain_class(type(config)), _by_plan(config))
+    _be_of_class(config, _by_plan(config))
+
+
+def _be_of_class(config: PreTrainedConfig, by_plan: bool) -> None:
+    """Makes `config` an instance of its plain class, or of the subclass that it needs."""
+    plain = _plain_class(type(config))
+    config.__class__ = config_subclass(plain, by_plan) if by_plan or "vwt" in config.__dict__ else plain
 
 
 def attend_by_plan(config: PreTrainedConfig) -> None:
     """Has layers that read `config` use this package's attention in forwards that group patches.
 
-    It lasts until `config.vwt` is set to `None`.
+    It lasts until `attend_plainly`, whatever becomes of `config.vwt`: the model may still be shortened.
     """
-    config.__class__ = config_subclass(_plain_class(type(config)), by_plan=True)
+    _be_of_class(config, True)
+
+
+def attend_plainly(config: PreTrainedConfig) -> None:
+    """Takes back what `attend_by_plan` did."""
+    _be_of_class(config, False)
+
+
+def take_over(config: PreTrainedConfig, part: PreTrainedConfig) -> None:
+    """Makes `config` stand for `part`, the config of a compressed part that is like it: it gets its setting."""
+    config.vwt = part.vwt  # type: ignore[attr-defined]
+    _be_of_class(config, _by_plan(part))
 
 
 def _by_plan(config: PreTrainedConfig) -> bool:

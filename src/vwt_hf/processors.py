@@ -121,6 +121,7 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
 
     Raises:
         TypeError: it is no image processor.
+        ValueError: it has statistics of another number of channels.
     """
     if not callable(image_processor) or not hasattr(image_processor, "do_normalize"):
         raise TypeError(
@@ -132,6 +133,9 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
         mean, std = 0.0, 1.0
     rescales = getattr(image_processor, "do_rescale", True)
     factor = getattr(image_processor, "rescale_factor", None) or 1 / 255
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if not isinstance(values, (int, float)) and len(values) != channels:
+            raise ValueError(f"its {name} has {len(values)} numbers; expected {channels}, one for each channel")
     # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
     white = 255 * factor if rescales else 255.0
     return _each_channel(mean, white, channels), _each_channel(std, white, channels)

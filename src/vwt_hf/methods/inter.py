@@ -164,6 +164,11 @@ class InterConfig(RaggedConfig):
         return dataclasses.replace(setting, words=ReadyWords(vocabulary, setting.image_mean, setting.image_std))
 
     def _saved_or_packaged(self, model: ModelFacts) -> VisualVocabulary:
+        if not model.source and not model.trusted:
+            raise ValueError(
+                "VWTConfig.vocabulary is None, as of a model whose words are saved beside its weights, and this model "
+                "was loaded from nowhere. Give vwt={'method': 'inter', 'vocabulary': ...}, or vwt=False."
+            )
         try:
             if model.source:
                 return read_words(model.source, self.saved_as, model.hub_kwargs, model.words_folder or FOLDER)
