@@ -372,7 +372,7 @@ def test_a_model_that_does_not_say_how_its_images_are_normalised_is_refused(voca
     ("fields", "words"),
     [
         ({"method": "inter", "threshold": 2.5}, r"threshold is 2\.5; expected a cosine distance in \[0, 2\]"),
-        ({"method": "inter", "image_std": [0, 1, 1]}, r"image_std is .*; expected one number in \[1e-06, 1e\+06\]"),
+        ({"method": "inter", "image_std": [0, 1, 1]}, "image_std is .*positive numbers"),
         ({"threshold": 0.2}, "threshold is 0.2, but method is 'intra'"),
         ({"method": "inter", "keep_ratio": 0.2}, "keep_ratio is 0.2, but method is 'inter'"),
         ({"method": "inter", "proportional_attention": 1}, "proportional_attention is 1; expected True or False"),

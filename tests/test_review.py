@@ -378,3 +378,11 @@ def test_statistics_of_another_number_of_channels_are_no_model_s(tmp_path, caplo
     model = transformers.AutoModel.from_pretrained(tmp_path, vwt={"method": "local"})
     assert "image_mean has 3 numbers; expected 4" in caplog.text and len(model.config.vwt["image_std"]) == 4
     assert answers(model, torch.rand(2, 4, 32, 32)).isfinite().all()
+
+
+def test_a_deviation_that_a_program_gives_may_be_as_small_as_a_number(pixel_values):
+    vocabulary = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    setting = VWTConfig("inter", vocabulary=vocabulary, image_mean=[0.0] * 3, image_std=[1e-300] * 3)
+    assert answers(compress(tiny_model("vit"), setting), pixel_values).isfinite().all()
+    with pytest.raises(ValueError, match="image_std is .*; expected one number in"):
+        VWTConfig.parse(setting.to_dict())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .bounds import is_number
 from .evidence import checked_evidence
 from .printable import LONGEST, shown
 
@@ -157,6 +159,15 @@ class VWTConfig:
         """Whether `last_hidden_state` has a row for every patch of the image, not for every token alone."""
         return self.groups if self.output is None else self.output == "full"
 
+    def require_sane(self) -> None:
+        """Refuses numbers that are valid and make no sense, such as a standard deviation of 1e-30.
+
+        Called for a setting that is given as a dict, as a config.json holds it.
+
+        Raises:
+            ValueError: the message names the field, the value and what is expected.
+        """
+
     def prepared(self, model: ModelFacts) -> VWTConfig:
         """The setting with all that it needs for `model`, such as words that are read from the Hub.
 
@@ -270,7 +281,9 @@ class VWTConfig:
         if isinstance(value, VWTConfig):
             return value
         if isinstance(value, dict):
-            return VWTConfig(**{str(name): field for name, field in value.items()})
+            setting = VWTConfig(**{str(name): field for name, field in value.items()})
+            setting.require_sane()
+            return setting
         named = isinstance(value, (str, os.PathLike)) and os.fspath(value)
         if named or hasattr(value, "normalized"):
             return VWTConfig(method="inter", vocabulary=value)
@@ -325,6 +338,15 @@ def require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         hint = nearest_hint(value, allowed)
         raise ValueError(f"VWTConfig.{field} is {shown(value)}; expected one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+def per_channel(field: str, values: object, *, positive: bool) -> tuple[float, ...]:
+    """The numbers of `VWTConfig.field`, one for each colour channel, as floats; refuses what are none."""
+    least = sys.float_info.min if positive else -sys.float_info.max
+    if not isinstance(values, (list, tuple)) or not values or not all(is_number(value, least) for value in values):
+        kind = "positive numbers" if positive else "numbers"
+        raise ValueError(f"VWTConfig.{field} is {shown(values)}; expected None or {kind}, one for each channel.")
+    return tuple(map(float, values))
 
 
 def nearest_hint(given: object, allowed: Any) -> str:

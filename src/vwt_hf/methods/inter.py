@@ -10,7 +10,7 @@ import torch
 
 from ..beside import FOLDER, SAVED_AS, read_words
 from ..bounds import checked_statistics, is_number
-from ..config import ModelFacts
+from ..config import ModelFacts, per_channel
 from ..packaged_words import packaged_words
 from ..patches import Patches
 from ..plans import Grouped
@@ -106,8 +106,12 @@ class InterConfig(RaggedConfig):
             raise ValueError(f"VWTConfig.saved_as is {shown(self.saved_as)}; expected None or 16 digits from 0 to f.")
         for field, positive in (("image_mean", False), ("image_std", True)):
             if getattr(self, field) is not None:
-                values = checked_statistics(f"VWTConfig.{field}", getattr(self, field), positive=positive)
-                object.__setattr__(self, field, values)
+                object.__setattr__(self, field, per_channel(field, getattr(self, field), positive=positive))
+
+    def require_sane(self) -> None:
+        for field, positive in (("image_mean", False), ("image_std", True)):
+            if getattr(self, field) is not None:
+                checked_statistics(f"VWTConfig.{field}", getattr(self, field), positive=positive)
 
     @property
     def shortens(self) -> bool:
@@ -131,7 +135,9 @@ class InterConfig(RaggedConfig):
                 "or another."
             )
         known: dict[str, Any] = {name: saved.get(name) for name in ("saved_as", "image_mean", "image_std")}
-        return dataclasses.replace(self, **{k: v for k, v in known.items() if getattr(self, k) is None})
+        setting = dataclasses.replace(self, **{k: v for k, v in known.items() if getattr(self, k) is None})
+        setting.require_sane()
+        return setting
 
     def prepared(self, model: ModelFacts) -> InterConfig:
         setting, vocabulary = self, self.vocabulary

@@ -9,7 +9,7 @@ import torch
 from transformers.utils import logging
 
 from ..bounds import checked_statistics, is_int, is_number
-from ..config import ModelFacts
+from ..config import ModelFacts, per_channel
 from ..neighbours import (
     Neighbours,
     at,
@@ -86,12 +86,15 @@ class LocalConfig(RaggedConfig):
                 "2**31."
             )
         if self.image_std is not None:
-            std = checked_statistics("VWTConfig.image_std", self.image_std, positive=True)
-            object.__setattr__(self, "image_std", std)
+            object.__setattr__(self, "image_std", per_channel("image_std", self.image_std, positive=True))
 
     @property
     def even(self) -> bool:
         return self.tolerance is None
+
+    def require_sane(self) -> None:
+        if self.image_std is not None:
+            checked_statistics("VWTConfig.image_std", self.image_std, positive=True)
 
     @property
     def cuts(self) -> bool:
@@ -105,7 +108,9 @@ class LocalConfig(RaggedConfig):
     def with_saved(self, saved: dict[str, Any]) -> LocalConfig:
         if self.image_std is not None or saved.get("image_std") is None:
             return self
-        return dataclasses.replace(self, image_std=saved["image_std"])
+        setting = dataclasses.replace(self, image_std=saved["image_std"])
+        setting.require_sane()
+        return setting
 
     def prepared(self, model: ModelFacts) -> LocalConfig:
         if self.image_std is not None:
