@@ -384,5 +384,5 @@ def test_a_deviation_that_a_program_gives_may_be_as_small_as_a_number(pixel_valu
     vocabulary = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
     setting = VWTConfig("inter", vocabulary=vocabulary, image_mean=[0.0] * 3, image_std=[1e-300] * 3)
     assert answers(compress(tiny_model("vit"), setting), pixel_values).isfinite().all()
-    with pytest.raises(ValueError, match="image_std is .*; expected one number in"):
+    with pytest.raises(ValueError, match=r"image_std is .*; expected one number in"):
         VWTConfig.parse(setting.to_dict())
