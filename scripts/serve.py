@@ -39,8 +39,16 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
 from vwt_hf.cli.calibrate import DTYPES, load_model
-from vwt_hf.evaluation import answer, classifies, count_tokens, on_device, return_memory, usable_device
-from vwt_hf.printable import printable, shown
+from vwt_hf.evaluation import (
+    answer,
+    classifies,
+    count_tokens,
+    on_device,
+    require_label_names,
+    return_memory,
+    usable_device,
+)
+from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor, quiet_transformers
 from vwt_hf.terminal import run_command, vwt_option
 from vwt_hf.vocabulary.image_source import UnreadableImage, pixel_batches
@@ -100,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workers = options.workers or (min(MOST_WORKERS, cores) if device.type == "cpu" else 1)
     model = Model(options.model, options.vwt, options.dtype, max(1, cores // workers))
     loaded = model.load(device)  # what cannot be served is refused here, in one line
-    require_names(loaded)
+    if classifies(loaded):
+        require_label_names(loaded)
     setting = loaded.config.vwt
     with tempfile.TemporaryDirectory(prefix="vwt-serve-") as counts:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
@@ -287,20 +296,6 @@ def encoded(model: Any, output: torch.Tensor) -> dict[str, Any]:
             for score, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
     }
-
-
-def require_names(model: Any) -> None:
-    """Refuses a classifier that has no name for some of its labels.
-
-    Raises:
-        ValueError: the numbers of its names are not those of its labels, from 0 on.
-    """
-    numbers = sorted(model.config.id2label or {})
-    if classifies(model) and numbers != list(range(len(numbers))):
-        raise ValueError(
-            f"id2label in the config of the {type(model).__name__} names the labels {shown(numbers)}; expected "
-            f"{len(numbers)} numbers from 0 on, one for each logit. Correct it in the model's config.json."
-        )
 
 
 class Metrics(NamedTuple):

@@ -45,16 +45,19 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
     if not features:
         raise ValueError("features is empty; expected what an image processor made of at least one image.")
     padded = [dict(feature) for feature in features]
+    for feature in padded:
+        if "patch_words" in feature:  # fewer bits might not hold the word of padding
+            feature["patch_words"] = as_tensor(feature["patch_words"]).long()
     for name in _FILLS.keys() & padded[0].keys():
-        values = _of_one_length(name, [_tensor(name, feature[name]) for feature in padded])
+        values = _of_one_length(name, [as_tensor(feature[name]) for feature in padded])
         for feature, value in zip(padded, values, strict=True):
             feature[name] = value
     return default_data_collator(padded)
 
 
-def _tensor(name: str, values: Any) -> torch.Tensor:
-    made = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.asarray(values))
-    return made.long() if name == "patch_words" else made  # fewer bits might not hold the word of padding
+def as_tensor(values: Any) -> torch.Tensor:
+    """A tensor as it is; an array or a list of numbers as a tensor on the CPU, whatever torch's default device is."""
+    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
 
 
 def _of_one_length(name: str, values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -85,8 +88,8 @@ def token_lengths(patch_words: Any) -> list[int]:
         [2, 2]
     """
     if isinstance(patch_words, (list, tuple)):
-        return [length for words in patch_words for length in token_lengths(_tensor("patch_words", words)[None])]
-    words = _tensor("patch_words", patch_words).sort(dim=-1).values
+        return [length for words in patch_words for length in token_lengths(as_tensor(words)[None])]
+    words = as_tensor(patch_words).long().sort(dim=-1).values
     real = words != DROPPED
     real[..., 1:] &= words[..., 1:] != words[..., :-1]
     return real.flatten(1).sum(dim=1).tolist()

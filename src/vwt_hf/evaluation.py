@@ -185,6 +185,22 @@ def require_labels(model: PreTrainedModel) -> None:
         )
 
 
+def require_label_names(model: PreTrainedModel) -> None:
+    """Refuses a classifier that has no name for some of its labels.
+
+    Raises:
+        ValueError: the labels that `config.id2label` names are not those from 0 on.
+    """
+    named = sorted(int(number) for number in model.config.id2label or {})
+    unnamed = sorted(set(range(len(named))) - set(named))
+    if unnamed:
+        raise ValueError(
+            f"label {unnamed[0]} of the {type(model).__name__} has no name: its config.id2label names the labels "
+            f"{shown(named)}; expected {len(named)} numbers from 0 on, one for each logit. Set config.id2label and "
+            "config.label2id, which are saved in config.json."
+        )
+
+
 def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
     """Logits, else the image embedding, else the pooled output, else CLS or, without one, the mean of the tokens.
 

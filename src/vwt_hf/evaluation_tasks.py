@@ -29,6 +29,7 @@ from .evaluation import (
     mean_interval,
     ranks,
     require_finite,
+    require_label_names,
     require_labels,
     share_interval,
     token_f1,
@@ -140,15 +141,7 @@ class Classification(Task):
 
     def prepare(self, images: LabelledImages) -> None:
         require_labels(self.model)
-        config = self.model.config
-        named = {int(index) for index in config.id2label}
-        unnamed = sorted(set(range(config.num_labels)) - named)
-        if unnamed:
-            raise ValueError(
-                f"label {unnamed[0]} of the {type(self.model).__name__} has no name: its config.id2label is "
-                f"{shown(config.id2label)}; expected a name for each number from 0 to {config.num_labels - 1}. Set "
-                "config.id2label and config.label2id."
-            )
+        require_label_names(self.model)
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**made).logits.float().cpu()

@@ -20,6 +20,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .beside import FOLDER, PROCESSOR_FOLDER, seal_words, write_words
 from .config import ModelFacts, VWTConfig
+from .data_loading import as_tensor
 from .levels import are_levels, ends_with_values, look_up
 from .patches import Patches, padded_places
 from .plans import DROPPED, Grouped, Kept
@@ -70,11 +71,11 @@ class HostTokenizer:
         with contextlib.nullcontext() if os.getpid() == _PROCESS else _one_thread():
             if isinstance(values, (list, tuple)):
                 return [self._of_each({name: made[name][i] for name in made}).numpy() for i in range(len(values))]
-            found = self._of_batch({name: _tensor(made[name]) for name in made if name in _READ})
+            found = self._of_batch({name: as_tensor(made[name]) for name in made if name in _READ})
             return found if isinstance(values, torch.Tensor) else found.numpy()
 
     def _of_each(self, made: Mapping[str, Any]) -> torch.Tensor:
-        return self._of_batch({name: _tensor(value)[None] for name, value in made.items() if name in _READ})[0]
+        return self._of_batch({name: as_tensor(value)[None] for name, value in made.items() if name in _READ})[0]
 
     def _of_batch(self, made: dict[str, torch.Tensor]) -> torch.Tensor:
         values = made["pixel_values"]
@@ -144,10 +145,6 @@ _one_thread = SharedChange(_use_one_thread)
 
 
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
-
-
-def _tensor(value: Any) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
 
 
 def _read_setting(processor: Any) -> Any:
@@ -237,11 +234,11 @@ class Tokenizing:
         if not isinstance(images, Mapping):
             images = super().preprocess(images, return_tensors="pt")  # type: ignore[misc]
         tokenizer = self.tokenizer_of_patches
-        made = {name: _tensor(images[name]) for name in images if name in _READ}
+        made = {name: as_tensor(images[name]) for name in images if name in _READ}
         if made["pixel_values"].dim() == 5:
             made["pixel_values"] = made["pixel_values"].flatten(0, 1)
         patches = tokenizer.patches(made)
-        words = _tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
+        words = as_tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
         plan = tokenizer.plan(patches, words[None] if words.dim() == 1 else words.flatten(0, -2))
         mean, std = processor_statistics(self, patches.channels)
         setting = tokenizer.setting

@@ -135,7 +135,10 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
     factor = getattr(image_processor, "rescale_factor", None) or 1 / 255
     for name, values in (("image_mean", mean), ("image_std", std)):
         if not isinstance(values, (int, float)) and len(values) != channels:
-            raise ValueError(f"its {name} has {len(values)} numbers; expected {channels}, one for each channel")
+            raise ValueError(
+                f"the {type(image_processor).__name__}'s {name} has {len(values)} numbers; expected {channels}, one "
+                "for each channel of the images. Give the image processor that makes this model's images"
+            )
     # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
     white = 255 * factor if rescales else 255.0
     return _each_channel(mean, white, channels), _each_channel(std, white, channels)

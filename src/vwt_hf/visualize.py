@@ -375,9 +375,8 @@ def tint(photographs: torch.Tensor, shared: torch.Tensor, patch_size: tuple[int,
     edge[:, :-1] |= down
     strength = torch.where(edge, EDGE, TINT).unsqueeze(-1)
     words, place = pixels.unique(return_inverse=True)
-    colors = torch.tensor([word_color(word) for word in words.tolist()], dtype=torch.float32, device=words.device)[
-        place
-    ]
+    palette = [word_color(word) for word in words.tolist()]
+    colors = torch.tensor(palette, dtype=torch.float32, device=words.device)[place]
     # Over grey: over a red sign a green word would look as brown as a brown one.
     grey = photographs.mean(dim=-1, keepdim=True)
     colored = grey + strength * (colors - grey)

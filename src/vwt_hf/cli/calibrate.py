@@ -142,7 +142,7 @@ def load_model(checkpoint: str, device: torch.device, dtype: torch.dtype | None,
 
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     is_classifier = any("ForImageClassification" in name for name in config.architectures or [])
-    auto = AutoModelForImageClassification if is_classifier else features_class(checkpoint)
+    auto = AutoModelForImageClassification if is_classifier else features_class(config)
     return load(checkpoint, device, auto=auto, dtype=dtype, vwt=vwt)[0]
 
 

@@ -208,14 +208,15 @@ def own_class(config: Any) -> Any:
     return next((own for own in found if getattr(own, "config_class", None) is type(config)), None)
 
 
-def features_class(checkpoint: str) -> Any:
-    """What loads a checkpoint for features: its own class, such as CLIPVisionModelWithProjection, else `AutoModel`.
+def features_class(config: Any) -> Any:
+    """What loads the checkpoint of a config for features: its own class, such as CLIPVisionModelWithProjection, else
+    `AutoModel`.
 
     Of a model with a head for something else, such as labels, `AutoModel` loads what is below.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    own = own_class(AutoConfig.from_pretrained(checkpoint, trust_remote_code=False))
+    own = own_class(config)
     return own if own is not None and own.__name__.endswith(("Model", "WithProjection")) else AutoModel
 
 

@@ -73,6 +73,7 @@ def work(args: argparse.Namespace) -> None:
     require_folder(args.output)
 
     import torch
+    from transformers import AutoConfig
 
     from ..embedding import embed
     from ..evaluation import usable_device
@@ -84,7 +85,7 @@ def work(args: argparse.Namespace) -> None:
         device = usable_device(args.device)
         source, _ = open_source(args.images, column=args.column, split=args.split)
         with quiet_transformers():
-            auto = features_class(args.model)
+            auto = features_class(AutoConfig.from_pretrained(args.model, trust_remote_code=False))
             dtype = args.dtype and getattr(torch, args.dtype)
             model, _ = load(args.model, device, auto=auto, dtype=dtype, vwt=args.vwt)
         return model, source, load_processor(args.model)

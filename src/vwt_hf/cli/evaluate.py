@@ -148,7 +148,7 @@ def work(args: argparse.Namespace) -> None:
         with quiet_transformers():
             dtype = args.dtype and getattr(torch, args.dtype)
             auto = TASKS[task].auto
-            auto = features_class(args.model) if auto is AutoModel else auto
+            auto = features_class(config) if auto is AutoModel else auto
             model, _ = load(args.model, device, auto=auto, dtype=dtype, vwt=None)
         return model, images, split, task, processor
 
