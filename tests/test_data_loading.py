@@ -236,7 +236,7 @@ from test_pipeline import PHOTOGRAPHS
 processor = AutoImageProcessor.from_pretrained(sys.argv[1], vwt={"dropped": "merge"})
 child = os.fork()
 if child:
-    sys.exit(os.waitpid(child, 0)[1])
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 torch.set_num_threads(3)
 processor(PHOTOGRAPHS, return_tensors="pt")
 os._exit(torch.get_num_threads() != 3)

@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, AutoProcessor, AutoTokenizer, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+import vwt_hf.auto
 from settings import SETTINGS, WORDS, ViTImageProcessor, inter
 from test_pipeline import LLAVA, PHOTOGRAPHS, image_processor_class, tokenizer_with
 from tiny import MODELS, TINY, inputs, tiny_model
@@ -26,6 +27,7 @@ from vwt_hf import VisualVocabulary, VWTConfig, compress, register, unregister
 from vwt_hf.families import FAMILIES
 from vwt_hf.image_processing import AT_ONCE, NAME
 from vwt_hf.patches import Patches
+from vwt_hf.whole_saves import sharing
 
 EVERY = list(MODELS)
 KINDS = {
@@ -166,6 +168,17 @@ def test_saves_at_once_into_one_folder_leave_an_image_processor_that_loads(folde
             loaded(PHOTOGRAPHS[0], return_tensors="pt")[NAME], saved[0](PHOTOGRAPHS[0], return_tensors="pt")[NAME]
         )
         assert len(list(tmp_path.glob("processor_words-*"))) == 1
+
+
+def test_a_save_beside_another_that_goes_on_removes_none_of_its_words(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(vwt_hf.auto, "_TURN", 0.05)
+    processor = AutoImageProcessor.from_pretrained(folder, vwt=inter())
+    processor.save_pretrained(tmp_path)
+    with sharing(tmp_path, 0):
+        processor.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("processor_words-*"))) == 2
+    processor.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("processor_words-*"))) == 1
 
 
 def test_an_image_processor_finds_the_words_that_its_model_was_saved_with(folder):
