@@ -20,6 +20,13 @@ if [ ! -d "$folder/transformers" ]; then
     "$python" -m pip install -q --target "$folder.part" "transformers==$oldest.0"
     mv "$folder.part" "$folder"
 fi
+# Triton, which torch for CPUs does not bring along, interprets kernels for GPUs. Apart, so that nothing else finds it.
+triton=$("$python" -c "import sys; print(sys.prefix)")/triton
+if [ ! -d "$triton/triton" ] && [ "$(uname -s)" = Linux ]; then
+    rm -rf "$triton" "$triton.part"
+    "$python" -m pip install -q --no-deps --target "$triton.part" "triton>=3.9"
+    mv "$triton.part" "$triton"
+fi
 wait "$types"
 # Tiny models gain nothing from threads: a process for each core, each with a thread.
 export OMP_NUM_THREADS=1
@@ -28,3 +35,7 @@ echo "newest transformers:"
 VWT_OTHER_END=$folder "$python" -m pytest "${how[@]}" "$@"
 echo "oldest transformers:"
 VWT_OTHER_END='' PYTHONPATH=$folder "$python" -m pytest "${how[@]}" "$@"
+if [ $# = 0 ] && [ "$(uname -s)" = Linux ]; then
+    echo "kernels for GPUs, interpreted:"
+    TRITON_INTERPRET=1 PYTHONPATH=$triton "$python" -m pytest -q -n "${VWT_TEST_PROCESSES:-2}" tests/test_kernels.py
+fi

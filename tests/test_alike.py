@@ -31,7 +31,7 @@ def by_loops(values: torch.Tensor, start: int, count: int) -> list[tuple[float, 
 def test_every_second_token_joins_the_one_that_is_most_like_it_if_it_is_alike(packed, least):
     layout = group(WORDS, PREFIX, packed)
     values = torch.randn(*layout.sizes.shape, 3, generator=torch.Generator().manual_seed(0))
-    into = join_alike(values, layout, least).flatten()
+    into = join_alike(values.unsqueeze(1), layout, least).flatten()
     expected = torch.arange(layout.sizes.numel())
     for image, count in enumerate(COUNTS):
         for cosine, row, other in by_loops(values.flatten(0, 1), int(layout.rows[image, 0]), count):
@@ -51,7 +51,7 @@ def test_of_a_share_those_are_joined_that_are_most_alike_in_each_image(packed, s
         pairs = sorted(by_loops(values.flatten(0, 1), int(layout.rows[image, 0]), count), reverse=True)
         for _, row, other in pairs[:number]:
             expected[row] = other
-    assert torch.equal(join_share(values, layout, share).flatten(), expected)
+    assert torch.equal(join_share(values.unsqueeze(1), layout, share).flatten(), expected)
 
 
 def test_images_of_as_many_tokens_have_as_many_when_a_share_of_them_is_joined():
@@ -61,10 +61,12 @@ def test_images_of_as_many_tokens_have_as_many_when_a_share_of_them_is_joined():
     sources = torch.arange(even.sizes.numel()).view_as(even.sizes)
     values = torch.randn(*even.sizes.shape, 3, generator=torch.Generator().manual_seed(0))
     number = number_to_join(even, 0.4)
-    after = Grouped(even, True, (1, 7), sources).joined(join_share(values, even, 0.4), number=number)
+    plan, keys = Grouped(even, True, (1, 7), sources), values.unsqueeze(1)
+    after = plan.joined(plan.joins(join_share(keys, even, 0.4), number))
     assert number == 2 and after.shape == (2, PREFIX + 3) and after.layout.runs == ((PREFIX + 3, 2),)
     assert padded.sizes.shape[1] == PREFIX + 5  # so values are of the same tokens
-    wide = Grouped(padded, True, (1, 7), sources).joined(join_share(values, padded, 0.4))
+    plan = Grouped(padded, True, (1, 7), sources)
+    wide = plan.joined(plan.joins(join_share(keys, padded, 0.4)))
     # In another order: here that of the tokens that stay, there that of the first patches.
     for one, other in zip(wide.layout.rows, after.layout.rows, strict=True):
         assert torch.equal(one.unsqueeze(0) == one.unsqueeze(1), other.unsqueeze(0) == other.unsqueeze(1))
@@ -77,10 +79,11 @@ def test_the_first_patch_may_be_part_of_another_token_than_the_first(real):
     layout = represent(torch.tensor([[2, 0, 1, 3, 2, 1], [1, 0, 2, 3, 3, 3]]), 4, prefix=0, real=real)
     assert [bound.tolist() for bound in layout.bounds] == [[0, 4], [4, 8]]
     values = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
-    pairs = find_pairs(values, layout)
+    pairs = find_pairs(values.unsqueeze(1), layout)
     assert pairs.tokens.tolist() == [[1, 3], [5, 7]] and set(pairs.others.flatten().tolist()) <= {0, 2, 4, 6}
     into = torch.tensor([[0, 0, 2, 2], [4, 5, 6, 7]])
-    after = Grouped(layout, True, (1, 6), torch.arange(8).view(2, 4)).joined(into)
+    plan = Grouped(layout, True, (1, 6), torch.arange(8).view(2, 4))
+    after = plan.joined(plan.joins(into))
     first, second = (rows - rows.min() for rows in after.layout.rows)
     assert first.tolist() == [1, 0, 0, 1, 1, 0] and second.tolist() == [1, 0, 2, 3, 3, 3]
 
@@ -98,7 +101,7 @@ def test_joined_tokens_are_means_by_size_at_the_place_of_the_one_that_was_joined
     first = int(layout.rows[1, 0])  # of the image of sizes 2, 2, 2, 1
     into = torch.arange(layout.sizes.numel())
     into[first + PREFIX + 3] = first + PREFIX
-    after = plan.joined(into.view_as(layout.sizes), {plan.shape})
+    after = plan.joined(plan.joins(into.view_as(layout.sizes)), {plan.shape})
     assert after.layout.tokens == layout.tokens - 1 and after.shape != plan.shape
     values = torch.randn(*layout.sizes.shape, 5, generator=torch.Generator().manual_seed(0))
     values[layout.sizes == 0] = torch.nan  # no token is told by what padding holds

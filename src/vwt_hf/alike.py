@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .layout import Layout
+from .on_gpu import kernels_for
 from .words import best, whole_share, whole_shares, without_autocast
 
 
@@ -33,14 +34,15 @@ class Pairs(NamedTuple):
 
 
 @torch.no_grad()
-def find_pairs(values: torch.Tensor, layout: Layout) -> Pairs:
+def find_pairs(keys: torch.Tensor, layout: Layout) -> Pairs:
     """Finds for every second token of an image the one among the others that is most like it.
 
     Args:
-        values: (sequences, prefix + tokens, size), float32: tokens are as alike as the cosine of these.
+        keys: (sequences, heads, prefix + tokens, head size): tokens are as alike as the cosine of the means of these
+            over the heads.
         layout: where the tokens of each image lie. Its prefix tokens are in no pair.
     """
-    real = None
+    values, real = keys.float().mean(dim=1), None
     if layout.even:
         rows = torch.arange(layout.tokens, device=values.device).view(-1, layout.longest)[:, layout.prefix :]
         values = values.flatten(0, 1)[: layout.tokens].unflatten(0, (-1, layout.longest))[:, layout.prefix :]
@@ -59,27 +61,29 @@ def find_pairs(values: torch.Tensor, layout: Layout) -> Pairs:
     return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), cosine)
 
 
-def join_alike(values: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
+def join_alike(keys: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
     """Joins every second token of an image with the one among the others that is most like it, if they are alike.
 
     Args:
-        values, layout: as for `find_pairs`.
+        keys, layout: as for `find_pairs`.
         least: the cosine from which on tokens are joined.
 
     Returns:
         As `Pairs.into`.
     """
-    pairs = find_pairs(values, layout)
+    if kernels := kernels_for(keys):
+        return kernels.join_alike(keys, layout, least)
+    pairs = find_pairs(keys, layout)
     return pairs.into(pairs.cosines >= least, layout)
 
 
-def join_share(values: torch.Tensor, layout: Layout, share: float) -> torch.Tensor:
+def join_share(keys: torch.Tensor, layout: Layout, share: float) -> torch.Tensor:
     """As `join_alike`, for a share of each image's tokens: of every second one those that are most like another.
 
     Args:
         share: of the tokens that are no prefix tokens, in [0, 0.5], rounded down.
     """
-    pairs = find_pairs(values, layout)
+    pairs = find_pairs(keys, layout)
     # In descending order of their cosines, the earlier of equals first: as many of each image as it is to lose.
     order = best(pairs.cosines, pairs.cosines.shape[1])
     if (number := number_to_join(layout, share)) is not None:

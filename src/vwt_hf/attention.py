@@ -3,9 +3,10 @@
 The config of a compressed tower names these functions while a forward of it runs by a plan of groups, which they find
 in the forward's own state.
 
-A padded batch attends under a bias that hides the padding. A packed one attends by a kernel that knows where images
-end (variable-length flash attention, on CUDA in half precision), else length by length: images of one length lie side
-by side and are a view of the sequence, so nothing is copied and no image is padded.
+On a GPU in half precision a kernel of our own attends, which knows where images end and how many patches each token
+stands for; where gradients are taken, variable-length flash attention. Else a padded batch attends under a bias that
+hides the padding, and a packed one length by length: images of one length lie side by side and are a view of the
+sequence, so nothing is copied and no image is padded.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .forward import Forward, current_forward, forward_of, run_within, traced_within
 from .model_configs import BY_PLAN
+from .on_gpu import kernels_for
 from .plans import Grouped
 
 try:
@@ -157,7 +159,7 @@ def _plan_of(
 ) -> tuple[Grouped, Pairs]:
     """The plan of the forward under way, and the bias for pairs of tokens that a family gives as `attention_mask`.
 
-    The keys are stored for what groups the output of the layer.
+    Where the output of the layer is to become fewer tokens, they are sought here, by the keys.
 
     Args:
         query, key: (sequences, heads, tokens, head size), which must be of a plan's tokens.
@@ -169,8 +171,9 @@ def _plan_of(
             f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size), which are not the tokens "
             "of the forward under way. Call the model, not its layers, and repeat no layer outside its forward."
         )
-    if forward.wants_keys:
-        forward.keys = key.detach()
+    if forward.seeks is not None:
+        setting, wanted = forward.seeks
+        forward.joins, forward.seeks = setting.join(plan, key.detach(), wanted), None
     if attention_mask is None:
         return plan, None
     if not forward.relative:
@@ -208,6 +211,10 @@ def sdpa(
     plan, pairs = _plan_of(module, query, key, attention_mask)
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
+    halves = pairs is None and not dropout and query.dtype in (torch.float16, torch.bfloat16)
+    if halves and plan.key_bias is not None and head_size <= 256 and (kernels := kernels_for(query, key, value)):
+        scale = head_size**-0.5 if scaling is None else scaling
+        return kernels.attend(query, key, value, plan.key_bias.to(query.device), plan.layout, scale), None
     if (
         plan.layout.packed
         and plan.layout.rows.shape[0] > 1  # one image takes a bias, which is fewer operations than folding it
@@ -369,7 +376,9 @@ def _by_layout(
     rows = [images * length for length, images in layout.runs]
     packed = (tensor[0, :, : layout.tokens] for tensor in (query, key, value))
     parts = zip(*(tensor.split(rows, dim=1) for tensor in packed), strict=True)
-    biases = [None] * len(rows) if bias is None else layout.by_run(bias)
+    biases: Sequence[torch.Tensor | None] = [None] * len(rows) if bias is None else layout.by_run(bias)
+    if bias is not None and bias.is_cuda:  # kernels read a mask in steps of 16 bytes, where a slice may not begin
+        biases = [one.clone() for one in layout.by_run(bias)]
     between = [None] * len(rows) if pairs is None else pairs
     outputs = [
         attend(

@@ -178,9 +178,9 @@ def _hook_in(
         for module, stand_in in attentions:
             setattr(module, _slot(module), StandIn(stand_in, module))
         for number, wanted in joins.items():
-            layers[number - 1].register_forward_pre_hook(WantKeys())
+            layers[number - 1].register_forward_pre_hook(Seek(setting, wanted))
             # The first hook: what transformers records as the layer's hidden states is the same whenever it began to.
-            layers[number - 1].register_forward_hook(Join(setting, wanted), prepend=True)
+            layers[number - 1].register_forward_hook(Join(), prepend=True)
         if joins and family.rotary is not None:
             for layer in layers[min(joins) :]:
                 layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
@@ -646,23 +646,24 @@ class RotateTokens(Hook):
         return None if plan is None else (args, kwargs | {"position_embeddings": plan.rotate(forward.rotations)})
 
 
-class WantKeys(Hook):
-    """Forward pre-hook of a layer whose output is grouped: has its attention leave the keys."""
-
-    @traced_within
-    def __call__(self, layer: nn.Module, args: Any) -> None:
-        forward = current_forward()
-        if forward is not None and forward.holds(layer):
-            forward.wants_keys = True
-
-
 @dataclasses.dataclass(eq=False)
-class Join(Hook):
-    """Forward hook of a layer: its output becomes fewer tokens, as the setting says by the keys of its attention."""
+class Seek(Hook):
+    """Forward pre-hook of a layer whose output becomes fewer tokens: has its attention find which, by its keys."""
 
     setting: VWTConfig
     wanted: float
     """What `VWTConfig.joins` says of the layer."""
+
+    @traced_within
+    def __call__(self, layer: nn.Module, args: Any) -> None:
+        forward = current_forward()
+        # Not where the layer is repeated for its gradient.
+        if forward is not None and forward.holds(layer) and layer not in forward.after:
+            forward.seeks = (self.setting, self.wanted)
+
+
+class Join(Hook):
+    """Forward hook of a layer: its output becomes fewer tokens, those that its attention found."""
 
     @traced_within
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
@@ -670,13 +671,13 @@ class Join(Hook):
         if forward is None or not forward.holds(layer):
             return output
         tokens = _tokens_of(output)
-        keys, forward.keys, forward.wants_keys = forward.keys, None, False
+        joins, forward.joins, forward.seeks = forward.joins, None, None
         before = forward.plan_of(tokens.shape[0], tokens.shape[1])
-        if before is None or keys is None:
+        if before is None:
             return output
         after = forward.after.get(layer)
         if after is None:  # else the layer is repeated for its gradient
-            after = self.setting.join(before, keys, self.wanted, [plan.shape for plan in forward.plans])
+            after = before if joins is None else before.joined(joins, [plan.shape for plan in forward.plans])
             forward.after[layer] = after
         if after is before:
             return output

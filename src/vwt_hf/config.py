@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .bounds import is_number
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from .patches import Patches
-    from .plans import Grouped, Kept
+    from .plans import Grouped, Joins, Kept
     from .vocabulary import VisualVocabulary
 
 CRITERIA = ("variance", "random", "grid")
@@ -236,14 +235,15 @@ class VWTConfig:
         """
         return {}
 
-    def join(self, plan: Grouped, keys: torch.Tensor, wanted: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
-        """The plan that holds after a layer of `joins`; `plan` itself if no token becomes part of another.
+    def join(self, plan: Grouped, keys: torch.Tensor, wanted: float) -> Joins | None:
+        """Which tokens become part of others after a layer of `joins`; `None` if none does.
+
+        It is called within the attention of the layer, so that a GPU finds them while the layer runs on.
 
         Args:
-            plan: the one that held within the layer.
+            plan: the one that holds within the layer.
             keys: (sequences, heads, tokens, head size) of the layer's attention.
             wanted: what `joins` says of the layer.
-            not_as: shapes that the plan must not have.
         """
         raise NotImplementedError
 

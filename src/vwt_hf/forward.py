@@ -22,12 +22,15 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .plans import Grouped, Kept
+from .plans import Grouped, Joins, Kept
+
+if TYPE_CHECKING:
+    from .config import VWTConfig
 
 
 @dataclasses.dataclass(eq=False)
@@ -95,10 +98,11 @@ class Forward:
     """The plans of groups that it has run by; each gives tokens another shape (sequences, tokens)."""
     after: dict[nn.Module, Grouped] = dataclasses.field(default_factory=dict)
     """The plan that holds after a layer that tokens were grouped behind, by the layer."""
-    wants_keys: bool = False
-    """Whether the layer that runs is to leave the keys of its attention, by which its output is grouped."""
-    keys: torch.Tensor | None = None
-    """(sequences, heads, tokens, head size): the keys of the attention of such a layer, until it has run."""
+    seeks: tuple[VWTConfig, float] | None = None
+    """The setting by which the attention of the layer that runs is to find which tokens its output is to lose, and what
+    `VWTConfig.joins` says of the layer; `None` where it keeps all."""
+    joins: Joins | None = None
+    """What the attention of such a layer found, until the layer has run."""
     rotations: Any = None
     """Cosine and sine of rotary positions, (patches, head size) each; `None` where the tower has none."""
 

@@ -16,7 +16,8 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 import torch
 
-from .words import patch_places
+from .on_gpu import kernels_for
+from .words import patch_places, with_prefix
 
 T = TypeVar("T")
 
@@ -178,36 +179,123 @@ def group(
     return _lay_out(token_of_patch, prefix, bounds, shape, _runs(counted), packed, real, rounds and packed)
 
 
-def regroup(before: Layout, into: torch.Tensor, not_as: Collection[tuple[int, ...]] = ()) -> Layout:
-    """Lays out anew the tokens that are left when some have become part of others of their image.
+def lead(
+    leaders: torch.Tensor, prefix: int, packed: bool, real: torch.Tensor | None = None, rounds: bool = False
+) -> tuple[Layout, torch.Tensor]:
+    """As `group`, of patches that a patch stands for.
 
-    They keep their order, by the first of those that become one.
+    Args:
+        leaders: (batch, patches), int64: the index of the patch that stands for each, its own if it stays.
+        prefix, packed, real, rounds: as for `group`.
+
+    Returns:
+        The layout, and which row each token was in before: (sequences, prefix + tokens), int64, counted over all
+        images; 0 for padding.
+    """
+    batch, patches = leaders.shape
+    if real is None and (kernels := kernels_for(leaders)):
+        first, place, counts = kernels.order(leaders, _alike_bounds(batch, patches, leaders.device), patches)
+        counted = [prefix + count for count in counts.tolist()]  # the one synchronisation with the device
+        shape, starts, packed = _places(counted, prefix + patches, packed, (), rounds)
+        bounds = _bounds(starts, counted, leaders.device)
+        rows, sizes, sources = kernels.rows_of_patches(leaders, first, place, bounds[0], shape, prefix)
+        return Layout(rows, sizes, prefix, _runs(counted), packed, bounds, None, rounds and packed), sources
+    layout = group(leaders, prefix, packed, real, rounds=rounds, by_index=True)
+    first = torch.arange(batch, device=leaders.device).unsqueeze(1) * (prefix + patches)
+    return layout, by_token(with_prefix(leaders, prefix) + first, layout)
+
+
+def _alike_bounds(batch: int, patches: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each image begins and ends, of images with as many patches."""
+    first = torch.arange(batch, device=device) * patches
+    return first, first + patches
+
+
+class Counts:
+    """Whole numbers on their way from a device to the host, which goes on until it needs them."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.arrived: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            with torch.cuda.device(numbers.device):
+                self.arrived = torch.cuda.Event()
+                self.arrived.record()
+
+    def tolist(self) -> list[int]:
+        """Waits for them."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.numbers.tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The order of the tokens that are left when some have become part of others of their image: by the first of those
+    that become one."""
+
+    into: torch.Tensor
+    """(rows,), int64: the row of the token that each becomes part of, its own if it stays."""
+    lead: torch.Tensor
+    """(rows,), int64: the first row of those that become one with each."""
+    place: torch.Tensor
+    """(rows,), int64: the number of the token whose first row it is."""
+    begin: torch.Tensor | int
+    """(images,), int64: the number of the first token of each image; or that of all."""
+    counts: Counts
+    """Tokens of each image, prefix tokens included."""
+
+
+def reorder(before: Layout, into: torch.Tensor) -> Order:
+    """The order of the tokens that are left. It waits for nothing.
 
     Args:
         before: how they lay.
-        into: (sequences, prefix tokens + tokens), int64, on the device of `before`: the row of the token that each
-            becomes part of, its own if it stays.
-        not_as: as for `group`.
-
-    Returns:
-        `before` itself, if all stay.
+        into: (sequences, prefix + tokens), int64, on the device of `before`: the row of the token that each becomes
+            part of, its own if it stays.
     """
     into = into.flatten()
+    if kernels := kernels_for(into):
+        lead, place, counts = kernels.order(into, before.bounds, before.longest)
+        return Order(into, lead, place, 0, Counts(counts))
     own = torch.arange(into.numel(), device=into.device)
-    lead = own.scatter_reduce(0, into, own, "amin")[into]  # of those that become one, the first
+    lead = own.scatter_reduce(0, into, own, "amin")[into]
     leads = lead == own
     if not before.dense:  # rows of padding are none
         leads = leads & (before.sizes.flatten() > 0)
-    place = leads.cumsum(0)
+    place = leads.cumsum(0) - 1
     first, ends = before.bounds
     begin = place[first]
-    counted = (place[ends - 1] - begin + 1).tolist()  # the one synchronisation with the device
+    return Order(into, lead, place, begin, Counts(place[ends - 1] - begin + 1))
+
+
+def regroup(
+    before: Layout, order: Order, not_as: Collection[tuple[int, ...]] = (), sources: torch.Tensor | None = None
+) -> tuple[Layout, torch.Tensor | None]:
+    """Lays out anew the tokens that are left when some have become part of others of their image.
+
+    Args:
+        before: how they lay.
+        order: as `reorder` gives it.
+        not_as: as for `group`.
+        sources: (sequences, prefix + tokens), int64: a number of each.
+
+    Returns:
+        `before` itself and `sources`, if all stay. Else the new layout, and the numbers of those that others became
+        part of; 0 for padding.
+    """
+    counted = order.counts.tolist()  # the one synchronisation with the device
     if sum(counted) == before.tokens:
-        return before
+        return before, sources
     shape, starts, packed = _places(counted, before.rows.shape[1], before.packed, not_as, before.rounds)
-    bounds = _bounds(starts, counted, into.device)
-    rows = place[lead][before.rows] + (bounds[0] - begin).unsqueeze(1)
-    return _of_rows(rows, before.prefix, bounds, shape, _runs(counted), packed, before.real, before.rounds)
+    bounds, runs = _bounds(starts, counted, before.rows.device), _runs(counted)
+    rest = before.prefix, runs, packed, bounds, before.real, before.rounds
+    if before.real is None and (kernels := kernels_for(before.rows)):
+        rows, sizes, sources = kernels.rows_of(order, bounds[0], shape, before.rows, sources)
+        return Layout(rows, sizes, *rest), sources
+    rows = order.place[order.lead][before.rows] + (bounds[0] - order.begin).unsqueeze(1)
+    layout = _of_rows(rows, before.prefix, bounds, shape, runs, packed, before.real, before.rounds)
+    return layout, None if sources is None else by_token(sources.flatten()[order.into[before.rows]], layout)
 
 
 def _runs(counted: list[int]) -> tuple[tuple[int, int], ...]:
@@ -308,7 +396,12 @@ def _of_rows(
 
 def _tokens(patch_words: torch.Tensor, by_index: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The token of each patch, (batch, patches), and how many tokens each image has, (batch,)."""
-    place = torch.arange(patch_words.shape[1], device=patch_words.device).expand_as(patch_words)
+    batch, patches = patch_words.shape
+    if kernels := kernels_for(patch_words):
+        bounds = _alike_bounds(batch, patches, patch_words.device)
+        lead, place, counts = kernels.order(patch_words.long(), bounds, patches)
+        return place[lead].view(batch, patches), counts
+    place = torch.arange(patches, device=patch_words.device).expand_as(patch_words)
     # The first patch in the image that has the same word.
     if by_index:
         first = place.scatter_reduce(1, patch_words, place, "amin", include_self=False).gather(1, patch_words)
@@ -397,12 +490,15 @@ def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     Returns:
         (sequences, tokens, hidden), of `after`; 0 for padding.
     """
-    rows, sizes = after.sizes.numel(), after.sizes.flatten().clamp(min=1)
-    if not before.dense:  # padding becomes part of a last row, which is none
-        sizes = torch.nn.functional.pad(sizes, (0, 1), value=1.0)
+    rows = after.sizes.numel()
     # The row of each token that it becomes part of.
     into = torch.full((before.sizes.numel(),), rows, device=before.rows.device)
     into.scatter_(0, before.rows.flatten(), after.rows.flatten())
+    if kernels := kernels_for(values):
+        return kernels.join(values, into, before, after)
+    sizes = after.sizes.flatten().clamp(min=1)
+    if not before.dense:  # padding becomes part of a last row, which is none
+        sizes = torch.nn.functional.pad(sizes, (0, 1), value=1.0)
     order, starts = _bags(into, sizes.numel())
     weights = (before.sizes.flatten() / sizes[into])[order].to(values.device)
     table = values.flatten(0, 1).float()

@@ -7,12 +7,14 @@ patches away. Those of every fourth row and column always stay: each other one o
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 import torch
 
-from .words import first_of, gather_patches, same_for_all, whole_numbers
+from .on_gpu import kernels_for
+from .words import first_of, gather_patches, patchify, same_for_all, whole_numbers
 
 OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
 """Rows and columns from a patch to its neighbours, or half of them where these are two patches away."""
@@ -246,6 +248,31 @@ def leaders(neighbours: Neighbours, stays: torch.Tensor) -> torch.Tensor:
     own = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
     first = torch.where(stays, own, _nearest(neighbours, stays)[1])
     return at(first, first)
+
+
+def lead(
+    pixel_values: torch.Tensor,
+    patch_size: tuple[int, int],
+    grid: tuple[int, int],
+    image_std: tuple[float, ...],
+    tolerance: float,
+) -> torch.Tensor:
+    """Which patch stands for each patch of images of one size, if those stay that `cover` says: as `leaders`.
+
+    Args:
+        pixel_values: (batch, channels, height, width), as a model gets them.
+        patch_size, image_std: as for `describe`.
+        grid: rows and columns of patches.
+        tolerance: as for `cover`.
+    """
+    if kernels := kernels_for(pixel_values):
+        device, values = pixel_values.device, len(image_std) * math.prod(patch_size)
+        looks_by = _waves(*patch_size, device), _weights(tuple(image_std), values, device), FINE
+        around = _beside(*grid, device), _limits(*grid, device)
+        return kernels.leaders(pixel_values, patch_size, grid, *looks_by, *around, tolerance)
+    looks = describe(patchify(pixel_values, patch_size).float(), patch_size, image_std)
+    neighbours = find_neighbours(looks, grid)
+    return leaders(neighbours, cover(neighbours, tolerance))
 
 
 def _nearest(neighbours: Neighbours, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from .blocks import chosen_by, words_of
-from .layout import by_token, group, represent
+from .layout import group, lead, represent
 from .plans import DROPPED, Grouped, Kept
 from .words import patch_places, patchify, with_prefix
 
@@ -119,8 +119,8 @@ class Patches:
         """
         if self.real is not None:  # padding is part of the first patch's token, and does not count
             leaders = torch.where(self.real, leaders, leaders[:, :1])
-        layout = group(leaders, self.prefix, packed, self.real, rounds=self.rounds, by_index=True)
-        return Grouped(layout, exponent, self.grid, by_token(self._rows_of(leaders), layout))
+        layout, sources = lead(leaders, self.prefix, packed, self.real, self.rounds)
+        return Grouped(layout, exponent, self.grid, sources)
 
     @staticmethod
     def _real_ones(

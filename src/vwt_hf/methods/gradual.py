@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from typing import ClassVar
 
 import torch
 
 from ..alike import join_alike, join_share, number_to_join
 from ..bounds import is_int, is_number
-from ..plans import Grouped
+from ..plans import Grouped, Joins
 from ..printable import shown
 from .local import LocalConfig
 
@@ -125,12 +124,11 @@ class GradualConfig(LocalConfig):
                 found.setdefault(number, one)  # a model of few layers has one for several depths
         return found
 
-    def join(self, plan: Grouped, keys: torch.Tensor, wanted: float, not_as: Collection[tuple[int, ...]]) -> Grouped:
+    def join(self, plan: Grouped, keys: torch.Tensor, wanted: float) -> Joins | None:
         if not plan.layout.runs:  # no images
-            return plan
-        means = keys.float().mean(dim=1)
+            return None
         if self.join_ratio is None:
             self.require_untraced()
-            return plan.joined(join_alike(means, plan.layout, wanted), not_as)
+            return plan.joins(join_alike(keys, plan.layout, wanted))
         number = number_to_join(plan.layout, wanted)
-        return plan.joined(join_share(means, plan.layout, wanted), not_as, number)
+        return plan.joins(join_share(keys, plan.layout, wanted), number)

@@ -18,6 +18,7 @@ from ..neighbours import (
     describe,
     find_neighbours,
     find_padded_neighbours,
+    lead,
     leaders,
 )
 from ..patches import Patches
@@ -132,21 +133,25 @@ class LocalConfig(RaggedConfig):
 
     def plan(self, patches: Patches) -> Grouped:
         assert self.image_std is not None  # `prepared` came before
-        pixels = patches.pixels_as_words().float()
-        with without_autocast(pixels.device), torch.no_grad():
+        with without_autocast(patches.device), torch.no_grad():
+            if patches.grid is not None and self.tolerance is not None:
+                images = patches.pixel_values, patches.patch_size, patches.grid
+                return self._plan_of(patches, lead(*images, self.image_std, self.tolerance))
+            pixels = patches.pixels_as_words().float()
             looks = describe(pixels, patches.patch_size, self.image_std)
             if patches.grid is not None:
                 neighbours = find_neighbours(looks, patches.grid)
-            else:
-                assert patches.real is not None
-                neighbours = find_padded_neighbours(looks, patches.places, patches.real)
+                return self._plan_of_number(patches, neighbours, self._number(*patches.grid))
+            assert patches.real is not None
+            neighbours = find_padded_neighbours(looks, patches.places, patches.real)
             if self.tolerance is not None:
                 stays = cover(neighbours, self.tolerance)
-            elif patches.grid is None:
-                stays = self._stay_by_number(patches, neighbours)
             else:
-                return self._plan_of_number(patches, neighbours, self._number(*patches.grid))
-            return patches.lead(leaders(neighbours, stays), self.packs(patches), self.size_exponent)
+                stays = self._stay_by_number(patches, neighbours)
+            return self._plan_of(patches, leaders(neighbours, stays))
+
+    def _plan_of(self, patches: Patches, leaders: torch.Tensor) -> Grouped:
+        return patches.lead(leaders, self.packs(patches), self.size_exponent)
 
     def _plan_of_number(self, patches: Patches, neighbours: Neighbours, keep: int) -> Grouped:
         kept = highest(cover_by(neighbours, keep), keep)

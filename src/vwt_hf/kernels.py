@@ -1,0 +1,483 @@
+"""What takes many short operations of torch, as one or two kernels for NVIDIA GPUs each, written in Triton.
+
+A GPU runs a small operation faster than the host asks for it. Choosing patches and joining tokens are made of such, so
+there they are asked for at once. `on_gpu.kernels_for` says when; all else, and what gradients are taken of or graphs
+are made of, goes by torch's operations, of which these give the answers but for rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .layout import Layout, Order
+
+BLOCK = 64
+"""Patches or tokens that a program works on at once."""
+ROWS, KEYS = 64, 32
+"""Queries that a program of attention answers, and keys that it reads at once."""
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_bias: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention within each image of a batch, packed or padded, with a bias by key.
+
+    It computes softmax block by block of keys, as FlashAttention does (arXiv 2205.14135).
+
+    Args:
+        query, key, value: (sequences, heads, tokens, head size), float16 or bfloat16.
+        key_bias: (sequences, tokens), float32; −inf on padding between images.
+        layout: where images begin and end.
+        scaling: what the products of queries and keys are multiplied by.
+
+    Returns:
+        (sequences, tokens, heads, head size).
+    """
+    sequences, heads, tokens, size = query.shape
+    query, key, value = (one if one.stride(3) == 1 else one.contiguous() for one in (query, key, value))
+    output = query.new_empty(sequences, tokens, heads, size)
+    first, ends = _bounds(layout, query)
+    images = len(first)
+    grid = (triton.cdiv(layout.longest if layout.packed else tokens, ROWS), heads, images)
+    with _on(query):
+        _attend[grid](
+            *(query, key, value, output, key_bias, first, ends),
+            *(stride for one in (query, key, value) for stride in one.stride()[:3]),
+            heads * size,
+            tokens,
+            scaling * 1.4426950408889634,  # 1 / log 2: powers of two take one instruction
+            SIZE=size,
+            WIDTH=max(triton.next_power_of_2(size), 16),
+            PACKED=layout.packed,
+            ROWS=ROWS,
+            KEYS=KEYS,
+            num_warps=4,
+            num_stages=2,
+        )
+    return output
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _attend(
+    query, key, value, output, key_bias, first, ends,
+    query_sequence, query_head, query_token,
+    key_sequence, key_head, key_token,
+    value_sequence, value_head, value_token,
+    output_token, tokens, scaling,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    block, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = image.to(tl.int64)
+    begin, length = sequence * 0, tokens
+    if PACKED:
+        begin = tl.load(first + image)
+        length, sequence = (tl.load(ends + image) - begin).to(tl.int32), sequence * 0
+    if block * ROWS >= length:
+        return
+    rows, dims, columns = block * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, KEYS)
+    query += sequence * query_sequence + head * query_head + begin * query_token
+    key += sequence * key_sequence + head * key_head + begin * key_token
+    value += sequence * value_sequence + head * value_head + begin * value_token
+    key_bias += sequence * tokens + begin
+    output += (sequence * tokens + begin) * output_token + head * SIZE
+    real_rows = (rows < length)[:, None] & (dims < SIZE)[None, :]
+    queries = tl.load(query + rows[:, None] * query_token + dims[None, :], mask=real_rows, other=0.0)
+    most = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    found = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in range(0, length, KEYS):
+        at = start + columns
+        real = (at < length)[:, None] & (dims < SIZE)[None, :]
+        keys = tl.load(key + at[:, None] * key_token + dims[None, :], mask=real, other=0.0)
+        values = tl.load(value + at[:, None] * value_token + dims[None, :], mask=real, other=0.0)
+        bias = tl.load(key_bias + at, mask=at < length, other=-float("inf"))
+        logits = tl.dot(queries, tl.trans(keys)) * scaling + bias[None, :] * 1.4426950408889634
+        higher = tl.maximum(most, tl.max(logits, 1))
+        weights, shrunk = tl.exp2(logits - higher[:, None]), tl.exp2(most - higher)
+        total = total * shrunk + tl.sum(weights, 1)
+        found = tl.dot(weights.to(values.dtype), values, found * shrunk[:, None])
+        most = higher
+    found = found / total[:, None]
+    tl.store(output + rows[:, None] * output_token + dims[None, :], found.to(output.dtype.element_ty), mask=real_rows)
+
+
+def leaders(
+    pixel_values: torch.Tensor,
+    patch_size: tuple[int, int],
+    grid: tuple[int, int],
+    waves: torch.Tensor,
+    weights: torch.Tensor,
+    fine: float,
+    beside: torch.Tensor,
+    limits: torch.Tensor,
+    tolerance: float,
+) -> torch.Tensor:
+    """Which patch stands for each, as `neighbours.lead` says.
+
+    Args:
+        pixel_values: (batch, channels, height, width).
+        patch_size: height and width of a patch, in pixels.
+        grid: rows and columns of patches.
+        waves, weights, fine: what `neighbours.describe` looks at patches by: (pixels, 4), (channels,) and a number.
+        beside, limits: `neighbours._beside` and `neighbours._limits` of the grid.
+        tolerance: as for `neighbours.cover`.
+
+    Returns:
+        (batch, patches), int64.
+    """
+    batch, channels = pixel_values.shape[:2]
+    patches, pixels = grid[0] * grid[1], patch_size[0] * patch_size[1]
+    values = 4 * channels + 1
+    looks = pixel_values.new_empty(batch, patches, values, dtype=torch.float32)
+    distance = looks.new_empty(batch, patches, 8)
+    stays = looks.new_empty(batch, patches, dtype=torch.bool)
+    first = looks.new_empty(batch, patches, dtype=torch.int64)
+    blocks = (batch, triton.cdiv(patches, BLOCK))
+    with _on(pixel_values):
+        _describe[(batch * patches,)](
+            *(pixel_values, waves, weights, looks, *pixel_values.stride(), patches, grid[1], fine),
+            CHANNELS=channels,
+            ACROSS=patch_size[1],
+            DOWN=patch_size[0],
+            PIXELS=pixels,
+            WIDTH=triton.next_power_of_2(pixels),
+            num_warps=1,
+        )
+        _compare[blocks](looks, beside, limits, distance, stays, patches, tolerance, VALUES=values, BLOCK=BLOCK)
+        _nearest[blocks](distance, beside, stays, first, patches, BLOCK=BLOCK)
+    return first.gather(1, first)
+
+
+@triton.jit(do_not_specialize=["patches", "columns", "image_stride", "channel_stride", "row_stride"])
+def _describe(
+    pixel_values, waves, weights, looks, image_stride, channel_stride, row_stride, column_stride, patches, columns,
+    fine_weight,
+    CHANNELS: tl.constexpr, ACROSS: tl.constexpr, DOWN: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    image, patch = (tl.program_id(0) // patches).to(tl.int64), tl.program_id(0) % patches
+    pixel = tl.arange(0, WIDTH)
+    real = pixel < PIXELS
+    row, column = patch // columns * DOWN + pixel // ACROSS, patch % columns * ACROSS + pixel % ACROSS
+    pixel_values += image * image_stride + row.to(tl.int64) * row_stride + column * column_stride
+    looks += (image * patches + patch) * (4 * CHANNELS + 1)
+    fine = 0.0
+    for channel in tl.static_range(CHANNELS):
+        values = tl.load(pixel_values + channel * channel_stride, mask=real, other=0.0).to(tl.float32)
+        weight = tl.load(weights + channel)
+        fine += tl.sum(values * values, 0) * weight * weight
+        for number in tl.static_range(4):
+            wave = tl.load(waves + pixel * 4 + number, mask=real, other=0.0)
+            slow = tl.sum(values * wave, 0) * weight
+            fine -= slow * slow
+            tl.store(looks + channel * 4 + number, slow)
+    tl.store(looks + 4 * CHANNELS, tl.sqrt(tl.maximum(fine, 0.0)) * fine_weight)
+
+
+@triton.jit(do_not_specialize=["patches"])
+def _compare(
+    looks, beside, limits, distance, stays, patches, tolerance, VALUES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """`Neighbours.distance`, and `neighbours.cover` by it."""
+    image, patch = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = (patch < patches)[:, None]
+    entry = patch[:, None] * 8 + tl.arange(0, 8)[None, :]
+    index = tl.load(beside + entry, mask=real, other=0)
+    later = tl.load(beside + patches * 8 + entry, mask=real, other=0) != 0
+    factor = tl.load(limits + entry, mask=real, other=1.0)
+    none = tl.load(limits + patches * 8 + entry, mask=real, other=0.0)
+    looks += image * patches * VALUES
+    squares = tl.zeros([BLOCK, 8], tl.float32)
+    for value in tl.static_range(VALUES):
+        own = tl.load(looks + patch * VALUES + value, mask=patch < patches, other=0.0)
+        difference = own[:, None] - tl.load(looks + index * VALUES + value, mask=real, other=0.0)
+        squares += difference * difference
+    differs = none + tl.sqrt(squares) * factor
+    tl.store(distance + image * patches * 8 + entry, differs, mask=real)
+    goes = tl.max(((differs < tolerance) & later).to(tl.int32), 1)
+    tl.store(stays + image * patches + patch, goes == 0, mask=patch < patches)
+
+
+@triton.jit(do_not_specialize=["patches"])
+def _nearest(distance, beside, stays, first, patches, BLOCK: tl.constexpr):
+    """Of each patch itself if it stays, else the nearest of those that it may be left to."""
+    image, patch = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = (patch < patches)[:, None]
+    places = tl.arange(0, 8)[None, :]
+    entry = patch[:, None] * 8 + places
+    index = tl.load(beside + entry, mask=real, other=0)
+    passes = tl.load(beside + 2 * patches * 8 + entry, mask=real, other=0) != 0
+    takes = (tl.load(stays + image * patches + index, mask=real, other=0) != 0) | passes
+    near = tl.load(distance + image * patches * 8 + entry, mask=real, other=0.0)
+    near = tl.where(takes, near, float("inf"))
+    which = tl.min(tl.where(near == tl.min(near, 1)[:, None], places, 8), 1)
+    chosen = tl.sum(tl.where(places == which[:, None], index, 0), 1)
+    own = tl.load(stays + image * patches + patch, mask=patch < patches, other=0) != 0
+    tl.store(first + image * patches + patch, tl.where(own, patch.to(tl.int64), chosen), mask=patch < patches)
+
+
+def join_alike(keys: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
+    """The row of the token that each becomes part of, as `alike.join_alike` says: (sequences, tokens), int64.
+
+    Args:
+        keys: (sequences, heads, tokens, head size).
+        layout: where images begin and end.
+        least: as for `alike.join_alike`.
+    """
+    sequences, heads, tokens, size = keys.shape
+    rows, width = sequences * tokens, max(triton.next_power_of_2(size), 16)
+    keys = keys if keys.stride(3) == 1 else keys.contiguous()
+    directions = keys.new_empty(rows, size, dtype=torch.float32)
+    into = keys.new_empty(sequences, tokens, dtype=torch.int64)
+    first, ends = _bounds(layout, keys)
+    pairs = max((layout.longest - layout.prefix) // 2, 1)
+    with _on(keys):
+        _directions[(triton.cdiv(rows, BLOCK),)](
+            *(keys, directions, into, *keys.stride()[:3], tokens, rows, heads), SIZE=size, WIDTH=width, BLOCK=BLOCK
+        )
+        _pairs[(len(first), triton.cdiv(pairs, BLOCK))](
+            *(directions, into, first, ends, layout.prefix, least), SIZE=size, WIDTH=width, BLOCK=BLOCK
+        )
+    return into
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "heads"])
+def _directions(
+    keys, directions, into, of_sequence, of_head, of_token, tokens, rows, heads,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The mean over heads of each token's key, made one long; each token in `into` is at first its own."""
+    row, dims = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    real = (row < rows)[:, None] & (dims < SIZE)[None, :]
+    keys += ((row // tokens).to(tl.int64) * of_sequence + (row % tokens).to(tl.int64) * of_token)[:, None]
+    total = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for head in range(0, heads):
+        total += tl.load(keys + head * of_head + dims[None, :], mask=real, other=0.0).to(tl.float32)
+    mean = total / heads
+    length = tl.maximum(tl.sqrt(tl.sum(mean * mean, 1)), 1e-12)
+    tl.store(directions + row[:, None].to(tl.int64) * SIZE + dims[None, :], mean / length[:, None], mask=real)
+    tl.store(into + row, row.to(tl.int64), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["prefix"])
+def _pairs(
+    directions, into, first, ends, prefix, least, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Every second token of an image and the most alike of the others: the one becomes part of the other if alike."""
+    image, pair, dims = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    begin = tl.load(first + image) + prefix
+    patches = (tl.load(ends + image) - begin).to(tl.int32)
+    odd = 2 * pair + 1
+    directions += begin * SIZE
+    real = (odd < patches)[:, None] & (dims < SIZE)[None, :]
+    seconds = tl.load(directions + odd[:, None] * SIZE + dims[None, :], mask=real, other=0.0)
+    most, which = tl.full([BLOCK], -float("inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
+    for start in range(0, patches, 2 * BLOCK):
+        even = start + 2 * tl.arange(0, BLOCK)
+        there = (even < patches)[:, None] & (dims < SIZE)[None, :]
+        others = tl.load(directions + even[:, None] * SIZE + dims[None, :], mask=there, other=0.0)
+        cosines = tl.dot(seconds, tl.trans(others), input_precision="ieee")
+        cosines = tl.where((even < patches)[None, :], cosines, -float("inf"))
+        highest, place = tl.max(cosines, 1, return_indices=True)
+        which = tl.where(highest > most, start + 2 * place, which)
+        most = tl.maximum(most, highest)
+    tl.store(into + begin + odd, begin + which, mask=(odd < patches) & (most >= least))
+
+
+def order(
+    words: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor], longest: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers the words of each image, in the order in which they first come.
+
+    Args:
+        words: of tokens in rows, of any shape; int64.
+        bounds: the row in which each image starts, and the one after its last: (images,), int64, both.
+        longest: rows of the longest image.
+
+    Returns:
+        The first row of the image that has the word of each, (rows,) int64, 0 for rows of no image; the number of the
+        word, (rows,) int64, of such a row; and how many words each image has, (images,) int64.
+    """
+    words = words.contiguous()
+    lead, place = words.new_zeros(words.numel()), words.new_empty(words.numel())
+    counts = words.new_empty(len(bounds[0]))
+    with _on(words):
+        _lead[(len(counts), triton.cdiv(longest, BLOCK))](words, *bounds, lead, BLOCK=BLOCK)
+        _count[(len(counts),)](lead, *bounds, place, counts, BLOCK=4 * BLOCK)
+    return lead, place, counts
+
+
+@triton.jit
+def _lead(words, first, ends, lead, BLOCK: tl.constexpr):
+    image, block = tl.program_id(0), tl.program_id(1)
+    begin, end = tl.load(first + image), tl.load(ends + image)
+    row = begin + block * BLOCK + tl.arange(0, BLOCK)
+    word = tl.load(words + row, mask=row < end, other=0)
+    found = row
+    for start in range(0, (block + 1) * BLOCK, BLOCK):
+        other = begin + start + tl.arange(0, BLOCK)
+        same = word[:, None] == tl.load(words + other, mask=other < end, other=0)[None, :]
+        found = tl.minimum(found, tl.min(tl.where(same & (other < end)[None, :], other[None, :], end), 1))
+    tl.store(lead + row, found, mask=row < end)
+
+
+@triton.jit
+def _count(lead, first, ends, place, counts, BLOCK: tl.constexpr):
+    image = tl.program_id(0)
+    begin, end = tl.load(first + image), tl.load(ends + image)
+    before = begin * 0
+    for start in range(0, (end - begin).to(tl.int32), BLOCK):
+        row = begin + start + tl.arange(0, BLOCK)
+        leads = (tl.load(lead + row, mask=row < end, other=-1) == row).to(tl.int64)
+        tl.store(place + row, before + tl.cumsum(leads, 0) - leads, mask=row < end)
+        before += tl.sum(leads, 0)
+    tl.store(counts + image, before)
+
+
+def rows_of(
+    order: Order, starts: torch.Tensor, shape: tuple[int, int], before: torch.Tensor, sources: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`Layout.rows` and `Layout.sizes` of the tokens that are left, and numbers of them, as `layout.regroup` says.
+
+    Args:
+        order: of the tokens that there were.
+        starts: (images,), int64: the row in which each image is to start.
+        shape: of the sizes.
+        before: (images, prefix + patches), int64: `Layout.rows` before.
+        sources: numbers of the tokens that there were, or `None`.
+    """
+    rows, patches = before.new_empty(before.shape), before.shape[1]
+    sizes = torch.zeros(shape, dtype=torch.float32, device=starts.device)
+    found = None if sources is None else sources.new_zeros(shape)
+    with _on(starts):
+        _rows[(len(starts), triton.cdiv(patches, BLOCK))](
+            *(order.into, order.lead, order.place, before, starts, rows, sizes, sources, found, patches),
+            NUMBERED=found is not None,
+            BLOCK=BLOCK,
+        )
+    return rows, sizes, found
+
+
+@triton.jit(do_not_specialize=["patches"])
+def _rows(
+    into, lead, place, before, starts, rows, sizes, sources, found, patches,
+    NUMBERED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    image, patch = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = patch < patches
+    at = image * patches + patch
+    old = tl.load(before + at, mask=real, other=0)
+    row = tl.load(starts + image) + tl.load(place + tl.load(lead + old, mask=real, other=0), mask=real, other=0)
+    tl.store(rows + at, row, mask=real)
+    tl.atomic_add(sizes + row, 1.0, mask=real)  # whole numbers, so in any order the same
+    if NUMBERED:
+        number = tl.load(sources + tl.load(into + old, mask=real, other=0), mask=real, other=0)
+        tl.store(found + row, number, mask=real)  # all patches of a token have the same
+
+
+def rows_of_patches(
+    leaders: torch.Tensor,
+    lead: torch.Tensor,
+    place: torch.Tensor,
+    starts: torch.Tensor,
+    shape: tuple[int, int],
+    prefix: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`Layout.rows` and `Layout.sizes` of patches that one stands for, and where it was, as `layout.lead` says.
+
+    Args:
+        leaders: (batch, patches), int64: the index of the patch that stands for each.
+        lead, place: as `order` gives them, of these.
+        starts, shape: as for `rows_of`.
+        prefix: prefix tokens of each image, which stay as they are.
+    """
+    batch, patches = leaders.shape
+    rows, sources = leaders.new_empty(batch, prefix + patches), leaders.new_zeros(shape)
+    sizes = torch.zeros(shape, dtype=torch.float32, device=starts.device)
+    with _on(starts):
+        _rows_of_patches[(batch, triton.cdiv(prefix + patches, BLOCK))](
+            *(leaders.contiguous(), lead, place, starts, rows, sizes, sources, prefix, patches), BLOCK=BLOCK
+        )
+    return rows, sizes, sources
+
+
+@triton.jit(do_not_specialize=["prefix", "patches"])
+def _rows_of_patches(leaders, lead, place, starts, rows, sizes, sources, prefix, patches, BLOCK: tl.constexpr):
+    image, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real, is_patch = at < prefix + patches, (at >= prefix) & (at < prefix + patches)
+    patch = image * patches + at - prefix
+    number = tl.load(place + tl.load(lead + patch, mask=is_patch, other=0), mask=is_patch, other=0)
+    source = tl.load(leaders + patch, mask=is_patch, other=0)
+    row = tl.load(starts + image) + tl.where(is_patch, prefix + number, at)
+    tl.store(rows + image * (prefix + patches) + at, row, mask=real)
+    tl.atomic_add(sizes + row, 1.0, mask=real)
+    source = image * (prefix + patches) + tl.where(is_patch, prefix + source, at)
+    tl.store(sources + row, source, mask=real)  # all patches of a token have the same
+
+
+def join(values: torch.Tensor, into: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
+    """The tokens that become one, as `layout.join` says: (sequences, tokens, hidden), of `after`.
+
+    Args:
+        values: (sequences, tokens, hidden), of `before`.
+        into: (rows,), int64: the row that each token of `before` becomes part of.
+    """
+    values, hidden = values.contiguous(), values.shape[-1]
+    joined = values.new_zeros(*after.sizes.shape, hidden)
+    old, new = _bounds(before, values), _bounds(after, values)
+    with _on(values):
+        _join[(len(old[0]), after.longest)](
+            *(values, into.to(values.device), before.sizes.to(values.device), after.sizes.to(values.device), joined),
+            *(*old, *new, hidden),
+            TOKENS=triton.next_power_of_2(before.longest),
+            WIDTH=triton.next_power_of_2(hidden),
+        )
+    return joined
+
+
+@triton.jit
+def _join(
+    values, into, sizes, new_sizes, joined, first, ends, new_first, new_ends, hidden,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0)
+    row = tl.load(new_first + image) + tl.program_id(1)
+    if row >= tl.load(new_ends + image):
+        return
+    begin, end = tl.load(first + image), tl.load(ends + image)
+    token, column = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
+    mine = tl.load(into + begin + token, mask=begin + token < end, other=-1) == row
+    size = tl.load(new_sizes + row)
+    total, lengths = tl.zeros([WIDTH], tl.float32), 0.0
+    last = -1
+    for _ in range(0, tl.sum(mine.to(tl.int32), 0)):
+        last = tl.min(tl.where(mine & (token > last), token, TOKENS), 0)
+        old = begin + last
+        value = tl.load(values + old * hidden + column, mask=column < hidden, other=0.0).to(tl.float32)
+        share = tl.load(sizes + old) / size
+        total += share * value
+        lengths += share * tl.sqrt(tl.sum(value * value, 0))
+    total = total * (lengths / tl.maximum(tl.sqrt(tl.sum(total * total, 0)), 1e-12))
+    tl.store(joined + row * hidden + column, total.to(joined.dtype.element_ty), mask=column < hidden)
+
+
+def _bounds(layout: Layout, beside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bounds of images, on the device of a tensor."""
+    first, ends = layout.bounds
+    return first.to(beside.device), ends.to(beside.device)
+
+
+def _on(tensor: torch.Tensor) -> Any:
+    """A context in which Triton launches where the tensor lies."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

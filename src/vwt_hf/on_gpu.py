@@ -1,0 +1,54 @@
+"""Whether kernels of our own run in place of torch's operations."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import shutil
+from types import ModuleType
+
+import torch
+from torch.autograd import forward_ad
+from transformers.utils import logging
+
+SWITCH = "VWT_HF_KERNELS"
+"""The environment variable that turns them off, if it is 0."""
+logger = logging.get_logger(__name__)
+
+
+def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
+    """`vwt_hf.kernels`, where it takes these tensors; `None` where torch's operations do.
+
+    It takes plain tensors on an NVIDIA GPU that no gradient is taken of, outside of what is compiled, exported or
+    traced, if Triton and a C compiler are there: torch for CUDA brings the one along, and the other compiles what calls
+    the kernels.
+    """
+    if not all(_takes(tensor) for tensor in tensors) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    # Other ways to differentiate, and `vmap`, see torch's operations alone.
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    return _kernels(tensors[0].device)
+
+
+def _takes(tensor: torch.Tensor) -> bool:
+    differentiable = tensor.requires_grad and torch.is_grad_enabled()
+    return tensor.is_cuda and type(tensor) is torch.Tensor and not differentiable
+
+
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    if os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
+        return None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        logger.warning(
+            "No C compiler (gcc, clang or what the environment variable CC names) was found, which Triton calls "
+            "kernels by: patches are chosen and joined by torch's operations, which takes several times as long on "
+            f"a GPU. Install one, or set {SWITCH}=0 to be told no more."
+        )
+        return None
+    return importlib.import_module(".kernels", __package__)

@@ -1,0 +1,100 @@
+"""Where kernels of our own run in place of torch's operations."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from tiny import answers, sample_pixel_values, tiny_model
+from vwt_hf import compress, on_gpu
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """A GPU that can run them, with all that it takes, by pretence; what would be imported."""
+    imported = object()
+    monkeypatch.setattr(on_gpu.importlib, "import_module", lambda name, package: imported)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv(on_gpu.SWITCH, raising=False)
+    on_gpu._kernels.cache_clear()
+    yield imported
+    on_gpu._kernels.cache_clear()
+
+
+def test_they_run_on_an_nvidia_gpu_with_triton_and_a_compiler(found):
+    assert on_gpu._kernels(GPU) is found
+
+
+@pytest.mark.parametrize("lacks", ["triton", "capability", "nvidia", "switch"])
+def test_without_what_they_take_they_do_not_run(found, lacks, monkeypatch, caplog):
+    if lacks == "triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    elif lacks == "capability":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    elif lacks == "nvidia":
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+    else:
+        monkeypatch.setenv(on_gpu.SWITCH, "0")
+    assert on_gpu._kernels(GPU) is None and not caplog.records
+
+
+def test_without_a_compiler_it_is_said_what_is_missing_and_what_to_do(found, monkeypatch):
+    told = []
+    monkeypatch.setattr(on_gpu.logger, "warning", told.append)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert on_gpu._kernels(GPU) is None and on_gpu._kernels(GPU) is None
+    assert len(told) == 1 and "gcc" in told[0] and f"{on_gpu.SWITCH}=0" in told[0]
+    on_gpu._kernels.cache_clear()
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert on_gpu._kernels(GPU) is found
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """As if all tensors were on such a GPU."""
+    imported = object()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(on_gpu, "_kernels", lambda device: imported)
+    return imported
+
+
+def test_they_take_plain_tensors_that_no_gradient_is_taken_of(everywhere):
+    plain, weight = torch.zeros(2), torch.zeros(2, requires_grad=True)
+    assert on_gpu.kernels_for(plain, plain) is everywhere
+    assert on_gpu.kernels_for(plain, weight) is None
+    with torch.no_grad():
+        assert on_gpu.kernels_for(plain, weight) is everywhere
+    assert on_gpu.kernels_for(torch.nn.Parameter(plain, requires_grad=False)) is None
+
+
+def test_other_ways_to_differentiate_and_graphs_go_by_operations_of_torch(everywhere):
+    seen = []
+
+    def watched(value):
+        seen.append(on_gpu.kernels_for(torch.zeros(2)))
+        return value * 2
+
+    watched(torch.ones(2))
+    torch.func.vmap(watched)(torch.ones(3, 2))
+    torch.func.jvp(watched, (torch.ones(2),), (torch.ones(2),))
+    with forward_ad.dual_level():
+        watched(torch.ones(2))
+    torch.jit.trace(watched, torch.ones(2), check_trace=False)
+    assert seen[0] is everywhere and seen[1:] == [None] * 4
+    compiled = torch.compile(lambda value: value + (on_gpu.kernels_for(value) is None), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_on_a_cpu_none_is_imported(monkeypatch):
+    monkeypatch.setattr(on_gpu, "_kernels", lambda device: pytest.fail("asked for kernels"))
+    answers(compress(tiny_model("vit-classifier"), {"method": "gradual"}), sample_pixel_values())
