@@ -173,7 +173,7 @@ def _plan_of(
         )
     if forward.seeks is not None:
         setting, wanted = forward.seeks
-        forward.joins, forward.seeks = setting.join(plan, key.detach(), wanted), None
+        forward.joins, forward.seeks = setting.seek(plan, key.detach(), wanted), None
     if attention_mask is None:
         return plan, None
     if not forward.relative:

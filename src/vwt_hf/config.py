@@ -228,14 +228,14 @@ class VWTConfig:
         return patches.seen(plan)
 
     def joins(self, layers: int) -> dict[int, float]:
-        """After which of a model's layers tokens are grouped again, ascending, and what `join` is told of each.
+        """After which of a model's layers tokens are grouped again, ascending, and what `seek` is told of each.
 
         Args:
             layers: how many the model has. The first is 1, and the last is none after which tokens are grouped.
         """
         return {}
 
-    def join(self, plan: Grouped, keys: torch.Tensor, wanted: float) -> Joins | None:
+    def seek(self, plan: Grouped, keys: torch.Tensor, wanted: float) -> Joins | None:
         """Which tokens become part of others after a layer of `joins`; `None` if none does.
 
         It is called within the attention of the layer, so that a GPU finds them while the layer runs on.

@@ -124,7 +124,7 @@ class GradualConfig(LocalConfig):
                 found.setdefault(number, one)  # a model of few layers has one for several depths
         return found
 
-    def join(self, plan: Grouped, keys: torch.Tensor, wanted: float) -> Joins | None:
+    def seek(self, plan: Grouped, keys: torch.Tensor, wanted: float) -> Joins | None:
         if not plan.layout.runs:  # no images
             return None
         if self.join_ratio is None:
