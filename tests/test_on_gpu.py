@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def found(monkeypatch):
     """A GPU that can run them, with all that it takes, by pretence; what would be imported."""
     imported = object()
     monkeypatch.setattr(on_gpu.importlib, "import_module", lambda name, package: imported)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None, origin="triton/__init__.py"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -35,10 +36,12 @@ def test_they_run_on_an_nvidia_gpu_with_triton_and_a_compiler(found):
     assert on_gpu._kernels(GPU) is found
 
 
-@pytest.mark.parametrize("lacks", ["triton", "capability", "nvidia", "switch"])
+@pytest.mark.parametrize("lacks", ["triton", "more than a folder", "capability", "nvidia", "switch"])
 def test_without_what_they_take_they_do_not_run(found, lacks, monkeypatch, caplog):
     if lacks == "triton":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    elif lacks == "more than a folder":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
     elif lacks == "capability":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     elif lacks == "nvidia":

@@ -42,7 +42,8 @@ def _takes(tensor: torch.Tensor) -> bool:
 def _kernels(device: torch.device) -> ModuleType | None:
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    if os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:
+    found = importlib.util.find_spec("triton")
+    if os.environ.get(SWITCH) == "0" or found is None or found.origin is None:  # a folder of that name has no origin
         return None
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         logger.warning(
