@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -26,6 +27,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get("VWT_OTHER_END") == "":
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("newest")])
         items[:] = [item for item in items if not item.get_closest_marker("newest")]
+
+
+def pytest_collection_finish() -> None:
+    """Has Python look for garbage less often, and never among what lives as long as the process.
+
+    A search goes through a million objects of torch, transformers and the tests themselves, again and again.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(params=COMMON)

@@ -208,7 +208,7 @@ class Threads(torch.utils.data.Dataset):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_worker_of_a_data_loader_computes_in_one_thread(method, folder):
     processor = AutoImageProcessor.from_pretrained(folder, vwt=inter())
-    loader = torch.utils.data.DataLoader(Threads(processor), num_workers=2, multiprocessing_context=method)
+    loader = torch.utils.data.DataLoader(Threads(processor), num_workers=1, multiprocessing_context=method)
     assert [int(threads) for threads in loader] == [1] * 4
 
 

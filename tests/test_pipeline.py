@@ -256,7 +256,10 @@ def test_a_pipeline_answers_as_the_compressed_model_in_memory_alone_and_in_a_bat
     plain = pipeline(task, model=folder)
     assert plain.model.config.vwt is None and type(plain.model) is model_class
     _, before = ask(plain)
+    every = any((task, model_class) == case[:2] for case in ONE_OF_EACH_TASK)
     for name, setting in allowed(model_class).items():
+        if not every and name not in ("merge", "inter"):
+            continue  # what else settings differ in is the same for all families
         compressed = pipeline(task, model=folder, model_kwargs={"vwt": setting})
         assert compressed.model.config.vwt == setting.to_dict() and type(compressed.model) is model_class
         answers, found = ask(compressed)

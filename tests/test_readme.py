@@ -198,6 +198,7 @@ class FakeDeployment:
         return self
 
 
+@pytest.mark.newest
 def test_the_commands_of_vwt_hf_in_it_run(tiny_hub: LoopbackHub, capsys: pytest.CaptureFixture[str]):
     printed = commands("vwt-hf ")
     verbs = {"learn", "vocab", "show", "calibrate", "evaluate", "embed"}

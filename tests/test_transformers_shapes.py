@@ -3,6 +3,9 @@
 They are transformers' own: the default configs of every model type of the family table, cut to two layers, and the
 configs that transformers tests its models with, which come with a source checkout of it and in no wheel. To run those:
 `PYTHONPATH=path/to/transformers python -m pytest tests/test_transformers_shapes.py`.
+
+On the newest transformers alone: test_families.py goes through every family on both ends, and test_real.py through
+trained models.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from settings import STATISTICS
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.families import FAMILIES, find_layers, find_tower
+
+pytestmark = pytest.mark.newest
 
 Answers = dict[str, torch.Tensor]
 
