@@ -58,12 +58,14 @@ def same(one: Layout, other: Layout) -> bool:
 )
 def test_the_same_patches_are_left_to_the_same_ones(both, size, patch, channels, dtype):
     # Smooth fields with a little noise: neighbours are alike here and there.
-    smooth = torch.nn.functional.interpolate(random(2, channels, *(max(side // 20, 2) for side in size)), size)
+    smooth = torch.nn.functional.interpolate(
+        random(2, channels, *(max(side // 20, 2) for side in size)), size, mode="bilinear"
+    )
     pixels = (smooth + 0.05 * random(2, channels, *size, seed=1)).to(dtype)
     grid, std = (size[0] // patch[0], size[1] // patch[1]), (0.2, 0.3, 0.25, 0.5)[:channels]
     strided = pixels.transpose(2, 3).contiguous().transpose(2, 3)  # as images whose channels come last may be
     left = set()
-    for tolerance, images in ((0.03, pixels), (0.5, strided)):
+    for tolerance, images in ((0.1, pixels), (0.3, strided)):
         expected, found = both(lambda args=(images, patch, grid, std, tolerance): neighbours.lead(*args))
         assert torch.equal(found, expected)
         left.add(len(expected.unique()))
@@ -120,6 +122,8 @@ def test_attention_by_sizes_is_that_of_each_image(patches, heads, size, packed, 
     plan = group(words(4, patches, max(patches // 2, 1)), 1, packed)
     parts = [random(*plan.sizes.shape, heads, size, seed=seed).to(dtype) for seed in range(3)]
     bias = attention_bias(plan, 0.8)
+    if patches > 100:  # more keys than are read at once are hidden before the first that is not
+        bias[:, :40] = -torch.inf
     found = kernels.attend(*(part.transpose(1, 2) for part in parts), bias, plan, 0.1)
     assert found.shape == parts[0].shape and found.dtype == dtype
     for begin, end in zip(*(bound.tolist() for bound in plan.bounds), strict=True):

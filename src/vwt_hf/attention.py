@@ -211,8 +211,15 @@ def sdpa(
     plan, pairs = _plan_of(module, query, key, attention_mask)
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
-    halves = pairs is None and not dropout and query.dtype in (torch.float16, torch.bfloat16)
-    if halves and plan.key_bias is not None and head_size <= 256 and (kernels := kernels_for(query, key, value)):
+    if (
+        pairs is None
+        and plan.key_bias is not None
+        and not dropout
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and all((one.shape, one.dtype) == (query.shape, query.dtype) for one in (key, value))
+        and head_size <= 256
+        and (kernels := kernels_for(query, key, value))
+    ):
         scale = head_size**-0.5 if scaling is None else scaling
         return kernels.attend(query, key, value, plan.key_bias.to(query.device), plan.layout, scale), None
     if (

@@ -47,11 +47,10 @@ def attend(
     query, key, value = (one if one.stride(3) == 1 else one.contiguous() for one in (query, key, value))
     output = query.new_empty(sequences, tokens, heads, size)
     first, ends = _bounds(layout, query)
-    images = len(first)
-    grid = (triton.cdiv(layout.longest if layout.packed else tokens, ROWS), heads, images)
+    blocks = triton.cdiv(layout.longest if layout.packed else tokens, ROWS)
     with _on(query):
-        _attend[grid](
-            *(query, key, value, output, key_bias, first, ends),
+        _attend[(blocks * heads * len(first),)](
+            *(query, key, value, output, key_bias, first, ends, blocks, heads),
             *(stride for one in (query, key, value) for stride in one.stride()[:3]),
             heads * size,
             tokens,
@@ -67,16 +66,17 @@ def attend(
     return output
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["blocks", "heads", "tokens"])
 def _attend(
-    query, key, value, output, key_bias, first, ends,
+    query, key, value, output, key_bias, first, ends, blocks, heads,
     query_sequence, query_head, query_token,
     key_sequence, key_head, key_token,
     value_sequence, value_head, value_token,
     output_token, tokens, scaling,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    block, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program = tl.program_id(0)
+    block, head, image = program % blocks, (program // blocks % heads).to(tl.int64), program // blocks // heads
     sequence = image.to(tl.int64)
     begin, length = sequence * 0, tokens
     if PACKED:
@@ -92,7 +92,7 @@ def _attend(
     output += (sequence * tokens + begin) * output_token + head * SIZE
     real_rows = (rows < length)[:, None] & (dims < SIZE)[None, :]
     queries = tl.load(query + rows[:, None] * query_token + dims[None, :], mask=real_rows, other=0.0)
-    most = tl.full([ROWS], -float("inf"), tl.float32)
+    most = tl.full([ROWS], -1e30, tl.float32)  # not −inf, from which a key that is hidden does not differ
     total = tl.zeros([ROWS], tl.float32)
     found = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, length, KEYS):
@@ -171,7 +171,7 @@ def _describe(
     pixel_values += image * image_stride + row.to(tl.int64) * row_stride + column * column_stride
     looks += (image * patches + patch) * (4 * CHANNELS + 1)
     fine = 0.0
-    for channel in tl.static_range(CHANNELS):
+    for channel in range(CHANNELS):
         values = tl.load(pixel_values + channel * channel_stride, mask=real, other=0.0).to(tl.float32)
         weight = tl.load(weights + channel)
         fine += tl.sum(values * values, 0) * weight * weight
@@ -197,7 +197,7 @@ def _compare(
     none = tl.load(limits + patches * 8 + entry, mask=real, other=0.0)
     looks += image * patches * VALUES
     squares = tl.zeros([BLOCK, 8], tl.float32)
-    for value in tl.static_range(VALUES):
+    for value in range(VALUES):
         own = tl.load(looks + patch * VALUES + value, mask=patch < patches, other=0.0)
         difference = own[:, None] - tl.load(looks + index * VALUES + value, mask=real, other=0.0)
         squares += difference * difference
@@ -260,8 +260,9 @@ def _directions(
     real = (row < rows)[:, None] & (dims < SIZE)[None, :]
     keys += ((row // tokens).to(tl.int64) * of_sequence + (row % tokens).to(tl.int64) * of_token)[:, None]
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for head in range(0, heads):
-        total += tl.load(keys + head * of_head + dims[None, :], mask=real, other=0.0).to(tl.float32)
+    for _ in range(0, heads):
+        total += tl.load(keys + dims[None, :], mask=real, other=0.0).to(tl.float32)
+        keys += of_head
     mean = total / heads
     length = tl.maximum(tl.sqrt(tl.sum(mean * mean, 1)), 1e-12)
     tl.store(directions + row[:, None].to(tl.int64) * SIZE + dims[None, :], mean / length[:, None], mask=real)
