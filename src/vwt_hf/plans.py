@@ -191,7 +191,8 @@ class Grouped:
             layout, sources = regroup(before, joins.order, not_as, sources)
         else:
             assert joins.number is not None
-            rows, stays = joins.into[before.rows], joins.into == torch.arange(len(joins.into), device=joins.into.device)
+            own = torch.arange(joins.into.numel(), device=joins.into.device)
+            rows, stays = joins.into[before.rows], joins.into == own
             place = (stays.view(self.shape).cumsum(dim=1) - 1 - prefix).flatten()
             layout = represent(place[rows[:, prefix:]], before.longest - prefix - joins.number, prefix)
             sources = None if sources is None else by_token(sources.flatten()[rows], layout)
