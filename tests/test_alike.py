@@ -62,11 +62,11 @@ def test_images_of_as_many_tokens_have_as_many_when_a_share_of_them_is_joined():
     values = torch.randn(*even.sizes.shape, 3, generator=torch.Generator().manual_seed(0))
     number = number_to_join(even, 0.4)
     plan, keys = Grouped(even, True, (1, 7), sources), values.unsqueeze(1)
-    after = plan.joined(plan.joins(join_share(keys, even, 0.4), number))
+    after = plan.joined(plan.to_join(join_share(keys, even, 0.4), number))
     assert number == 2 and after.shape == (2, PREFIX + 3) and after.layout.runs == ((PREFIX + 3, 2),)
     assert padded.sizes.shape[1] == PREFIX + 5  # so values are of the same tokens
     plan = Grouped(padded, True, (1, 7), sources)
-    wide = plan.joined(plan.joins(join_share(keys, padded, 0.4)))
+    wide = plan.joined(plan.to_join(join_share(keys, padded, 0.4)))
     # In another order: here that of the tokens that stay, there that of the first patches.
     for one, other in zip(wide.layout.rows, after.layout.rows, strict=True):
         assert torch.equal(one.unsqueeze(0) == one.unsqueeze(1), other.unsqueeze(0) == other.unsqueeze(1))
@@ -83,7 +83,7 @@ def test_the_first_patch_may_be_part_of_another_token_than_the_first(real):
     assert pairs.tokens.tolist() == [[1, 3], [5, 7]] and set(pairs.others.flatten().tolist()) <= {0, 2, 4, 6}
     into = torch.tensor([[0, 0, 2, 2], [4, 5, 6, 7]])
     plan = Grouped(layout, True, (1, 6), torch.arange(8).view(2, 4))
-    after = plan.joined(plan.joins(into))
+    after = plan.joined(plan.to_join(into))
     first, second = (rows - rows.min() for rows in after.layout.rows)
     assert first.tolist() == [1, 0, 0, 1, 1, 0] and second.tolist() == [1, 0, 2, 3, 3, 3]
 
@@ -101,7 +101,7 @@ def test_joined_tokens_are_means_by_size_at_the_place_of_the_one_that_was_joined
     first = int(layout.rows[1, 0])  # of the image of sizes 2, 2, 2, 1
     into = torch.arange(layout.sizes.numel())
     into[first + PREFIX + 3] = first + PREFIX
-    after = plan.joined(plan.joins(into.view_as(layout.sizes)), {plan.shape})
+    after = plan.joined(plan.to_join(into.view_as(layout.sizes)), {plan.shape})
     assert after.layout.tokens == layout.tokens - 1 and after.shape != plan.shape
     values = torch.randn(*layout.sizes.shape, 5, generator=torch.Generator().manual_seed(0))
     values[layout.sizes == 0] = torch.nan  # no token is told by what padding holds

@@ -132,3 +132,24 @@ def test_attention_by_sizes_is_that_of_each_image(patches, heads, size, packed, 
         expected = (logits.softmax(dim=-1) @ value).transpose(0, 1)
         exact = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 3e-3, "rtol": 3e-3}
         torch.testing.assert_close(found.flatten(0, 1)[begin:end].float(), expected, **exact)
+
+
+def test_an_image_whose_keys_are_all_hidden_answers_by_finite_numbers():
+    """As one of padding alone, among images that are padded."""
+    plan = group(words(2, 9, 9), 1, packed=False)
+    bias = torch.full(plan.sizes.shape, -torch.inf, device=DEVICE)
+    parts = (random(2, 2, plan.sizes.shape[1], 16).half() for _ in range(3))
+    assert not kernels.attend(*parts, bias, plan, 0.1).any()
+
+
+def test_what_the_kernels_are_tried_out_by_runs():
+    kernels.try_out(torch.device(DEVICE))
+
+
+@pytest.mark.parametrize(("size", "taken"), [(128, True), (136, False)])
+def test_pairs_of_large_heads_are_found_by_operations_of_torch(size, taken, monkeypatch):
+    """Not every GPU has the memory at hand that a kernel would take."""
+    calls, plan = [], group(words(1, 5, 5), 1)
+    monkeypatch.setattr(alike, "kernels_for", lambda keys: calls.append(keys))
+    alike.join_alike(random(1, 2, plan.sizes.shape[1], size), plan, 0.5)
+    assert bool(calls) == taken

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from settings import fixed, gradual, inter, local
 from test_families import NEAR, sample_images
@@ -216,6 +219,26 @@ def test_checkpointed_layers_give_the_same_gradients(name, reentrant, images):
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(**inputs(model, images.clone().requires_grad_(reentrant)))[0].square().sum().backward()
+        return {name: part.grad for name, part in model.named_parameters() if part.grad is not None}
+
+    expected, found = gradients(False), gradients(True)
+    assert expected.keys() == found.keys() and len(found) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_layers_that_keep_their_products_for_the_gradient_give_the_same(implementation, layout, images):
+    """Kept in their order, so that nothing else may come before them at first that is not repeated."""
+
+    def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
+        model = compress(tiny_model("vit"), gradual(layout=layout)).train()
+        model.set_attn_implementation(implementation)
+        if checkpointed:
+            kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.bmm.default])
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": kept})
+        model(pixel_values=images).last_hidden_state.square().sum().backward()
         return {name: part.grad for name, part in model.named_parameters() if part.grad is not None}
 
     expected, found = gradients(False), gradients(True)

@@ -10,6 +10,9 @@ from .layout import Layout
 from .on_gpu import kernels_for
 from .words import best, whole_share, whole_shares, without_autocast
 
+LARGEST = 128
+"""Size of a head up to which a kernel finds pairs: for more, not every GPU has the memory at hand."""
+
 
 class Pairs(NamedTuple):
     """Every second token of each image, and the token among the others that is most like it."""
@@ -71,7 +74,7 @@ def join_alike(keys: torch.Tensor, layout: Layout, least: float) -> torch.Tensor
     Returns:
         As `Pairs.into`.
     """
-    if kernels := kernels_for(keys):
+    if keys.shape[3] <= LARGEST and (kernels := kernels_for(keys)):
         return kernels.join_alike(keys, layout, least)
     pairs = find_pairs(keys, layout)
     return pairs.into(pairs.cosines >= least, layout)

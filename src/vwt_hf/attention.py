@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -159,7 +159,7 @@ def _plan_of(
 ) -> tuple[Grouped, Pairs]:
     """The plan of the forward under way, and the bias for pairs of tokens that a family gives as `attention_mask`.
 
-    Where the output of the layer is to become fewer tokens, they are sought here, by the keys.
+    Where the output of the layer is to become fewer tokens, the keys are kept, by which they are sought.
 
     Args:
         query, key: (sequences, heads, tokens, head size), which must be of a plan's tokens.
@@ -172,8 +172,9 @@ def _plan_of(
             "of the forward under way. Call the model, not its layers, and repeat no layer outside its forward."
         )
     if forward.seeks is not None:
-        setting, wanted = forward.seeks
-        forward.joins, forward.seeks = setting.seek(plan, key.detach(), wanted), None
+        forward.keys = key.detach()
+        if kernels_for(forward.keys):  # a GPU seeks while the host goes on, and is done when the layer ends
+            forward.joins = forward.seek(plan)
     if attention_mask is None:
         return plan, None
     if not forward.relative:
@@ -383,9 +384,9 @@ def _by_layout(
     rows = [images * length for length, images in layout.runs]
     packed = (tensor[0, :, : layout.tokens] for tensor in (query, key, value))
     parts = zip(*(tensor.split(rows, dim=1) for tensor in packed), strict=True)
-    biases: Sequence[torch.Tensor | None] = [None] * len(rows) if bias is None else layout.by_run(bias)
-    if bias is not None and bias.is_cuda:  # kernels read a mask in steps of 16 bytes, where a slice may not begin
-        biases = [one.clone() for one in layout.by_run(bias)]
+    biases: list[torch.Tensor | None] = [None] * len(rows)
+    if bias is not None:  # kernels read a mask in steps of 16 bytes, where a slice may not begin
+        biases = [one.clone() if one.is_cuda else one for one in layout.by_run(bias)]
     between = [None] * len(rows) if pairs is None else pairs
     outputs = [
         attend(

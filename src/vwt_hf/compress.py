@@ -648,7 +648,8 @@ class RotateTokens(Hook):
 
 @dataclasses.dataclass(eq=False)
 class Seek(Hook):
-    """Forward pre-hook of a layer whose output becomes fewer tokens: has its attention find which, by its keys."""
+    """Forward pre-hook of a layer whose output becomes fewer tokens: has its attention keep the keys, by which
+    they are sought."""
 
     setting: VWTConfig
     wanted: float
@@ -663,7 +664,7 @@ class Seek(Hook):
 
 
 class Join(Hook):
-    """Forward hook of a layer: its output becomes fewer tokens, those that its attention found."""
+    """Forward hook of a layer: its output becomes fewer tokens, as the keys of its attention tell."""
 
     @traced_within
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
@@ -671,14 +672,16 @@ class Join(Hook):
         if forward is None or not forward.holds(layer):
             return output
         tokens = _tokens_of(output)
-        joins, forward.joins, forward.seeks = forward.joins, None, None
         before = forward.plan_of(tokens.shape[0], tokens.shape[1])
-        if before is None:
-            return output
         after = forward.after.get(layer)
-        if after is None:  # else the layer is repeated for its gradient
+        if before is not None and after is None:  # else the layer is repeated for its gradient
+            # Sought here where it was not within attention, as operations that are kept for a repeated layer must be.
+            joins = forward.seek(before) if forward.joins is None else forward.joins
             after = before if joins is None else before.joined(joins, [plan.shape for plan in forward.plans])
             forward.after[layer] = after
+        forward.seeks = forward.keys = forward.joins = None
+        if before is None or after is None:
+            return output
         if after is before:
             return output
         forward.go_by(after)

@@ -238,7 +238,7 @@ class VWTConfig:
     def seek(self, plan: Grouped, keys: torch.Tensor, wanted: float) -> Joins | None:
         """Which tokens become part of others after a layer of `joins`; `None` if none does.
 
-        It is called within the attention of the layer, so that a GPU finds them while the layer runs on.
+        On a GPU it is called within the attention of the layer, so that they are found while the layer runs on.
 
         Args:
             plan: the one that holds within the layer.

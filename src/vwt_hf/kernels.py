@@ -2,7 +2,7 @@
 
 A GPU runs a small operation faster than the host asks for it. Choosing patches and joining tokens are made of such, so
 there they are asked for at once. `on_gpu.kernels_for` says when; all else, and what gradients are taken of or graphs
-are made of, goes by torch's operations, of which these give the answers but for rounding.
+are made of, goes by torch's operations. The answers are the same, but for rounding.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ BLOCK = 64
 """Patches or tokens that a program works on at once."""
 ROWS, KEYS = 64, 32
 """Queries that a program of attention answers, and keys that it reads at once."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Powers of two take one instruction: e to a power is 2 to this times it."""
+
+
+def try_out(device: torch.device) -> None:
+    """Compiles and launches a kernel, which raises what Triton lacks."""
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    order(rows, (rows, rows + 1), 1)
 
 
 def attend(
@@ -54,7 +62,7 @@ def attend(
             *(stride for one in (query, key, value) for stride in one.stride()[:3]),
             heads * size,
             tokens,
-            scaling * 1.4426950408889634,  # 1 / log 2: powers of two take one instruction
+            scaling * LOG2_E.value,
             SIZE=size,
             WIDTH=max(triton.next_power_of_2(size), 16),
             PACKED=layout.packed,
@@ -101,13 +109,13 @@ def _attend(
         keys = tl.load(key + at[:, None] * key_token + dims[None, :], mask=real, other=0.0)
         values = tl.load(value + at[:, None] * value_token + dims[None, :], mask=real, other=0.0)
         bias = tl.load(key_bias + at, mask=at < length, other=-float("inf"))
-        logits = tl.dot(queries, tl.trans(keys)) * scaling + bias[None, :] * 1.4426950408889634
+        logits = tl.dot(queries, tl.trans(keys)) * scaling + bias[None, :] * LOG2_E
         higher = tl.maximum(most, tl.max(logits, 1))
         weights, shrunk = tl.exp2(logits - higher[:, None]), tl.exp2(most - higher)
         total = total * shrunk + tl.sum(weights, 1)
         found = tl.dot(weights.to(values.dtype), values, found * shrunk[:, None])
         most = higher
-    found = found / total[:, None]
+    found = found / tl.where(total > 0, total, 1.0)[:, None]  # 0 where all keys are hidden
     tl.store(output + rows[:, None] * output_token + dims[None, :], found.to(output.dtype.element_ty), mask=real_rows)
 
 
@@ -172,7 +180,8 @@ def _describe(
     looks += (image * patches + patch) * (4 * CHANNELS + 1)
     fine = 0.0
     for channel in range(CHANNELS):
-        values = tl.load(pixel_values + channel * channel_stride, mask=real, other=0.0).to(tl.float32)
+        values = tl.load(pixel_values, mask=real, other=0.0).to(tl.float32)
+        pixel_values += channel_stride
         weight = tl.load(weights + channel)
         fine += tl.sum(values * values, 0) * weight * weight
         for number in tl.static_range(4):
@@ -305,8 +314,8 @@ def order(
         longest: rows of the longest image.
 
     Returns:
-        The first row of the image that has the word of each, (rows,) int64, 0 for rows of no image; the number of the
-        word, (rows,) int64, of such a row; and how many words each image has, (images,) int64.
+        The first row of the image that has the word of each, (rows,) int64, 0 for rows of no image; for such a first
+        row the number of its word, (rows,) int64, undefined for others; how many words each image has, (images,) int64.
     """
     words = words.contiguous()
     lead, place = words.new_zeros(words.numel()), words.new_empty(words.numel())
@@ -361,7 +370,7 @@ def rows_of(
     found = None if sources is None else sources.new_zeros(shape)
     with _on(starts):
         _rows[(len(starts), triton.cdiv(patches, BLOCK))](
-            *(order.into, order.lead, order.place, before, starts, rows, sizes, sources, found, patches),
+            *(order.into, order.first, order.place, before, starts, rows, sizes, sources, found, patches),
             NUMBERED=found is not None,
             BLOCK=BLOCK,
         )
@@ -377,7 +386,8 @@ def _rows(
     real = patch < patches
     at = image * patches + patch
     old = tl.load(before + at, mask=real, other=0)
-    row = tl.load(starts + image) + tl.load(place + tl.load(lead + old, mask=real, other=0), mask=real, other=0)
+    first = tl.load(lead + old, mask=real, other=0)
+    row = tl.load(starts + image) + tl.load(place + first, mask=real, other=0)
     tl.store(rows + at, row, mask=real)
     tl.atomic_add(sizes + row, 1.0, mask=real)  # whole numbers, so in any order the same
     if NUMBERED:
@@ -436,28 +446,28 @@ def join(values: torch.Tensor, into: torch.Tensor, before: Layout, after: Layout
     joined = values.new_zeros(*after.sizes.shape, hidden)
     old, new = _bounds(before, values), _bounds(after, values)
     with _on(values):
-        _join[(len(old[0]), after.longest)](
+        _join[(len(old[0]) * after.longest,)](
             *(values, into.to(values.device), before.sizes.to(values.device), after.sizes.to(values.device), joined),
-            *(*old, *new, hidden),
+            *(*old, *new, after.longest, hidden),
             TOKENS=triton.next_power_of_2(before.longest),
             WIDTH=triton.next_power_of_2(hidden),
         )
     return joined
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["longest"])
 def _join(
-    values, into, sizes, new_sizes, joined, first, ends, new_first, new_ends, hidden,
+    values, into, sizes, new_sizes, joined, first, ends, new_first, new_ends, longest, hidden,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(0)
-    row = tl.load(new_first + image) + tl.program_id(1)
+    image = tl.program_id(0) // longest
+    row = tl.load(new_first + image) + tl.program_id(0) % longest
     if row >= tl.load(new_ends + image):
         return
     begin, end = tl.load(first + image), tl.load(ends + image)
     token, column = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
     mine = tl.load(into + begin + token, mask=begin + token < end, other=-1) == row
-    size = tl.load(new_sizes + row)
+    size = tl.maximum(tl.load(new_sizes + row), 1.0)
     total, lengths = tl.zeros([WIDTH], tl.float32), 0.0
     last = -1
     for _ in range(0, tl.sum(mine.to(tl.int32), 0)):

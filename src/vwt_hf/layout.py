@@ -215,7 +215,7 @@ class Counts:
     """Whole numbers on their way from a device to the host, which goes on until it needs them."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
-        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
         self.arrived: torch.cuda.Event | None = None
         if numbers.is_cuda:
             with torch.cuda.device(numbers.device):
@@ -236,12 +236,12 @@ class Order:
 
     into: torch.Tensor
     """(rows,), int64: the row of the token that each becomes part of, its own if it stays."""
-    lead: torch.Tensor
+    first: torch.Tensor
     """(rows,), int64: the first row of those that become one with each."""
     place: torch.Tensor
     """(rows,), int64: the number of the token whose first row it is."""
     begin: torch.Tensor | int
-    """(images,), int64: the number of the first token of each image; or that of all."""
+    """The number of the first token of each image, (images,) int64; 0 where every image has numbers of its own."""
     counts: Counts
     """Tokens of each image, prefix tokens included."""
 
@@ -293,7 +293,7 @@ def regroup(
     if before.real is None and (kernels := kernels_for(before.rows)):
         rows, sizes, sources = kernels.rows_of(order, bounds[0], shape, before.rows, sources)
         return Layout(rows, sizes, *rest), sources
-    rows = order.place[order.lead][before.rows] + (bounds[0] - order.begin).unsqueeze(1)
+    rows = order.place[order.first][before.rows] + (bounds[0] - order.begin).unsqueeze(1)
     layout = _of_rows(rows, before.prefix, bounds, shape, runs, packed, before.real, before.rounds)
     return layout, None if sources is None else by_token(sources.flatten()[order.into[before.rows]], layout)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .on_gpu import kernels_for
+from .printable import shown
 from .words import first_of, gather_patches, patchify, same_for_all, whole_numbers
 
 OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
@@ -265,6 +266,11 @@ def lead(
         grid: rows and columns of patches.
         tolerance: as for `cover`.
     """
+    if pixel_values.shape[1] != len(image_std):
+        raise ValueError(
+            f"pixel_values {tuple(pixel_values.shape)} have {pixel_values.shape[1]} channels, and image_std "
+            f"{shown(image_std)} a number for each of {len(image_std)}; expected as many."
+        )
     if kernels := kernels_for(pixel_values):
         device, values = pixel_values.device, len(image_std) * math.prod(patch_size)
         looks_by = _waves(*patch_size, device), _weights(tuple(image_std), values, device), FINE

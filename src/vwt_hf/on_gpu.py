@@ -6,7 +6,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import shutil
 from types import ModuleType
 
 import torch
@@ -14,7 +13,7 @@ from torch.autograd import forward_ad
 from transformers.utils import logging
 
 SWITCH = "VWT_HF_KERNELS"
-"""The environment variable that turns them off, if it is 0."""
+"""The environment variable that turns them off, if it is 0 before the first batch."""
 logger = logging.get_logger(__name__)
 
 
@@ -22,13 +21,14 @@ def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
     """`vwt_hf.kernels`, where it takes these tensors; `None` where torch's operations do.
 
     It takes plain tensors on an NVIDIA GPU that no gradient is taken of, outside of what is compiled, exported or
-    traced, if Triton and a C compiler are there: torch for CUDA brings the one along, and the other compiles what calls
-    the kernels.
+    traced, if Triton is there, which torch for CUDA brings along, and finds a C compiler and Python's headers.
     """
     if not all(_takes(tensor) for tensor in tensors) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    # Other ways to differentiate, and `vmap`, see torch's operations alone.
+    # Other ways to differentiate, `vmap`, and what counts or keeps operations see those of torch alone.
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    if torch._C._len_torch_dispatch_stack():
         return None
     return _kernels(tensors[0].device)
 
@@ -45,11 +45,15 @@ def _kernels(device: torch.device) -> ModuleType | None:
     found = importlib.util.find_spec("triton")
     if os.environ.get(SWITCH) == "0" or found is None or found.origin is None:  # a folder of that name has no origin
         return None
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    try:
+        kernels = importlib.import_module(".kernels", __package__)
+        kernels.try_out(device)
+    except Exception as error:  # whatever a machine lacks
         logger.warning(
-            "No C compiler (gcc, clang or what the environment variable CC names) was found, which Triton calls "
-            "kernels by: patches are chosen and joined by torch's operations, which takes several times as long on "
-            f"a GPU. Install one, or set {SWITCH}=0 to be told no more."
+            f"Triton cannot run a kernel on {device} ({type(error).__name__}: {error}). It takes a C compiler (gcc, "
+            "clang or what the environment variable CC names), Python's headers (python3-dev), and a folder to write "
+            "to (TRITON_CACHE_DIR). Patches are chosen and joined by torch's operations, which takes several times as "
+            f"long. Install what is missing, or set {SWITCH}=0 to be told no more."
         )
         return None
-    return importlib.import_module(".kernels", __package__)
+    return kernels

@@ -169,7 +169,7 @@ class Grouped:
         assert self.sources is not None
         return self.sources % self.layout.rows.shape[1]
 
-    def joins(self, into: torch.Tensor, number: int | None = None) -> Joins:
+    def to_join(self, into: torch.Tensor, number: int | None = None) -> Joins:
         """What `joined` takes. It waits for nothing on a GPU, which goes on while the host does something else.
 
         Args:
@@ -183,7 +183,7 @@ class Grouped:
         """The plan by which some tokens have become part of others; itself, if none has.
 
         Args:
-            joins: what `joins` gave.
+            joins: what `to_join` gave.
             not_as: shapes of plans of the same forward, which this one must not have.
         """
         before, prefix, sources = self.layout, self.layout.prefix, self.sources

@@ -129,6 +129,6 @@ class GradualConfig(LocalConfig):
             return None
         if self.join_ratio is None:
             self.require_untraced()
-            return plan.joins(join_alike(keys, plan.layout, wanted))
+            return plan.to_join(join_alike(keys, plan.layout, wanted))
         number = number_to_join(plan.layout, wanted)
-        return plan.joins(join_share(keys, plan.layout, wanted), number)
+        return plan.to_join(join_share(keys, plan.layout, wanted), number)
