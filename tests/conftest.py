@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Has Python look for garbage less often, and never among what lives as long as the process.
 
-    A search goes through a million objects of torch, transformers and the tests themselves, again and again.
+    Each search goes through all objects of torch, transformers and the tests themselves.
     """
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -10,7 +10,7 @@ from .layout import Layout
 from .on_gpu import kernels_for
 from .words import best, whole_share, whole_shares, without_autocast
 
-LARGEST = 128
+LARGEST_HEAD = 128
 """Size of a head up to which a kernel finds pairs: for more, not every GPU has the memory at hand."""
 
 
@@ -74,7 +74,7 @@ def join_alike(keys: torch.Tensor, layout: Layout, least: float) -> torch.Tensor
     Returns:
         As `Pairs.into`.
     """
-    if keys.shape[3] <= LARGEST and (kernels := kernels_for(keys)):
+    if keys.shape[3] <= LARGEST_HEAD and (kernels := kernels_for(keys)):
         return kernels.join_alike(keys, layout, least)
     pairs = find_pairs(keys, layout)
     return pairs.into(pairs.cosines >= least, layout)

@@ -42,6 +42,7 @@ CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 Pairs = tuple[torch.Tensor, ...] | None
 """For each run of a packed batch, or for the whole of a padded one: (images or 1, heads, tokens, tokens), added to the
 attention logits of one layer."""
+HALF = (torch.float16, torch.bfloat16)
 FOLDED = 8
 """Dimensions that a bias adds to a head: two hold it, and flash kernels take multiples of eight."""
 
@@ -144,12 +145,12 @@ def rounds(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return dtype in (torch.float16, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    return dtype in HALF and torch.backends.mkldnn.is_available()
 
 
 def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's own variable-length flash attention takes tensors like these."""
-    if device.type != "cuda" or not VARLEN_SCALES or dtype not in (torch.float16, torch.bfloat16):
+    if device.type != "cuda" or not VARLEN_SCALES or dtype not in HALF:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -216,7 +217,7 @@ def sdpa(
         pairs is None
         and plan.key_bias is not None
         and not dropout
-        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype in HALF
         and all((one.shape, one.dtype) == (query.shape, query.dtype) for one in (key, value))
         and head_size <= 256
         and (kernels := kernels_for(query, key, value))

@@ -680,9 +680,7 @@ class Join(Hook):
             after = before if joins is None else before.joined(joins, [plan.shape for plan in forward.plans])
             forward.after[layer] = after
         forward.seeks = forward.keys = forward.joins = None
-        if before is None or after is None:
-            return output
-        if after is before:
+        if before is None or after is None or after is before:
             return output
         forward.go_by(after)
         joined = join(tokens, before.layout, after.layout)

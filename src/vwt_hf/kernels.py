@@ -21,13 +21,13 @@ BLOCK = 64
 ROWS, KEYS = 64, 32
 """Queries that a program of attention answers, and keys that it reads at once."""
 LOG2_E = tl.constexpr(1.4426950408889634)
-"""Powers of two take one instruction: e to a power is 2 to this times it."""
+"""The logarithm of e to base 2: exp(x) is 2 to the power of x times this, and powers of 2 take one instruction."""
 
 
 def try_out(device: torch.device) -> None:
     """Compiles and launches a kernel, which raises what Triton lacks."""
     rows = torch.zeros(1, dtype=torch.int64, device=device)
-    order(rows, (rows, rows + 1), 1)
+    number_words(rows, (rows, rows + 1), 1)
 
 
 def attend(
@@ -303,7 +303,7 @@ def _pairs(
     tl.store(into + begin + odd, begin + which, mask=(odd < patches) & (most >= least))
 
 
-def order(
+def number_words(
     words: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor], longest: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Numbers the words of each image, in the order in which they first come.
@@ -407,7 +407,7 @@ def rows_of_patches(
 
     Args:
         leaders: (batch, patches), int64: the index of the patch that stands for each.
-        lead, place: as `order` gives them, of these.
+        lead, place: as `number_words` gives them, of these.
         starts, shape: as for `rows_of`.
         prefix: prefix tokens of each image, which stay as they are.
     """

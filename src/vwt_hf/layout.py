@@ -194,21 +194,35 @@ def lead(
     """
     batch, patches = leaders.shape
     if real is None and (kernels := kernels_for(leaders)):
-        first, place, counts = kernels.order(leaders, _alike_bounds(batch, patches, leaders.device), patches)
+        first, place, counts = kernels.number_words(leaders, _even_bounds(batch, patches, leaders.device), patches)
         counted = [prefix + count for count in counts.tolist()]  # the one synchronisation with the device
         shape, starts, packed = _places(counted, prefix + patches, packed, (), rounds)
         bounds = _bounds(starts, counted, leaders.device)
         rows, sizes, sources = kernels.rows_of_patches(leaders, first, place, bounds[0], shape, prefix)
         return Layout(rows, sizes, prefix, _runs(counted), packed, bounds, None, rounds and packed), sources
     layout = group(leaders, prefix, packed, real, rounds=rounds, by_index=True)
-    first = torch.arange(batch, device=leaders.device).unsqueeze(1) * (prefix + patches)
-    return layout, by_token(with_prefix(leaders, prefix) + first, layout)
+    return layout, by_token(whole_rows(leaders, batch, prefix, patches), layout)
 
 
-def _alike_bounds(batch: int, patches: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each image begins and ends, of images with as many patches."""
-    first = torch.arange(batch, device=device) * patches
-    return first, first + patches
+def whole_rows(kept: torch.Tensor, batch: int, prefix: int, patches: int) -> torch.Tensor:
+    """The rows of prefix tokens and of some patches before any token is left out, counted over all images.
+
+    Args:
+        kept: (batch or 1, keep), indices of patches.
+        batch: images.
+        prefix, patches: of each image.
+
+    Returns:
+        (batch, prefix + keep), int64.
+    """
+    first, _ = _even_bounds(batch, prefix + patches, kept.device)
+    return with_prefix(kept, prefix) + first.unsqueeze(1)
+
+
+def _even_bounds(batch: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row in which each image starts, and the one after its last, of images that all have so many rows."""
+    first = torch.arange(batch, device=device) * length
+    return first, first + length
 
 
 class Counts:
@@ -256,8 +270,8 @@ def reorder(before: Layout, into: torch.Tensor) -> Order:
     """
     into = into.flatten()
     if kernels := kernels_for(into):
-        lead, place, counts = kernels.order(into, before.bounds, before.longest)
-        return Order(into, lead, place, 0, Counts(counts))
+        first_rows, place, counts = kernels.number_words(into, before.bounds, before.longest)
+        return Order(into, first_rows, place, 0, Counts(counts))
     own = torch.arange(into.numel(), device=into.device)
     lead = own.scatter_reduce(0, into, own, "amin")[into]
     leads = lead == own
@@ -355,8 +369,7 @@ def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: 
         real: (batch, patches), bool: which patches count; `None` if all do. A token of none is padding.
     """
     batch, length = token_of_patch.shape[0], prefix + tokens
-    starts = torch.arange(batch, device=token_of_patch.device) * length
-    bounds, runs = (starts, starts + length), ((length, batch),) if batch else ()
+    bounds, runs = _even_bounds(batch, length, token_of_patch.device), ((length, batch),) if batch else ()
     return _lay_out(token_of_patch, prefix, bounds, (batch, length), runs, False, real)
 
 
@@ -398,9 +411,9 @@ def _tokens(patch_words: torch.Tensor, by_index: bool) -> tuple[torch.Tensor, to
     """The token of each patch, (batch, patches), and how many tokens each image has, (batch,)."""
     batch, patches = patch_words.shape
     if kernels := kernels_for(patch_words):
-        bounds = _alike_bounds(batch, patches, patch_words.device)
-        lead, place, counts = kernels.order(patch_words.long(), bounds, patches)
-        return place[lead].view(batch, patches), counts
+        bounds = _even_bounds(batch, patches, patch_words.device)
+        first, place, counts = kernels.number_words(patch_words.long(), bounds, patches)
+        return place[first].view(batch, patches), counts
     place = torch.arange(patches, device=patch_words.device).expand_as(patch_words)
     # The first patch in the image that has the same word.
     if by_index:

@@ -7,9 +7,9 @@ import dataclasses
 import torch
 
 from .blocks import chosen_by, words_of
-from .layout import group, lead, represent
+from .layout import group, lead, represent, whole_rows
 from .plans import DROPPED, Grouped, Kept
-from .words import patch_places, patchify, with_prefix
+from .words import patch_places, patchify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +107,7 @@ class Patches:
         Returns:
             (batch, prefix + keep), int64.
         """
-        starts = torch.arange(self.pixel_values.shape[0], device=kept.device) * (self.prefix + self.count)
-        return with_prefix(kept, self.prefix) + starts.unsqueeze(1)
+        return whole_rows(kept, self.pixel_values.shape[0], self.prefix, self.count)
 
     def lead(self, leaders: torch.Tensor, packed: bool, exponent: float) -> Grouped:
         """A plan by which some patches stay, as many of each image as it needs, and stand for the others, too.

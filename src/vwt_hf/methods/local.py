@@ -136,7 +136,7 @@ class LocalConfig(RaggedConfig):
         with without_autocast(patches.device), torch.no_grad():
             if patches.grid is not None and self.tolerance is not None:
                 images = patches.pixel_values, patches.patch_size, patches.grid
-                return self._plan_of(patches, lead(*images, self.image_std, self.tolerance))
+                return self._lead(patches, lead(*images, self.image_std, self.tolerance))
             pixels = patches.pixels_as_words().float()
             looks = describe(pixels, patches.patch_size, self.image_std)
             if patches.grid is not None:
@@ -148,9 +148,9 @@ class LocalConfig(RaggedConfig):
                 stays = cover(neighbours, self.tolerance)
             else:
                 stays = self._stay_by_number(patches, neighbours)
-            return self._plan_of(patches, leaders(neighbours, stays))
+            return self._lead(patches, leaders(neighbours, stays))
 
-    def _plan_of(self, patches: Patches, leaders: torch.Tensor) -> Grouped:
+    def _lead(self, patches: Patches, leaders: torch.Tensor) -> Grouped:
         return patches.lead(leaders, self.packs(patches), self.size_exponent)
 
     def _plan_of_number(self, patches: Patches, neighbours: Neighbours, keep: int) -> Grouped:
