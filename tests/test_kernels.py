@@ -115,6 +115,16 @@ def test_the_same_tokens_are_joined(both, patches, heads, size, packed):
             torch.testing.assert_close(found, expected, atol=exact, rtol=exact)
 
 
+def test_of_equally_alike_tokens_the_first_is_taken(both):
+    """Also among more than are compared at once."""
+    plan = group(torch.arange(150, device=DEVICE).expand(2, -1), 1)
+    keys = torch.zeros(1, 2, plan.sizes.shape[1], 16, device=DEVICE)
+    keys[..., 0] = 1
+    expected, found = both(lambda: alike.join_alike(keys, plan, 0.5))
+    assert torch.equal(found, expected)
+    assert len(found.unique()) == len(found[0]) - 150  # every second one of both images is gone
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, *[torch.bfloat16] * (not INTERPRETED)], ids=str)
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize(("patches", "heads", "size"), [(64, 6, 64), (150, 2, 72), (5, 1, 16), (200, 2, 128)])
