@@ -29,7 +29,7 @@ def local(**fields) -> VWTConfig:
 
 def gradual(**fields) -> VWTConfig:
     """As `local`, and tokens that are joined after the first layer of a model of two."""
-    how = {} if "join_ratio" in fields else {"similarity": 0.5}
+    how = {} if "join_ratio" in fields else {"similarity": 0.2}
     return local(**{"method": "gradual", **how, **fields})
 
 

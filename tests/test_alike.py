@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from vwt_hf.alike import find_pairs, join_alike, join_share, number_to_join
-from vwt_hf.layout import group, join, represent
+from vwt_hf.layout import Layout, group, join, represent
 from vwt_hf.plans import Grouped
 
 WORDS = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 2, 2, 3], [5, 5, 5, 5, 5, 5, 5]])
@@ -14,15 +16,18 @@ COUNTS = (7, 4, 1)
 PREFIX = 2
 
 
-def by_loops(values: torch.Tensor, start: int, count: int) -> list[tuple[float, int, int]]:
+def by_loops(values: torch.Tensor, layout: Layout, image: int, count: int) -> list[tuple[float, int, int]]:
     """For each second row of an image's tokens: how alike the other is that is most like it, itself and the other."""
+    start, sizes, values = int(layout.rows[image, 0]), layout.sizes.flatten(), values.flatten(0, 1)
     rows = [start + PREFIX + token for token in range(count)]
     found = []
+    cosines = [torch.cosine_similarity(values[one], values[row], dim=0) for one in rows[1::2] for row in rows[0::2]]
+    spread = 1 - float(sum(cosines)) / max(len(cosines), 1)
     for source in rows[1::2]:
         cosine, other = max(
             (torch.cosine_similarity(values[source], values[row], dim=0).item(), -row) for row in rows[0::2]
-        )
-        found.append((cosine, source, -other))
+        )  # random values have no two that are equally alike
+        found.append((1 - math.sqrt(sizes[source]) * (1 - cosine) / spread, source, -other))
     return found
 
 
@@ -31,13 +36,49 @@ def by_loops(values: torch.Tensor, start: int, count: int) -> list[tuple[float, 
 def test_every_second_token_joins_the_one_that_is_most_like_it_if_it_is_alike(packed, least):
     layout = group(WORDS, PREFIX, packed)
     values = torch.randn(*layout.sizes.shape, 3, generator=torch.Generator().manual_seed(0))
-    into = join_alike(values.unsqueeze(1), layout, least).flatten()
+    into = join_alike(values, layout, least).flatten()
     expected = torch.arange(layout.sizes.numel())
     for image, count in enumerate(COUNTS):
-        for cosine, row, other in by_loops(values.flatten(0, 1), int(layout.rows[image, 0]), count):
-            if cosine >= least:
+        for alike, row, other in by_loops(values, layout, image, count):
+            if alike >= least:
                 expected[row] = other
     assert torch.equal(into, expected)
+
+
+def test_a_token_that_stands_for_many_patches_is_joined_only_with_one_that_is_more_alike():
+    token_of_patch = torch.tensor([[0, 1, 2, 3, 1, 1, 1], [0, 1, 2, 3, 0, 0, 0]])
+    layout = represent(token_of_patch, 4, prefix=0)
+    assert layout.sizes.tolist() == [[1, 4, 1, 1], [4, 1, 1, 1]]
+    angles = torch.tensor([0.0, 0.3, 2.0, 2.3]).expand(2, -1)
+    values = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    mean = (2 * math.cos(0.3) + math.cos(1.7) + math.cos(2.3)) / 4  # of the second and fourth with the others
+    distance = (1 - math.cos(0.3)) / (1 - mean)
+    pairs = find_pairs(values, layout)
+    torch.testing.assert_close(1 - pairs.alike, torch.tensor([[2 * distance, distance], [distance, distance]]))
+    assert join_alike(values, layout, 1 - 1.5 * distance).tolist() == [[0, 1, 2, 2], [4, 4, 6, 6]]
+
+
+def test_what_all_tokens_of_an_image_share_makes_them_no_more_alike():
+    layout = represent(torch.arange(20).view(1, -1), 20, prefix=0)
+    values = torch.randn(1, 20, 6, generator=torch.Generator().manual_seed(0))
+    values[..., 0] = 0
+    shared = values + 15 * torch.eye(6)[0]
+    assert torch.cosine_similarity(shared[0, :, None], shared[0, None], dim=-1).min() > 0.9
+    # Of small angles, 1 - cosine is half of the square.
+    squares = torch.cdist(values[0, 1::2], values[0, 0::2]).square()
+    pairs = find_pairs(shared, layout)
+    torch.testing.assert_close(pairs.alike[0], 1 - squares.amin(dim=1) / squares.mean(), atol=0.05, rtol=0)
+    assert pairs.others[0].tolist() == (2 * squares.argmin(dim=1)).tolist()
+
+
+def test_of_tokens_that_are_equally_alike_but_for_rounding_the_first_is_taken():
+    layout = represent(torch.arange(200).view(1, -1), 200, prefix=0)
+    values = torch.randn(8, generator=torch.Generator().manual_seed(0)).expand(1, 200, 8)
+    for seed in range(3):
+        noise = 1e-4 * torch.randn(1, 200, 8, generator=torch.Generator().manual_seed(seed))
+        pairs = find_pairs(values + noise, layout)
+        assert not pairs.others.any()
+        torch.testing.assert_close(pairs.alike, torch.ones(1, 100), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
@@ -48,10 +89,10 @@ def test_of_a_share_those_are_joined_that_are_most_alike_in_each_image(packed, s
     values = torch.randn(*layout.sizes.shape, 3, generator=torch.Generator().manual_seed(0))
     expected = torch.arange(layout.sizes.numel())
     for image, (count, number) in enumerate(zip(COUNTS, numbers, strict=True)):
-        pairs = sorted(by_loops(values.flatten(0, 1), int(layout.rows[image, 0]), count), reverse=True)
+        pairs = sorted(by_loops(values, layout, image, count), reverse=True)
         for _, row, other in pairs[:number]:
             expected[row] = other
-    assert torch.equal(join_share(values.unsqueeze(1), layout, share).flatten(), expected)
+    assert torch.equal(join_share(values, layout, share).flatten(), expected)
 
 
 def test_images_of_as_many_tokens_have_as_many_when_a_share_of_them_is_joined():
@@ -61,12 +102,12 @@ def test_images_of_as_many_tokens_have_as_many_when_a_share_of_them_is_joined():
     sources = torch.arange(even.sizes.numel()).view_as(even.sizes)
     values = torch.randn(*even.sizes.shape, 3, generator=torch.Generator().manual_seed(0))
     number = number_to_join(even, 0.4)
-    plan, keys = Grouped(even, True, (1, 7), sources), values.unsqueeze(1)
-    after = plan.joined(plan.to_join(join_share(keys, even, 0.4), number))
+    plan = Grouped(even, True, (1, 7), sources)
+    after = plan.joined(join_share(values, even, 0.4), number)
     assert number == 2 and after.shape == (2, PREFIX + 3) and after.layout.runs == ((PREFIX + 3, 2),)
     assert padded.sizes.shape[1] == PREFIX + 5  # so values are of the same tokens
     plan = Grouped(padded, True, (1, 7), sources)
-    wide = plan.joined(plan.to_join(join_share(keys, padded, 0.4)))
+    wide = plan.joined(join_share(values, padded, 0.4))
     # In another order: here that of the tokens that stay, there that of the first patches.
     for one, other in zip(wide.layout.rows, after.layout.rows, strict=True):
         assert torch.equal(one.unsqueeze(0) == one.unsqueeze(1), other.unsqueeze(0) == other.unsqueeze(1))
@@ -79,11 +120,11 @@ def test_the_first_patch_may_be_part_of_another_token_than_the_first(real):
     layout = represent(torch.tensor([[2, 0, 1, 3, 2, 1], [1, 0, 2, 3, 3, 3]]), 4, prefix=0, real=real)
     assert [bound.tolist() for bound in layout.bounds] == [[0, 4], [4, 8]]
     values = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
-    pairs = find_pairs(values.unsqueeze(1), layout)
+    pairs = find_pairs(values, layout)
     assert pairs.tokens.tolist() == [[1, 3], [5, 7]] and set(pairs.others.flatten().tolist()) <= {0, 2, 4, 6}
     into = torch.tensor([[0, 0, 2, 2], [4, 5, 6, 7]])
     plan = Grouped(layout, True, (1, 6), torch.arange(8).view(2, 4))
-    after = plan.joined(plan.to_join(into))
+    after = plan.joined(into)
     first, second = (rows - rows.min() for rows in after.layout.rows)
     assert first.tolist() == [1, 0, 0, 1, 1, 0] and second.tolist() == [1, 0, 2, 3, 3, 3]
 
@@ -101,7 +142,7 @@ def test_joined_tokens_are_means_by_size_at_the_place_of_the_one_that_was_joined
     first = int(layout.rows[1, 0])  # of the image of sizes 2, 2, 2, 1
     into = torch.arange(layout.sizes.numel())
     into[first + PREFIX + 3] = first + PREFIX
-    after = plan.joined(plan.to_join(into.view_as(layout.sizes)), {plan.shape})
+    after = plan.joined(into.view_as(layout.sizes), not_as={plan.shape})
     assert after.layout.tokens == layout.tokens - 1 and after.shape != plan.shape
     values = torch.randn(*layout.sizes.shape, 5, generator=torch.Generator().manual_seed(0))
     values[layout.sizes == 0] = torch.nan  # no token is told by what padding holds

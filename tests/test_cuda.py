@@ -100,12 +100,10 @@ def test_half_precision_packs_and_attends_by_the_kernel_that_knows_where_images_
     ids=[*EVEN, *RAGGED],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_host_waits_for_the_device_once_a_plan(setting, waits, dtype, images, monkeypatch):
+def test_the_host_waits_for_the_device_once_a_plan(setting, waits, dtype, images):
     model, images = compress(tiny_model("vit-classifier").to("cuda", dtype), setting), images.to("cuda", dtype)
     answers(model, images)
     torch.cuda.synchronize()
-    events, wait = [], torch.cuda.Event.synchronize
-    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: events.append(event) or wait(event))
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -114,8 +112,7 @@ def test_the_host_waits_for_the_device_once_a_plan(setting, waits, dtype, images
     finally:
         torch.cuda.set_sync_debug_mode("default")
     told = [str(one.message) + one.filename + str(one.lineno) for one in caught if "synchroniz" in str(one.message)]
-    assert len(told) + len(events) == waits, told
-    assert len(events) == waits - 1 if waits else not events  # of the first plan, and while layers run on of the others
+    assert len(told) == waits, told
 
 
 @pytest.mark.parametrize("setting", list(EVEN.values()), ids=list(EVEN))

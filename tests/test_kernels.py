@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vwt_hf import alike, layout, neighbours
-from vwt_hf.layout import Layout, attention_bias, group, join, regroup, reorder
+from vwt_hf.layout import Layout, attention_bias, group, join, regroup
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 RUN = INTERPRETED or (torch.cuda.is_available() and torch.version.hip is None)
@@ -92,19 +92,17 @@ def test_the_same_patches_stand_for_others_in_the_same_rows(both, prefix, packed
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize(("patches", "heads", "size"), [(64, 6, 64), (150, 2, 72), (9, 3, 8)])
-def test_the_same_tokens_are_joined(both, patches, heads, size, packed):
+@pytest.mark.parametrize(("patches", "hidden"), [(64, 384), (150, 72), (9, 8)])
+def test_the_same_tokens_are_joined(both, patches, hidden, packed):
     plan = group(words(4, patches, patches // 2), 1, packed)
-    # Of six kinds, with noise; as attention has keys.
-    kinds = random(6, heads, size)[words(*plan.sizes.shape, 6)]
-    keys = (kinds + 0.3 * random(*kinds.shape, seed=1)).bfloat16().transpose(1, 2)
+    # Of six kinds, with noise.
+    kinds = random(6, hidden)[words(*plan.sizes.shape, 6)]
+    states = (kinds + 0.3 * random(*kinds.shape, seed=1)).bfloat16()
     sources = torch.arange(plan.sizes.numel(), device=DEVICE).flip(0).view_as(plan.sizes)
     for least in (0.8, 2.0):
-        into = torch.stack(both(lambda least=least: alike.join_alike(keys, plan, least)))
+        into = torch.stack(both(lambda least=least: alike.join_alike(states, plan, least)))
         assert torch.equal(*into)
-        (after, numbers), (found, found_numbers) = both(
-            lambda into=into[0]: regroup(plan, reorder(plan, into), sources=sources)
-        )
+        (after, numbers), (found, found_numbers) = both(lambda into=into[0]: regroup(plan, into, sources=sources))
         assert same(found, after) and torch.equal(found_numbers, numbers)
         assert (found is plan) == (least == 2.0)
         values = random(*plan.sizes.shape, 40)
@@ -118,9 +116,9 @@ def test_the_same_tokens_are_joined(both, patches, heads, size, packed):
 def test_of_equally_alike_tokens_the_first_is_taken(both):
     """Also among more than are compared at once."""
     plan = group(torch.arange(150, device=DEVICE).expand(2, -1), 1)
-    keys = torch.zeros(1, 2, plan.sizes.shape[1], 16, device=DEVICE)
-    keys[..., 0] = 1
-    expected, found = both(lambda: alike.join_alike(keys, plan, 0.5))
+    states = torch.zeros(1, plan.sizes.shape[1], 16, device=DEVICE)
+    states[..., 0] = 1
+    expected, found = both(lambda: alike.join_alike(states, plan, 0.5))
     assert torch.equal(found, expected)
     assert len(found.unique()) == len(found[0]) - 150  # every second one of both images is gone
 
@@ -154,12 +152,3 @@ def test_an_image_whose_keys_are_all_hidden_answers_by_finite_numbers():
 
 def test_what_the_kernels_are_tried_out_by_runs():
     kernels.try_out(torch.device(DEVICE))
-
-
-@pytest.mark.parametrize(("size", "taken"), [(128, True), (136, False)])
-def test_pairs_of_large_heads_are_found_by_operations_of_torch(size, taken, monkeypatch):
-    """Not every GPU has the memory at hand that a kernel would take."""
-    calls, plan = [], group(words(1, 5, 5), 1)
-    monkeypatch.setattr(alike, "kernels_for", lambda keys: calls.append(keys))
-    alike.join_alike(random(1, 2, plan.sizes.shape[1], size), plan, 0.5)
-    assert bool(calls) == taken

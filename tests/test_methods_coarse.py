@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from settings import ViTImageProcessor, coarse
-from test_families import NEAR, sample_images
+from test_families import assert_near, sample_images
 from tiny import answers, forward, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, count_tokens
 from vwt_hf.blocks import cut_blocks, detail_lost, grid_blocks, halve, padded_blocks, put_back, with_halves
@@ -143,7 +143,7 @@ def test_layouts_answer_alike_and_as_images_alone(name, dtype, images):
         assert count.mean < 50
         alone.append(torch.cat([answers(model, image[None]) for image in images]))
     for one in (found[1], *alone):
-        torch.testing.assert_close(found[0], one, atol=NEAR[dtype], rtol=NEAR[dtype])
+        assert_near(found[0], one)
 
 
 @pytest.mark.parametrize("setting", [coarse(), coarse(num_patches=40)], ids=["tolerance", "number"])

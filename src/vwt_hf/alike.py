@@ -1,4 +1,9 @@
-"""Which tokens of an image are alike, so that one may stand for both: functions on tensors alone."""
+"""Which tokens of an image are alike, so that one may stand for both: functions on tensors alone.
+
+How alike two tokens are is 1 − √s · (1 − c) / (1 − m). c is the cosine of their hidden states; m the mean cosine of the
+image's tokens, which are much more alike in some models and layers than in others; and s how many patches the one
+stands for that may become part of the other: as in Ward's clustering, what stands for many is told from others by less.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,13 @@ from .layout import Layout
 from .on_gpu import kernels_for
 from .words import best, whole_share, whole_shares, without_autocast
 
-LARGEST_HEAD = 128
-"""Size of a head up to which a kernel finds pairs: for more, not every GPU has the memory at hand."""
+EARLIER = 1e-4
+"""How much less alike a token counts for each that could be taken before it: of tokens that are equally alike but for
+rounding, as those of a plain background are, the first is taken, whatever batch their image is in."""
+
+
+FLAT = 0.01
+"""1 − m, at least: where tokens are more alike than that on the whole, all of them are alike."""
 
 
 class Pairs(NamedTuple):
@@ -22,7 +32,7 @@ class Pairs(NamedTuple):
     its first row there."""
     others: torch.Tensor
     """(images, pairs), int64: rows; of pairs that an image does not have they say nothing."""
-    cosines: torch.Tensor
+    alike: torch.Tensor
     """(images, pairs), float32: how alike the two are; −inf where an image has no such token."""
 
     def into(self, joins: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -37,58 +47,65 @@ class Pairs(NamedTuple):
 
 
 @torch.no_grad()
-def find_pairs(keys: torch.Tensor, layout: Layout) -> Pairs:
+def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
     """Finds for every second token of an image the one among the others that is most like it.
 
     Args:
-        keys: (sequences, heads, prefix + tokens, head size): tokens are as alike as the cosine of the means of these
-            over the heads.
+        hidden_states: (sequences, prefix + tokens, hidden).
         layout: where the tokens of each image lie. Its prefix tokens are in no pair.
     """
-    values, real = keys.float().mean(dim=1), None
+    values, real = hidden_states.float().flatten(0, 1), None
+    sizes = layout.sizes.to(values.device).flatten()
     if layout.even:
         rows = torch.arange(layout.tokens, device=values.device).view(-1, layout.longest)[:, layout.prefix :]
-        values = values.flatten(0, 1)[: layout.tokens].unflatten(0, (-1, layout.longest))[:, layout.prefix :]
+        values = values[: layout.tokens].unflatten(0, (-1, layout.longest))[:, layout.prefix :]
     else:
         first, ends = (bound.to(values.device).unsqueeze(1) for bound in layout.bounds)
         rows = first + torch.arange(layout.prefix, layout.longest, device=values.device)
         real = rows < ends
         rows = torch.where(real, rows, first)
-        values = values.flatten(0, 1)[rows]
+        values = values[rows]
     with without_autocast(values.device):
         directions = torch.nn.functional.normalize(values, dim=-1)
         cosines = directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)
-    if real is not None:
-        cosines.masked_fill_(~(real[:, 1::2, None] & real[:, None, 0::2]), -torch.inf)
-    cosine, which = cosines.max(dim=2)
-    return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), cosine)
+    if real is None:
+        mean = cosines.mean(dim=(1, 2))
+    else:
+        pairs = real[:, 1::2, None] & real[:, None, 0::2]
+        mean = (cosines * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
+        cosines.masked_fill_(~pairs, -torch.inf)
+    spread = (1 - mean).clamp(min=FLAT).unsqueeze(1)
+    late = EARLIER * spread * torch.arange(cosines.shape[2], device=cosines.device)
+    less, which = (cosines - late.unsqueeze(1)).max(dim=2)
+    alike = 1 - sizes[rows[:, 1::2]].sqrt() * ((1 - less) / spread - EARLIER * which)
+    return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), alike)
 
 
-def join_alike(keys: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
+def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
     """Joins every second token of an image with the one among the others that is most like it, if they are alike.
 
     Args:
-        keys, layout: as for `find_pairs`.
-        least: the cosine from which on tokens are joined.
+        hidden_states, layout: as for `find_pairs`.
+        least: how alike tokens are from which on they are joined.
 
     Returns:
         As `Pairs.into`.
     """
-    if keys.shape[3] <= LARGEST_HEAD and (kernels := kernels_for(keys)):
-        return kernels.join_alike(keys, layout, least)
-    pairs = find_pairs(keys, layout)
-    return pairs.into(pairs.cosines >= least, layout)
+    if kernels := kernels_for(hidden_states):
+        return kernels.join_alike(hidden_states, layout, least, EARLIER, FLAT)
+    pairs = find_pairs(hidden_states, layout)
+    return pairs.into(pairs.alike >= least, layout)
 
 
-def join_share(keys: torch.Tensor, layout: Layout, share: float) -> torch.Tensor:
+def join_share(hidden_states: torch.Tensor, layout: Layout, share: float) -> torch.Tensor:
     """As `join_alike`, for a share of each image's tokens: of every second one those that are most like another.
 
     Args:
         share: of the tokens that are no prefix tokens, in [0, 0.5], rounded down.
     """
-    pairs = find_pairs(keys, layout)
-    # In descending order of their cosines, the earlier of equals first: as many of each image as it is to lose.
-    order = best(pairs.cosines, pairs.cosines.shape[1])
+    pairs = find_pairs(hidden_states, layout)
+    # The most alike first, the earlier of equals first: as many of each image as it is to lose.
+    order = best(pairs.alike, pairs.alike.shape[1])
     if (number := number_to_join(layout, share)) is not None:
         joins = torch.zeros_like(pairs.tokens, dtype=torch.bool).scatter(1, order[:, :number], True)
     else:

@@ -155,15 +155,11 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _plan_of(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[Grouped, Pairs]:
+def _plan_of(module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[Grouped, Pairs]:
     """The plan of the forward under way, and the bias for pairs of tokens that a family gives as `attention_mask`.
 
-    Where the output of the layer is to become fewer tokens, the keys are kept, by which they are sought.
-
     Args:
-        query, key: (sequences, heads, tokens, head size), which must be of a plan's tokens.
+        query: (sequences, heads, tokens, head size), which must be of a plan's tokens.
     """
     forward = forward_of(module)
     plan = forward.plan_of(query.shape[0], query.shape[2])
@@ -172,10 +168,6 @@ def _plan_of(
             f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size), which are not the tokens "
             "of the forward under way. Call the model, not its layers, and repeat no layer outside its forward."
         )
-    if forward.seeks is not None:
-        forward.keys = key.detach()
-        if kernels_for(forward.keys):  # a GPU seeks while the host goes on, and is done when the layer ends
-            forward.joins = forward.seek(plan)
     if attention_mask is None:
         return plan, None
     if not forward.relative:
@@ -210,7 +202,7 @@ def sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`sdpa` by the layout of the batch; tensors are (sequences, heads, tokens, head size)."""
-    plan, pairs = _plan_of(module, query, key, attention_mask)
+    plan, pairs = _plan_of(module, query, attention_mask)
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
     if (
@@ -256,7 +248,7 @@ def eager(
 
     The second value stands for the attention weights.
     """
-    plan, pairs = _plan_of(module, query, key, attention_mask)
+    plan, pairs = _plan_of(module, query, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -283,7 +275,7 @@ def flash_attention_2(
     """`flash_attention_2` over a packed batch; tensors are (1, heads, tokens, head size)."""
     from flash_attn import flash_attn_varlen_func  # transformers refuses to load a model for it where it is missing
 
-    plan, _ = _plan_of(module, query, key, attention_mask)
+    plan, _ = _plan_of(module, query, attention_mask)
     if not plan.layout.dense:
         raise ValueError(
             "layout is 'padded' and the attention implementation 'flash_attention_2', which takes no bias to hide "

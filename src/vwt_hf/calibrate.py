@@ -51,23 +51,23 @@ from .vocabulary.image_source import one_batch, open_images, processed
 from .weights import device_of, fingerprint_of
 
 LEVELS = (
-    (0.006, 0.91),
-    (0.01, 0.89),
-    (0.0136, 0.876),
-    (0.02, 0.862),
-    (0.024, 0.854),
-    (0.028, 0.846),
-    (0.0325, 0.834),
-    (0.037, 0.82),
-    (0.045, 0.8),
-    (0.06, 0.76),
+    (0.006, 0.84),
+    (0.01, 0.78),
+    (0.0136, 0.73),
+    (0.0165, 0.68),
+    (0.019, 0.64),
+    (0.022, 0.6),
+    (0.025, 0.57),
+    (0.03, 0.53),
+    (0.038, 0.47),
+    (0.052, 0.38),
 )
 """Tolerance and similarity of `method="gradual"`, from light to heavy: more tokens go at each."""
 FEWEST = 50
 """Images: with fewer, the 95 % interval would reach below 0.93 even if all answers agreed."""
 MOST = 500
 BY = ("time", "flops")
-FORMAT = 1
+FORMAT = 2
 """Of the files that a search goes on from."""
 
 

@@ -178,9 +178,8 @@ def _hook_in(
         for module, stand_in in attentions:
             setattr(module, _slot(module), StandIn(stand_in, module))
         for number, wanted in joins.items():
-            layers[number - 1].register_forward_pre_hook(Seek(setting, wanted))
             # The first hook: what transformers records as the layer's hidden states is the same whenever it began to.
-            layers[number - 1].register_forward_hook(Join(), prepend=True)
+            layers[number - 1].register_forward_hook(Join(setting, wanted), prepend=True)
         if joins and family.rotary is not None:
             for layer in layers[min(joins) :]:
                 layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
@@ -647,24 +646,12 @@ class RotateTokens(Hook):
 
 
 @dataclasses.dataclass(eq=False)
-class Seek(Hook):
-    """Forward pre-hook of a layer whose output becomes fewer tokens: has its attention keep the keys, by which
-    they are sought."""
+class Join(Hook):
+    """Forward hook of a layer: its output becomes fewer tokens, as some have become alike."""
 
     setting: VWTConfig
     wanted: float
     """What `VWTConfig.joins` says of the layer."""
-
-    @traced_within
-    def __call__(self, layer: nn.Module, args: Any) -> None:
-        forward = current_forward()
-        # Not where the layer is repeated for its gradient.
-        if forward is not None and forward.holds(layer) and layer not in forward.after:
-            forward.seeks = (self.setting, self.wanted)
-
-
-class Join(Hook):
-    """Forward hook of a layer: its output becomes fewer tokens, as the keys of its attention tell."""
 
     @traced_within
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
@@ -675,11 +662,9 @@ class Join(Hook):
         before = forward.plan_of(tokens.shape[0], tokens.shape[1])
         after = forward.after.get(layer)
         if before is not None and after is None:  # else the layer is repeated for its gradient
-            # Sought here where it was not within attention, as operations that are kept for a repeated layer must be.
-            joins = forward.seek(before) if forward.joins is None else forward.joins
-            after = before if joins is None else before.joined(joins, [plan.shape for plan in forward.plans])
+            found = self.setting.seek(before, tokens.detach(), self.wanted)
+            after = before if found is None else before.joined(*found, [plan.shape for plan in forward.plans])
             forward.after[layer] = after
-        forward.seeks = forward.keys = forward.joins = None
         if before is None or after is None or after is before:
             return output
         forward.go_by(after)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from .patches import Patches
-    from .plans import Grouped, Joins, Kept
+    from .plans import Grouped, Kept
     from .vocabulary import VisualVocabulary
 
 CRITERIA = ("variance", "random", "grid")
@@ -235,14 +235,13 @@ class VWTConfig:
         """
         return {}
 
-    def seek(self, plan: Grouped, keys: torch.Tensor, wanted: float) -> Joins | None:
-        """Which tokens become part of others after a layer of `joins`; `None` if none does.
-
-        On a GPU it is called within the attention of the layer, so that they are found while the layer runs on.
+    def seek(self, plan: Grouped, hidden_states: torch.Tensor, wanted: float) -> tuple[torch.Tensor, int | None] | None:
+        """Which tokens become part of others after a layer of `joins`: what `Grouped.joined` takes; `None` if none
+        does.
 
         Args:
             plan: the one that holds within the layer.
-            keys: (sequences, heads, tokens, head size) of the layer's attention.
+            hidden_states: (sequences, tokens, hidden): what the layer gave.
             wanted: what `joins` says of the layer.
         """
         raise NotImplementedError

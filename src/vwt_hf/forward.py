@@ -22,15 +22,12 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from .plans import Grouped, Joins, Kept
-
-if TYPE_CHECKING:
-    from .config import VWTConfig
+from .plans import Grouped, Kept
 
 
 @dataclasses.dataclass(eq=False)
@@ -98,13 +95,6 @@ class Forward:
     """The plans of groups that it has run by; each gives tokens another shape (sequences, tokens)."""
     after: dict[nn.Module, Grouped] = dataclasses.field(default_factory=dict)
     """The plan that holds after a layer that tokens were grouped behind, by the layer."""
-    seeks: tuple[VWTConfig, float] | None = None
-    """The setting that says which tokens the output of the layer that runs is to lose, and what `VWTConfig.joins` says
-    of the layer; `None` where it keeps all."""
-    keys: torch.Tensor | None = None
-    """(sequences, heads, tokens, head size): the keys of the attention of such a layer, until it has run."""
-    joins: Joins | None = None
-    """The tokens that it is to lose, where they were sought before it has run."""
     rotations: Any = None
     """Cosine and sine of rotary positions, (patches, head size) each; `None` where the tower has none."""
 
@@ -126,17 +116,6 @@ class Forward:
         """
         # The first: a layer that is repeated may add one anew.
         return next((plan for plan in self.plans if plan.shape == (sequences, tokens)), None)
-
-    def seek(self, plan: Grouped) -> Joins | None:
-        """Which tokens the output of the layer that runs is to lose; `None` if it keeps all.
-
-        Args:
-            plan: the one that holds within the layer.
-        """
-        if self.seeks is None or self.keys is None:
-            return None
-        setting, wanted = self.seeks
-        return setting.seek(plan, self.keys, wanted)
 
     @property
     def draws_by_sequence(self) -> bool:

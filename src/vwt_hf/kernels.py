@@ -14,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import Layout, Order
+from .layout import Layout
 
 BLOCK = 64
 """Patches or tokens that a program works on at once."""
+DIMS = 32
+"""Dimensions of hidden states that products of tokens are summed over at once."""
 ROWS, KEYS = 64, 32
 """Queries that a program of attention answers, and keys that it reads at once."""
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -234,73 +236,108 @@ def _nearest(distance, beside, stays, first, patches, BLOCK: tl.constexpr):
     tl.store(first + image * patches + patch, tl.where(own, patch.to(tl.int64), chosen), mask=patch < patches)
 
 
-def join_alike(keys: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
+def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float, earlier: float, flat: float) -> torch.Tensor:
     """The row of the token that each becomes part of, as `alike.join_alike` says: (sequences, tokens), int64.
 
     Args:
-        keys: (sequences, heads, tokens, head size).
+        hidden_states: (sequences, tokens, hidden).
         layout: where images begin and end.
         least: as for `alike.join_alike`.
+        earlier, flat: `alike.EARLIER` and `alike.FLAT`.
     """
-    sequences, heads, tokens, size = keys.shape
-    rows, width = sequences * tokens, max(triton.next_power_of_2(size), 16)
-    keys = keys if keys.stride(3) == 1 else keys.contiguous()
-    directions = keys.new_empty(rows, size, dtype=torch.float32)
-    into = keys.new_empty(sequences, tokens, dtype=torch.int64)
-    first, ends = _bounds(layout, keys)
+    sequences, tokens, hidden = hidden_states.shape
+    values, rows = hidden_states.contiguous(), sequences * tokens
+    lengths = values.new_empty(rows, dtype=torch.float32)
+    into = values.new_empty(sequences, tokens, dtype=torch.int64)
+    first, ends = _bounds(layout, values)
+    spread = lengths.new_empty(len(first))
     pairs = max((layout.longest - layout.prefix) // 2, 1)
-    with _on(keys):
-        _directions[(triton.cdiv(rows, BLOCK),)](
-            *(keys, directions, into, *keys.stride()[:3], tokens, rows, heads), SIZE=size, WIDTH=width, BLOCK=BLOCK
+    with _on(values):
+        _lengths[(rows,)](values, lengths, into, hidden, WIDTH=triton.next_power_of_2(hidden))
+        _spread[(len(first),)](
+            *(values, lengths, spread, first, ends, layout.prefix, hidden, flat), DIMS=DIMS, BLOCK=BLOCK
         )
         _pairs[(len(first), triton.cdiv(pairs, BLOCK))](
-            *(directions, into, first, ends, layout.prefix, least), SIZE=size, WIDTH=width, BLOCK=BLOCK
+            *(values, lengths, layout.sizes.to(values.device), spread, into, first, ends, layout.prefix, least),
+            HIDDEN=hidden,
+            DIMS=DIMS,
+            BLOCK=BLOCK,
+            EARLIER=earlier,
         )
     return into
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "heads"])
-def _directions(
-    keys, directions, into, of_sequence, of_head, of_token, tokens, rows, heads,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The mean over heads of each token's key, made one long; each token in `into` is at first its own."""
-    row, dims = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    real = (row < rows)[:, None] & (dims < SIZE)[None, :]
-    keys += ((row // tokens).to(tl.int64) * of_sequence + (row % tokens).to(tl.int64) * of_token)[:, None]
-    total = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for _ in range(0, heads):
-        total += tl.load(keys + dims[None, :], mask=real, other=0.0).to(tl.float32)
-        keys += of_head
-    mean = total / heads
-    length = tl.maximum(tl.sqrt(tl.sum(mean * mean, 1)), 1e-12)
-    tl.store(directions + row[:, None].to(tl.int64) * SIZE + dims[None, :], mean / length[:, None], mask=real)
-    tl.store(into + row, row.to(tl.int64), mask=row < rows)
+@triton.jit
+def _lengths(values, lengths, into, hidden, WIDTH: tl.constexpr):
+    """The length of each token's hidden state; each token in `into` is at first its own."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    value = tl.load(values + row * hidden + column, mask=column < hidden, other=0.0).to(tl.float32)
+    tl.store(lengths + row, tl.maximum(tl.sqrt(tl.sum(value * value, 0)), 1e-12))
+    tl.store(into + row, row)
+
+
+@triton.jit(do_not_specialize=["prefix"])
+def _spread(values, lengths, spread, first, ends, prefix, hidden, flat, DIMS: tl.constexpr, BLOCK: tl.constexpr):
+    """1 minus the mean cosine of every second token and the others: the product of the means of their directions."""
+    image, dims = tl.program_id(0), tl.arange(0, DIMS)
+    begin = tl.load(first + image) + prefix
+    patches = (tl.load(ends + image) - begin).to(tl.int32)
+    total = 0.0
+    for dim in range(0, hidden, DIMS):
+        here = (dim + dims < hidden)[None, :]
+        odd, even = tl.zeros([DIMS], tl.float32), tl.zeros([DIMS], tl.float32)
+        for start in range(0, patches, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            real = token < patches
+            at = (begin + token)[:, None] * hidden + dim + dims[None, :]
+            value = tl.load(values + at, mask=real[:, None] & here, other=0.0).to(tl.float32)
+            value = value / tl.load(lengths + begin + token, mask=real, other=1.0)[:, None]
+            odd += tl.sum(tl.where((token % 2 == 1)[:, None], value, 0.0), 0)
+            even += tl.sum(tl.where((token % 2 == 0)[:, None], value, 0.0), 0)
+        total += tl.sum(odd * even, 0)
+    pairs = tl.maximum((patches // 2) * ((patches + 1) // 2), 1)
+    tl.store(spread + image, tl.maximum(1 - total / pairs, flat))
 
 
 @triton.jit(do_not_specialize=["prefix"])
 def _pairs(
-    directions, into, first, ends, prefix, least, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    values, lengths, sizes, spread, into, first, ends, prefix, least,
+    HIDDEN: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, EARLIER: tl.constexpr,
 ):  # fmt: skip
     """Every second token of an image and the most alike of the others: the one becomes part of the other if alike."""
-    image, pair, dims = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    image, pair, dims = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DIMS)
     begin = tl.load(first + image) + prefix
     patches = (tl.load(ends + image) - begin).to(tl.int32)
     odd = 2 * pair + 1
-    directions += begin * SIZE
-    real = (odd < patches)[:, None] & (dims < SIZE)[None, :]
-    seconds = tl.load(directions + odd[:, None] * SIZE + dims[None, :], mask=real, other=0.0)
+    values += begin * HIDDEN
+    lengths += begin
     most, which = tl.full([BLOCK], -float("inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
+    whole = tl.load(spread + image)
+    of_odd = tl.load(lengths + odd, mask=odd < patches, other=1.0)
     for start in range(0, patches, 2 * BLOCK):
         even = start + 2 * tl.arange(0, BLOCK)
-        there = (even < patches)[:, None] & (dims < SIZE)[None, :]
-        others = tl.load(directions + even[:, None] * SIZE + dims[None, :], mask=there, other=0.0)
-        cosines = tl.dot(seconds, tl.trans(others), input_precision="ieee")
+        of_even = tl.load(lengths + even, mask=even < patches, other=1.0)
+        products = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for dim in range(0, HIDDEN, DIMS):
+            column = dim + dims
+            here = (column < HIDDEN)[None, :]
+            seconds = tl.load(
+                values + odd[:, None] * HIDDEN + column[None, :], mask=(odd < patches)[:, None] & here, other=0.0
+            )
+            others = tl.load(
+                values + even[:, None] * HIDDEN + column[None, :], mask=(even < patches)[:, None] & here, other=0.0
+            )
+            seconds, others = seconds.to(tl.float32), others.to(tl.float32)
+            products = tl.dot(seconds, tl.trans(others), products, input_precision="ieee")
+        cosines = products / of_odd[:, None] / of_even[None, :]
+        cosines -= (EARLIER * whole * (even // 2))[None, :]
         cosines = tl.where((even < patches)[None, :], cosines, -float("inf"))
         highest, place = tl.max(cosines, 1, return_indices=True)
         which = tl.where(highest > most, start + 2 * place, which)
         most = tl.maximum(most, highest)
-    tl.store(into + begin + odd, begin + which, mask=(odd < patches) & (most >= least))
+    size = tl.load(sizes + begin + odd, mask=odd < patches, other=1.0)
+    alike = 1 - tl.sqrt(size) * ((1 - most) / whole - EARLIER * (which // 2))
+    tl.store(into + begin + odd, begin + which, mask=(odd < patches) & (alike >= least))
 
 
 def number_words(
@@ -354,12 +391,19 @@ def _count(lead, first, ends, place, counts, BLOCK: tl.constexpr):
 
 
 def rows_of(
-    order: Order, starts: torch.Tensor, shape: tuple[int, int], before: torch.Tensor, sources: torch.Tensor | None
+    into: torch.Tensor,
+    lead: torch.Tensor,
+    place: torch.Tensor,
+    starts: torch.Tensor,
+    shape: tuple[int, int],
+    before: torch.Tensor,
+    sources: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`Layout.rows` and `Layout.sizes` of the tokens that are left, and numbers of them, as `layout.regroup` says.
 
     Args:
-        order: of the tokens that there were.
+        into: (rows,), int64: the row of the token that each becomes part of, its own if it stays.
+        lead, place: as `number_words` gives them, of these.
         starts: (images,), int64: the row in which each image is to start.
         shape: of the sizes.
         before: (images, prefix + patches), int64: `Layout.rows` before.
@@ -370,7 +414,7 @@ def rows_of(
     found = None if sources is None else sources.new_zeros(shape)
     with _on(starts):
         _rows[(len(starts), triton.cdiv(patches, BLOCK))](
-            *(order.into, order.first, order.place, before, starts, rows, sizes, sources, found, patches),
+            *(into, lead, place, before, starts, rows, sizes, sources, found, patches),
             NUMBERED=found is not None,
             BLOCK=BLOCK,
         )

@@ -225,72 +225,19 @@ def _even_bounds(batch: int, length: int, device: torch.device) -> tuple[torch.T
     return first, first + length
 
 
-class Counts:
-    """Whole numbers on their way from a device to the host, which goes on until it needs them."""
-
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
-        self.arrived: torch.cuda.Event | None = None
-        if numbers.is_cuda:
-            with torch.cuda.device(numbers.device):
-                self.arrived = torch.cuda.Event()
-                self.arrived.record()
-
-    def tolist(self) -> list[int]:
-        """Waits for them."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.numbers.tolist()
-
-
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """The order of the tokens that are left when some have become part of others of their image: by the first of those
-    that become one."""
-
-    into: torch.Tensor
-    """(rows,), int64: the row of the token that each becomes part of, its own if it stays."""
-    first: torch.Tensor
-    """(rows,), int64: the first row of those that become one with each."""
-    place: torch.Tensor
-    """(rows,), int64: the number of the token whose first row it is."""
-    begin: torch.Tensor | int
-    """The number of the first token of each image, (images,) int64; 0 where every image has numbers of its own."""
-    counts: Counts
-    """Tokens of each image, prefix tokens included."""
-
-
-def reorder(before: Layout, into: torch.Tensor) -> Order:
-    """The order of the tokens that are left. It waits for nothing.
+def regroup(
+    before: Layout,
+    into: torch.Tensor,
+    not_as: Collection[tuple[int, ...]] = (),
+    sources: torch.Tensor | None = None,
+) -> tuple[Layout, torch.Tensor | None]:
+    """Lays out anew the tokens that are left when some have become part of others of their image: in the order of the
+    first of those that become one.
 
     Args:
         before: how they lay.
         into: (sequences, prefix + tokens), int64, on the device of `before`: the row of the token that each becomes
             part of, its own if it stays.
-    """
-    into = into.flatten()
-    if kernels := kernels_for(into):
-        first_rows, place, counts = kernels.number_words(into, before.bounds, before.longest)
-        return Order(into, first_rows, place, 0, Counts(counts))
-    own = torch.arange(into.numel(), device=into.device)
-    lead = own.scatter_reduce(0, into, own, "amin")[into]
-    leads = lead == own
-    if not before.dense:  # rows of padding are none
-        leads = leads & (before.sizes.flatten() > 0)
-    place = leads.cumsum(0) - 1
-    first, ends = before.bounds
-    begin = place[first]
-    return Order(into, lead, place, begin, Counts(place[ends - 1] - begin + 1))
-
-
-def regroup(
-    before: Layout, order: Order, not_as: Collection[tuple[int, ...]] = (), sources: torch.Tensor | None = None
-) -> tuple[Layout, torch.Tensor | None]:
-    """Lays out anew the tokens that are left when some have become part of others of their image.
-
-    Args:
-        before: how they lay.
-        order: as `reorder` gives it.
         not_as: as for `group`.
         sources: (sequences, prefix + tokens), int64: a number of each.
 
@@ -298,18 +245,33 @@ def regroup(
         `before` itself and `sources`, if all stay. Else the new layout, and the numbers of those that others became
         part of; 0 for padding.
     """
-    counted = order.counts.tolist()  # the one synchronisation with the device
+    into, kernels = into.flatten(), kernels_for(into)
+    # For each row the first of those that become one with it, and for a first row the number of its token.
+    if kernels:
+        lead, place, counts = kernels.number_words(into, before.bounds, before.longest)
+        begin: torch.Tensor | int = 0  # of each image: there, every image has numbers of its own
+    else:
+        own = torch.arange(into.numel(), device=into.device)
+        lead = own.scatter_reduce(0, into, own, "amin")[into]
+        leads = lead == own
+        if not before.dense:  # rows of padding are none
+            leads = leads & (before.sizes.flatten() > 0)
+        place = leads.cumsum(0) - 1
+        first, ends = before.bounds
+        begin = place[first]
+        counts = place[ends - 1] - begin + 1
+    counted = counts.tolist()  # the one synchronisation with the device
     if sum(counted) == before.tokens:
         return before, sources
     shape, starts, packed = _places(counted, before.rows.shape[1], before.packed, not_as, before.rounds)
     bounds, runs = _bounds(starts, counted, before.rows.device), _runs(counted)
     rest = before.prefix, runs, packed, bounds, before.real, before.rounds
-    if before.real is None and (kernels := kernels_for(before.rows)):
-        rows, sizes, sources = kernels.rows_of(order, bounds[0], shape, before.rows, sources)
+    if kernels and before.real is None:
+        rows, sizes, sources = kernels.rows_of(into, lead, place, bounds[0], shape, before.rows, sources)
         return Layout(rows, sizes, *rest), sources
-    rows = order.place[order.first][before.rows] + (bounds[0] - order.begin).unsqueeze(1)
+    rows = place[lead][before.rows] + (bounds[0] - begin).unsqueeze(1)
     layout = _of_rows(rows, before.prefix, bounds, shape, runs, packed, before.real, before.rounds)
-    return layout, None if sources is None else by_token(sources.flatten()[order.into[before.rows]], layout)
+    return layout, None if sources is None else by_token(sources.flatten()[into[before.rows]], layout)
 
 
 def _runs(counted: list[int]) -> tuple[tuple[int, int], ...]:

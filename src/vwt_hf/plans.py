@@ -14,7 +14,6 @@ import torch
 
 from .layout import (
     Layout,
-    Order,
     attention_bias,
     by_token,
     expand,
@@ -23,7 +22,6 @@ from .layout import (
     pool,
     pool_pairs,
     regroup,
-    reorder,
     represent,
 )
 from .words import gather_pairs, gather_patches, with_prefix
@@ -70,19 +68,6 @@ class Kept:
         """
         kept = self.kept.expand(batch, -1)
         return torch.full((batch, patches), DROPPED, device=kept.device).scatter_(1, kept, kept)
-
-
-@dataclasses.dataclass(frozen=True)
-class Joins:
-    """Which tokens of a plan become part of others of their image, which keep their places."""
-
-    into: torch.Tensor
-    """(rows,), int64: the row, of all sequences one after another, of the token that each becomes part of; its own if
-    it stays."""
-    number: int | None
-    """How many tokens of each image become part of others; `None` where images differ in that."""
-    order: Order | None
-    """That of the tokens that are left, where images differ in their number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,32 +154,27 @@ class Grouped:
         assert self.sources is not None
         return self.sources % self.layout.rows.shape[1]
 
-    def to_join(self, into: torch.Tensor, number: int | None = None) -> Joins:
-        """What `joined` takes. It waits for nothing on a GPU, which goes on while the host does something else.
+    def joined(
+        self, into: torch.Tensor, number: int | None = None, not_as: Collection[tuple[int, ...]] = ()
+    ) -> Grouped:
+        """The plan by which some tokens have become part of others of their image, which keep their places; itself, if
+        none has.
 
         Args:
-            into: (sequences, prefix + tokens), int64: as `Joins` says.
-            number: as `Joins` says.
-        """
-        into = into.to(self.layout.rows.device)
-        return Joins(into.flatten(), number, reorder(self.layout, into) if number is None else None)
-
-    def joined(self, joins: Joins, not_as: Collection[tuple[int, ...]] = ()) -> Grouped:
-        """The plan by which some tokens have become part of others; itself, if none has.
-
-        Args:
-            joins: what `to_join` gave.
+            into: (sequences, prefix + tokens), int64: the row, of all sequences one after another, of the token that
+                each becomes part of; its own if it stays.
+            number: how many tokens of each image become part of others; `None` where images differ in that.
             not_as: shapes of plans of the same forward, which this one must not have.
         """
         before, prefix, sources = self.layout, self.layout.prefix, self.sources
-        if joins.order is not None:
-            layout, sources = regroup(before, joins.order, not_as, sources)
+        into = into.to(before.rows.device)
+        if number is None:
+            layout, sources = regroup(before, into, not_as, sources)
         else:
-            assert joins.number is not None
-            own = torch.arange(joins.into.numel(), device=joins.into.device)
-            rows, stays = joins.into[before.rows], joins.into == own
+            into = into.flatten()
+            rows, stays = into[before.rows], into == torch.arange(into.numel(), device=into.device)
             place = (stays.view(self.shape).cumsum(dim=1) - 1 - prefix).flatten()
-            layout = represent(place[rows[:, prefix:]], before.longest - prefix - joins.number, prefix)
+            layout = represent(place[rows[:, prefix:]], before.longest - prefix - number, prefix)
             sources = None if sources is None else by_token(sources.flatten()[rows], layout)
         if layout.tokens == before.tokens:
             return self

@@ -9,41 +9,42 @@ import torch
 
 from ..alike import join_alike, join_share, number_to_join
 from ..bounds import is_int, is_number
-from ..plans import Grouped, Joins
+from ..plans import Grouped
 from ..printable import shown
 from .local import LocalConfig
 
-SIMILARITY = 0.846
-WIDTHS = {5 / 12: 1.0, 6 / 12: 0.864, 7 / 12: 0.558, 8 / 12: 0.636}
-"""Where tokens are joined by default: after which share of the layers, and the factor of 1 − similarity there. Keys are
-more alike in later layers, so it is below 1 after the first of these."""
+SIMILARITY = 0.6
+DEPTHS = (5 / 12, 7 / 12, 9 / 12)
+"""After which share of the layers tokens are joined by default."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class GradualConfig(LocalConfig):
     """As `method="local"`, and after some layers tokens that have become alike are joined, too.
 
-    Tokens are as alike as the cosine of their keys says, means over the heads of the layer's attention. Every second
-    token of an image looks for the one among the others that is most like it, and is joined with it if they are alike
-    enough: their states become the mean, weighed by how many patches each stands for.
+    Every second token of an image looks for the one among the others that is most like it, and is joined with it if
+    they are alike enough: their states become the mean, weighed by how many patches each stands for.
+
+    How alike they are is 1 − √s · (1 − c) / (1 − m): c is the cosine of their hidden states, m the mean cosine of the
+    image's tokens, and s how many patches the token stands for that is joined with another. So two tokens of one patch
+    each are 1 alike if they are the same, and 0 if they are as different as two tokens of the image are on average.
 
     Args:
-        similarity (`float` or sequence of `float`, default 0.846):
-            Least cosine, in [-1, 1], at which two tokens are joined: one for each layer. One number is for all of
-            `layers`; without `layers`, for the first of the four, and nearer to 1 after the others, as keys are more
-            alike there (0.867, 0.914 and 0.902 by default).
+        similarity (`float` or sequence of `float`, default 0.6):
+            How alike two tokens are, in [-1, 1], from which on they are joined: one for each layer, or one number for
+            all.
         join_ratio (`float` or sequence of `float`, *optional*):
             In place of `similarity`: the share of an image's tokens that become part of others, in [0, 0.5], those that
             are most alike; one for each layer, or one number for all. With `keep_ratio` or `num_patches` all images of
             a batch then have the same number of tokens, as export needs.
         layers (sequence of `int`, *optional*):
-            After which layers, 1 for the first. Default: of each twelve layers the fifth to the eighth.
+            After which layers, 1 for the first. Default: of each twelve layers the fifth, seventh and ninth.
         tolerance, keep_ratio, num_patches, image_std, layout:
-            As for `method="local"`; the default of `tolerance` is 0.028. With `tolerance=0` all patches enter the first
+            As for `method="local"`; the default of `tolerance` is 0.022. With `tolerance=0` all patches enter the first
             layer.
     """
 
-    usual_tolerance: ClassVar[float] = 0.028
+    usual_tolerance: ClassVar[float] = 0.022
     usual_similarity: ClassVar[float | None] = SIMILARITY
     """The similarity where nothing says how many tokens are joined; `None`: then none are."""
 
@@ -74,7 +75,7 @@ class GradualConfig(LocalConfig):
         if self.similarity is None:
             object.__setattr__(self, "similarity", self.usual_similarity)
         if self.similarity is not None:
-            self._require_for_layers("similarity", -1, 1, "a cosine in [-1, 1]")
+            self._require_for_layers("similarity", -1, 1, "a number in [-1, 1]")
         elif self.layers is not None:
             raise ValueError(
                 f"VWTConfig.layers is {shown(self.layers)}, and neither similarity nor join_ratio says which tokens "
@@ -83,7 +84,7 @@ class GradualConfig(LocalConfig):
 
     def _require_for_layers(self, field: str, least: float, most: float, kind: str) -> None:
         """Refuses a field that is neither a number nor one for each layer, and makes a tuple of a list."""
-        value, wanted = getattr(self, field), len(WIDTHS if self.layers is None else self.layers)
+        value, wanted = getattr(self, field), len(DEPTHS if self.layers is None else self.layers)
         given = tuple(value) if isinstance(value, (list, tuple)) else (value,) * wanted
         if len(given) != wanted or not all(is_number(one, least, most) for one in given):
             raise ValueError(
@@ -108,27 +109,21 @@ class GradualConfig(LocalConfig):
                 f"VWTConfig.layers is {self.layers}, and the model has {layers} layers, of which the last leaves "
                 f"nothing to save; expected numbers from 1 to {layers - 1}."
             )
-        numbers = self.layers or [round(depth * layers) for depth in WIDTHS]
+        numbers = self.layers or [round(depth * layers) for depth in DEPTHS]
         given = self.similarity if self.join_ratio is None else self.join_ratio
         if given is None:
             return {}
-        if isinstance(given, tuple):
-            by_layer = list(given)
-        elif self.layers is not None or self.join_ratio is not None:
-            by_layer = [given] * len(numbers)
-        else:
-            by_layer = [max(1 - (1 - given) * width, -1) for width in WIDTHS.values()]
+        by_layer = given if isinstance(given, tuple) else (given,) * len(numbers)
         found: dict[int, float] = {}
         for number, one in zip(numbers, by_layer, strict=True):
             if 0 < number < layers:
                 found.setdefault(number, one)  # a model of few layers has one for several depths
         return found
 
-    def seek(self, plan: Grouped, keys: torch.Tensor, wanted: float) -> Joins | None:
+    def seek(self, plan: Grouped, hidden_states: torch.Tensor, wanted: float) -> tuple[torch.Tensor, int | None] | None:
         if not plan.layout.runs:  # no images
             return None
         if self.join_ratio is None:
             self.require_untraced()
-            return plan.to_join(join_alike(keys, plan.layout, wanted))
-        number = number_to_join(plan.layout, wanted)
-        return plan.to_join(join_share(keys, plan.layout, wanted), number)
+            return join_alike(hidden_states, plan.layout, wanted), None
+        return join_share(hidden_states, plan.layout, wanted), number_to_join(plan.layout, wanted)
