@@ -388,7 +388,7 @@ def test_layers_are_those_in_the_middle_if_a_setting_does_not_say(layers, expect
 def test_each_layer_has_its_similarity():
     assert VWTConfig(method="gradual", layers=[2, 5], similarity=[0.9, 0.8]).joins(12) == {2: 0.9, 5: 0.8}
     assert VWTConfig(method="gradual", layers=[2, 5], similarity=0.7).joins(12) == {2: 0.7, 5: 0.7}
-    assert VWTConfig(method="gradual").joins(12) == dict.fromkeys((5, 7, 9), 0.6)
+    assert VWTConfig(method="gradual").joins(12) == dict.fromkeys((5, 7, 9), 0.61)
     assert VWTConfig(method="gradual", join_ratio=0.2).joins(12) == dict.fromkeys((5, 7, 9), 0.2)
     assert VWTConfig(method="gradual", join_ratio=[0.4, 0.3, 0.2]).joins(12) == {5: 0.4, 7: 0.3, 9: 0.2}
 

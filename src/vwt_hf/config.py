@@ -69,7 +69,7 @@ class VWTConfig:
             `dropped="discard"`; else compressed. Each is refused where it has no meaning.
         proportional_attention (`bool`, default `True`):
             Whether a token that stands for s patches gets + log s on its attention logits, so that it draws as much
-            attention as its patches would; under `"coarse"` two thirds of that.
+            attention as its patches would; under `"gradual"` nine tenths of that, and under `"coarse"` two thirds.
         evidence (`dict`, *optional*):
             Written by `vwt_hf.calibrate`: on how many images the setting was chosen, and what was measured there. It
             says nothing of a setting that is changed afterwards.

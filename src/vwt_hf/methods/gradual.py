@@ -13,7 +13,7 @@ from ..plans import Grouped
 from ..printable import shown
 from .local import LocalConfig
 
-SIMILARITY = 0.6
+SIMILARITY = 0.61
 DEPTHS = (5 / 12, 7 / 12, 9 / 12)
 """After which share of the layers tokens are joined by default."""
 
@@ -30,7 +30,7 @@ class GradualConfig(LocalConfig):
     each are 1 alike if they are the same, and 0 if they are as different as two tokens of the image are on average.
 
     Args:
-        similarity (`float` or sequence of `float`, default 0.6):
+        similarity (`float` or sequence of `float`, default 0.61):
             How alike two tokens are, in [-1, 1], from which on they are joined: one for each layer, or one number for
             all.
         join_ratio (`float` or sequence of `float`, *optional*):
@@ -45,6 +45,7 @@ class GradualConfig(LocalConfig):
     """
 
     usual_tolerance: ClassVar[float] = 0.022
+    usual_exponent: ClassVar[float] = 0.9
     usual_similarity: ClassVar[float | None] = SIMILARITY
     """The similarity where nothing says how many tokens are joined; `None`: then none are."""
 
