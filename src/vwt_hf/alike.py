@@ -1,8 +1,10 @@
 """Which tokens of an image are alike, so that one may stand for both: functions on tensors alone.
 
-How alike two tokens are is 1 − √s · (1 − c) / (1 − m). c is the cosine of their hidden states; m the mean cosine of the
-image's tokens, which are much more alike in some models and layers than in others; and s how many patches the one
-stands for that may become part of the other: as in Ward's clustering, what stands for many is told from others by less.
+Every second token of an image may become part of one of the others. How alike the two are is
+1 − √s · (1 − c) / (1 − m): c is the cosine of their hidden states, and m the mean of these cosines over all such pairs
+of the image, as tokens are much more alike in some models and layers than in others. s is how many patches the token
+stands for that may become part of the other: as in Ward's clustering, one that stands for many is told from others by
+less.
 """
 
 from __future__ import annotations
@@ -15,13 +17,11 @@ from .layout import Layout
 from .on_gpu import kernels_for
 from .words import best, whole_share, whole_shares, without_autocast
 
-EARLIER = 1e-4
-"""How much less alike a token counts for each that could be taken before it: of tokens that are equally alike but for
-rounding, as those of a plain background are, the first is taken, whatever batch their image is in."""
-
-
-FLAT = 0.01
-"""1 − m, at least: where tokens are more alike than that on the whole, all of them are alike."""
+EARLIER = 1e-5
+"""How much less alike a token counts, where the most alike is chosen, for each that could be taken before it: of tokens
+that are equally alike but for rounding, as those of a plain background are, the first is taken, in every batch."""
+FLAT = 1e-3
+"""1 − m, at least: below, how tokens differ is lost in rounding."""
 
 
 class Pairs(NamedTuple):
@@ -77,7 +77,7 @@ def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
     spread = (1 - mean).clamp(min=FLAT).unsqueeze(1)
     late = EARLIER * spread * torch.arange(cosines.shape[2], device=cosines.device)
     less, which = (cosines - late.unsqueeze(1)).max(dim=2)
-    alike = 1 - sizes[rows[:, 1::2]].sqrt() * ((1 - less) / spread - EARLIER * which)
+    alike = 1 - sizes[rows[:, 1::2]].clamp(min=1).sqrt() * ((1 - less) / spread - EARLIER * which)
     return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), alike)
 
 

@@ -236,8 +236,8 @@ class VWTConfig:
         return {}
 
     def seek(self, plan: Grouped, hidden_states: torch.Tensor, wanted: float) -> tuple[torch.Tensor, int | None] | None:
-        """Which tokens become part of others after a layer of `joins`: what `Grouped.joined` takes; `None` if none
-        does.
+        """Which tokens become part of others after a layer of `joins`: `into` and `number` of `Grouped.joined`; `None`
+        if none does.
 
         Args:
             plan: the one that holds within the layer.

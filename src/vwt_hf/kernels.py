@@ -336,7 +336,7 @@ def _pairs(
         which = tl.where(highest > most, start + 2 * place, which)
         most = tl.maximum(most, highest)
     size = tl.load(sizes + begin + odd, mask=odd < patches, other=1.0)
-    alike = 1 - tl.sqrt(size) * ((1 - most) / whole - EARLIER * (which // 2))
+    alike = 1 - tl.sqrt(tl.maximum(size, 1.0)) * ((1 - most) / whole - EARLIER * (which // 2))
     tl.store(into + begin + odd, begin + which, mask=(odd < patches) & (alike >= least))
 
 

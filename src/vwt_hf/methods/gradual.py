@@ -25,14 +25,16 @@ class GradualConfig(LocalConfig):
     Every second token of an image looks for the one among the others that is most like it, and is joined with it if
     they are alike enough: their states become the mean, weighed by how many patches each stands for.
 
-    How alike they are is 1 − √s · (1 − c) / (1 − m): c is the cosine of their hidden states, m the mean cosine of the
-    image's tokens, and s how many patches the token stands for that is joined with another. So two tokens of one patch
-    each are 1 alike if they are the same, and 0 if they are as different as two tokens of the image are on average.
+    How alike they are is 1 − √s · (1 − c) / (1 − m): c is the cosine of their hidden states, m the mean of these
+    cosines over all such pairs of the image, and s how many patches the token stands for that becomes part of the
+    other. So two tokens of a patch each are 1 alike if they are the same, and 0 if they differ as two of the image do
+    on average.
+
+    A token of s patches draws as much attention as s to the power of 0.9.
 
     Args:
         similarity (`float` or sequence of `float`, default 0.61):
-            How alike two tokens are, in [-1, 1], from which on they are joined: one for each layer, or one number for
-            all.
+            From how alike on two tokens are joined, a number in [-1, 1]: one for each layer, or one for all.
         join_ratio (`float` or sequence of `float`, *optional*):
             In place of `similarity`: the share of an image's tokens that become part of others, in [0, 0.5], those that
             are most alike; one for each layer, or one number for all. With `keep_ratio` or `num_patches` all images of
