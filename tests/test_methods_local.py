@@ -100,7 +100,7 @@ def test_joined_tokens_answer_as_a_mean_by_hand(images):
         members = {row: [row] for row in range(65)}
         for source in range(2, 65, 2):
             differs = {row: (1 - cosines[source, row].item()) / (1 - mean) for row in range(1, 65, 2)}
-            best = min(differs, key=lambda row: differs[row] + 1e-5 * (row // 2))
+            best = min(differs, key=lambda row: differs[row] + 1e-4 * (row // 2))
             if 1 - differs[best] >= 0.2:
                 members[best].append(source)
                 del members[source]

@@ -17,10 +17,11 @@ from .layout import Layout
 from .on_gpu import kernels_for
 from .words import best, whole_share, whole_shares, without_autocast
 
-EARLIER = 1e-5
-"""How much less alike a token counts, where the most alike is chosen, for each that could be taken before it: of tokens
-that are equally alike but for rounding, as those of a plain background are, the first is taken, in every batch."""
-FLAT = 1e-3
+EARLIER, PLACES = 1e-4, 128
+"""How much less alike a token counts, where the most alike is chosen, for each of up to so many that could be taken before
+it: of tokens that are equally alike but for rounding, as those of a plain background are, the first is taken, in every
+batch."""
+FLAT = 0.01
 """1 − m, at least: below, how tokens differ is lost in rounding."""
 
 
@@ -75,9 +76,9 @@ def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
         mean = (cosines * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
         cosines.masked_fill_(~pairs, -torch.inf)
     spread = (1 - mean).clamp(min=FLAT).unsqueeze(1)
-    late = EARLIER * spread * torch.arange(cosines.shape[2], device=cosines.device)
-    less, which = (cosines - late.unsqueeze(1)).max(dim=2)
-    alike = 1 - sizes[rows[:, 1::2]].clamp(min=1).sqrt() * ((1 - less) / spread - EARLIER * which)
+    places = torch.arange(cosines.shape[2], device=cosines.device).clamp(max=PLACES)
+    less, which = (cosines - (EARLIER * spread * places).unsqueeze(1)).max(dim=2)
+    alike = 1 - sizes[rows[:, 1::2]].clamp(min=1).sqrt() * ((1 - less) / spread - EARLIER * which.clamp(max=PLACES))
     return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), alike)
 
 
@@ -92,7 +93,7 @@ def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float) -> tor
         As `Pairs.into`.
     """
     if kernels := kernels_for(hidden_states):
-        return kernels.join_alike(hidden_states, layout, least, EARLIER, FLAT)
+        return kernels.join_alike(hidden_states, layout, least, EARLIER, PLACES, FLAT)
     pairs = find_pairs(hidden_states, layout)
     return pairs.into(pairs.alike >= least, layout)
 

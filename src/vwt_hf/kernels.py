@@ -243,7 +243,7 @@ def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float, earlie
         hidden_states: (sequences, tokens, hidden).
         layout: where images begin and end.
         least: as for `alike.join_alike`.
-        earlier, flat: `alike.EARLIER` and `alike.FLAT`.
+        earlier, places, flat: `alike.EARLIER`, `alike.PLACES` and `alike.FLAT`.
     """
     sequences, tokens, hidden = hidden_states.shape
     values, rows = hidden_states.contiguous(), sequences * tokens
@@ -263,6 +263,7 @@ def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float, earlie
             DIMS=DIMS,
             BLOCK=BLOCK,
             EARLIER=earlier,
+            PLACES=places,
         )
     return into
 
@@ -303,6 +304,7 @@ def _spread(values, lengths, spread, first, ends, prefix, hidden, flat, DIMS: tl
 def _pairs(
     values, lengths, sizes, spread, into, first, ends, prefix, least,
     HIDDEN: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, EARLIER: tl.constexpr,
+    PLACES: tl.constexpr,
 ):  # fmt: skip
     """Every second token of an image and the most alike of the others: the one becomes part of the other if alike."""
     image, pair, dims = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DIMS)
@@ -330,13 +332,13 @@ def _pairs(
             seconds, others = seconds.to(tl.float32), others.to(tl.float32)
             products = tl.dot(seconds, tl.trans(others), products, input_precision="ieee")
         cosines = products / of_odd[:, None] / of_even[None, :]
-        cosines -= (EARLIER * whole * (even // 2))[None, :]
+        cosines -= (EARLIER * whole * tl.minimum(even // 2, PLACES))[None, :]
         cosines = tl.where((even < patches)[None, :], cosines, -float("inf"))
         highest, place = tl.max(cosines, 1, return_indices=True)
         which = tl.where(highest > most, start + 2 * place, which)
         most = tl.maximum(most, highest)
     size = tl.load(sizes + begin + odd, mask=odd < patches, other=1.0)
-    alike = 1 - tl.sqrt(tl.maximum(size, 1.0)) * ((1 - most) / whole - EARLIER * (which // 2))
+    alike = 1 - tl.sqrt(tl.maximum(size, 1.0)) * ((1 - most) / whole - EARLIER * tl.minimum(which // 2, PLACES))
     tl.store(into + begin + odd, begin + which, mask=(odd < patches) & (alike >= least))
 
 
