@@ -18,9 +18,9 @@ from .on_gpu import kernels_for
 from .words import best, whole_share, whole_shares, without_autocast
 
 EARLIER, PLACES = 1e-4, 128
-"""How much less alike a token counts, where the most alike is chosen, for each of up to so many that could be taken before
-it: of tokens that are equally alike but for rounding, as those of a plain background are, the first is taken, in every
-batch."""
+"""How much less alike a token counts, where the most alike is chosen, for each of up to so many that could be taken
+before it: of tokens that are equally alike but for rounding, as those of a plain background are, the first is taken, in
+every batch."""
 FLAT = 0.01
 """1 − m, at least: below, how tokens differ is lost in rounding."""
 

@@ -236,7 +236,9 @@ def _nearest(distance, beside, stays, first, patches, BLOCK: tl.constexpr):
     tl.store(first + image * patches + patch, tl.where(own, patch.to(tl.int64), chosen), mask=patch < patches)
 
 
-def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float, earlier: float, flat: float) -> torch.Tensor:
+def join_alike(
+    hidden_states: torch.Tensor, layout: Layout, least: float, earlier: float, places: int, flat: float
+) -> torch.Tensor:
     """The row of the token that each becomes part of, as `alike.join_alike` says: (sequences, tokens), int64.
 
     Args:
@@ -303,8 +305,8 @@ def _spread(values, lengths, spread, first, ends, prefix, hidden, flat, DIMS: tl
 @triton.jit(do_not_specialize=["prefix"])
 def _pairs(
     values, lengths, sizes, spread, into, first, ends, prefix, least,
-    HIDDEN: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, EARLIER: tl.constexpr,
-    PLACES: tl.constexpr,
+    HIDDEN: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
+    EARLIER: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Every second token of an image and the most alike of the others: the one becomes part of the other if alike."""
     image, pair, dims = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DIMS)
