@@ -81,6 +81,25 @@ def test_of_tokens_that_are_equally_alike_but_for_rounding_the_first_is_taken():
         torch.testing.assert_close(pairs.alike, torch.ones(1, 100), atol=1e-4, rtol=0)
 
 
+def test_in_a_long_image_a_token_far_down_is_chosen_if_it_is_more_alike():
+    values = torch.zeros(1, 1000, 2)
+    values[:, 1::2, 0] = values[:, 0::2, 1] = 1
+    for place, cosine in ((0, 0.5), (450, 0.53)):
+        values[0, 2 * place] = torch.tensor((cosine, math.sqrt(1 - cosine**2)))
+    pairs = find_pairs(values, represent(torch.arange(1000).view(1, -1), 1000, prefix=0))
+    assert pairs.others.unique().tolist() == [900]
+    torch.testing.assert_close(pairs.alike, 1 - torch.full((1, 500), 0.47 / (1 - 1.03 / 500)))
+
+
+def test_a_token_that_stands_for_no_patch_is_no_more_alike_than_one_of_a_single_patch():
+    token_of_patch = torch.arange(6).view(1, -1)
+    values = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    real = torch.tensor([[True] * 5 + [False]])
+    assert represent(token_of_patch, 6, real=real).sizes[0, -1] == 0
+    found, expected = (find_pairs(values, represent(token_of_patch, 6, real=one)).alike for one in (real, None))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize(("share", "numbers"), [(0, (0, 0, 0)), (0.3, (2, 1, 0)), (0.5, (3, 2, 0))])
 def test_of_a_share_those_are_joined_that_are_most_alike_in_each_image(packed, share, numbers):

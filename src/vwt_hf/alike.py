@@ -22,7 +22,7 @@ EARLIER, PLACES = 1e-4, 128
 before it: of tokens that are equally alike but for rounding, as those of a plain background are, the first is taken, in
 every batch."""
 FLAT = 0.01
-"""1 − m, at least: below, how tokens differ is lost in rounding."""
+"""1 − m counts as no less than this, so that rounding does not tell apart tokens that are all the same."""
 
 
 class Pairs(NamedTuple):
