@@ -21,7 +21,7 @@ from vwt_hf import VisualVocabulary, VWTConfig, restore
 from vwt_hf.compress import lexicon_of
 from vwt_hf.families import family_of
 from vwt_hf.patches import Patches
-from vwt_hf.words import _EQUAL as EQUAL
+from vwt_hf.words import _SAME as SAME
 from vwt_hf.words import patch_grid, patchify
 
 LARGEST = 7
@@ -216,8 +216,8 @@ def tossed_up(case: Case, model: transformers.PreTrainedModel, given: dict[str, 
     pixels = Patches(values, size, 3, 0, grid).pixels_as_words().double()
     cosines = torch.nn.functional.normalize(pixels, dim=-1) @ lexicon.on(torch.device("cpu")).words.double().T
     best = cosines.amax(dim=-1, keepdim=True)
-    at_the_edge = (best - cosines - EQUAL).abs() < EQUAL / 3
-    return bool(at_the_edge.any() or ((best - 1 + case.setting["threshold"]).abs() < EQUAL / 3).any())
+    at_the_edge = (best - cosines - SAME).abs() < SAME / 3
+    return bool(at_the_edge.any() or ((best - 1 + case.setting["threshold"] + SAME).abs() < SAME / 3).any())
 
 
 def outputs(model: transformers.PreTrainedModel, given: dict[str, Any], case: Case) -> dict[str, torch.Tensor]:

@@ -284,11 +284,11 @@ def test_a_copy_gives_the_same_words(change, setting, folders):
 def test_a_pipeline_tokenises_once(batch_size, setting, folders, plans, monkeypatch):
     pipe = pipeline("image-classification", model=str(folders("vit-classifier")), model_kwargs={"vwt": setting})
     expected = pipe(PHOTOGRAPHS)
-    plan, planned = type(setting).plan, []
-    monkeypatch.setattr(type(setting), "plan", lambda *given: planned.append(given) or plan(*given))
+    find, found = type(setting).patch_words, []
+    monkeypatch.setattr(type(setting), "patch_words", lambda *given: found.append(given) or find(*given))
     plans.clear()
     assert len(pipe(PHOTOGRAPHS, batch_size=batch_size)) == len(expected)
-    assert len(planned) == len(PHOTOGRAPHS) and all(given is not None for _, _, given in plans)
+    assert len(found) == len(PHOTOGRAPHS) and all(given is not None for _, _, given in plans)
 
 
 def test_a_pipeline_of_a_saved_setting_tokenises_on_the_host(folder, plans):

@@ -180,6 +180,11 @@ class VWTConfig:
         """Decides for a batch which patches stay, or which of them become one token; `None`: all stay as they are."""
         raise NotImplementedError
 
+    def patch_words(self, patches: Patches) -> torch.Tensor | None:
+        """`plan`, as a caller may give it: (batch, patches) int64, as `Grouped.patch_words` or `Kept.patch_words`."""
+        plan = self.plan(patches)
+        return None if plan is None else plan.patch_words(len(patches.pixel_values), patches.count)
+
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
         """The plan that `plan` makes, of the words by which a caller tells it (`Kept.patch_words`).
 

@@ -92,11 +92,10 @@ class HostTokenizer:
             parts = patches.pixel_values.split(AT_ONCE)
             return torch.cat([self._of_patches(dataclasses.replace(patches, pixel_values=part)) for part in parts])
         batch = len(patches.pixel_values)
-        plan = self.setting.plan(patches) if self.setting.shortens else None
-        if plan is not None:
-            return plan.patch_words(batch, patches.count)
-        own = torch.arange(patches.count, device=patches.device).repeat(batch, 1)
-        return own if patches.real is None else own.masked_fill(~patches.real, DROPPED)
+        words = self.setting.patch_words(patches) if self.setting.shortens else None
+        if words is not None:
+            return words
+        return patches.without_padding(torch.arange(patches.count, device=patches.device).repeat(batch, 1))
 
     def patches(self, made: Mapping[str, torch.Tensor]) -> Patches:
         """The patches of a batch of whole images, or of padded patches.

@@ -65,6 +65,10 @@ class Patches:
             return patchify(self.pixel_values, self.patch_size)
         return self.pixel_values.unflatten(-1, (*self.patch_size, self.channels)).movedim(-1, 2).flatten(2)
 
+    def without_padding(self, words: torch.Tensor) -> torch.Tensor:
+        """Words (batch, patches), with −1 for padding."""
+        return words if self.real is None else words.masked_fill(~self.real, DROPPED)
+
     def keep(self, kept: torch.Tensor, stays: torch.Tensor | None = None) -> Kept | Grouped:
         """A plan by which some patches stay, as they are, and the others are left out.
 

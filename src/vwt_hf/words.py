@@ -17,13 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .screening import Screen, make_screen, screened_products
+
 _PRODUCTS = 2**24
 """Inner products held at once (64 MiB), which bounds memory for large vocabularies."""
 _ROWS = 1024
 """Patches whose inner products a CPU makes at once: few enough that they are in its cache when they are looked at."""
-_EQUAL = 1e-6
-"""Cosines that differ by no more are equal: a matrix product rounds by a few ten-millionths, and not in all shapes to
-the same value. Squared distances that are no larger a share of squared lengths are zero."""
+_SAME = 1e-5
+"""Cosines that differ by no more are the same: a matrix product rounds by up to six millionths, where all values have
+one sign, and not in all shapes to the same value."""
+_NOTHING = 1e-6
+"""Squared distances that are no larger a share of squared lengths are zero."""
 _EQUALLY_NEAR = 1e-5
 """Distances, in means over an image, that differ by no more are equal."""
 _ROUNDED = 1e-9
@@ -304,7 +308,7 @@ def nearest_kept(
     with without_autocast(kept.device), torch.no_grad():
         counts = None if real is None or stays is None else real.unsqueeze(2) & stays.unsqueeze(1)
         distance = _relative(_distances(patches, kept), counts)
-        distance = distance + _relative(torch.cdist(places, gather_patches(places, kept)), counts)
+        distance += _relative(torch.cdist(places, gather_patches(places, kept)), counts)
         if stays is not None:
             distance = distance.masked_fill(~stays.unsqueeze(1), torch.inf)
         nearest = first_of(distance.le_(distance.amin(dim=2, keepdim=True) + _EQUALLY_NEAR))
@@ -325,18 +329,18 @@ def _distances(patches: Centred, kept: torch.Tensor) -> torch.Tensor:
     level, rest, squares = patches
     lengths = squares + gather_patches(squares, kept).transpose(1, 2)
     squared = torch.baddbmm(lengths, rest, gather_patches(rest, kept).transpose(1, 2), alpha=-2)
-    squared.masked_fill_(squared <= _EQUAL * lengths, 0)
+    squared.masked_fill_(squared <= lengths.mul_(_NOTHING), 0)
     levels = level - gather_patches(level, kept).transpose(1, 2)
     return squared.add_(levels.square_(), alpha=rest.shape[2]).sqrt_()
 
 
 def _relative(distance: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
-    """Distances (batch, patches, keep) over the mean of those of their image which count."""
+    """Distances (batch, patches, keep), which are overwritten, over the mean of those of their image which count."""
     if counts is None:
         mean = distance.mean(dim=(1, 2), keepdim=True)
     else:
         mean = (distance * counts).sum((1, 2), keepdim=True) / counts.sum((1, 2), keepdim=True)
-    return distance / mean.clamp(min=1e-6)
+    return distance.div_(mean.clamp(min=1e-6))
 
 
 def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -361,10 +365,12 @@ class WordIndex(NamedTuple):
 
     words: torch.Tensor
     """(size, channels · patch height · patch width), float32: each of length 1."""
+    screen: Screen | None = None
+    """What rules most words out, on a CPU; `None` where the products of all are made as fast."""
 
     def to(self, device: torch.device) -> WordIndex:
         """The same index on another device."""
-        return WordIndex(self.words.to(device))
+        return self if device == self.words.device else WordIndex(self.words.to(device))
 
 
 def index_words(words: torch.Tensor) -> WordIndex:
@@ -376,7 +382,8 @@ def index_words(words: torch.Tensor) -> WordIndex:
     # By numpy, in one thread: torch's wait for one another, for long where other processes have the cores.
     values = words.detach().float().cpu().numpy()
     length = np.sqrt(values[:, None] @ values[:, :, None])[:, 0]  # several times as fast as np.linalg.norm
-    return WordIndex(torch.from_numpy(values / np.maximum(length, 1e-12)).to(words.device))
+    values = values / np.maximum(length, 1e-12)
+    return WordIndex(torch.from_numpy(values).to(words.device), make_screen(values) if words.is_cpu else None)
 
 
 @torch.no_grad()
@@ -397,35 +404,38 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
     """
     # Autocast would search in half precision.
     with without_autocast(patches.device):
-        return _nearest_words(patches.float(), index.words, threshold)
+        return _nearest_words(patches.float(), index, threshold)
 
 
-def _nearest_words(patches: torch.Tensor, words: torch.Tensor, threshold: float) -> torch.Tensor:
-    own = (torch.arange(patches.shape[1], device=patches.device) + len(words)).expand(patches.shape[:2])
+def _nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> torch.Tensor:
+    own = (torch.arange(patches.shape[1], device=patches.device) + len(index.words)).expand(patches.shape[:2])
     if threshold == 0:
         return own
-    length = torch.linalg.vector_norm(patches, dim=2)
-    slack = _EQUAL * length
-    similarity, word = _largest_products(patches.flatten(0, 1), words, slack.flatten())
-    near = similarity.view_as(length) >= (1 - threshold) * length - slack
+    lengths = torch.linalg.vector_norm(patches, dim=2).flatten()
+    slack = _SAME * lengths
+    least = (1 - threshold) * lengths - slack
     if threshold < 1:
-        near &= length > 0
-    return torch.where(near, word.view_as(own), own)
+        least.masked_fill_(lengths == 0, torch.inf)
+    at_once = max(1, _PRODUCTS // len(index.words))
+    at_once = min(at_once, _ROWS) if patches.is_cpu else at_once
+    parts = zip(*(of_all.split(at_once) for of_all in (patches.flatten(0, 1), lengths, least, slack)), strict=True)
+    found = [_largest_products(rows, length, low, less, index) for rows, length, low, less in parts]
+    largest, words = (torch.cat(each).view_as(own) for each in zip(*found, strict=True))
+    return torch.where(largest >= least.view_as(own), words, own)
 
 
 def _largest_products(
-    rows: torch.Tensor, words: torch.Tensor, slack: torch.Tensor
+    rows: torch.Tensor, lengths: torch.Tensor, least: torch.Tensor, slack: torch.Tensor, index: WordIndex
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row its largest inner product with a word, and the first word that has it but for `slack` (rows,)."""
-    most, first = [], []
-    at_once = max(1, _PRODUCTS // len(words))
-    at_once = min(at_once, _ROWS) if rows.is_cpu else at_once
-    for part, less in zip(rows.split(at_once), slack.unsqueeze(1).split(at_once), strict=True):
-        products = part @ words.T
-        largest = products.amax(dim=1, keepdim=True)
-        most.append(largest.squeeze(1))
-        first.append(first_of(products.ge_(largest - less)))
-    return torch.cat(most), torch.cat(first)
+    """For each row its largest inner product with a word, and the first word that has it but for `slack` (rows,); of
+    rows without a product of `least` (rows,) they may be −inf and any number."""
+    screen = index.screen
+    found = None if screen is None else screened_products(rows, lengths, least, slack, index.words, screen)
+    if found is not None:
+        return found
+    products = rows @ index.words.T
+    largest = products.amax(dim=1)
+    return largest, first_of(products.ge_((largest - slack).unsqueeze(1)))
 
 
 def first_of(marks: torch.Tensor) -> torch.Tensor:

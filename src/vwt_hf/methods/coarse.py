@@ -116,10 +116,17 @@ class CoarseConfig(GradualConfig):
         return (order < numbers.unsqueeze(1)) & there
 
     def plan(self, patches: Patches) -> Grouped:
+        return self.plan_by(patches, self._find(patches))
+
+    def patch_words(self, patches: Patches) -> torch.Tensor | None:
+        return patches.without_padding(self._find(patches))
+
+    def _find(self, patches: Patches) -> torch.Tensor:
+        """The index of the first patch of its block, or its own: (batch, patches)."""
         members = _members(patches)
         with without_autocast(patches.device), torch.no_grad():
             images = _images(patches, members)
-            return self.plan_by(patches, self._choose(patches, members, images, halve(images)))
+            return self._choose(patches, members, images, halve(images))
 
     def plan_by(self, patches: Patches, words: torch.Tensor) -> Grouped:
         if self.tolerance is None and patches.grid is not None:

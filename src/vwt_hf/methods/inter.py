@@ -187,11 +187,16 @@ class InterConfig(RaggedConfig):
     def plan(self, patches: Patches) -> Grouped | None:
         if not self.shortens:
             return None
-        packed = self.packs(patches)
+        packed = self.packs(patches)  # before the search: it refuses what cannot be grouped
+        return patches.group(self._nearest(patches), packed, self.size_exponent)
+
+    def patch_words(self, patches: Patches) -> torch.Tensor | None:
+        return patches.without_padding(self._nearest(patches)) if self.shortens else None
+
+    def _nearest(self, patches: Patches) -> torch.Tensor:
         assert self.words is not None  # `prepared` came before
         pixels = patches.pixels_as_words().float()
-        words = nearest_words(pixels, self.words.on(pixels.device), self.threshold)
-        return patches.group(words, packed, self.size_exponent)
+        return nearest_words(pixels, self.words.on(pixels.device), self.threshold)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
         return patches.grouped_by(words, self.packs(patches), self.size_exponent)

@@ -105,6 +105,25 @@ class IntraConfig(VWTConfig):
         return kept
 
     def plan(self, patches: Patches) -> Kept | Grouped | None:
+        if (chosen := self._chosen(patches)) is None:
+            return None
+        kept, stays, nearest = chosen
+        if nearest is None:
+            return patches.keep(kept, stays)
+        return patches.represent(nearest, kept, stays, self.size_exponent)
+
+    def patch_words(self, patches: Patches) -> torch.Tensor | None:
+        if not self.groups:
+            return super().patch_words(patches)
+        if (chosen := self._chosen(patches)) is None:
+            return None
+        kept, _, nearest = chosen
+        assert nearest is not None
+        return patches.without_padding(kept.expand(len(nearest), -1).gather(1, nearest))
+
+    def _chosen(self, patches: Patches) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+        """Which patches stay, as `Patches.keep` takes them, and by which of these each is represented, (batch, patches)
+        int64, if it is; `None` if all stay."""
         keep = self.patches_kept(patches.count)
         if patches.real is None and keep == patches.count:
             return None
@@ -114,10 +133,9 @@ class IntraConfig(VWTConfig):
         else:
             kept, stays = self._choose(patches, values, keep), None
         if not self.groups:
-            return patches.keep(kept, stays)
+            return kept, stays, None
         assert values is not None
-        nearest = nearest_kept(values, kept, patches.places, patches.real, stays)
-        return patches.represent(nearest, kept, stays, self.size_exponent)
+        return kept, stays, nearest_kept(values, kept, patches.places, patches.real, stays)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
         tokens = None if patches.real is None else self.patches_kept(patches.count)

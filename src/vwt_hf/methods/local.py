@@ -132,28 +132,40 @@ class LocalConfig(RaggedConfig):
         return dataclasses.replace(self, image_std=std)
 
     def plan(self, patches: Patches) -> Grouped:
-        assert self.image_std is not None  # `prepared` came before
         with without_autocast(patches.device), torch.no_grad():
-            if patches.grid is not None and self.tolerance is not None:
-                images = patches.pixel_values, patches.patch_size, patches.grid
-                return self._lead(patches, lead(*images, self.image_std, self.tolerance))
-            pixels = patches.pixels_as_words().float()
-            looks = describe(pixels, patches.patch_size, self.image_std)
-            if patches.grid is not None:
-                neighbours = find_neighbours(looks, patches.grid)
-                return self._plan_of_number(patches, neighbours, self._number(*patches.grid))
-            assert patches.real is not None
-            neighbours = find_padded_neighbours(looks, patches.places, patches.real)
-            if self.tolerance is not None:
-                stays = cover(neighbours, self.tolerance)
-            else:
-                stays = self._stay_by_number(patches, neighbours)
-            return self._lead(patches, leaders(neighbours, stays))
+            if self.tolerance is None and patches.grid is not None:
+                return self._plan_of_number(patches, self._number(*patches.grid))
+            return patches.lead(self._leaders(patches), self.packs(patches), self.size_exponent)
 
-    def _lead(self, patches: Patches, leaders: torch.Tensor) -> Grouped:
-        return patches.lead(leaders, self.packs(patches), self.size_exponent)
+    def patch_words(self, patches: Patches) -> torch.Tensor | None:
+        if self.tolerance is None and patches.grid is not None:
+            return super().patch_words(patches)
+        with without_autocast(patches.device), torch.no_grad():
+            return patches.without_padding(self._leaders(patches))
 
-    def _plan_of_number(self, patches: Patches, neighbours: Neighbours, keep: int) -> Grouped:
+    def _leaders(self, patches: Patches) -> torch.Tensor:
+        """Which patch stands for each, (batch, patches), where images may differ in how many stay."""
+        assert self.image_std is not None  # `prepared` came before
+        if patches.grid is not None:
+            assert self.tolerance is not None
+            return lead(patches.pixel_values, patches.patch_size, patches.grid, self.image_std, self.tolerance)
+        assert patches.real is not None
+        neighbours = find_padded_neighbours(self._looks(patches), patches.places, patches.real)
+        if self.tolerance is not None:
+            stays = cover(neighbours, self.tolerance)
+        else:
+            stays = self._stay_by_number(patches, neighbours)
+        return leaders(neighbours, stays)
+
+    def _looks(self, patches: Patches) -> torch.Tensor:
+        """What `describe` gives of all patches."""
+        assert self.image_std is not None  # `prepared` came before
+        return describe(patches.pixels_as_words().float(), patches.patch_size, self.image_std)
+
+    def _plan_of_number(self, patches: Patches, keep: int) -> Grouped:
+        """The plan by which so many patches of each image stay, where images are not padded."""
+        assert patches.grid is not None
+        neighbours = find_neighbours(self._looks(patches), patches.grid)
         kept = highest(cover_by(neighbours, keep), keep)
         stays = torch.zeros(kept.shape[0], patches.count, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
         nearest = at(stays.cumsum(dim=1) - 1, leaders(neighbours, stays))
