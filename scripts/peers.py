@@ -651,7 +651,8 @@ def weight_bytes(model: nn.Module) -> int:
     total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     words = lexicon_of(model)
     if words is not None:
-        total += sum(tensor.nbytes for tensor in words.on(next(model.parameters()).device))
+        index = words.on(next(model.parameters()).device)
+        total += sum(tensor.nbytes for tensor in (index.words, *(index.screen or ())))
     for module in model.modules():
         if isinstance(module, torch.ao.nn.quantized.Linear):
             weight, bias = module.weight(), module.bias()

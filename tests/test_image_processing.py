@@ -93,6 +93,32 @@ def test_words_of_the_image_processor_are_the_model_s_own_and_so_are_the_answers
     assert plans[-1][2] is not None
 
 
+OTHERS = [
+    {"method": "local", "num_patches": 20},
+    {"method": "local", "keep_ratio": 0.4},
+    {"method": "gradual", "tolerance": 0},
+    {"method": "gradual", "keep_ratio": 0.6, "join_ratio": 0.2},
+    {"method": "coarse", "keep_ratio": 0.4},
+    {"method": "coarse", "similarity": 0.5},
+    {"dropped": "merge", "num_patches": 9},
+    {"dropped": "merge", "num_patches": 64},
+    {"num_patches": 64},
+]
+
+
+@pytest.mark.parametrize("fields", OTHERS, ids=str)
+@pytest.mark.parametrize("name", ["vit", "siglip2"])
+def test_words_are_those_of_the_plan_whether_or_not_tokens_are_laid_out_for_them(name, fields, folders):
+    """Of whole images, and of padded ones that differ in their size."""
+    processor = AutoImageProcessor.from_pretrained(folders(name), vwt=fields)
+    images = [PHOTOGRAPHS[0], Image.fromarray(np.asarray(PHOTOGRAPHS[1])[:20]), PHOTOGRAPHS[2]]
+    made, tokenizer = processor(images, return_tensors="pt"), processor.tokenizer_of_patches
+    patches = tokenizer.patches(made)
+    plan = tokenizer.setting.plan(patches)
+    own = patches.without_padding(torch.arange(patches.count).repeat(3, 1))
+    assert torch.equal(made[NAME], own if plan is None else plan.patch_words(3, patches.count))
+
+
 @kind
 def test_words_come_as_the_pixels_do_and_one_image_by_itself_as_among_others(setting, folders):
     processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=setting)

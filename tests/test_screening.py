@@ -6,108 +6,156 @@ import numpy as np
 import pytest
 import torch
 
-from vwt_hf.screening import FEWEST_WORDS, make_screen, screened_products
+import vwt_hf.screening
+import vwt_hf.words
+from vwt_hf.screening import FEWEST, make_screen, screened_cosines
 from vwt_hf.words import index_words, nearest_words
+
+SAME = 1e-5
+
+
+@pytest.fixture
+def screened(monkeypatch) -> list:
+    """For each part of patches whether a screen ruled words out, or left it to look at all."""
+    took = []
+
+    def watch(*given):
+        found = screened_cosines(*given)
+        took.append(found is not None)
+        return found
+
+    monkeypatch.setattr(vwt_hf.words, "screened_cosines", watch)
+    return took
+
+
+def drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def smooth(number: int, values: int, noise: float, seed: int) -> torch.Tensor:
     """(number, values): sums of a few slow waves, and noise."""
-    generator = torch.Generator().manual_seed(seed)
     waves = torch.cos(torch.arange(12)[:, None] * torch.linspace(0, torch.pi, values))
-    shapes = torch.randn(number, 12, generator=generator) @ waves
-    return shapes + noise * torch.randn(number, values, generator=generator)
+    return drawn(number, 12, seed=seed) @ waves + noise * drawn(number, values, seed=seed + 100)
 
 
 def expected_words(patches: torch.Tensor, words: torch.Tensor, threshold: float) -> torch.Tensor:
     unit, size = torch.nn.functional.normalize(words.double(), dim=1), len(words)
     cosines = torch.nn.functional.normalize(patches.double(), dim=2) @ unit.T
     most = cosines.amax(dim=2, keepdim=True)
-    first = (cosines >= most - 1e-5).int().argmax(dim=2)
-    return torch.where(most[..., 0] >= 1 - threshold - 1e-5, first, size + torch.arange(patches.shape[1]))
+    first = (cosines >= most - SAME).int().argmax(dim=2)
+    return torch.where(most[..., 0] >= 1 - threshold - SAME, first, size + torch.arange(patches.shape[1]))
 
 
 @pytest.mark.parametrize("threshold", [0.01, 0.1, 0.5, 1.5])
 @pytest.mark.parametrize(("size", "values"), [(256, 256), (1000, 588), (300, 3072)])
-def test_no_word_that_is_the_nearest_is_ruled_out(size, values, threshold):
+def test_no_word_that_is_the_nearest_is_ruled_out(size, values, threshold, screened):
     """2,600 patches, more than are looked at at once, of which some are words, some are like none."""
     words = smooth(size, values, 0.05, 0)
     patches = smooth(2600, values, 0.3, 1)
     patches[::3] = words[torch.arange(867) % size] * torch.linspace(0.01, 300, 867)[:, None]
-    patches[1::50] = torch.randn(52, values, generator=torch.Generator().manual_seed(2))
+    patches[1::50] = drawn(52, values, seed=2)
     index = index_words(words)
-    assert index.screen is not None
     found = nearest_words(patches.view(2, 1300, values), index, threshold)
     assert torch.equal(found, expected_words(patches.view(2, 1300, values), words, threshold))
+    assert len(screened) == 3 and (all(screened) or threshold > 1)
 
 
-def products_by(index, rows, threshold):
-    lengths = rows.norm(dim=1)
-    slack = 1e-5 * lengths
-    return screened_products(rows, lengths, (1 - threshold) * lengths - slack, slack, index.words, index.screen)
+def test_of_noise_all_words_are_looked_at_unless_none_is_near(screened):
+    words, patches = drawn(500, 400, seed=0), smooth(200, 400, 0.02, 1)[None]
+    assert torch.equal(nearest_words(patches, index_words(words), 2), expected_words(patches, words, 2))
+    assert torch.equal(nearest_words(patches, index_words(words), 0.1), torch.arange(500, 700)[None])
+    assert screened == [False, True]
 
 
-def test_of_smooth_words_few_are_looked_at_and_of_noise_all():
-    words, rows = smooth(500, 400, 0.02, 0), smooth(200, 400, 0.02, 1)
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e6, 1e15])
+def test_brightness_changes_no_word(scale, screened):
+    words, patches = smooth(500, 400, 0.02, 0), smooth(200, 400, 0.02, 1)[None]
+    # Squares of the smallest values are zero in float32: such patches are as dark as those of zeros.
+    expected = torch.arange(500, 700)[None] if scale < 1e-20 else expected_words(patches, words, 0.3)
+    assert torch.equal(nearest_words(patches * scale, index_words(words), 0.3), expected) and all(screened)
+
+
+@pytest.mark.parametrize("values", [588, 3072])
+def test_a_nearly_flat_patch_is_left_what_little_it_has_beside_its_mean(values, screened, monkeypatch):
+    """A word with a texture that no direction has, beside as flat ones without it: nearest by some ten-thousandths."""
+    monkeypatch.setattr(vwt_hf.screening, "LIKELY", 1000)
+    flat, texture = torch.ones(values) / values**0.5, drawn(values, seed=0)
+    texture = (texture - texture.mean()) / (texture - texture.mean()).norm()
+    common = torch.linalg.qr(drawn(values, 55, seed=1)).Q.T  # more than there are directions
+    words = torch.nn.functional.normalize(flat + 0.05 * drawn(400, 55, seed=2) @ common, dim=1)
+    words[77] = torch.nn.functional.normalize(flat + 0.3 * texture, dim=0)
+    share = torch.linspace(0, 0.1, 1000)[:, None]
+    patches = (torch.linspace(0.1, 4, 1000)[:, None] * (flat + share * texture))[None]
     index = index_words(words)
-    largest, first = products_by(index, rows, 2)
-    products = rows.double() @ index.words.double().T
-    assert torch.equal(first, products.argmax(dim=1))
-    assert torch.allclose(largest.double(), products.amax(dim=1), rtol=1e-5)
-    noise = torch.randn(500, 400, generator=torch.Generator().manual_seed(0))
-    assert products_by(index_words(noise), rows, 2) is None
-    near = products_by(index_words(noise), rows, 0.1)  # none is near, whatever it may be
-    assert near is not None and (near[0] < 0.9 * rows.norm(dim=1)).all()
+    assert index.screen is not None and index.screen.words[77, -1] > 0.1  # what is left of it is much
+    found = nearest_words(patches, index, 0.5)
+    cosines = torch.nn.functional.normalize(patches[0].double(), dim=1) @ index.words.double().T
+    chosen = cosines.gather(1, found[0, :, None])[:, 0]
+    assert (chosen >= cosines.amax(dim=1) - 1.6e-5).all() and (found == 77).any() and all(screened)
 
 
-def test_words_that_differ_beyond_the_directions_are_told_apart():
+@pytest.mark.parametrize("likely", [6, 1000])
+def test_words_that_differ_beyond_the_directions_are_told_apart(likely, screened, monkeypatch):
     """A common shape, and of each word a value of its own, which is more than there are directions for."""
-    words = torch.ones(300, 600) * 0.2
-    words[torch.arange(300), torch.arange(300)] += 2
-    index = index_words(words)
-    assert torch.equal(nearest_words(words[None], index, 0.5), torch.arange(300)[None])
-    between = words.repeat_interleave(2, dim=0)[None] + 0.01 * torch.randn(
-        1, 600, 600, generator=torch.Generator().manual_seed(0)
-    )
-    assert torch.equal(nearest_words(between, index, 0.5), torch.arange(300).repeat_interleave(2)[None])
+    monkeypatch.setattr(vwt_hf.screening, "LIKELY", likely)
+    words = torch.ones(300, 600)
+    words[torch.arange(300), torch.arange(300)] += 30
+    patches = words.repeat_interleave(2, dim=0)[None] + drawn(1, 600, 600, seed=0)
+    assert torch.equal(nearest_words(patches, index_words(words), 0.5), torch.arange(300).repeat_interleave(2)[None])
+    assert screened == [likely == 1000]
 
 
-def test_of_words_that_are_the_same_but_for_rounding_the_first_is_taken():
-    words = smooth(400, 300, 0.02, 0)
+@pytest.mark.parametrize("values", [588, 3072])
+def test_of_words_that_are_the_same_but_for_rounding_the_first_is_taken_in_a_batch_as_alone(values, screened):
+    words = smooth(400, values, 0.02, 0)
     words[200:] = words[:200] * torch.linspace(0.1, 9, 200)[:, None]
+    words[[17, 117, 250, 390]] = torch.tensor([0.01, 5, 1, 0.3])[:, None]  # flat, of four greys
+    words[217] = words[317] = words[150]
+    patches = torch.cat(
+        (words, words + 0.01 * drawn(400, values, seed=1), torch.linspace(0.01, 5, 400)[:, None] + 0 * words)
+    )
     index = index_words(words)
-    for patches in (words[None], words[None] + 0.01 * torch.randn(1, 400, 300)):
-        found = nearest_words(patches, index, 0.3)
-        assert (found < 200).all()
-        assert torch.equal(found[0, :200], found[0, 200:]) or patches is not words[None]
-    assert torch.equal(nearest_words(words[None], index, 0.3), torch.arange(200).repeat(2)[None])
+    found = nearest_words(patches.view(3, 400, values), index, 0.3)
+    assert (found[2] == 17).all()
+    pairs = [place for place in range(200) if place not in (17, 50, 117, 150, 190)]
+    for image in found[:2]:
+        assert image[pairs].tolist() == pairs and image[[place + 200 for place in pairs]].tolist() == pairs
+    assert torch.equal(found[2:], nearest_words(patches[800:].view(1, 400, values), index, 0.3))
+    assert all(screened) and len(screened) == 3
 
 
-def test_flat_words_have_one_direction_and_flat_patches_take_the_first_of_them_in_a_batch_as_alone():
-    words = smooth(400, 300, 0.02, 0)
-    words[17:300] = torch.linspace(0.01, 5, 283)[:, None]
-    patches = torch.linspace(0.001, 4, 1400)[:, None].expand(1400, 300).view(7, 200, 300)
-    index = index_words(words)
-    assert (nearest_words(patches, index, 0.1) == 17).all()
-    assert torch.equal(nearest_words(patches[3:4], index, 0.1), nearest_words(patches, index, 0.1)[3:4])
-
-
-def test_zeros_and_values_that_are_no_numbers():
+@pytest.mark.parametrize(("threshold", "of_zeros"), [(0.3, 301), (1.0, 0), (1.5, 0)])
+def test_zeros_and_values_that_are_no_numbers(threshold, of_zeros, screened):
     words = smooth(300, 300, 0.02, 0)
     words[5] = 0
-    index, patches = index_words(words), smooth(6, 300, 0.02, 1)[None]
+    index, patches = index_words(words), smooth(200, 300, 0.02, 1)[None]
     patches[0, 1] = 0
     patches[0, 2, 7] = torch.nan
     patches[0, 3, 7] = torch.inf
-    for threshold, of_zeros in ((0.3, 301), (1.0, 0)):
-        found = nearest_words(patches, index, threshold)[0]
-        assert found[1] == of_zeros and found[2] == 302 and found[3] == 303
-        assert torch.equal(found[[0, 4, 5]], expected_words(patches, words, threshold)[0, [0, 4, 5]])
+    found = nearest_words(patches, index, threshold)[0]
+    assert found[[1, 2, 3]].tolist() == [of_zeros, 302, 303] and all(screened)
+    whole = [0, *range(4, 200)]
+    assert torch.equal(found[whole], expected_words(patches, words, threshold)[0, whole])
+    assert torch.equal(nearest_words(patches, index._replace(screen=None), threshold)[0, :4], found[:4])
+
+
+def test_what_follows_torchs_operations_and_products_of_fewer_bits_have_no_screen(screened):
+    words, patches = smooth(300, 300, 0.02, 0), smooth(200, 300, 0.02, 1)[None]
+    index, expected = index_words(words), expected_words(patches, words, 0.3)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert torch.equal(nearest_words(patches, index, 0.3), expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(torch.vmap(lambda image: nearest_words(image, index, 0.3))(patches[None])[0], expected)
+    assert not screened
+    assert torch.equal(nearest_words(patches, index, 0.3), expected) and screened == [True]
 
 
 def test_few_words_or_values_have_no_screen():
-    for size, values in ((FEWEST_WORDS - 1, 600), (600, FEWEST_WORDS - 1), (0, 600)):
+    for size, values in ((FEWEST - 1, 600), (600, FEWEST - 1), (0, 600)):
         assert make_screen(np.ones((size, values), np.float32)) is None
-    same = make_screen(np.full((300, 300), 300**-0.5, np.float32))
-    assert same is not None and torch.isfinite(same.words).all()
+    same = make_screen(np.full((5000, 300), 300**-0.5, np.float32))
+    assert same is not None and torch.isfinite(same.words).all() and len(same.words) == 5000
     along = same.directions.T @ same.directions
     assert torch.allclose(along, torch.eye(len(along)), atol=1e-5)

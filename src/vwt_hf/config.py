@@ -181,7 +181,10 @@ class VWTConfig:
         raise NotImplementedError
 
     def patch_words(self, patches: Patches) -> torch.Tensor | None:
-        """`plan`, as a caller may give it: (batch, patches) int64, as `Grouped.patch_words` or `Kept.patch_words`."""
+        """What `patch_words` of the plan that `plan` makes says, (batch, patches) int64, for an image processor.
+
+        Methods find it themselves where no tokens need to be laid out for it.
+        """
         plan = self.plan(patches)
         return None if plan is None else plan.patch_words(len(patches.pixel_values), patches.count)
 

@@ -23,14 +23,17 @@ def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
     It takes plain tensors on an NVIDIA GPU that no gradient is taken of, outside of what is compiled, exported or
     traced, if Triton is there, which torch for CUDA brings along, and finds a C compiler and Python's headers.
     """
-    if not all(_takes(tensor) for tensor in tensors) or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    # Other ways to differentiate, `vmap`, and what counts or keeps operations see those of torch alone.
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
-    if torch._C._len_torch_dispatch_stack():
+    if not all(_takes(tensor) for tensor in tensors) or is_followed():
         return None
     return _kernels(tensors[0].device)
+
+
+def is_followed() -> bool:
+    """Whether something sees torch's operations alone, and must: what is compiled, exported or traced, other ways to
+    differentiate than by autograd, `vmap`, and what counts or keeps operations."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _takes(tensor: torch.Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Which words may be the nearest to a patch, told from a few numbers of each instead of from all their pixels; on CPUs.
 
 Words and most patches are smooth: nearly all that there is of them lies along a few directions. What a patch and a word
-have in common beyond these is at most the product of what is left of the two (Cauchy and Schwarz), so most words are
-ruled out without a look at them, and none wrongly.
+have in common beyond these is at most the product of the lengths of what is left of the two (Cauchy and Schwarz), so
+most words are ruled out without a look at their pixels, and none wrongly.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ import torch
 
 DIRECTIONS = 47
 """With what is left as one more number, a row of 48."""
-FEWEST_WORDS = 256
-"""With fewer, and with patches of fewer values than that, the inner products with all are made as fast."""
+FEWEST = 256
+"""Words, and values of each: with fewer of either, cosines with all words are found as fast."""
 LIKELY = 6
-"""Words of a patch, in the mean, from which on the inner products with all words are made as fast."""
+"""Words of a patch, in the mean, from which on cosines with all words are found as fast."""
 PAIRS = 128
-"""Patches and words of which products are made at once: few enough that their pixels stay in the cache."""
+"""Patches and words of which cosines are found at once: few enough that their pixels stay in the cache."""
 SAMPLE = 4096
 """Most words that directions are found from."""
 TURNS = 3
 """Products by which random directions become nearly those along which words are longest."""
-ROUNDING = 5e-6
-"""Share of lengths, and of their squares, that rounding may make too little."""
+ROUNDING = 1.2e-5
+"""By how much a product along the directions may be off: by six millionths for the patch, and as much for the word."""
+ROUNDING_OF_SQUARES = 2.5e-5
+"""By how much the square of what is along the directions may be too large: by twice what its length is off by, six
+millionths for the product and three for the patch's own length, and some more."""
+TINY = float(np.finfo(np.float32).tiny)
+"""A length counts as no less, so that patches of zeros have cosines of 0."""
 
 
 class Screen(NamedTuple):
@@ -38,67 +43,71 @@ class Screen(NamedTuple):
 
 
 def make_screen(words: np.ndarray) -> Screen | None:
-    """Makes words ready for `screened_products`; `None` if they are too few, or of too few values, to gain by it.
+    """Makes words ready for `screened_cosines`; `None` if they are too few, or of too few values, to gain by it.
 
     Args:
         words: (size, values), float32: each of length 1, or 0.
     """
     size, values = words.shape
-    if min(size, values) < FEWEST_WORDS:
+    if min(size, values) < FEWEST:
         return None
     sample = words[:: -(-size // SAMPLE)]
     directions = np.random.RandomState(0).standard_normal((values, DIRECTIONS)).astype(np.float32)
     for _ in range(TURNS):
         directions, _ = np.linalg.qr(sample.T @ (sample @ directions))
+    parts = [_along(words[start : start + SAMPLE], directions) for start in range(0, size, SAMPLE)]
+    return Screen(torch.from_numpy(directions), torch.from_numpy(np.concatenate(parts)))
+
+
+def _along(words: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """`Screen.words`, of some words."""
     along = words @ directions
     left = np.linalg.norm(words - along @ directions.T, axis=1, keepdims=True)
-    return Screen(torch.from_numpy(directions), torch.from_numpy(np.concatenate((along, left), axis=1)))
+    return np.concatenate((along, left), axis=1)
 
 
-def screened_products(
-    rows: torch.Tensor,
-    lengths: torch.Tensor,
-    least: torch.Tensor,
-    slack: torch.Tensor,
-    words: torch.Tensor,
-    screen: Screen,
+def screened_cosines(
+    patches: torch.Tensor, lengths: torch.Tensor, words: torch.Tensor, screen: Screen, least: float, slack: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """For each row its largest inner product with a word, and the first word that has it but for `slack`.
+    """For each patch its largest cosine with a word, and the first word that has it but for `slack`.
 
     Args:
-        rows: (rows, values), float32.
-        lengths: (rows,): of each.
-        least: (rows,): products that matter are no less.
-        slack: (rows,).
-        words: (size, values), float32.
+        patches: (patches, values), float32.
+        lengths: (patches,): of each.
+        words: (size, values), float32, of length 1.
         screen: of the words.
+        least: no smaller cosine matters as the largest one of a patch.
+        slack: cosines that differ by no more are the same.
 
     Returns:
-        (rows,) float32 and (rows,) int64: of rows without a product of `least`, less than that and any number. `None`
-        if so many words may be the nearest that it is faster to look at all.
+        (patches,) float32 and (patches,) int64; of patches that have no cosine of `least`, any smaller cosine, or NaN,
+        and any number. `None` if so many words may be the nearest that it is faster to look at all.
     """
-    along, squares = rows @ screen.directions, lengths.square()
-    left = (squares - along.square().sum(dim=1)).clamp_(min=0).add_(squares, alpha=ROUNDING).sqrt_()
-    # No product is larger than these.
-    most = (torch.cat((along, left.unsqueeze(1)), dim=1) @ screen.words.T).numpy()
+    scale = lengths.clamp(min=TINY).reciprocal().unsqueeze(1)
+    along = (patches @ screen.directions).mul_(scale)
+    left = (1 + ROUNDING_OF_SQUARES - along.square().sum(dim=1, keepdim=True)).clamp_(min=0).sqrt_()
+    most = (torch.cat((along, left), dim=1) @ screen.words.T).numpy()
     best = most.argmax(axis=1)
-    found = most[np.arange(len(most)), best] - (2 * left * screen.words[best, -1]).numpy()
-    floor = np.maximum(found, least.numpy()) - (slack + 2 * ROUNDING * lengths).numpy()
-    likely = most >= floor[:, None]
-    if np.count_nonzero(likely) > LIKELY * len(rows):
+    # Of the word that may have the largest cosine: it has no smaller one than that.
+    surely = most[np.arange(len(most)), best] - (2 * left[:, 0] * screen.words[best, -1]).numpy()
+    # The first of those that are the same may have a cosine that is smaller by the slack.
+    likely = most >= (np.maximum(surely, least) - slack - 2 * ROUNDING)[:, None]
+    if np.count_nonzero(likely) > LIKELY * len(patches):
         return None
-    row, word = np.divmod(np.flatnonzero(likely), len(words))
-    largest, first = np.full(len(most), -np.inf, np.float32), np.zeros(len(most), np.int64)
-    if len(row):
-        starts = np.flatnonzero(np.diff(row, prepend=-1))
-        products = _products(rows.numpy(), row, words.numpy(), word)
-        largest[row[starts]] = np.maximum.reduceat(products, starts)
-        has_it = products >= (largest - slack.numpy())[row]
-        first[row[starts]] = np.minimum.reduceat(np.where(has_it, word, len(words)), starts)
+    patch, word = np.divmod(np.flatnonzero(likely), len(words))
+    largest, first = np.full(len(most), np.nan, np.float32), np.zeros(len(most), np.int64)
+    if len(patch):
+        starts = np.flatnonzero(np.diff(patch, prepend=-1))
+        cosines = _products(patches.numpy(), patch, words.numpy(), word) * scale.numpy()[patch, 0]
+        largest[patch[starts]] = np.maximum.reduceat(cosines, starts)
+        has_it = cosines >= largest[patch] - np.float32(slack)
+        first[patch[starts]] = np.minimum.reduceat(np.where(has_it, word, len(words)), starts)
     return torch.from_numpy(largest), torch.from_numpy(first)
 
 
-def _products(rows: np.ndarray, row: np.ndarray, words: np.ndarray, word: np.ndarray) -> np.ndarray:
-    """The inner product of each of some rows with one of some words, by their numbers: (pairs,)."""
-    parts = [slice(start, start + PAIRS) for start in range(0, len(row), PAIRS)]
-    return np.concatenate([np.einsum("ij,ij->i", rows[row[part]], words[word[part]]) for part in parts])
+def _products(patches: np.ndarray, patch: np.ndarray, words: np.ndarray, word: np.ndarray) -> np.ndarray:
+    """The inner product of each of some patches with one of some words, by their numbers: (pairs,)."""
+    parts = [slice(start, start + PAIRS) for start in range(0, len(patch), PAIRS)]
+    # By BLAS, which rounds by less than a millionth: einsum and torch.bmm by ten and forty times as much.
+    found = [patches[patch[part]][:, None] @ words[word[part]][:, :, None] for part in parts]
+    return np.concatenate(found)[:, 0, 0]

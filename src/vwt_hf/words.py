@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .screening import Screen, make_screen, screened_products
+from .on_gpu import is_followed
+from .screening import TINY, Screen, make_screen, screened_cosines
 
 _PRODUCTS = 2**24
 """Inner products held at once (64 MiB), which bounds memory for large vocabularies."""
@@ -25,7 +26,7 @@ _ROWS = 1024
 """Patches whose inner products a CPU makes at once: few enough that they are in its cache when they are looked at."""
 _SAME = 1e-5
 """Cosines that differ by no more are the same: a matrix product rounds by up to six millionths, where all values have
-one sign, and not in all shapes to the same value."""
+one sign, and not in all shapes to the same value. (Of two words that are the same it rounds both alike, nearly.)"""
 _NOTHING = 1e-6
 """Squared distances that are no larger a share of squared lengths are zero."""
 _EQUALLY_NEAR = 1e-5
@@ -379,7 +380,7 @@ def index_words(words: torch.Tensor) -> WordIndex:
     Args:
         words: (size, channels · patch height · patch width).
     """
-    # By numpy, in one thread: torch's wait for one another, for long where other processes have the cores.
+    # By numpy: torch's threads wait for one another, for long where other processes have the cores.
     values = words.detach().float().cpu().numpy()
     length = np.sqrt(values[:, None] @ values[:, :, None])[:, 0]  # several times as fast as np.linalg.norm
     values = values / np.maximum(length, 1e-12)
@@ -412,30 +413,31 @@ def _nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) ->
     if threshold == 0:
         return own
     lengths = torch.linalg.vector_norm(patches, dim=2).flatten()
-    slack = _SAME * lengths
-    least = (1 - threshold) * lengths - slack
-    if threshold < 1:
-        least.masked_fill_(lengths == 0, torch.inf)
+    least = 1 - threshold - _SAME
     at_once = max(1, _PRODUCTS // len(index.words))
     at_once = min(at_once, _ROWS) if patches.is_cpu else at_once
-    parts = zip(*(of_all.split(at_once) for of_all in (patches.flatten(0, 1), lengths, least, slack)), strict=True)
-    found = [_largest_products(rows, length, low, less, index) for rows, length, low, less in parts]
-    largest, words = (torch.cat(each).view_as(own) for each in zip(*found, strict=True))
-    return torch.where(largest >= least.view_as(own), words, own)
+    parts = zip(patches.flatten(0, 1).split(at_once), lengths.split(at_once), strict=True)
+    found = [_largest_cosines(rows, length, index, least) for rows, length in parts]
+    largest, words = (torch.cat(each) for each in zip(*found, strict=True))
+    near = largest >= least
+    if threshold < 1:
+        near &= lengths > 0
+    return torch.where(near.view_as(own), words.view_as(own), own)
 
 
-def _largest_products(
-    rows: torch.Tensor, lengths: torch.Tensor, least: torch.Tensor, slack: torch.Tensor, index: WordIndex
+def _largest_cosines(
+    rows: torch.Tensor, lengths: torch.Tensor, index: WordIndex, least: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row its largest inner product with a word, and the first word that has it but for `slack` (rows,); of
-    rows without a product of `least` (rows,) they may be −inf and any number."""
-    screen = index.screen
-    found = None if screen is None else screened_products(rows, lengths, least, slack, index.words, screen)
-    if found is not None:
-        return found
-    products = rows @ index.words.T
-    largest = products.amax(dim=1)
-    return largest, first_of(products.ge_((largest - slack).unsqueeze(1)))
+    """For each row its largest cosine with a word, and the first word that has it but for rounding; what
+    `screened_cosines` says of those without a cosine of `least`."""
+    # Where torch may round to fewer bits, a screen would rule words out wrongly.
+    if index.screen is not None and not is_followed() and torch.get_float32_matmul_precision() == "highest":
+        found = screened_cosines(rows, lengths, index.words, index.screen, least, _SAME)
+        if found is not None:
+            return found
+    cosines = (rows @ index.words.T).div_(lengths.clamp(min=TINY).unsqueeze(1))
+    largest = cosines.amax(dim=1)
+    return largest, first_of(cosines.ge_((largest - _SAME).unsqueeze(1)))
 
 
 def first_of(marks: torch.Tensor) -> torch.Tensor:

@@ -122,8 +122,12 @@ class IntraConfig(VWTConfig):
         return patches.without_padding(kept.expand(len(nearest), -1).gather(1, nearest))
 
     def _chosen(self, patches: Patches) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
-        """Which patches stay, as `Patches.keep` takes them, and by which of these each is represented, (batch, patches)
-        int64, if it is; `None` if all stay."""
+        """Decides which patches stay; `None`: all do.
+
+        Returns:
+            `kept` and `stays`, as `Patches.keep` takes them, and `nearest`, as `Patches.represent` does, or `None` if
+            dropped patches are represented by none.
+        """
         keep = self.patches_kept(patches.count)
         if patches.real is None and keep == patches.count:
             return None

@@ -133,22 +133,24 @@ class LocalConfig(RaggedConfig):
 
     def plan(self, patches: Patches) -> Grouped:
         with without_autocast(patches.device), torch.no_grad():
-            if self.tolerance is None and patches.grid is not None:
-                return self._plan_of_number(patches, self._number(*patches.grid))
-            return patches.lead(self._leaders(patches), self.packs(patches), self.size_exponent)
+            if self.tolerance is not None or patches.grid is None:
+                return patches.lead(self._leaders(patches), self.packs(patches), self.size_exponent)
+            neighbours, kept, stays = self._stay_on_grid(patches)
+            nearest = at(stays.cumsum(dim=1) - 1, leaders(neighbours, stays))
+            return patches.represent(nearest, kept, None, self.size_exponent)
 
     def patch_words(self, patches: Patches) -> torch.Tensor | None:
-        if self.tolerance is None and patches.grid is not None:
-            return super().patch_words(patches)
         with without_autocast(patches.device), torch.no_grad():
             return patches.without_padding(self._leaders(patches))
 
     def _leaders(self, patches: Patches) -> torch.Tensor:
-        """Which patch stands for each, (batch, patches), where images may differ in how many stay."""
-        assert self.image_std is not None  # `prepared` came before
-        if patches.grid is not None:
-            assert self.tolerance is not None
+        """Which patch stands for each: (batch, patches), int64."""
+        if patches.grid is not None and self.tolerance is not None:
+            assert self.image_std is not None  # `prepared` came before
             return lead(patches.pixel_values, patches.patch_size, patches.grid, self.image_std, self.tolerance)
+        if patches.grid is not None:
+            neighbours, _, stays = self._stay_on_grid(patches)
+            return leaders(neighbours, stays)
         assert patches.real is not None
         neighbours = find_padded_neighbours(self._looks(patches), patches.places, patches.real)
         if self.tolerance is not None:
@@ -162,14 +164,17 @@ class LocalConfig(RaggedConfig):
         assert self.image_std is not None  # `prepared` came before
         return describe(patches.pixels_as_words().float(), patches.patch_size, self.image_std)
 
-    def _plan_of_number(self, patches: Patches, keep: int) -> Grouped:
-        """The plan by which so many patches of each image stay, where images are not padded."""
+    def _stay_on_grid(self, patches: Patches) -> tuple[Neighbours, torch.Tensor, torch.Tensor]:
+        """Which patches stay, as many of each image, where images are not padded.
+
+        Returns:
+            The neighbours; which patches stay, (batch, keep) int64, ascending; and the same as (batch, patches) bool.
+        """
         assert patches.grid is not None
-        neighbours = find_neighbours(self._looks(patches), patches.grid)
+        neighbours, keep = find_neighbours(self._looks(patches), patches.grid), self._number(*patches.grid)
         kept = highest(cover_by(neighbours, keep), keep)
         stays = torch.zeros(kept.shape[0], patches.count, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
-        nearest = at(stays.cumsum(dim=1) - 1, leaders(neighbours, stays))
-        return patches.represent(nearest, kept, None, self.size_exponent)
+        return neighbours, kept, stays
 
     def _stay_by_number(self, patches: Patches, neighbours: Neighbours) -> torch.Tensor:
         """Which patches stay, (batch, patches) bool, where images are padded."""
