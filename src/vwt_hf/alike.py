@@ -9,7 +9,7 @@ less.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,28 +57,32 @@ def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
     """
     values, real = hidden_states.float().flatten(0, 1), None
     sizes = layout.sizes.to(values.device).flatten()
+    scale = torch.linalg.vector_norm(values, dim=1).clamp(min=1e-12).reciprocal()
+    tokens: Any  # of each image, without prefix tokens
     if layout.even:
-        rows = torch.arange(layout.tokens, device=values.device).view(-1, layout.longest)[:, layout.prefix :]
-        values = values[: layout.tokens].unflatten(0, (-1, layout.longest))[:, layout.prefix :]
+        tokens, rows = layout.longest - layout.prefix, torch.arange(layout.tokens, device=values.device)
+        rows, values, scale = (
+            each[: layout.tokens].unflatten(0, (-1, layout.longest))[:, layout.prefix :]
+            for each in (rows, values, scale)
+        )
     else:
         first, ends = (bound.to(values.device).unsqueeze(1) for bound in layout.bounds)
         rows = first + torch.arange(layout.prefix, layout.longest, device=values.device)
-        real = rows < ends
+        real, tokens = rows < ends, (ends - first).flatten() - layout.prefix
         rows = torch.where(real, rows, first)
-        values = values[rows]
+        values, scale = values[rows], scale[rows].masked_fill(~real, 0)  # cosines with padding are 0
     with without_autocast(values.device):
-        directions = torch.nn.functional.normalize(values, dim=-1)
-        cosines = directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)
-    if real is None:
-        mean = cosines.mean(dim=(1, 2))
-    else:
-        pairs = real[:, 1::2, None] & real[:, None, 0::2]
-        mean = (cosines * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
-        cosines.masked_fill_(~pairs, -torch.inf)
+        cosines = values[:, 1::2] @ values[:, 0::2].transpose(1, 2)
+    cosines = cosines.mul_(scale[:, 1::2].unsqueeze(2)).mul_(scale[:, 0::2].unsqueeze(1))
+    mean = cosines.sum(dim=(1, 2)) / ((tokens // 2) * (tokens - tokens // 2) + (tokens < 2))
     spread = (1 - mean).clamp(min=FLAT).unsqueeze(1)
-    places = torch.arange(cosines.shape[2], device=cosines.device).clamp(max=PLACES)
-    less, which = (cosines - (EARLIER * spread * places).unsqueeze(1)).max(dim=2)
+    places = torch.arange(cosines.shape[2], device=cosines.device).clamp(max=PLACES) * EARLIER
+    if real is not None:
+        places = places.where(real[:, 0::2], torch.inf)
+    less, which = (cosines - (spread * places).unsqueeze(1)).max(dim=2)
     alike = 1 - sizes[rows[:, 1::2]].clamp(min=1).sqrt() * ((1 - less) / spread - EARLIER * which.clamp(max=PLACES))
+    if real is not None:
+        alike = alike.masked_fill(~real[:, 1::2], -torch.inf)
     return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), alike)
 
 
