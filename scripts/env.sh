@@ -20,12 +20,12 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 if ! "$venv/bin/python" -c "$has_torch"; then
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
-        "$venv/bin/python" -m pip install -q --no-compile torch
+        "$venv/bin/python" -m pip install -q torch
     elif [ "$(uname -s)" = Linux ]; then
         # PyPI's Linux wheels carry gigabytes of CUDA. The suffix +cpu rules them out.
-        "$venv/bin/python" -m pip install -q --no-compile "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+        "$venv/bin/python" -m pip install -q "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
     else
-        "$venv/bin/python" -m pip install -q --no-compile torch
+        "$venv/bin/python" -m pip install -q torch
     fi
 fi
-"$venv/bin/python" -m pip install -q --no-compile -e ".${1:+[$1]}"
+"$venv/bin/python" -m pip install -q -e ".${1:+[$1]}"
