@@ -159,3 +159,17 @@ def test_few_words_or_values_have_no_screen():
     assert same is not None and torch.isfinite(same.words).all() and len(same.words) == 5000
     along = same.directions.T @ same.directions
     assert torch.allclose(along, torch.eye(len(along)), atol=1e-5)
+
+
+def test_patches_that_many_words_may_be_nearest_to_get_the_same_in_a_batch_as_alone(screened):
+    """Flat ones, of 283 flat words that differ by rounding, among others: the first of the flat words."""
+    words = smooth(400, 588, 0.02, 0)
+    words[17:300] = torch.linspace(0.01, 5, 283)[:, None]
+    patches = smooth(1000, 588, 0.02, 1)
+    patches[::7] = torch.linspace(0.001, 4, 143)[:, None]
+    index = index_words(words)
+    found = nearest_words(patches[None], index, 0.1)[0]
+    assert (found[::7] == 17).all() and screened == [True]
+    parts = [nearest_words(part[None], index, 0.1)[0] for part in patches.split(10)]
+    # Beyond the words is the number of the patch in its image.
+    assert torch.equal(torch.cat(parts).clamp(max=400), found.clamp(max=400))

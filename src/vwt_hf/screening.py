@@ -16,8 +16,8 @@ DIRECTIONS = 47
 """With what is left as one more number, a row of 48."""
 FEWEST = 256
 """Words, and values of each: with fewer of either, cosines with all words are found as fast."""
-LIKELY = 6
-"""Words of a patch, in the mean, from which on cosines with all words are found as fast."""
+LIKELY = 64
+"""Words of a patch: if more of them may be the nearest, it is faster to find its cosines with all."""
 PAIRS = 128
 """Patches and words of which cosines are found at once: few enough that their pixels stay in the cache."""
 SAMPLE = 4096
@@ -81,7 +81,7 @@ def screened_cosines(
 
     Returns:
         (patches,) float32 and (patches,) int64; of patches that have no cosine of `least`, any smaller cosine, or NaN,
-        and any number. `None` if so many words may be the nearest that it is faster to look at all.
+        and any number. `None` if of most patches many words may be the nearest, so that it is faster to look at all.
     """
     scale = lengths.clamp(min=TINY).reciprocal().unsqueeze(1)
     along = (patches @ screen.directions).mul_(scale)
@@ -92,10 +92,17 @@ def screened_cosines(
     surely = most[np.arange(len(most)), best] - (2 * left[:, 0] * screen.words[best, -1]).numpy()
     # The first of those that are the same may have a cosine that is smaller by the slack.
     likely = most >= (np.maximum(surely, least) - slack - 2 * ROUNDING)[:, None]
-    if np.count_nonzero(likely) > LIKELY * len(patches):
-        return None
     patch, word = np.divmod(np.flatnonzero(likely), len(words))
+    counts = np.bincount(patch, minlength=len(most))
+    many = np.flatnonzero(counts > LIKELY)
+    if 2 * len(many) > len(most):
+        return None
     largest, first = np.full(len(most), np.nan, np.float32), np.zeros(len(most), np.int64)
+    if len(many):  # in double precision, so that a patch gets the same words whatever others are beside it
+        of_all = (patches[many].double() @ words.double().T).numpy() * scale.numpy()[many]
+        largest[many] = of_all.max(axis=1)
+        first[many] = (of_all >= of_all.max(axis=1, keepdims=True) - slack).argmax(axis=1)
+        patch, word = patch[counts[patch] <= LIKELY], word[counts[patch] <= LIKELY]
     if len(patch):
         starts = np.flatnonzero(np.diff(patch, prepend=-1))
         cosines = _products(patches.numpy(), patch, words.numpy(), word) * scale.numpy()[patch, 0]
