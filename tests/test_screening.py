@@ -91,7 +91,7 @@ def test_a_nearly_flat_patch_is_left_what_little_it_has_beside_its_mean(values, 
     found = nearest_words(patches, index, 0.5)
     cosines = torch.nn.functional.normalize(patches[0].double(), dim=1) @ index.words.double().T
     chosen = cosines.gather(1, found[0, :, None])[:, 0]
-    assert (chosen >= cosines.amax(dim=1) - 1.6e-5).all() and (found == 77).any() and all(screened)
+    assert (chosen >= cosines.amax(dim=1) - 1.1e-5).all() and (found == 77).any() and all(screened)
 
 
 @pytest.mark.parametrize("likely", [6, 1000])

@@ -181,9 +181,12 @@ class VWTConfig:
         raise NotImplementedError
 
     def patch_words(self, patches: Patches) -> torch.Tensor | None:
-        """What `patch_words` of the plan that `plan` makes says, (batch, patches) int64, for an image processor.
+        """The word of each patch, as an image processor gives it; `None`: all patches stay as they are.
 
-        Methods find it themselves where no tokens need to be laid out for it.
+        It is what `patch_words` of the plan says. Methods find it themselves where that takes no layout of tokens.
+
+        Returns:
+            (batch, patches), int64: as `Kept.patch_words` or `Grouped.patch_words`.
         """
         plan = self.plan(patches)
         return None if plan is None else plan.patch_words(len(patches.pixel_values), patches.count)

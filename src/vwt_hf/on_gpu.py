@@ -1,4 +1,4 @@
-"""Whether kernels of our own run in place of torch's operations."""
+"""Whether kernels of our own, or numpy, may run in place of torch's operations."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
 
 
 def is_followed() -> bool:
-    """Whether something sees torch's operations alone, and must: what is compiled, exported or traced, other ways to
-    differentiate than by autograd, `vmap`, and what counts or keeps operations."""
+    """Whether all must be done by torch's own operations, because something records or replaces them: `torch.compile`,
+    export, tracing, `vmap`, other ways to differentiate than autograd, and what counts or keeps operations."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0

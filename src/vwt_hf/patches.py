@@ -66,7 +66,7 @@ class Patches:
         return self.pixel_values.unflatten(-1, (*self.patch_size, self.channels)).movedim(-1, 2).flatten(2)
 
     def without_padding(self, words: torch.Tensor) -> torch.Tensor:
-        """Words (batch, patches), with −1 for padding."""
+        """The words of patches, (batch, patches) int64, with −1 in place of those of padding."""
         return words if self.real is None else words.masked_fill(~self.real, DROPPED)
 
     def keep(self, kept: torch.Tensor, stays: torch.Tensor | None = None) -> Kept | Grouped:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 DIRECTIONS = 47
-"""With what is left as one more number, a row of 48."""
+"""How many there are; with the length of what is left, 48 numbers tell of a word."""
 FEWEST = 256
 """Words, and values of each: with fewer of either, cosines with all words are found as fast."""
 LIKELY = 64
@@ -23,7 +23,7 @@ PAIRS = 128
 SAMPLE = 4096
 """Most words that directions are found from."""
 TURNS = 3
-"""Products by which random directions become nearly those along which words are longest."""
+"""Rounds by which random directions become, nearly, those along which words are longest."""
 ROUNDING = 1.2e-5
 """By how much a product along the directions may be off: by six millionths for the patch, and as much for the word."""
 ROUNDING_OF_SQUARES = 2.5e-5
@@ -98,11 +98,12 @@ def screened_cosines(
     if 2 * len(many) > len(most):
         return None
     largest, first = np.full(len(most), np.nan, np.float32), np.zeros(len(most), np.int64)
-    if len(many):  # in double precision, so that a patch gets the same words whatever others are beside it
+    if len(many):  # in double precision, so that a patch gets the same word whatever others are beside it
         of_all = (patches[many].double() @ words.double().T).numpy() * scale.numpy()[many]
-        largest[many] = of_all.max(axis=1)
-        first[many] = (of_all >= of_all.max(axis=1, keepdims=True) - slack).argmax(axis=1)
-        patch, word = patch[counts[patch] <= LIKELY], word[counts[patch] <= LIKELY]
+        top = of_all.max(axis=1, keepdims=True)
+        largest[many], first[many] = top[:, 0], (of_all >= top - slack).argmax(axis=1)
+        few = counts[patch] <= LIKELY
+        patch, word = patch[few], word[few]
     if len(patch):
         starts = np.flatnonzero(np.diff(patch, prepend=-1))
         cosines = _products(patches.numpy(), patch, words.numpy(), word) * scale.numpy()[patch, 0]
