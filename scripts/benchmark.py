@@ -351,7 +351,8 @@ def all_settings(options: argparse.Namespace) -> list[Any]:
     """The settings, and random patches at their keep ratios if those are among the peers."""
     if "random" not in options.peers:
         return options.settings
-    fields = [vwt_hf.VWTConfig.parse(setting).to_dict() for setting in options.settings]
+    parsed = map(vwt_hf.VWTConfig.parse, options.settings)
+    fields = [setting.to_dict() for setting in parsed if setting is not None]
     ratios = [own["keep_ratio"] for own in fields if own.get("keep_ratio") and own.get("num_patches") is None]
     random = [{"criterion": "random", "keep_ratio": ratio} for ratio in dict.fromkeys(ratios or RATIOS)]
     return [*options.settings, *(setting for setting in random if setting not in options.settings)]

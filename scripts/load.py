@@ -4,7 +4,8 @@ r"""How many images a second `scripts/serve.py` answers, and whether rightly, un
 Starts a server of the plain model, then one of each setting; clients of this machine send it photographs, each client
 the next one as soon as it has its answer. Prints a row for each server and number of clients: images a second (ratio:
 of the plain server's), milliseconds until half and 95 % of the answers were there, milliseconds of a core that the
-server spent on an image, images in a forward pass, tokens of an image.
+server spent on an image, images in a forward pass, tokens of an image; and the memory of all its processes, in MiB,
+over each tenth of the time.
 Every answer is compared with that of the same model for the photograph alone. Wrong: another label, or a score (of
 features: a value of the unit vector) that is off by more than --tolerance. Ties: another label, where the scores of the
 first two are nearer than that. Errors: no answer.
@@ -55,7 +56,7 @@ STARTING = 300
 WARM_UP = 3
 """Seconds of load that do not count."""
 PARTS = 10
-"""Memory is the mean over a part of the run: the second, when all is warm, and the last."""
+"""Memory is shown as its mean over each tenth of the time; it grows from the second, when all is warm, to the last."""
 
 
 class Photograph(NamedTuple):
@@ -184,8 +185,8 @@ def measure(
     counted = {name: value - before[name] for name, value in server.counts().items()}
     verdicts = Counter(judged(reply, photographs[which].expected, tolerance) for which, _, reply in replies)
     waits = sorted(wait for _, wait, _ in replies)
-    last = max(1, len(memory) // PARTS)
-    warm, end = statistics.mean(memory[last : 2 * last] or memory), statistics.mean(memory[-last:])
+    ends = [len(memory) * part // PARTS for part in range(PARTS + 1)]
+    tenths = [statistics.mean(memory[start:end] or memory) / 2**20 for start, end in itertools.pairwise(ends)]
     return {
         "images / s": round((verdicts["right"] + verdicts["tie"] + verdicts["wrong"]) / taken, 2),
         "p50 ms": round(1000 * statistics.median(waits)),
@@ -197,9 +198,8 @@ def measure(
         "wrong": verdicts["wrong"],
         "ties": verdicts["tie"],
         "errors": verdicts["error"],
-        "MiB": round(warm / 2**20),
-        "MiB at the end": round(end / 2**20),
-        "growth %": round(100 * (end / warm - 1), 2),
+        "growth %": round(100 * (tenths[-1] / tenths[1] - 1), 2),
+        "MiB": " ".join(map("{:.0f}".format, tenths)),
     }
 
 

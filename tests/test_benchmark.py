@@ -303,6 +303,11 @@ def test_random_patches_are_measured_once_at_each_keep_ratio_of_the_settings():
     assert benchmark.all_settings(options) == [*settings, {"criterion": "random", "keep_ratio": 0.6}]
     options.settings = [{"criterion": "random", "keep_ratio": 0.6}, True, {"method": "local"}]
     assert benchmark.all_settings(options) == options.settings
+    options.settings = [False]
+    assert benchmark.all_settings(options) == [
+        False,
+        *({"criterion": "random", "keep_ratio": k} for k in benchmark.RATIOS),
+    ]
 
 
 def test_a_method_that_is_asked_for_twice_is_refused():

@@ -116,6 +116,34 @@ def test_a_bad_setting_is_refused_by_field_value_and_range(fields, words):
         VWTConfig.parse(fields)
 
 
+class Pair(transformers.ViTPreTrainedModel):
+    """Two models that see, as people write them: each of its own weights, or both of the same."""
+
+    def __init__(self, config, right=None):
+        super().__init__(config)
+        self.left = transformers.ViTModel(config, add_pooling_layer=False)
+        self.right = right or self.left
+        self.post_init()
+
+    def forward(self, pixel_values):
+        return self.left(pixel_values)[0] + self.right(pixel_values)[0]
+
+
+def test_of_two_towers_each_is_compressed_by_itself(pixel_values):
+    one = tiny_model("vit")
+    pair = Pair(one.config, one).eval()
+    with pytest.raises(ValueError, match=r"Pair has 2 vision towers \(left, right\).*compress\(model\.left\)"):
+        compress(pair)
+    assert pair.config.vwt is None and compress(pair.left, {"keep_ratio": 0.5}) is pair.left
+    compress(pair.right, {"keep_ratio": 0.5})
+    assert pair(pixel_values).shape[1] == 1 + 32
+
+
+def test_a_tower_that_is_held_twice_is_one(pixel_values):
+    pair = compress(Pair(tiny_model("vit").config).eval(), {"keep_ratio": 0.5})
+    assert pair(pixel_values=pixel_values).shape[1] == 1 + 32
+
+
 def test_supported_lists_the_families():
     assert {"ViT", "DeiT", "DINOv2", "DINOv2 with registers", "CLIP", "LLaVA"} < set(vwt_hf.supported())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -329,8 +329,8 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
     """The vision tower of `model`.
 
     Raises:
-        ValueError: there is none with the embeddings that transformers gives this family, or the model is a backbone
-            that lays its tokens out as feature maps.
+        ValueError: there is none with the embeddings that transformers gives this family, or more than one, or the
+            model is a backbone that lays its tokens out as feature maps.
     """
     if getattr(model.config, "reshape_hidden_states", False) and type(model).__name__.endswith("Backbone"):
         raise ValueError(
@@ -339,6 +339,7 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
             "or load it without `vwt`."
         )
     above: dict[nn.Module, nn.Module] = {}
+    found: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         above.update((child, module) for child in module.children() if child not in above)
         if is_of(module, family.embeddings):
@@ -347,11 +348,20 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
             while tower is not None and not _is_transformers(tower):
                 embeddings, tower = tower, above.get(tower)
             if tower is not None:
-                return Tower(tower, embeddings, *_patch_shape(tower.config))
-    raise ValueError(
-        f"{type(model).__name__} has no {family.embeddings} of transformers, where {family.name} models turn pixel "
-        "values into tokens, so it cannot be compressed. Load it without `vwt`."
-    )
+                found.setdefault(tower, embeddings)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no {family.embeddings} of transformers, where {family.name} models turn pixel "
+            "values into tokens, so it cannot be compressed. Load it without `vwt`."
+        )
+    if len(found) > 1:
+        names = [name for name, module in model.named_modules() if module in found]
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} vision towers ({', '.join(names)}), of which a setting shortens "
+            f"one. Compress each by itself, as by vwt_hf.compress(model.{names[0]})."
+        )
+    ((tower, embeddings),) = found.items()
+    return Tower(tower, embeddings, *_patch_shape(cast(Any, tower).config))
 
 
 def _is_transformers(module: nn.Module) -> bool:
