@@ -3,10 +3,12 @@
 #   scripts/env.sh test                     what the tests need
 #   PYTHON=python3.12 scripts/env.sh demo   with another interpreter
 #   VENV=/tmp/venv scripts/env.sh           in another place
+#   PIP_OPTIONS=--no-compile scripts/env.sh   with options for pip install
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 python=${PYTHON:-python3}
+install=("$venv/bin/python" -m pip install -q ${PIP_OPTIONS:-})
 has_torch='import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 
 if [ ! -x "$venv/bin/python" ]; then
@@ -20,12 +22,12 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 if ! "$venv/bin/python" -c "$has_torch"; then
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
-        "$venv/bin/python" -m pip install -q torch
+        "${install[@]}" torch
     elif [ "$(uname -s)" = Linux ]; then
         # PyPI's Linux wheels carry gigabytes of CUDA. The suffix +cpu rules them out.
-        "$venv/bin/python" -m pip install -q "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+        "${install[@]}" "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
     else
-        "$venv/bin/python" -m pip install -q torch
+        "${install[@]}" torch
     fi
 fi
-"$venv/bin/python" -m pip install -q -e ".${1:+[$1]}"
+"${install[@]}" -e ".${1:+[$1]}"

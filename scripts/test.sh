@@ -5,6 +5,9 @@
 #   VWT_TEST_PROCESSES=8 scripts/test.sh         in as many processes, instead of 2
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Of packages only what is imported is compiled, when it first is; that takes half as long.
+unset PYTHONDONTWRITEBYTECODE
+export PIP_OPTIONS=--no-compile
 scripts/env.sh test
 python=${VENV:-.venv}/bin/python
 "$python" -m ruff check .
@@ -17,14 +20,14 @@ oldest=$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 folder=$("$python" -c "import sys; print(sys.prefix)")/transformers-$oldest
 if [ ! -d "$folder/transformers" ]; then
     rm -rf "$folder" "$folder.part"
-    "$python" -m pip install -q --target "$folder.part" "transformers==$oldest.0"
+    "$python" -m pip install -q "$PIP_OPTIONS" --target "$folder.part" "transformers==$oldest.0"
     mv "$folder.part" "$folder"
 fi
 # Triton, which torch for CPUs does not bring along, interprets kernels for GPUs. Apart, so that nothing else finds it.
 triton=$("$python" -c "import sys; print(sys.prefix)")/triton
 if [ ! -d "$triton/triton" ] && [ "$(uname -s)" = Linux ]; then
     rm -rf "$triton" "$triton.part"
-    "$python" -m pip install -q --no-deps --target "$triton.part" "triton>=3.9"
+    "$python" -m pip install -q "$PIP_OPTIONS" --no-deps --target "$triton.part" "triton>=3.9"
     mv "$triton.part" "$triton"
 fi
 wait "$types"
