@@ -83,7 +83,8 @@ from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor, whole_images
 from vwt_hf.terminal import markdown, require_writable, run_command, vwt_option, write_file
 from vwt_hf.visualize import require_matplotlib
-from vwt_hf.vocabulary.image_source import find_images, pixel_batches
+from vwt_hf.vocabulary.image_source import described_files, find_images, pixel_batches
+from vwt_hf.weights import fingerprint_of
 
 DTYPES = ["float32", "bfloat16", "float16"]
 MERGING: dict[str, tuple[str, str, Callable[[PreTrainedModel, Any], PreTrainedModel]]] = {
@@ -130,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     machine = describe(reference, device)
     print(f"{printable(options.model)} ({type(reference).__name__}), {machine}")
     meter = energy_meter(device)
-    results = Results(options.json, header(options, machine, len(paths)))
+    judged = {"images": described_files(options.images, paths), "weights": fingerprint_of(reference)}
+    results = Results(options.json, header(options, machine, judged))
 
     for dtype in options.dtype:
         batch_sizes = [size for size in options.batch_sizes if not results.rows("timing", dtype=dtype, batch=size)]
@@ -272,12 +274,16 @@ def energy_meter(device: torch.device) -> Meter | None:
         return None
 
 
-def header(options: argparse.Namespace, machine: dict[str, Any], images: int) -> dict[str, Any]:
-    """What two runs must share for their rows to stand in one file."""
+def header(options: argparse.Namespace, machine: dict[str, Any], judged: dict[str, str]) -> dict[str, Any]:
+    """What two runs must share for their rows to stand in one file.
+
+    Args:
+        judged: what tells images and weights from others under the same names.
+    """
     apart = ("json", "markdown", "plot", "vwt", "vocabulary")  # where results go, and what `settings` holds
     asked = {name: value for name, value in vars(options).items() if name not in apart}
     places = {"images": str(options.images), "groups": options.groups and str(options.groups)}
-    return {"options": asked | places | {"images judged": images}, "machine": machine}
+    return {"options": asked | places, "judged": judged, "machine": machine}
 
 
 class Results:
@@ -303,7 +309,7 @@ class Results:
         """In which options or facts of the machine `found` differs."""
         return "; ".join(
             f"{key} {found.get(part, {}).get(key)!r} there, {value!r} here"
-            for part in ("options", "machine")
+            for part in ("options", "judged", "machine")
             for key, value in self.content[part].items()
             if found.get(part, {}).get(key) != value
         )

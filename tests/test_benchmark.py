@@ -95,7 +95,7 @@ def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothin
     found = json.loads(files["json"].read_text())
     assert [(row["batch"], row["method"]) for row in found["timing"]] == [(b, m) for b in (1, 8) for m in methods]
     assert [row["method"] for row in found["quality"]] == methods
-    assert found["options"]["images judged"] == 5 and found["machine"]["torch"] == torch.__version__
+    assert "a folder of 5 image files" in found["judged"]["images"] and found["machine"]["torch"] == torch.__version__
     for row in found["timing"]:
         assert len(row["seconds"]) == 1 and row["weight_bytes"] and row["activation_bytes"] and row["joules_per_image"]
         assert (row["flops_ratio"] is None) == (row["quotient"] is None) == (row["method"] == "int8")
@@ -122,6 +122,11 @@ def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothin
     benchmark.main(arguments)
     assert json.loads(files["json"].read_text()) == found
     assert files["md"].read_text().splitlines() == lines
+    model = transformers.AutoModelForImageClassification.from_pretrained(checkpoint)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(checkpoint)
+    with pytest.raises(SystemExit, match="another run \\(weights 'ViTForImageClassification"):
+        benchmark.main(arguments)
 
 
 def test_a_run_that_was_cut_off_measures_what_is_missing(checkpoint, photographs, tmp_path, monkeypatch):
@@ -153,13 +158,15 @@ def test_a_run_that_was_cut_off_measures_what_is_missing(checkpoint, photographs
 
 def test_results_of_other_options_or_versions_are_never_mixed(tmp_path):
     path = tmp_path / "results.json"
-    header = {"options": {"turns": 5}, "machine": {"torch": "2.6"}}
+    header = {"options": {"turns": 5}, "judged": {"weights": "0a"}, "machine": {"torch": "2.6"}}
     benchmark.Results(path, header).add("timing", [{"batch": 1}])
     assert benchmark.Results(path, header).rows("timing", batch=1) == [{"batch": 1}]
     with pytest.raises(SystemExit, match=r"another run \(turns 5 there, 6 here\); delete it or name another file"):
         benchmark.Results(path, header | {"options": {"turns": 6}})
     with pytest.raises(SystemExit, match=r"torch '2.6' there, '2.13' here"):
         benchmark.Results(path, header | {"machine": {"torch": "2.13"}})
+    with pytest.raises(SystemExit, match="weights '0a' there, '0b' here"):
+        benchmark.Results(path, header | {"judged": {"weights": "0b"}})
     path.write_text("[")
     with pytest.raises(SystemExit, match="is no file of this benchmark"):
         benchmark.Results(path, header)
@@ -168,7 +175,7 @@ def test_results_of_other_options_or_versions_are_never_mixed(tmp_path):
 @pytest.mark.parametrize("step", ["write", "replace"])
 def test_a_run_cut_off_while_it_writes_leaves_the_file_of_before(step, tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    results = benchmark.Results(path, {"options": {}, "machine": {}})
+    results = benchmark.Results(path, {"options": {}, "judged": {}, "machine": {}})
     results.add("timing", [{"batch": 1}])
     before = path.read_text()
 

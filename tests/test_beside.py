@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,40 @@ def test_a_damaged_seal_is_told_by_its_name(seal, tmp_path):
 def test_a_setting_names_no_folder_but_its_own(saved_as):
     with pytest.raises(ValueError, match=r"saved_as is .*expected None or 16 digits"):
         VWTConfig(method="inter", saved_as=saved_as)
+
+
+def test_a_process_of_many_that_writes_no_config_leaves_the_words_that_it_names(pixel_values, tmp_path, monkeypatch):
+    model(0).save_pretrained(tmp_path)
+    with monkeypatch.context() as patched:  # as of every process but the first, once torch.distributed is set up
+        patched.setattr(transformers.PreTrainedModel, "should_save_on_this_rank", lambda *_: False)
+        model(0).save_pretrained(tmp_path)
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(0), pixel_values))
+
+
+def test_adapters_saved_into_the_folder_of_a_model_leave_its_words(pixel_values, tmp_path):
+    adapted = model(0)
+    adapted.save_pretrained(tmp_path)
+    # As `add_adapter` leaves a model, which needs another peft on each end of transformers.
+    config = types.SimpleNamespace(save_pretrained=lambda folder: Path(folder, "adapter_config.json").write_text("{}"))
+    adapted.__dict__.update(_hf_peft_config_loaded=True, peft_config={"mine": config})
+    adapted.__dict__.update(active_adapters=lambda: ["mine"], get_adapter_state_dict=lambda **_: {})
+    adapted.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").exists()
+    assert len(list(tmp_path.glob("visual_words-*"))) == 1
+    (tmp_path / "adapter_config.json").unlink()  # else the base model is loaded with it
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(0), pixel_values))
+
+
+@pytest.mark.parametrize("setting", [VWTConfig(keep_ratio=0.5), inter(words(0), threshold=0.2)], ids=["kept", "words"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "aimv2"])
+def test_a_tower_of_a_compressed_whole_is_saved_as_it_runs(name, setting, pixel_values, tmp_path):
+    whole = compress(tiny_model(name), setting)
+    tower = whole.vision_model
+    tower.save_pretrained(tmp_path / "tower")
+    assert tower.config.vwt is None and whole.config.vwt["method"] == setting.method
+    again = type(tower).from_pretrained(tmp_path / "tower").eval()
+    assert again.config.vwt["method"] == setting.method
+    torch.testing.assert_close(again(pixel_values)[0], tower(pixel_values)[0])
+    whole.save_pretrained(tmp_path / "whole")
+    again = type(whole).from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(answers(again, pixel_values), answers(whole, pixel_values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -114,6 +115,14 @@ def test_an_unsupported_family_is_refused_by_name():
 def test_a_bad_setting_is_refused_by_field_value_and_range(fields, words):
     with pytest.raises(ValueError, match=words):
         VWTConfig.parse(fields)
+
+
+@pytest.mark.parametrize("fields", [{"keep_ratio": 0.25}, {"method": "intra"}, {"local_file_only": True}])
+def test_a_keyword_that_is_none_of_the_hubs_is_refused(fields):
+    model = tiny_model("vit")
+    with pytest.raises(TypeError, match=rf"compress\(\) got {next(iter(fields))}; .*local_files_only.*VWTConfig"):
+        compress(model, {"criterion": "grid"}, **fields)
+    assert model.config.vwt is None
 
 
 class Pair(transformers.ViTPreTrainedModel):
@@ -256,6 +265,18 @@ def test_hooks_of_accelerate_and_compression_live_together(model, pixel_values):
     remove_hook_from_submodules(model)
     assert torch.equal(answers(model, pixel_values), short)
     assert torch.equal(answers(restore(model), pixel_values), plain)
+    assert torch.equal(answers(compress(model, {"keep_ratio": 0.5}), pixel_values), short)
+    assert "patch_words" in inspect.signature(model.forward).parameters
+    assert torch.equal(answers(restore(model), pixel_values), plain)
+
+
+def test_what_is_left_of_hooks_of_accelerate_is_no_replaced_forward(pixel_values):
+    expected = answers(compress(tiny_model("blip-vision"), {"dropped": "merge"}), pixel_values)
+    model = tiny_model("blip-vision")
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    remove_hook_from_submodules(model)
+    assert torch.equal(answers(compress(model, {"dropped": "merge"}), pixel_values), expected)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -413,6 +413,25 @@ def test_zero_shot_is_what_the_model_itself_says_of_the_labels(tmp_path, photogr
         evaluate_model(loaded(folder), stream, task="zero-shot", progress=False)
 
 
+def test_captions_are_texts_and_nothing_that_only_stands_beside_them(tmp_path, dataset):
+    model = loaded(two_towers("clip", tmp_path))
+    rows = range(len(dataset))
+    bare = dataset.remove_columns(["label", "caption"])
+    of_structs = bare.add_column("sentences", [{"raw": f"cup {row}", "imgid": row} for row in rows])
+    result = evaluate_model(model, of_structs, batch_size=5, progress=False)
+    assert result.task == "features"  # by default such a column is none of captions
+    with pytest.raises(ValueError, match=r"column 'sentences' holds \{.*expected a text or a list of texts"):
+        evaluate_model(model, of_structs, task="retrieval", caption_column="sentences", progress=False)
+    lists = bare.add_column("texts", [[{"raw": f"cup {row}"}] for row in rows])
+    with pytest.raises(ValueError, match=r"column 'texts' holds \[.*expected a text or a list of texts"):
+        evaluate_model(model, lists, task="retrieval", caption_column="texts", progress=False)
+    gaps = bare.add_column("caption", [[f"cup {row}", None, ""] for row in rows])
+    expected = bare.add_column("caption", [[f"cup {row}"] for row in rows])
+    found, wanted = (evaluate_model(model, given, progress=False, seed=0) for given in (gaps, expected))
+    assert found.task == wanted.task == "retrieval"
+    assert [row.figures for row in found.rows] == [row.figures for row in wanted.rows]
+
+
 def test_retrieval_recalls_what_the_similarities_say(tmp_path, dataset):
     folder = two_towers("clip", tmp_path)
     model, tokenizer = loaded(folder), transformers.AutoTokenizer.from_pretrained(folder)

@@ -79,7 +79,7 @@ def test_intervals_do_not_depend_on_torchs_defaults():
 
     def figures():
         found = torch.tensor(right, dtype=torch.float32, device="cpu")
-        return mean_interval(found, 0), worst_group_interval(right, groups, 0), evaluation.share_alike(right, groups)
+        return mean_interval(found, 0), worst_group_interval(right, groups), evaluation.share_alike(right, groups)
 
     expected = figures()
     torch.set_default_dtype(torch.float64)
@@ -110,18 +110,24 @@ def test_resamples_are_the_same_however_many_are_held_at_once(monkeypatch):
     assert mean_interval(values, seed=3) == expected
 
 
+def test_the_interval_of_the_worst_of_many_groups_holds_it():
+    correct = [True] + [False] * 4 + 99 * ([True] * 2 + [False] * 3)
+    groups = [str(number) for number in range(100) for _ in range(5)]
+    low, high = worst_group_interval(correct, groups)
+    assert low < worst_group(correct, groups) == 0.2 < high  # groups drawn anew have one of none right nearly always
+    assert (low, high) == pytest.approx((0.036, 0.624), abs=0.001)
+
+
 def test_the_interval_of_the_worst_group_is_of_its_images():
     correct = [True] * 40 + [False] * 60 + [True] * 95 + [False] * 5
     groups = ["poor"] * 100 + ["good"] * 100
-    low, high = worst_group_interval(correct, groups, seed=0)
+    low, high = worst_group_interval(correct, groups)
     half = 1.96 * math.sqrt(0.4 * 0.6 / 100)
     assert (low, high) == pytest.approx((0.4 - half, 0.4 + half), abs=0.02)
-    assert worst_group_interval(correct, groups, seed=0) == (low, high)
-    # Of groups in which all are wrong, or right, a bootstrap would say 0 to 0 or 1 to 1.
-    assert worst_group_interval([False] * 6 + [True] * 9, ["a"] * 6 + ["b"] * 9, 0) == share_interval(0, 6)
-    assert worst_group_interval([True] * 15, ["a"] * 6 + ["b"] * 9, 0) == share_interval(1, 6)
+    assert worst_group_interval([False] * 6 + [True] * 9, ["a"] * 6 + ["b"] * 9) == share_interval(0, 6)
+    assert worst_group_interval([True] * 15, ["a"] * 6 + ["b"] * 9) == share_interval(1, 6)
     with pytest.raises(ValueError, match="no group has 5 images"):
-        worst_group_interval([True] * 4, ["a"] * 4, 0)
+        worst_group_interval([True] * 4, ["a"] * 4)
 
 
 def test_wrong_candidates_that_are_as_near_as_the_right_one_stand_before_it():

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from settings import fixed, gradual, inter, local
 from test_families import assert_near, sample_images
-from tiny import MODELS, answers, inputs, padded_patches, tiny_model, watch_embeddings
+from tiny import MODELS, answers, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, count_tokens
 from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.forward import current_forward
@@ -378,6 +378,11 @@ def test_a_deviation_for_other_channels_and_layers_that_a_model_lacks_are_refuse
     with pytest.raises(ValueError, match=r"layers is \(1, 2\), and the model has 2 layers.*from 1 to 1"):
         compress(model, gradual(layers=[1, 2]))
     assert getattr(model.config, "vwt", None) is None
+    compress(model, {"keep_ratio": 0.5})
+    with pytest.raises(ValueError, match="the model has 2 layers"):
+        compress(model, gradual(layers=[1, 2]))
+    assert model.config.vwt["keep_ratio"] == 0.5
+    assert answers(model, sample_pixel_values()).shape[1] == 33  # CLS and 32 of 64 patches, as before
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(12, [5, 7, 9]), (24, [10, 14, 18]), (2, [1]), (1, [])])

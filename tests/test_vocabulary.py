@@ -243,10 +243,17 @@ def test_a_checkpoint_over_other_images_is_refused(folder: Path, tmp_path: Path,
     refusals = [
         ("folder", folder, {}, r"learned from a folder of 24 image files \(.*images is a folder of 24 image files \("),
         ("folder", photographs(24), {}, "images is images in their own order"),
-        ("data set", kinds["data set"].select(range(22)), {}, "data set of 24 rows, and images is .* of 22 rows"),
+        ("data set", kinds["data set"].select(range(22)), {}, r"data set of 24 rows \(.*, and images is .* of 22 rows"),
         ("iterable", photographs(19), {}, "images holds 19 images, fewer than the 20 that were learned from"),
         ("stream", kinds["stream"].take(19), {}, "images holds 19 images, fewer than the 20"),
         ("iterable", kinds["iterable"], {"max_images": 19}, "learned from 20 images, and max_images is 19"),
+    ]
+    others = stored(folder)  # as many, and others by now
+    streamed = [others.to_iterable_dataset(), others.to_iterable_dataset()]
+    streamed[1].info.dataset_name = "me/others"
+    refusals += [
+        ("data set", others, {}, "first and last: .*, and images is .*first and last: "),
+        ("stream", streamed[1], {}, r"streaming data set \(.*and images is .* streaming data set \(me/others, "),
     ]
     for kind, images, changes, message in refusals:
         with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import transformers
 
 from vwt_hf.labelled_images import open_labelled
+from vwt_hf.vocabulary import image_source
 from vwt_hf.vocabulary.image_source import (
     UnreadableImage,
     find_images,
@@ -164,6 +166,54 @@ def test_an_image_that_a_processor_would_make_enormous_is_refused_and_a_panorama
     assert processed(narrow, stretches)["pixel_values"].shape == (1, 3, 32, 32)
     for processor in (keeps, stretches, pads):
         assert len(processed(PIL.Image.new("RGB", (1000, 50)), processor)["pixel_values"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pixels"),
+    [
+        ({"size": {"height": 60_000, "width": 60_000}}, "3,600,000,000"),
+        ({"size": {"shortest_edge": 60_000}}, "3,600,000,000"),
+        ({"size": {"shortest_edge": 50_000, "longest_edge": 60_000}}, "2,500,000,000"),
+        ({"size": {"shortest_edge": 32}, "crop_size": {"height": 60_000, "width": 60_000}}, "3,600,000,000"),
+        ({"size": {"height": 60_000, "width": 60_000}, "do_resize": False, "do_center_crop": False}, None),
+    ],
+)
+def test_an_image_processor_that_makes_all_images_enormous_is_refused(sizes, pixels):
+    processor = transformers.CLIPImageProcessorPil(**sizes)
+    image = PIL.Image.new("RGB", (8, 8))
+    if pixels is None:
+        assert processed(image, processor)["pixel_values"].shape == (1, 3, 8, 8)
+        return
+    with pytest.raises(UnreadableImage, match=f"would have {pixels} pixels .*give another processor"):
+        processed(image, processor)
+
+
+def test_a_data_set_names_no_device_and_no_address_but_those_of_data_sets(tmp_path):
+    image, odd = tmp_path / "a.png", tmp_path / "a b::c.png"
+    for file in (image, odd):
+        PIL.Image.new("RGB", (3, 2)).save(file)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(image, "a.png")
+    for path in (str(odd), f"file://{image}", f"zip://a.png::{tmp_path}/all.zip"):
+        assert read_image({"bytes": None, "path": path}).size == (3, 2)
+    os.mkfifo(tmp_path / "waits")
+    names_no_file = ("/dev/zero", "file:///dev/zero", str(tmp_path / "waits"), "zip://a.png::/dev/zero", str(tmp_path))
+    for path in names_no_file:
+        with pytest.raises(UnreadableImage, match="which is no file"):
+            read_image({"bytes": None, "path": path}, "row 7")
+    for kind in ("http", "ftp", "ssh", "local", "github"):
+        with pytest.raises(UnreadableImage, match=rf"names it at {kind}://; expected a file"):
+            read_image({"bytes": None, "path": f"{kind}://169.254.169.254/latest"}, "row 7")
+
+
+def test_an_image_that_a_data_set_names_elsewhere_is_read_up_to_a_limit(tmp_path, monkeypatch):
+    image = tmp_path / "a.png"
+    PIL.Image.new("RGB", (3, 2)).save(image)
+    monkeypatch.setattr(image_source, "LARGEST", image.stat().st_size)
+    assert read_image({"bytes": None, "path": f"file://{image}"}).size == (3, 2)
+    monkeypatch.setattr(image_source, "LARGEST", image.stat().st_size - 1)
+    with pytest.raises(UnreadableImage, match=r"it has more than \d+ bytes"):
+        read_image({"bytes": None, "path": f"file://{image}"})
 
 
 def test_no_program_is_run_for_a_file_that_asks_for_one(tmp_path, monkeypatch):

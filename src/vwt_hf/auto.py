@@ -26,7 +26,7 @@ from transformers.pipelines.base import Pipeline
 
 from . import attention, image_processing
 from .beside import remove_other_words, seal_words, words_folder, write_words
-from .compress import compress_by, configs_of, own_config, parts_of, restore, setting_of
+from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of, restore, setting_of
 from .config import VWTConfig
 from .evidence import write_section
 from .families import family_of, find_tower, require_supported
@@ -36,7 +36,6 @@ from .printable import shown
 from .processors import remember_load
 from .whole_saves import sharing
 
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 _NOT_GIVEN: Any = object()
 _TURN = 60.0
@@ -307,17 +306,21 @@ def _saving(original: Any) -> Any:
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, save_directory, *args, **kwargs)
         call.apply_defaults()
-        parts = _compressed_parts(self)
-        _gather_settings(self, parts)
+        with _parts_to_save(self) as parts:
+            return save_parts(self, call, parts)
+
+    def save_parts(self: PreTrainedModel, call: Any, parts: list[PreTrainedModel]) -> Any:
         words = {}
         for part in parts:
             setting = setting_of(part)
             vocabulary = None if setting is None else setting.words_to_save()
             if vocabulary is not None:
                 words[part] = vocabulary
-        folder = Path(save_directory)
-        writes = call.arguments["is_main_process"] and not folder.is_file()
-        # Every process of a distributed save comes here; one of them writes, and removes what killed saves left.
+        folder = Path(call.arguments["save_directory"])
+        # Every process of a distributed save comes here. The one that writes config.json, which names the words, writes
+        # them, too, and removes what killed saves left; with adapters of transformers' own none writes config.json.
+        writes = self.should_save_on_this_rank(call.arguments["is_main_process"]) and not folder.is_file()
+        writes = writes and not getattr(self, "_hf_peft_config_loaded", False)
         turn = _TURN if words else 0
         with sharing(folder, turn) if writes else contextlib.nullcontext(lambda: False) as is_alone:
             saved_as = []
@@ -333,6 +336,22 @@ def _saving(original: Any) -> Any:
             return saved
 
     return save_pretrained
+
+
+@contextlib.contextmanager
+def _parts_to_save(model: PreTrainedModel) -> Iterator[list[PreTrainedModel]]:
+    """The models in whose configs a setting stands that is to be saved with `model`."""
+    parts = _compressed_parts(model)
+    _gather_settings(model, parts)
+    setting = None if parts else setting_of(model)
+    if setting is None:
+        yield parts
+        return
+    model.config.vwt = setting.to_dict()  # it is part of a model in whose config alone the setting stands
+    try:
+        yield [model]
+    finally:
+        model.config.vwt = None
 
 
 def _save_sealed(model: PreTrainedModel, call: Any, original: Any, folder: Path, saved_as: list[str]) -> Any:

@@ -41,6 +41,8 @@ from .processors import loaded_by
 from .vouch import vouch
 from .words import patch_grid
 
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""What tells `from_pretrained` of transformers where to look."""
 ONE_GRAPH = torch.__version__ >= "2.11.0a0"
 """Whether one graph of torch.compile can hold a forward. With an older torch graphs break in transformers anyway, so
 forwards run natively between them."""
@@ -57,14 +59,15 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         config: a `VWTConfig`, a dict of its fields, `True` for the defaults, or a vocabulary (its Hub id, its folder or
             itself) for inter-image words. `False` restores the plain model.
         hub_kwargs: `token`, `cache_dir`, `local_files_only`, ... for a vocabulary and an image processor on the Hub;
-            by default those that the model was loaded with.
+            by default those that the model was loaded with. `revision` and `subfolder` are those of the image
+            processor: a vocabulary's revision is a field of the setting.
 
     Returns:
         The same `model`. Its `last_hidden_state` is (batch, prefix tokens + kept patches, hidden) where patches are
         discarded, and else (batch, prefix tokens + patches, hidden), each patch with its token's hidden state.
 
     Raises:
-        TypeError: `model` is no transformers model.
+        TypeError: `model` is no transformers model, or a keyword is none of those.
         ValueError: the family is not supported, the task needs every patch, or `config` is not valid.
         OSError: the vocabulary or the image processor cannot be read.
 
@@ -77,6 +80,11 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         torch.Size([1, 50, 768])
     """
     model = model_of(model)
+    if unknown := sorted(hub_kwargs.keys() - set(HUB_KWARGS)):
+        raise TypeError(
+            f"compress() got {', '.join(unknown)}; beside the model and its setting it takes {', '.join(HUB_KWARGS)}. "
+            "What belongs to the setting goes into it: compress(model, VWTConfig(keep_ratio=...))."
+        )
     setting = VWTConfig.parse(config)
     if setting is None:
         return restore(model)
@@ -112,12 +120,13 @@ def compress_by(
         if is_of(module, name)
     ]
     by_sizes = setting.shortens and (setting.groups or family.padded is not None)
+    joins = setting.joins(len(find_layers(tower.module))) if by_sizes else {}
     if by_sizes:
         attention.require_usable(tower.module)
         for module, _ in attentions:
             _require_replaceable(module)
-    restore(model)
-    _hook_in(model, tower, family, setting, by_sizes, relative, attentions)
+    restore(model)  # nothing is refused from here on: a model keeps the setting that it has
+    _hook_in(model, tower, family, setting, by_sizes, joins, relative, attentions)
     model.config.vwt = setting.to_dict()
     return model
 
@@ -128,6 +137,7 @@ def _hook_in(
     family: Family,
     setting: VWTConfig,
     by_sizes: bool,
+    joins: dict[int, float],
     relative: list[nn.Module],
     attentions: list[tuple[nn.Module, Any]],
 ) -> None:
@@ -141,7 +151,6 @@ def _hook_in(
     """
     follows = setting.shortens and (by_sizes or bool(relative))
     layers = find_layers(tower.module)
-    joins = setting.joins(len(layers)) if by_sizes else {}
     entered = [
         module for module in model.modules() if isinstance(module, PreTrainedModel) and tower.module in module.modules()
     ]
@@ -151,7 +160,7 @@ def _hook_in(
     for name in _methods_for_images(model_class):
         if name not in vars(model):
             setattr(model, name, _stand_in_for(model, name))
-    if "forward" not in vars(model):
+    if _own_forward(model) is None:
         model.forward = _forward_with_words(model, begins=follows and model is tower.module)
     if follows:
         strips_mask = by_sizes and family.padded is not None
@@ -342,9 +351,15 @@ def _slot(module: nn.Module) -> str:
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
+def _own_forward(module: nn.Module) -> Any:
+    """The forward that `module` has in place of its class's; accelerate leaves that in it when hooks are removed."""
+    present = module.__dict__.get("forward")
+    return None if getattr(present, "__func__", None) is type(module).forward else present
+
+
 def _require_replaceable(module: nn.Module) -> None:
     """Raises `ValueError` where the forward of `module` is not its class's, nor one of ours."""
-    present = module.__dict__.get("forward")
+    present = _own_forward(module)
     if _slot(module) == "forward" and present is not None and not isinstance(present, StandIn):
         raise ValueError(
             f"Something else replaced the forward of {type(module).__name__} in this model; take that out before "

@@ -392,10 +392,10 @@ def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
     return _percentiles(torch.cat(means))
 
 
-def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str], seed: int) -> tuple[float, float]:
-    """The 95 % interval (percentiles of a bootstrap within each group) of what `worst_group` gives.
+def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) -> tuple[float, float]:
+    """The 95 % interval of what `worst_group` gives: Wilson's, of the smallest group that has it.
 
-    Where that is 0 or 1, of which a bootstrap says nothing, it is Wilson's of the smallest group that has it.
+    Groups drawn anew would tell too low a one: of many groups, another draws badly each time.
 
     Raises:
         ValueError: no group is large enough.
@@ -403,15 +403,8 @@ def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str], 
     members = _judged_groups(correct, groups)
     if not members:
         raise ValueError(f"no group has {FEWEST_OF_GROUP} images of known label; expected one that has.")
-    right = torch.tensor([sum(own) for own in members], dtype=torch.float64, device="cpu")
-    sizes = torch.tensor([len(own) for own in members], dtype=torch.float64, device="cpu")
-    shares = right / sizes
-    worst = shares.min().item()
-    if worst in (0, 1):
-        return share_interval(worst, int(sizes[shares == worst].min()))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.binomial(sizes.expand(RESAMPLES, -1), shares.expand(RESAMPLES, -1), generator=generator)
-    return _percentiles((drawn / sizes).amin(dim=1))
+    worst, size = min((sum(own) / len(own), len(own)) for own in members)
+    return share_interval(worst, size)
 
 
 def _percentiles(resampled: torch.Tensor) -> tuple[float, float]:

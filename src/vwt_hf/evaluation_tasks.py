@@ -189,7 +189,7 @@ class Classification(Task):
         correct = are_alike(given, right)  # a metric of `evaluate` tells no interval: that is of the single images
         figures = {"accuracy": Figure(found["accuracy"], self.share_interval(correct))}
         if found["worst_group"] is not None:
-            figures["worst_group"] = Figure(found["worst_group"], worst_group_interval(correct, of, self.seed))
+            figures["worst_group"] = Figure(found["worst_group"], worst_group_interval(correct, of))
         return figures
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:

@@ -119,14 +119,22 @@ class LabelledImages:
             group = row.parent.name if self.groups is None else self.groups[number]
             return Sample(str(row), row, row.parent.name, group, ())
         label = self._label(row.get(self.columns.get("label")))
-        captions = row.get(self.columns.get("captions")) or ()
         return Sample(
             f"row {number}{whose}",
             row[self.columns["image"]],
             label,
             str(row[self.columns["group"]] if "group" in self.columns else label),
-            (captions,) if isinstance(captions, str) else tuple(map(str, captions)),
+            self._captions(row.get(self.columns.get("captions"))),
         )
+
+    def _captions(self, value: Any) -> tuple[str, ...]:
+        texts = [value] if isinstance(value, str) or value is None else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) or text is None for text in texts):
+            raise ValueError(
+                f"column {shown(self.columns['captions'])} holds {shown(value)}; expected a text or a list of texts "
+                "about the image. Name another by --caption-column."
+            )
+        return tuple(filter(None, texts))
 
     def _label(self, value: Any) -> str | int | None:
         if value is None or self.label_names is None or isinstance(value, str):
@@ -219,7 +227,7 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     columns = {"image": find_image_column(features, asked["image"])}
     for kind, found in {
         "label": _label_column(features),
-        "captions": next((name for name in CAPTION_COLUMNS if name in features), None),
+        "captions": next((name for name in CAPTION_COLUMNS if _may_hold_texts(features, name)), None),
         "group": None,
     }.items():
         name = asked[kind]
@@ -242,6 +250,15 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     elif limit is not None:
         dataset = dataset.take(limit)
     return LabelledImages(dataset, name, total, None if names is None else tuple(names), columns)
+
+
+def _may_hold_texts(features: Mapping[str, Any], name: str) -> bool:
+    """Whether there is a column of that name, of a text or a list of texts as far as is known."""
+    feature = features.get(name)
+    if feature is None:
+        return name in features
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    return getattr(inner, "dtype", None) in ("string", "large_string")
 
 
 def _label_column(features: Mapping[str, Any]) -> str | None:

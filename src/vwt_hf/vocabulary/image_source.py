@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -26,6 +27,10 @@ FORMATS = (
 WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
 """What may be white in grey images of more than eight bits, by Pillow's mode."""
 
+REMOTE = ("hf", "https")
+"""Where rows of a data set may name an image, beside files."""
+LARGEST = 2**30
+"""Bytes of an image that are fetched from there at most."""
 SHUFFLED = 1000
 """Images among which a streaming data set is shuffled; they are held encoded."""
 
@@ -346,11 +351,13 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
     from datasets.distributed import split_dataset_by_node
 
     name = getattr(dataset.info, "dataset_name", None)
+    of = "".join(f"{known}, " for known in (name, dataset.info.config_name, dataset.split) if known)
     if isinstance(dataset, datasets.Dataset):
         column = find_image_column(dataset.features, column)
         encoded = undecoded(dataset, column)
         items = _Shuffled(len(dataset), seed, lambda i: (f"row {i}", encoded[i][column]))
-        return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows", items.cut)
+        ends = f"first and last: {_described(encoded, column)}"
+        return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows ({of}{ends})", items.cut)
     if not isinstance(dataset, datasets.IterableDataset):
         raise TypeError(f"images is a {type(dataset).__name__}; expected a Dataset or an IterableDataset.")
     column = find_image_column(features_of(dataset), column)
@@ -359,11 +366,26 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
     def cut(index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
         # In whole shards where their number allows it; else every process reads all rows and keeps its own.
         mine = shuffled if number == 1 else split_dataset_by_node(shuffled, index, number)
-        of = "" if number == 1 else f" of part {index}"
-        rows = ((f"row {i}{of}", row[column]) for i, row in enumerate(mine))
+        whose = "" if number == 1 else f" of part {index}"
+        rows = ((f"row {i}{whose}", row[column]) for i, row in enumerate(mine))
         return ImagePart(_after(skip, itertools.islice(rows, max_images)), max_images)
 
-    return ImageSource(name, f"column {column!r} of a streaming data set", cut)
+    return ImageSource(name, f"column {column!r} of a streaming data set ({of}as it comes)", cut)
+
+
+def _described(dataset: Any, column: str) -> str:
+    """A text that is another one where the first or the last image of a data set is, and the same on every machine."""
+    digest = hashlib.sha256()
+    for number in {0, len(dataset) - 1} if len(dataset) else ():
+        image = dataset[number][column] or {"bytes": b"", "path": None}
+        if image["bytes"] is None:
+            name, size = os.path.basename(image["path"]), 0
+            with contextlib.suppress(OSError):  # also of an address
+                size = os.path.getsize(image["path"])
+            digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
+        else:
+            digest.update(image["bytes"])
+    return digest.hexdigest()[:16]
 
 
 def features_of(dataset: Any) -> Mapping[str, Any]:
@@ -465,13 +487,23 @@ def _file(item: Any) -> Any:
         return item
     if item["bytes"] is not None:
         return io.BytesIO(item["bytes"])
+    # It was written by whoever made the data set.
     path = os.fspath(item["path"])
-    if "://" not in path:
-        return path
     import fsspec  # of datasets, whose streams name files on the Hub
 
+    place = path.split("::")[-1] if "://" in path else path  # of what lies in an archive: where that does
+    kind, there, local = place.partition("://")
+    if there and kind not in (*REMOTE, "file"):
+        raise ValueError(f"a data set names it at {kind}://; expected a file, or an address on the Hub or of https")
+    if kind not in REMOTE and not os.path.isfile(local if there else place):
+        raise FileNotFoundError(f"a data set names it as {place}, which is no file")
+    if "://" not in path:
+        return path
     with fsspec.open(path, "rb") as file:
-        return io.BytesIO(file.read())
+        encoded = file.read(LARGEST + 1)
+    if len(encoded) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST:,} bytes")
+    return io.BytesIO(encoded)
 
 
 def _in_eight_bits(image: Any, kind: str | None) -> Any:
@@ -560,22 +592,32 @@ def _require_room(image: Any, image_processor: Any) -> None:
     most, pixels = PIL.Image.MAX_IMAGE_PIXELS, _pixels_between(image, image_processor)
     if most is not None and pixels > most:
         raise ValueError(
-            f"it is so narrow that it would have {pixels:,} pixels before it is cropped or resized; expected at most "
-            f"{most:,}. Crop it"
+            f"it would have {pixels:,} pixels on its way through the image processor; expected at most {most:,}. Crop "
+            "it if it is narrow, or give another processor"
         )
 
 
 def _pixels_between(image: Any, image_processor: Any) -> int:
-    """How many pixels an image processor makes of an image before it crops or resizes it; 0: no more than it has."""
-    size: Any = getattr(image_processor, "size", None)
-    if not hasattr(size, "get"):  # it states no edges
-        return 0
-    longer, shorter, edge = max(image.size), min(image.size), size.get("shortest_edge")
-    if getattr(image_processor, "do_pad", False) and size.get("height"):  # to a square, as OWLv2's does
-        return longer**2
-    if getattr(image_processor, "do_resize", False) and edge and not size.get("longest_edge"):
-        return edge**2 * longer // shorter
-    return 0
+    """How many pixels an image processor makes of an image at most, by the sizes that it states; 0: it states none."""
+
+    def stated(field: str, asked: str, name: str) -> int:
+        sizes = getattr(image_processor, field, None) if getattr(image_processor, asked, False) else None
+        number: Any = sizes.get(name) if sizes is not None and hasattr(sizes, "get") else None
+        return number if isinstance(number, int) else 0
+
+    longer, shorter = max(image.size), min(image.size)
+    by_shortest = stated("size", "do_resize", "shortest_edge") ** 2 * longer // shorter
+    by_longest = stated("size", "do_resize", "longest_edge") ** 2
+    found = [min(by_shortest, by_longest) if by_shortest and by_longest else by_shortest or by_longest]
+    for field, asked, height, width in (
+        ("size", "do_resize", "height", "width"),
+        ("size", "do_resize", "max_height", "max_width"),
+        ("crop_size", "do_center_crop", "height", "width"),
+    ):
+        found.append(stated(field, asked, height) * stated(field, asked, width))
+    if stated("size", "do_pad", "height"):  # to a square, as OWLv2's does
+        found.append(longer**2)
+    return max(found)
 
 
 def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Tensor:
