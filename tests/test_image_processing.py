@@ -103,6 +103,7 @@ OTHERS = [
     {"dropped": "merge", "num_patches": 9},
     {"dropped": "merge", "num_patches": 64},
     {"num_patches": 64},
+    inter(),
 ]
 
 
