@@ -56,7 +56,7 @@ STARTING = 300
 WARM_UP = 3
 """Seconds of load that do not count."""
 PARTS = 10
-"""Memory is shown as its mean over each tenth of the time; it grows from the second, when all is warm, to the last."""
+"""Of the time; memory is the mean over each. Its growth is from the second, when all is warm, to the last."""
 
 
 class Photograph(NamedTuple):

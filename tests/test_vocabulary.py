@@ -130,6 +130,17 @@ def test_unreadable_images_are_named_and_left_out(folder: Path, processor: Any) 
         assert (learned.info.images, learned.info.unreadable) == (24, 2)
 
 
+@pytest.mark.parametrize("lacking", [None, {"bytes": None, "path": None}], ids=str)
+def test_rows_without_an_image_at_either_end_are_left_out(lacking: Any, folder: Path, processor: Any) -> None:
+    paths = sorted(map(str, folder.rglob("*.png")))
+    rows = [lacking, *({"bytes": None, "path": path} for path in paths), lacking]
+    stands = datasets.Features({"photograph": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+    images = datasets.Dataset.from_dict({"photograph": rows}, features=stands)
+    images = images.cast_column("photograph", datasets.Image())
+    with pytest.warns(UserWarning, match=r"2 of 26 images could not be read"):
+        assert make(images, processor).info.images == 24
+
+
 def test_images_none_of_which_can_be_read_are_refused(tmp_path: Path, processor: Any) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"none of the 1 images could be read.*broken\.png"):

@@ -174,7 +174,9 @@ def test_an_image_that_a_processor_would_make_enormous_is_refused_and_a_panorama
         ({"size": {"height": 600, "width": 600}}, "360,000"),
         ({"size": {"shortest_edge": 600}}, "360,000"),
         ({"size": {"shortest_edge": 500, "longest_edge": 600}}, "250,000"),
+        ({"size": {"height": 600.0, "width": 600.0}}, "360,000"),
         ({"size": {"shortest_edge": 32}, "crop_size": {"height": 600, "width": 600}}, "360,000"),
+        ({"do_pad": True, "pad_size": {"height": 600, "width": 600}}, "360,000"),
         ({"size": {"height": 600, "width": 600}, "do_resize": False, "do_center_crop": False}, None),
     ],
 )
@@ -187,6 +189,15 @@ def test_an_image_processor_that_makes_all_images_enormous_is_refused(sizes, pix
         return
     with pytest.raises(UnreadableImage, match=f"would have {pixels} pixels .*give another processor"):
         processed(image, processor)
+
+
+def test_an_image_processor_that_cuts_enormous_images_into_tiles_is_refused(monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100_000)
+    processor = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=[[32, 64], [512, 512]]
+    )
+    with pytest.raises(UnreadableImage, match="would have 262,144 pixels"):
+        processed(PIL.Image.new("RGB", (8, 8)), processor)
 
 
 def test_a_data_set_names_no_device_and_no_address_but_those_of_data_sets(tmp_path):
@@ -211,6 +222,8 @@ def test_a_data_set_names_no_device_and_no_address_but_those_of_data_sets(tmp_pa
     for kind in ("http", "ftp", "ssh", "local", "github"):
         with pytest.raises(UnreadableImage, match=rf"names it at {kind}://; expected a file"):
             read_image({"bytes": None, "path": f"{kind}://169.254.169.254/latest"}, "row 7")
+        with pytest.raises(UnreadableImage, match=rf"names it at {kind}://; expected a file"):
+            read_image({"bytes": None, "path": f"{kind}://169.254.169.254/latest::file://{image}"}, "row 7")
 
 
 def test_an_image_that_a_data_set_names_elsewhere_is_read_up_to_a_limit(tmp_path, monkeypatch):

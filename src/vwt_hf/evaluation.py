@@ -395,7 +395,7 @@ def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
 def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) -> tuple[float, float]:
     """The 95 % interval of what `worst_group` gives: Wilson's, of the smallest group that has it.
 
-    Groups drawn anew would tell too low a one: of many groups, another draws badly each time.
+    A bootstrap would be too low where there are many groups: in nearly every draw one of them does badly by chance.
 
     Raises:
         ValueError: no group is large enough.

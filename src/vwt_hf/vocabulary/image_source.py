@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -29,6 +28,8 @@ WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
 
 REMOTE = ("hf", "https")
 """Where rows of a data set may name an image, beside files."""
+ARCHIVES = ("zip", "gzip", "bz2", "lz4", "xz", "zstd")
+"""What it may lie in there; as data sets that are streamed name it."""
 LARGEST = 2**30
 """Bytes of an image that are fetched from there at most."""
 SHUFFLED = 1000
@@ -374,17 +375,15 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
 
 
 def _described(dataset: Any, column: str) -> str:
-    """A text that is another one where the first or the last image of a data set is, and the same on every machine."""
+    """A text that tells the first and the last image of a data set from others. It is the same on every machine."""
     digest = hashlib.sha256()
     for number in {0, len(dataset) - 1} if len(dataset) else ():
-        image = dataset[number][column] or {"bytes": b"", "path": None}
-        if image["bytes"] is None:
-            name, size = os.path.basename(image["path"]), 0
-            with contextlib.suppress(OSError):  # also of an address
-                size = os.path.getsize(image["path"])
-            digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
-        else:
-            digest.update(image["bytes"])
+        image = dataset[number][column] or {}
+        content, path = image.get("bytes"), image.get("path") or ""
+        if content is None:
+            size = os.path.getsize(path) if os.path.exists(path) else 0  # of an address
+            content = f"{os.path.basename(path)}\0{size}\0".encode(errors="surrogateescape")
+        digest.update(content)
     return digest.hexdigest()[:16]
 
 
@@ -487,23 +486,31 @@ def _file(item: Any) -> Any:
         return item
     if item["bytes"] is not None:
         return io.BytesIO(item["bytes"])
-    # It was written by whoever made the data set.
-    path = os.fspath(item["path"])
+    path = os.fspath(item["path"])  # as whoever made the data set wrote it
+    if "://" not in path:
+        return _existing(path)
+    *archives, place = path.split("::")
+    kind, there, local = place.partition("://")
+    if not there:
+        kind, local = "file", place
+    for each, allowed in ((kind, (*REMOTE, "file")), *((link.partition("://")[0], ARCHIVES) for link in archives)):
+        if each not in allowed:
+            raise ValueError(f"a data set names it at {each}://; expected a file, or an address on the Hub or of https")
+    if kind not in REMOTE:
+        _existing(local)
     import fsspec  # of datasets, whose streams name files on the Hub
 
-    place = path.split("::")[-1] if "://" in path else path  # of what lies in an archive: where that does
-    kind, there, local = place.partition("://")
-    if there and kind not in (*REMOTE, "file"):
-        raise ValueError(f"a data set names it at {kind}://; expected a file, or an address on the Hub or of https")
-    if kind not in REMOTE and not os.path.isfile(local if there else place):
-        raise FileNotFoundError(f"a data set names it as {place}, which is no file")
-    if "://" not in path:
-        return path
     with fsspec.open(path, "rb") as file:
         encoded = file.read(LARGEST + 1)
     if len(encoded) > LARGEST:
         raise ValueError(f"it has more than {LARGEST:,} bytes")
     return io.BytesIO(encoded)
+
+
+def _existing(path: str) -> str:
+    if not os.path.isfile(path):  # a device or a pipe need not end
+        raise FileNotFoundError(f"a data set names it as {path}, which is no file")
+    return path
 
 
 def _in_eight_bits(image: Any, kind: str | None) -> Any:
@@ -603,7 +610,7 @@ def _pixels_between(image: Any, image_processor: Any) -> int:
     def stated(field: str, asked: str, name: str) -> int:
         sizes = getattr(image_processor, field, None) if getattr(image_processor, asked, False) else None
         number: Any = sizes.get(name) if sizes is not None and hasattr(sizes, "get") else None
-        return number if isinstance(number, int) else 0
+        return int(number or 0)
 
     longer, shorter = max(image.size), min(image.size)
     by_shortest = stated("size", "do_resize", "shortest_edge") ** 2 * longer // shorter
@@ -613,10 +620,15 @@ def _pixels_between(image: Any, image_processor: Any) -> int:
         ("size", "do_resize", "height", "width"),
         ("size", "do_resize", "max_height", "max_width"),
         ("crop_size", "do_center_crop", "height", "width"),
+        ("pad_size", "do_pad", "height", "width"),
     ):
         found.append(stated(field, asked, height) * stated(field, asked, width))
     if stated("size", "do_pad", "height"):  # to a square, as OWLv2's does
         found.append(longer**2)
+    # Images are resized to the one of these that fits best, and cut into tiles.
+    found += [
+        int(height) * int(width) for height, width in getattr(image_processor, "image_grid_pinpoints", None) or ()
+    ]
     return max(found)
 
 
