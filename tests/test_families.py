@@ -335,6 +335,13 @@ def test_a_segmentation_head_reads_every_patch_or_is_refused(images):
         alone = model(pixel_values=images[2:3], input_ids=texts[:1]).logits
         assert found.shape == plain.shape and not torch.equal(found, plain)
         torch.testing.assert_close(found[2], alone.reshape(found[2].shape), atol=1e-4, rtol=1e-4)
+    compress(model, {"method": "given"})
+    words = torch.arange(64).repeat(4, 1)
+    same = model(pixel_values=images, input_ids=texts, patch_words=words).logits
+    torch.testing.assert_close(same, plain, atol=1e-4, rtol=1e-4)
+    words[:, ::2] = -1
+    with pytest.raises(ValueError, match=r"the word -1; expected the number of a word"):
+        model(pixel_values=images, input_ids=texts, patch_words=words)
 
 
 @pytest.mark.parametrize("criterion", ["variance", "random", "grid"])

@@ -124,6 +124,7 @@ def test_the_words_count_and_not_the_pixels(images):
     [
         (torch.zeros(4, 49), r"patch_words is a torch.float32; expected a tensor of integers"),
         ([[0] * 64] * 4, r"patch_words is a list"),
+        (torch.ones(4, 64, dtype=torch.bool), r"patch_words is a torch.bool; expected a tensor of integers"),
         (torch.zeros(4, 49, dtype=torch.int64), r"\(4, 49\).*4 images into 64 \(8 × 8\) patches.*\(4, 64\)"),
         (torch.zeros(3, 64, dtype=torch.int64), r"\(3, 64\), of 3 images, .* given 4 images"),
         (torch.zeros(8, 64, dtype=torch.int64), r"\(8, 64\), of 8 images, .* given 4 images"),
@@ -156,6 +157,18 @@ def test_words_of_another_kind_of_setting_are_refused(images, plans):
     uneven[0, uneven[0].argmax()] = -1
     with pytest.raises(ValueError, match="keep 31 to 32 patches of an image; expected the same number"):
         answers(compress(tiny_model("vit"), SETTINGS["discard"]), images, patch_words=uneven)
+
+
+@pytest.mark.parametrize("kind", ["discard", "merge", "inter"])
+@pytest.mark.parametrize("name", ["vit", "vit-classifier", "clip"])
+def test_a_forward_that_is_called_by_itself_goes_by_words(name, kind, images, plans):
+    model = compress(tiny_model(name), SETTINGS[kind])
+    given = inputs(model, images)
+    words = words_of(plans) if answers(model, images) is not None else None
+    with torch.no_grad():
+        found, again = model(**given, patch_words=words.flip(0)), model.forward(**given, patch_words=words.flip(0))
+    assert plans[-1][2] is not None and current_forward() is None
+    assert torch.equal(again[0], found[0]) and not torch.equal(again[0], model.forward(**given)[0])
 
 
 def test_a_model_that_keeps_everything_takes_no_words_that_group(images):

@@ -294,6 +294,10 @@ def test_tiles_have_words_each_and_padding_has_none(tmp_path):
     assert (made[NAME][0, 3:] == -1).all() and (made[NAME][0, :3] >= 0).all() and (made[NAME][1] >= 0).all()
     first = made[NAME][0, :3]
     assert torch.equal(processor(wide, return_tensors="pt")[NAME][0], first)
+    pictures = processor.decode(made[NAME], made)
+    assert len(pictures) == 3 + 5
+    alone = processor(PHOTOGRAPHS[1], return_tensors="pt")
+    assert all(map(np.array_equal, pictures[3:], processor.decode(alone[NAME], alone)))
 
 
 @pytest.mark.parametrize("change", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made)), copy.copy])

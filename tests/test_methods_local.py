@@ -256,6 +256,21 @@ def test_a_number_of_patches_is_the_same_for_every_image(fields, tokens, images)
     assert taken[-1][1].layout.sizes.sum(dim=1).tolist() == [65] * 4
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "setting",
+    [local(), gradual(), local(num_patches=20), fixed()],
+    ids=["tolerance", "gradual", "num_patches", "keep_ratio"],
+)
+def test_pixels_that_are_no_numbers_do_not_vanish_from_the_answer(setting, value, images):
+    """Of a patch of odd row and column, which goes first."""
+    images[2, 0, -1, -1] = value
+    model = tiny_model("vit")
+    assert answers(model, images)[2].isnan().any()
+    found = answers(compress(model, setting), images)
+    assert found[2].isnan().any() and found[:2].isfinite().all()
+
+
 def test_no_number_leaves_fewer_than_one_in_each_block_or_more_than_there_are(images):
     for number, tokens in ((1, 4), (100, 64)):
         model = compress(tiny_model("vit"), local(num_patches=number))

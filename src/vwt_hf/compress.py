@@ -17,7 +17,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import attention
 from .config import ModelFacts, VWTConfig
-from .families import Family, Tower, family_of, find_layers, find_stack, find_tower, is_of, model_of, require_supported
+from .families import (
+    Family,
+    Tower,
+    family_of,
+    find_layers,
+    find_stack,
+    find_tower,
+    is_of,
+    model_of,
+    reads_every_patch,
+    require_supported,
+)
 from .forward import (
     Forward,
     GivenWords,
@@ -102,6 +113,8 @@ def compress_by(
         source: Hub id or folder that words and image processor of `model` lie in; by default what it was loaded from.
     """
     require_supported(type(model), setting.restores)
+    if not setting.searches and setting.output is None and reads_every_patch(type(model)):
+        setting = dataclasses.replace(setting, output="full")  # words that leave patches out are refused
     family = family_of(model)
     tower = find_tower(model, family)
     _require_whole_images(tower.module.config, family)
@@ -238,7 +251,7 @@ def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
         begins: whether `model` is a tower that goes by a plan, which is found within a call alone.
     """
     forward = type(model).forward
-    stand_in = StandIn(_forward_within_a_call if begins else forward, model)
+    stand_in = StandIn(_forward_within_a_call if begins else _forward_by_words, model)
     functools.update_wrapper(stand_in, forward)
     signature = inspect.signature(forward.__get__(model))
     words = inspect.Parameter(
@@ -249,6 +262,13 @@ def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
     # What accelerate makes a method of, where it wraps and unwraps a forward for mixed precision.
     stand_in.__func__ = forward  # type: ignore[attr-defined]
     return stand_in
+
+
+def _forward_by_words(model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the class of `model`: by itself and with words, which it does not know, it becomes a call."""
+    if kwargs.get("patch_words") is None:
+        return type(model).forward(model, *args, **kwargs)
+    return model(*args, **kwargs)
 
 
 def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:

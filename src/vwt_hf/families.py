@@ -231,12 +231,18 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
             f"{name} predicts patches that are masked in the whole image, a value for every patch: it cannot be "
             "compressed. Load it without `vwt`."
         )
-    if not restores and (isinstance(row, Holder) or name in row.needs_every_patch):
+    if not restores and reads_every_patch(model_class):
         raise ValueError(
             f"{name} reads a value for every patch, so none may be dropped: it cannot be compressed like this. Use "
             "dropped='merge' or method='inter', which give every patch the hidden state of its token, or load it "
             "without `vwt`."
         )
+
+
+def reads_every_patch(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model class needs a hidden state for every patch of its tower."""
+    row = _row_of(model_class)
+    return isinstance(row, Holder) or (row is not None and model_class.__name__ in row.needs_every_patch)
 
 
 def family_of(model: PreTrainedModel) -> Family:

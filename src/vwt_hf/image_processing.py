@@ -70,7 +70,7 @@ class HostTokenizer:
         values = made["pixel_values"]
         with contextlib.nullcontext() if os.getpid() == _PROCESS else _one_thread():
             if isinstance(values, (list, tuple)):
-                return [self._of_each({name: made[name][i] for name in made}).numpy() for i in range(len(values))]
+                return [self._of_each({name: made[name][i] for name in made}).cpu().numpy() for i in range(len(values))]
             found = self._of_batch({name: as_tensor(made[name]) for name in made if name in _READ})
             return found if isinstance(values, torch.Tensor) else found.numpy()
 
@@ -234,11 +234,14 @@ class Tokenizing:
             images = super().preprocess(images, return_tensors="pt")  # type: ignore[misc]
         tokenizer = self.tokenizer_of_patches
         made = {name: as_tensor(images[name]) for name in images if name in _READ}
-        if made["pixel_values"].dim() == 5:
-            made["pixel_values"] = made["pixel_values"].flatten(0, 1)
-        patches = tokenizer.patches(made)
         words = as_tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
-        plan = tokenizer.plan(patches, words[None] if words.dim() == 1 else words.flatten(0, -2))
+        words = words[None] if words.dim() == 1 else words.flatten(0, -2)
+        if made["pixel_values"].dim() == 5:  # images in tiles, and where one has fewer than another, tiles of none
+            tiles = made["pixel_values"].flatten(0, 1)
+            made["pixel_values"] = tiles[tiles.flatten(1).any(dim=1)]
+            words = words[(words != DROPPED).any(dim=1)]
+        patches = tokenizer.patches(made)
+        plan = tokenizer.plan(patches, words)
         mean, std = processor_statistics(self, patches.channels)
         setting = tokenizer.setting
         seen = setting.seen(patches, plan) if setting.shortens else patches.seen(plan)

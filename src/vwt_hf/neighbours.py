@@ -183,7 +183,8 @@ def _neighbours(
 ) -> Neighbours:
     there = gather_patches(looks, index.flatten(1)).unflatten(1, index.shape[1:])
     distance = torch.linalg.vector_norm(looks.unsqueeze(2) - there, dim=-1)
-    return Neighbours(index, none + distance * factor, later, passes)
+    # What is no number is like nothing: its patch stays, and the answer is no number either, as without a setting.
+    return Neighbours(index, (none + distance * factor).nan_to_num(torch.inf, torch.inf), later, passes)
 
 
 def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -181,7 +181,7 @@ class Patches:
             TypeError: they are no integers in a tensor.
             ValueError: they are of other images: another number of patches, or of images.
         """
-        if not isinstance(patch_words, torch.Tensor) or patch_words.is_floating_point() or patch_words.is_complex():
+        if not isinstance(patch_words, torch.Tensor) or not _holds_integers(patch_words.dtype):
             kind = patch_words.dtype if isinstance(patch_words, torch.Tensor) else type(patch_words).__name__
             raise TypeError(f"patch_words is a {kind}; expected a tensor of integers (batch, patches).")
         batch, given = len(self.pixel_values), tuple(patch_words.shape)
@@ -345,3 +345,7 @@ def padded_places(spatial_shapes: torch.Tensor, patches: int) -> tuple[torch.Ten
     columns = columns.unsqueeze(1)
     places = torch.stack((index // columns, index % columns), dim=-1)
     return places.float(), index < rows.unsqueeze(1) * columns
+
+
+def _holds_integers(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
