@@ -602,7 +602,8 @@ def test_the_command_loads_the_class_of_the_checkpoint_and_of_a_classifier_what_
         own = own.base_model
     run(model=own.eval())
     found, expected = (table(sorted((tmp_path / made).glob("train-*"))) for made in ("by-command", "out"))
-    assert np.array_equal(np.stack(found.embedding), np.stack(expected.embedding))
+    # Where weights lie in memory can change the last bit.
+    np.testing.assert_allclose(np.stack(found.embedding), np.stack(expected.embedding), atol=1e-6)
 
 
 @pytest.mark.parametrize(

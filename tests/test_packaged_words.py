@@ -123,11 +123,14 @@ def test_all_files_of_the_package_together_stay_small():
 @pytest.mark.newest
 @pytest.mark.skipif(is_torchvision_available(), reason="they were learned of images that Pillow resized")
 def test_the_command_of_their_card_makes_them(shared, tmp_path, capsys):
-    """Of the largest patches, which are fewest; on another machine k-means may round otherwise."""
+    """Of the largest patches, which are fewest. By another processor's rounding some words become others, as good."""
     given = [str(shared / "data/imagenet-sample/train"), "--output", str(tmp_path), "--patch-sizes", "32"]
     learn_packaged_words.main([*given, "--image-processor", str(shared / "models/dinov2-small-caltech101")])
     assert "| 32 |" in capsys.readouterr().out
     made = VisualVocabulary.from_pretrained(tmp_path / "patch32")
     kept = packaged_words((32, 32), 3)
-    assert made.words.shape == kept.words.shape
-    torch.testing.assert_close(made.words, kept.words, atol=2e-3, rtol=0)
+    assert made.info.inertia == pytest.approx(kept.info.inertia, rel=1e-3) and made.info.patches == kept.info.patches
+    assert len(made) == pytest.approx(len(kept), rel=0.03)
+    rows, others = (words.words.flatten(1) for words in (made, kept))
+    apart = torch.cdist(others, others).fill_diagonal_(torch.inf).amin(dim=1)
+    assert (torch.cdist(others, rows).amin(dim=1) < apart / 4).float().mean() > 0.8

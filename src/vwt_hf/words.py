@@ -27,7 +27,7 @@ _ROWS = 1024
 _SAME = 1e-5
 """Cosines that differ by no more are the same: a matrix product rounds by up to six millionths, where all values have
 one sign, and not in all shapes to the same value. (Of two words that are the same it rounds both alike, nearly.)"""
-_NOTHING = 1e-6
+_NOTHING = 1e-5
 """Squared distances that are no larger a share of squared lengths are zero."""
 _EQUALLY_NEAR = 1e-5
 """Distances, in means over an image, that differ by no more are equal."""
