@@ -503,13 +503,18 @@ def _file(item: Any) -> Any:
     with fsspec.open(path, "rb") as file:
         encoded = file.read(LARGEST + 1)
     if len(encoded) > LARGEST:
-        raise ValueError(f"it has more than {LARGEST:,} bytes")
+        raise ValueError(
+            f"it has more than {LARGEST:,} bytes; expected no more. Make the image smaller, or leave the row out"
+        )
     return io.BytesIO(encoded)
 
 
 def _existing(path: str) -> str:
     if not os.path.isfile(path):  # a device or a pipe need not end
-        raise FileNotFoundError(f"a data set names it as {path}, which is no file")
+        raise FileNotFoundError(
+            f"a data set names it as {path}, which is no file here. Put it there, or run in the folder that relative "
+            "paths start from"
+        )
     return path
 
 
