@@ -92,9 +92,9 @@ def test_the_same_patches_stand_for_others_in_the_same_rows(both, prefix, packed
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize(("patches", "hidden"), [(64, 384), (150, 72), (9, 8), (700, 40)])
-def test_the_same_tokens_are_joined(both, patches, hidden, packed):
-    plan = group(words(4, patches, patches // 2), 1, packed)  # some 300 tokens of 700 patches: several blocks
+@pytest.mark.parametrize(("images", "patches", "hidden"), [(4, 64, 384), (4, 150, 72), (4, 9, 8), (2, 700, 40)])
+def test_the_same_tokens_are_joined(both, images, patches, hidden, packed):
+    plan = group(words(images, patches, patches // 2), 1, packed)  # some 300 tokens of 700 patches: several blocks
     # Of six kinds, with noise.
     kinds = random(6, hidden)[words(*plan.sizes.shape, 6)]
     states = (kinds + 0.3 * random(*kinds.shape, seed=1)).bfloat16()
