@@ -55,6 +55,7 @@ import peers
 import vwt_hf
 from energy import Meter, NoMeter, find_meter
 from vwt_hf import count_tokens
+from vwt_hf.cli.demo import load as load_whole
 from vwt_hf.cli.evaluate import add_groups
 from vwt_hf.compress import is_even
 from vwt_hf.evaluate_model import fields_of, name_of
@@ -63,12 +64,14 @@ from vwt_hf.evaluation import (
     accuracy,
     agreement,
     answer,
+    are_finite,
     classifies,
     correctness,
     cosines,
     count_flops,
     divergence,
     processor_name,
+    require_finite,
     share,
     stopwatch,
     synchronize,
@@ -131,22 +134,24 @@ def main(arguments: list[str] | None = None) -> None:
     machine = describe(reference, device)
     print(f"{printable(options.model)} ({type(reference).__name__}), {machine}")
     meter = energy_meter(device)
-    judged = {"images": described_files(options.images, paths), "weights": fingerprint_of(reference)}
-    results = Results(options.json, header(options, machine, judged))
+    of = {"images": described_files(options.images, paths), "weights": fingerprint_of(reference)}
+    results = Results(options.json, header(options, machine, of))
 
     for dtype in options.dtype:
         batch_sizes = [size for size in options.batch_sizes if not results.rows("timing", dtype=dtype, batch=size)]
-        judged = bool(results.rows("quality", dtype=dtype))
-        if judged and not batch_sizes:
+        is_judged = bool(results.rows("quality", dtype=dtype))
+        if is_judged and not batch_sizes:
             continue
         methods = methods_of(options, plain[dtype])
+        if (
+            not is_judged
+        ):  # first: what an image is damaged by, or a model answers by NaN, is found before hours of timing
+            rows = judge(methods, plain[options.dtype[0]], paths, groups, load_processor(options.model))
+            results.add("quality", [{"dtype": dtype} | row for row in rows])
         images = sample(options, plain[dtype], max(options.timed, *options.batch_sizes)) if batch_sizes else None
         for size in batch_sizes:
             rows = measure(methods, batches_of(images, size), options, meter)
             results.add("timing", [{"dtype": dtype, "batch": size} | row for row in rows])
-        if not judged:
-            rows = judge(methods, plain[options.dtype[0]], paths, groups, load_processor(options.model))
-            results.add("quality", [{"dtype": dtype} | row for row in rows])
 
     text = f"{markdown(table(results))}\n{markdown(summary(results))}"
     if options.markdown:
@@ -244,7 +249,8 @@ def load(name: str) -> PreTrainedModel:
     else:
         # The whole of CLIP wants texts as well.
         model_class = CLIPVisionModelWithProjection if config.model_type == "clip" else AutoModel
-    model = model_class.from_pretrained(name, dtype=torch.float32, vwt=False, trust_remote_code=False)
+    model: Any
+    model, _ = load_whole(name, torch.device("cpu"), auto=model_class, dtype=torch.float32, vwt=False)
     # So do others that have a tower for them: what is measured is the vision tower.
     tower = next((getattr(model, name) for name in ("vision_model", "vision_tower") if hasattr(model, name)), None)
     if hasattr(model, "text_model") or hasattr(model, "language_model"):
@@ -587,8 +593,10 @@ def judge(
         batches, total = pixel_batches(paths, processor, QUALITY_BATCH), -(-len(paths) // QUALITY_BATCH)
         for made in stack.enter_context(tqdm(batches, desc="answers", total=total, leave=False)):
             pixel_values = whole_images(made).to(reference.device)
+            names = [str(path) for path in paths[len(parts[0]) * QUALITY_BATCH :][: len(pixel_values)]]
             for model, own in zip(models, parts, strict=True):
                 own.append(answer(model, pixel_values=pixel_values.to(model.dtype)).float().cpu())
+                require_finite(model, are_finite(own[-1]), names)
     expected, *found = (torch.cat(own) for own in parts)
     truth, said = true_labels([path.parent.name for path in paths], reference.config)
     if classifies(reference):

@@ -39,12 +39,14 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
 from vwt_hf.cli.calibrate import DTYPES, load_model
+from vwt_hf.embedding import require_features
 from vwt_hf.evaluation import (
     answer,
     classifies,
     count_tokens,
     on_device,
     require_label_names,
+    require_labels,
     return_memory,
     usable_device,
 )
@@ -109,7 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = Model(options.model, options.vwt, options.dtype, max(1, cores // workers))
     loaded = model.load(device)  # what cannot be served is refused here, in one line
     if classifies(loaded):
+        require_labels(loaded, several=True)
         require_label_names(loaded)
+    else:
+        require_features(loaded)
     setting = loaded.config.vwt
     with tempfile.TemporaryDirectory(prefix="vwt-serve-") as counts:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts

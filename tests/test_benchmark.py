@@ -133,27 +133,45 @@ def test_a_run_that_was_cut_off_measures_what_is_missing(checkpoint, photographs
     path = tmp_path / "results.json"
     arguments = f"--model {checkpoint} --images {photographs} --batch-sizes 1 2 --turns 1 --json {path}".split()
 
-    def cut_off(*_: object) -> None:
+    measured, measure = [], benchmark.measure
+
+    def cut_off(methods, batches, *rest):
+        if not measured:
+            measured.append(len(batches[0]))
+            return measure(methods, batches, *rest)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(benchmark, "judge", cut_off)
+        patch.setattr(benchmark, "measure", cut_off)
         with pytest.raises(KeyboardInterrupt):
             benchmark.main(arguments)
-    whole = json.loads(path.read_text())
-    assert {row["batch"] for row in whole["timing"]} == {1, 2} and not whole["quality"]
-
-    path.write_text(json.dumps(whole | {"timing": [row for row in whole["timing"] if row["batch"] == 2]}))
-    measured, measure = [], benchmark.measure
-    monkeypatch.setattr(
-        benchmark,
-        "measure",
-        lambda methods, batches, *rest: measured.append(len(batches[0])) or measure(methods, batches, *rest),
-    )
-    benchmark.main(arguments)
-    assert measured == [1]
-    found = [row["method"] for row in json.loads(path.read_text())["quality"]]
+    before = json.loads(path.read_text())
+    assert measured == [1] and {row["batch"] for row in before["timing"]} == {1}
+    found = [row["method"] for row in before["quality"]]  # answers come first: they tell what timing would be lost by
     assert found == ["uncompressed", "gradual", "local", *(f"variance, keep ratio {r}" for r in (0.75, 0.5, 0.25))]
+
+    def go_on(methods, batches, *rest):
+        measured.append(len(batches[0]))
+        return measure(methods, batches, *rest)
+
+    monkeypatch.setattr(benchmark, "measure", go_on)
+    monkeypatch.setattr(benchmark, "judge", lambda *_: pytest.fail("it was judged"))
+    benchmark.main(arguments)
+    assert measured == [1, 2] and json.loads(path.read_text())["quality"] == before["quality"]
+
+
+def test_a_model_that_answers_nan_or_has_a_random_pooler_is_not_measured_by_it(photographs, tmp_path, monkeypatch):
+    model = tiny_model("vit-classifier")
+    model.save_pretrained(tmp_path / "backbone")
+    config = json.loads((tmp_path / "backbone" / "config.json").read_text())
+    (tmp_path / "backbone" / "config.json").write_text(json.dumps(config | {"architectures": ["ViTModel"]}))
+    assert benchmark.load(str(tmp_path / "backbone")).pooler is None
+    model.classifier.bias.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "broken")
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(ValueError, match=r"the plain model, in float32, answers .*\.png by NaN or infinity"):
+        benchmark.main(f"--model {tmp_path / 'broken'} --images {photographs} --batch-sizes 1".split())
 
 
 def test_results_of_other_options_or_versions_are_never_mixed(tmp_path):

@@ -324,6 +324,30 @@ def test_one_logit_agrees_where_its_sign_does(images, processor):
     model.config.problem_type = "regression"
     with pytest.raises(ValueError, match="has problem_type 'regression': it gives quantities, which are no labels"):
         calibrate(model, images, agreement=0.9, **options(processor))
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match=r"it gives each image any number of labels, .* Load it by AutoModel"):
+        calibrate(model, images, agreement=0.9, **options(processor))
+    with pytest.raises(ValueError, match=r"seed is 1\.5; expected a whole number in \[0, 2\*\*63\)"):
+        calibrate(model, images, agreement=0.9, **options(processor) | {"seed": 1.5})
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_batches_are_shown_before_they_are_timed_where_new_shapes_cost_time(
+    times, classifier, images, processor, monkeypatch
+):
+    """Batches of 7 of 50 images: that of the last one is not timed as one."""
+    module, seen = sys.modules[Calibration.__module__], []
+    monkeypatch.setattr(module, "rounds", lambda *_: times == 2)
+    monkeypatch.setattr(
+        module, "_timed", lambda model, batch: seen.append((model, batch)) or (answer(model, **batch), len(seen))
+    )
+    search = Calibration(classifier, images[:50], **options(processor) | {"by": "time", "batch_size": 7})
+    timed = []
+    monkeypatch.setattr(search, "_speed", lambda pair, seconds: timed.extend(seconds) or 1.0)
+    search._measure(LEVELS[0], SimpleNamespace(set_postfix_str=print, update=print))
+    assert len(seen) == 8 * 2 * times and timed == [
+        (2 * times * (batch + 1) - 1, 2 * times * (batch + 1)) for batch in range(7)
+    ]
 
 
 def test_a_class_of_ones_own_is_calibrated_as_the_one_it_is_made_from(classifier, images, processor):

@@ -96,6 +96,13 @@ def test_demo_compares_the_image_embeddings_of_a_clip_model(tmp_path, photograph
     assert "17 → 5" in capsys.readouterr().out
 
 
+def test_demo_compares_the_mean_of_the_tokens_of_a_model_that_pools_none(tmp_path, photographs, capsys):
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = transformers.IJepaModel(transformers.IJepaConfig(**size, image_size=32, patch_size=4))
+    assert run_demo(save(model, tmp_path), photographs, "--keep-ratio", "1") == 0
+    assert "criterion variance, mean of the tokens" in capsys.readouterr().out
+
+
 def test_demo_reads_cls_where_the_checkpoint_has_no_pooler(tmp_path, photographs, capsys):
     """A classifier's checkpoint holds none; AutoModel adds a random one, another in each of the two models."""
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION))

@@ -410,6 +410,7 @@ def test_a_folder_that_holds_something_else_is_refused(run, tmp_path):
         ({"workers": -1}, ValueError, "workers is -1; expected"),
         ({"format": "csv"}, ValueError, "format is 'csv'; expected one of 'parquet', 'safetensors'"),
         ({"images": "nowhere"}, ValueError, "no folder"),
+        ({"images": ""}, ValueError, "images is '', which is no folder"),
         ({"column": "image"}, ValueError, "columns are of data sets"),
         ({"images": []}, TypeError, "Dataset.from_dict"),
         ({"model": 3}, TypeError, "int"),
@@ -421,11 +422,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(changed, kind, rea
     assert not (tmp_path / "out").exists()
 
 
-def test_models_that_classify_or_train_are_refused(run):
+def test_models_that_classify_train_or_leave_patches_out_at_random_are_refused(run):
     with pytest.raises(ValueError, match="answers with labels"):
         run(model=tiny_model("vit-classifier"))
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         run(model=tiny_model("vit").train())
+    at_random = tiny_model("vit-mae")
+    at_random.config.mask_ratio = 0.75
+    with pytest.raises(ValueError, match=r"ViT-MAE drops 75% of the patches at random .* mask_ratio=0\.0"):
+        run(model=at_random)
 
 
 def test_a_model_that_gives_several_features_for_an_image_is_refused(run):

@@ -25,7 +25,7 @@ from vwt_hf import VisualVocabulary, compress, count_tokens, evaluate_model, eva
 from vwt_hf.cli import evaluate, main
 from vwt_hf.compress import setting_of
 from vwt_hf.evaluate_model import name_of
-from vwt_hf.evaluation import agreement, divergence, ranks, token_f1
+from vwt_hf.evaluation import agreement, divergence, ranks, share_interval, token_f1
 from vwt_hf.evaluation_tasks import ZeroShot
 from vwt_hf.labelled_images import open_labelled
 from vwt_hf.processors import load_processor
@@ -172,7 +172,9 @@ def test_every_figure_has_an_interval_that_holds_it_and_that_the_seed_decides(tm
         assert low <= figures[name].value <= high and low < high
         assert figures[name] == again.rows[1].figures[name]
     assert figures["kl"].interval != other.rows[1].figures["kl"].interval
-    everything = first.rows[2].figures["agreement"]  # 17 of 17 agree, of which a bootstrap would say 100 to 100 %
+    for name in ("accuracy", "agreement"):
+        assert figures[name].interval == share_interval(figures[name].value, 17)
+    everything = first.rows[2].figures["agreement"]
     assert everything.value == everything.interval[1] == 1 and everything.interval[0] == pytest.approx(0.816, abs=1e-3)
     assert model.config.vwt is None  # the user's model is as it was
 
@@ -294,6 +296,19 @@ def test_processes_take_every_image_once(photographs, dataset, processes, shards
         assert len(seen) == len(set(seen)) == 17
         numbers = [number for batches in own for number, _ in batches]
         assert len(numbers) == len(set(numbers))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_processes_take_the_first_images_of_a_stream_as_one_does(dataset, shards):
+    def seen(processes: int) -> list[bytes]:
+        opened = open_labelled(dataset.to_iterable_dataset(num_shards=shards), limit=6)
+        own = [opened.batches(process, processes, 2) for process in range(processes)]
+        return sorted(Image_bytes(sample.item) for batches in own for _, batch in batches for sample in batch)
+
+    first = sorted(
+        Image_bytes(row["image"]) for row in dataset.cast_column("image", datasets.Image(decode=False)).take(6)
+    )
+    assert seen(1) == seen(2) == seen(3) == first
 
 
 def Image_bytes(item) -> bytes:
@@ -592,6 +607,7 @@ def test_one_logit_is_answered_by_its_sign(tmp_path, photographs, dataset):
     [
         ({"id2label": {1: "cat", 2: "dogs", 3: "tea"}}, "label 0 of the ViTForImageClassification has no name"),
         ({"problem_type": "regression"}, "has problem_type 'regression': it gives quantities"),
+        ({"problem_type": "multi_label_classification"}, "it gives each image any number of labels"),
     ],
 )
 def test_a_classifier_without_labels_is_refused_before_images_are_seen(
@@ -728,6 +744,19 @@ def test_figures_go_into_the_model_index_of_a_card_and_come_back_from_it(tmp_pat
     assert own[2].metric_args["vwt"] == HALF and own[2].metric_name == "accuracy (keep ratio 0.5)"
     run(folder, photographs, "--vwt", json.dumps(HALF), "--card", str(tmp_path / "new" / "README.md"))
     assert huggingface_hub.ModelCard.load(tmp_path / "new" / "README.md").data.eval_results[0].metric_type == "accuracy"
+
+
+def test_figures_of_other_images_in_a_card_are_not_replaced(tmp_path, photographs, capsys):
+    folder, card = random_classifier(tmp_path), tmp_path / "README.md"
+    run(folder, photographs, "--vwt", json.dumps(HALF), "--card", str(card))
+    before = card.read_text()
+    some = ["--vwt", json.dumps(HALF), "--card", str(card), "--limit", "9"]
+    assert main(["evaluate", str(folder), "--dataset", str(photographs), *some]) == 2
+    assert "README.md has figures of 17 images of 'images', which those of 9 images would" in capsys.readouterr().err
+    assert card.read_text() == before
+    run(folder, photographs, *some, "--dataset-name", "a part")
+    results = huggingface_hub.ModelCard(card.read_text()).data.eval_results
+    assert {(own.dataset_name, own.metric_args["images"]) for own in results} == {("images", 17), ("a part", 9)}
 
 
 def test_a_card_that_cannot_be_written_costs_nothing_that_was_measured(tmp_path, photographs, capsys, monkeypatch):
@@ -1000,6 +1029,8 @@ def test_what_was_measured_of_another_stream_is_refused(tmp_path, dataset, capsy
         (["--card", "{images}"], "images is a folder; expected the name of a file to write"),
         (["--card", "{model}/broken.md"], "broken.md is no model card (while parsing"),
         (["--card", "{model}/list.md"], "list.md is no model card (repo card metadata block should be a dict)"),
+        (["--seed", "-1"], "seed is -1; expected a whole number in [0, 2**63)"),
+        (["--dataset", ""], "no images are named, but an empty text; expected a folder of images"),
         (["--vwt", "false"], "vwt holds False, which leaves the model plain; leave it out"),
         (["--vwt", '{{"keep_ratio": 2}}'], "keep_ratio is 2; expected a number in (0, 1]"),
         (["--device", "abacus"], "device is 'abacus'"),

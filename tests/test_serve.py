@@ -401,6 +401,20 @@ def test_a_classifier_without_names_for_all_its_labels_is_refused(tmp_path: Path
     assert "names the labels [1, 2]; expected 2 numbers from 0 on" in said
 
 
+def test_quantities_and_features_of_patches_left_out_at_random_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, change, reason in (
+        ("vit-classifier", {"problem_type": "regression"}, "it gives quantities, which are no labels"),
+        ("vit-mae", {"mask_ratio": 0.75}, "drops 75% of the patches at random"),
+    ):
+        folder = checkpoint(tmp_path / name, name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        assert run_command("serve.py", lambda folder=folder: serve.main([str(folder)])) == 2
+        assert reason in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", [(1_000_000, 4), (2, 2000)])
 def test_an_upload_that_would_take_all_memory_once_resized_gets_400_and_the_reason(size, monkeypatch):
     async def upload(_: Any) -> bytes:

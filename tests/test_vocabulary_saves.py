@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -234,12 +236,23 @@ def test_a_folder_that_names_no_hash_loads(tmp_path: Path) -> None:
 def test_the_next_save_settles_what_could_not_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     VOCABULARIES["old"].save_pretrained(tmp_path, card=False)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("open elsewhere")))
+        for module, name in ((os, "link"), (shutil, "copyfile")):
+            patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(PermissionError("open elsewhere")))
         VOCABULARIES["new"].save_pretrained(tmp_path, card=False)
     assert loaded(tmp_path) == "new"
     assert torch.equal(load_file(tmp_path / "vocabulary.safetensors")["words"], VOCABULARIES["old"].words)
     VOCABULARIES["other"].save_pretrained(tmp_path, card=False)
     assert (loaded(tmp_path), names(tmp_path)) == ("other", FILES)
+
+
+def test_where_a_file_has_one_name_alone_saves_leave_nothing_behind(tmp_path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no second names on exFAT")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for name in ("old", "new", "other"):
+        VOCABULARIES[name].save_pretrained(tmp_path, card=False)
+        assert (loaded(tmp_path), names(tmp_path)) == (name, FILES)
 
 
 @needs_fork

@@ -37,3 +37,8 @@ def is_number(value: object, low: float = -sys.float_info.max, high: float = sys
 def is_int(value: object) -> bool:
     """Whether `value` is a whole number, and not True or False."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_seed(value: object) -> bool:
+    """Whether `value` is a number that draws can start from."""
+    return is_int(value) and 0 <= value < 2**63  # type: ignore[operator]

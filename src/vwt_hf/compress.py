@@ -117,7 +117,7 @@ def compress_by(
         setting = dataclasses.replace(setting, output="full")  # words that leave patches out are refused
     family = family_of(model)
     tower = find_tower(model, family)
-    _require_whole_images(tower.module.config, family)
+    require_whole_images(tower, family)
     if family.tried and setting_of(model) is None:
         vouch(model, tower)
     source = str(source or model.name_or_path or "")
@@ -387,14 +387,14 @@ def _require_replaceable(module: nn.Module) -> None:
         )
 
 
-def _require_whole_images(config: Any, family: Family) -> None:
+def require_whole_images(tower: Tower, family: Family) -> None:
     """Raises `ValueError` where the embeddings of a family drop patches of their own."""
-    share = getattr(config, family.masks, 0) if family.masks else 0
+    share = getattr(tower.module.config, family.masks, 0) if family.masks else 0
     if share:
         raise ValueError(
             f"{family.name} drops {share:.0%} of the patches at random before its first layer, to be trained "
             f"({family.masks} is {share}). For features of whole images load it with {family.masks}=0.0, or set "
-            f"model.config.{family.masks} = 0.0; else load it without `vwt`."
+            f"model.config.{family.masks} = 0.0, which a saved config.json keeps."
         )
 
 

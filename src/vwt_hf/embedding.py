@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .bounds import is_int
-from .compress import setting_of
+from .compress import require_whole_images, setting_of
 from .data_loading import token_lengths
 from .evaluation import (
     answer,
@@ -157,7 +157,7 @@ def embed(
                 raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least {least}.")
         if format not in KINDS:
             raise ValueError(f"format is {shown(format)}; expected one of {', '.join(map(repr, KINDS))}.")
-        _require_features(model)
+        require_features(model)
         processor = processor_of(model, image_processor)
         require_folder(output)
         trial = _try(model, processor)
@@ -525,7 +525,12 @@ class Trial(NamedTuple):
     """Whether the image processor gives images of other proportions another size."""
 
 
-def _require_features(model: PreTrainedModel) -> None:
+def require_features(model: PreTrainedModel) -> None:
+    """Refuses a model whose answers are no features of the images that it is given.
+
+    Raises:
+        ValueError: it classifies, is in training, or leaves patches out at random.
+    """
     if classifies(model):
         raise ValueError(
             f"the {type(model).__name__} answers with labels; expected a model without a classifier, as "
@@ -533,6 +538,8 @@ def _require_features(model: PreTrainedModel) -> None:
         )
     if model.training:
         raise ValueError(f"the {type(model).__name__} is in training, where answers are random; call model.eval().")
+    family = family_of(model)
+    require_whole_images(find_tower(model, family), family)
 
 
 def _try(model: PreTrainedModel, image_processor: Any) -> Trial:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from . import __version__
 from .batch_log import Batch, BatchLog
-from .bounds import is_int
+from .bounds import is_int, is_seed
 from .calibrate import pixels_of
 from .compress import compress, restore, setting_of
 from .config import RECOMMENDED, VWTConfig
@@ -212,7 +212,7 @@ def evaluate_model(
         >>> result.rows[1].figures["agreement"].value, result.rows[1].tokens  # doctest: +SKIP
         (0.985, 153.1)
     """
-    require_options(vwt, batch_size, max_new_tokens, prompt)
+    require_options(vwt, batch_size, max_new_tokens, prompt, seed)
     if task is not None and task not in TASKS:
         raise ValueError(f"task is {shown(task)}; expected one of {', '.join(map(repr, TASKS))}.")
     of = {
@@ -272,7 +272,7 @@ def _opened(images: Any, of: dict[str, Any]) -> LabelledImages:
     return images
 
 
-def require_options(vwt: Sequence[Any] | None, batch_size: Any, max_new_tokens: Any, prompt: Any) -> None:
+def require_options(vwt: Sequence[Any] | None, batch_size: Any, max_new_tokens: Any, prompt: Any, seed: Any) -> None:
     """Refuses with an error what `evaluate_model` cannot work with, whatever the model and the images are."""
     for setting in vwt or ():
         if VWTConfig.parse(setting) is None:
@@ -283,6 +283,8 @@ def require_options(vwt: Sequence[Any] | None, batch_size: Any, max_new_tokens: 
     for name, number in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
         if not is_int(number) or number < 1:
             raise ValueError(f"{name} is {shown(number)}; expected a whole number of at least 1.")
+    if not is_seed(seed):
+        raise ValueError(f"seed is {shown(seed)}; expected a whole number in [0, 2**63).")
     if not isinstance(prompt, str) or prompt.count("{}") != 1:
         raise ValueError(f"prompt is {shown(prompt)}; expected a text with one {{}}, where the label goes.")
 

@@ -172,16 +172,23 @@ def classifies(model: PreTrainedModel) -> bool:
     return any("ForImageClassification" in name for name in class_names(model))
 
 
-def require_labels(model: PreTrainedModel) -> None:
-    """Refuses a classifier whose outputs are no labels.
+def require_labels(model: PreTrainedModel, several: bool = False) -> None:
+    """Refuses a classifier whose answer for an image is not one label.
+
+    Args:
+        several: whether it may be several labels.
 
     Raises:
-        ValueError: it was trained to give quantities.
+        ValueError: it was trained to give quantities, or several labels.
     """
-    if model.config.problem_type == "regression":
+    answers = {"regression": "quantities, which are no labels"}
+    if not several:
+        answers["multi_label_classification"] = "each image any number of labels, of which only the first is compared"
+    kind = model.config.problem_type
+    if kind in answers:
         raise ValueError(
-            f"the {type(model).__name__} has problem_type 'regression': it gives quantities, which are no labels; "
-            "expected a classifier. Load it by AutoModel to compare features, or correct config.problem_type."
+            f"the {type(model).__name__} has problem_type {kind!r}: it gives {answers[kind]}; expected a classifier. "
+            "Load it by AutoModel to compare features, or correct config.problem_type."
         )
 
 
@@ -210,12 +217,19 @@ def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
     Returns:
         (images, values).
     """
+    return named_answer(model, **images)[1]
+
+
+def named_answer(model: Any, **images: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """As `answer`, with what it is called."""
     output = getattr(model, "get_image_features", model)(**images)
     for name in ("logits", "image_embeds", "pooler_output"):
         if getattr(output, name, None) is not None:
-            return getattr(output, name)
+            return name, getattr(output, name)
     tokens = output.last_hidden_state
-    return tokens[:, 0] if "CLS" in family_of(model).prefix else tokens.mean(dim=1)
+    if "CLS" in family_of(model).prefix:
+        return "CLS token", tokens[:, 0]
+    return "mean of the tokens", tokens.mean(dim=1)
 
 
 def are_finite(answers: torch.Tensor) -> list[bool]:

@@ -119,13 +119,8 @@ class Task:
 
     def share(self, values: Sequence[bool]) -> Figure:
         """The share of the images of which something holds."""
-        return Figure(sum(values) / len(values), self.share_interval(values))
-
-    def share_interval(self, values: Sequence[bool]) -> tuple[float, float]:
-        """The 95 % interval of that share."""
-        if all(values) or not any(values):  # of values that are all alike a bootstrap says nothing
-            return share_interval(float(values[0]), len(values))
-        return mean_interval(torch.tensor(values, dtype=torch.float64, device="cpu").sort().values, self.seed)
+        share = sum(values) / len(values)
+        return Figure(share, share_interval(share, len(values)))
 
     def mean(self, values: torch.Tensor) -> Figure:
         """The mean over the images; it is the same in whichever order they were seen."""
@@ -186,10 +181,10 @@ class Classification(Task):
         right = [at if at in truth[index] else min(truth[index]) for index, at in zip(known, given, strict=True)]
         of = [groups[index] for index in known]
         found = compute([Accuracy, WorstGroup], predictions=given, references=right, groups=of)
-        correct = are_alike(given, right)  # a metric of `evaluate` tells no interval: that is of the single images
-        figures = {"accuracy": Figure(found["accuracy"], self.share_interval(correct))}
+        # A metric of `evaluate` tells no interval.
+        figures = {"accuracy": Figure(found["accuracy"], share_interval(found["accuracy"], len(known)))}
         if found["worst_group"] is not None:
-            figures["worst_group"] = Figure(found["worst_group"], worst_group_interval(correct, of))
+            figures["worst_group"] = Figure(found["worst_group"], worst_group_interval(are_alike(given, right), of))
         return figures
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
@@ -198,7 +193,7 @@ class Classification(Task):
         given, expected = answers["answer"].tolist(), plain["answer"].tolist()
         found = compute([Agreement], predictions=given, plain_predictions=expected)
         return {
-            "agreement": Figure(found["agreement"], self.share_interval(are_alike(given, expected))),
+            "agreement": Figure(found["agreement"], share_interval(found["agreement"], len(given))),
             "kl": self.mean(answers["kl"]),
             "max_difference": Figure(answers["difference"].max().item()),
         }

@@ -80,7 +80,9 @@ def _section(evidence: list[dict[str, Any]]) -> str:
 ## Shorter patch sequences
 
 With the Python package `vwt-hf` this model runs on fewer tokens than its images have patches; without it, it is the
-plain model. How far was chosen without labels, by comparing its answers with the plain model's:
+plain model. How far was chosen without labels, by comparing its answers with the plain model's. The figures are of the
+images that it was chosen on, so it may do a little worse on others like them, and of the weights of then: after
+training it has to be chosen anew.
 
 {tables}
 <!-- /vwt-hf -->

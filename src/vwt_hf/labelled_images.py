@@ -89,7 +89,8 @@ class LabelledImages:
         """The batches of one process of several, each with a number that puts those of all processes into one order.
 
         Files and rows come in the same batches however many processes there are: of two processes each takes every
-        second. A stream is split by `datasets.distributed.split_dataset_by_node`.
+        second. A stream is split by `datasets.distributed.split_dataset_by_node`, of which the first so many images by
+        their rows: split by its shards they would be others.
 
         Args:
             leave_out: numbers of batches that are not wanted.
@@ -104,7 +105,10 @@ class LabelledImages:
 
         from datasets.distributed import split_dataset_by_node
 
-        rows = iter(split_dataset_by_node(self.data, rank=process, world_size=processes))
+        if self.total is None:
+            rows = iter(split_dataset_by_node(self.data, rank=process, world_size=processes))
+        else:
+            rows = itertools.islice(self.data, process, None, processes)
         for number in itertools.count(process, processes):
             batch = list(itertools.islice(rows, batch_size))
             if not batch:

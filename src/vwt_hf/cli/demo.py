@@ -90,7 +90,7 @@ def work(args: argparse.Namespace) -> None:
 
     from ..compress import compress, setting_of
     from ..demo_weights import convert
-    from ..evaluation import cosines, count_tokens, share, time_in_turn, usable_device
+    from ..evaluation import answer, cosines, count_tokens, named_answer, share, time_in_turn, usable_device
     from ..families import family_of, find_tower
     from ..processors import load_processor, quiet_transformers, whole_images
     from ..visualize import kept_patches_figure, require_matplotlib, write_png
@@ -102,7 +102,7 @@ def work(args: argparse.Namespace) -> None:
     checkpoint = args.model or str(convert(default_folder()))
     with quiet_transformers():
         processor = load_processor(checkpoint)
-        plain, pooled = load(checkpoint, device)
+        plain, _ = load(checkpoint, device)
     models = [plain, *(compress(share(plain), setting) for setting in settings.values())]
     seconds = torch.zeros(len(models), args.repeats, device="cpu")  # of each model and turn, for all photographs
     found: list[list[float]] = [[] for _ in models]
@@ -114,10 +114,10 @@ def work(args: argparse.Namespace) -> None:
             features: list[torch.Tensor] = []
             for i, model in enumerate(models):
                 with count_tokens(model) as count:
-                    features.append(embed(model, pixel_values, pooled))
+                    features.append(answer(model, pixel_values=pixel_values))
                 found[i] += cosines(features[i], features[0]).tolist()
                 counted[i] += count.mean * count.images
-            runs = [functools.partial(embed, model, pixel_values, pooled) for model in models]
+            runs = [functools.partial(answer, model, pixel_values=pixel_values) for model in models]
             seconds += torch.tensor(time_in_turn(runs, device, args.repeats), device="cpu")
             if (room := ROWS - sum(map(len, drawn))) > 0:
                 drawn.append(pixel_values[:room].cpu())
@@ -142,7 +142,8 @@ def work(args: argparse.Namespace) -> None:
     write_png(figure, picture)
 
     height, width = shown.shape[-2:]
-    feature = "pooler_output" if pooled else "CLS token"
+    with torch.inference_mode():
+        feature, _ = named_answer(plain, pixel_values=shown[:1].to(device, plain.dtype))
     print(f"{type(plain).__name__} from {printable(checkpoint)}")
     print(
         f"{len(paths)} photographs at {height}×{width}, batch size {args.batch_size}, criterion {args.criterion}, ",
@@ -151,14 +152,14 @@ def work(args: argparse.Namespace) -> None:
     print(f"{feature}\n")
     rows = [("setting", "tokens", "ms per image", "time ratio", "cosine mean", "cosine min")]
     for i, name in enumerate(settings, start=1):
-        before, after = (1000 * seconds[model].median().item() / len(paths) for model in (0, i))
+        before, after = (1000 * statistics.median(seconds[model].tolist()) / len(paths) for model in (0, i))
         rows.append(
             (
                 name,
                 f"{tokens[0]} → {tokens[i]}",
                 f"{before:.1f} → {after:.1f}",
                 # The turns' own ratios are moved least by bursts of other work on the machine.
-                f"{(seconds[i] / seconds[0]).median().item():.2f}",
+                f"{statistics.median((seconds[i] / seconds[0]).tolist()):.2f}",
                 f"{statistics.mean(found[i]):.4f}",
                 f"{min(found[i]):.4f}",
             )
@@ -261,13 +262,6 @@ def load(
     if poolers:
         model.pooler = None  # what it gave would be random
     return model.to(device).eval(), not poolers
-
-
-def embed(model: Any, pixel_values: torch.Tensor, pooled: bool) -> torch.Tensor:
-    """Feature vectors (photographs, hidden): CLIP's image embedding, else `pooler_output` where `pooled`, else CLS."""
-    output = getattr(model, "get_image_features", model)(pixel_values=pixel_values)
-    pooled = pooled and getattr(output, "pooler_output", None) is not None
-    return output.pooler_output if pooled else output.last_hidden_state[:, 0]
 
 
 def machine(model: PreTrainedModel) -> str:

@@ -92,6 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write all that was measured here")
     parser.add_argument(
+        "--dataset-name", help="what the card calls the data set (default: its Hub id, or its folder's name)"
+    )
+    parser.add_argument(
         "--card",
         metavar="FILE",
         help="write the figures into the `model-index` of this model card (README.md), made if need be",
@@ -132,7 +135,7 @@ def work(args: argparse.Namespace) -> None:
     from ..processes import everywhere, joined, place
     from ..processors import load_processor, quiet_transformers
 
-    require_options(args.vwt, args.batch_size, args.max_new_tokens, args.prompt)
+    require_options(args.vwt, args.batch_size, args.max_new_tokens, args.prompt, args.seed)
 
     def prepare() -> tuple[Any, ...]:
         device = usable_device(args.device)
@@ -166,7 +169,7 @@ def work(args: argparse.Namespace) -> None:
             seed=args.seed,
             resume=args.resume,
         )
-        result.dataset = result.dataset if Path(args.dataset).exists() else args.dataset
+        result.dataset = args.dataset_name or (result.dataset if Path(args.dataset).exists() else args.dataset)
         if place()[0] == 0:
             if args.json is not None:  # before what is printed, which nobody may read to its end
                 write_file(args.json, json.dumps(result.to_dict(), indent=1))
@@ -234,13 +237,20 @@ def write_card(file: Path, result: Evaluation, split: str | None, config: str | 
         split, config: of the data set.
 
     Raises:
-        ValueError: the file is no model card, or one of several models.
+        ValueError: the file is no model card, or one of several models, or has figures of another number of images.
         OSError: it cannot be written.
     """
     card = read_card(file, result.model)
     new = result.eval_results(split=split, config=config)
     replaced = {_figure_of(own) for own in new}
     data: Any = card.data
+    for own in data.eval_results or []:
+        images = (own.metric_args or {}).get("images", result.images)
+        if _figure_of(own) in replaced and images != result.images:
+            raise ValueError(
+                f"{file} has figures of {shown(images)} images of {shown(own.dataset_name)}, which those of "
+                f"{result.images} images would replace. Name these otherwise by --dataset-name, or remove those."
+            )
     data.eval_results = [own for own in data.eval_results or [] if _figure_of(own) not in replaced] + new
     write_file(file, str(card))
 

@@ -204,6 +204,8 @@ def open_source(
     """
     path = Path(images)
     expected = "expected a folder of images, a data set saved to disk, or the Hub id of a data set"
+    if not images:  # which would be the folder that one is in
+        raise ValueError(f"no images are named, but an empty text; {expected}.")
     if path.is_dir():
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
             return _saved(path, split, usual, streaming)

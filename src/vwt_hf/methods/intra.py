@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..bounds import is_int, is_number
+from ..bounds import is_int, is_number, is_seed
 from ..config import CRITERIA, VWTConfig, require_choice
 from ..patches import Patches
 from ..plans import Grouped, Kept
@@ -68,7 +68,7 @@ class IntraConfig(VWTConfig):
                 f"VWTConfig.num_patches is {shown(self.num_patches)}; expected None or an integer of at least 1, and "
                 "less than 2**31."
             )
-        if not is_int(self.seed) or not 0 <= self.seed < 2**63:
+        if not is_seed(self.seed):
             raise ValueError(f"VWTConfig.seed is {shown(self.seed)}; expected an integer in [0, 2**63).")
         if self.output == "full" and not self.groups:
             raise ValueError(

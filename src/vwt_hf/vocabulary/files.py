@@ -19,6 +19,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -360,7 +361,10 @@ def _settle(folder: Path, save: Save) -> None:
     info = _present_info(folder)
     if _UNSETTLED.fullmatch(str(info.get("file"))):
         # A second name first, for the folder to be whole at every step.
-        os.link(folder / info["file"], save.new / WORDS_FILE)
+        try:
+            os.link(folder / info["file"], save.new / WORDS_FILE)
+        except OSError:  # some file systems, as exFAT, have no second names
+            shutil.copyfile(folder / info["file"], save.new / WORDS_FILE)
         save.write({INFO_FILE: _json(info | {"file": WORDS_FILE})})
         save.place(WORDS_FILE)
         save.place(INFO_FILE)

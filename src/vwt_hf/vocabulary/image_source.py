@@ -136,7 +136,7 @@ def folder_of(images: Any) -> Path | None:
         )
     if not isinstance(images, (str, os.PathLike)):
         return None
-    if not Path(images).is_dir():
+    if not os.fspath(images) or not Path(images).is_dir():  # an empty text would be the folder that one is in
         raise ValueError(f"images is {str(images)!r}, which is no folder; expected a folder of image files.")
     return Path(images)
 
