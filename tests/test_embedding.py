@@ -102,8 +102,27 @@ def whole(model, processor, folder, tmp_path_factory) -> dict[str, bytes]:
     return contents(output)
 
 
+class Content(bytes):
+    """A file's bytes. Those of features are equal if all but the last bits of the features is, which on some processors
+    depends on where weights lie in memory."""
+
+    def __eq__(self, other: object) -> bool:
+        if super().__eq__(other) is True:
+            return True
+        return isinstance(other, Content) and self[:4] == other[:4] == b"PAR1" and self._near(other)
+
+    __hash__ = bytes.__hash__
+
+    def _near(self, other: Content) -> bool:
+        mine, theirs = (pyarrow.parquet.read_table(io.BytesIO(content)) for content in (self, other))
+        if mine.schema.metadata != theirs.schema.metadata or len(mine) != len(theirs):
+            return False
+        features = [np.array(each["embedding"].to_pylist()) for each in (mine, theirs)]
+        return mine.drop(["embedding"]).equals(theirs.drop(["embedding"])) and np.allclose(*features, rtol=0, atol=1e-6)
+
+
 def contents(output: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    return {path.name: Content(path.read_bytes()) for path in output.iterdir() if path.is_file()}
 
 
 def table(files: list[Path]) -> pandas.DataFrame:

@@ -364,18 +364,19 @@ def test_padding_is_as_if_it_were_not_there(dropped, criterion, images):
     assert sizes.sum(1).tolist() == ([30, 64, 30, 64] if dropped == "merge" else [15, 32, 15, 32])
 
 
+@pytest.mark.parametrize("masked", [slice(40, None), slice(42, None), slice(3, None, 4)], ids=["40", "42", "column"])
 @setting
-def test_patches_that_a_caller_masks_are_as_padding(setting, images):
+def test_patches_that_a_caller_masks_are_as_padding(setting, masked, images):
     """In the layers and in the head, whether the mask says more than the shapes or is not given."""
     model = compress(tiny_model("siglip2-vision"), setting)
     padded = padded_patches(images, 4)
     more = padded["pixel_attention_mask"].clone()
-    more[:, 40:] = 0
+    more[:, masked] = 0
     with torch.no_grad():
         found = model(**padded | {"pixel_attention_mask": more})
         assert (found.pooler_output - model(**padded).pooler_output).abs().max() > 1e-3
         noise = padded["pixel_values"].clone()
-        noise[:, 40:] = torch.randn_like(noise[:, 40:])
+        noise[:, masked] = torch.randn_like(noise[:, masked])
         other = model(**padded | {"pixel_attention_mask": more, "pixel_values": noise})
         torch.testing.assert_close(other.pooler_output, found.pooler_output, atol=1e-5, rtol=1e-5)
         none = model(**padded | {"pixel_attention_mask": None})

@@ -103,6 +103,31 @@ def test_padded_images_are_covered_as_they_are_alone(rows, columns):
     assert torch.equal(leaders(found, stays)[real], leaders(alone, expected)[0])
 
 
+@pytest.mark.parametrize("tolerance", [0.3, 0.6, 9.0])
+@pytest.mark.parametrize("kind", ["last", "column", "some", "most"])
+def test_patches_that_a_caller_masks_are_nobodys_neighbour(kind, tolerance):
+    """Of 7 × 6 patches and padding: a row that ends early, a column, and patches anywhere."""
+    looks, index = looks_of(10, 5), torch.arange(50)
+    places, generator = torch.stack((index // 6, index % 6), dim=-1).float(), torch.Generator().manual_seed(0)
+    masked = {
+        "last": index >= 40,
+        "column": index % 6 == 5,
+        "some": torch.rand(50, generator=generator) < 0.2,
+        "most": torch.rand(50, generator=generator) < 0.7,
+    }
+    real = ((index < 42) & ~masked[kind]).expand(3, -1)
+    neighbours = find_padded_neighbours(looks, places.expand(3, -1, -1), real)
+    exists, apart = ~neighbours.distance.isinf(), (places[:, None] - places[neighbours.index]).abs().amax(dim=-1)
+    assert exists.any() and not exists[~real].any()
+    assert real.gather(1, neighbours.index.expand(3, -1, -1).flatten(1)).view_as(exists)[exists].all()
+    assert (apart[exists] == torch.where((places % 2).any(dim=1), 1, 2)[:, None].expand_as(exists)[exists]).all()
+    leads = leaders(neighbours, cover(neighbours, tolerance))
+    assert torch.equal(leads.gather(1, leads), leads) and real.gather(1, leads)[real].all()
+    assert (leads[~real] == index.expand(3, -1)[~real]).all()
+    # No further than over one that was left to another itself.
+    assert ((places - places[leads]).abs().amax(dim=-1) <= 3).all()
+
+
 def test_a_number_of_patches_is_what_the_tolerance_that_leaves_so_many_leaves():
     looks = torch.randn(5, 64, 3, generator=torch.Generator().manual_seed(0))
     neighbours = find_neighbours(looks, (8, 8))

@@ -106,13 +106,14 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
 
     Args:
         looks: (batch, patches, values).
-        places: (batch, patches, 2): row and column of each patch, in row-major order.
-        real: (batch, patches), bool: which patches are no padding.
+        places: (batch, patches, 2): row and column of each patch, in row-major order, padding included.
+        real: (batch, patches), bool: which patches are no padding. A caller may mask any.
     """
     row, column = places.long().unsqueeze(2).unbind(-1)
-    rows, columns = (place.masked_fill(~real.unsqueeze(2), -1).amax(dim=1, keepdim=True) + 1 for place in (row, column))
+    rows = row.masked_fill(~real.unsqueeze(2), -1).amax(dim=1, keepdim=True) + 1
+    columns = column.amax(dim=1, keepdim=True) + 1  # of masked patches, too: they are numbered like the others
     index, later, passes, factor, exists = _around(row, column, rows, columns, _offsets(places.device).unbind(1))
-    exists = exists & real.unsqueeze(2)
+    exists = exists & real.unsqueeze(2) & at(real, index * exists)
     none = torch.zeros_like(looks[..., :1]).masked_fill(~exists, torch.inf)
     return _neighbours(looks, index * exists, later, passes & exists, factor, none)
 
@@ -238,7 +239,7 @@ def leaders(neighbours: Neighbours, stays: torch.Tensor) -> torch.Tensor:
     """Which patch stands for each: itself if it stays, else the one that stands for the neighbour that differs least.
 
     The neighbour is one that stays or, of a patch of odd row or column, one of even row and column. Of neighbours that
-    differ equally the first by `OFFSETS` is taken.
+    differ equally the first by `OFFSETS` is taken. Where padding leaves a patch no such neighbour, it stands for itself.
 
     Args:
         neighbours: as for `cover`.
@@ -248,7 +249,8 @@ def leaders(neighbours: Neighbours, stays: torch.Tensor) -> torch.Tensor:
         (batch, patches), int64.
     """
     own = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
-    first = torch.where(stays, own, _nearest(neighbours, stays)[1])
+    least, nearest = _nearest(neighbours, stays)
+    first = torch.where(stays | least.isinf(), own, nearest)
     return at(first, first)
 
 
