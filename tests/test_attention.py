@@ -112,7 +112,7 @@ def test_a_model_on_flash_attention_2_answers_as_on_sdpa(monkeypatch, setting, i
     torch.testing.assert_close(answers(compress(model, merged), images), expected, atol=1e-5, rtol=1e-5)
 
     compress(model, VWTConfig.parse({**setting.to_dict(), "vocabulary": setting.vocabulary, "layout": "padded"}))
-    with pytest.raises(ValueError, match=r"layout is 'padded' and .*'flash_attention_2'.* use layout='auto'"):
+    with pytest.raises(ValueError, match=r"padded \(by layout='padded', .*'flash_attention_2'.* use layout='auto'"):
         answers(model, images)
 
 

@@ -284,6 +284,15 @@ def test_a_masked_autoencoder_says_which_patches_were_dropped(images):
     assert not merged.mask.any() and torch.equal(merged.ids_restore, torch.arange(64).expand(4, -1))
 
 
+@pytest.mark.parametrize("name", ["vit", "beit", "clip-vision"])
+def test_a_mask_of_some_patches_is_refused_where_patches_are_left_out(name, images):
+    model, mask = compress(tiny_model(name), SETTINGS["discard"]), torch.ones(4, 65, dtype=torch.bool)
+    mask[1, 3] = False
+    with pytest.raises(ValueError, match=r"attention_mask \(4, 65\) masks patches of the whole image"):
+        model(pixel_values=images, attention_mask=mask)
+    restore(model)
+
+
 def test_a_mask_is_refused_where_attention_is_given_a_bias(images):
     model = compress(tiny_model("beit"), SETTINGS["merge"])
     with pytest.raises(ValueError, match=r"attention_mask \(4, 65\) masks patches of the whole image"):

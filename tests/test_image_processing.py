@@ -300,6 +300,19 @@ def test_tiles_have_words_each_and_padding_has_none(tmp_path):
     assert all(map(np.array_equal, pictures[3:], processor.decode(alone[NAME], alone)))
 
 
+def test_several_images_of_one_sample_have_words_each(tmp_path):
+    """Beside what an image processor tells of each sample, not of each image."""
+    size = {"height": 32, "width": 32}
+    image_processor_class("llava_onevision")(size=size, image_grid_pinpoints=[[32, 64], [64, 64]]).save_pretrained(
+        tmp_path
+    )
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt={"patch_size": 4, "dropped": "merge"})
+    made = processor([PHOTOGRAPHS[:2]])
+    assert list(made["batch_num_images"]) == [2] and len(made["pixel_values"]) == len(made[NAME]) == 2
+    for values, words in zip(made["pixel_values"], made[NAME], strict=True):
+        assert words.shape == (len(values), 64) and (words >= 0).all()
+
+
 @pytest.mark.parametrize("change", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made)), copy.copy])
 @kind
 def test_a_copy_gives_the_same_words(change, setting, folders):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from settings import fixed, gradual, inter, local
+from settings import SETTINGS, fixed, gradual, inter, local
 from test_families import assert_near, sample_images
 from tiny import MODELS, answers, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, count_tokens
@@ -209,11 +209,18 @@ def test_hidden_states_of_every_layer_have_a_row_for_every_patch(name, layout, i
             assert torch.equal(same, same[:1].expand_as(same))
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3", "beit", "blip-vision"])
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *((name, gradual()) for name in ("vit", "dinov2", "dinov3", "beit", "blip-vision")),
+        *((name, SETTINGS["discard"]) for name in ("beit", "data2vec", "dinov3")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.method,
+)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_layers_give_the_same_gradients(name, reentrant, images):
+def test_checkpointed_layers_give_the_same_gradients(name, setting, reentrant, images):
     def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
-        model = compress(tiny_model(name), gradual()).train()
+        model = compress(tiny_model(name), setting).train()
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(**inputs(model, images.clone().requires_grad_(reentrant)))[0].square().sum().backward()

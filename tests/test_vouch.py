@@ -161,6 +161,19 @@ def test_a_class_that_reads_every_patch_is_refused(tmp_path):
         type(model).from_pretrained(tmp_path, vwt=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_half_precision_is_told_from_positions(dtype):
+    deep = {"num_hidden_layers": 16, "hidden_size": 64, "intermediate_size": 128}
+    for kind in PREFIX:
+        compress(made(kind, **deep | (BOTH if kind == "InternVLVision" else {})).to(dtype))
+    model = transformers.MLCDVisionModel(transformers.MLCDVisionConfig(**TINY)).eval()
+    model.load_state_dict(
+        {name: value * 20 if "_proj" in name else value for name, value in model.state_dict().items()}
+    )
+    with pytest.raises(ValueError, match="it answers by where in the sequence a patch lies"):
+        compress(model.to(dtype))
+
+
 @rule
 def test_weights_that_are_elsewhere_cannot_be_tried(kind):
     model = tiny(kind).to("meta")

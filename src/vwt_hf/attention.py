@@ -68,11 +68,12 @@ def _given_mask(base: Callable[..., Any], *args: Any, attention_mask: torch.Tens
         return None
     forward = current_forward()
     if forward is not None and forward.relative:  # attention could not tell it from the bias that it is added to
-        _refuse_mask(attention_mask)
+        refuse_mask(attention_mask)
     return base(*args, attention_mask=attention_mask, **kwargs)
 
 
-def _refuse_mask(attention_mask: torch.Tensor) -> NoReturn:
+def refuse_mask(attention_mask: torch.Tensor) -> NoReturn:
+    """Raises `ValueError` for a mask of patches where tokens have taken their place."""
     raise ValueError(
         f"attention_mask {tuple(attention_mask.shape)} masks patches of the whole image, and tokens have taken their "
         "place. Leave it out, or call vwt_hf.restore(model) first."
@@ -171,7 +172,7 @@ def _plan_of(module: nn.Module, query: torch.Tensor, attention_mask: torch.Tenso
     if attention_mask is None:
         return plan, None
     if not forward.relative:
-        _refuse_mask(attention_mask)
+        refuse_mask(attention_mask)
     return plan, plan.pairs(attention_mask)
 
 
@@ -278,8 +279,9 @@ def flash_attention_2(
     plan, _ = _plan_of(module, query, attention_mask)
     if not plan.layout.dense:
         raise ValueError(
-            "layout is 'padded' and the attention implementation 'flash_attention_2', which takes no bias to hide "
-            "padding with; use layout='auto' or 'packed', or attn_implementation='sdpa'."
+            "The batch is padded (by layout='padded', or as the model is in training with drop_path_rate), and the "
+            "attention implementation is 'flash_attention_2', which takes no bias to hide padding with; use "
+            "layout='auto' and drop_path_rate=0, or attn_implementation='sdpa'."
         )
 
     def attend(*packed: Any, scale: float) -> torch.Tensor:

@@ -179,6 +179,8 @@ def _hook_in(
         strips_mask = by_sizes and family.padded is not None
         begin = Begin(bool(relative), by_sizes, strips_mask, even=is_even(setting, family))
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
+    if setting.shortens and not by_sizes:
+        tower.module.register_forward_pre_hook(RefuseMask(), with_kwargs=True)
     reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows)
     if setting.shortens and setting.repaints:
         tower.embeddings.register_forward_pre_hook(Repaint(reduce), with_kwargs=True)
@@ -499,8 +501,8 @@ class Begin(Hook):
     def _begin(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.by_sizes:
             attention.require_usable(tower)  # `set_attn_implementation` may have come after `compress`
-            if torch.is_grad_enabled():
-                attention.carry_through_checkpoints(tower)
+        if torch.is_grad_enabled():
+            attention.carry_through_checkpoints(tower)
         members = self._members
         if members is None or tower not in members:  # as in a copy for another thread, which has these hooks, too
             members = self._members = weakref.WeakSet(tower.modules())
@@ -514,6 +516,15 @@ class Begin(Hook):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_members": None}
+
+
+class RefuseMask(Hook):
+    """Forward pre-hook of a tower that leaves patches out: refuses a mask of some of them, which is of whole images."""
+
+    def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (mask != 0).all():
+            attention.refuse_mask(mask)
 
 
 @dataclasses.dataclass(eq=False)

@@ -70,12 +70,13 @@ class HostTokenizer:
         values = made["pixel_values"]
         with contextlib.nullcontext() if os.getpid() == _PROCESS else _one_thread():
             if isinstance(values, (list, tuple)):
-                return [self._of_each({name: made[name][i] for name in made}).cpu().numpy() for i in range(len(values))]
+                made = {name: made[name] for name in made if name in _READ}
+                return [
+                    self._of_batch({name: as_tensor(own[i])[None] for name, own in made.items()})[0].cpu().numpy()
+                    for i in range(len(values))
+                ]
             found = self._of_batch({name: as_tensor(made[name]) for name in made if name in _READ})
             return found if isinstance(values, torch.Tensor) else found.numpy()
-
-    def _of_each(self, made: Mapping[str, Any]) -> torch.Tensor:
-        return self._of_batch({name: as_tensor(value)[None] for name, value in made.items() if name in _READ})[0]
 
     def _of_batch(self, made: dict[str, torch.Tensor]) -> torch.Tensor:
         values = made["pixel_values"]

@@ -346,8 +346,7 @@ def _lay_out(
     rounds: bool = False,
 ) -> Layout:
     """A layout whose images lie within `bounds`."""
-    own = torch.arange(prefix, device=token_of_patch.device).expand(token_of_patch.shape[0], -1)
-    rows = torch.cat((own, token_of_patch + prefix), dim=1) + bounds[0].unsqueeze(1)
+    rows = with_prefix(token_of_patch, prefix) + bounds[0].unsqueeze(1)
     return _of_rows(rows, prefix, bounds, shape, runs, packed, real, rounds)
 
 

@@ -239,7 +239,7 @@ def leaders(neighbours: Neighbours, stays: torch.Tensor) -> torch.Tensor:
     """Which patch stands for each: itself if it stays, else the one that stands for the neighbour that differs least.
 
     The neighbour is one that stays or, of a patch of odd row or column, one of even row and column. Of neighbours that
-    differ equally the first by `OFFSETS` is taken. Where padding leaves a patch no such neighbour, it stands for itself.
+    differ equally the first by `OFFSETS` is taken. A patch that padding leaves no such neighbour stands for itself.
 
     Args:
         neighbours: as for `cover`.

@@ -62,17 +62,13 @@ class Save:
 @contextlib.contextmanager
 def saving(folder: Path) -> Iterator[Save]:
     """Begins a save into `folder`, made if need be; what was written and not placed is removed at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = _open_folder(folder)
-    shares = lock is None or _locked_soon(lock)  # before there is anything that another save could remove
-    try:
-        # Beside the files that they replace, since a rename is atomic within one file system alone.
-        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as new:
-            yield Save(folder, Path(new), lock, shares)
-    finally:
-        if lock is not None:
-            _unlock(lock)
-            os.close(lock)
+    # The lock comes before there is anything that another save could remove; what is written lies beside the files that
+    # it replaces, since a rename is atomic within one file system alone.
+    with (
+        _locking(folder) as (lock, shares),
+        tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as new,
+    ):
+        yield Save(folder, Path(new), lock, shares)
 
 
 @contextlib.contextmanager
@@ -84,12 +80,22 @@ def sharing(folder: Path, turn: float) -> Iterator[Callable[[], bool]]:
     Args:
         turn: seconds for which it waits until it is alone, so that two such saves come one after the other.
     """
+    with _locking(folder, turn) as (lock, shares):
+        yield lambda: shares and (lock is None or _locked(lock, alone=True))
+
+
+@contextlib.contextmanager
+def _locking(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, bool]]:
+    """The lock on `folder`, made if need be, which some file systems do not have; and whether it is held or not there.
+
+    Args:
+        turn: as for `sharing`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = _open_folder(folder)
     has_turn = turn > 0 and lock is not None and _locked_soon(lock, alone=True, patience=turn)
-    shares = lock is None or has_turn or _locked_soon(lock)
     try:
-        yield lambda: shares and (lock is None or _locked(lock, alone=True))
+        yield lock, lock is None or has_turn or _locked_soon(lock)
     finally:
         if lock is not None:
             _unlock(lock)
