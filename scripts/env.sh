@@ -24,8 +24,9 @@ if ! "$venv/bin/python" -c "$has_torch"; then
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
         "${install[@]}" torch
     elif [ "$(uname -s)" = Linux ]; then
-        # PyPI's Linux wheels carry gigabytes of CUDA. The suffix +cpu rules them out.
-        "${install[@]}" "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+        # PyPI's Linux wheels carry gigabytes of CUDA. The suffix +cpu rules them out. What torch needs is installed
+        # below, from where all else comes: asking here for each would take long where there is no network.
+        "${install[@]}" --no-deps "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
     else
         "${install[@]}" torch
     fi

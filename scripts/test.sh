@@ -2,7 +2,7 @@
 # Lint, types and tests, at both ends of the transformers range that pyproject.toml declares. Makes its own environment.
 #   scripts/test.sh                  everything
 #   scripts/test.sh tests/test_auto.py -k clip   what pytest is to run, at both ends
-#   VWT_TEST_PROCESSES=8 scripts/test.sh         in as many processes, instead of 2
+#   VWT_TEST_PROCESSES=8 scripts/test.sh         in as many processes, instead of 3
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Of packages only what is imported is compiled, when it first is; that takes half as long.
@@ -31,14 +31,14 @@ if [ ! -d "$triton/triton" ] && [ "$(uname -s)" = Linux ]; then
     mv "$triton.part" "$triton"
 fi
 wait "$types"
-# Tiny models gain nothing from threads: a process for each core, each with a thread.
+# Tiny models gain nothing from threads: processes of one thread each, one more than cores, as some tests wait.
 export OMP_NUM_THREADS=1
-how=(-q -n "${VWT_TEST_PROCESSES:-2}" --dist loadfile)
+how=(-q -n "${VWT_TEST_PROCESSES:-3}" --dist loadfile)
 echo "newest transformers:"
 VWT_OTHER_END=$folder "$python" -m pytest "${how[@]}" "$@"
 echo "oldest transformers:"
 VWT_OTHER_END='' PYTHONPATH=$folder "$python" -m pytest "${how[@]}" "$@"
 if [ $# = 0 ] && [ "$(uname -s)" = Linux ]; then
     echo "kernels for GPUs, interpreted:"
-    TRITON_INTERPRET=1 PYTHONPATH=$triton "$python" -m pytest -q -n "${VWT_TEST_PROCESSES:-2}" tests/test_kernels.py
+    TRITON_INTERPRET=1 PYTHONPATH=$triton "$python" -m pytest -q -n "${VWT_TEST_PROCESSES:-3}" tests/test_kernels.py
 fi
