@@ -55,7 +55,7 @@ import peers
 import vwt_hf
 from energy import Meter, NoMeter, find_meter
 from vwt_hf import count_tokens
-from vwt_hf.cli.demo import load as load_whole
+from vwt_hf.cli.demo import leave_out_random
 from vwt_hf.cli.evaluate import add_groups
 from vwt_hf.compress import is_even
 from vwt_hf.evaluate_model import fields_of, name_of
@@ -71,7 +71,6 @@ from vwt_hf.evaluation import (
     count_flops,
     divergence,
     processor_name,
-    require_finite,
     share,
     stopwatch,
     synchronize,
@@ -137,20 +136,19 @@ def main(arguments: list[str] | None = None) -> None:
     of = {"images": described_files(options.images, paths), "weights": fingerprint_of(reference)}
     results = Results(options.json, header(options, machine, of))
 
+    methods = functools.cache(lambda dtype: methods_of(options, plain[dtype]))
+    # Answers first: a damaged image, or answers by NaN, are found before hours of timing.
+    for dtype in options.dtype:
+        if not results.rows("quality", dtype=dtype):
+            rows = judge(methods(dtype), plain[options.dtype[0]], paths, groups, load_processor(options.model))
+            results.add("quality", [{"dtype": dtype} | row for row in rows])
     for dtype in options.dtype:
         batch_sizes = [size for size in options.batch_sizes if not results.rows("timing", dtype=dtype, batch=size)]
-        is_judged = bool(results.rows("quality", dtype=dtype))
-        if is_judged and not batch_sizes:
+        if not batch_sizes:
             continue
-        methods = methods_of(options, plain[dtype])
-        if (
-            not is_judged
-        ):  # first: what an image is damaged by, or a model answers by NaN, is found before hours of timing
-            rows = judge(methods, plain[options.dtype[0]], paths, groups, load_processor(options.model))
-            results.add("quality", [{"dtype": dtype} | row for row in rows])
-        images = sample(options, plain[dtype], max(options.timed, *options.batch_sizes)) if batch_sizes else None
+        images = sample(options, plain[dtype], max(options.timed, *options.batch_sizes))
         for size in batch_sizes:
-            rows = measure(methods, batches_of(images, size), options, meter)
+            rows = measure(methods(dtype), batches_of(images, size), options, meter)
             results.add("timing", [{"dtype": dtype, "batch": size} | row for row in rows])
 
     text = f"{markdown(table(results))}\n{markdown(summary(results))}"
@@ -249,14 +247,20 @@ def load(name: str) -> PreTrainedModel:
     else:
         # The whole of CLIP wants texts as well.
         model_class = CLIPVisionModelWithProjection if config.model_type == "clip" else AutoModel
-    model: Any
-    model, _ = load_whole(name, torch.device("cpu"), auto=model_class, dtype=torch.float32, vwt=False)
+    loaded: Any = model_class.from_pretrained(
+        name, dtype=torch.float32, vwt=False, trust_remote_code=False, output_loading_info=True
+    )
+    model, report = loaded
     # So do others that have a tower for them: what is measured is the vision tower.
     tower = next((getattr(model, name) for name in ("vision_model", "vision_tower") if hasattr(model, name)), None)
     if hasattr(model, "text_model") or hasattr(model, "language_model"):
         if not isinstance(tower, PreTrainedModel):
             raise SystemExit(f"{name} is a {type(model).__name__}, whose vision tower cannot be run by itself.")
+        start = next(path for path, module in model.named_modules() if module is tower) + "."
+        own = [key.removeprefix(start) for key in report["missing_keys"] if key.startswith(start)]
+        leave_out_random(tower, own, name)
         return tower
+    leave_out_random(model, report["missing_keys"], name)
     return model
 
 
@@ -594,9 +598,16 @@ def judge(
         for made in stack.enter_context(tqdm(batches, desc="answers", total=total, leave=False)):
             pixel_values = whole_images(made).to(reference.device)
             names = [str(path) for path in paths[len(parts[0]) * QUALITY_BATCH :][: len(pixel_values)]]
-            for model, own in zip(models, parts, strict=True):
+            for index, (model, own) in enumerate(zip(models, parts, strict=True)):
                 own.append(answer(model, pixel_values=pixel_values.to(model.dtype)).float().cpu())
-                require_finite(model, are_finite(own[-1]), names)
+                finite = are_finite(own[-1])
+                if not all(finite):
+                    whose = ["the uncompressed model", *(method.name for method in methods)][index]
+                    raise ValueError(
+                        f"{whose}, in {str(model.dtype).removeprefix('torch.')}, answers "
+                        f"{printable(names[finite.index(False)])} by NaN or infinity, which would agree with itself. "
+                        "Leave out the method or the data type, or check the weights."
+                    )
     expected, *found = (torch.cat(own) for own in parts)
     truth, said = true_labels([path.parent.name for path in paths], reference.config)
     if classifies(reference):

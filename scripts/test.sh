@@ -31,7 +31,7 @@ if [ ! -d "$triton/triton" ] && [ "$(uname -s)" = Linux ]; then
     mv "$triton.part" "$triton"
 fi
 wait "$types"
-# Tiny models gain nothing from threads: processes of one thread each, one more than cores, as some tests wait.
+# Tiny models gain nothing from threads: three processes of one thread for two cores, as some tests wait.
 export OMP_NUM_THREADS=1
 how=(-q -n "${VWT_TEST_PROCESSES:-3}" --dist loadfile)
 echo "newest transformers:"

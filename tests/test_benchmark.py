@@ -170,7 +170,7 @@ def test_a_model_that_answers_nan_or_has_a_random_pooler_is_not_measured_by_it(p
     model.save_pretrained(tmp_path / "broken")
     transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "broken")
     monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(ValueError, match=r"the plain model, in float32, answers .*\.png by NaN or infinity"):
+    with pytest.raises(ValueError, match=r"the uncompressed model, in float32, answers .*\.png by NaN or infinity"):
         benchmark.main(f"--model {tmp_path / 'broken'} --images {photographs} --batch-sizes 1".split())
 
 

@@ -335,19 +335,21 @@ def test_one_logit_agrees_where_its_sign_does(images, processor):
 def test_batches_are_shown_before_they_are_timed_where_new_shapes_cost_time(
     times, classifier, images, processor, monkeypatch
 ):
-    """Batches of 7 of 50 images: that of the last one is not timed as one."""
+    """Batches of 17 of 50 images: that of the last 16 is not timed as one."""
     module, seen = sys.modules[Calibration.__module__], []
     monkeypatch.setattr(module, "rounds", lambda *_: times == 2)
-    monkeypatch.setattr(
-        module, "_timed", lambda model, batch: seen.append((model, batch)) or (answer(model, **batch), len(seen))
-    )
-    search = Calibration(classifier, images[:50], **options(processor) | {"by": "time", "batch_size": 7})
-    timed = []
-    monkeypatch.setattr(search, "_speed", lambda pair, seconds: timed.extend(seconds) or 1.0)
-    search._measure(LEVELS[0], SimpleNamespace(set_postfix_str=print, update=print))
-    assert len(seen) == 8 * 2 * times and timed == [
-        (2 * times * (batch + 1) - 1, 2 * times * (batch + 1)) for batch in range(7)
-    ]
+
+    def timed(model, batch):
+        """Of the plain model ten seconds, of the other one; of the smaller batch, or what comes first, a hundred."""
+        size = len(batch["pixel_values"])
+        first = sum(own is model and other is batch for own, other in seen) < times - 1
+        seen.append((model, batch))
+        return answer(model, **batch), 100 if first or size < 17 else 10 if setting_of(model) is None else 1
+
+    monkeypatch.setattr(module, "_timed", timed)
+    search = Calibration(classifier, images[:50], **options(processor) | {"by": "time", "batch_size": 17})
+    found = search._measure(LEVELS[0], SimpleNamespace(set_postfix_str=print, update=print))
+    assert found.speed == 10 and len(seen) == 2 * (3 * times + module.FEWEST_TURNS - 2)
 
 
 def test_a_class_of_ones_own_is_calibrated_as_the_one_it_is_made_from(classifier, images, processor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -236,8 +235,7 @@ def test_a_folder_that_names_no_hash_loads(tmp_path: Path) -> None:
 def test_the_next_save_settles_what_could_not_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     VOCABULARIES["old"].save_pretrained(tmp_path, card=False)
     with monkeypatch.context() as patch:
-        for module, name in ((os, "link"), (shutil, "copyfile")):
-            patch.setattr(module, name, lambda *_: (_ for _ in ()).throw(PermissionError("open elsewhere")))
+        patch.setattr(files, "_settle", lambda *_: (_ for _ in ()).throw(PermissionError("open elsewhere")))
         VOCABULARIES["new"].save_pretrained(tmp_path, card=False)
     assert loaded(tmp_path) == "new"
     assert torch.equal(load_file(tmp_path / "vocabulary.safetensors")["words"], VOCABULARIES["old"].words)

@@ -68,7 +68,7 @@ FEWEST = 50
 """Images: with fewer, the 95 % interval would reach below 0.93 even if all answers agreed."""
 MOST = 500
 BY = ("time", "flops")
-FORMAT = 2
+FORMAT = 3
 """Of the files that a search goes on from."""
 
 
@@ -297,7 +297,8 @@ class Calibration:
             batch = on_device(self._batches[0], self._plain)
             plain, short = (count_flops(functools.partial(answer, model, **batch)) for model in pair)
             return plain / short
-        more = itertools.islice(itertools.cycle(self._batches), max(0, FEWEST_TURNS - len(seconds)))
+        again = itertools.cycle(self._batches[: len(seconds)])  # the last, of fewer images, left out
+        more = itertools.islice(again, max(0, FEWEST_TURNS - len(seconds)))
         seconds = seconds + [(_timed(pair[0], batch)[1], _timed(pair[1], batch)[1]) for batch in more]
         # The median of the turns' own ratios: a first call, or bursts of other work on the machine, hardly move it.
         return statistics.median(plain / short for plain, short in seconds)

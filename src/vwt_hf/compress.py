@@ -266,11 +266,11 @@ def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
     return stand_in
 
 
-def _forward_by_words(model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
+def _forward_by_words(model: PreTrainedModel, /, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
     """The forward of the class of `model`: by itself and with words, which it does not know, it becomes a call."""
-    if kwargs.get("patch_words") is None:
+    if patch_words is None:
         return type(model).forward(model, *args, **kwargs)
-    return model(*args, **kwargs)
+    return model(*args, patch_words=patch_words, **kwargs)
 
 
 def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
@@ -523,7 +523,11 @@ class RefuseMask(Hook):
 
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
-        if mask is not None and not (mask != 0).all():
+        if mask is None or torch.compiler.is_compiling():  # no graph can ask what a mask holds
+            return
+        # Of one value for each patch or, in floating point, for each pair of patches, to be added.
+        hides = mask < 0 if mask.is_floating_point() and mask.dim() > 2 else mask == 0
+        if hides.any():
             attention.refuse_mask(mask)
 
 

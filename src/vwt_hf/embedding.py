@@ -138,8 +138,8 @@ def embed(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: an argument is not valid, the model is not supported, classifies, is in training or gives NaN or
-            infinity for an image, there are no images, or `output` holds something else.
+        ValueError: an argument is not valid, the model is not supported, classifies, is in training, leaves patches out
+            at random or gives NaN or infinity for an image, there are no images, or `output` holds something else.
         TypeError: `model` is no transformers model, or `images` neither a folder nor a data set.
         OSError: a file cannot be written, or processes wrote into different folders.
 

@@ -41,7 +41,7 @@ from .processors import described_processor, loaded_by, processor_of
 from .vocabulary.image_source import UnreadableImage, one_batch
 from .weights import device_of, fingerprint_of
 
-FORMAT = 1
+FORMAT = 2
 """Of what is kept of a run that may be cut off."""
 SHOWN: dict[str, tuple[str, int, int]] = {
     "accuracy": ("top-1 %", 100, 2),
@@ -130,7 +130,7 @@ class Evaluation:
                 metric_type=metric,
                 metric_name=printable(f"{metric} ({row.setting})"),
                 metric_value=round(figure.value, 6),
-                metric_args={"tokens": round(row.tokens, 1), "images": self.images}
+                metric_args={"tokens": round(row.tokens, 1), "images": self.images, "unreadable": len(self.unreadable)}
                 | ({} if row.vwt is None else {"vwt": row.vwt})
                 | ({} if figure.interval is None else {"interval": [round(end, 6) for end in figure.interval]}),
             )

@@ -187,8 +187,9 @@ def require_labels(model: PreTrainedModel, several: bool = False) -> None:
     kind = model.config.problem_type
     if kind in answers:
         raise ValueError(
-            f"the {type(model).__name__} has problem_type {kind!r}: it gives {answers[kind]}; expected a classifier. "
-            "Load it by AutoModel to compare features, or correct config.problem_type."
+            f"the {type(model).__name__} has problem_type {kind!r}: it gives {answers[kind]}; expected a classifier "
+            "that gives each image one label. Load it by AutoModel to compare features, or correct problem_type in its "
+            "config.json."
         )
 
 

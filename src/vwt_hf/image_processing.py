@@ -238,9 +238,11 @@ class Tokenizing:
         words = as_tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
         words = words[None] if words.dim() == 1 else words.flatten(0, -2)
         if made["pixel_values"].dim() == 5:  # images in tiles, and where one has fewer than another, tiles of none
+            real = (words != DROPPED).any(dim=1)
             tiles = made["pixel_values"].flatten(0, 1)
-            made["pixel_values"] = tiles[tiles.flatten(1).any(dim=1)]
-            words = words[(words != DROPPED).any(dim=1)]
+            if len(tiles) == len(words):
+                tiles, words = tiles[real], words[real]
+            made["pixel_values"] = tiles
         patches = tokenizer.patches(made)
         plan = tokenizer.plan(patches, words)
         mean, std = processor_statistics(self, patches.channels)

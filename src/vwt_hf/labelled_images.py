@@ -89,8 +89,8 @@ class LabelledImages:
         """The batches of one process of several, each with a number that puts those of all processes into one order.
 
         Files and rows come in the same batches however many processes there are: of two processes each takes every
-        second. A stream is split by `datasets.distributed.split_dataset_by_node`, of which the first so many images by
-        their rows: split by its shards they would be others.
+        second. A stream is split by `datasets.distributed.split_dataset_by_node`, but row by row if it has a limit: its
+        shards would hold other images than the first.
 
         Args:
             leave_out: numbers of batches that are not wanted.

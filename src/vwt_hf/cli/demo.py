@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,7 +252,19 @@ def load(
     )
     model, report = loaded
     family_of(model)
-    missing = {name for name in report["missing_keys"] if not name.endswith("mask_token")}
+    return model.to(device).eval(), leave_out_random(model, report["missing_keys"], checkpoint)
+
+
+def leave_out_random(model: Any, missing: Iterable[str], checkpoint: str) -> bool:
+    """Takes an untrained pooler off a model; returns whether its pooled output is trained.
+
+    Args:
+        missing: the names of its weights that the checkpoint does not hold.
+
+    Raises:
+        ValueError: there are others of these.
+    """
+    missing = {name for name in missing if not name.endswith("mask_token")}
     poolers = {name for name in missing if "pooler." in name}
     if missing != poolers:
         raise ValueError(
@@ -261,7 +273,7 @@ def load(
         )
     if poolers:
         model.pooler = None  # what it gave would be random
-    return model.to(device).eval(), not poolers
+    return not poolers
 
 
 def machine(model: PreTrainedModel) -> str:

@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write all that was measured here")
     parser.add_argument(
-        "--dataset-name", help="what the card calls the data set (default: its Hub id, or its folder's name)"
+        "--dataset-name", help="what the figures call the data set (default: its Hub id, or its folder's name)"
     )
     parser.add_argument(
         "--card",
@@ -157,6 +157,11 @@ def work(args: argparse.Namespace) -> None:
 
     with joined(args.device):
         (model, images, split, task, processor), _ = everywhere(prepare)
+        name = args.dataset_name or (images.name if Path(args.dataset).exists() else args.dataset)
+        if args.card is not None:
+            require_same_images(
+                read_card(Path(args.card), args.model), printable(name), split, args.config, images.total
+            )
         result = evaluate_model(
             model,
             images,
@@ -169,7 +174,7 @@ def work(args: argparse.Namespace) -> None:
             seed=args.seed,
             resume=args.resume,
         )
-        result.dataset = args.dataset_name or (result.dataset if Path(args.dataset).exists() else args.dataset)
+        result.dataset = name
         if place()[0] == 0:
             if args.json is not None:  # before what is printed, which nobody may read to its end
                 write_file(args.json, json.dumps(result.to_dict(), indent=1))
@@ -237,22 +242,34 @@ def write_card(file: Path, result: Evaluation, split: str | None, config: str | 
         split, config: of the data set.
 
     Raises:
-        ValueError: the file is no model card, or one of several models, or has figures of another number of images.
+        ValueError: the file is no model card, or one of several models.
         OSError: it cannot be written.
     """
     card = read_card(file, result.model)
     new = result.eval_results(split=split, config=config)
     replaced = {_figure_of(own) for own in new}
     data: Any = card.data
-    for own in data.eval_results or []:
-        images = (own.metric_args or {}).get("images", result.images)
-        if _figure_of(own) in replaced and images != result.images:
-            raise ValueError(
-                f"{file} has figures of {shown(images)} images of {shown(own.dataset_name)}, which those of "
-                f"{result.images} images would replace. Name these otherwise by --dataset-name, or remove those."
-            )
     data.eval_results = [own for own in data.eval_results or [] if _figure_of(own) not in replaced] + new
     write_file(file, str(card))
+
+
+def require_same_images(card: ModelCard, name: str, split: str | None, config: str | None, total: int | None) -> None:
+    """Refuses a card with figures of another number of images under one name, which would be replaced.
+
+    Args:
+        name: of the data set, as figures are to have it.
+        total: how many images there are; `None` if that is not known.
+    """
+    data: Any = card.data
+    for own in data.eval_results or []:
+        args = own.metric_args if isinstance(own.metric_args, dict) else {}
+        before = args.get("images", 0) + args.get("unreadable", 0) if isinstance(args.get("images"), int) else total
+        is_of = (own.dataset_name, own.dataset_split, own.dataset_config) == (name, split, config)
+        if is_of and total is not None and before != total:
+            raise ValueError(
+                f"the card has figures of {before} images of {shown(name)}, and there are {total} now: those would be "
+                "replaced. Name these otherwise by --dataset-name, or remove those."
+            )
 
 
 def _figure_of(result: EvalResult) -> tuple[Any, ...]:

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import secrets
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -364,7 +363,7 @@ def _settle(folder: Path, save: Save) -> None:
         try:
             os.link(folder / info["file"], save.new / WORDS_FILE)
         except OSError:  # some file systems, as exFAT, have no second names
-            shutil.copyfile(folder / info["file"], save.new / WORDS_FILE)
+            save.write({WORDS_FILE: (folder / info["file"]).read_bytes()})
         save.write({INFO_FILE: _json(info | {"file": WORDS_FILE})})
         save.place(WORDS_FILE)
         save.place(INFO_FILE)
