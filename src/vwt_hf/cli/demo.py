@@ -114,7 +114,8 @@ def work(args: argparse.Namespace) -> None:
             features: list[torch.Tensor] = []
             for i, model in enumerate(models):
                 with count_tokens(model) as count:
-                    features.append(answer(model, pixel_values=pixel_values))
+                    feature, values = named_answer(model, pixel_values=pixel_values)
+                features.append(values)
                 found[i] += cosines(features[i], features[0]).tolist()
                 counted[i] += count.mean * count.images
             runs = [functools.partial(answer, model, pixel_values=pixel_values) for model in models]
@@ -142,8 +143,6 @@ def work(args: argparse.Namespace) -> None:
     write_png(figure, picture)
 
     height, width = shown.shape[-2:]
-    with torch.inference_mode():
-        feature, _ = named_answer(plain, pixel_values=shown[:1].to(device, plain.dtype))
     print(f"{type(plain).__name__} from {printable(checkpoint)}")
     print(
         f"{len(paths)} photographs at {height}×{width}, batch size {args.batch_size}, criterion {args.criterion}, ",

@@ -259,6 +259,9 @@ def require_same_images(card: ModelCard, name: str, split: str | None, config: s
     Args:
         name: of the data set, as figures are to have it.
         total: how many images there are; `None` if that is not known.
+
+    Raises:
+        ValueError: it has such figures.
     """
     data: Any = card.data
     for own in data.eval_results or []:
@@ -267,8 +270,8 @@ def require_same_images(card: ModelCard, name: str, split: str | None, config: s
         is_of = (own.dataset_name, own.dataset_split, own.dataset_config) == (name, split, config)
         if is_of and total is not None and before != total:
             raise ValueError(
-                f"the card has figures of {before} images of {shown(name)}, and there are {total} now: those would be "
-                "replaced. Name these otherwise by --dataset-name, or remove those."
+                f"the card has figures of {before} images of {shown(name)}, and there are {total} now: the old figures "
+                "would be replaced. Give the new ones another name by --dataset-name, or remove the old ones."
             )
 
 
