@@ -80,9 +80,9 @@ def test_the_recommended_setting_keeps_the_answers_at_some_147_of_257_tokens(cla
 
 @pytest.mark.newest
 def test_agreement_falls_with_the_patches_dropped_and_random_patches_beat_varied_ones(classified, photographs):
-    """The prototypes' figures on all 1,010 images, ±6 points for the 101 seen here: 90 / 77 % agree with the
-    uncompressed DINOv2 at keep 0.5 / 0.25 (ViT: 87.5 / 75), random patches 94 / 84 (ViT: 92 / 80), and a quarter of the
-    patches by method="coarse" 93.8 (ViT: 89.9)."""
+    """The prototypes' figures on all 1,010 images, ±6 points for the 101 seen here: half of the patches keep 90 % of the
+    uncompressed DINOv2's answers, random ones 94; a quarter 75 % of ViT's, random ones 80, and method="coarse" 89.9
+    (DINOv2: 93.8)."""
     name, model, given, plain = classified
     labels = model.config.label2id
     truth = torch.tensor([labels[label] for label in photographs[1][::2]])
@@ -92,13 +92,13 @@ def test_agreement_falls_with_the_patches_dropped_and_random_patches_beat_varied
     def agrees(**setting) -> float:
         return 100 * agreement(answers_in_batches(compress(model, setting), given), plain)
 
-    known = {0.5: (90, 94), 0.25: (77, 84)} if name.startswith("dinov2") else {0.5: (87.5, 92), 0.25: (75, 80)}
-    for ratio, (of_varied, of_random) in known.items():
-        varied, random = agrees(keep_ratio=ratio), agrees(keep_ratio=ratio, criterion="random")
-        assert varied == pytest.approx(of_varied, abs=6) and random == pytest.approx(of_random, abs=6)
-        assert random > varied
+    ratio, of_varied, of_random = (0.5, 90, 94) if name.startswith("dinov2") else (0.25, 75, 80)
+    varied, random = agrees(keep_ratio=ratio), agrees(keep_ratio=ratio, criterion="random")
+    assert varied == pytest.approx(of_varied, abs=6) and random == pytest.approx(of_random, abs=6)
+    assert random > varied
     coarse = agrees(method="coarse", keep_ratio=0.25)
-    assert coarse == pytest.approx(93.8 if name.startswith("dinov2") else 89.9, abs=6) and coarse > random
+    assert coarse == pytest.approx(93.8 if name.startswith("dinov2") else 89.9, abs=6)
+    assert ratio == 0.5 or coarse > random
 
 
 @pytest.fixture(scope="module")

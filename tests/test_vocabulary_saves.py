@@ -191,7 +191,7 @@ def test_what_a_live_save_has_written_is_not_removed_by_another(tmp_path: Path) 
     try:
         started = time.monotonic()
         VOCABULARIES["other"].save_pretrained(tmp_path, card=False)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 30  # it waits for nobody: the other would not go on
         assert loaded(tmp_path) == "other"
     finally:
         os.kill(child, signal.SIGCONT)
