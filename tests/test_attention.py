@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 
-from settings import inter
+from settings import gradual, inter
 from tiny import answers, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, attention, compress
 from vwt_hf.attention import fold_bias
@@ -110,6 +110,15 @@ def test_a_model_on_flash_attention_2_answers_as_on_sdpa(monkeypatch, setting, i
     merged = VWTConfig(dropped="merge")
     expected = answers(compress(tiny_model("vit"), merged), images)
     torch.testing.assert_close(answers(compress(model, merged), images), expected, atol=1e-5, rtol=1e-5)
+
+    joined = gradual(num_patches=40)
+    expected = answers(compress(tiny_model("vit"), joined), images)
+    torch.testing.assert_close(answers(compress(model, joined), images), expected, atol=1e-5, rtol=1e-5)
+
+    of_patches = tiny_model("siglip2-vision")
+    of_patches.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"padded patches.*'flash_attention_2'.*attn_implementation='sdpa'"):
+        compress(of_patches, VWTConfig())
 
     compress(model, VWTConfig.parse({**setting.to_dict(), "vocabulary": setting.vocabulary, "layout": "padded"}))
     with pytest.raises(ValueError, match=r"padded \(by layout='padded', .*'flash_attention_2'.* use layout='auto'"):

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from settings import STATISTICS, inter
+from settings import STATISTICS, ViTImageProcessor, inter
 from tiny import answers, tiny_model
-from vwt_hf import VisualVocabulary, VWTConfig, compress
+from vwt_hf import VisualVocabulary, VWTConfig, compress, evaluate_model, restore
+from vwt_hf.compress import lexicon_of
 
 
 def words(seed: int) -> VisualVocabulary:
@@ -161,3 +164,90 @@ def test_a_tower_of_a_compressed_whole_is_saved_as_it_runs(name, setting, pixel_
     whole.save_pretrained(tmp_path / "whole")
     again = type(whole).from_pretrained(tmp_path / "whole").eval()
     torch.testing.assert_close(answers(again, pixel_values), answers(whole, pixel_values))
+
+
+HALVES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+NO_WORDS = {"method": "inter", "threshold": 0.5}
+
+
+def of_16() -> VWTConfig:
+    """Words of patches that the package has words for, too."""
+    own = VisualVocabulary(torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(5)))
+    return VWTConfig("inter", vocabulary=own, threshold=0.5, **HALVES)
+
+
+@pytest.fixture
+def with_own_words(tmp_path) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """A model saved with words of its own, images, and its answers."""
+    own = compress(tiny_model("vit", patch_size=16, image_size=64), of_16())
+    own.save_pretrained(tmp_path / "short")
+    pixel_values = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected = answers(own, pixel_values)
+    by_package = compress(tiny_model("vit", patch_size=16, image_size=64), NO_WORDS | HALVES)
+    assert (answers(by_package, pixel_values) - expected).abs().max() > 1e-3
+    return tmp_path / "short", pixel_values, expected
+
+
+def test_a_setting_without_words_takes_those_that_the_model_was_saved_with(with_own_words):
+    folder, pixel_values, expected = with_own_words
+    plain, restored, other = load(folder, vwt=False), restore(load(folder)), compress(load(folder), {"method": "local"})
+    for again in (load(folder, vwt=NO_WORDS), *(compress(one, NO_WORDS) for one in (plain, restored, other))):
+        torch.testing.assert_close(answers(again, pixel_values), expected)
+
+
+def test_evaluation_goes_by_the_words_that_the_model_was_saved_with(tmp_path):
+    own = compress(tiny_model("vit-classifier", patch_size=16, image_size=64), of_16())
+    own.save_pretrained(tmp_path / "short")
+    ViTImageProcessor(size={"height": 64, "width": 64}, **HALVES).save_pretrained(tmp_path / "short")
+    for number, name in enumerate(sorted(own.config.id2label.values())[:2]):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        pixels = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(number)) * 127 + 128
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / "images" / name / "bright.png")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "short")
+    plain, own, found = evaluate_model(model, tmp_path / "images", vwt=[of_16(), NO_WORDS], progress=False).rows
+    assert found.figures == own.figures != plain.figures and found.tokens == own.tokens
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_words_of_a_tower_that_was_compressed_alone_are_those_of_its_image_processor_too(name, tmp_path):
+    whole = tiny_model(name, patch_size=16, image_size=64)
+    compress(whole.vision_model, of_16())
+    whole.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 64, "width": 64}, **HALVES).save_pretrained(tmp_path)
+    own = of_16().vocabulary.words
+    assert torch.equal(lexicon_of(type(whole).from_pretrained(tmp_path)).vocabulary.words, own)
+    assert torch.equal(lexicon_of(type(whole).from_pretrained(tmp_path, vwt=NO_WORDS)).vocabulary.words, own)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt=NO_WORDS)
+    assert torch.equal(processor.tokenizer_of_patches.setting.words.vocabulary.words, own)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_tower_of_a_whole_that_was_saved_with_words_takes_those(name, tmp_path):
+    whole = compress(tiny_model(name, patch_size=16, image_size=64), of_16())
+    whole.save_pretrained(tmp_path)
+    tower = type(whole.vision_model).from_pretrained(tmp_path, vwt=NO_WORDS)
+    assert torch.equal(lexicon_of(tower).vocabulary.words, of_16().vocabulary.words)
+
+
+def test_a_folder_that_a_config_names_by_itself_is_not_read(with_own_words, tmp_path):
+    """`_name_or_path` within a config.json is what its writer liked it to be."""
+    folder, _, _ = with_own_words
+    saved_as = load(folder).config.vwt["saved_as"]
+    config = tiny_model("clip", patch_size=16, image_size=64).config.to_dict()
+    strange = {"vwt": NO_WORDS | HALVES | {"saved_as": saved_as}, "_name_or_path": str(folder)}
+    config["vision_config"] |= strange
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger/config.json").write_text(json.dumps(config))
+    read = transformers.AutoConfig.from_pretrained(tmp_path / "stranger")
+    with pytest.raises(ValueError, match="this model was loaded from nowhere"):
+        transformers.AutoModel.from_config(read)
+
+
+def test_an_adapters_folder_has_the_words_of_its_base(with_own_words, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder, pixel_values, _ = with_own_words
+    adapted = peft.get_peft_model(load(folder), peft.LoraConfig(r=2, target_modules=["query", "q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = transformers.ViTModel.from_pretrained(tmp_path / "adapter").eval()
+    assert loaded.config.vwt["method"] == "inter"
+    torch.testing.assert_close(answers(loaded, pixel_values), answers(adapted.eval(), pixel_values))

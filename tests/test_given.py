@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from settings import SETTINGS, inter
 from test_families import sample_images
-from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip, built, llava
+from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip, blip_2, built, llava, paligemma
 from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, register, restore, unregister
 from vwt_hf.families import family_of
@@ -395,3 +395,21 @@ def test_a_tracer_that_replaces_calls_of_modules_sees_models_too():
             return self.vision(pixel_values)
 
     assert [node.target for node in Tracer().trace(Holder()).nodes if node.op == "call_module"] == ["vision"]
+
+
+@pytest.mark.parametrize("make", [llava, paligemma, blip_2])
+def test_words_reach_a_tower_that_was_compressed_alone(make, images):
+    """PaliGemma and BLIP-2 hand their towers nothing but pixels."""
+    whole = built(make)
+    tower = whole.vision_model if make is blip_2 else whole.model.vision_tower
+    compress(tower, SETTINGS["local"])
+    prompt = torch.tensor([[IMAGE_TOKEN] * IMAGE_TOKENS[make] + [1, 5, 7]]).repeat(len(images), 1)
+    given = {"pixel_values": images, "input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    words = torch.arange(64).expand(len(images), -1) // 2 * 2
+    with torch.no_grad():
+        found, searched = whole(**given, patch_words=words).logits, whole(**given).logits
+        with pytest.raises(ValueError, match=r"patch_words are \(4, 3\)"):
+            whole(**given, patch_words=words[:, :3])
+        compress(restore(whole), GIVEN | {"tokens": "representatives"})
+        torch.testing.assert_close(found, whole(**given, patch_words=words).logits)
+    assert not torch.allclose(found, searched)

@@ -340,3 +340,16 @@ def test_a_private_vocabulary_takes_the_models_token(hub, checkpoint, monkeypatc
 def test_a_vocabulary_that_does_not_exist_is_named(hub, checkpoint):
     with pytest.raises((OSError, HfHubHTTPError), match="me/nothing"):
         AutoModel.from_pretrained("me/tiny", vwt="me/nothing")
+
+
+def test_the_authors_words_are_saved_with_the_models_that_took_them(hub, tmp_path):
+    """As a config.json may name no `vocab.pt`."""
+    hub.put("authors/vwt", {"vocab.pt": torch_file(torch.randn(5, 3 * 16 * 16))})
+    model = tiny_model("vit", patch_size=16, image_size=64)
+    with pytest.warns(UserWarning, match="vocab.pt"):
+        compress(model, VWTConfig(method="inter", vocabulary="authors/vwt", threshold=0.9, **STATISTICS))
+    model.save_pretrained(tmp_path)
+    assert model.config.vwt["vocabulary"] is model.config.vwt["revision"] is None
+    pixel_values = torch.rand(2, 3, 64, 64)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(answers(loaded, pixel_values), answers(model, pixel_values))

@@ -246,6 +246,12 @@ def test_a_processor_of_texts_and_images_takes_and_saves_the_setting(name, folde
     again = AutoProcessor.from_pretrained(tmp_path / "saved")
     assert type(again) is kind
     assert torch.equal(again(images=PHOTOGRAPHS, return_tensors="pt")[NAME], made[NAME])
+    # An image processor's own file is another: transformers reads that of the processor, whose words stay.
+    AutoImageProcessor.from_pretrained(folder, vwt=inter(threshold=0.2)).save_pretrained(tmp_path / "saved")
+    again = AutoProcessor.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(images=PHOTOGRAPHS, return_tensors="pt")[NAME], made[NAME])
+    processor.save_pretrained(tmp_path / "saved")
+    assert len(list((tmp_path / "saved").glob("processor_words-*"))) == 2
 
 
 def test_blip_takes_words_from_its_processor(tmp_path, plans):

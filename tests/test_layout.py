@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vwt_hf.layout import attention_bias, expand, group, medoids, pool, pool_pairs, regroup, represent
+from vwt_hf.plans import Grouped
 from vwt_hf.words import (
     centre,
     gather_patches,
@@ -368,3 +369,11 @@ def test_a_patch_of_zeros_is_at_distance_one_of_every_word():
 
 def test_a_word_of_zeros_is_at_distance_one_of_every_patch():
     assert nearest_words(torch.rand(1, 1, 12), index_words(torch.zeros(1, 12)), 0.5).tolist() == [[1]]
+
+
+def test_means_are_taken_where_the_values_lie_and_not_where_the_images_do():
+    """As of embeddings that accelerate moves to a device of their own; "meta" stands for one here."""
+    plan = Grouped(group(WORDS, 1, packed=True), 1, (2, 3), words=WORDS)
+    tokens = torch.randn(3, 7, 4)
+    found = plan.reduce(tokens.to("meta"))
+    assert found.device.type == "meta" and found.shape == plan.reduce(tokens).shape

@@ -458,3 +458,21 @@ def test_a_backbone_gives_a_hidden_state_to_every_patch(backbone, config, prefix
         for one, image in enumerate(images):
             for values, alone in zip(maps, model(image[None]).feature_maps, strict=True):
                 torch.testing.assert_close(values[one], alone[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [58, 59, 60])
+def test_maps_of_a_backbone_are_its_hidden_states_whatever_the_number_of_tokens(number, images):
+    """DINOv3's leave five prefix tokens out: of 64 patches, maps are as long as a plan of 59 and the prefix."""
+    stages = {"out_features": ["stage1", "stage2"], "reshape_hidden_states": False, "num_register_tokens": 4}
+    model = transformers.DINOv3ViTBackbone(transformers.DINOv3ViTConfig(**TINY, **stages)).eval()
+    compress(model, VWTConfig(dropped="merge", num_patches=number))
+    found = model(images, output_hidden_states=True)
+    first, last = found.hidden_states[1:]
+    torch.testing.assert_close(found.feature_maps, (model.norm(first)[:, 5:], model.norm(last)[:, 5:]))
+
+
+def test_a_revision_is_that_of_a_repository_alone(folder, vocabulary):
+    named = {"method": "inter", "revision": "v2", **STATISTICS}
+    for words in ({}, {"vocabulary": str(folder / "words")}, {"vocabulary": vocabulary}):
+        with pytest.raises(ValueError, match=r"VWTConfig\.revision is 'v2', and vocabulary is .*expected a Hub id"):
+            compress(tiny_model("vit", **({} if words else {"patch_size": 16})), named | words)

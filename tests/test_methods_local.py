@@ -440,3 +440,27 @@ def test_every_model_of_the_matrix_joins_some_tokens(images):
         with count_tokens(model) as count:
             answers(model, images)
         assert isinstance(taken[-1][1], Grouped) and count.by_layer[-1] < count.by_layer[0], name
+
+
+@pytest.mark.parametrize("method", ["gradual", "coarse"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_number_of_patches_that_layers_join_further_lies_as_it_is_told(method, layout, images):
+    setting = local(method=method, num_patches=40, similarity=0.2, layout=layout, output="full")
+    model = compress(tiny_model("vit"), setting)
+    shapes = []
+    for layer in find_layers(model):
+        layer.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[:2]))
+    found = answers(model, images)
+    assert [shape[0] == 1 for shape in shapes] == [layout == "packed"] * 2
+    assert shapes[1].numel() < shapes[0].numel()
+    alone = torch.cat([answers(model, image[None]) for image in images])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_value_that_is_no_number_stays_in_its_image_where_padding_hides_the_others(images):
+    """SigLIP has no token before the first patch, of which padding is a copy."""
+    images[0, :, 0, 0] = torch.nan
+    model = compress(tiny_model("siglip-vision"), local(layout="padded"))
+    expected = torch.cat([answers(model, image[None]) for image in images])
+    assert expected[0].isnan().any() and expected[1:].isfinite().all()
+    torch.testing.assert_close(answers(model, images), expected, atol=1e-5, rtol=1e-5, equal_nan=True)

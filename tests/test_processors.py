@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers import AutoModel
 
 from settings import ViTImageProcessor
 from tiny import tiny_model
-from vwt_hf import compress
+from vwt_hf import compress, evaluate_model
+from vwt_hf.evaluation import share
 from vwt_hf.processors import processor_of
 
 
@@ -29,3 +31,23 @@ def test_the_image_processor_of_a_model_is_that_beside_its_weights(vwt, in_subfo
     assert tuple(processor_of(model).image_std) == (0.25,) * 3
     assert compress(model, {"method": "local"}).config.vwt["image_std"] == [0.25] * 3
     assert tuple(processor_of(AutoModel.from_pretrained(in_subfolder)).image_std) == (0.5,) * 3
+
+
+def test_a_model_is_measured_with_the_image_processor_beside_its_weights(in_subfolder, tmp_path):
+    model = AutoModel.from_pretrained(in_subfolder, subfolder="sub")
+    assert compress(share(model), True).config.vwt["image_std"] == [0.25] * 3
+
+
+STD = {"image_std": [0.125] * 3}
+
+
+def test_a_setting_is_measured_with_the_image_processor_that_is_given(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        Image.effect_noise((32, 32), 90).convert("RGB").save(tmp_path / name / "noise.png")
+    processor = ViTImageProcessor(**STD, size={"height": 32, "width": 32})
+    model = tiny_model("vit-classifier")
+    model.config.label2id = {"one": 0, "two": 1}
+    settings = [{"method": "local", "tolerance": 0.2} | std for std in ({}, STD, {"image_std": [0.5] * 3})]
+    rows = evaluate_model(model, tmp_path, image_processor=processor, vwt=settings, progress=False).rows
+    assert rows[1].tokens == rows[2].tokens != rows[3].tokens

@@ -80,9 +80,9 @@ def test_the_recommended_setting_keeps_the_answers_at_some_147_of_257_tokens(cla
 
 @pytest.mark.newest
 def test_agreement_falls_with_the_patches_dropped_and_random_patches_beat_varied_ones(classified, photographs):
-    """The prototypes' figures on all 1,010 images, ±6 points for the 101 seen here: half of the patches keep 90 % of the
-    uncompressed DINOv2's answers, random ones 94; a quarter 75 % of ViT's, random ones 80, and method="coarse" 89.9
-    (DINOv2: 93.8)."""
+    """The prototypes' figures on all 1,010 images, ±6 points for the 101 seen here: half of the patches keep 90 % of
+    the uncompressed DINOv2's answers, random ones 94; a quarter 75 % of ViT's, random ones 80, and method="coarse"
+    89.9 (DINOv2: 93.8)."""
     name, model, given, plain = classified
     labels = model.config.label2id
     truth = torch.tensor([labels[label] for label in photographs[1][::2]])

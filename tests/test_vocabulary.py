@@ -813,16 +813,19 @@ def test_a_downloaded_vocabulary_loads_offline_and_tells_its_commit(saved: Path,
 def test_both_files_are_asked_for_at_one_commit_with_what_the_user_passed(
     saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    snapshot = tmp_path / "snapshots" / "c0ffee"
-    snapshot.parent.mkdir()
-    snapshot.symlink_to(saved)
+    """Also where a cache and a folder of the repository have the name by which huggingface_hub's have commits."""
+    snapshot = tmp_path / "snapshots" / "hf" / "snapshots" / "c0ffee"
+    words = snapshot / "snapshots" / "p16"
+    words.parent.mkdir(parents=True)
+    words.symlink_to(saved)
     asked = []
 
     def download(**kwargs: Any) -> str:
         asked.append(kwargs)
-        return str(snapshot / kwargs["filename"])
+        return str(words / kwargs["filename"])
 
     monkeypatch.setattr(files, "hf_hub_download", download)
-    VisualVocabulary.from_pretrained("me/words", revision="main", token="t", subfolder="p16", cache_dir="c")
+    own = {"token": "t", "subfolder": "snapshots/p16", "cache_dir": "c"}
+    VisualVocabulary.from_pretrained("me/words", revision="main", **own)
     assert [call["revision"] for call in asked] == ["main", "c0ffee"]
-    assert all((call["token"], call["subfolder"], call["cache_dir"]) == ("t", "p16", "c") for call in asked)
+    assert all(call.items() >= own.items() for call in asked)

@@ -85,13 +85,22 @@ def _base_of(tower: Any) -> str:
     return (tower.config._attn_implementation or "eager").removeprefix(BY_PLAN)
 
 
-def require_usable(tower: Any) -> None:
-    """Raises `ValueError` if `tower` uses an attention implementation that cannot attend by a layout."""
+def require_usable(tower: Any, padded: bool) -> None:
+    """Raises `ValueError` if `tower` uses an attention implementation that cannot attend by a layout.
+
+    Args:
+        padded: whether its images come as padded patches.
+    """
     base = _base_of(tower)
     if base not in BASES:
         raise ValueError(
             f"The model's attention implementation is {base!r}; grouped patches need one of {', '.join(BASES)}. Load "
             "it with attn_implementation='sdpa'."
+        )
+    if padded and base == "flash_attention_2":
+        raise ValueError(
+            f"The images of {type(tower).__name__} come as padded patches, and the attention implementation is "
+            "'flash_attention_2', which takes no bias to hide padding with. Load it with attn_implementation='sdpa'."
         )
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
@@ -26,12 +27,12 @@ from transformers.pipelines.base import Pipeline
 
 from . import attention, image_processing
 from .beside import remove_other_words, seal_words, words_folder, write_words
-from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of, restore, setting_of
+from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of, restore, setting_of, takes_words
 from .config import VWTConfig
 from .evidence import write_section
 from .families import family_of, find_tower, require_supported
 from .forward import call_with
-from .model_configs import SETTING, is_typed, take_over
+from .model_configs import SETTING, configs_within, is_typed, saved_setting, take_over
 from .printable import shown
 from .processors import remember_load
 from .whole_saves import sharing
@@ -122,7 +123,7 @@ def _reading(original: Any) -> Any:
         if isinstance(made, tuple):
             return made[0], made[1] | {"vwt": vwt}
         setting = VWTConfig.parse(vwt)
-        for _, config in _within(made):
+        for _, config in configs_within(made):
             config.vwt = None
         made.vwt = setting
         return made
@@ -147,7 +148,7 @@ def _loading(original: Any) -> Any:
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         remember_load(model, hub_kwargs)
         if vwt is _NOT_GIVEN:
-            _follow(model, source, hub_kwargs)
+            _follow(model, model.name_or_path or source, hub_kwargs)  # of an adapter's folder: that of its base
         else:
             _apply(model, setting, hub_kwargs)
         return loaded
@@ -197,7 +198,9 @@ def _calling(original: Any) -> Any:
 
     @functools.wraps(original)
     def __call__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("patch_words") is not None and setting_of(self) is None:
+        if kwargs.get("patch_words") is not None and not takes_words(self):
+            if setting_of(self) is not None:
+                return _with_words_for_a_part(self, args, kwargs)
             raise ValueError(
                 f"patch_words were given to a {type(self).__name__} that is not compressed. Load it with the `vwt` of "
                 'the image processor that made them, or call vwt_hf.compress(model, {"method": "given"}).'
@@ -205,6 +208,14 @@ def _calling(original: Any) -> Any:
         return super(PreTrainedModel, self).__call__(*args, **kwargs)
 
     return __call__
+
+
+@torch.compiler.disable
+def _with_words_for_a_part(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Calls a model of which a part alone is compressed, to which its forward may not hand what it was called with."""
+    kwargs = dict(kwargs)
+    with call_with(model, kwargs.pop("patch_words"), repeats=False):
+        return model(*args, **kwargs)
 
 
 def _generating(original: Any) -> Any:
@@ -259,7 +270,8 @@ def _saving_processor(original: Any) -> Any:
             saved_as = image_processing.write_words_of(processor, folder)
             saved = original(self, save_directory, **kwargs)
             if is_alone():
-                remove_other_words(folder, saved_as, image_processing.PROCESSOR_FOLDER)
+                in_use = saved_as + image_processing.words_named_in(folder)
+                remove_other_words(folder, in_use, image_processing.PROCESSOR_FOLDER)
         if push_to_hub:  # the original uploads what it wrote itself
             self.push_to_hub(options.pop("repo_id", folder.name), token=kwargs.get("token"), **options)
         return saved
@@ -402,15 +414,17 @@ def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> No
     Raises:
         ValueError: a part was compressed alone, and which config within the model's is the part's cannot be told.
     """
-    held = [config for _, config in _within(model.config)]
+    held = [config for _, config in configs_within(model.config)]
     mine = [part.config for part in parts]
     if all(_among(config, held) for config in mine) and all(c.vwt is None or _among(c, mine) for c in held):
         return
     own_config(model)
     for part in parts:
-        if _among(part.config, [config for _, config in _within(model.config)]):
+        if _among(part.config, [config for _, config in configs_within(model.config)]):
             continue
-        alike = [(path, config) for path, config in _within(model.config) if _same_but_setting(config, part.config)]
+        alike = [
+            (path, config) for path, config in configs_within(model.config) if _same_but_setting(config, part.config)
+        ]
         if len(alike) != 1 or not _is_of_part_alone(alike[0][1], model, part):
             raise ValueError(
                 f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and which of the "
@@ -429,7 +443,7 @@ def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> No
             if module.__dict__.get("config") is own:
                 module.__dict__["config"] = config
     mine = [part.config for part in parts]
-    for _, config in list(_within(model.config)):
+    for _, config in list(configs_within(model.config)):
         if not _among(config, mine):
             config.vwt = None
 
@@ -444,14 +458,6 @@ def _is_of_part_alone(config: PreTrainedConfig, model: PreTrainedModel, part: Pr
 
 def _among(config: PreTrainedConfig, configs: list[PreTrainedConfig]) -> bool:
     return any(config is other for other in configs)
-
-
-def _within(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
-    """A config and those within it, and the dotted names by which they are reached."""
-    yield path, config
-    for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            yield from _within(value, f"{path}.{name}" if path else name)
 
 
 def _same_but_setting(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
@@ -489,7 +495,12 @@ def _said_of(source: Any) -> Iterator[None]:
 
 
 def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> None:
-    """Compresses a model that was just made, or those of its parts, whose configs hold a setting."""
+    """Compresses a model that was just made, or those of its parts, whose configs hold a setting.
+
+    Args:
+        source: where the model was loaded from; `None` for nowhere. Then a setting that a user typed may go by where
+            its config is from, and no other: a config.json can name any folder as that.
+    """
     parts = parts_of(model)
     if parts:
         own_config(model)
@@ -500,7 +511,9 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
             part.config.vwt = None
             continue
         with _said_of(source):
-            compress_by(part, setting, trusted=is_typed(vwt), source=source, **hub_kwargs)
+            typed = is_typed(vwt)
+            named = "" if source is None and not typed else source
+            compress_by(part, setting, trusted=typed, source=named, **hub_kwargs)
     for config in configs_of(model):
         if config.vwt is not None and not _among(config, [part.config for part in parts]):
             with _said_of(source):
@@ -512,8 +525,8 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
 
 def _apply(model: PreTrainedModel, setting: VWTConfig | None, hub_kwargs: dict[str, Any]) -> None:
     """Gives a model that was just made the setting that a user asks for, whatever its config says."""
-    saved = model.config.vwt
-    if setting is not None and isinstance(saved, dict):
+    saved = saved_setting(model.config)
+    if setting is not None and saved is not None:
         setting = setting.with_saved(saved)
     for config in configs_of(model):
         config.vwt = None

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 
 from . import attention
 from .config import ModelFacts, VWTConfig
@@ -104,13 +105,21 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
 
 
 def compress_by(
-    model: PreTrainedModel, setting: VWTConfig, *, trusted: bool, source: Any = None, **hub_kwargs: Any
+    model: PreTrainedModel,
+    setting: VWTConfig,
+    *,
+    trusted: bool,
+    source: Any = None,
+    image_processor: Any = None,
+    **hub_kwargs: Any,
 ) -> PreTrainedModel:
     """As `compress`, of a model that shares its config with no other.
 
     Args:
         trusted: whether a user wrote `setting`. One from a config.json names words on the Hub alone, no folder.
-        source: Hub id or folder that words and image processor of `model` lie in; by default what it was loaded from.
+        source: Hub id or folder that words and image processor of `model` lie in, "" for none; by default what it was
+            loaded from.
+        image_processor: the one that makes the model's images; by default the one that lies in `source`.
     """
     require_supported(type(model), setting.restores)
     if not setting.searches and setting.output is None and reads_every_patch(type(model)):
@@ -120,11 +129,16 @@ def compress_by(
     require_whole_images(tower, family)
     if family.tried and setting_of(model) is None:
         vouch(model, tower)
-    source = str(source or model.name_or_path or "")
-    hub_kwargs = loaded_by(model) | hub_kwargs
-    setting = setting.prepared(
-        ModelFacts(source, tower.patch_size, tower.channels, setting_of(model), trusted, hub_kwargs)
+    facts = ModelFacts(
+        str((model.name_or_path or "") if source is None else source),
+        tower.patch_size,
+        tower.channels,
+        setting_of(model),
+        trusted,
+        loaded_by(model) | hub_kwargs,
+        image_processor=image_processor,
     )
+    setting = setting.prepared(facts)
     relative = [module for module in tower.module.modules() if is_of(module, family.relative)]
     attentions = [
         (module, stand_in)
@@ -135,7 +149,7 @@ def compress_by(
     by_sizes = setting.shortens and (setting.groups or family.padded is not None)
     joins = setting.joins(len(find_layers(tower.module))) if by_sizes else {}
     if by_sizes:
-        attention.require_usable(tower.module)
+        attention.require_usable(tower.module, family.padded is not None)
         for module, _ in attentions:
             _require_replaceable(module)
     restore(model)  # nothing is refused from here on: a model keeps the setting that it has
@@ -209,7 +223,11 @@ def _hook_in(
                 layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
         if setting.restores:
             last = layers[-1]
-            for module in dict.fromkeys((last, find_stack(tower.module, last), tower.module)):
+            expanding = dict.fromkeys((last, find_stack(tower.module, last), tower.module))
+            if isinstance(tower.module, BackboneMixin) and len(expanding) == 3:
+                # Its maps are of what the stack gave, expanded, less prefix tokens: they may have the shape of a plan.
+                expanding.popitem()
+            for module in expanding:
                 module.register_forward_hook(Expand())
     if follows:
         tower.module.register_forward_hook(End(), always_call=True)
@@ -353,6 +371,11 @@ def setting_of(model: nn.Module) -> VWTConfig | None:
     return None
 
 
+def takes_words(model: nn.Module) -> bool:
+    """Whether a call of `model` itself hands `patch_words` to its vision tower."""
+    return any(isinstance(hook, TakeWords) for hook in model._forward_pre_hooks.values())
+
+
 def lexicon_of(model: nn.Module) -> Any:
     """The words that `model` groups patches by, mapped to its pixel values; `None` if it has none."""
     return getattr(setting_of(model), "words", None)
@@ -483,7 +506,7 @@ class Begin(Hook):
             begin_traced(tower, self.relative)
             # Not before: outside a traced forward, reading the config reads the context variable, which no graph can.
             if self.by_sizes:
-                attention.require_usable(tower)
+                attention.require_usable(tower, self.strips_mask)
             return None
         return self._begin(tower, args, kwargs)
 
@@ -500,7 +523,9 @@ class Begin(Hook):
     @torch.compiler.disable
     def _begin(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.by_sizes:
-            attention.require_usable(tower)  # `set_attn_implementation` may have come after `compress`
+            attention.require_usable(
+                tower, self.strips_mask
+            )  # `set_attn_implementation` may have come after `compress`
         if torch.is_grad_enabled():
             attention.carry_through_checkpoints(tower)
         members = self._members

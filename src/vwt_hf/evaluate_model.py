@@ -21,7 +21,7 @@ from . import __version__
 from .batch_log import Batch, BatchLog
 from .bounds import is_int, is_seed
 from .calibrate import pixels_of
-from .compress import compress, restore, setting_of
+from .compress import compress_by, restore, setting_of
 from .config import RECOMMENDED, VWTConfig
 from .evaluation import (
     TokenCount,
@@ -231,7 +231,7 @@ def evaluate_model(
     settings = list(vwt) if vwt is not None else [setting_of(model) or True]
     # Copies, so that the user's model stays as it is, whatever happens.
     plain = restore(share(model)).eval()
-    models = [plain, *(compress(share(plain), setting) for setting in settings)]
+    models = [plain, *(_compressed(plain, setting, processor) for setting in settings)]
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
     join(device_of(model))
@@ -390,6 +390,12 @@ def _merged(batches: Sequence[Batch], models: int) -> tuple[Kept, list[str]]:
         answers,
     )
     return kept, [said for batch in batches for said in batch.unreadable]
+
+
+def _compressed(plain: PreTrainedModel, vwt: Any, image_processor: Any) -> PreTrainedModel:
+    """A copy of a plain model, by a setting in any form, for the images of `image_processor`."""
+    setting, model = VWTConfig.parse(vwt), share(plain)
+    return model if setting is None else compress_by(model, setting, trusted=True, image_processor=image_processor)
 
 
 def _joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from .compress import lexicon_of, setting_of
 from .families import family_of, find_layers, find_tower, model_of
 from .forward import current_forward
 from .printable import printable, shown
+from .processors import loaded_by, remember_load
 from .weights import device_of
 
 Made = TypeVar("Made")
@@ -137,8 +138,10 @@ def _images_and_tokens(
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` with modules of its own and the same weights."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    """A copy of `model` with modules of its own and the same weights, that reads the same files beside them."""
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    remember_load(copied, loaded_by(model))
+    return copied
 
 
 def processor_name() -> str:

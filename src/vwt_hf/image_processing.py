@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from .beside import FOLDER, PROCESSOR_FOLDER, seal_words, write_words
+from .beside import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
 from .levels import are_levels, ends_with_values, look_up
+from .model_configs import saved_setting
 from .patches import Patches, padded_places
 from .plans import DROPPED, Grouped, Kept
 from .printable import shown
@@ -305,9 +308,9 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
     if setting is None or _reads_videos(type(processor)):
         return
     model_config = config_beside(source, **hub_kwargs)
-    of_model = getattr(model_config, "vwt", None)
+    of_model = saved_setting(model_config)
     folder = FOLDER
-    if isinstance(of_model, dict):
+    if of_model is not None:
         setting = setting.with_saved(of_model)
     elif isinstance(saved, dict):
         setting, folder = setting.with_saved(saved), PROCESSOR_FOLDER
@@ -374,6 +377,16 @@ def write_words_of(processor: Any, folder: Path) -> list[str]:
     seal_words(folder, saved_as, PROCESSOR_FOLDER)
     processor.vwt = dataclasses.replace(processor.__dict__["vwt"], saved_as=saved_as[0])
     return saved_as
+
+
+def words_named_in(folder: Path) -> list[str]:
+    """How words are found that a processor's file in this folder names.
+
+    A processor that holds an image processor is saved to another file than an image processor alone.
+    """
+    files = [folder / name for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    return [name for text in texts for name in re.findall(rf'"saved_as": "({SAVED_AS.pattern})"', text)]
 
 
 def words_of(processor: Any) -> VisualVocabulary | None:

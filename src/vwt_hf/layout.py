@@ -400,7 +400,8 @@ def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
         (sequences, tokens, channels), in the dtype of `values`; 0 for prefix tokens and padding.
     """
     patches = layout.rows.shape[1] - layout.prefix
-    order, starts = layout.bags
+    # Embeddings may lie on another device than the images, where the layout is.
+    order, starts = (bag.to(values.device) for bag in layout.bags)
     order = order if values.shape[0] == layout.rows.shape[0] else order % patches
     table = values.flatten(0, 1).float()
     means = _means(order, table, starts)[: layout.sizes.numel()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -124,6 +125,27 @@ def _empty(plain: Any, by_plan: bool) -> PreTrainedConfig:
     """A config without any field: what `pickle` and `copy` start from."""
     config_class = config_subclass(plain, by_plan)
     return config_class.__new__(config_class)
+
+
+def configs_within(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
+    """A config and those within it, and the dotted names by which they are reached."""
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from configs_within(value, f"{path}.{name}" if path else name)
+
+
+def saved_setting(config: PreTrainedConfig | None) -> dict[str, Any] | None:
+    """The setting that a config was saved with, or the one within it, as of a vision tower that was compressed alone.
+
+    `None` where there is none, and where parts have several.
+    """
+    if config is None:
+        return None
+    saved = {path: part.vwt for path, part in configs_within(config) if isinstance(part.vwt, dict)}
+    if "" in saved:
+        return saved[""]
+    return next(iter(saved.values())) if len(saved) == 1 else None
 
 
 def is_typed(vwt: Any) -> bool:

@@ -101,14 +101,18 @@ class Grouped:
         return self.layout.sizes.shape
 
     def reduce(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, prefix + patches, hidden) → (sequences, prefix + tokens, hidden)."""
+        """(batch, prefix + patches, hidden) → (sequences, prefix + tokens, hidden), 0 for padding."""
         if self.sources is not None:
-            return tokens.flatten(0, 1)[self.sources.to(tokens.device)]
+            rows = tokens.flatten(0, 1)[self.sources.to(tokens.device)]
+            if self.layout.gapless:
+                return rows
+            # Else padding has what the first image shows, which a mask does not hide where that is no number.
+            return rows.masked_fill((self.layout.sizes == 0).unsqueeze(-1).to(rows.device), 0)
         prefix = self.layout.prefix
         means = pool(tokens[:, prefix:], self.layout)
         if not prefix:
             return means
-        rows = self.layout.rows[:, :prefix].flatten()
+        rows = self.layout.rows[:, :prefix].flatten().to(means.device)
         # Not in place: of a view that was written to, torch makes the gradient anew, and under FSDP it crashes there.
         return means.flatten(0, 1).index_copy(0, rows, tokens[:, :prefix].flatten(0, 1)).view_as(means)
 

@@ -129,7 +129,7 @@ class CoarseConfig(GradualConfig):
             return self._choose(patches, members, images, halve(images))
 
     def plan_by(self, patches: Patches, words: torch.Tensor) -> Grouped:
-        if self.tolerance is None and patches.grid is not None:
+        if self.even and patches.grid is not None:
             tokens = patches.count - 3 * self._blocks_of(*patches.grid)
             return patches.group_evenly(words, tokens, self.size_exponent)
         return patches.group(words, self.packs(patches), self.size_exponent, by_index=True)
@@ -137,7 +137,9 @@ class CoarseConfig(GradualConfig):
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
         words = patches.of_blocks(words, _members(patches))
         if self.tolerance is None and patches.grid is not None:
-            return patches.group_evenly(words, patches.even_number(words), self.size_exponent)
+            tokens = patches.even_number(words)
+            if self.even:
+                return patches.group_evenly(words, tokens, self.size_exponent)
         return patches.group(words, self.packs(patches), self.size_exponent, by_index=True)
 
     def seen(self, patches: Patches, plan: Kept | Grouped) -> torch.Tensor:

@@ -11,11 +11,12 @@ import torch
 from ..beside import FOLDER, SAVED_AS, read_words
 from ..bounds import checked_statistics, is_number
 from ..config import ModelFacts, per_channel
+from ..model_configs import saved_setting
 from ..packaged_words import packaged_words
 from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
-from ..processors import model_statistics
+from ..processors import config_beside, model_statistics
 from ..vocabulary import VisualVocabulary, load_vocabulary
 from ..words import WordIndex, index_words, nearest_words
 from .ragged import RaggedConfig
@@ -152,10 +153,17 @@ class InterConfig(RaggedConfig):
                 self, image_mean=self.image_mean or words.image_mean, image_std=self.image_std or words.image_std
             )
         elif vocabulary is None:
-            vocabulary = self._saved_or_packaged(model)
+            setting = self._as_saved(model)
+            vocabulary = setting._saved_or_packaged(model)
         vocabulary.require(model.patch_size, model.channels)
-        # A setting has no field for a subfolder: words from one are saved beside the weights.
-        on_hub = vocabulary.revision is not None and not vocabulary.subfolder
+        named = isinstance(self.vocabulary, (str, os.PathLike))
+        if self.revision is not None and not (named and vocabulary.revision is not None):
+            raise ValueError(
+                f"VWTConfig.revision is {shown(self.revision)}, and vocabulary is {shown(self.vocabulary)}; expected a "
+                "Hub id, which alone has revisions, or no revision."
+            )
+        # A setting has no field for a subfolder, and names no `vocab.pt`: such words are saved beside the weights.
+        on_hub = vocabulary.revision is not None and not vocabulary.subfolder and not vocabulary.imported
         setting = dataclasses.replace(
             setting,
             vocabulary=vocabulary.source if on_hub else vocabulary,
@@ -168,6 +176,13 @@ class InterConfig(RaggedConfig):
             )
         assert setting.image_mean is not None and setting.image_std is not None
         return dataclasses.replace(setting, words=ReadyWords(vocabulary, setting.image_mean, setting.image_std))
+
+    def _as_saved(self, model: ModelFacts) -> InterConfig:
+        """The setting with what the config.json of a user's checkpoint says of words that lie there."""
+        if self.saved_as is not None or not (model.trusted and model.source):
+            return self
+        saved = saved_setting(config_beside(model.source, **model.hub_kwargs))
+        return self if saved is None else self.with_saved(saved)
 
     def _saved_or_packaged(self, model: ModelFacts) -> VisualVocabulary:
         if not model.source and not model.trusted:

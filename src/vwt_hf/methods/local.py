@@ -133,7 +133,7 @@ class LocalConfig(RaggedConfig):
 
     def plan(self, patches: Patches) -> Grouped:
         with without_autocast(patches.device), torch.no_grad():
-            if self.tolerance is not None or patches.grid is None:
+            if not self.even or patches.grid is None:
                 return patches.lead(self._leaders(patches), self.packs(patches), self.size_exponent)
             neighbours, kept, stays = self._stay_on_grid(patches)
             nearest = at(stays.cumsum(dim=1) - 1, leaders(neighbours, stays))
@@ -188,7 +188,9 @@ class LocalConfig(RaggedConfig):
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
         if self.tolerance is None and patches.grid is not None:
-            return patches.represented_by(words, self.size_exponent)
+            if self.even:
+                return patches.represented_by(words, self.size_exponent)
+            patches.even_number(words)  # refuses words by which images differ in it
         return patches.led_by(words, self.packs(patches), self.size_exponent)
 
     def _number(self, rows: int, columns: int) -> int:

@@ -145,8 +145,8 @@ def locate(
         except EntryNotFoundError as error:
             failure = failure or error
             continue
-        found = re.search(r"snapshots/([^/]+)/", Path(path).as_posix())
-        commit = found.group(1) if found else None
+        top = Path(path).parents[len(Path(subfolder or "").parts)]
+        commit = top.name if top.parent.name == "snapshots" else None
         return Located(source, commit, Path(path), {**download, "revision": commit or revision})
     revision_named = f" at revision {revision}" if revision else ""
     raise FileNotFoundError(f"{missing}a repository on the Hub{revision_named}. ({failure})") from failure
@@ -219,14 +219,14 @@ def _require_sane(words: torch.Tensor) -> None:
 
 
 def _require_inside(located: Located, path: Path) -> None:
-    """Refuses a link that leads out of the vocabulary's folder, or of its repository in huggingface_hub's cache."""
-    allowed = [located.file.parent.resolve()]
+    """Refuses a link that leads out of the folder that was named, or of its repository in huggingface_hub's cache."""
+    allowed = [Path(located.source).resolve() if located.download is None else located.file.parent.resolve()]
     folder = Path(os.path.abspath(located.file.parent))
     # Files of a snapshot are links to models--me--words/blobs.
     allowed += [at.parent.resolve() for at in folder.parents if at.name == "snapshots" and "--" in at.parent.name]
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in allowed):
-        _refuse(located, path.name, "it is a link that leads out of the vocabulary's folder; expected a file in it")
+        _refuse(located, path.name, "it is a link that leads out of the folder, or lies in one; expected a file in it")
 
 
 def _refuse(located: Located, file: str, reason: str) -> NoReturn:

@@ -124,6 +124,7 @@ def learn_words(
                 raise ValueError(f"{name} is {value!r}; expected a positive integer.")
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
+        VocabularyInfo(dataset=dataset, base_model=base_model)  # refuses what it could not record at the end
         kmeans = MiniBatchKMeans(size, channels * patch_size**2, seed=seed, device=device or _default_device())
         mean, std = processor_statistics(image_processor, channels)
         made = image_processor.to_dict()

@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from ..hub_names import check_hub_id
 from ..printable import shown
 from .card import CARD_FILE, PICTURE_FILE, render_card, render_words
-from .files import VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_vocabulary
+from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_vocabulary
 from .learning import learn_words
 
 LONGEST_WORD = 1e15
@@ -56,6 +56,8 @@ class VisualVocabulary:
         """Commit of the Hub that it was loaded from or pushed as."""
         self.subfolder: str | None = None
         """Folder within `source` that it lies in; `None` for its top."""
+        self.imported = False
+        """Whether it was read of a `vocab.pt`, which no config.json may name."""
 
     def __len__(self) -> int:
         return len(self.words)
@@ -214,7 +216,7 @@ class VisualVocabulary:
             create_pr=create_pr,
         )
         if not create_pr:
-            self.source, self.revision, self.subfolder = repo_id, commit.oid, subfolder
+            self.source, self.revision, self.subfolder, self.imported = repo_id, commit.oid, subfolder, False
         return commit
 
     def _contents(self, repo_id: str, card: bool) -> dict[str, bytes]:
@@ -367,7 +369,7 @@ def load_vocabulary(
     except ValueError as error:
         raise ValueError(f"{located.source}: {located.file.name}: {error}") from error
     vocabulary.source, vocabulary.revision = located.source, located.commit
-    vocabulary.subfolder = subfolder
+    vocabulary.subfolder, vocabulary.imported = subfolder, located.file.name == LEGACY_FILE
     return vocabulary
 
 
