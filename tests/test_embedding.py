@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -11,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import pandas
 import pyarrow.parquet
 import pytest
+import requests
 import safetensors.torch
 import torch
 import transformers
@@ -31,10 +33,10 @@ from settings import ViTImageProcessor
 from tiny import tiny_model
 from vwt_hf import VisualVocabulary, compress, embed, token_lengths
 from vwt_hf.cli import main
-from vwt_hf.embedding import KINDS, MANIFEST, Reader, Shards
+from vwt_hf.embedding import KINDS, MANIFEST, Reader, Shard, Shards
 from vwt_hf.evaluation import answer
 from vwt_hf.processes import everywhere
-from vwt_hf.vocabulary.image_source import find_images, image_rows, read_image
+from vwt_hf.vocabulary.image_source import UnreadableImage, find_images, image_rows, read_image
 
 pytestmark = pytest.mark.newest
 
@@ -161,6 +163,50 @@ def test_an_image_that_cannot_be_read_is_named_and_has_no_row(run, folder):
     assert manifest["unreadable"] == made.unreadable and manifest["images"] == made.images == COUNT - 1
     rows = table(made.files).row.tolist()
     assert rows == [row for row in range(COUNT) if row != image["row"]]
+
+
+def out_of_reach(monkeypatch, names: Sequence[str], error: Exception) -> None:
+    """Has images of these names not be had."""
+    original = vwt_hf.embedding.processed
+
+    def processed(item, image_processor, name):
+        if name not in names:
+            return original(item, image_processor, name)
+        raise UnreadableImage(f"{name} cannot be read ({error})") from error
+
+    monkeypatch.setattr(vwt_hf.embedding, "processed", processed)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ESTALE, "Stale file handle"), MemoryError(), TimeoutError(), requests.ConnectionError("no route")],
+)
+def test_images_that_were_out_of_reach_are_read_by_the_next_run(run, folder, monkeypatch, error):
+    lost = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.png"))][1]
+    with monkeypatch.context() as patched:
+        out_of_reach(patched, [lost], error)
+        made = run(shard_size=5, workers=0)
+    assert {image["name"]: image.get("again", False) for image in made.unreadable} == {lost: True, BROKEN: False}
+    again = run(shard_size=5, workers=0)
+    assert again.made == 5 and [image["name"] for image in again.unreadable] == [BROKEN]
+    assert run(shard_size=5, workers=0).made == 0  # what is broken is not read again
+
+
+def test_a_run_stops_where_all_images_of_a_file_are_out_of_reach(run, folder, tmp_path, monkeypatch):
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    with monkeypatch.context() as patched:
+        out_of_reach(patched, names, OSError(errno.EIO, "Input/output error"))
+        with pytest.raises(OSError, match=r"none of \d+ images could be had, from .*the same call goes on"):
+            run(shard_size=100, workers=0)
+    assert not list((tmp_path / "out").glob("train-*"))
+    assert run(shard_size=100, workers=0).images == COUNT - 1
+
+
+def test_features_of_another_kind_of_device_or_version_are_not_gone_on_with(run, monkeypatch):
+    run()
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    with pytest.raises(ValueError, match=r"features of another run \(torch"):
+        run()
 
 
 def test_files_without_a_readable_image_are_read_like_the_others(run, tmp_path):
@@ -309,6 +355,9 @@ def test_what_workers_send_needs_no_shared_memory(folder, processor, monkeypatch
     assert len(shared) == 1
 
 
+NOTHING = Shard([], [], torch.zeros(0, 2), [])
+
+
 def test_what_is_missing_is_shared_out_and_not_the_files(tmp_path, monkeypatch):
     """By the list of the main process, while others write files already."""
     lists: list[list[int]] = []
@@ -320,12 +369,12 @@ def test_what_is_missing_is_shared_out_and_not_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(vwt_hf.embedding, "in_main", of_main)
     shards = Shards(tmp_path, KINDS["parquet"], images=8, size=1)
     for number in (1, 3, 5, 7):
-        shards.files[number].touch()
+        shards.write(number, NOTHING)
     shares = []
     for index in range(2):
         monkeypatch.setattr(vwt_hf.embedding, "place", lambda index=index: (index, 2))
         shares.append(shards.missing())
-        shards.files[shares[-1][0]].touch()
+        shards.write(shares[-1][0], NOTHING)
     assert shares == [[0, 4], [2, 6]]
 
 
@@ -337,8 +386,8 @@ def test_the_main_process_warns_where_others_have_nothing_to_do(index, tmp_path,
     said = ["11 images make 2 files of up to 10, fewer than the 3 processes, of which the others have nothing to do"]
     assert [str(one.message).partition(";")[0] for one in recwarn] == (said if index == 0 else [])
     recwarn.clear()
-    for file in shards.files:
-        file.touch()
+    for number in range(2):
+        shards.write(number, NOTHING)
     assert shards.missing() == [] and not len(recwarn)
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -45,14 +46,18 @@ from .processes import everywhere, gathered, in_main, join, place
 from .processors import described_processor, processor_of
 from .terminal import require_folder
 from .vocabulary.image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed
-from .weights import fingerprint_of
+from .weights import device_of, fingerprint_of
 from .whole_saves import write_files
 
 MANIFEST = "embed.json"
 KEY = "vwt_hf"
 """The key in the metadata of a file under which it names the images that could not be read and, in safetensors, all."""
-FORMAT = 1
+FORMAT = 2
 """Of the manifest and the files."""
+AGAIN = "again"
+"""The key that says of an image which could not be read that it may be another time."""
+MOST_AGAIN = 16
+"""Images of one file that are all out of reach, from which on a run stops: the others would be so, too."""
 WINDOW = 16
 """Batches among which images of like length are brought together."""
 
@@ -67,7 +72,7 @@ class Embedded:
     images: int
     """Rows in all files: the images that could be read."""
     unreadable: list[dict[str, Any]]
-    """`row`, `name` and `reason` of each image that could not be read."""
+    """`row`, `name` and `reason` of each image that could not be read; `again` of those that were out of reach."""
     values: int
     """How many an image's features are."""
     files: list[Path]
@@ -115,7 +120,8 @@ def embed(
     and `embedding` (`values` float32): the image embedding of models of two towers, else the pooled output, else CLS
     or, without one, the mean of the tokens. Images that cannot be read have no row; they are in `embed.json`, which
     also holds what the files were made by. Each file is written whole or not at all: the same call again makes those
-    that are missing, and where it is of another model, setting, processor or list of images it is refused.
+    that are missing, and those that lack images which were out of reach, as of a drive that was gone. It is refused
+    where it is of another model, setting, processor, list of images, kind of device, or version of a library.
 
     Under `accelerate launch`, or in any program of several processes, each makes its share of the missing files, in one
     folder that all see, and all have to make this call. It joins those that are not joined yet: each then waits for the
@@ -141,7 +147,8 @@ def embed(
         ValueError: an argument is not valid, the model is not supported, classifies, is in training, leaves patches out
             at random or gives NaN or infinity for an image, there are no images, or `output` holds something else.
         TypeError: `model` is no transformers model, or `images` neither a folder nor a data set.
-        OSError: a file cannot be written, or processes wrote into different folders.
+        OSError: a file cannot be written, all images of one are out of reach, or processes wrote into different
+            folders.
 
     Example:
         >>> made = embed(model, "photographs/", "features")  # doctest: +SKIP
@@ -217,7 +224,8 @@ class Reader(Dataset[ReadBatch]):
                 made.append(([row], processed(item, self._image_processor, name)))
                 names[row] = name
             except UnreadableImage as error:  # one is no reason to lose a run of hours
-                unreadable.append({"row": row, "name": name, "reason": str(error)})
+                known = {"row": row, "name": name, "reason": str(error)}
+                unreadable.append(known | ({AGAIN: True} if error.is_out_of_reach else {}))
         alike = _alike(made, len(numbers), self._image_processor)
         batches = [(rows, {name: value.numpy() for name, value in own.items()}) for rows, own in alike]
         return ReadBatch(names, batches, unreadable, time.perf_counter() - begun)
@@ -319,6 +327,11 @@ class _Run:
                 bar.update(len(rows))
                 bar.set_postfix_str(f"{self.tokens / self.embedded:.1f} tokens", refresh=False)
         bar.update(len(unreadable))
+        if sum(AGAIN in image for image in unreadable) == count >= MOST_AGAIN:
+            raise OSError(
+                f"none of {count} images could be had, from {unreadable[0]['name']} on ({unreadable[0]['reason']}). "
+                "Once they are in reach, the same call goes on where this one stopped."
+            )
         self.images += count
         found = dict(zip(order, torch.cat(features), strict=True))
         rows = sorted(found)
@@ -413,7 +426,7 @@ class Shards:
         """This process's share of the files that are not there, whichever process made those that are."""
         index, processes = place()
         # The main process looks, so that all share out the same list, while some write files already.
-        missing = in_main(lambda: [number for number, file in enumerate(self.files) if not file.exists()])
+        missing = in_main(lambda: [number for number, file in enumerate(self.files) if self._is_missing(file)])
         if missing and len(self.files) < processes and index == 0:
             warnings.warn(
                 f"{self._images} images make {len(self.files)} files of up to {self._size}, fewer than the {processes} "
@@ -421,6 +434,10 @@ class Shards:
                 stacklevel=3,
             )
         return missing[index::processes]
+
+    def _is_missing(self, file: Path) -> bool:
+        """Whether a file is not there, or lacks images that could not be had when it was made."""
+        return not file.exists() or any(AGAIN in image for image in self._said_in(file)[1])
 
     def write(self, number: int, shard: Shard) -> None:
         """Writes a file, whole or not at all."""
@@ -584,6 +601,10 @@ def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) 
         "vwt_hf": __version__,
         "model": fingerprint_of(model),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_of(model).type,
+        "attention": model.config._attn_implementation,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
         **compression_of(model),
         "image_processor": described_processor(image_processor),
         "images": rows.order,

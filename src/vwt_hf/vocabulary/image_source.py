@@ -441,8 +441,21 @@ def find_image_column(features: Mapping[str, Any], column: str | None) -> str:
     )
 
 
+_NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
+"""Packages whose errors are those of a connection."""
+
+
 class UnreadableImage(ValueError):
     """An image cannot be read; the message names it and says why."""
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether its bytes could not be had or held, as of a drive that is gone: another time they may be."""
+        error = self.__cause__
+        # Decoders' own `OSError`s have no number.
+        by_system = isinstance(error, OSError) and error.errno is not None
+        by_network = type(error).__module__.split(".")[0] in _NETWORK
+        return by_system or by_network or isinstance(error, (MemoryError, ConnectionError, TimeoutError))
 
 
 def read_image(item: Any, name: str | None = None) -> Any:
