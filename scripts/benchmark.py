@@ -36,6 +36,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -66,6 +67,7 @@ from vwt_hf.evaluation import (
     answer,
     are_finite,
     classifies,
+    compression_of,
     correctness,
     cosines,
     count_flops,
@@ -81,8 +83,9 @@ from vwt_hf.evaluation import (
 )
 from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.labelled_images import groups_of
+from vwt_hf.on_gpu import has_kernels
 from vwt_hf.printable import printable
-from vwt_hf.processors import load_processor, whole_images
+from vwt_hf.processors import described_processor, load_processor, whole_images
 from vwt_hf.terminal import markdown, require_writable, run_command, vwt_option, write_file
 from vwt_hf.visualize import require_matplotlib
 from vwt_hf.vocabulary.image_source import described_files, find_images, pixel_batches
@@ -133,14 +136,22 @@ def main(arguments: list[str] | None = None) -> None:
     machine = describe(reference, device)
     print(f"{printable(options.model)} ({type(reference).__name__}), {machine}")
     meter = energy_meter(device)
-    of = {"images": described_files(options.images, paths), "weights": fingerprint_of(reference)}
+    processor = load_processor(options.model)
+    settings = [compressed(reference, setting) for setting in all_settings(options)]
+    of = {
+        "images": described_files(options.images, paths),
+        "groups": hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16],
+        "weights": fingerprint_of(reference),
+        "words": {method.name: compression_of(method.model)["words"] for method in settings},
+        "image_processor": json.loads(json.dumps(described_processor(processor))),
+    }
     results = Results(options.json, header(options, machine, of))
 
     methods = functools.cache(lambda dtype: methods_of(options, plain[dtype]))
     # Answers first: a damaged image, or answers by NaN, are found before hours of timing.
     for dtype in options.dtype:
         if not results.rows("quality", dtype=dtype):
-            rows = judge(methods(dtype), plain[options.dtype[0]], paths, groups, load_processor(options.model))
+            rows = judge(methods(dtype), plain[options.dtype[0]], paths, groups, processor)
             results.add("quality", [{"dtype": dtype} | row for row in rows])
     for dtype in options.dtype:
         batch_sizes = [size for size in options.batch_sizes if not results.rows("timing", dtype=dtype, batch=size)]
@@ -273,6 +284,7 @@ def describe(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "vwt_hf": vwt_hf.__version__,
         "attention": model.config._attn_implementation,
+        "kernels": has_kernels(device),
     }
 
 

@@ -91,9 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{printable(options.model)}, {len(paths)} photographs, serve.py {options.serve}, transformers "
         f"{transformers.__version__}, torch {torch.__version__}, {torch.get_num_threads()} cores"
     )
+    of_server = argparse.ArgumentParser(add_help=False)
+    of_server.add_argument("--dtype")
+    of_server.add_argument("--device")
+    served, _ = of_server.parse_known_args(options.serve.split())
+    device = usable_device(served.device)
     rows = []
     for setting in settings if options.minutes else (False, *settings):
-        photographs = alone(options.model, setting, paths)
+        photographs = alone(options.model, setting, served.dtype, device, paths)
         with serving(options.model, setting, options.serve.split()) as server:
             for clients in [max(options.clients)] if options.minutes else options.clients:
                 seconds = 60 * options.minutes if options.minutes else options.seconds
@@ -104,16 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain = {row["clients"]: row["images / s"] for row in rows if row["setting"] == name_of(None)}
     for row in rows:
         if row["clients"] in plain:
-            row["ratio"] = round(row["images / s"] / plain[row["clients"]], 2)
+            row["ratio"] = rounded(row["images / s"], plain[row["clients"]], 2)
     print(markdown(rows), end="")
     if options.json:
         write_file(options.json, json.dumps(rows, indent=1))
 
 
-def alone(checkpoint: str, setting: Any, paths: Sequence[Path]) -> list[Photograph]:
+def alone(
+    checkpoint: str, setting: Any, dtype: str | None, device: torch.device, paths: Sequence[Path]
+) -> list[Photograph]:
     """Photographs with the answer to each by itself."""
-    device = usable_device(None)
-    model = Model(checkpoint, setting, None, torch.get_num_threads()).load(device)
+    model = Model(checkpoint, setting, dtype, torch.get_num_threads()).load(device)
     made = pixel_batches(paths, load_processor(checkpoint), 1)
     bar = tqdm(zip(paths, made, strict=True), total=len(paths), desc=f"{name_of(setting or None)}: alone", leave=False)
     photographs = [Photograph(path.read_bytes(), encoded(model, run(model, batch)[0])) for path, batch in bar]
@@ -161,7 +167,9 @@ class Server(NamedTuple):
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=5).read().decode()
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         names = {"vwt_images_total": "images", "vwt_tokens_total": "tokens"}
-        counted = {names[sample.name]: sample.value for sample in samples if sample.name in names}
+        # What was never counted, as where all answers are errors, is not there.
+        counted = dict.fromkeys(names.values(), 0.0)
+        counted |= {names[sample.name]: sample.value for sample in samples if sample.name in names}
         of_batches = (s.value for s in samples if s.name == "vwt_seconds_count" and s.labels["of"] == "forward")
         seconds = sum(sum(process.cpu_times()[:2]) for process in self.processes())
         return counted | {"batches": sum(of_batches), "core seconds": seconds}
@@ -191,9 +199,9 @@ def measure(
         "images / s": round((verdicts["right"] + verdicts["tie"] + verdicts["wrong"]) / taken, 2),
         "p50 ms": round(1000 * statistics.median(waits)),
         "p95 ms": round(1000 * waits[math.ceil(0.95 * len(waits)) - 1]),
-        "core ms": round(1000 * counted["core seconds"] / counted["images"], 1),
-        "batch": round(counted["images"] / counted["batches"], 1),
-        "tokens": round(counted["tokens"] / counted["images"], 1),
+        "core ms": rounded(1000 * counted["core seconds"], counted["images"], 1),
+        "batch": rounded(counted["images"], counted["batches"], 1),
+        "tokens": rounded(counted["tokens"], counted["images"], 1),
         "answers": len(replies),
         "wrong": verdicts["wrong"],
         "ties": verdicts["tie"],
@@ -201,6 +209,11 @@ def measure(
         "growth %": round(100 * (tenths[-1] / tenths[1] - 1), 2),
         "MiB": " ".join(map("{:.0f}".format, tenths)),
     }
+
+
+def rounded(value: float, count: float, digits: int) -> float | None:
+    """`value` of each of `count`; `None` of none."""
+    return round(value / count, digits) if count else None
 
 
 async def load(

@@ -7,9 +7,10 @@ r"""Answers images over HTTP: labels of a classifier, else features. LitServe ba
 
 A classifier answers {"labels": [{"label": ..., "score": ...}, ...]}, the five best of its labels; any other model
 {"features": [...]}: its image embedding, else its pooled output, else its CLS token. An upload that cannot be answered
-gets a status of 400 (no image, or one that is damaged, too large or too narrow), 413 (a body of over 32 MiB) or 415 (of
-another type), with {"detail": the reason}. GET /health says "ok" once the model is loaded, /metrics counts requests,
-images, tokens and seconds in the format of Prometheus, and /info names the model and its setting.
+gets a status of 400 (no image, or one that is damaged, too large or too narrow), 408 (a body that takes a minute), 413
+(of over 32 MiB), 415 (of another type) or 503 (too many requests at once), with {"detail": the reason}. GET /health
+says "ok" once the model is loaded, /metrics counts requests, images, tokens and seconds in the format of Prometheus,
+and /info names the model and its setting.
 """
 
 # Annotations stay what they are, not strings: LitServe hands that of `decode_request` to FastAPI.
@@ -19,13 +20,15 @@ import base64
 import functools
 import json
 import math
+import multiprocessing.connection
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, NamedTuple
 
@@ -37,6 +40,7 @@ from litserve.loops.simple_loops import BatchedLoop
 from PIL import Image
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 
 from vwt_hf.cli.calibrate import DTYPES, load_model
 from vwt_hf.embedding import require_features
@@ -50,7 +54,7 @@ from vwt_hf.evaluation import (
     return_memory,
     usable_device,
 )
-from vwt_hf.printable import printable
+from vwt_hf.printable import LONGEST, printable, shown
 from vwt_hf.processors import load_processor, quiet_transformers
 from vwt_hf.terminal import run_command, vwt_option
 from vwt_hf.vocabulary.image_source import UnreadableImage, pixel_batches
@@ -63,6 +67,14 @@ MOST_PIXELS = 40_000_000
 threads as there are cores."""
 RETURNED = 10
 """Batches after which a worker gives back the memory that it does not use."""
+MOST_REQUESTS = 128
+"""Requests to /predict at once, by default: the body of each is held, of `LARGEST` bytes at most."""
+MOST_VALUES = 1000
+"""Values in a body of JSON, of which one is the image."""
+SLOWEST = 60.0
+"""Seconds in which a request's body must have come."""
+NARROWEST = 16
+"""How many times as many values as of a square image a processor that does not crop may make of one."""
 BEST = 5
 """Labels in an answer."""
 SHORTEST = 0.001
@@ -96,11 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--max-pixels", type=int, default=MOST_PIXELS, help=f"refuse images of more (default: {MOST_PIXELS:,})"
     )
+    parser.add_argument(
+        "--max-requests",
+        type=int,
+        default=MOST_REQUESTS,
+        help=f"requests at once; more are answered by 503 (default: {MOST_REQUESTS})",
+    )
     options = parser.parse_args(arguments)
-    numbers = (options.max_batch_size, options.max_pixels, 1 if options.workers is None else options.workers)
+    workers = 1 if options.workers is None else options.workers
+    numbers = (options.max_batch_size, options.max_pixels, options.max_requests, workers)
     if min(numbers) < 1 or not SHORTEST <= options.batch_timeout < math.inf:
-        whole = "--max-batch-size, --max-pixels and --workers take whole numbers from 1 on"
-        given = f"{numbers[0]}, {numbers[1]}, {numbers[2]} and {options.batch_timeout}"
+        whole = "--max-batch-size, --max-pixels, --max-requests and --workers take whole numbers from 1 on"
+        given = f"{', '.join(map(str, numbers))} and {options.batch_timeout}"
         parser.error(f"{whole}, --batch-timeout {SHORTEST} seconds or more; given {given}.")
 
     # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
@@ -115,19 +134,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_label_names(loaded)
     else:
         require_features(loaded)
+    image_processor = load_processor(options.model)
+    values = require_every_shape(loaded, image_processor)
     setting = loaded.config.vwt
     with tempfile.TemporaryDirectory(prefix="vwt-serve-") as counts:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
-        server = litserve.LitServer(
+        server = Server(
             Answers(model, max_batch_size=options.max_batch_size, batch_timeout=options.batch_timeout),
             accelerator=device.type,
             devices="auto" if device.type == "cpu" else [device.index or 0],
             workers_per_device=workers,
             max_payload_size=LARGEST,
-            middlewares=[Measured],
+            middlewares=[(Bounded, {"most": options.max_requests}), Measured],
             model_metadata={"model": printable(options.model), "vwt": setting},
         )
-        server.app.state.image_processor = load_processor(options.model)
+        server.app.state.image_processor = image_processor
+        server.app.state.most_values = NARROWEST * values
         server.app.state.decoders = ThreadPoolExecutor(cores, "vwt-decode")
         server.app.add_route("/metrics", show_metrics)
         # Pillow only warns of images of more than that, up to twice as many.
@@ -142,6 +164,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
             log_level="warning",
             generate_client_file=False,
         )
+    if server.died:
+        raise OSError(f"{server.died}, which answers requests, ended by itself, as if it was killed.")
+
+
+class Server(litserve.LitServer):
+    """LitServe's server, that ends where the process which answers HTTP does, as it ends where a worker does."""
+
+    died: str | None = None
+    """The name of the process that ended by itself; `None` if none did."""
+
+    def _start_server(self, *args: Any, **kwargs: Any) -> Any:
+        processes = super()._start_server(*args, **kwargs)
+        threading.Thread(target=self._end_with, args=(list(processes.values()),), daemon=True).start()
+        return processes
+
+    def _end_with(self, processes: Sequence[Any]) -> None:
+        ended = multiprocessing.connection.wait([process.sentinel for process in processes])
+        if not self._shutdown_event.is_set():
+            self.died = next(process.name for process in processes if process.sentinel in ended)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def require_every_shape(model: Any, image_processor: Any) -> int:
+    """Refuses a model that does not take images of all proportions as its image processor gives them: one such image
+    would be an error for all in its batch.
+
+    Returns:
+        How many values the processor makes of a square image.
+
+    Raises:
+        ValueError: it does not.
+    """
+    sizes = []
+    for size in ((256, 256), (320, 240), (240, 320)):
+        (made,) = pixel_batches([Image.new("RGB", size, "grey")], image_processor, 1)
+        try:
+            with torch.inference_mode():  # not `run`, which counts
+                answer(model, **on_device(made, model))
+        except Exception as error:  # whatever a model says of it
+            raise ValueError(
+                f"{type(image_processor).__name__} makes {tuple(made['pixel_values'].shape)} of an image of "
+                f"{size[0]}×{size[1]} pixels, which {type(model).__name__} does not take ({error}). Save an image "
+                "processor with the model that resizes or crops images to one size."
+            ) from error
+        sizes.append(made["pixel_values"].numel())
+    return sizes[0]
 
 
 def end(first: int, *_: object) -> None:
@@ -178,8 +246,20 @@ async def upload(request: Request) -> bytes:
         raise HTTPException(
             415, f"The body is {kind or 'of no type'}; expected multipart/form-data or application/json."
         )
+    return await in_thread(request, _image_in_json, await request.body())
+
+
+def in_thread(request: Request, function: Callable[..., Any], *args: Any) -> Any:
+    """Awaits a function that runs in a thread, so that others are answered meanwhile."""
+    return asyncio.get_running_loop().run_in_executor(request.app.state.decoders, function, *args)
+
+
+def _image_in_json(content: bytes) -> bytes:
+    # Before it is parsed, which takes 25 times as much memory, and no thread runs meanwhile.
+    if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise HTTPException(400, f"The body is no JSON of an image (it holds more than {MOST_VALUES:,} values).")
     try:
-        body = await request.json()
+        body = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"The body is no JSON ({error}).") from error
     value = body.get(FIELD) if isinstance(body, dict) else None
@@ -194,7 +274,8 @@ async def upload(request: Request) -> bytes:
 def _wants(what: str, names: Sequence[str], value: object) -> str:
     if value is not None:
         return f"{FIELD!r} is a {type(value).__name__}; expected {what}. URLs are not fetched."
-    return f"There is no {FIELD!r}, only {', '.join(map(repr, names[:3])) or 'nothing'}; expected it to be {what}."
+    found = ", ".join(shown(name[:LONGEST]) for name in names[:3]) or "nothing"
+    return f"There is no {FIELD!r}, only {found}; expected it to be {what}."
 
 
 async def processed(request: Request) -> dict[str, np.ndarray]:
@@ -205,17 +286,19 @@ async def processed(request: Request) -> dict[str, np.ndarray]:
     state = request.app.state
     try:
         encoded = {"bytes": await upload(request), "path": None}
-        return await asyncio.get_running_loop().run_in_executor(
-            state.decoders, functools.partial(_process, encoded, state.image_processor)
-        )
+        return await in_thread(request, _process, encoded, state.image_processor, state.most_values)
     except UnreadableImage as error:
         raise HTTPException(400, str(error)) from error
     except ClientDisconnect as error:  # nobody is there to read this
         raise HTTPException(400, "The connection was closed within the body.") from error
 
 
-def _process(encoded: dict[str, Any], image_processor: Any) -> dict[str, np.ndarray]:
+def _process(encoded: dict[str, Any], image_processor: Any, most_values: int) -> dict[str, np.ndarray]:
     (made,) = pixel_batches([encoded], image_processor, 1)
+    if made["pixel_values"].numel() > most_values:
+        raise UnreadableImage(
+            f"The image becomes {tuple(made['pixel_values'].shape)}; expected {most_values:,} values at most. Crop it."
+        )
     return {name: tensor.numpy() for name, tensor in made.items()}  # which queues copy, and do not share
 
 
@@ -333,6 +416,40 @@ async def show_metrics(request: Request) -> Response:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class Bounded:
+    """Middleware that holds no more requests to /predict at once than told, and none whose body does not come."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self.app = app
+        self.most = most
+        self.held = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("path") != "/predict":
+            return await self.app(scope, receive, send)
+        if self.held >= self.most:
+            detail = f"{self.held} requests are being answered, and no more are taken at once; ask again later."
+            return await JSONResponse({"detail": detail}, 503, {"Retry-After": "1"})(scope, receive, send)
+        end, is_whole = time.monotonic() + SLOWEST, False
+
+        async def receive_in_time() -> Any:
+            nonlocal is_whole
+            if is_whole:  # what comes next is that the client has left
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0, end - time.monotonic()))
+            except TimeoutError:
+                raise HTTPException(408, f"The body has not come within {SLOWEST:g} seconds.") from None
+            is_whole = not message.get("more_body", False)
+            return message
+
+        self.held += 1
+        try:
+            await self.app(scope, receive_in_time, send)
+        finally:
+            self.held -= 1
 
 
 class Measured:

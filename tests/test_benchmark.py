@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,11 +123,25 @@ def test_a_whole_run_gives_all_that_it_promises_and_a_second_one_measures_nothin
     benchmark.main(arguments)
     assert json.loads(files["json"].read_text()) == found
     assert files["md"].read_text().splitlines() == lines
-    model = transformers.AutoModelForImageClassification.from_pretrained(checkpoint)
-    torch.nn.init.normal_(model.classifier.weight)
-    model.save_pretrained(checkpoint)
-    with pytest.raises(SystemExit, match="another run \\(weights 'ViTForImageClassification"):
-        benchmark.main(arguments)
+
+    def train() -> None:
+        model = transformers.AutoModelForImageClassification.from_pretrained(checkpoint)
+        torch.nn.init.normal_(model.classifier.weight)
+        model.save_pretrained(checkpoint)
+
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}, image_std=[0.25] * 3)
+    changes = {
+        "groups '": lambda: (tmp_path / "groups.json").write_text(json.dumps(dict.fromkeys(groups, "other"))),
+        "words {": lambda: VisualVocabulary(torch.rand(4, 3, 4, 4)).save_pretrained(words),
+        "image_processor {": lambda: processor.save_pretrained(checkpoint),
+        "weights 'ViTForImageClassification": train,
+    }
+    for said, change in changes.items():
+        before = shutil.copytree(tmp_path, tmp_path.with_name(f"before-{len(said)}"))
+        change()
+        with pytest.raises(SystemExit, match=f"another run \\({said}"):
+            benchmark.main(arguments)
+        shutil.copytree(before, tmp_path, dirs_exist_ok=True)
 
 
 def test_a_run_that_was_cut_off_measures_what_is_missing(checkpoint, photographs, tmp_path, monkeypatch):

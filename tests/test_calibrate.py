@@ -265,6 +265,10 @@ def test_a_time_counts_for_the_processor_and_the_threads_that_took_it(
     assert evidence["threads"] == threads and evidence["by"] == "time"
     flops = calibrate(classifier, images, resume=tmp_path / "flops.json", by="flops", **asked)
     assert flops.evidence["threads"] is None
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "has_kernels", lambda device: True)
+        with pytest.raises(ValueError, match=r"another search \(kernels False there, True here\)"):
+            calibrate(classifier, images, resume=file, **asked)
     monkeypatch.setattr(module, "processor_name", lambda: "another")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     said = rf"another search \(processor .* there, 'another' here; threads {threads} there, {threads + 1} here\)"

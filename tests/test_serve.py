@@ -106,7 +106,7 @@ def running(folder: Path, *options: str) -> Iterator[Running]:
             yield running
         finally:
             said = log.read_text()  # processes that end at once may miss one another and say so
-            others = everything.children(recursive=True)
+            others = everything.children(recursive=True) if everything.is_running() else []
             process.terminate()
             left = psutil.wait_procs([*others], timeout=SECONDS)[1]
             for other in left:
@@ -229,7 +229,9 @@ def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
         (server.ask("POST", "/predict", whole, {"Content-Type": "image/jpeg"}), 415, "image/jpeg"),
         (server.ask("POST", "/predict", b""), 415, "no type"),
         (server.ask("POST", "/predict", b"{", js), 400, "no JSON"),
-        (server.ask("POST", "/predict", b"[" * 100_000, js), 400, "no JSON"),
+        (server.ask("POST", "/predict", b"[" * 900, js), 400, "no JSON"),
+        (server.ask("POST", "/predict", b'{"x": [' + b"[]," * 10**6 + b"0]}", js), 400, "no JSON of an image"),
+        (server.send({"\U0010ffff" * 10**6: 1}), 400, "only '"),
         (server.send([]), 400, "no 'image'"),
         (server.send({"images": "eA=="}), 400, "only 'images'"),
         (server.send({"image": 7}), 400, "'image' is a int; expected a string of base64"),
@@ -238,6 +240,7 @@ def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
         (server.ask("GET", "/predict"), 405, "Not Allowed"),
     ]
     for reply, status, reason in wrong:
+        assert len(reply.body["detail"]) < 1000
         assert reply.status == status and reason in reply.body["detail"], (reply, status, reason)
     require_answer(server.upload(whole), server, Image.open(io.BytesIO(whole)))
 
@@ -423,10 +426,79 @@ def test_an_upload_that_would_take_all_memory_once_resized_gets_400_and_the_reas
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", serve.MOST_PIXELS)
     monkeypatch.setattr(serve, "upload", upload)
     with concurrent.futures.ThreadPoolExecutor(1) as decoders:
-        state = SimpleNamespace(image_processor=transformers.CLIPImageProcessorPil(), decoders=decoders)
+        processor = transformers.CLIPImageProcessorPil()
+        state = SimpleNamespace(image_processor=processor, decoders=decoders, most_values=10**9)
         with pytest.raises(serve.HTTPException, match=r"pixels .*Crop it if it is narrow") as raised:
             asyncio.run(serve.processed(SimpleNamespace(app=SimpleNamespace(state=state))))
     assert raised.value.status_code == 400
+
+
+def test_a_model_that_does_not_take_images_of_all_proportions_is_not_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = checkpoint(tmp_path / "model", "vit-classifier")
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)
+    processor.save_pretrained(folder)
+    assert run_command("serve.py", lambda: serve.main([str(folder)])) == 2
+    said = capsys.readouterr().err
+    assert "(1, 3, 32, 42) of an image of 320×240 pixels, which ViTForImageClassification does not take" in said
+
+
+def test_an_image_that_becomes_far_larger_than_a_square_one_is_refused(tmp_path: Path):
+    folder = checkpoint(tmp_path / "model", "dinov2")
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)
+    values = serve.require_every_shape(served(folder, None).model, processor)
+    assert values == 3 * 32 * 32
+    made = serve._process({"bytes": file(drawn(1, 40, 640)), "path": None}, processor, 16 * values)
+    assert made["pixel_values"].shape == (1, 3, 32, 512)
+    with pytest.raises(serve.UnreadableImage, match=r"becomes \(1, 3, 32, 544\); expected 49,152 values at most"):
+        serve._process({"bytes": file(drawn(1, 40, 680)), "path": None}, processor, 16 * values)
+
+
+def asked(bounded: serve.Bounded, *messages: dict[str, Any]) -> int:
+    """The status by which a request is answered whose body comes in these pieces, and then nothing."""
+    left, statuses = list(messages), []
+
+    async def receive() -> dict[str, Any]:
+        return left.pop(0) if left else await asyncio.sleep(SECONDS)
+
+    async def send(message: dict[str, Any]) -> None:
+        statuses.append(message.get("status"))
+
+    asyncio.run(bounded({"type": "http", "path": "/predict"}, receive, send))
+    return statuses[0]
+
+
+def test_a_body_that_does_not_come_gets_408_and_more_requests_than_may_be_held_503(monkeypatch):
+    monkeypatch.setattr(serve, "SLOWEST", 0.05)
+    within: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            while (await receive())["more_body"]:
+                pass
+        except serve.HTTPException as error:
+            return await send({"status": error.status_code})
+        with pytest.raises(TimeoutError):  # once the body is whole, a request may wait for as long as its answer takes
+            await asyncio.wait_for(receive(), 0.2)
+        with concurrent.futures.ThreadPoolExecutor(1) as other:
+            within.append(other.submit(asked, bounded, {"more_body": False}).result())
+        await send({"status": 200})
+
+    bounded = serve.Bounded(app, most=1)
+    for _ in range(2):  # what was held is let go
+        assert asked(bounded, {"more_body": True}) == 408
+        assert asked(bounded, {"more_body": True}, {"more_body": False}) == 200
+    assert within == [503, 503]
+
+
+def test_a_server_whose_http_process_is_killed_ends_and_says_so(tmp_path: Path):
+    with running(checkpoint(tmp_path / "model", "vit-classifier")) as server:
+        others = server.process.children(recursive=True)
+        max(server.process.children(), key=psutil.Process.create_time).kill()
+        assert server.process.wait(SECONDS) == 2
+        assert not psutil.wait_procs(others, timeout=SECONDS)[1]
+    assert "LitServer-0, which answers requests, ended by itself" in server.log.read_text()
 
 
 def test_load_sends_photographs_and_tells_speed_and_wrong_answers(

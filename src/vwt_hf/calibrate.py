@@ -45,6 +45,7 @@ from .evaluation import (
 )
 from .families import family_of, find_tower, model_of
 from .image_processing import NAME as PATCH_WORDS
+from .on_gpu import has_kernels
 from .printable import difference, shown
 from .processors import processor_of, processor_statistics
 from .terminal import require_writable, write_file
@@ -356,6 +357,7 @@ class Calibration:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processor": processor_name() if is_timed_on_cpu else None,
             "threads": torch.get_num_threads() if is_timed_on_cpu else None,
+            "kernels": has_kernels(device) if self._by == "time" else None,
             "attention": self._plain.config._attn_implementation,
             "dtype": str(self._plain.dtype).removeprefix("torch."),
             "vwt_hf": __version__,

@@ -28,6 +28,11 @@ def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
     return _kernels(tensors[0].device)
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether `kernels_for` has them for plain tensors on a device."""
+    return device.type == "cuda" and _kernels(device) is not None
+
+
 def is_followed() -> bool:
     """Whether all must be done by torch's own operations, because something records or replaces them: `torch.compile`,
     export, tracing, `vmap`, other ways to differentiate than autograd, and what counts or keeps operations."""
