@@ -139,8 +139,52 @@ def test_a_backbone_gives_sequences_of_the_kept_patches(name, pixel_values):
     maps = AutoBackbone.from_config(config, vwt=HALF).eval()(pixel_values).feature_maps
     assert [tuple(m.shape) for m in maps] == [(3, prefix + 32, 32)] * 2
     config.reshape_hidden_states = True
-    with pytest.raises(ValueError, match=r"feature maps.*reshape_hidden_states=False"):
-        AutoBackbone.from_config(config, vwt=True)
+    with pytest.raises(ValueError, match=r"Backbone with reshape_hidden_states=True lays all patches out.*'merge'"):
+        AutoBackbone.from_config(config, vwt=HALF)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "registers", "dinov3", "beit"])
+def test_feature_maps_of_a_backbone_have_every_patch(name, pixel_values):
+    stages = {"out_features": ["stage1", "stage2"], "out_indices": None}
+    config = AutoConfig.for_model(tiny_model(name).config.model_type, **TINY, **stages, reshape_hidden_states=True)
+    model = AutoBackbone.from_config(config).eval()
+    plain = model(pixel_values).feature_maps
+    for setting in (HALF | {"dropped": "merge"}, {"method": "local", "tolerance": 0.2, "image_std": [0.5] * 3}):
+        maps = vwt_hf.compress(model, setting)(pixel_values).feature_maps
+        model.config.reshape_hidden_states = False
+        rows = [one[:, one.shape[1] - 64 :] for one in model(pixel_values).feature_maps]
+        model.config.reshape_hidden_states = True
+        for found, expected, whole in zip(maps, rows, plain, strict=True):
+            assert found.shape == whole.shape == (3, 32, 8, 8) and not torch.equal(found, whole)
+            torch.testing.assert_close(found.flatten(2).transpose(1, 2), expected)
+    with pytest.raises(ValueError, match=r"Backbone with reshape_hidden_states=True"):
+        vwt_hf.compress(model, HALF)
+
+
+def test_what_reads_every_patch_does_so_within_a_class_of_ones_own():
+    class Detector(transformers.Dinov2PreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.backbone = transformers.Dinov2Backbone(config)
+            self.post_init()
+
+        def forward(self, pixel_values, **kwargs):
+            return self.backbone(pixel_values).feature_maps[-1]
+
+    class Segmenter(transformers.CLIPSegForImageSegmentation):
+        pass
+
+    class Masked(transformers.ViTForMaskedImageModeling):
+        pass
+
+    clipseg = {"vision_config": TINY, "text_config": TINY | {"vocab_size": 99}, "extract_layers": [0, 1]}
+    for model, reason in (
+        (Detector(transformers.Dinov2Config(**TINY)), "Dinov2Backbone with reshape_hidden_states=True"),
+        (Segmenter(transformers.CLIPSegConfig(**clipseg)), "Segmenter reads a value for every patch"),
+        (Masked(transformers.ViTConfig(**TINY)), "Masked predicts patches that are masked"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            vwt_hf.compress(model, HALF)
 
 
 def test_a_clip_vision_tower_loads_from_a_whole_clip_checkpoint(pixel_values, tmp_path):

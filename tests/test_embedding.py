@@ -506,7 +506,7 @@ def test_a_model_that_gives_several_features_for_an_image_is_refused(run):
     text = transformers.LlamaConfig(**text, num_attention_heads=2, intermediate_size=16)
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=98)
     with pytest.raises(
-        ValueError, match=r"the LlavaModel gives a (list|tuple) for an image; expected features of shape"
+        ValueError, match=r"the LlavaModel gives a (list|tuple) for a batch of images; expected a row of values"
     ):
         run(model=transformers.LlavaModel(config).eval())
 

@@ -11,7 +11,7 @@ import transformers
 
 import vwt_hf
 from settings import SETTINGS, inter
-from tiny import MODELS, answers, padded_patches, sample_pixel_values, tiny_model
+from tiny import MODELS, TINY, answers, padded_patches, sample_pixel_values, tiny_model
 from vwt_hf import compress, evaluation
 from vwt_hf.evaluation import (
     accuracy,
@@ -145,6 +145,18 @@ def test_a_stopwatch_gives_what_was_made_and_its_seconds(monkeypatch):
     clock = iter([5.0, 7.5])
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
     assert evaluation.stopwatch(lambda: "made", CPU) == ("made", 2.5)
+
+
+def test_an_answer_that_is_no_row_for_each_image_is_refused(pixel_values):
+    """A segmenter's cosine would be that of rows of pixels."""
+    segmenter = transformers.BeitForSemanticSegmentation(
+        transformers.BeitConfig(**TINY | {"num_hidden_layers": 4}, num_labels=2, out_indices=[1, 2, 3, 4])
+    )
+    stages = {"out_features": ["stage1"], "reshape_hidden_states": False}
+    backbone = transformers.Dinov2Backbone(transformers.Dinov2Config(**TINY, **stages))
+    for model, given in ((segmenter.eval(), r"\(3, 2, \d+, \d+\)"), (backbone.eval(), "a NoneType")):
+        with pytest.raises(ValueError, match=rf"{type(model).__name__} gives {given} .*expected a row of values"):
+            answer(model, pixel_values=pixel_values)
 
 
 def test_an_answer_is_the_logits_the_embedding_or_the_pooled_output():

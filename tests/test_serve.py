@@ -492,15 +492,6 @@ def test_a_body_that_does_not_come_gets_408_and_more_requests_than_may_be_held_5
     assert within == [503, 503]
 
 
-def test_a_server_whose_http_process_is_killed_ends_and_says_so(tmp_path: Path):
-    with running(checkpoint(tmp_path / "model", "vit-classifier")) as server:
-        others = server.process.children(recursive=True)
-        max(server.process.children(), key=psutil.Process.create_time).kill()
-        assert server.process.wait(SECONDS) == 2
-        assert not psutil.wait_procs(others, timeout=SECONDS)[1]
-    assert "LitServer-0, which answers requests, ended by itself" in server.log.read_text()
-
-
 def test_load_sends_photographs_and_tells_speed_and_wrong_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], server: Running, monkeypatch: pytest.MonkeyPatch
 ):
@@ -538,3 +529,12 @@ def test_answers_are_judged_by_label_and_score():
     assert load.judged("refused", expected, 1e-4) == load.judged({"detail": ""}, expected, 1e-4) == "error"
     assert load.judged({"features": [3.0, 4.001]}, {"features": [3.0, 4.0]}, 1e-3) == "right"
     assert load.judged({"features": [3.0, 4.1]}, {"features": [3.0, 4.0]}, 1e-3) == "wrong"
+
+
+def test_a_server_whose_http_process_is_killed_ends_and_says_so(server: Running):
+    """The last of this file: it ends the server of the others."""
+    others = server.process.children(recursive=True)
+    max(server.process.children(), key=psutil.Process.create_time).kill()
+    assert server.process.wait(SECONDS) == 2
+    assert not psutil.wait_procs(others, timeout=SECONDS)[1]
+    assert "LitServer-0, which answers requests, ended by itself" in server.log.read_text()

@@ -27,7 +27,8 @@ from .families import (
     find_tower,
     is_of,
     model_of,
-    reads_every_patch,
+    reader_of_every_patch,
+    refuse_to_drop_for,
     require_supported,
 )
 from .forward import (
@@ -122,10 +123,13 @@ def compress_by(
         image_processor: the one that makes the model's images; by default the one that lies in `source`.
     """
     require_supported(type(model), setting.restores)
-    if not setting.searches and setting.output is None and reads_every_patch(type(model)):
-        setting = dataclasses.replace(setting, output="full")  # words that leave patches out are refused
     family = family_of(model)
     tower = find_tower(model, family)
+    reader = reader_of_every_patch(model, tower)
+    if reader is not None and not setting.searches and setting.output is None:
+        setting = dataclasses.replace(setting, output="full")  # words that leave patches out are refused
+    if reader is not None and not setting.restores:
+        refuse_to_drop_for(reader)
     require_whole_images(tower, family)
     if family.tried and setting_of(model) is None:
         vouch(model, tower)

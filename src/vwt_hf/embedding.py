@@ -575,11 +575,10 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
     embeddings = find_tower(model, family_of(model)).embeddings
     with embeddings.register_forward_hook(look), torch.inference_mode():
         features = answer(model, **on_device(wide, model))
-    if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 1:
-        given = tuple(features.shape) if isinstance(features, torch.Tensor) else f"a {type(features).__name__}"
+    if len(features) != 1:
         raise ValueError(
-            f"the {type(model).__name__} gives {given} for an image; expected features of shape (1, values). Give a "
-            "model of images alone, such as its vision tower."
+            f"the {type(model).__name__} gives {tuple(features.shape)} for an image; expected features of shape "
+            "(1, values). Give a model of images alone, such as its vision tower."
         )
     return Trial(features.shape[1], any(padded), wide["pixel_values"].shape != high["pixel_values"].shape)
 

@@ -229,11 +229,24 @@ def named_answer(model: Any, **images: torch.Tensor) -> tuple[str, torch.Tensor]
     output = getattr(model, "get_image_features", model)(**images)
     for name in ("logits", "image_embeds", "pooler_output"):
         if getattr(output, name, None) is not None:
-            return name, getattr(output, name)
-    tokens = output.last_hidden_state
+            return name, _rows(model, getattr(output, name))
+    tokens = getattr(output, "last_hidden_state", None)
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 3:
+        return name, _rows(model, tokens)
     if "CLS" in family_of(model).prefix:
         return "CLS token", tokens[:, 0]
     return "mean of the tokens", tokens.mean(dim=1)
+
+
+def _rows(model: Any, values: Any) -> torch.Tensor:
+    """`values`, if they are a row for each image; raises `ValueError` if they are not, as a segmenter's."""
+    if isinstance(values, torch.Tensor) and values.dim() == 2:
+        return values
+    given = tuple(values.shape) if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+    raise ValueError(
+        f"the {type(model).__name__} gives {given} for a batch of images; expected a row of values for each, of shape "
+        "(images, values). Give a classifier or a model of features, such as its vision tower."
+    )
 
 
 def are_finite(answers: torch.Tensor) -> list[bool]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import attention
@@ -226,23 +227,52 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
             f"{name} (model type {model_type!r}) cannot be compressed{why}; supported families: "
             f"{', '.join(supported())}. Load it without `vwt`."
         )
-    if isinstance(row, Family) and name in row.predicts_masked:
+    if isinstance(row, Family) and _is_one_of(model_class, row.predicts_masked):
         raise ValueError(
             f"{name} predicts patches that are masked in the whole image, a value for every patch: it cannot be "
             "compressed. Load it without `vwt`."
         )
     if not restores and reads_every_patch(model_class):
-        raise ValueError(
-            f"{name} reads a value for every patch, so none may be dropped: it cannot be compressed like this. Use "
-            "dropped='merge' or method='inter', which give every patch the hidden state of its token, or load it "
-            "without `vwt`."
-        )
+        _refuse_to_drop(f"{name} reads a value for every patch")
+
+
+def _refuse_to_drop(reason: str) -> NoReturn:
+    raise ValueError(
+        f"{reason}, so none may be dropped: it cannot be compressed like this. Use dropped='merge' or method='inter', "
+        "which give every patch the hidden state of its token, or load it without `vwt`."
+    )
 
 
 def reads_every_patch(model_class: type[PreTrainedModel]) -> bool:
     """Whether a model class needs a hidden state for every patch of its tower."""
     row = _row_of(model_class)
-    return isinstance(row, Holder) or (row is not None and model_class.__name__ in row.needs_every_patch)
+    return isinstance(row, Holder) or (row is not None and _is_one_of(model_class, row.needs_every_patch))
+
+
+def reader_of_every_patch(model: PreTrainedModel, tower: Tower) -> PreTrainedModel | None:
+    """The part of `model` that needs a hidden state for every patch of its tower; `None` if none does."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and tower.module in part.modules()]
+    return next((part for part in parts if _lays_out(part) or reads_every_patch(type(part))), None)
+
+
+def refuse_to_drop_for(reader: PreTrainedModel) -> NoReturn:
+    """Refuses to drop patches that `reader_of_every_patch` needs."""
+    if not _lays_out(reader):
+        _refuse_to_drop(f"{type(reader).__name__} reads a value for every patch")
+    _refuse_to_drop(
+        f"{type(reader).__name__} with reshape_hidden_states=True lays all patches out as feature maps (with "
+        "reshape_hidden_states=False it returns sequences of the kept ones, where nothing else lays them out)"
+    )
+
+
+def _lays_out(model: PreTrainedModel) -> bool:
+    """Whether a model is a backbone that returns feature maps (batch, hidden, rows, columns)."""
+    return isinstance(model, BackboneMixin) and bool(getattr(model.config, "reshape_hidden_states", False))
+
+
+def _is_one_of(model_class: type, names: Collection[str]) -> bool:
+    """Whether a class has one of these names, or a parent of it, as of one of a user's."""
+    return any(kind.__name__ in names for kind in model_class.__mro__)
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -335,15 +365,8 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
     """The vision tower of `model`.
 
     Raises:
-        ValueError: there is none with the embeddings that transformers gives this family, or more than one, or the
-            model is a backbone that lays its tokens out as feature maps.
+        ValueError: there is none with the embeddings that transformers gives this family, or more than one.
     """
-    if getattr(model.config, "reshape_hidden_states", False) and type(model).__name__.endswith("Backbone"):
-        raise ValueError(
-            f"{type(model).__name__} with reshape_hidden_states=True returns feature maps (batch, hidden, rows, "
-            "columns), which need every patch. Pass reshape_hidden_states=False to get sequences of the kept patches, "
-            "or load it without `vwt`."
-        )
     above: dict[nn.Module, nn.Module] = {}
     found: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
