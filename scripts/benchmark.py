@@ -137,12 +137,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{printable(options.model)} ({type(reference).__name__}), {machine}")
     meter = energy_meter(device)
     processor = load_processor(options.model)
-    settings = [compressed(reference, setting) for setting in all_settings(options)]
+    by_words = [compressed(reference, setting) for setting in all_settings(options)]
     of = {
         "images": described_files(options.images, paths),
         "groups": hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16],
         "weights": fingerprint_of(reference),
-        "words": {method.name: compression_of(method.model)["words"] for method in settings},
+        "words": {method.name: compression_of(method.model)["words"] for method in by_words},
         "image_processor": json.loads(json.dumps(described_processor(processor))),
     }
     results = Results(options.json, header(options, machine, of))

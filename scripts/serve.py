@@ -73,8 +73,12 @@ MOST_VALUES = 1000
 """Values in a body of JSON, of which one is the image."""
 SLOWEST = 60.0
 """Seconds in which a request's body must have come."""
-NARROWEST = 16
-"""How many times as many values as of a square image a processor that does not crop may make of one."""
+MOST_TIMES = 16
+"""How many times as many values an image processor that does not crop may make of an image as of a square one."""
+SQUARE = 1024
+"""Pixels of a side of that square one."""
+GRACE = 1.0
+"""Seconds from the end of the process that answers requests to its being taken for a death."""
 BEST = 5
 """Labels in an answer."""
 SHORTEST = 0.001
@@ -115,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f"requests at once; more are answered by 503 (default: {MOST_REQUESTS})",
     )
     options = parser.parse_args(arguments)
-    workers = 1 if options.workers is None else options.workers
-    numbers = (options.max_batch_size, options.max_pixels, options.max_requests, workers)
+    asked = 1 if options.workers is None else options.workers
+    numbers = (options.max_batch_size, options.max_pixels, options.max_requests, asked)
     if min(numbers) < 1 or not SHORTEST <= options.batch_timeout < math.inf:
         whole = "--max-batch-size, --max-pixels, --max-requests and --workers take whole numbers from 1 on"
         given = f"{', '.join(map(str, numbers))} and {options.batch_timeout}"
@@ -149,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model_metadata={"model": printable(options.model), "vwt": setting},
         )
         server.app.state.image_processor = image_processor
-        server.app.state.most_values = NARROWEST * values
+        server.app.state.most_values = MOST_TIMES * values
         server.app.state.decoders = ThreadPoolExecutor(cores, "vwt-decode")
         server.app.add_route("/metrics", show_metrics)
         # Pillow only warns of images of more than that, up to twice as many.
@@ -173,15 +177,22 @@ class Server(litserve.LitServer):
 
     died: str | None = None
     """The name of the process that ended by itself; `None` if none did."""
+    ends = False
+    """Whether LitServe ends its processes."""
 
     def _start_server(self, *args: Any, **kwargs: Any) -> Any:
         processes = super()._start_server(*args, **kwargs)
         threading.Thread(target=self._end_with, args=(list(processes.values()),), daemon=True).start()
         return processes
 
+    def _perform_graceful_shutdown(self, *args: Any, **kwargs: Any) -> None:
+        self.ends = True
+        super()._perform_graceful_shutdown(*args, **kwargs)
+
     def _end_with(self, processes: Sequence[Any]) -> None:
         ended = multiprocessing.connection.wait([process.sentinel for process in processes])
-        if not self._shutdown_event.is_set():
+        time.sleep(GRACE)  # a signal may reach all processes, and this one last
+        if not self.ends:
             self.died = next(process.name for process in processes if process.sentinel in ended)
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -196,9 +207,13 @@ def require_every_shape(model: Any, image_processor: Any) -> int:
     Raises:
         ValueError: it does not.
     """
-    sizes = []
-    for size in ((256, 256), (320, 240), (240, 320)):
+
+    def made_of(*size: int) -> dict[str, torch.Tensor]:
         (made,) = pixel_batches([Image.new("RGB", size, "grey")], image_processor, 1)
+        return made
+
+    for size in ((320, 240), (240, 320)):
+        made = made_of(*size)
         try:
             with torch.inference_mode():  # not `run`, which counts
                 answer(model, **on_device(made, model))
@@ -208,15 +223,15 @@ def require_every_shape(model: Any, image_processor: Any) -> int:
                 f"{size[0]}×{size[1]} pixels, which {type(model).__name__} does not take ({error}). Save an image "
                 "processor with the model that resizes or crops images to one size."
             ) from error
-        sizes.append(made["pixel_values"].numel())
-    return sizes[0]
+    return made_of(SQUARE, SQUARE)["pixel_values"].numel()
 
 
 def end(first: int, *_: object) -> None:
     """Ends the process `first` as an interrupt does, upon which LitServe ends its others; those forked end at once."""
-    if os.getpid() == first:
-        raise KeyboardInterrupt
-    os._exit(0)
+    if os.getpid() != first:
+        os._exit(0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another would cut that short
+    raise KeyboardInterrupt
 
 
 class Model(NamedTuple):
@@ -250,12 +265,12 @@ async def upload(request: Request) -> bytes:
 
 
 def in_thread(request: Request, function: Callable[..., Any], *args: Any) -> Any:
-    """Awaits a function that runs in a thread, so that others are answered meanwhile."""
+    """What a function returns that runs in a thread, to be awaited, so that others are answered meanwhile."""
     return asyncio.get_running_loop().run_in_executor(request.app.state.decoders, function, *args)
 
 
 def _image_in_json(content: bytes) -> bytes:
-    # Before it is parsed, which takes 25 times as much memory, and no thread runs meanwhile.
+    # Parsing takes 25 times as much memory, and no other thread runs meanwhile: values are counted first.
     if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise HTTPException(400, f"The body is no JSON of an image (it holds more than {MOST_VALUES:,} values).")
     try:
@@ -440,8 +455,9 @@ class Bounded:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0, end - time.monotonic()))
-            except TimeoutError:
-                raise HTTPException(408, f"The body has not come within {SLOWEST:g} seconds.") from None
+            except asyncio.TimeoutError:  # another than TimeoutError before Python 3.11
+                said = f"The body has not come within {SLOWEST:g} seconds."
+                raise HTTPException(408, said, {"Connection": "close"}) from None
             is_whole = not message.get("more_body", False)
             return message
 

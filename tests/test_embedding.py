@@ -202,10 +202,28 @@ def test_a_run_stops_where_all_images_of_a_file_are_out_of_reach(run, folder, tm
     assert run(shard_size=100, workers=0).images == COUNT - 1
 
 
-def test_features_of_another_kind_of_device_or_version_are_not_gone_on_with(run, monkeypatch):
+def test_images_that_a_data_set_names_are_read_once_they_are_there(run, tmp_path):
+    photos = [str(tmp_path / "drive" / f"{number}.png") for number in range(3)]
+    (tmp_path / "drive").mkdir()
+    for number, path in enumerate(photos):
+        drawn(number).save(path)
+    rows = datasets.Dataset.from_dict({"photo": photos}).cast_column("photo", datasets.Image())
+    (tmp_path / "drive").rename(tmp_path / "gone")
+    assert run(images=rows, workers=0).images == 0
+    (tmp_path / "gone").rename(tmp_path / "drive")
+    assert run(images=rows, workers=0).images == 3
+
+
+@pytest.mark.parametrize("changed", ["device", "attention", "transformers", "torch"])
+def test_features_of_another_kind_of_device_or_version_are_not_gone_on_with(changed, run, model, monkeypatch):
     run()
-    monkeypatch.setattr(torch, "__version__", "0.1")
-    with pytest.raises(ValueError, match=r"features of another run \(torch"):
+    if changed == "attention":
+        monkeypatch.setattr(model.config, "_attn_implementation", "eager")
+    elif changed == "device":
+        monkeypatch.setattr(vwt_hf.embedding, "device_of", lambda model: torch.device("meta"))
+    else:
+        monkeypatch.setattr(sys.modules[changed], "__version__", "0.1")
+    with pytest.raises(ValueError, match=rf"features of another run \({changed}"):
         run()
 
 

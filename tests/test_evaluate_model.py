@@ -238,7 +238,8 @@ def test_zero_shot_takes_each_of_the_labels_that_read_the_same(tmp_path, photogr
     folder = two_towers("clip", tmp_path)
     task = ZeroShot(loaded(folder), opened, transformers.AutoTokenizer.from_pretrained(folder), given)
     found = task.truth(["sea_cat", "sea cat", "dog", "bird", None])
-    assert found == ([{0, 2}, {0, 2}, {1}, set(), set()], [])
+    said = ["2 images without a label of those are left out of the accuracy."]
+    assert found == ([{0, 2}, {0, 2}, {1}, set(), set()], said)
 
 
 def test_an_image_that_the_processor_refuses_is_called_by_its_name(tmp_path, dataset):
@@ -269,13 +270,15 @@ def test_a_data_set_on_the_hub_is_read_by_its_name_and_its_validation_split(tmp_
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "test", "validation"])
     folder = random_classifier(tmp_path)
     card = tmp_path / "README.md"
-    for more in ([], ["--split", "train", "--streaming", "--config", "small", "--card", str(card)]):
+    streamed = ["--split", "train", "--streaming", "--config", "small", "--card", str(card)]
+    # A stream that ends before its limit has as many images the second time.
+    for more in ([], streamed, [*streamed, "--limit", "2000"]):
         assert main(["evaluate", str(folder), "--dataset", "me/photos", *more]) == 0
     assert asked == [
         ("me/photos", None, {"split": "validation", "streaming": False}),
-        ("me/photos", "small", {"split": "train", "streaming": True}),
+        *[("me/photos", "small", {"split": "train", "streaming": True})] * 2,
     ]
-    assert capsys.readouterr().out.count("17 images of me/photos") == 2
+    assert capsys.readouterr().out.count("17 images of me/photos") == 3
     written = huggingface_hub.ModelCard.load(card).data.eval_results
     assert {(own.dataset_type, own.dataset_config, own.dataset_split) for own in written} == {
         ("me/photos", "small", "train")
@@ -360,6 +363,8 @@ def test_labels_of_a_data_set_go_by_name_and_by_number_only_where_they_have_none
     unknown = dataset.map(lambda row: {"label": -1 if row["id"] < 9 else 2})
     share, said = accuracy(unknown)
     assert said == ["9 of 17 images have a label that is none of the model's: top-1 is of the others."] and share == 1
+    share, said = accuracy(dataset.map(lambda row: {"label": -1}))
+    assert share is None and len(said) == 1 and "No image has a label that is known" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -521,6 +526,11 @@ def test_captions_are_compared_with_the_plain_models_and_with_the_references(tmp
     for row, texts, more in zip(rows, (plain, short), ({}, to_plain), strict=True):
         f1 = np.mean([token_f1(a, b) for a, b in zip(texts, captions, strict=True)])
         assert values(row) == pytest.approx({"token_f1": f1} | more)
+    some = dataset.map(lambda row: {"caption": row["caption"] if row["id"] < 2 else []})
+    of = {"task": "captions", "vwt": [], "max_new_tokens": 4, "progress": False, "tokenizer": tokenizer}
+    assert evaluate_model(model, some, image_processor=processor, **of).said == [
+        "15 images without a caption are left out of token_f1."
+    ]
 
 
 @pytest.mark.parametrize(

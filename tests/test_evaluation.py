@@ -154,7 +154,7 @@ def test_an_answer_that_is_no_row_for_each_image_is_refused(pixel_values):
     )
     stages = {"out_features": ["stage1"], "reshape_hidden_states": False}
     backbone = transformers.Dinov2Backbone(transformers.Dinov2Config(**TINY, **stages))
-    for model, given in ((segmenter.eval(), r"\(3, 2, \d+, \d+\)"), (backbone.eval(), "a NoneType")):
+    for model, given in ((segmenter.eval(), r"\(3, 2, \d+, \d+\)"), (backbone.eval(), "a BackboneOutput")):
         with pytest.raises(ValueError, match=rf"{type(model).__name__} gives {given} .*expected a row of values"):
             answer(model, pixel_values=pixel_values)
 
@@ -284,3 +284,6 @@ def test_what_is_ambiguous_about_labels_is_said():
     _, said = true_labels(["cat"], labels({0: "cat", 1: "dog"}, {"cat": 1, "dog": 0}))
     assert said == ["'cat' is label 1 by label2id; id2label, which says otherwise, is trusted."]
     assert true_labels(["holiday"] * 2, cranes) == ([set(), set()], [])
+    beyond = labels({0: "cat"}, {"cat": 0, "unknown": -1, "dog": "last"})
+    truth, said = true_labels(["cat", "unknown", "dog"], beyond)
+    assert truth == [{1}, set(), set()] and said == [said[0]] and said[0].startswith("2 of 3 images have a label")

@@ -415,9 +415,17 @@ def test_decoding_shows_what_is_left(folders):
         pictures = processor.decode(made[NAME], made["pixel_values"])
         assert [picture.size for picture in pictures] == [(32, 32)] * 5
         assert np.array_equal(processor.decode(made[NAME][1], PHOTOGRAPHS[1])[0], pictures[1])
-        for images in (PHOTOGRAPHS, made):
+        for images in (
+            PHOTOGRAPHS,
+            made,
+            processor(PHOTOGRAPHS),
+            made["pixel_values"].numpy(),
+            [*made["pixel_values"]],
+        ):
             again = processor.decode(made[NAME], images)
             assert all(np.array_equal(one, other) for one, other in zip(again, pictures, strict=True))
+        for values in (made["pixel_values"][1], processor(PHOTOGRAPHS)["pixel_values"][1]):  # as a row of a data set
+            assert np.array_equal(processor.decode(made[NAME][1], values)[0], pictures[1])
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
         seen = Patches((pixels - 0.5) / 0.5, (4, 4), 3, 0, (8, 8)).pixels()
         words = made[NAME]
@@ -438,6 +446,9 @@ def test_decoding_shows_what_is_left(folders):
 
 
 def test_decoding_refuses_words_of_other_images(folders):
+    with pytest.raises(ValueError, match="of several sizes; decode one image at a time"):
+        processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=True)
+        processor.decode([[0] * 64] * 2, [np.zeros((3, 32, 32), np.float32), np.zeros((3, 32, 64), np.float32)])
     processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=True)
     words = processor(PHOTOGRAPHS, return_tensors="pt")[NAME]
     with pytest.raises(ValueError, match=r"patch_words are \(4, 64\), of 4 images, and the model is given 5 images"):

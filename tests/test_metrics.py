@@ -85,6 +85,8 @@ def test_the_f1_of_texts_is_that_worked_out_by_hand():
 
 
 def test_wrong_input_is_refused():
+    with pytest.raises(ValueError, match="text 1 has no references"):
+        compute([TokenF1], predictions=["a", "b"], references=[["a"], []])
     with pytest.raises(ValueError, match="Mismatch in the number of"):
         compute([Accuracy], predictions=[1, 2], references=[1])
     with pytest.raises(KeyError, match="groups"):

@@ -8,7 +8,7 @@ import torch
 
 import vwt_hf.screening
 import vwt_hf.words
-from vwt_hf.screening import FEWEST, make_screen, screened_cosines
+from vwt_hf.screening import FEWEST, _orthonormal, make_screen, screened_cosines
 from vwt_hf.words import index_words, nearest_words
 
 SAME = 1e-5
@@ -157,8 +157,9 @@ def test_few_words_or_values_have_no_screen():
         assert make_screen(np.ones((size, values), np.float32)) is None
     same = make_screen(np.full((5000, 300), 300**-0.5, np.float32))
     assert same is not None and torch.isfinite(same.words).all() and len(same.words) == 5000
-    along = same.directions.T @ same.directions
-    assert torch.allclose(along, torch.eye(len(along)), atol=1e-5)
+    along = same.directions.T @ same.directions  # one direction says all; the others are 0, or at right angles
+    assert torch.allclose(along, along.diagonal().diag(), atol=1e-5)
+    assert torch.allclose(along.diagonal(), along.diagonal().round(), atol=1e-5) and along[0, 0] > 0.99
 
 
 def test_patches_that_many_words_may_be_nearest_to_get_the_same_in_a_batch_as_alone(screened):
@@ -173,3 +174,16 @@ def test_patches_that_many_words_may_be_nearest_to_get_the_same_in_a_batch_as_al
     parts = [nearest_words(part[None], index, 0.1)[0] for part in patches.split(10)]
     # Beyond the words is the number of the patch in its image.
     assert torch.equal(torch.cat(parts).clamp(max=400), found.clamp(max=400))
+
+
+def test_directions_are_at_right_angles_and_span_what_they_are_made_of():
+    """Also of columns a million times as short as others, and where some are in the span of others, or 0."""
+    values = np.random.default_rng(0)
+    columns = (values.standard_normal((300, 20)) * 10.0 ** -np.linspace(0, 6, 20)).astype(np.float32)
+    columns[:, 9], columns[:, 14] = columns[:, 3], 0
+    found = _orthonormal(columns)
+    assert found.dtype == np.float32 and not found[:, [9, 14]].any()
+    kept = np.delete(found, [9, 14], axis=1)
+    np.testing.assert_allclose(kept.T @ kept, np.eye(18), atol=1e-6)
+    lengths = np.linalg.norm(columns, axis=0, keepdims=True).clip(min=1e-30)
+    np.testing.assert_allclose(found @ (found.T @ (columns / lengths)), columns / lengths, atol=1e-5)

@@ -165,3 +165,11 @@ def test_what_cannot_be_learned_from_is_refused() -> None:
         learned(torch.rand(4, 3), size=10).finish()
     with pytest.raises(ValueError, match="2 words of 3 values; expected 4 of 3"):
         MiniBatchKMeans(4, 3).load_state_dict(MiniBatchKMeans(2, 3).state_dict())
+
+
+def test_copies_of_one_patch_become_one_word_where_rare_words_are_moved() -> None:
+    kmeans = MiniBatchKMeans(3, 1)
+    kmeans.update(torch.zeros(BUFFERED_AT_LEAST, 1))
+    kmeans.update(torch.ones(BUFFERED_AT_LEAST + 4000, 1))
+    words, _ = kmeans.finish()
+    assert len(words) == len(words.unique()) == 2

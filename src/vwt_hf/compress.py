@@ -27,9 +27,8 @@ from .families import (
     find_tower,
     is_of,
     model_of,
-    reader_of_every_patch,
-    refuse_to_drop_for,
-    require_supported,
+    refuse_to_drop,
+    why_every_patch,
 )
 from .forward import (
     Forward,
@@ -122,14 +121,13 @@ def compress_by(
             loaded from.
         image_processor: the one that makes the model's images; by default the one that lies in `source`.
     """
-    require_supported(type(model), setting.restores)
     family = family_of(model)
     tower = find_tower(model, family)
-    reader = reader_of_every_patch(model, tower)
-    if reader is not None and not setting.searches and setting.output is None:
+    needs_all = why_every_patch(model, tower)
+    if needs_all is not None and not setting.searches and setting.output is None:
         setting = dataclasses.replace(setting, output="full")  # words that leave patches out are refused
-    if reader is not None and not setting.restores:
-        refuse_to_drop_for(reader)
+    if needs_all is not None and not setting.restores:
+        refuse_to_drop(needs_all)
     require_whole_images(tower, family)
     if family.tried and setting_of(model) is None:
         vouch(model, tower)
@@ -527,9 +525,8 @@ class Begin(Hook):
     @torch.compiler.disable
     def _begin(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.by_sizes:
-            attention.require_usable(
-                tower, self.strips_mask
-            )  # `set_attn_implementation` may have come after `compress`
+            # `set_attn_implementation` may have come after `compress`.
+            attention.require_usable(tower, self.strips_mask)
         if torch.is_grad_enabled():
             attention.carry_through_checkpoints(tower)
         members = self._members

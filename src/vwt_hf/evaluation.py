@@ -232,7 +232,7 @@ def named_answer(model: Any, **images: torch.Tensor) -> tuple[str, torch.Tensor]
             return name, _rows(model, getattr(output, name))
     tokens = getattr(output, "last_hidden_state", None)
     if not isinstance(tokens, torch.Tensor) or tokens.dim() != 3:
-        return name, _rows(model, tokens)
+        return "answer", _rows(model, tokens if isinstance(tokens, torch.Tensor) else output)
     if "CLS" in family_of(model).prefix:
         return "CLS token", tokens[:, 0]
     return "mean of the tokens", tokens.mean(dim=1)
@@ -472,7 +472,7 @@ def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list
         if len(ids.get(name, ())) > 1
     ]
     for name, index in (config.label2id or {}).items():
-        if name in given and str(index) not in map(str, ids[str(name)]):
+        if name in given and name in ids and str(index) not in map(str, ids[name]):
             said.append(f"{name!r} is label {index} by label2id; id2label, which says otherwise, is trusted.")
     if len(config.id2label or ()) == 1:  # who has it is answered right by 1
         truth = [{1} if right else right for right in truth]

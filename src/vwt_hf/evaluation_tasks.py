@@ -6,7 +6,7 @@ A task says what a model answers to a batch of images, what of the answers is ke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -137,6 +137,7 @@ class Classification(Task):
     def prepare(self, images: LabelledImages) -> None:
         require_labels(self.model)
         require_label_names(self.model)
+        self.labelled = images.has_labels
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**made).logits.float().cpu()
@@ -163,6 +164,10 @@ class Classification(Task):
             said = ["The labels of the images have no names: they are the model's by their numbers."]
             return truth, [*said, *([f"{beyond} images have no label or one beyond {count - 1}."] if beyond else [])]
         truth, said = true_labels([str(label or "") for label in labels], config)
+        if not known and self.labelled:
+            said.append(
+                "No image has a label that is known, as where those of a split are hidden: there is no accuracy."
+            )
         if known and not any(truth):
             said.append(
                 f"No label of the images (such as {shown(known[0])}) is one of the model's (such as "
@@ -231,7 +236,8 @@ class ZeroShot(Classification):
         numbers: dict[str, set[int]] = {}
         for number, name in enumerate(self.names):
             numbers.setdefault(name, set()).add(number)
-        return [set() if label is None else numbers.get(_spoken(str(label)), set()) for label in labels], []
+        truth = [set() if label is None else numbers.get(_spoken(str(label)), set()) for label in labels]
+        return truth, _left_out(truth, "without a label of those are left out of the accuracy")
 
 
 def _spoken(label: str) -> str:
@@ -279,8 +285,7 @@ class Retrieval(Task):
             return text_features(self.model, self.tokenizer, own) if own else torch.zeros(0, 1, device="cpu")
 
         features = torch.cat([own for own in gathered(encoded) if len(own)])
-        others = len(kept.captions) - len(captioned)
-        said = [f"{others} images without a caption are left out."] if others else []
+        said = _left_out(kept.captions, "without a caption are left out")
         recalls = []
         for answers in kept.answers:
             images = answers["features"][captioned]
@@ -337,7 +342,8 @@ class Captions(Task):
             return super().own(kept)
         references = [kept.captions[image] for image in captioned]
         texts = [[answers["text"][image] for image in captioned] for answers in kept.answers]
-        return [{"token_f1": self._f1(written, references)} for written in texts], []
+        said = _left_out(kept.captions, "without a caption are left out of token_f1")
+        return [{"token_f1": self._f1(written, references)} for written in texts], said
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
         return {
@@ -348,6 +354,12 @@ class Captions(Task):
     def _f1(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Figure:
         found = [token_f1(text, of) for text, of in zip(texts, references, strict=True)]
         return self.mean(torch.tensor(found, dtype=torch.float64, device="cpu"))
+
+
+def _left_out(known: Sequence[Collection[Any]], said: str) -> list[str]:
+    """A sentence about the images of which nothing is known, if there are any."""
+    others = sum(not own for own in known)
+    return [f"{others} images {said}."] if others else []
 
 
 class _Watch(LogitsProcessor):

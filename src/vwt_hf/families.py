@@ -233,10 +233,11 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
             "compressed. Load it without `vwt`."
         )
     if not restores and reads_every_patch(model_class):
-        _refuse_to_drop(f"{name} reads a value for every patch")
+        refuse_to_drop(f"{name} reads a value for every patch")
 
 
-def _refuse_to_drop(reason: str) -> NoReturn:
+def refuse_to_drop(reason: str) -> NoReturn:
+    """Raises `ValueError` where no patch may be left out, and says why."""
     raise ValueError(
         f"{reason}, so none may be dropped: it cannot be compressed like this. Use dropped='merge' or method='inter', "
         "which give every patch the hidden state of its token, or load it without `vwt`."
@@ -249,25 +250,19 @@ def reads_every_patch(model_class: type[PreTrainedModel]) -> bool:
     return isinstance(row, Holder) or (row is not None and _is_one_of(model_class, row.needs_every_patch))
 
 
-def reader_of_every_patch(model: PreTrainedModel, tower: Tower) -> PreTrainedModel | None:
-    """The part of `model` that needs a hidden state for every patch of its tower; `None` if none does."""
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and tower.module in part.modules()]
-    return next((part for part in parts if _lays_out(part) or reads_every_patch(type(part))), None)
-
-
-def refuse_to_drop_for(reader: PreTrainedModel) -> NoReturn:
-    """Refuses to drop patches that `reader_of_every_patch` needs."""
-    if not _lays_out(reader):
-        _refuse_to_drop(f"{type(reader).__name__} reads a value for every patch")
-    _refuse_to_drop(
-        f"{type(reader).__name__} with reshape_hidden_states=True lays all patches out as feature maps (with "
-        "reshape_hidden_states=False it returns sequences of the kept ones, where nothing else lays them out)"
-    )
-
-
-def _lays_out(model: PreTrainedModel) -> bool:
-    """Whether a model is a backbone that returns feature maps (batch, hidden, rows, columns)."""
-    return isinstance(model, BackboneMixin) and bool(getattr(model.config, "reshape_hidden_states", False))
+def why_every_patch(model: PreTrainedModel, tower: Tower) -> str | None:
+    """Why `model`, or a part of it, needs a hidden state for every patch of its tower; `None` if none does."""
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel) or tower.module not in part.modules():
+            continue
+        if reads_every_patch(type(part)):
+            return f"{type(part).__name__} reads a value for every patch"
+        if isinstance(part, BackboneMixin) and getattr(part.config, "reshape_hidden_states", False):
+            return (
+                f"{type(part).__name__} with reshape_hidden_states=True lays all patches out as feature maps (with "
+                "False it returns sequences of the kept ones, for heads that do not lay them out either)"
+            )
+    return None
 
 
 def _is_one_of(model_class: type, names: Collection[str]) -> bool:

@@ -232,8 +232,9 @@ class Tokenizing:
         """
         from PIL import Image
 
-        if isinstance(images, torch.Tensor) and images.dim() == 4 and images.is_floating_point():
-            images = {"pixel_values": images}
+        values = None if isinstance(images, Mapping) else _as_values(images)
+        if values is not None:
+            images = {"pixel_values": values}
         if not isinstance(images, Mapping):
             images = super().preprocess(images, return_tensors="pt")  # type: ignore[misc]
         tokenizer = self.tokenizer_of_patches
@@ -363,6 +364,27 @@ def _prepare(
     )
     ready = HostTokenizer(setting.prepared(facts), patch_size, saved_as if folder == PROCESSOR_FOLDER else None)
     processor.vwt = ready
+
+
+def _as_values(images: Any) -> torch.Tensor | None:
+    """`pixel_values` of images, or of one, in whichever form an image processor gives them: (batch, ...).
+
+    `None` if they are images: arrays of floating-point numbers with channels first are values.
+
+    Raises:
+        ValueError: they are of several sizes.
+    """
+    listed = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not listed or not all(isinstance(one, (torch.Tensor, np.ndarray)) for one in listed):
+        return None
+    tensors = [as_tensor(one) for one in listed]
+    if not all(one.is_floating_point() and one.dim() > 2 and one.shape[-3] in (1, 3, 4) for one in tensors):
+        return None
+    if len({one.shape for one in tensors}) > 1:
+        raise ValueError("pixel_values are of images of several sizes; decode one image at a time.")
+    if isinstance(images, (list, tuple)):
+        return torch.stack(tensors)
+    return tensors[0][None] if tensors[0].dim() == 3 else tensors[0]
 
 
 def write_words_of(processor: Any, folder: Path) -> list[str]:

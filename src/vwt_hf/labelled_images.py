@@ -50,7 +50,7 @@ class LabelledImages:
     name: str
     """Of the folder or data set."""
     total: int | None
-    """How many images there are, if that is known before."""
+    """How many images there are, if that is known before; of a stream with a limit the most that there can be."""
     label_names: tuple[str, ...] | None
     """All labels, in the order of their numbers; `None` if they have no names, or not all are known before."""
     columns: dict[str, str]

@@ -195,7 +195,7 @@ def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def cover(neighbours: Neighbours, tolerance: float | torch.Tensor) -> torch.Tensor:
-    """Which patches stay, if one goes where a neighbour that stays differs from it by less than a tolerance.
+    """Which patches stay, if one goes where a neighbour of a later turn differs from it by less than a tolerance.
 
     All patches of a turn are looked at at once. A neighbour whose turn comes later counts as one that stays, and one
     whose turn was earlier has gone if it is alike, as the patch stayed then. So no turn needs to wait for another.

@@ -101,7 +101,7 @@ class Grouped:
         return self.layout.sizes.shape
 
     def reduce(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, prefix + patches, hidden) → (sequences, prefix + tokens, hidden), 0 for padding."""
+        """(batch, prefix + patches, hidden) → (sequences, prefix + tokens, hidden); 0 for padding between images."""
         if self.sources is not None:
             rows = tokens.flatten(0, 1)[self.sources.to(tokens.device)]
             if self.layout.gapless:

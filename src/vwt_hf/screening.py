@@ -37,7 +37,7 @@ class Screen(NamedTuple):
     """What is known of words before any patch is."""
 
     directions: torch.Tensor
-    """(values, DIRECTIONS), float32: orthonormal."""
+    """(values, DIRECTIONS), float32: orthonormal; 0 where fewer say all."""
     words: torch.Tensor
     """(size, DIRECTIONS + 1), float32: each word along them, and the length of what is left of it."""
 
@@ -54,9 +54,26 @@ def make_screen(words: np.ndarray) -> Screen | None:
     sample = words[:: -(-size // SAMPLE)]
     directions = np.random.RandomState(0).standard_normal((values, DIRECTIONS)).astype(np.float32)
     for _ in range(TURNS):
-        directions, _ = np.linalg.qr(sample.T @ (sample @ directions))
+        directions = _orthonormal(sample.T @ (sample @ directions))
     parts = [_along(words[start : start + SAMPLE], directions) for start in range(0, size, SAMPLE)]
     return Screen(torch.from_numpy(directions), torch.from_numpy(np.concatenate(parts)))
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    """Directions of length 1 that are at right angles and span the same as `columns`, (values, n), one after the other.
+
+    0 in place of one that is within what those before it span. `np.linalg.qr` does so in many steps, before each of
+    which its threads wait for one another: a second and more where other processes have the cores.
+    """
+    found = np.zeros(columns.shape[::-1])
+    for number, column in enumerate(columns.T.astype(np.float64)):
+        before, rest = found[:number], column
+        for _ in range(2):  # what rounding leaves of the others goes the second time
+            rest = rest - np.einsum("ij,i->j", before, np.einsum("ij,j->i", before, rest))
+        length = np.sqrt(np.einsum("i,i", rest, rest))
+        if length > 1e-9 * np.sqrt(np.einsum("i,i", column, column)):
+            found[number] = rest / length
+    return found.T.astype(columns.dtype)
 
 
 def _along(words: np.ndarray, directions: np.ndarray) -> np.ndarray:

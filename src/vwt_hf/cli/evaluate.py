@@ -159,9 +159,9 @@ def work(args: argparse.Namespace) -> None:
         (model, images, split, task, processor), _ = everywhere(prepare)
         name = args.dataset_name or (images.name if Path(args.dataset).exists() else args.dataset)
         if args.card is not None:
-            require_same_images(
-                read_card(Path(args.card), args.model), printable(name), split, args.config, images.total
-            )
+            # A stream may end before its limit.
+            total = images.total if hasattr(images.data, "__len__") else None
+            require_same_images(read_card(Path(args.card), args.model), printable(name), split, args.config, total)
         result = evaluate_model(
             model,
             images,

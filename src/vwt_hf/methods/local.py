@@ -37,12 +37,14 @@ logger = logging.get_logger(__name__)
 class LocalConfig(RaggedConfig):
     """Leave out patches that look like the patch beside them, which then stands for both, as it is.
 
-    How much two patches differ is the root mean square of the differences of their pixels, in raw RGB from 0 to 1.
+    How much two patches differ is measured in raw RGB from 0 to 1, by their colours, how these rise and fall across the
+    patch, and how strongly it is textured (`neighbours.describe`).
 
     Args:
         tolerance (`float`, *optional*):
-            A patch may be left to a neighbour that differs by less, so each image has as many tokens as it needs.
-            Default 0.045, if neither of the next two is given. 0 is the plain model.
+            A patch may be left to a neighbour that differs by less, so each image has as many tokens as it needs. The
+            neighbour may be left to another in turn: over up to three steps differences add up. Default 0.045, if
+            neither of the next two is given. 0 is the plain model.
         keep_ratio (`float`, *optional*):
             Share of patches kept, in (0, 1], of every image: those that differ most from their neighbours, and one in
             each 4 × 4 block, however small the share.

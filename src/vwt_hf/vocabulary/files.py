@@ -69,7 +69,7 @@ class VocabularyInfo:
     unreadable: int | None = None
     """Images that could not be read."""
     inertia: float | None = None
-    """Mean squared Euclidean distance of a patch, in raw RGB, to its nearest word, on patches not yet learned from."""
+    """Mean squared Euclidean distance of a patch, in raw RGB, to its nearest word when it came (`MiniBatchKMeans`)."""
     seed: int | None = None
     library_version: str | None = None
     """Version of vwt_hf that learned the words."""
@@ -226,7 +226,11 @@ def _require_inside(located: Located, path: Path) -> None:
     allowed += [at.parent.resolve() for at in folder.parents if at.name == "snapshots" and "--" in at.parent.name]
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in allowed):
-        _refuse(located, path.name, "it is a link that leads out of the folder, or lies in one; expected a file in it")
+        _refuse(
+            located,
+            path.name,
+            "it is a link that leads out of the folder, or in a folder that is one; expected a file in it",
+        )
 
 
 def _refuse(located: Located, file: str, reason: str) -> NoReturn:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..printable import printable
+from ..printable import printable, shown
 from ..processors import whole_images
 from ..words import patchify
 
@@ -97,10 +97,13 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
         column: the data set's image column; by default its first.
 
     Raises:
-        ValueError: the folder has no images, the data set has no such column or several splits.
+        ValueError: the folder has no images, the data set has no such column or several splits, or there is a column
+            and no data set.
         TypeError: `images` is of another type.
     """
     folder = folder_of(images)
+    if column is not None and type(images).__module__.split(".")[0] != "datasets":
+        raise ValueError(f"column is {shown(column)}, which is for data sets; leave it out.")
     if folder is not None:
         files = find_images([folder])
         items = _Shuffled(len(files), seed, lambda i: (str(files[i]), files[i]))
@@ -445,6 +448,9 @@ _NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "reques
 """Packages whose errors are those of a connection."""
 
 
+_OUT_OF_REACH = (MemoryError, ConnectionError, TimeoutError, FileNotFoundError)
+
+
 class UnreadableImage(ValueError):
     """An image cannot be read; the message names it and says why."""
 
@@ -455,7 +461,7 @@ class UnreadableImage(ValueError):
         # Decoders' own `OSError`s have no number.
         by_system = isinstance(error, OSError) and error.errno is not None
         by_network = type(error).__module__.split(".")[0] in _NETWORK
-        return by_system or by_network or isinstance(error, (MemoryError, ConnectionError, TimeoutError))
+        return by_system or by_network or isinstance(error, _OUT_OF_REACH)
 
 
 def read_image(item: Any, name: str | None = None) -> Any:

@@ -67,6 +67,13 @@ def statistics(patches: torch.Tensor, words: torch.Tensor) -> Statistics:
     return Statistics(sums, counts, distances.sum(dtype=torch.float64))
 
 
+def _is_first(rows: torch.Tensor) -> torch.Tensor:
+    """Of each row, bool: whether none before it is the same."""
+    _, kind = torch.unique(rows, dim=0, return_inverse=True)
+    own = torch.arange(len(rows), device=rows.device)
+    return own.scatter_reduce(0, kind, own, "amin", include_self=False)[kind] == own
+
+
 class MiniBatchKMeans:
     """Words learned from batches of patches.
 
@@ -103,8 +110,9 @@ class MiniBatchKMeans:
         """(size,): patches assigned to each word when they were seen."""
         self.seen = 0
         self.inertia = 0.0
-        """Mean squared distance of a patch to its nearest word, faded as `weights` are. After the buffer each patch is
-        measured before the words learn from it, so this is the error on patches not yet seen."""
+        """Mean squared distance of a patch to its nearest word as it was when the patch came, of later batches a little
+        more than of earlier ones. Words are measured before they learn from a batch, but for the first patches, by
+        which they are seeded."""
         self._buffer: list[torch.Tensor] = []
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -176,8 +184,10 @@ class MiniBatchKMeans:
         if not number:
             return
         rare = rare[self.weights[rare].argsort(stable=True)[:number]]
-        chosen = unlike[self._choose(len(unlike), number)]
-        self.words[rare] = patches[chosen]
+        chosen = patches[unlike[self._choose(len(unlike), number)]]
+        first = _is_first(chosen)
+        rare, chosen = rare[first], chosen[first]
+        self.words[rare] = chosen
         self.weights[rare] = floor
         self.counts[rare] = 1
 

@@ -23,6 +23,8 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..bounds import is_int
+from ..printable import shown
 from ..processes import everywhere, gathered, in_main, join, place, summed, together
 from ..processors import processor_statistics
 from ..whole_saves import write_files
@@ -122,6 +124,8 @@ def learn_words(
         for name, value in {"size": size, "patch_size": patch_size, "batch_size": batch_size}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+        if max_images is not None and (not is_int(max_images) or max_images < 1):
+            raise ValueError(f"max_images is {shown(max_images)}; expected a whole number of at least 1, or None.")
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
         VocabularyInfo(dataset=dataset, base_model=base_model)  # refuses what it could not record at the end
