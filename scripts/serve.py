@@ -78,7 +78,7 @@ MOST_TIMES = 16
 SQUARE = 1024
 """Pixels of a side of that square one."""
 GRACE = 1.0
-"""Seconds from the end of the process that answers requests to its being taken for a death."""
+"""Seconds to wait, once the process that answers requests has ended, before that counts as a death."""
 BEST = 5
 """Labels in an answer."""
 SHORTEST = 0.001
@@ -161,22 +161,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         signal.signal(signal.SIGTERM, functools.partial(end, os.getpid()))
         print(f"{options.model}, vwt={json.dumps(setting)}: http://{options.host}:{options.port}/predict", flush=True)
-        server.run(
-            host=options.host,
-            port=options.port,
-            num_api_servers=1,
-            log_level="warning",
-            generate_client_file=False,
-        )
+        try:
+            server.run(
+                host=options.host,
+                port=options.port,
+                num_api_servers=1,
+                log_level="warning",
+                generate_client_file=False,
+            )
+        except (EOFError, ConnectionError):  # LitServe waits for a process that it ends itself where a worker dies
+            if not server.died:
+                raise
     if server.died:
-        raise OSError(f"{server.died}, which answers requests, ended by itself, as if it was killed.")
+        raise OSError(f"{server.died} ended by itself, as if it was killed.")
 
 
 class Server(litserve.LitServer):
     """LitServe's server, that ends where the process which answers HTTP does, as it ends where a worker does."""
 
     died: str | None = None
-    """The name of the process that ended by itself; `None` if none did."""
+    """The process that ended by itself; `None` if none did."""
     ends = False
     """Whether LitServe ends its processes."""
 
@@ -185,15 +189,20 @@ class Server(litserve.LitServer):
         threading.Thread(target=self._end_with, args=(list(processes.values()),), daemon=True).start()
         return processes
 
-    def _perform_graceful_shutdown(self, *args: Any, **kwargs: Any) -> None:
+    def _perform_graceful_shutdown(self, manager: Any, uvicorn_workers: Any, shutdown_reason: str = "normal") -> None:
         self.ends = True
-        super()._perform_graceful_shutdown(*args, **kwargs)
+        if "died" in shutdown_reason:
+            self.died = "A worker"
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another would cut this short
+        super()._perform_graceful_shutdown(manager, uvicorn_workers, shutdown_reason)
 
     def _end_with(self, processes: Sequence[Any]) -> None:
         ended = multiprocessing.connection.wait([process.sentinel for process in processes])
         time.sleep(GRACE)  # a signal may reach all processes, and this one last
         if not self.ends:
-            self.died = next(process.name for process in processes if process.sentinel in ended)
+            name = next(process.name for process in processes if process.sentinel in ended)
+            self.died = f"{name}, which answers requests,"
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -230,7 +239,6 @@ def end(first: int, *_: object) -> None:
     """Ends the process `first` as an interrupt does, upon which LitServe ends its others; those forked end at once."""
     if os.getpid() != first:
         os._exit(0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another would cut that short
     raise KeyboardInterrupt
 
 

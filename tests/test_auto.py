@@ -157,6 +157,9 @@ def test_feature_maps_of_a_backbone_have_every_patch(name, pixel_values):
         for found, expected, whole in zip(maps, rows, plain, strict=True):
             assert found.shape == whole.shape == (3, 32, 8, 8) and not torch.equal(found, whole)
             torch.testing.assert_close(found.flatten(2).transpose(1, 2), expected)
+    for number in range(2, 9):  # and the prefix: as many rows as maps are high
+        maps = vwt_hf.compress(model, {"dropped": "merge", "num_patches": number})(pixel_values).feature_maps
+        assert [one.shape for one in maps] == [(3, 32, 8, 8)] * 2
     with pytest.raises(ValueError, match=r"Backbone with reshape_hidden_states=True"):
         vwt_hf.compress(model, HALF)
 

@@ -238,7 +238,7 @@ def test_zero_shot_takes_each_of_the_labels_that_read_the_same(tmp_path, photogr
     folder = two_towers("clip", tmp_path)
     task = ZeroShot(loaded(folder), opened, transformers.AutoTokenizer.from_pretrained(folder), given)
     found = task.truth(["sea_cat", "sea cat", "dog", "bird", None])
-    said = ["2 images without a label of those are left out of the accuracy."]
+    said = ["2 images have none of these labels, and are left out of the accuracy."]
     assert found == ([{0, 2}, {0, 2}, {1}, set(), set()], said)
 
 
@@ -769,6 +769,23 @@ def test_figures_of_other_images_in_a_card_are_not_replaced(tmp_path, photograph
     run(folder, photographs, *some, "--dataset-name", "a part")
     results = huggingface_hub.ModelCard(card.read_text()).data.eval_results
     assert {(own.dataset_name, own.metric_args["images"]) for own in results} == {("images", 17), ("a part", 9)}
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(9, 0), (20, 11)])
+def test_figures_of_more_images_of_a_stream_are_not_replaced(limit, rows, tmp_path, dataset, capsys, monkeypatch):
+    """Those of 17; where 20 may be 17, once the images are counted: what was measured is printed before."""
+    streamed = dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: streamed.to_iterable_dataset())
+    folder, card = random_classifier(tmp_path), tmp_path / "README.md"
+    given = ["evaluate", str(folder), "--dataset", "me/photos", "--split", "train", "--streaming", "--card", str(card)]
+    given += ["--vwt", json.dumps(HALF)]
+    assert main(given) == 0
+    before, _ = card.read_text(), capsys.readouterr()
+    streamed = dataset.select(range(11))
+    assert main([*given, "--limit", str(limit)]) == 2
+    said = capsys.readouterr()
+    assert f"figures of 17 images of 'me/photos', and there are {rows or limit} now" in said.err
+    assert card.read_text() == before and ("11 images of me/photos" in said.out) == bool(rows)
 
 
 def test_a_card_that_cannot_be_written_costs_nothing_that_was_measured(tmp_path, photographs, capsys, monkeypatch):

@@ -56,7 +56,7 @@ def trying(examples: int, drawing: fuzzing.Drawing) -> Callable[[Callable[[Case]
                 print_blob=True,
                 # Without explaining, which takes minutes.
                 phases=(Phase.generate, Phase.shrink),
-                suppress_health_check=[HealthCheck.too_slow],
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
             )
             @given(cases(name, drawing))
             def check(case: Case) -> None:

@@ -9,7 +9,9 @@ import contextlib
 import http.client
 import io
 import json
+import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -41,7 +43,7 @@ import serve
 pytestmark = pytest.mark.newest
 
 SETTING = {"method": "local", "tolerance": 0.1}
-SECONDS = 60
+SECONDS = 300
 """Until whatever is waited for must have come."""
 
 
@@ -480,22 +482,36 @@ def test_a_body_that_does_not_come_gets_408_and_more_requests_than_may_be_held_5
             while (await receive())["more_body"]:
                 pass
         except serve.HTTPException as error:
+            assert error.headers == {"Connection": "close"}
             return await send({"status": error.status_code})
-        with pytest.raises(
-            asyncio.TimeoutError
-        ):  # once the body is whole, a request may wait for as long as its answer takes
-            await asyncio.wait_for(receive(), 0.2)
+        with pytest.raises(asyncio.TimeoutError):  # once the body is whole, an answer may take its time
+            await asyncio.wait_for(receive(), serve.SLOWEST + 0.3)
         with concurrent.futures.ThreadPoolExecutor(1) as other:
             within.append(other.submit(asked, bounded, {"more_body": False}).result())
         await send({"status": 200})
 
     bounded = serve.Bounded(app, most=1)
     for _ in range(2):  # what was held is let go
-        with monkeypatch.context() as patched:
-            patched.setattr(serve, "SLOWEST", 0.05)
-            assert asked(bounded, {"more_body": True}) == 408
+        monkeypatch.setattr(serve, "SLOWEST", 0.05)
+        assert asked(bounded, {"more_body": True}) == 408
+        monkeypatch.setattr(serve, "SLOWEST", 1)
         assert asked(bounded, {"more_body": True}, {"more_body": False}) == 200
     assert within == [503, 503]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_end_of_the_http_process_is_a_death_where_litserve_does_not_end_it(ends, monkeypatch):
+    signals: list[Any] = []
+    monkeypatch.setattr(serve, "GRACE", 0)
+    monkeypatch.setattr(serve.os, "kill", lambda *given: signals.append(given))
+    server = serve.Server.__new__(serve.Server)
+    server.ends = ends
+    read, write = os.pipe()
+    os.close(write)  # as of a process that has ended
+    server._end_with([SimpleNamespace(sentinel=read, name="LitServer-0")])
+    os.close(read)
+    assert signals == ([] if ends else [(os.getpid(), signal.SIGTERM)])
+    assert server.died == (None if ends else "LitServer-0, which answers requests,")
 
 
 def test_load_sends_photographs_and_tells_speed_and_wrong_answers(
@@ -514,8 +530,8 @@ def test_load_sends_photographs_and_tells_speed_and_wrong_answers(
     rows = json.loads((tmp_path / "rows.json").read_text())
     # Both are the compressed server here, and so what is asked of the plain one comes out wrong.
     assert [(row["setting"], row["clients"]) for row in rows[:2]] == [("uncompressed", 1), ("uncompressed", 4)]
-    assert all(row["wrong"] == row["answers"] > 3 and row["ratio"] == 1 for row in rows[:2])
-    assert all(row["wrong"] == row["errors"] == 0 and row["answers"] > 3 for row in rows[2:])
+    assert all(row["wrong"] == row["answers"] > 0 and row["ratio"] == 1 for row in rows[:2])
+    assert all(row["wrong"] == row["errors"] == 0 and row["answers"] > 0 for row in rows[2:])
     assert 10 < rows[2]["tokens"] < 60 and rows[3]["batch"] > rows[2]["batch"] == 1
     assert "| local, tolerance 0.1 | 4 |" in capsys.readouterr().out
 

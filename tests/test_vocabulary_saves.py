@@ -177,6 +177,23 @@ def test_writers_and_readers_at_once_never_meet_a_mixture(tmp_path: Path) -> Non
     assert (loaded(tmp_path), names(tmp_path)) == ("new", FILES)
 
 
+def test_words_that_do_not_fit_their_facts_are_read_again_where_another_save_wrote_the_same_facts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    VOCABULARIES["old"].save_pretrained(tmp_path, card=False)
+    original, refused = files._read_words, []
+
+    def read(*given: Any) -> Any:
+        if refused:
+            return original(*given)
+        refused.append(given)
+        VOCABULARIES["old"].save_pretrained(tmp_path, card=False)
+        raise ValueError("the words are of a save between the two")
+
+    monkeypatch.setattr(files, "_read_words", read)
+    assert loaded(tmp_path) == "old" and refused
+
+
 @needs_fork
 def test_what_a_live_save_has_written_is_not_removed_by_another(tmp_path: Path) -> None:
     VOCABULARIES["old"].save_pretrained(tmp_path, card=False)

@@ -6,7 +6,7 @@ Importing this package registers it with transformers; models that do not ask fo
 import os
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "VWTConfig",
     "VisualVocabulary",

@@ -109,7 +109,8 @@ def calibrate(
     """Finds how far a model's sequences may be shortened on a user's own images, by comparing it with itself.
 
     No labels are needed, and the model stays as it is: `vwt_hf.compress(model, setting)` compresses it. Exactly one of
-    `agreement`, `speed` and `tokens` says what is asked for.
+    `agreement`, `speed` and `tokens` says what is asked for. It is sought among ten settings of `method="gradual"`
+    (`LEVELS`), from light to heavy.
 
     Args:
         model: a transformers model of a supported family, plain or compressed, on the device and in the data type that

@@ -68,8 +68,9 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
 
     Args:
         model: a transformers model of a supported family (`vwt_hf.supported()`).
-        config: a `VWTConfig`, a dict of its fields, `True` for the defaults, or a vocabulary (its Hub id, its folder or
-            itself) for inter-image words. `False` restores the plain model.
+        config: a `VWTConfig`, a dict of its fields (without `method` that of the paper, `"intra"`), `True` for
+            `method="gradual"` with its defaults, or a vocabulary (its Hub id, its folder or itself) for inter-image
+            words. `False` restores the plain model.
         hub_kwargs: `token`, `cache_dir`, `local_files_only`, ... for a vocabulary and an image processor on the Hub;
             by default those that the model was loaded with. `revision` and `subfolder` are those of the image
             processor: a vocabulary's revision is a field of the setting.
@@ -801,6 +802,8 @@ class End(Hook):
         if forward is None or output is None:  # no output: the forward raised
             return
         squares = [(plan.shape[1],) * 2 for plan in forward.plans]
+        # Maps of patches may be as many rows high as a plan has.
+        output = getattr(output, "attentions", None) if isinstance(tower, BackboneMixin) else output
         for value in _pytree.tree_leaves(output):
             if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2:] in squares:
                 raise ValueError(

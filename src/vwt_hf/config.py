@@ -332,12 +332,12 @@ def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str
 
     names = _field_names(method_class)
     for name in fields.keys() - set(names):
-        for other, other_class in METHODS.items():
-            if name in _field_names(other_class):
-                raise ValueError(
-                    f"VWTConfig.{name} is {shown(fields[name])}, but method is {method!r}; the field belongs to "
-                    f"method={other!r}."
-                )
+        owners = [repr(other) for other, other_class in METHODS.items() if name in _field_names(other_class)]
+        if owners:
+            raise ValueError(
+                f"VWTConfig.{name} is {shown(fields[name])}, but method is {method!r}; the field belongs to "
+                f"method={' or '.join(owners)}."
+            )
         hint = nearest_hint(name, names)
         its_own = ", ".join(sorted(names))
         raise ValueError(f"VWTConfig has no field {shown(name)}; the fields of method={method!r} are {its_own}.{hint}")

@@ -45,7 +45,7 @@ from .printable import difference, shown
 from .processes import everywhere, gathered, in_main, join, place
 from .processors import described_processor, processor_of
 from .terminal import require_folder
-from .vocabulary.image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed
+from .vocabulary.image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed, read_image
 from .weights import device_of, fingerprint_of
 from .whole_saves import write_files
 
@@ -121,7 +121,8 @@ def embed(
     or, without one, the mean of the tokens. Images that cannot be read have no row; they are in `embed.json`, which
     also holds what the files were made by. Each file is written whole or not at all: the same call again makes those
     that are missing, and those that lack images which were out of reach, as of a drive that was gone. It is refused
-    where it is of another model, setting, processor, list of images, kind of device, or version of a library.
+    where it is of another model, setting, processor, list of images, attention, kind of device, or version of a
+    library.
 
     Under `accelerate launch`, or in any program of several processes, each makes its share of the missing files, in one
     folder that all see, and all have to make this call. It joins those that are not joined yet: each then waits for the
@@ -180,7 +181,7 @@ def embed(
     if trial.pads:
         processor = _tokenizing(processor, model)
     run = _Run(model, processor, batch_size, WINDOW if trial.pads or trial.sizes_differ else 1)
-    own = shards.missing()
+    own = shards.missing(lambda row: _is_in_reach(rows, row))
     total = sum(len(shards.rows(number)) for number in own)
 
     def make() -> None:
@@ -346,6 +347,15 @@ class _Run:
         return features
 
 
+def _is_in_reach(rows: ImageRows, row: int) -> bool:
+    name, item = rows[row]
+    try:
+        read_image(item, name)
+    except UnreadableImage:
+        return False
+    return True
+
+
 def _as_it_is(read: Any) -> Any:
     return read
 
@@ -422,11 +432,22 @@ class Shards:
         """The numbers of the images of a file."""
         return range(number * self._size, min((number + 1) * self._size, self._images))
 
-    def missing(self) -> list[int]:
-        """This process's share of the files that are not there, whichever process made those that are."""
+    def missing(self, is_in_reach: Callable[[int], bool]) -> list[int]:
+        """This process's share of the files that are not there, whichever process made those that are, and of those
+        that lack images which were out of reach and are not now.
+
+        Args:
+            is_in_reach: tells of a row whether its image can be read.
+        """
         index, processes = place()
+
+        def is_missing(file: Path) -> bool:
+            if not file.exists():
+                return True
+            return any(AGAIN in image and is_in_reach(image["row"]) for image in self._said_in(file)[1])
+
         # The main process looks, so that all share out the same list, while some write files already.
-        missing = in_main(lambda: [number for number, file in enumerate(self.files) if self._is_missing(file)])
+        missing = in_main(lambda: [number for number, file in enumerate(self.files) if is_missing(file)])
         if missing and len(self.files) < processes and index == 0:
             warnings.warn(
                 f"{self._images} images make {len(self.files)} files of up to {self._size}, fewer than the {processes} "
@@ -435,13 +456,19 @@ class Shards:
             )
         return missing[index::processes]
 
-    def _is_missing(self, file: Path) -> bool:
-        """Whether a file is not there, or lacks images that could not be had when it was made."""
-        return not file.exists() or any(AGAIN in image for image in self._said_in(file)[1])
-
     def write(self, number: int, shard: Shard) -> None:
-        """Writes a file, whole or not at all."""
-        write_files(self._folder, {self.files[number].name: self._kind.write(shard)})
+        """Writes a file, whole or not at all.
+
+        Raises:
+            OSError: it is there and has more images.
+        """
+        file = self.files[number]
+        if file.exists() and (before := self._said_in(file)[0]) > len(shard.rows):
+            raise OSError(
+                f"{file} has {before} images, of which {len(shard.rows)} alone could be had now. Once the others are "
+                "in reach, the same call goes on where this one stopped."
+            )
+        write_files(self._folder, {file.name: self._kind.write(shard)})
 
     def begin(self, of: dict[str, Any]) -> None:
         """Writes the manifest, or compares it with what an earlier run wrote.

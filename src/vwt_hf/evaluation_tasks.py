@@ -237,7 +237,7 @@ class ZeroShot(Classification):
         for number, name in enumerate(self.names):
             numbers.setdefault(name, set()).add(number)
         truth = [set() if label is None else numbers.get(_spoken(str(label)), set()) for label in labels]
-        return truth, _left_out(truth, "without a label of those are left out of the accuracy")
+        return truth, _left_out(truth, "have none of these labels, and are left out of the accuracy")
 
 
 def _spoken(label: str) -> str:

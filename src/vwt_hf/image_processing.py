@@ -221,14 +221,14 @@ class Tokenizing:
 
         Args:
             patch_words: as this image processor made them, of all images or of one.
-            images: what they were made of: images, `pixel_values` (batch, channels, height, width), or all that
-                this image processor made.
+            images: what they were made of: images, or all that this image processor made, or its `pixel_values`, of a
+                batch or one image or a list of them: floating-point arrays or tensors with channels first.
 
         Returns:
             For each image a `PIL.Image.Image`, of the size that the model gets.
 
         Raises:
-            ValueError: the words are of other images.
+            ValueError: the words are of another number of images or patches, or of another kind of setting.
         """
         from PIL import Image
 

@@ -124,7 +124,10 @@ def vwt_option(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        message = f"{text!r} is no JSON; expected true, false, or fields, as '{{\"keep_ratio\": 0.5}}'"
+        message = (
+            f"{text!r} is no JSON; expected true, false, or fields, as '{{\"keep_ratio\": 0.5}}'; a vocabulary stands in "
+            "quotes, as '\"me/my-words\"'"
+        )
         raise argparse.ArgumentTypeError(message) from None
 
 

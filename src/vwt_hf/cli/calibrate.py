@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 HELP = "find how far a model may be shortened on your own images, without labels"
 DESCRIPTION = """\
-Compares a model with itself, plain and shortened, on 50 to 500 images like those that it is for, and finds the setting
-that keeps what you ask for: so large a share of its answers at the greatest speed (--agreement), or so great a speed
-(--speed) or so few tokens (--tokens) with the most agreement. No labels are needed.
+Compares a model with itself, plain and shortened, on 50 images and more like those that it is for, and finds which of
+ten settings of method gradual keeps what you ask for: so large a share of its answers at the greatest speed
+(--agreement), or so great a speed (--speed) or so few tokens (--tokens) with the most agreement. No labels are needed.
 
 Prints for each setting that was tried
   tokens      of an image, mean over images and layers

@@ -20,8 +20,9 @@ images: the image embedding of models of two towers (CLIP), else the pooled outp
 Each row has the image's name, its number and its features (float32).
 
 After an interruption the same command goes on: files are whole or not there. Another model, setting, list of images,
-kind of device, or version of torch or transformers is refused then. Images that cannot be read are left out and named,
-at the end and in OUTPUT/embed.json; those that were out of reach, as of a drive that was gone, are read again.
+attention, kind of device, or version of torch or transformers is refused then. Images that cannot be read are left out
+and named, at the end and in OUTPUT/embed.json; those that were out of reach, as of a drive that was gone, are read by
+the next run that finds them.
 
 Several processes, on one machine or many that see OUTPUT, share the files out under `accelerate launch --multi_gpu`,
 which is for CPUs, too."""

@@ -28,6 +28,7 @@ Shows every image to the model, uncompressed and under each setting, and prints 
                   of fewer than 5 images are left out)
   agree           share of images with the uncompressed model's first answer
   kl              mean divergence from its output
+  max Δ logit     largest difference of a logit (without an interval; other tasks have columns of their own)
   seconds         that the answers took, reading left out
 
 What is measured follows from the model, or --task: the labels of a classifier; labels by their names of a model such
@@ -159,9 +160,8 @@ def work(args: argparse.Namespace) -> None:
         (model, images, split, task, processor), _ = everywhere(prepare)
         name = args.dataset_name or (images.name if Path(args.dataset).exists() else args.dataset)
         if args.card is not None:
-            # A stream may end before its limit.
-            total = images.total if hasattr(images.data, "__len__") else None
-            require_same_images(read_card(Path(args.card), args.model), printable(name), split, args.config, total)
+            own = read_card(Path(args.card), args.model)
+            require_same_images(own, printable(name), split, args.config, images.total, hasattr(images.data, "__len__"))
         result = evaluate_model(
             model,
             images,
@@ -180,6 +180,8 @@ def work(args: argparse.Namespace) -> None:
                 write_file(args.json, json.dumps(result.to_dict(), indent=1))
             report(result)
             if args.card is not None:
+                own, total = read_card(Path(args.card), args.model), result.images + len(result.unreadable)
+                require_same_images(own, printable(name), split, args.config, total, True)
                 write_card(Path(args.card), result, split, args.config)
 
 
@@ -253,12 +255,15 @@ def write_card(file: Path, result: Evaluation, split: str | None, config: str | 
     write_file(file, str(card))
 
 
-def require_same_images(card: ModelCard, name: str, split: str | None, config: str | None, total: int | None) -> None:
+def require_same_images(
+    card: ModelCard, name: str, split: str | None, config: str | None, total: int | None, exact: bool
+) -> None:
     """Refuses a card with figures of another number of images under one name, which would be replaced.
 
     Args:
         name: of the data set, as figures are to have it.
         total: how many images there are; `None` if that is not known.
+        exact: whether there are as many; else no more, as of a stream, which may end before its limit.
 
     Raises:
         ValueError: it has such figures.
@@ -266,9 +271,10 @@ def require_same_images(card: ModelCard, name: str, split: str | None, config: s
     data: Any = card.data
     for own in data.eval_results or []:
         args = own.metric_args if isinstance(own.metric_args, dict) else {}
-        before = args.get("images", 0) + args.get("unreadable", 0) if isinstance(args.get("images"), int) else total
+        known: Any = args.get("images")
+        before: int = known + args.get("unreadable", 0) if isinstance(known, int) else total or 0
         is_of = (own.dataset_name, own.dataset_split, own.dataset_config) == (name, split, config)
-        if is_of and total is not None and before != total:
+        if is_of and total is not None and (before != total if exact else before > total):
             raise ValueError(
                 f"the card has figures of {before} images of {shown(name)}, and there are {total} now: the old figures "
                 "would be replaced. Give the new ones another name by --dataset-name, or remove the old ones."

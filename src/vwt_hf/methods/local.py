@@ -42,9 +42,9 @@ class LocalConfig(RaggedConfig):
 
     Args:
         tolerance (`float`, *optional*):
-            A patch may be left to a neighbour that differs by less, so each image has as many tokens as it needs. The
-            neighbour may be left to another in turn: over up to three steps differences add up. Default 0.045, if
-            neither of the next two is given. 0 is the plain model.
+            A patch may be left to a neighbour that differs by less, so each image has as many tokens as it needs. Where
+            that neighbour is left to another, too, the most similar of those around that stay stands for the patch,
+            which may differ by more. Default 0.045, if neither of the next two is given. 0 is the plain model.
         keep_ratio (`float`, *optional*):
             Share of patches kept, in (0, 1], of every image: those that differ most from their neighbours, and one in
             each 4 × 4 block, however small the share.

@@ -20,8 +20,9 @@ class RaggedConfig(VWTConfig):
         layout (`str`, default `"auto"`):
             How such a batch is run. `"packed"`: as one sequence, of which only attention knows where images end.
             `"padded"`: each image as long as the longest. `"auto"`: packed where attention takes packed tokens as they
-            are (on a CPU; on CUDA in half precision by sdpa or flash_attention_2), else padded, as is training with
-            stochastic depth. The answers are the same.
+            are (on a CPU; on CUDA in half precision by flash_attention_2 or, from compute capability 8.0 and torch 2.10
+            on, by sdpa), else padded, as are BEiT and Data2Vec there, and training with stochastic depth. The answers
+            are the same.
     """
 
     layout: str = "auto"
@@ -45,7 +46,7 @@ class RaggedConfig(VWTConfig):
             raise ValueError(
                 f"method={self.method!r} gives every image its own number of tokens, which an exported or traced "
                 "program cannot hold. Export a model compressed with method='intra', 'local' or 'coarse' with "
-                "num_patches and no similarity, or 'gradual' with num_patches and join_ratio."
+                "num_patches or keep_ratio and no similarity, or 'gradual' with one of them and join_ratio."
             )
 
     def packs(self, patches: Patches) -> bool:

@@ -163,14 +163,21 @@ def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None
     if located.file.name == LEGACY_FILE:
         return _read_legacy(located)
     for _ in range(_ATTEMPTS):
+        before = _identity(located.file)
         content = _read_info(located)
         try:
             return _read_words(located, _fields(located, content))
         except (ValueError, FileNotFoundError):
             # Where a save ended meanwhile, the words are its own, and the facts those of the one before.
-            if located.download is not None or _read_info(located) == content:
+            if located.download is not None or _identity(located.file) == before:
                 raise
     _refuse(located, INFO_FILE, "it is being replaced all the time; load it once nobody saves into the folder")
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """What tells a file from another that took its place, also if that holds the same."""
+    status = os.stat(file)
+    return status.st_ino, status.st_mtime_ns
 
 
 def _read_words(located: Located, fields: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyInfo]:
