@@ -125,8 +125,8 @@ def vwt_option(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         message = (
-            f"{text!r} is no JSON; expected true, false, or fields, as '{{\"keep_ratio\": 0.5}}'; a vocabulary stands in "
-            "quotes, as '\"me/my-words\"'"
+            f"{text!r} is no JSON; expected true, false, or fields, as '{{\"keep_ratio\": 0.5}}'; a vocabulary stands "
+            "in quotes, as '\"me/my-words\"'"
         )
         raise argparse.ArgumentTypeError(message) from None
 
