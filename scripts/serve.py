@@ -190,9 +190,9 @@ class Server(litserve.LitServer):
         return processes
 
     def _perform_graceful_shutdown(self, manager: Any, uvicorn_workers: Any, shutdown_reason: str = "normal") -> None:
+        if "died" in shutdown_reason and not self.ends:
+            self.died = self.died or "A worker"
         self.ends = True
-        if "died" in shutdown_reason:
-            self.died = "A worker"
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another would cut this short
         super()._perform_graceful_shutdown(manager, uvicorn_workers, shutdown_reason)

@@ -514,6 +514,19 @@ def test_the_end_of_the_http_process_is_a_death_where_litserve_does_not_end_it(e
     assert server.died == (None if ends else "LitServer-0, which answers requests,")
 
 
+def test_a_dead_worker_is_told_and_workers_that_end_with_the_others_are_not(monkeypatch):
+    monkeypatch.setattr(serve.litserve.LitServer, "_perform_graceful_shutdown", lambda *given: None)
+    ignored: list[Any] = []
+    monkeypatch.setattr(serve.signal, "signal", lambda *given: ignored.append(given))
+    server = serve.Server.__new__(serve.Server)
+    server._perform_graceful_shutdown(None, {}, "Worker inference_0 died")
+    assert server.died == "A worker" and ignored == [(signal.SIGTERM, signal.SIG_IGN)]
+    server = serve.Server.__new__(serve.Server)
+    for reason in ("keyboard_interrupt", "Worker inference_0 died"):
+        server._perform_graceful_shutdown(None, {}, reason)
+    assert server.died is None
+
+
 def test_load_sends_photographs_and_tells_speed_and_wrong_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], server: Running, monkeypatch: pytest.MonkeyPatch
 ):
