@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 import multiprocessing
 import os
@@ -133,10 +132,6 @@ def by_torch_after_accelerate(index: int, number: int, port: int) -> None:
 
     PartialState(cpu=True)
     by_torch(index, number, port)
-
-
-all_joined: contextvars.ContextVar[Any] = contextvars.ContextVar("all_joined")
-"""A barrier of the processes that `together` forks, which each may wait at once it has joined the others."""
 
 
 def together(

@@ -476,3 +476,12 @@ def test_a_revision_is_that_of_a_repository_alone(folder, vocabulary):
     for words in ({}, {"vocabulary": str(folder / "words")}, {"vocabulary": vocabulary}):
         with pytest.raises(ValueError, match=r"VWTConfig\.revision is 'v2', and vocabulary is .*expected a Hub id"):
             compress(tiny_model("vit", **({} if words else {"patch_size": 16})), named | words)
+
+
+@pytest.mark.parametrize("how", [{}, {"return_dict": False}])
+def test_a_backbone_gives_no_attention_between_groups(how, images):
+    stages = {"out_features": ["stage1"], "attn_implementation": "eager"}
+    model = transformers.Dinov2Backbone(transformers.Dinov2Config(**TINY, **stages)).eval()
+    compress(model, VWTConfig(dropped="merge", num_patches=20))
+    with pytest.raises(ValueError, match="output_attentions gives the attention between patches"):
+        model(images, output_attentions=True, **how)

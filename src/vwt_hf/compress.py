@@ -802,8 +802,8 @@ class End(Hook):
         if forward is None or output is None:  # no output: the forward raised
             return
         squares = [(plan.shape[1],) * 2 for plan in forward.plans]
-        # Maps of patches may be as many rows high as a plan has.
-        output = getattr(output, "attentions", None) if isinstance(tower, BackboneMixin) else output
+        if isinstance(tower, BackboneMixin):  # its maps of patches may be as many rows high as a plan has
+            output = output[1:] if isinstance(output, tuple) else output.attentions
         for value in _pytree.tree_leaves(output):
             if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2:] in squares:
                 raise ValueError(

@@ -351,8 +351,8 @@ def _is_in_reach(rows: ImageRows, row: int) -> bool:
     name, item = rows[row]
     try:
         read_image(item, name)
-    except UnreadableImage:
-        return False
+    except UnreadableImage as error:
+        return not error.is_out_of_reach
     return True
 
 
@@ -457,17 +457,14 @@ class Shards:
         return missing[index::processes]
 
     def write(self, number: int, shard: Shard) -> None:
-        """Writes a file, whole or not at all.
-
-        Raises:
-            OSError: it is there and has more images.
-        """
+        """Writes a file, whole or not at all. One that is there and has more images stays, with a warning."""
         file = self.files[number]
         if file.exists() and (before := self._said_in(file)[0]) > len(shard.rows):
-            raise OSError(
-                f"{file} has {before} images, of which {len(shard.rows)} alone could be had now. Once the others are "
-                "in reach, the same call goes on where this one stopped."
+            warnings.warn(
+                f"{file} stays as it is: it has {before} images, of which {len(shard.rows)} alone could be had now.",
+                stacklevel=4,
             )
+            return
         write_files(self._folder, {file.name: self._kind.write(shard)})
 
     def begin(self, of: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ class RaggedConfig(VWTConfig):
         layout (`str`, default `"auto"`):
             How such a batch is run. `"packed"`: as one sequence, of which only attention knows where images end.
             `"padded"`: each image as long as the longest. `"auto"`: packed where attention takes packed tokens as they
-            are (on a CPU; on CUDA in half precision by flash_attention_2 or, from compute capability 8.0 and torch 2.10
+            are (on a CPU; on CUDA in half precision by flash_attention_2 or, from compute capability 8.0 and torch 2.11
             on, by sdpa), else padded, as are BEiT and Data2Vec there, and training with stochastic depth. The answers
             are the same.
     """
