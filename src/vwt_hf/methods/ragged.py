@@ -46,7 +46,8 @@ class RaggedConfig(VWTConfig):
             raise ValueError(
                 f"method={self.method!r} gives every image its own number of tokens, which an exported or traced "
                 "program cannot hold. Export a model compressed with method='intra', 'local' or 'coarse' with "
-                "num_patches or keep_ratio and no similarity, or 'gradual' with one of them and join_ratio."
+                "num_patches and no similarity, or 'gradual' with num_patches and join_ratio; keep_ratio in place of "
+                "num_patches will do, too."
             )
 
     def packs(self, patches: Patches) -> bool:
