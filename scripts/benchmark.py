@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         "groups": hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16],
         "weights": fingerprint_of(reference),
         "words": {method.name: compression_of(method.model)["words"] for method in by_words},
-        "image_processor": json.loads(json.dumps(described_processor(processor))),
+        "image_processor": described_processor(processor),
     }
     results = Results(options.json, header(options, machine, of))
 

@@ -25,6 +25,7 @@ from .families import (
     find_layers,
     find_stack,
     find_tower,
+    holders_of,
     is_of,
     model_of,
     refuse_to_drop,
@@ -181,9 +182,7 @@ def _hook_in(
     """
     follows = setting.shortens and (by_sizes or bool(relative))
     layers = find_layers(tower.module)
-    entered = [
-        module for module in model.modules() if isinstance(module, PreTrainedModel) and tower.module in module.modules()
-    ]
+    entered = holders_of(model, tower)
     for holder in entered:
         holder.register_forward_pre_hook(TakeWords(follows), with_kwargs=True)
     model_class: Any = type(model)

@@ -250,11 +250,15 @@ def reads_every_patch(model_class: type[PreTrainedModel]) -> bool:
     return isinstance(row, Holder) or (row is not None and _is_one_of(model_class, row.needs_every_patch))
 
 
+def holders_of(model: PreTrainedModel, tower: Tower) -> list[PreTrainedModel]:
+    """`model` and the models within it that are or hold its vision tower."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [holder for holder in models if tower.module in holder.modules()]
+
+
 def why_every_patch(model: PreTrainedModel, tower: Tower) -> str | None:
     """Why `model`, or a part of it, needs a hidden state for every patch of its tower; `None` if none does."""
-    for part in model.modules():
-        if not isinstance(part, PreTrainedModel) or tower.module not in part.modules():
-            continue
+    for part in holders_of(model, tower):
         if reads_every_patch(type(part)):
             return f"{type(part).__name__} reads a value for every patch"
         if isinstance(part, BackboneMixin) and getattr(part.config, "reshape_hidden_states", False):

@@ -180,8 +180,6 @@ def work(args: argparse.Namespace) -> None:
                 write_file(args.json, json.dumps(result.to_dict(), indent=1))
             report(result)
             if args.card is not None:
-                own, total = read_card(Path(args.card), args.model), result.images + len(result.unreadable)
-                require_same_images(own, printable(name), split, args.config, total, True)
                 write_card(Path(args.card), result, split, args.config)
 
 
@@ -244,10 +242,12 @@ def write_card(file: Path, result: Evaluation, split: str | None, config: str | 
         split, config: of the data set.
 
     Raises:
-        ValueError: the file is no model card, or one of several models.
+        ValueError: the file is no model card, or one of several models, or has figures of another number of images.
         OSError: it cannot be written.
     """
     card = read_card(file, result.model)
+    total = result.images + len(result.unreadable)
+    require_same_images(card, printable(result.dataset), split, config, total, exact=True)
     new = result.eval_results(split=split, config=config)
     replaced = {_figure_of(own) for own in new}
     data: Any = card.data

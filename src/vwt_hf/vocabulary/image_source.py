@@ -449,6 +449,7 @@ _NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "reques
 
 
 _OUT_OF_REACH = (MemoryError, ConnectionError, TimeoutError, FileNotFoundError)
+"""Errors, with a number of the system's or without, of bytes that could not be had or held."""
 
 
 class UnreadableImage(ValueError):
