@@ -217,6 +217,16 @@ def test_images_that_a_data_set_names_are_read_once_they_are_there(run, tmp_path
     assert run(images=rows, workers=0).made == 0
 
 
+def test_an_image_that_is_there_again_and_damaged_is_named_as_that(run, tmp_path):
+    photos = [str(tmp_path / f"{number}.png") for number in range(2)]
+    drawn(0).save(photos[0])
+    rows = datasets.Dataset.from_dict({"photo": photos}).cast_column("photo", datasets.Image())
+    assert [image["again"] for image in run(images=rows, workers=0).unreadable] == [True]
+    Path(photos[1]).write_text("no image")
+    (image,) = run(images=rows, workers=0).unreadable
+    assert "again" not in image and "UnidentifiedImageError" in image["reason"]
+
+
 def test_a_file_is_not_replaced_by_one_of_fewer_images(run, folder, tmp_path, monkeypatch):
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.png"))]
     with monkeypatch.context() as patched:
