@@ -546,7 +546,8 @@ def embedding_seconds(model: PreTrainedModel, batch: torch.Tensor) -> float:
         synchronize(batch.device)
         clock.append(time.perf_counter())
 
-    hooks = [module.register_forward_pre_hook(stamp), module.register_forward_hook(stamp)]
+    # Before all that compression does there.
+    hooks = [module.register_forward_pre_hook(stamp, prepend=True), module.register_forward_hook(stamp)]
     for _ in range(EMBEDDING_TURNS):
         model(pixel_values=batch)
     for hook in hooks:

@@ -191,14 +191,17 @@ def measure(
     replies, memory = asyncio.run(load(server, photographs, clients, seconds))
     taken = time.perf_counter() - start  # the last answers come a little after the time
     counted = {name: value - before[name] for name, value in server.counts().items()}
-    verdicts = Counter(judged(reply, photographs[which].expected, tolerance) for which, _, reply in replies)
-    waits = sorted(wait for _, wait, _ in replies)
+    found = [(judged(reply, photographs[which].expected, tolerance), wait) for which, wait, reply in replies]
+    verdicts = Counter(verdict for verdict, _ in found)
+    waits = sorted(
+        wait for verdict, wait in found if verdict != "error"
+    )  # which comes at once where one is turned away
     ends = [len(memory) * part // PARTS for part in range(PARTS + 1)]
     tenths = [statistics.mean(memory[start:end] or memory) / 2**20 for start, end in itertools.pairwise(ends)]
     return {
         "images / s": round((verdicts["right"] + verdicts["tie"] + verdicts["wrong"]) / taken, 2),
-        "p50 ms": round(1000 * statistics.median(waits)),
-        "p95 ms": round(1000 * waits[math.ceil(0.95 * len(waits)) - 1]),
+        "p50 ms": round(1000 * statistics.median(waits)) if waits else None,
+        "p95 ms": round(1000 * waits[math.ceil(0.95 * len(waits)) - 1]) if waits else None,
         "core ms": rounded(1000 * counted["core seconds"], counted["images"], 1),
         "batch": rounded(counted["images"], counted["batches"], 1),
         "tokens": rounded(counted["tokens"], counted["images"], 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from vwt_hf.labelled_images import open_labelled
 from vwt_hf.processors import load_processor
 from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
+AUTO = transformers.AutoModelForImageClassification
 HALF = {"keep_ratio": 0.5}
 evaluate_module = sys.modules["vwt_hf.evaluate_model"]  # in `vwt_hf` the name is its function's
 SIZE = {"height": 32, "width": 32}
@@ -210,6 +212,7 @@ def test_a_limit_takes_images_spread_over_a_folder_and_a_data_set_and_the_first_
     spread = open_labelled(numbered, limit=4)
     assert [row["label"] for row in spread.data] == [0, 4, 8, 12]
     assert taken(dataset.to_iterable_dataset()) == ["row 0", "row 1", "row 2", "row 3"]
+    assert taken(dataset) == ["row 0", "row 4", "row 8", "row 12"]
     # Also of more than half, in which the last folder would have no image else.
     assert [row["label"] for row in open_labelled(numbered, limit=9).data] == [0, 1, 3, 5, 7, 9, 11, 13, 15]
     limit = 9
@@ -481,6 +484,52 @@ def test_retrieval_recalls_what_the_similarities_say(tmp_path, dataset):
     bare = dataset.map(lambda row: {"caption": []})
     with pytest.raises(ValueError, match="none of 17 images has a caption, which retrieval is about; expected"):
         evaluate_model(model, bare, task="retrieval", progress=False)
+
+
+def test_captions_of_one_image_say_no_more_than_one():
+    found = evaluation_tasks.Task.share(None, [True, True, True, False, True, False], 3)
+    assert found == evaluation_tasks.Figure(4 / 6, share_interval(4 / 6, 3), 3)
+    assert evaluation_tasks.Task.share(None, [True, False], 3).interval == share_interval(1 / 2, 2)
+
+
+def test_a_card_says_of_how_many_images_a_figure_is_that_is_not_of_all(tmp_path, photographs, dataset):
+    labelled = evaluate_model(loaded(classifier(tmp_path, {0: "cat"}), AUTO), photographs, vwt=[HALF], progress=False)
+    dataset = dataset.map(lambda row: {"caption": [] if row["id"] < 5 else row["caption"]})
+    folder = two_towers("clip", tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    captioned = evaluate_model(
+        loaded(folder), dataset, vwt=[HALF], task="retrieval", tokenizer=tokenizer, progress=False
+    )
+    for result, some, of in ((labelled, {"accuracy", "worst_group"}, 9), (captioned, set(), 12)):
+        for figure in result.eval_results():
+            is_of_some = figure.metric_type in some or "recall" in figure.metric_type
+            assert figure.metric_args["images"] == 17 and figure.metric_args.get("of") == (of if is_of_some else None)
+            assert is_of_some or figure.metric_type in (*FIGURES, "cosine")
+
+
+def test_a_card_of_a_calibrated_setting_is_read_without_code(tmp_path, photographs):
+    """torch's version is a text of a class of its own, which YAML would name."""
+    calibrated = vwt_hf.VWTConfig(keep_ratio=0.5, evidence={"torch": torch.__version__, "of": [torch.__version__]})
+    assert type(calibrated.evidence["torch"]) is type(calibrated.evidence["of"][0]) is str
+    model = loaded(random_classifier(tmp_path), AUTO)
+    result = evaluate_model(model, photographs, vwt=[calibrated], progress=False)
+    data = huggingface_hub.ModelCardData(model_name="mine", eval_results=result.eval_results())
+    card = huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n")  # it reads no object
+    (kept,) = [own for own in card.data.eval_results if own.metric_type == "kl"]
+    assert kept.metric_args["vwt"]["evidence"]["torch"] == torch.__version__
+
+
+def test_settings_that_words_alone_tell_apart_are_told_by_them_and_the_same_ones_are_refused(tmp_path, photographs):
+    model = loaded(random_classifier(tmp_path), AUTO)
+    first, second = ({"method": "inter", "vocabulary": vwt_hf.VisualVocabulary(torch.rand(9, 3, 4, 4))} for _ in "ab")
+    result = evaluate_model(model, photographs, vwt=[first, HALF, second], progress=False)
+    names = [row.setting for row in result.rows]
+    assert len(set(names)) == 4 and names[2] == "keep ratio 0.5"
+    assert all(re.fullmatch(r"inter, .*, words [0-9a-f]{16}", name) for name in names[1::2])
+    assert len({own.metric_name for own in result.eval_results() if own.metric_type == "kl"}) == 3
+    for twice in ([HALF, dict(HALF)], [first, HALF, dict(first)]):
+        with pytest.raises(ValueError, match=r"vwt holds '(keep ratio 0\.5|inter, .*)' twice; leave one out"):
+            evaluate_model(model, photographs, vwt=twice, progress=False)
 
 
 def test_retrieval_holds_what_is_right_for_some_queries_at_a_time(tmp_path, dataset, monkeypatch):
@@ -771,6 +820,67 @@ def test_figures_of_other_images_in_a_card_are_not_replaced(tmp_path, photograph
     assert {(own.dataset_name, own.metric_args["images"]) for own in results} == {("images", 17), ("a part", 9)}
 
 
+def test_a_saved_data_set_is_called_by_its_folder(tmp_path, photographs, dataset):
+    folder, card = random_classifier(tmp_path), tmp_path / "README.md"
+    for name in ("a", "b"):
+        dataset.save_to_disk(tmp_path / name)
+        run(folder, tmp_path / name, "--vwt", json.dumps(HALF), "--card", str(card))
+    results = huggingface_hub.ModelCard.load(card).data.eval_results
+    assert {own.dataset_name for own in results} == {"a", "b"} and len(results) == 2 * (2 + len(FIGURES))
+
+
+IMAGES_OF_ANOTHER_NAME = """---
+model-index:
+- name: mine
+  results:
+  - task: {type: image-classification}
+    dataset: {type: images, name: Images}
+    metrics: [{type: accuracy, value: 0.5}]
+---
+"""
+TWO_SOURCES = """---
+model-index:
+- name: mine
+  results:
+  - task: {type: image-classification}
+    dataset: {type: other, name: other}
+    metrics: [{type: accuracy, value: 0.5}]
+    source: {name: a, url: "https://a"}
+  - task: {type: image-classification}
+    dataset: {type: other, name: other}
+    metrics: [{type: accuracy, value: 0.6}]
+---
+"""
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        (IMAGES_OF_ANOTHER_NAME, "of 'images' in the card have 'Images' as dataset name, and others 'images': hugging"),
+        (TWO_SOURCES, "of 'other' in the card have 'a' as source name, and others None: huggingface_hub would write"),
+    ],
+)
+def test_figures_that_the_client_would_put_under_anothers_name_or_source_are_refused(
+    tmp_path, photographs, capsys, monkeypatch, card, said
+):
+    file = tmp_path / "README.md"
+    file.write_text(card)
+    shown = cut_off(monkeypatch, 0)
+    given = ["evaluate", str(random_classifier(tmp_path)), "--dataset", str(photographs), "--card", str(file)]
+    assert main(given) == 2
+    assert said in capsys.readouterr().err and not shown and file.read_text() == card
+
+
+def test_a_card_keeps_its_line_ends_and_its_metadata_after_a_byte_order_mark(tmp_path, photographs):
+    card = tmp_path / "README.md"
+    card.write_bytes(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\n\r\n# Mine\r\n")
+    run(random_classifier(tmp_path), photographs, "--vwt", json.dumps(HALF), "--card", str(card))
+    written = card.read_bytes()
+    assert written.count(b"---\r\n") == 2 and written.count(b"\n") == written.count(b"\r\n")
+    found = huggingface_hub.ModelCard.load(card)
+    assert found.data.license == "mit" and found.text.strip() == "# Mine" and found.data.eval_results
+
+
 @pytest.mark.parametrize(("limit", "rows"), [(9, 0), (20, 11)])
 def test_figures_of_more_images_of_a_stream_are_not_replaced(limit, rows, tmp_path, dataset, capsys, monkeypatch):
     """Those of 17; where 20 may be 17, once the images are counted: what was measured is printed before."""
@@ -830,12 +940,13 @@ def test_what_was_measured_is_written_also_where_nobody_reads_what_is_printed(tm
         raise BrokenPipeError
 
     monkeypatch.setattr(evaluate, "report", gone)
-    file = tmp_path / "rows.json"
+    file, card = tmp_path / "rows.json", tmp_path / "README.md"
     given = ["evaluate", str(random_classifier(tmp_path)), "--dataset", str(photographs), "--json", str(file)]
+    given += ["--card", str(card)]
     with monkeypatch.context() as patch:
         patch.setattr("os.dup2", lambda *of: None)  # of the tests' own output
         assert main(given) == 141
-    assert len(json.loads(file.read_text())["rows"]) == 2
+    assert len(json.loads(file.read_text())["rows"]) == 2 and huggingface_hub.ModelCard.load(card).data.eval_results
 
 
 def test_the_script_compare_writes_the_figures_as_bare_numbers(tmp_path, photographs, monkeypatch):

@@ -8,6 +8,7 @@ import transformers
 import vwt_hf
 from tiny import tiny_model
 from vwt_hf import VWTConfig, compress
+from vwt_hf.evidence import write_section
 
 EVIDENCE = {"images": 200, "measure": "agreement", "value": 0.985, "interval": [0.957, 0.995], "torch": "2.13.0+cpu"}
 
@@ -46,6 +47,19 @@ def test_evidence_is_part_of_a_setting_and_saved_with_the_model(tmp_path, method
 def test_evidence_that_a_card_could_not_tell_is_refused(evidence):
     with pytest.raises(ValueError, match=r"evidence is .*expected None, or at most 32 names"):
         VWTConfig.parse({"evidence": evidence})
+
+
+def test_a_card_keeps_its_line_ends_and_what_is_no_utf_8(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_bytes(b"# Caf\xe9\r\n\r\nText\r\n")
+    write_section(tmp_path, [EVIDENCE])
+    told = card.read_bytes()
+    assert told.startswith(b"# Caf\xe9\r\n\r\nText\r\n\r\n<!-- vwt-hf -->") and b"0.985" in told
+    assert told.count(b"\n") == told.count(b"\r\n")
+    write_section(tmp_path, [EVIDENCE])
+    assert card.read_bytes() == told
+    write_section(tmp_path, [])
+    assert card.read_bytes() == b"# Caf\xe9\r\n\r\nText\r\n"
 
 
 def test_the_card_of_a_pushed_model_tells_the_evidence_of_its_setting_alone(hub, tmp_path):

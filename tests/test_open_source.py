@@ -40,6 +40,17 @@ def test_a_data_set_saved_to_disk_is_opened_by_its_split(tmp_path, data):
     assert opened("two", split="test", streaming=True) == (datasets.IterableDataset, "test")
     assert opened("two", usual=("val", "test")) == (datasets.Dataset, "test")
     assert opened("odd") == (datasets.Dataset, "odd")
+    named = datasets.Dataset.from_dict({"image": [0]}, split="train")
+    named.info.config_name = "small"
+    named.save_to_disk(tmp_path / "named")
+    assert opened("named", split="train", config="small") == (datasets.Dataset, "train")
+    for of, options, own in (
+        ("one", {"split": "train"}, "--split is 'train', and .* are of None"),
+        ("named", {"split": "test"}, "--split is 'test', and .* are of 'train'"),
+        ("named", {"config": "large"}, "--config is 'large', and .* are of 'small'"),
+    ):
+        with pytest.raises(ValueError, match=f"{own}. Leave it out, or name another data set"):
+            opened(of, **options)
     with pytest.raises(ValueError, match="neither has the splits a, b; name one by --split"):
         opened("neither")
     with pytest.raises(ValueError, match="neither has no split 'train'; its splits are a, b"):

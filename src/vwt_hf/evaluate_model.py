@@ -70,8 +70,9 @@ class Row:
     tokens: float
     """Of an image: the mean over images and layers."""
     seconds: float
-    """That its answers took, reading left out; of the process that took longest. A run that went on after it was cut
-    off counts all of them, also those of another machine."""
+    """That its answers took, reading left out; of the process that took longest. What a device does once, such as
+    compiling kernels, counts. A run that went on after it was cut off counts all of them, also those of another
+    machine."""
     figures: dict[str, Figure]
     """By name. The plain model has none of those that compare with it."""
 
@@ -113,7 +114,8 @@ class Evaluation:
     ) -> list[EvalResult]:
         """The figures as the `model-index` of a model's card holds them, one for each setting and figure.
 
-        `huggingface_hub.ModelCardData(model_name=..., eval_results=...)` takes them.
+        `huggingface_hub.ModelCardData(model_name=..., eval_results=...)` takes them. A figure that is not of all
+        `images`, as of those with a label or a caption alone, says `of` how many it is.
 
         Args:
             dataset: the data set's Hub id or another name; by default its own.
@@ -131,6 +133,7 @@ class Evaluation:
                 metric_name=printable(f"{metric} ({row.setting})"),
                 metric_value=round(figure.value, 6),
                 metric_args={"tokens": round(row.tokens, 1), "images": self.images, "unreadable": len(self.unreadable)}
+                | ({} if figure.count in (None, self.images) else {"of": figure.count})
                 | ({} if row.vwt is None else {"vwt": row.vwt})
                 | ({} if figure.interval is None else {"interval": [round(end, 6) for end in figure.interval]}),
             )
@@ -232,6 +235,7 @@ def evaluate_model(
     # Copies, so that the user's model stays as it is, whatever happens.
     plain = restore(share(model)).eval()
     models = [plain, *(_compressed(plain, setting, processor) for setting in settings)]
+    names = _names([None, *settings], models)
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
     join(device_of(model))
@@ -250,13 +254,13 @@ def evaluate_model(
     figures, said = chosen.figures(kept)
     rows = [
         Row(
-            setting=name_of(setting),
+            setting=name,
             vwt=json_of(setting),
             tokens=_total([batch.counts[index] for part in parts for batch in part]).mean,
             seconds=max(sum(batch.seconds[index] for batch in part) for part in parts),
             figures=figures[index],
         )
-        for index, setting in enumerate([None, *settings])
+        for index, (name, setting) in enumerate(zip(names, [None, *settings], strict=True))
     ]
     machine = _machine(model, len(parts))
     source = model.name_or_path or ""
@@ -435,6 +439,23 @@ def fields_of(setting: Any) -> dict[str, Any]:
     return setting if isinstance(setting, dict) else {"vocabulary": str(setting)}
 
 
+def _names(settings: Sequence[Any], models: Sequence[PreTrainedModel]) -> list[str]:
+    """Settings as a table shows them, with a hash of a model's words where only they tell two apart.
+
+    Raises:
+        ValueError: two are the same.
+    """
+    names = [name_of(setting) for setting in settings]
+    words = [compression_of(model)["words"] for model in models]
+    told = [
+        f"{name}, words {of}" if of and names.count(name) > 1 else name for name, of in zip(names, words, strict=True)
+    ]
+    twice = next((name for name in told if told.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"vwt holds {shown(twice)} twice; leave one out: their figures could not be told apart.")
+    return told
+
+
 def name_of(setting: Any) -> str:
     """A setting as a table shows it: words speak for themselves, numbers come after the name of their field."""
     if setting is None:
@@ -453,4 +474,4 @@ def json_of(setting: Any) -> Any:
         return {name: json_of(value) for name, value in setting.items()}
     if isinstance(setting, (list, tuple)):
         return [json_of(value) for value in setting]
-    return setting if setting is None or isinstance(setting, (bool, int, float, str)) else str(setting)
+    return setting if setting is None or isinstance(setting, (bool, int, float)) else str(setting)

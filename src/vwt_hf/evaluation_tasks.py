@@ -57,6 +57,8 @@ class Figure:
 
     value: float
     interval: tuple[float, float] | None = None
+    count: int | None = None
+    """How many images it is of; `None` for all of them."""
 
 
 @dataclasses.dataclass
@@ -117,15 +119,18 @@ class Task:
         """The figures that compare what is kept of a model's answers with that of the plain model's."""
         raise NotImplementedError
 
-    def share(self, values: Sequence[bool]) -> Figure:
-        """The share of the images of which something holds."""
-        share = sum(values) / len(values)
-        return Figure(share, share_interval(share, len(values)))
+    def share(self, values: Sequence[bool], images: int | None = None) -> Figure:
+        """The share of the images, or of what is known of so many `images`, of which something holds.
 
-    def mean(self, values: torch.Tensor) -> Figure:
-        """The mean over the images; it is the same in whichever order they were seen."""
+        Captions of one image are alike, and say no more than one: an interval is that of as many images.
+        """
+        share, count = sum(values) / len(values), len(values) if images is None else images
+        return Figure(share, share_interval(share, min(count, len(values))), images)
+
+    def mean(self, values: torch.Tensor, count: int | None = None) -> Figure:
+        """The mean over the images, `count` if not all; it is the same in whichever order they were seen."""
         values = values.double().sort().values
-        return Figure(values.mean().item(), mean_interval(values, self.seed))
+        return Figure(values.mean().item(), mean_interval(values, self.seed), count)
 
 
 class Classification(Task):
@@ -187,9 +192,10 @@ class Classification(Task):
         of = [groups[index] for index in known]
         found = compute([Accuracy, WorstGroup], predictions=given, references=right, groups=of)
         # A metric of `evaluate` tells no interval.
-        figures = {"accuracy": Figure(found["accuracy"], share_interval(found["accuracy"], len(known)))}
-        if found["worst_group"] is not None:
-            figures["worst_group"] = Figure(found["worst_group"], worst_group_interval(are_alike(given, right), of))
+        count, worst = len(known), found["worst_group"]
+        figures = {"accuracy": Figure(found["accuracy"], share_interval(found["accuracy"], count), count)}
+        if worst is not None:
+            figures["worst_group"] = Figure(worst, worst_group_interval(are_alike(given, right), of), count)
         return figures
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
@@ -289,14 +295,18 @@ class Retrieval(Task):
         recalls = []
         for answers in kept.answers:
             images = answers["features"][captioned]
+            by_direction = {
+                "image_to_text": ranks_of(images, features, of_images),
+                "text_to_image": ranks_of(features, images, of_texts),
+            }
             recalls.append(
-                self._recalls("image_to_text", ranks_of(images, features, of_images))
-                | self._recalls("text_to_image", ranks_of(features, images, of_texts))
+                {
+                    f"{name}_recall@{count}": self.share((found < count).tolist(), len(captioned))
+                    for name, found in by_direction.items()
+                    for count in RECALLED
+                }
             )
         return recalls, said
-
-    def _recalls(self, name: str, found: torch.Tensor) -> dict[str, Figure]:
-        return {f"{name}_recall@{count}": self.share((found < count).tolist()) for count in RECALLED}
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
         return {"cosine": self.mean(answers["cosine"])}
@@ -353,7 +363,7 @@ class Captions(Task):
 
     def _f1(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Figure:
         found = [token_f1(text, of) for text, of in zip(texts, references, strict=True)]
-        return self.mean(torch.tensor(found, dtype=torch.float64, device="cpu"))
+        return self.mean(torch.tensor(found, dtype=torch.float64, device="cpu"), len(found))
 
 
 def _left_out(known: Sequence[Collection[Any]], said: str) -> list[str]:

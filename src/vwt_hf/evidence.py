@@ -16,7 +16,7 @@ CARD_FILE = "README.md"
 _NAME = re.compile("[a-z][a-z0-9_]{0,39}")
 # Without what would end a cell of a table, code in it, or a comment.
 _TEXT = re.compile("(?:(?![<>`|])[ -~]){0,200}")
-_SECTION = re.compile("\n*<!-- vwt-hf -->.*?<!-- /vwt-hf -->\n*", re.DOTALL)
+_SECTION = re.compile("[\r\n]*<!-- vwt-hf -->.*?<!-- /vwt-hf -->[\r\n]*", re.DOTALL)
 _LABELS = {
     "images": "unlabelled images",
     "measure": "measured as",
@@ -31,7 +31,7 @@ _LABELS = {
 
 
 def checked_evidence(value: Any) -> dict[str, Any]:
-    """A copy of what a setting gives as its evidence.
+    """A copy of what a setting gives as its evidence, of plain types.
 
     Raises:
         ValueError: it is no dict of at most 32 short texts, numbers, booleans or lists of them.
@@ -41,7 +41,15 @@ def checked_evidence(value: Any) -> dict[str, Any]:
             f"VWTConfig.evidence is {shown(value)}; expected None, or at most {MOST} names with short texts, numbers, "
             "True, False, None or lists of them, as vwt_hf.calibrate gives."
         )
-    return {name: list(entry) if isinstance(entry, (list, tuple)) else entry for name, entry in value.items()}
+    return {
+        str(name): [_plain(one) for one in entry] if isinstance(entry, (list, tuple)) else _plain(entry)
+        for name, entry in value.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A text of a class of its own, such as torch's version, as a text: YAML would name the class."""
+    return str(value) if isinstance(value, str) else value
 
 
 def _is_entry(named: tuple[Any, Any]) -> bool:
@@ -66,12 +74,15 @@ def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
     file = folder / CARD_FILE
     if not file.is_file():
         return
-    before = file.read_text(encoding="utf-8")
-    card = _SECTION.sub("\n", before)
+    before = file.read_bytes()
+    end = "\r\n" if b"\r\n" in before else "\n"
+    # What is not ours stays as it is, whatever encoding it is in.
+    card = _SECTION.sub(end, before.decode("utf-8", "surrogateescape"))
     if evidence:
-        card = f"{card.rstrip()}\n\n{_section(evidence)}"
-    if card != before:
-        write_files(folder, {CARD_FILE: card.encode()})
+        card = f"{card.rstrip()}{end}{end}{_section(evidence).replace(chr(10), end)}"
+    after = card.encode("utf-8", "surrogateescape")
+    if after != before:
+        write_files(folder, {CARD_FILE: after})
 
 
 def _section(evidence: list[dict[str, Any]]) -> str:

@@ -57,6 +57,8 @@ class LabelledImages:
     """Where a data set has `image`, `label`, `captions` and `group`."""
     groups: Sequence[str] | None = None
     """Of each file."""
+    rows: Sequence[int] | None = None
+    """Where each image stands in the data set that these are a part of, as messages name it."""
     source: str = ""
     """Where a stream comes from, such as a Hub id; set by whoever opened it."""
 
@@ -124,7 +126,7 @@ class LabelledImages:
             return Sample(str(row), row, row.parent.name, group, ())
         label = self._label(row.get(self.columns.get("label")))
         return Sample(
-            f"row {number}{whose}",
+            f"row {number if self.rows is None else self.rows[number]}{whose}",
             row[self.columns["image"]],
             label,
             str(row[self.columns["group"]] if "group" in self.columns else label),
@@ -244,7 +246,7 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     dataset = undecoded(dataset, columns["image"], columns.values())
     name = getattr(dataset.info, "dataset_name", None) or "a data set"
     names = getattr(features.get(columns.get("label", "")), "names", None)
-    total = limit
+    total, rows = limit, None
     if isinstance(dataset, datasets.Dataset):
         if names is None and "label" in columns:  # of all rows: the limit says how many are looked at, not of what
             written = dataset[columns["label"]][:]
@@ -253,7 +255,7 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
         dataset, total = dataset.select(rows), len(rows)
     elif limit is not None:
         dataset = dataset.take(limit)
-    return LabelledImages(dataset, name, total, None if names is None else tuple(names), columns)
+    return LabelledImages(dataset, name, total, None if names is None else tuple(names), columns, rows=rows)
 
 
 def _may_hold_texts(features: Mapping[str, Any], name: str) -> bool:

@@ -158,10 +158,12 @@ def work(args: argparse.Namespace) -> None:
 
     with joined(args.device):
         (model, images, split, task, processor), _ = everywhere(prepare)
-        name = args.dataset_name or (images.name if Path(args.dataset).exists() else args.dataset)
+        is_here = Path(args.dataset).exists()
+        name = args.dataset_name or (Path(args.dataset).resolve().name if is_here else args.dataset)
         if args.card is not None:
             own = read_card(Path(args.card), args.model)
             require_same_images(own, printable(name), split, args.config, images.total, hasattr(images.data, "__len__"))
+            require_one_block(own, TASKS[task].hub_name, printable(name), split, args.config)
         result = evaluate_model(
             model,
             images,
@@ -178,9 +180,11 @@ def work(args: argparse.Namespace) -> None:
         if place()[0] == 0:
             if args.json is not None:  # before what is printed, which nobody may read to its end
                 write_file(args.json, json.dumps(result.to_dict(), indent=1))
-            report(result)
-            if args.card is not None:
-                write_card(Path(args.card), result, split, args.config)
+            try:
+                report(result)
+            finally:
+                if args.card is not None:
+                    write_card(Path(args.card), result, split, args.config)
 
 
 COLUMNS = ("image_column", "label_column", "caption_column", "group_column")
@@ -214,7 +218,7 @@ def read_card(file: Path, model: str) -> ModelCard:
     name = printable(Path(model).name) or "model"
     if file.exists():
         try:
-            card = ModelCard(file.read_text(encoding="utf-8"))
+            card = ModelCard.load(file)  # with its line ends
             models = [entry["name"] for entry in (metadata_load(file) or {}).get("model-index") or []]
         except OSError:
             raise
@@ -242,13 +246,15 @@ def write_card(file: Path, result: Evaluation, split: str | None, config: str | 
         split, config: of the data set.
 
     Raises:
-        ValueError: the file is no model card, or one of several models, or has figures of another number of images.
+        ValueError: the file is no model card, or one of several models, or has figures that would be replaced by those
+            of other images or whose names and source would be taken for one another's.
         OSError: it cannot be written.
     """
     card = read_card(file, result.model)
     total = result.images + len(result.unreadable)
     require_same_images(card, printable(result.dataset), split, config, total, exact=True)
     new = result.eval_results(split=split, config=config)
+    require_one_block(card, new[0].task_type, printable(result.dataset), split, config)
     replaced = {_figure_of(own) for own in new}
     data: Any = card.data
     data.eval_results = [own for own in data.eval_results or [] if _figure_of(own) not in replaced] + new
@@ -279,6 +285,34 @@ def require_same_images(
                 f"the card has figures of {before} images of {shown(name)}, and there are {total} now: the old figures "
                 "would be replaced. Give the new ones another name by --dataset-name, or remove the old ones."
             )
+
+
+def require_one_block(card: ModelCard, task: str, name: str, split: str | None, config: str | None) -> None:
+    """Refuses a card with figures of one data set under several names or sources: only the first would be kept.
+
+    `huggingface_hub` writes all figures of a task, data set, configuration, split and revision as one block.
+
+    Args:
+        task, name: of the figures that are to come, as the Hub calls them.
+
+    Raises:
+        ValueError: there are such figures, or would be.
+    """
+    from huggingface_hub import EvalResult
+
+    new = EvalResult(task, name, name, "", 0, dataset_config=config, dataset_split=split)
+    data: Any = card.data
+    first: dict[tuple[Any, ...], EvalResult] = {}
+    for own in [*(data.eval_results or []), new]:
+        other = first.setdefault(own.unique_identifier, own)
+        for field in ("task_name", "dataset_name", "dataset_args", "source_name", "source_url"):
+            one, two = getattr(other, field), getattr(own, field)
+            if one != two:
+                advice = "Give the new ones another name by --dataset-name." if own is new else "Name another file."
+                raise ValueError(
+                    f"figures of {shown(own.dataset_type)} in the card have {shown(one)} as {field.replace('_', ' ')}, "
+                    f"and others {shown(two)}: huggingface_hub would write all of them under the first. {advice}"
+                )
 
 
 def _figure_of(result: EvalResult) -> tuple[Any, ...]:

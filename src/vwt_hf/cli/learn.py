@@ -208,7 +208,7 @@ def open_source(
         raise ValueError(f"no images are named, but an empty text; {expected}.")
     if path.is_dir():
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            return _saved(path, split, usual, streaming)
+            return _saved(path, config, split, usual, streaming)
         if not described or not _is_described(path):
             options = {"column": column, "config": config, "split": split, "streaming": streaming or None}
             given = [f"--{name}" for name, value in options.items() if value is not None]
@@ -231,7 +231,9 @@ def open_source(
         raise OSError(f"{images} {what}: {error}") from error
 
 
-def _saved(folder: Path, split: str | None, usual: Sequence[str], streaming: bool) -> tuple[Any, str | None]:
+def _saved(
+    folder: Path, config: str | None, split: str | None, usual: Sequence[str], streaming: bool
+) -> tuple[Any, str | None]:
     import datasets
 
     data = datasets.load_from_disk(folder)
@@ -240,7 +242,19 @@ def _saved(folder: Path, split: str | None, usual: Sequence[str], streaming: boo
         if split not in data:
             raise ValueError(f"{folder} has no split {split!r}; its splits are {', '.join(data)}.")
         data = data[split]
+    else:
+        _require_same(folder, "split", split, data.split and str(data.split))
+    _require_same(folder, "config", config, data.info.config_name)
     return data.to_iterable_dataset() if streaming else data, split
+
+
+def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -> None:
+    """Refuses another split or configuration than the one that saved data are of."""
+    if asked not in (None, own):
+        raise ValueError(
+            f"--{name} is {asked!r}, and the data saved in {folder} are of {own and repr(own)}. Leave "
+            "it out, or name another data set."
+        )
 
 
 def _is_described(folder: Path) -> bool:
