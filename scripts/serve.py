@@ -8,9 +8,10 @@ r"""Answers images over HTTP: labels of a classifier, else features. LitServe ba
 A classifier answers {"labels": [{"label": ..., "score": ...}, ...]}, the five best of its labels; any other model
 {"features": [...]}: its image embedding, else its pooled output, else its CLS token. An upload that cannot be answered
 gets a status of 400 (no image, or one that is damaged, too large or too narrow), 408 (a body that takes a minute), 413
-(of over 32 MiB), 415 (of another type) or 503 (too many requests at once), with {"detail": the reason}. GET /health
-says "ok" once the model is loaded, /metrics counts requests, images, tokens and seconds in the format of Prometheus,
-and /info names the model and its setting.
+(of over 32 MiB), 415 (of another type), 500 (the model answers NaN or infinity), 503 (too many requests at once) or
+504 (it waited for longer than --timeout), with {"detail": the reason}. GET /health says "ok" once the model is loaded,
+/metrics counts requests, images, tokens and seconds in the format of Prometheus, and /info names the model and its
+setting.
 """
 
 # Annotations stay what they are, not strings: LitServe hands that of `decode_request` to FastAPI.
@@ -46,9 +47,11 @@ from vwt_hf.cli.calibrate import DTYPES, load_model
 from vwt_hf.embedding import require_features
 from vwt_hf.evaluation import (
     answer,
+    are_finite,
     classifies,
     count_tokens,
     on_device,
+    require_finite,
     require_label_names,
     require_labels,
     return_memory,
@@ -69,6 +72,8 @@ RETURNED = 10
 """Batches after which a worker gives back the memory that it does not use."""
 MOST_REQUESTS = 128
 """Requests to /predict at once, by default: the body of each is held, of `LARGEST` bytes at most."""
+WAITED = 30.0
+"""Seconds that an image waits at most until a worker takes it, by default."""
 MOST_VALUES = 1000
 """Values in a body of JSON, of which one is the image."""
 SLOWEST = 60.0
@@ -118,13 +123,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=MOST_REQUESTS,
         help=f"requests at once; more are answered by 503 (default: {MOST_REQUESTS})",
     )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=WAITED,
+        help=f"seconds that an image waits for its turn; then it is answered by 504 (default: {WAITED:g})",
+    )
     options = parser.parse_args(arguments)
     asked = 1 if options.workers is None else options.workers
     numbers = (options.max_batch_size, options.max_pixels, options.max_requests, asked)
-    if min(numbers) < 1 or not SHORTEST <= options.batch_timeout < math.inf:
+    seconds = (options.batch_timeout, options.timeout)
+    if min(numbers) < 1 or not all(SHORTEST <= given < math.inf for given in seconds):
         whole = "--max-batch-size, --max-pixels, --max-requests and --workers take whole numbers from 1 on"
-        given = f"{', '.join(map(str, numbers))} and {options.batch_timeout}"
-        parser.error(f"{whole}, --batch-timeout {SHORTEST} seconds or more; given {given}.")
+        given = f"{', '.join(map(str, numbers))} and {options.batch_timeout}, {options.timeout}"
+        parser.error(f"{whole}, --batch-timeout and --timeout {SHORTEST} seconds or more; given {given}.")
 
     # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
     torch.set_num_threads(1)
@@ -141,10 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     image_processor = load_processor(options.model)
     values = require_every_shape(loaded, image_processor)
     setting = loaded.config.vwt
+    del loaded  # each worker loads its own, on a GPU beside this one
+    return_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory(prefix="vwt-serve-") as counts:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
         server = Server(
             Answers(model, max_batch_size=options.max_batch_size, batch_timeout=options.batch_timeout),
+            timeout=options.timeout,
             accelerator=device.type,
             devices="auto" if device.type == "cpu" else [device.index or 0],
             workers_per_device=workers,
@@ -214,7 +231,7 @@ def require_every_shape(model: Any, image_processor: Any) -> int:
         How many values the processor makes of a square image.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or answers one by NaN or infinity.
     """
 
     def made_of(*size: int) -> dict[str, torch.Tensor]:
@@ -225,13 +242,14 @@ def require_every_shape(model: Any, image_processor: Any) -> int:
         made = made_of(*size)
         try:
             with torch.inference_mode():  # not `run`, which counts
-                answer(model, **on_device(made, model))
+                answers = answer(model, **on_device(made, model))
         except Exception as error:  # whatever a model says of it
             raise ValueError(
                 f"{type(image_processor).__name__} makes {tuple(made['pixel_values'].shape)} of an image of "
                 f"{size[0]}×{size[1]} pixels, which {type(model).__name__} does not take ({error}). Save an image "
                 "processor with the model that resizes or crops images to one size."
             ) from error
+        require_finite(model, are_finite(answers), ["a grey image"])
     return made_of(SQUARE, SQUARE)["pixel_values"].numel()
 
 
@@ -377,6 +395,8 @@ class Answers(litserve.LitAPI):
         return [answers[place] for place in range(len(images))]
 
     def encode_response(self, output: torch.Tensor) -> dict[str, Any]:
+        if not output.isfinite().all():  # JSON has no such numbers. An error here would be that of a whole batch.
+            return JSONResponse({"detail": "The model answers this image by NaN or infinity."}, 500)
         return encoded(self.model, output)
 
 

@@ -160,6 +160,15 @@ def test_learn_reads_a_data_set_of_the_hub_by_its_id(photographs, checkpoint, tm
     assert (info.dataset, info.images) == ("me/photographs", IMAGES)
 
 
+def test_learn_refuses_a_public_repository_for_private_words_before_it_learns(
+    photographs, checkpoint, tmp_path, hub, capsys, monkeypatch
+):
+    hub.put("me/words", {"README.md": b""})
+    monkeypatch.setattr(VisualVocabulary, "learn", lambda *_, **__: pytest.fail("learned"))
+    assert run_learn(photographs, checkpoint, tmp_path / "words", "--push-to-hub", "me/words", "--private") == 2
+    assert "me/words is public; expected a private repository" in capsys.readouterr().err
+
+
 def test_learn_pushes_where_it_is_asked_to(photographs, checkpoint, tmp_path, hub, capsys):
     assert run_learn(photographs, checkpoint, tmp_path / "words", "--push-to-hub", "me/words", "--private") == 0
     on_hub = VisualVocabulary.from_pretrained("me/words")

@@ -7,12 +7,13 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModel
 
@@ -50,6 +51,44 @@ def test_a_pushed_vocabulary_comes_back_with_its_card(hub, vocabulary):
     card = ModelCard(hub.files("me/words")["README.md"].decode())
     assert card.data.library_name == "vwt-hf" and 'from_pretrained("me/words")' in card.text.replace("'", '"')
     assert hub.files("me/words")["words.png"].startswith(b"\x89PNG")
+
+
+def test_the_card_tells_from_where_its_own_words_are_loaded(hub, vocabulary):
+    other = VisualVocabulary(vocabulary.words.flip(0))
+    vocabulary.push_to_hub("me/words")
+    other.push_to_hub("me/words", revision="flipped", subfolder="p4")
+    card = ModelCard(hub.files("me/words", "flipped")["p4/README.md"].decode())
+    (line,) = [line for line in card.text.splitlines() if "from_pretrained" in line]
+    found: dict = {}
+    exec(f"from vwt_hf import VisualVocabulary\n{line}", found)
+    assert torch.equal(found["vocabulary"].words, other.words)
+
+
+def test_words_that_are_to_be_private_go_into_no_public_repository(hub, vocabulary):
+    vocabulary.push_to_hub("me/words")
+    with pytest.raises(ValueError, match="me/words is public; expected a private repository"):
+        VisualVocabulary(vocabulary.words.flip(0)).push_to_hub("me/words", private=True)
+    assert torch.equal(VisualVocabulary.from_pretrained("me/words").words, vocabulary.words)
+
+
+def test_words_are_pushed_into_a_pull_request_that_is_open(hub, vocabulary, monkeypatch):
+    """The Hub takes no branch of such a name, and its client refuses one."""
+    vocabulary.push_to_hub("me/words")
+    asked = []
+    monkeypatch.setattr(HfApi, "create_branch", lambda api, *args, **of: pytest.fail("no pull request is a branch"))
+    monkeypatch.setattr(HfApi, "create_commit", lambda api, *args, **of: asked.append(of) or SimpleNamespace(oid="1"))
+    vocabulary.push_to_hub("me/words", revision="refs/pr/1")
+    assert asked[0]["revision"] == "refs/pr/1"
+
+
+def test_words_that_cannot_be_asked_for_are_not_taken_for_missing_ones(hub, files, vocabulary):
+    hub.put("me/words", {"vocab.pt": b"no words"})
+    hf_hub_download("me/words", "vocab.pt")  # of which alone there is a copy, and none of what else is there
+    hub.put("me/words", files)
+    hub.offline()
+    with pytest.raises(FileNotFoundError, match="me/words cannot be had: ") as raised:
+        VisualVocabulary.from_pretrained("me/words")
+    assert "holds neither" not in str(raised.value)
 
 
 def test_a_branch_a_commit_and_a_subfolder_are_found(hub, vocabulary):

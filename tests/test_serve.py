@@ -449,6 +449,25 @@ def test_a_model_that_does_not_take_images_of_all_proportions_is_not_served(
     assert "(1, 3, 32, 42) of an image of 320×240 pixels, which ViTForImageClassification does not take" in said
 
 
+def test_an_answer_that_is_not_finite_is_an_error_of_that_image_alone(tmp_path: Path):
+    api = served(checkpoint(tmp_path / "model", "dinov2"), None)
+    images = [{"pixel_values": torch.full((1, 3, 32, 32), value)} for value in (0.0, float("nan"))]
+    fine, broken = map(api.encode_response, api.predict(images))
+    assert np.isfinite(fine["features"]).all()
+    assert broken.status_code == 500 and json.loads(broken.body) == {
+        "detail": "The model answers this image by NaN or infinity."
+    }
+
+
+def test_a_model_that_answers_nan_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = tiny_model("dinov2")
+    torch.nn.init.constant_(model.layernorm.weight, float("nan"))
+    folder = checkpoint(tmp_path / "model", "dinov2")
+    model.save_pretrained(folder)
+    assert run_command("serve.py", lambda: serve.main([str(folder)])) == 2
+    assert "answers a grey image by NaN or infinity" in capsys.readouterr().err
+
+
 def test_an_image_that_becomes_far_larger_than_a_square_one_is_refused(tmp_path: Path):
     folder = checkpoint(tmp_path / "model", "dinov2")
     processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)

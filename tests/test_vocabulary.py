@@ -255,7 +255,7 @@ def test_a_checkpoint_over_other_images_is_refused(folder: Path, tmp_path: Path,
     kinds["stream"] = stored(folder).to_iterable_dataset()
     for kind, images in kinds.items():
         make(images, processor, checkpoint=tmp_path / kind, max_images=20)
-    photographs(1, seed=3)[0].save(folder / "class0" / "0.png")
+    photographs(1, seed=3)[0].save(max(folder.rglob("*.png")))
     refusals = [
         ("folder", folder, {}, r"learned from a folder of 24 image files \(.*images is a folder of 24 image files \("),
         ("folder", photographs(24), {}, "images is images in their own order"),
@@ -265,10 +265,11 @@ def test_a_checkpoint_over_other_images_is_refused(folder: Path, tmp_path: Path,
         ("iterable", kinds["iterable"], {"max_images": 19}, "learned from 20 images, and max_images is 19"),
     ]
     others = stored(folder)  # as many, and others by now
-    streamed = [others.to_iterable_dataset(), others.to_iterable_dataset()]
+    streamed = [others.select(range(1, 24)).to_iterable_dataset(), others.to_iterable_dataset()]
     streamed[1].info.dataset_name = "me/others"
     refusals += [
         ("data set", others, {}, "first and last: .*, and images is .*first and last: "),
+        ("stream", streamed[0], {}, r"streaming data set \(.*first: .*and images is .*first: "),
         ("stream", streamed[1], {}, r"streaming data set \(.*and images is .* streaming data set \(me/others, "),
     ]
     for kind, images, changes, message in refusals:
@@ -282,7 +283,7 @@ def test_a_checkpoint_of_another_format_is_refused(
     monkeypatch.setattr(learning, "CHECKPOINT_FORMAT", 1)
     make(folder, processor, checkpoint=tmp_path / "progress")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"another version of vwt-hf \(format 1; this one reads 3\).*delete the file"):
+    with pytest.raises(ValueError, match=r"another version of vwt-hf \(format 1; this one reads 4\).*delete the file"):
         make(folder, processor, checkpoint=tmp_path / "progress", resume=True)
 
 
@@ -293,6 +294,11 @@ def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path, pr
         make(folder, processor, checkpoint=progress)
     with pytest.raises(ValueError, match="a run with size=12, this one has size=13"):
         make(folder, processor, checkpoint=progress, resume=True, size=13)
+    other = type("Other", (transformers.CLIPImageProcessorPil,), {})(**PROCESSOR)
+    with pytest.raises(
+        ValueError, match=r"image_processor=.CLIPImageProcessorPil, .*this one has image_processor=.Other, "
+    ):
+        make(folder, other, checkpoint=progress, resume=True)
     larger = transformers.CLIPImageProcessorPil(**{**PROCESSOR, "size": {"shortest_edge": 40}})
     with pytest.raises(ValueError, match=r"edge': 32.*, this one has image_processor=.*edge': 40"):
         make(folder, larger, checkpoint=progress, resume=True)

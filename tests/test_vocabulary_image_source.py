@@ -236,6 +236,32 @@ def test_an_image_that_a_data_set_names_elsewhere_is_read_up_to_a_limit(tmp_path
         read_image({"bytes": None, "path": f"file://{image}"})
 
 
+def test_an_address_is_read_to_its_end_where_a_server_gives_it_in_pieces(tmp_path, monkeypatch):
+    image = tmp_path / "a.png"
+    PIL.Image.new("RGB", (3, 2)).save(image)
+
+    class Pieces(io.BytesIO):
+        def read(self, size: int = -1) -> bytes:
+            return super().read(min(size, 10))
+
+    monkeypatch.setattr("fsspec.open", lambda path, mode: Pieces(image.read_bytes()))
+    assert read_image({"bytes": None, "path": "https://example.org/a.png"}).size == (3, 2)
+
+
+def test_a_link_is_the_same_image_while_the_drive_that_it_leads_to_is_gone(tmp_path):
+    drive, photographs = tmp_path / "drive", tmp_path / "photographs"
+    for folder in (drive, photographs):
+        folder.mkdir()
+    PIL.Image.new("RGB", (3, 2)).save(drive / "a.png")
+    (photographs / "a.png").symlink_to(drive / "a.png")
+    before = image_rows(photographs).order
+    drive.rename(tmp_path / "gone")
+    assert image_rows(photographs).order == before
+    (photographs / "a.png").unlink()
+    (photographs / "a.png").symlink_to(drive / "b.png")
+    assert image_rows(photographs).order != before
+
+
 def test_no_program_is_run_for_a_file_that_asks_for_one(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
     (tmp_path / "a.png").write_bytes(EPS)

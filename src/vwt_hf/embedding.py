@@ -57,7 +57,7 @@ FORMAT = 2
 AGAIN = "again"
 """The key that says of an image which could not be read that it may be another time."""
 MOST_AGAIN = 16
-"""Images of one file that are all out of reach, from which on a run stops: the others would be so, too."""
+"""Images of one file that are all out of reach, from which on it is not made: there would be hardly any in it."""
 WINDOW = 16
 """Batches among which images of like length are brought together."""
 
@@ -148,8 +148,8 @@ def embed(
         ValueError: an argument is not valid, the model is not supported, classifies, is in training, leaves patches out
             at random or gives NaN or infinity for an image, there are no images, or `output` holds something else.
         TypeError: `model` is no transformers model, or `images` neither a folder nor a data set.
-        OSError: a file cannot be written, all images of one are out of reach, or processes wrote into different
-            folders.
+        OSError: a file cannot be written, or processes wrote into different folders; or, once the other files are made,
+            all images of one (16 or more) are out of reach.
 
     Example:
         >>> made = embed(model, "photographs/", "features")  # doctest: +SKIP
@@ -187,10 +187,21 @@ def embed(
     def make() -> None:
         hidden = not progress or place()[0] > 0
         with run.timed("total"), tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
+            out_of_reach = []
             for number, shard in run.shards(rows, own, shards, workers, trial.values, bar):
+                lacking = [image for image in shard.unreadable if AGAIN in image]
+                if len(lacking) == len(shards.rows(number)) >= MOST_AGAIN:  # a file without any says nothing
+                    out_of_reach += lacking
+                    continue
                 with run.timed("writing"):
                     shards.write(number, shard)
                 return_memory()
+        if out_of_reach:
+            raise OSError(
+                f"{len(out_of_reach)} images could not be had, from {out_of_reach[0]['name']} on "
+                f"({out_of_reach[0]['reason']}), and no file was made of them. Once they are in reach, the same call "
+                "makes it."
+            )
 
     everywhere(make)
     return shards.end(of, run, trial.values)
@@ -328,11 +339,6 @@ class _Run:
                 bar.update(len(rows))
                 bar.set_postfix_str(f"{self.tokens / self.embedded:.1f} tokens", refresh=False)
         bar.update(len(unreadable))
-        if sum(AGAIN in image for image in unreadable) == count >= MOST_AGAIN:
-            raise OSError(
-                f"none of {count} images could be had, from {unreadable[0]['name']} on ({unreadable[0]['reason']}). "
-                "Once they are in reach, the same call goes on where this one stopped."
-            )
         self.images += count
         found = dict(zip(order, torch.cat(features), strict=True))
         rows = sorted(found)

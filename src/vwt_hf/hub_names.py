@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -12,6 +13,19 @@ from .printable import shown
 _ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]*(/[A-Za-z0-9_][A-Za-z0-9._@+-]*)*")
 _LONGEST_REVISION = 200
+
+
+def require_private(api: HfApi, repo_id: str) -> None:
+    """Refuses a repository that is public.
+
+    Raises:
+        ValueError: it is; nothing was written into it.
+    """
+    if not api.repo_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} is public; expected a private repository. Make it private in its settings, name another, or "
+            "leave out that it is to be private."
+        )
 
 
 def check_hub_id(name: object) -> str:

@@ -15,6 +15,7 @@ from .bounds import is_int
 from .printable import shown
 from .vocabulary.image_source import (
     described_files,
+    described_images,
     features_of,
     find_image_column,
     find_images,
@@ -73,7 +74,8 @@ class LabelledImages:
     def order(self, processes: int) -> str:
         """A text that is the same for the same images alone: it tells number, order, names, sizes, labels and groups.
 
-        Streams, which are not known before they are read, are told by where they come from and how they are split.
+        Streams, which are not known before they are read, are told by where they come from, how they are split and
+        their first image.
         """
         known = hashlib.sha256(repr((self.label_names, self.groups, self.columns)).encode("utf-8", "backslashreplace"))
         if isinstance(self.data, list):
@@ -82,7 +84,8 @@ class LabelledImages:
             files = f"a data set of {len(self.data)} rows (fingerprint: {self.data._fingerprint})"
         else:
             of = f"{self.name}, {self.data.info.config_name}, {self.data.split}, {self.source}"
-            files = f"{self.total or 'all'} images of a stream ({of}) for {processes} processes"
+            first = described_images(itertools.islice(self.data, 1), self.columns["image"])
+            files = f"{self.total or 'all'} images of a stream ({of}, first: {first}) for {processes} processes"
         return f"{files}, known of them: {known.hexdigest()[:16]}"
 
     def batches(

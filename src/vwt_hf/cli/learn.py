@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--private",
         action="store_true",
         default=None,
-        help="make the repository private (default: as Hub settings say)",
+        help="make the repository private; one that is public is refused (default: as Hub settings say)",
     )
 
 
@@ -125,7 +125,7 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{args.image_processor} has no model config that says its patch size; give --patch-size.")
     device = usable_device(args.device)
     if args.push_to_hub and is_main:
-        _require_hub(args.push_to_hub)
+        _require_hub(args.push_to_hub, args.private)
     return images, {
         "image_processor": processor,
         "size": args.size,
@@ -165,18 +165,23 @@ def _keep(args: argparse.Namespace, vocabulary: VisualVocabulary, seconds: float
         print(f"on the Hub: {printable(commit.commit_url)}")
 
 
-def _require_hub(repo_id: str) -> None:
+def _require_hub(repo_id: str, private: bool | None) -> None:
     """Asks whether the Hub knows this user, before words are learned for it.
 
     Raises:
-        ValueError: `repo_id` is no name of a repository.
+        ValueError: `repo_id` is no name of a repository, or is public where it is to be private.
         OSError: nobody is logged in, or the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
+    from ..hub_names import require_private
+
     validate_repo_id(repo_id)
-    HfApi().whoami()
+    api = HfApi()
+    api.whoami()
+    if private and api.repo_exists(repo_id):
+        require_private(api, repo_id)
 
 
 def open_source(

@@ -25,14 +25,23 @@ SHOWN_TEXT = 300
 """Characters of a name in the card."""
 
 
-def render_card(repo_id: str, shape: tuple[int, ...], info: VocabularyInfo, picture: str) -> bytes:
+def render_card(
+    repo_id: str,
+    shape: tuple[int, ...],
+    info: VocabularyInfo,
+    picture: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> bytes:
     """README.md of a vocabulary.
 
     Args:
         repo_id: what the usage snippet loads: a Hub id or a folder.
         shape: (size, channels, p, p) of the words.
         picture: file name of the picture of the words, which lies beside it.
+        revision, subfolder: where in the repository they are.
     """
+    where = {"revision": revision, "subfolder": subfolder}
     data = ModelCardData(
         library_name="vwt-hf",
         tags=["visual-words", "vision-transformer", "token-reduction", f"patch{shape[-1]}", "arxiv:2411.15397"],
@@ -43,7 +52,9 @@ def render_card(repo_id: str, shape: tuple[int, ...], info: VocabularyInfo, pict
     made = ModelCard.from_template(
         data,
         template_str=template.read_text(encoding="utf-8"),
-        repo_id=json.dumps(printable(repo_id), ensure_ascii=False),
+        source=", ".join(
+            [_quoted(repo_id), *(f"{name}={_quoted(value)}" for name, value in where.items() if value is not None)]
+        ),
         size=shape[0],
         channels=shape[1],
         patch_size=shape[-1],
@@ -51,6 +62,10 @@ def render_card(repo_id: str, shape: tuple[int, ...], info: VocabularyInfo, pict
         picture=picture,
     )
     return str(made).encode()
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(printable(text), ensure_ascii=False)
 
 
 def _in_cells(info: VocabularyInfo) -> VocabularyInfo:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -142,6 +142,13 @@ def locate(
     for name in names:
         try:
             path = hf_hub_download(filename=name, **download)
+        except LocalEntryNotFoundError as error:  # which leaves open whether it is there
+            cached = try_to_load_from_cache(
+                source, "/".join(filter(None, (subfolder, name))), hub.get("cache_dir"), revision
+            )
+            if isinstance(cached, str) or cached is None or name == names[-1]:
+                raise FileNotFoundError(f"{where} cannot be had: {error}") from error
+            continue
         except EntryNotFoundError as error:
             failure = failure or error
             continue

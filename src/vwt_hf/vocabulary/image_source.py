@@ -172,11 +172,14 @@ def _after(skip: int, items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, A
 
 
 def described_files(folder: Path, files: Iterable[Path]) -> str:
-    """A text that changes when an image of the folder is added, removed, renamed or gets another size."""
+    """A text that changes when an image of the folder is added, removed, renamed or gets another size.
+
+    A link is told by where it leads, and so is the same while the drive there is gone.
+    """
     digest, count = hashlib.sha256(), 0
     for file in files:
         count += 1
-        size = os.path.getsize(file) if os.path.exists(file) else 0  # of a link to nothing
+        size = os.readlink(file) if os.path.islink(file) else os.path.getsize(file) if os.path.exists(file) else 0
         digest.update(f"{file.relative_to(folder).as_posix()}\0{size}\0".encode(errors="surrogateescape"))
     return f"a folder of {count} image files (names and sizes: {digest.hexdigest()[:16]})"
 
@@ -360,12 +363,15 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
         column = find_image_column(dataset.features, column)
         encoded = undecoded(dataset, column)
         items = _Shuffled(len(dataset), seed, lambda i: (f"row {i}", encoded[i][column]))
-        ends = f"first and last: {_described(encoded, column)}"
+        ends = f"first and last: {described_images((encoded[i] for i in {0, len(encoded) - 1} if i >= 0), column)}"
         return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows ({of}{ends})", items.cut)
     if not isinstance(dataset, datasets.IterableDataset):
         raise TypeError(f"images is a {type(dataset).__name__}; expected a Dataset or an IterableDataset.")
     column = find_image_column(features_of(dataset), column)
-    shuffled = undecoded(dataset, column).shuffle(seed=seed, buffer_size=SHUFFLED)
+    encoded = undecoded(dataset, column)
+    # Streams of files have the same name, whichever the files are.
+    of += f"first: {described_images(itertools.islice(encoded, 1), column)}, "
+    shuffled = encoded.shuffle(seed=seed, buffer_size=SHUFFLED)
 
     def cut(index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
         # In whole shards where their number allows it; else every process reads all rows and keeps its own.
@@ -377,11 +383,13 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
     return ImageSource(name, f"column {column!r} of a streaming data set ({of}as it comes)", cut)
 
 
-def _described(dataset: Any, column: str) -> str:
-    """A text that tells the first and the last image of a data set from others. It is the same on every machine."""
+def described_images(rows: Iterable[Any], column: str) -> str:
+    """A text that tells some undecoded images of a data set from others. It is the same on every machine."""
     digest = hashlib.sha256()
-    for number in {0, len(dataset) - 1} if len(dataset) else ():
-        image = dataset[number][column] or {}
+    for row in rows:
+        image = row[column] or {}
+        if not isinstance(image, Mapping):  # decoded, by a stream that does not say what it holds
+            image = {"bytes": image.tobytes()}
         content, path = image.get("bytes"), image.get("path") or ""
         if content is None:
             size = os.path.getsize(path) if os.path.exists(path) else 0  # of an address
@@ -520,8 +528,10 @@ def _file(item: Any) -> Any:
         _existing(local)
     import fsspec  # of datasets, whose streams name files on the Hub
 
-    with fsspec.open(path, "rb") as file:
-        encoded = file.read(LARGEST + 1)
+    encoded = b""
+    with fsspec.open(path, "rb") as file:  # which gives what has come, where a server does not say how much there is
+        while len(encoded) <= LARGEST and (piece := file.read(LARGEST + 1 - len(encoded))):
+            encoded += piece
     if len(encoded) > LARGEST:
         raise ValueError(
             f"it has more than {LARGEST:,} bytes; expected no more. Make the image smaller, or leave the row out"

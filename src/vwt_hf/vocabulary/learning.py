@@ -35,11 +35,11 @@ from .kmeans import MiniBatchKMeans, statistics
 CHECKPOINT = "learning.safetensors"
 CHECKPOINT_EVERY = 100
 """Batches between checkpoints: what a kill loses at most."""
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 """Of checkpoints: one of another format is refused."""
 NAMED = 5
 """How many unreadable images a warning names."""
-CUTS = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
+CUTS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct", "do_pad", "pad_size")
 """What an image processor's settings say about the pixels that patches are cut from."""
 
 
@@ -135,7 +135,8 @@ def learn_words(
         settings = {
             "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size, "processes": processes,
             "image_mean": list(mean), "image_std": list(std),
-            "image_processor": ", ".join(f"{name} {made[name]}" for name in CUTS if name in made),
+            "image_processor": f"{type(image_processor).__name__}, "  # Pillow resizes to other pixels than torchvision
+            + ", ".join(f"{name} {made[name]}" for name in CUTS if name in made),
         }  # fmt: skip
         return kmeans, settings, open_images(images, column=column, seed=seed)
 
@@ -368,8 +369,8 @@ def _write_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, A
 
 def remove_checkpoint(folder: Path) -> None:
     """Removes the checkpoint in a folder, and the folder where nothing else lies in it."""
-    (folder / CHECKPOINT).unlink()
-    if not any(folder.iterdir()):
+    (folder / CHECKPOINT).unlink(missing_ok=True)  # by another run into the same output
+    if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
-from ..hub_names import check_hub_id
+from ..hub_names import check_hub_id, require_private
 from ..printable import shown
 from .card import CARD_FILE, PICTURE_FILE, render_card, render_words
 from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_vocabulary
@@ -199,17 +199,22 @@ class VisualVocabulary:
         Args:
             revision: branch to push to; made if need be.
             private: whether a repository made by this is private; by default as the organisation has it.
+
+        Raises:
+            ValueError: `private`, and the repository is there and public.
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
+        if private:
+            require_private(api, repo_id)
+        if revision is not None and not create_pr and not revision.startswith("refs/pr/"):  # which are no branches
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         # One commit of all files: `upload_folder` may make several, of which an interruption leaves some.
         commit = api.create_commit(
             repo_id,
             [
                 CommitOperationAdd("/".join(filter(None, (subfolder, name))), content)
-                for name, content in self._contents(repo_id, card=True).items()
+                for name, content in self._contents(repo_id, True, revision=revision, subfolder=subfolder).items()
             ],
             revision=revision,
             commit_message=commit_message,
@@ -219,10 +224,10 @@ class VisualVocabulary:
             self.source, self.revision, self.subfolder, self.imported = repo_id, commit.oid, subfolder, False
         return commit
 
-    def _contents(self, repo_id: str, card: bool) -> dict[str, bytes]:
+    def _contents(self, repo_id: str, card: bool, **of: str | None) -> dict[str, bytes]:
         contents = vocabulary_files(self.words, self.frequencies, self.info)
         if card:
-            contents[CARD_FILE] = render_card(repo_id, tuple(self.words.shape), self.info, picture=PICTURE_FILE)
+            contents[CARD_FILE] = render_card(repo_id, tuple(self.words.shape), self.info, picture=PICTURE_FILE, **of)
             contents[PICTURE_FILE] = render_words(self.words, self.frequencies)
         return contents
 
