@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 
-from settings import gradual, inter
+from settings import gradual, inter, local
 from tiny import answers, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, attention, compress
 from vwt_hf.attention import fold_bias
@@ -93,12 +93,44 @@ def images() -> torch.Tensor:
     return pixel_values
 
 
+@pytest.mark.parametrize("wanted", ["0", "1"])
+def test_flash_attention_2_gets_half_precision_under_autocast_and_is_deterministic_where_that_is_asked_for(
+    monkeypatch, wanted, images
+):
+    """DINOv3's rotations leave queries and keys in float32 there; the kernel takes one half dtype alone."""
+    seen = []
+
+    def flash(*packed, dropout_p, softmax_scale, causal, deterministic):
+        seen.append(({tensor.dtype for tensor in packed[:3]}, deterministic))
+        return varlen_reference(*packed, scale=softmax_scale)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=flash))
+    monkeypatch.setattr(attention, "rounds", lambda *_: False)  # as on a GPU
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", wanted)
+    model = tiny_model("dinov3")
+    model.config._attn_implementation = "flash_attention_2"
+    with torch.autocast("cpu", torch.bfloat16):
+        answers(compress(model, local(layout="packed")), images)
+    assert seen and all(one == ({torch.bfloat16}, wanted == "1") for one in seen)
+
+
+def test_a_bias_that_hides_a_key_stays_a_number_when_it_is_folded():
+    query, key, value = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64).to(torch.bfloat16).float().bfloat16().unbind(0)
+    key_bias = torch.tensor([[0.0, 1.0, -torch.inf, 2.0, -torch.inf]])
+    folded = fold_bias(query, key, value, key_bias, {}, 8**-0.5)
+    found = torch.nn.functional.scaled_dot_product_attention(*(one.float() for one in folded), scale=8**-0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), key_bias[:, None, None]
+    )
+    torch.testing.assert_close(found[..., :8], expected, atol=1e-3, rtol=1e-3)
+
+
 def test_a_model_on_flash_attention_2_answers_as_on_sdpa(monkeypatch, setting, images):
     model = compress(tiny_model("vit"), setting)
     expected = answers(model, images)
 
-    def flash(*packed, dropout_p, softmax_scale, causal):
-        assert dropout_p == 0 and causal is False
+    def flash(*packed, dropout_p, softmax_scale, causal, deterministic):
+        assert dropout_p == 0 and causal is deterministic is False
         return varlen_reference(*packed, scale=softmax_scale)
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=flash))

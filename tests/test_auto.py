@@ -17,7 +17,7 @@ import vwt_hf
 from settings import inter
 from test_generation import llava
 from tiny import COMMON, MODELS, TINY, answers, tiny_model
-from vwt_hf import VWTConfig
+from vwt_hf import VWTConfig, compress
 
 HALF = {"method": "intra", "keep_ratio": 0.5}
 
@@ -87,6 +87,15 @@ def test_a_saved_model_loads_plain_where_the_plugin_is_absent(name, pixel_values
     torch.testing.assert_close(by_plain, plain, atol=1e-6, rtol=1e-5)
     setting = json.loads((plain_process / "short" / name / "config.json").read_text())["vwt"]
     assert setting == VWTConfig(**HALF).to_dict()
+
+
+def test_a_model_whose_config_was_changed_is_saved_with_the_setting_that_it_runs_by(tmp_path, pixel_values):
+    model = compress(tiny_model("vit"), {"keep_ratio": 0.5})
+    expected = answers(model, pixel_values)
+    model.config.vwt["keep_ratio"] = 0.9
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.config.vwt["keep_ratio"] == 0.5 and torch.equal(answers(again, pixel_values), expected)
 
 
 def test_a_saved_model_comes_back_with_its_setting_and_without_when_told(model, pixel_values, tmp_path):

@@ -4,6 +4,7 @@ have not; and what keeps a device waiting."""
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import sys
 import threading
@@ -11,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from settings import SETTINGS, coarse, fixed, inter, local
-from tiny import COMMON, answers, inputs, sample_pixel_values, tiny_model
+from tiny import COMMON, TINY, answers, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, count_tokens, restore
 from vwt_hf.families import find_layers
 from vwt_hf.forward import current_forward
@@ -204,6 +207,19 @@ def test_layers_that_are_compiled_one_by_one_answer_as_before(kind, compiled_fir
         compress(model, SETTINGS[kind])
     assert sum(isinstance(module, OptimizedModule) for module in model.modules()) == len(layers)
     torch.testing.assert_close(answers(model, pixel_values), expected)
+
+
+@pytest.mark.newest
+def test_maps_of_layers_that_are_wrapped_one_by_one_are_those_of_a_backbone():
+    pixel_values = sample_pixel_values()
+    fields = TINY | {"patch_size": 4, "out_indices": [1, 2]}
+    model = transformers.Dinov2Backbone(transformers.Dinov2Config(**fields)).eval()
+    expected = compress(copy.deepcopy(model), SETTINGS["merge"])(pixel_values).feature_maps
+    stack = model.encoder.layer
+    for index, layer in enumerate(stack):
+        stack[index] = checkpoint_wrapper(layer)
+    for one, other in zip(compress(model, SETTINGS["merge"])(pixel_values).feature_maps, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.newest

@@ -16,7 +16,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 
 import vwt_hf
-from settings import SETTINGS
+from settings import SETTINGS, local
 from tiny import TINY, answers, forward, inputs, require_restored, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, restore
 from vwt_hf.words import centre, gather_patches, grid_patches, highest, patchify
@@ -40,6 +40,29 @@ def embedded(model, pixel_values, setting, **kwargs) -> tuple[torch.Tensor, torc
     compressed = watch_embeddings(compress(model, setting))  # hooks run in the order that they were registered in
     answers(model, pixel_values, **kwargs)
     return plain[0][0], compressed[0][0]
+
+
+def test_restoring_a_model_leaves_another_that_shares_the_config_of_its_layers(pixel_values):
+    """As VisionEncoderDecoderModel does, which gives its encoder a config of its own, and not the layers in it."""
+    other, encoder = tiny_model("vit"), tiny_model("vit")
+    for module in encoder.modules():
+        if hasattr(module, "config"):
+            module.config = other.config
+    encoder.config = copy.deepcopy(other.config)
+    expected = answers(compress(tiny_model("vit"), local()), pixel_values)
+    compress(encoder, local())
+    restore(other)
+    torch.testing.assert_close(answers(encoder, pixel_values), expected)
+
+
+@pytest.mark.parametrize("setting", [None, {"keep_ratio": 0.5}])
+def test_what_wraps_a_forward_outlives_the_setting(pixel_values, setting):
+    model = compress(tiny_model("vit"), local())
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    model = restore(model) if setting is None else compress(model, setting)
+    expected = tiny_model("vit") if setting is None else compress(tiny_model("vit"), setting)
+    assert torch.equal(model(pixel_values)[0], expected(pixel_values)[0])
 
 
 def test_compressed_tokens_are_those_of_the_kept_patches_alone(model, pixel_values):

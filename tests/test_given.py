@@ -181,6 +181,16 @@ def test_a_model_that_keeps_everything_takes_no_words_that_group(images):
         answers(model, images, patch_words=torch.zeros_like(own))
 
 
+def test_padded_patches_that_are_all_kept_take_no_words_that_group():
+    model, given = tiny_model("siglip2-vision"), inputs(tiny_model("siglip2-vision"), sample_images())
+    compress(model, {"keep_ratio": 1.0})
+    real = given["pixel_attention_mask"].bool()
+    own = torch.arange(real.shape[1]).expand(real.shape).masked_fill(~real, -1)
+    assert torch.equal(model(**given, patch_words=own)[0], model(**given)[0])
+    with pytest.raises(ValueError, match=r"leave 1 tokens of \d+ patches, and the setting of the model keeps all"):
+        model(**given, patch_words=own.clamp(max=0))
+
+
 @pytest.mark.parametrize("name", ["vit", "clip", "blip-vision"])
 def test_a_plain_model_refuses_words_and_says_what_to_do(name, images):
     model = tiny_model(name)
@@ -251,6 +261,40 @@ def test_generate_goes_by_words(make, beams, plans):
     assert plans[-1][2] is not None
     for one, other in zip(found.scores, again.scores, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def generated(model: transformers.PreTrainedModel, *args, **kwargs) -> torch.Tensor:
+    """What PaliGemma writes about two images, to which it repeats them for beams."""
+    prompt = torch.tensor([[1, *[IMAGE_TOKEN] * IMAGE_TOKENS[paligemma], 5]]).repeat(2, 1)
+    return model.generate(prompt, *args, pixel_values=sample_pixel_values(2), max_new_tokens=3, **kwargs)
+
+
+def test_words_hold_for_each_step_of_a_generation_without_a_cache(plans):
+    model = compress(built(paligemma), SETTINGS["inter"])
+    expected = generated(model, use_cache=False)
+    steps = len(plans)
+    words = words_of(plans)
+    plans.clear()
+    assert torch.equal(generated(model, use_cache=False, patch_words=words), expected)
+    assert len(plans) == steps and all(given is not None for _, _, given in plans)
+    compress(model, GIVEN)
+    assert torch.equal(generated(model, use_cache=False, patch_words=words), expected)
+
+
+def test_words_are_repeated_as_often_as_the_images_and_no_oftener(plans):
+    model = compress(built(paligemma), SETTINGS["inter"])
+    beams = transformers.GenerationConfig(num_beams=2, do_sample=False)
+    expected = generated(model, beams)
+    words = words_of(plans)
+    words = words[::2] if len(words) == 4 else words
+    assert torch.equal(generated(model, beams, patch_words=words), expected)
+    assert torch.equal(generated(model, generation_config=beams, patch_words=words), expected)
+    model.generation_config.num_beams = 2  # which a config without a number of its own leaves as it is
+    short = transformers.GenerationConfig(do_sample=False)
+    assert torch.equal(generated(model, generation_config=short, patch_words=words), expected)
+    model.generation_config.num_beams = 1
+    with pytest.raises(ValueError, match=r"\(1, 64\), of 1 images, and the model is given 2 images"):
+        generated(model, patch_words=words[:1])
 
 
 def test_an_encoder_that_is_compressed_alone_generates_by_words(plans):

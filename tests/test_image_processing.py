@@ -446,13 +446,29 @@ def test_decoding_shows_what_is_left(folders):
 
 
 def test_decoding_refuses_words_of_other_images(folders):
-    with pytest.raises(ValueError, match="of several sizes; decode one image at a time"):
-        processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=True)
-        processor.decode([[0] * 64] * 2, [np.zeros((3, 32, 32), np.float32), np.zeros((3, 32, 64), np.float32)])
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=True)
+    with pytest.raises(ValueError, match="patch_words are of 3 images, and there are 2"):
+        processor.decode([[0] * 64] * 3, [np.zeros((3, 32, 32), np.float32), np.zeros((3, 32, 64), np.float32)])
     processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=True)
     words = processor(PHOTOGRAPHS, return_tensors="pt")[NAME]
     with pytest.raises(ValueError, match=r"patch_words are \(4, 64\), of 4 images, and the model is given 5 images"):
         processor.decode(words[:4], PHOTOGRAPHS)
+
+
+@pytest.mark.parametrize("kind", ["pt", "np"])
+def test_what_the_processor_made_of_images_of_several_sizes_or_of_one_is_decoded(folders, kind):
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt=SETTINGS["merge"])
+    photographs = [PHOTOGRAPHS[0].resize((32, 32)), PHOTOGRAPHS[1].resize((64, 32))]
+    alone = [processor(one, do_resize=False, return_tensors="pt") for one in photographs]
+    expected = [processor.decode(made[NAME], made)[0] for made in alone]
+    values = [made["pixel_values"][0] if kind == "pt" else made["pixel_values"][0].numpy() for made in alone]
+    together = {"pixel_values": values, NAME: [made[NAME][0].tolist() for made in alone]}
+    for images in (together, values):
+        assert processor.decode(together[NAME], images) == expected
+    for one, picture in zip(alone, expected, strict=True):  # as a data set gives a row
+        row = {name: value[0].tolist() for name, value in one.items()}
+        assert processor.decode(row[NAME], row) == [picture]
+    assert [picture.size for picture in expected] == [(32, 32), (64, 32)]
 
 
 def test_padded_patches_are_decoded_to_images_of_many_sizes(folders):

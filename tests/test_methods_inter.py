@@ -18,6 +18,7 @@ from vwt_hf.compress import lexicon_of
 from vwt_hf.families import find_layers
 from vwt_hf.forward import current_forward
 from vwt_hf.layout import group
+from vwt_hf.processors import processor_statistics
 from vwt_hf.words import index_words, nearest_words, patchify
 
 
@@ -264,6 +265,7 @@ def test_stochastic_depth_draws_for_each_image(images, vocabulary):
     model.eval()(images)
     assert rows == [5, 1]
     compress(model.train(), inter(vocabulary, layout="packed"))
+    model.config.drop_path_rate = 0.0  # by which the layers were not made
     with pytest.raises(ValueError, match=r"drop_path_rate.*layout='auto'"):
         model(images)
 
@@ -344,6 +346,15 @@ def test_a_processor_that_does_not_rescale_is_taken_at_its_word(tmp_path, vocabu
         [0.5] * 3
     )
     assert settings[1]["image_mean"] == [0.5] * 3
+
+
+def test_a_processor_of_images_that_are_scaled_already_is_taken_at_its_word():
+    """Usual statistics are of pixels up to 1."""
+    processor = transformers.ViTImageProcessorPil(do_rescale=False, image_mean=[0.4, 0.5, 0.6], image_std=[0.2] * 3)
+    assert processor_statistics(processor, 3) == ((0.4, 0.5, 0.6), (0.2,) * 3)
+    processor = transformers.ViTImageProcessorPil(do_rescale=False, do_normalize=False)
+    with pytest.raises(ValueError, match="neither rescales nor normalises images, so that nothing says which value"):
+        processor_statistics(processor, 3)
 
 
 def test_what_is_no_vocabulary_is_refused():

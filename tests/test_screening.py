@@ -147,9 +147,27 @@ def test_what_follows_torchs_operations_and_products_of_fewer_bits_have_no_scree
         assert torch.equal(nearest_words(patches, index, 0.3), expected)
     finally:
         torch.set_float32_matmul_precision("highest")
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+    try:
+        assert torch.equal(nearest_words(patches, index, 0.3), expected)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
     assert torch.equal(torch.vmap(lambda image: nearest_words(image, index, 0.3))(patches[None])[0], expected)
     assert not screened
     assert torch.equal(nearest_words(patches, index, 0.3), expected) and screened == [True]
+
+
+def test_words_are_found_where_gpus_alone_round_to_fewer_bits(screened):
+    """As transformers' Trainer has them by `tf32=True`: torch's older question about it raises then."""
+    words, patches = smooth(300, 300, 0.02, 0), smooth(200, 300, 0.02, 1)[None]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        found = nearest_words(patches, index_words(words), 0.3)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert torch.equal(found, expected_words(patches, words, 0.3)) and screened == [True]
 
 
 def test_few_words_or_values_have_no_screen():

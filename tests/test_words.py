@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -113,6 +115,25 @@ def test_the_order_of_a_strip_of_patches_takes_memory_by_its_length():
     row, column = torch.zeros(2**18, dtype=torch.int64), torch.arange(2**18)
     assert dithered(row, column, 2**18).argsort()[:4].tolist() == [0, 2**17, 2**16, 2**17 + 2**16]
     assert grid_patches(1, 2**18, 2, CPU).tolist() == [[0, 2**17]]
+
+
+def test_a_constant_that_a_cuda_graph_reads_is_kept_for_good(monkeypatch):
+    """Graphs know where it lies and do not hold it; a stand-in says that one is being captured."""
+    monkeypatch.setattr(words, "_kept", collections.OrderedDict())
+    monkeypatch.setattr(words, "_held", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_gpu = types.SimpleNamespace(is_cuda=True, data_ptr=lambda: 7)
+    words._hold(on_gpu)
+    words._hold(torch.ones(1))
+    assert words._held == {7: on_gpu}
+
+
+@pytest.mark.parametrize("ratio", [0.29, 1 / 3, 0.1, 0.7, 1.0, 5e-5])
+def test_a_share_of_patches_is_the_same_of_a_number_and_of_a_tensor(ratio):
+    numbers = torch.arange(1, 70_000)
+    expected = (numbers.double() * ratio + 1e-9).long()
+    assert torch.equal(words.whole_shares(numbers, ratio), expected)
+    assert [words.whole_share(int(one), ratio) for one in numbers[::997]] == expected[::997].tolist()
 
 
 def test_choices_that_are_kept_stay_within_their_bytes_whatever_sizes_come():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -43,6 +45,8 @@ Pairs = tuple[torch.Tensor, ...] | None
 """For each run of a packed batch, or for the whole of a padded one: (images or 1, heads, tokens, tokens), added to the
 attention logits of one layer."""
 HALF = (torch.float16, torch.bfloat16)
+HIDDEN = 3e4
+"""What hides a key, by which logits fall so far that no weight is left, and which half precision holds."""
 FOLDED = 8
 """Dimensions that a bias adds to a head: two hold it, and flash kernels take multiples of eight."""
 
@@ -290,11 +294,18 @@ def flash_attention_2(
         raise ValueError(
             "The batch is padded (by layout='padded', or as the model is in training with drop_path_rate), and the "
             "attention implementation is 'flash_attention_2', which takes no bias to hide padding with; use "
-            "layout='auto' and drop_path_rate=0, or attn_implementation='sdpa'."
+            "layout='auto' and a model loaded with drop_path_rate=0, or attn_implementation='sdpa'."
         )
 
+    # Under autocast, rotary positions and norms leave queries and keys in float32, and values in half precision.
+    if (dtype := get_target_dtype(query, module)) is not None:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    deterministic = os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"  # by transformers' Trainer
+
     def attend(*packed: Any, scale: float) -> torch.Tensor:
-        return flash_attn_varlen_func(*packed, dropout_p=dropout, softmax_scale=scale, causal=False)
+        return flash_attn_varlen_func(
+            *packed, dropout_p=dropout, softmax_scale=scale, causal=False, deterministic=deterministic
+        )
 
     return _by_boundaries(attend, query, key, value, plan, scaling), None
 
@@ -463,7 +474,8 @@ def fold_bias(
     """
     form = (key.dtype, key.device, scaling)
     if form not in folded:
-        wanted = key_bias.to(key.device) / scaling
+        # Of padding it is infinite, of which the second pair would make what is no number.
+        wanted = (key_bias.to(key.device) / scaling).clamp(min=-HIDDEN)
         of_query, of_key = key.new_zeros(FOLDED), key.new_zeros(*wanted.shape, FOLDED)
         of_query[:2] = 1
         of_key[..., 0] = wanted

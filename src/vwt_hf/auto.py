@@ -31,7 +31,7 @@ from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of,
 from .config import VWTConfig
 from .evidence import write_section
 from .families import family_of, find_tower, require_supported
-from .forward import call_with
+from .forward import GivenWords, call_with, words_to_generate_by
 from .model_configs import SETTING, configs_within, is_typed, saved_setting, take_over
 from .printable import shown
 from .processors import remember_load
@@ -214,7 +214,7 @@ def _calling(original: Any) -> Any:
 def _with_words_for_a_part(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
     """Calls a model of which a part alone is compressed, to which its forward may not hand what it was called with."""
     kwargs = dict(kwargs)
-    with call_with(model, kwargs.pop("patch_words"), repeats=False):
+    with call_with(model, GivenWords(kwargs.pop("patch_words"))):
         return model(*args, **kwargs)
 
 
@@ -225,7 +225,7 @@ def _generating(original: Any) -> Any:
     def generate(self: Any, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
         if patch_words is None:
             return original(self, *args, **kwargs)
-        with call_with(self, patch_words, repeats=True):
+        with call_with(self, words_to_generate_by(self, patch_words, args, kwargs)):
             return original(self, *args, **kwargs)
 
     return generate
@@ -325,6 +325,8 @@ def _saving(original: Any) -> Any:
         words = {}
         for part in parts:
             setting = setting_of(part)
+            if setting is not None and not setting.is_saved_as(part.config.vwt):
+                part.config.vwt = setting.to_dict()  # it was changed in the config, and the model runs by the setting
             vocabulary = None if setting is None else setting.words_to_save()
             if vocabulary is not None:
                 words[part] = vocabulary

@@ -45,6 +45,7 @@ from .forward import (
     given_words,
     traced_within,
     words_are_given,
+    words_to_generate_by,
 )
 from .layout import join
 from .model_configs import attend_by_plan, attend_plainly
@@ -294,8 +295,11 @@ def _forward_by_words(model: PreTrainedModel, /, *args: Any, patch_words: Any = 
 
 
 def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the class of `model`: by itself, as sentence-transformers runs it, it becomes a call."""
-    if _runs(model):
+    """The forward of the class of `model`: by itself, as sentence-transformers runs it, it becomes a call.
+
+    It may be left after `restore`, in what somebody wrapped `model.forward` in.
+    """
+    if _runs(model) or not any(isinstance(hook, Begin) for hook in model._forward_pre_hooks.values()):
         return type(model).forward(model, *args, **kwargs)
     return model(*args, **kwargs)
 
@@ -311,7 +315,9 @@ def _call_by_words(model: PreTrainedModel, name: str, /, *args: Any, patch_words
     method = getattr(type(model), name)
     if patch_words is None:
         return method(model, *args, **kwargs)
-    with call_with(model, patch_words, repeats=name == "generate"):
+    generates = name == "generate"
+    given = words_to_generate_by(model, patch_words, args, kwargs) if generates else GivenWords(patch_words)
+    with call_with(model, given):
         return method(model, *args, **kwargs)
 
 
@@ -386,11 +392,10 @@ def lexicon_of(model: nn.Module) -> Any:
 def own_config(model: PreTrainedModel) -> None:
     """Gives `model` a copy of its config, so that what is written there does not reach models that share it."""
     copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)
     for module in model.modules():
         config = module.__dict__.get("config")
-        if id(config) in copies:
-            module.config = copies[id(config)]
+        if isinstance(config, PreTrainedConfig):  # of layers it may be another than that of the model they are in
+            module.__dict__["config"] = copy.deepcopy(config, copies)
 
 
 def _slot(module: nn.Module) -> str:
@@ -616,15 +621,14 @@ class Reduce(Hook):
         if given is None:
             return
         patches = self.patches(pixel_values, length)
-        words = patches.of_words(given.take().words, given.repeats)
-        if self.family.padded is not None:
-            return
-        tokens = [len(image[image != DROPPED].unique()) for image in words]
-        if any(number != patches.count for number in tokens):
-            raise ValueError(
-                f"patch_words {tuple(words.shape)} leave {min(tokens)} tokens of {patches.count} patches, and the "
-                "setting of the model keeps all. Load image processor and model with the same `vwt`."
-            )
+        for image in patches.of_words(given.take().words, given.repeats):
+            stay = image[image != DROPPED]
+            tokens, own = len(stay.unique()), patches.count if self.family.padded is None else len(stay)
+            if tokens != own:
+                raise ValueError(
+                    f"patch_words leave {tokens} tokens of {own} patches, and the setting of the model keeps all. Load "
+                    "image processor and model with the same `vwt`."
+                )
 
     def patches_within(
         self, forward: Forward, pixel_values: torch.Tensor, length: int | None, args: Any, kwargs: dict[str, Any]

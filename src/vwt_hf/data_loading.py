@@ -56,8 +56,14 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
 
 
 def as_tensor(values: Any) -> torch.Tensor:
-    """A tensor as it is; an array or a list of numbers as a tensor on the CPU, whatever torch's default device is."""
-    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    """A tensor as it is; an array or a list of numbers as a tensor on the CPU, whatever torch's default device is.
+
+    Numbers in a list are float32 where they are no integers, as those of a data set's row were before it stored them.
+    """
+    if isinstance(values, torch.Tensor):
+        return values
+    made = torch.from_numpy(np.ascontiguousarray(values))
+    return made.float() if made.dtype == torch.float64 and not isinstance(values, np.ndarray) else made
 
 
 def _of_one_length(name: str, values: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -409,7 +409,11 @@ def find_layers(tower: nn.Module) -> list[nn.Module]:
 
 def find_stack(tower: nn.Module, layer: nn.Module) -> nn.Module:
     """The module of a vision tower that runs its layers, of which `layer` is one; it may be the tower itself."""
-    return next(module for module in tower.modules() for child in module.children() if layer in child.children())
+    parents = {child: module for module in tower.modules() for child in module.children()}
+    listed = parents[layer]
+    while not isinstance(listed, nn.ModuleList):  # what wraps the layer, as torch.compile does
+        listed = parents[listed]
+    return parents[listed]
 
 
 def model_of(model: object) -> PreTrainedModel:

@@ -36,8 +36,11 @@ class GivenWords:
 
     words: torch.Tensor
     """(..., patches), integers: what `patch_words` was."""
-    repeats: bool
-    """Whether each image may come several times in a row, as `generate` repeats them for beams."""
+    repeats: int = 1
+    """How many times in a row each image may come, as `generate` repeats them for beams; `generate` may embed them at
+    each step, too."""
+    generates: bool = False
+    """Whether the call is `generate`, which embeds its images at every step where it has no cache."""
     taken: bool = False
     """Whether embeddings have gone by them."""
 
@@ -47,7 +50,7 @@ class GivenWords:
         Raises:
             ValueError: they were used before.
         """
-        if self.taken:
+        if self.taken and not self.generates:
             raise ValueError(
                 f"patch_words {tuple(self.words.shape)} were given to a call that embeds two batches of images. Call "
                 "the model with one batch at a time, or without patch_words."
@@ -120,7 +123,11 @@ class Forward:
     @property
     def draws_by_sequence(self) -> bool:
         """Whether layers draw random numbers for each sequence, as stochastic depth does in training."""
-        return self.tower.training and getattr(self.tower.config, "drop_path_rate", 0) > 0
+        if not self.tower.training:
+            return False
+        # Rates are those by which the layers were made, whatever the config says since.
+        layers = (part for part in self.tower.modules() if type(part).__name__.endswith("DropPath"))
+        return any((getattr(layer, "drop_prob", None) or 0) > 0 for layer in layers)
 
     @property
     def left(self) -> bool:
@@ -296,7 +303,7 @@ def words_are_given() -> bool:
 
 def begin_call(model: nn.Module, patch_words: torch.Tensor) -> None:
     """Begins a call of `model` with words, within what is under way."""
-    given = GivenWords(patch_words, repeats=False)
+    given = GivenWords(patch_words)
     _enter(Call(model, False, given=given, called_by=_calling_frame()))
     _in_thread.graphs.words = True
 
@@ -304,7 +311,9 @@ def begin_call(model: nn.Module, patch_words: torch.Tensor) -> None:
 def end_call(model: nn.Module) -> GivenWords | None:
     """Ends a call of `model` that `begin_call` began, and returns its words; `None` if none is under way."""
     forward, given = current_forward(), None
-    if isinstance(forward, Call) and forward.tower is model:
+    if (
+        isinstance(forward, Call) and forward.tower is model and forward.called_by is not None
+    ):  # else `call_with` ends it
         given = forward.given
         _leave(forward)
     _in_thread.graphs.words = given_words() is not None
@@ -312,13 +321,12 @@ def end_call(model: nn.Module) -> GivenWords | None:
 
 
 @contextlib.contextmanager
-def call_with(model: nn.Module, patch_words: torch.Tensor, repeats: bool) -> Iterator[None]:
+def call_with(model: nn.Module, given: GivenWords) -> Iterator[None]:
     """What runs in this context is a call of `model` with words.
 
     Raises:
         ValueError: nothing went by them.
     """
-    given = GivenWords(patch_words, repeats)
     call = Call(model, False, given=given, called_by=None)
     _enter(call)
     before, _in_thread.graphs.words = _in_thread.graphs.words, True
@@ -330,6 +338,17 @@ def call_with(model: nn.Module, patch_words: torch.Tensor, repeats: bool) -> Ite
     given.require_taken()
 
 
+def words_to_generate_by(model: Any, patch_words: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> GivenWords:
+    """The words of a call of `model.generate(*args, **kwargs)`."""
+    configs = (*args[1:2], kwargs.get("generation_config"), getattr(model, "generation_config", None))
+
+    def number(name: str) -> int:  # as transformers takes it: of what is not given the next one counts
+        given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((one for one in given if one is not None), 1)
+
+    return GivenWords(patch_words, max(number("num_beams"), number("num_return_sequences")), generates=True)
+
+
 def _calling_frame() -> types.FrameType | None:
     """Where torch calls the module whose hook this is called from."""
     frame: types.FrameType | None = sys._getframe()
@@ -338,12 +357,12 @@ def _calling_frame() -> types.FrameType | None:
     return frame
 
 
-def run_within(forward: Forward | None, function: Any, *args: Any) -> Any:
+def run_within(forward: Forward | None, function: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls a function as if it ran in that forward."""
     graphs = _in_thread.graphs
     token, (traced, graphs.traced) = _current.set(forward), (graphs.traced, None)
     try:
-        return function(*args)
+        return function(*args, **kwargs)
     finally:
         _current.reset(token)
         graphs.traced = traced

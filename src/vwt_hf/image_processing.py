@@ -232,13 +232,24 @@ class Tokenizing:
         """
         from PIL import Image
 
-        values = None if isinstance(images, Mapping) else _as_values(images)
-        if values is not None:
-            images = {"pixel_values": values}
         if not isinstance(images, Mapping):
-            images = super().preprocess(images, return_tensors="pt")  # type: ignore[misc]
+            if _are_values(images):
+                images = {"pixel_values": images}
+            else:
+                images = super().preprocess(images, return_tensors="pt")  # type: ignore[misc]
+        values = images["pixel_values"]
+        if isinstance(values, (list, tuple)) and len({np.shape(one) for one in values}) > 1:  # of several sizes
+            if len(patch_words) != len(values):
+                raise ValueError(f"patch_words are of {len(patch_words)} images, and there are {len(values)}.")
+            return [
+                picture
+                for index, words in enumerate(patch_words)
+                for picture in self.decode(words, {name: images[name][index] for name in images if name in _READ})
+            ]
         tokenizer = self.tokenizer_of_patches
         made = {name: as_tensor(images[name]) for name in images if name in _READ}
+        if made["pixel_values"].dim() == (2 if "spatial_shapes" in made else 3):  # one image
+            made = {name: value[None] for name, value in made.items()}
         words = as_tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
         words = words[None] if words.dim() == 1 else words.flatten(0, -2)
         if made["pixel_values"].dim() == 5:  # images in tiles, and where one has fewer than another, tiles of none
@@ -366,25 +377,16 @@ def _prepare(
     processor.vwt = ready
 
 
-def _as_values(images: Any) -> torch.Tensor | None:
-    """`pixel_values` of images, or of one, in whichever form an image processor gives them: (batch, ...).
+def _are_values(images: Any) -> bool:
+    """Whether they are `pixel_values`, in whichever form an image processor gives them, and not images.
 
-    `None` if they are images: arrays of floating-point numbers with channels first are values.
-
-    Raises:
-        ValueError: they are of several sizes.
+    Arrays of floating-point numbers with channels first are.
     """
     listed = list(images) if isinstance(images, (list, tuple)) else [images]
     if not listed or not all(isinstance(one, (torch.Tensor, np.ndarray)) for one in listed):
-        return None
-    tensors = [as_tensor(one) for one in listed]
-    if not all(one.is_floating_point() and one.dim() > 2 and one.shape[-3] in (1, 3, 4) for one in tensors):
-        return None
-    if len({one.shape for one in tensors}) > 1:
-        raise ValueError("pixel_values are of images of several sizes; decode one image at a time.")
-    if isinstance(images, (list, tuple)):
-        return torch.stack(tensors)
-    return tensors[0][None] if tensors[0].dim() == 3 else tensors[0]
+        return False
+    tensors = map(as_tensor, listed)
+    return all(one.is_floating_point() and one.dim() > 2 and one.shape[-3] in (1, 3, 4) for one in tensors)
 
 
 def write_words_of(processor: Any, folder: Path) -> list[str]:

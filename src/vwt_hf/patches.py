@@ -168,14 +168,14 @@ class Patches:
         # Without the prefix tokens, which pixels have none of.
         return plan.expand(plan.reduce(rows)) if isinstance(plan, Grouped) else rows
 
-    def of_words(self, patch_words: torch.Tensor, repeats: bool = False) -> torch.Tensor:
+    def of_words(self, patch_words: torch.Tensor, repeats: int = 1) -> torch.Tensor:
         """`patch_words` that a caller gave, as (batch, patches) int64 on the device of the patches.
 
         Args:
             patch_words: (..., patches) integers, one row for each image. Rows of −1 alone are of images that are none,
                 as a processor pads tiles with. They say how many patches there are and not in how many rows and
                 columns: words of a 7 × 28 grid pass for those of a 14 × 14 one.
-            repeats: whether each image, with its tiles, may come several times in a row.
+            repeats: how many times in a row each image, with its tiles, may come; or once.
 
         Raises:
             TypeError: they are no integers in a tensor.
@@ -192,8 +192,8 @@ class Patches:
                 f"({batch}, {self.count}). Make them with an image processor for this model, from the same images."
             )
         images = int((patch_words != DROPPED).any(dim=-1).sum())
-        if repeats and 0 < images < batch and batch % images == 0:
-            patch_words = patch_words.repeat_interleave(batch // images, dim=0)
+        if repeats > 1 and images * repeats == batch:
+            patch_words = patch_words.repeat_interleave(repeats, dim=0)
         words = patch_words.to(self.device, torch.int64).flatten(0, -2)
         if len(words) > batch:
             words = words[(words != DROPPED).any(dim=1)]

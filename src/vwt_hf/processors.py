@@ -100,6 +100,10 @@ def stated_patch_size(config: Any) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else None
 
 
+_LARGEST_OF_UNIT = 2.0
+"""The largest mean or standard deviation that is of pixels up to 1; larger ones are of pixels up to 255."""
+
+
 def whole_images(made: Any) -> torch.Tensor:
     """The images, (batch, channels, height, width), of what an image processor made.
 
@@ -121,7 +125,7 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
 
     Raises:
         TypeError: it is no image processor.
-        ValueError: it has statistics of another number of channels.
+        ValueError: it has statistics of another number of channels, or does not tell what white is.
     """
     if not callable(image_processor) or not hasattr(image_processor, "do_normalize"):
         raise TypeError(
@@ -140,7 +144,15 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
                 "for each channel of the images. Give the image processor that makes this model's images"
             )
     # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
-    white = 255 * factor if rescales else 255.0
+    white = 255 * factor
+    if not rescales:  # as of images that are scaled before: only by its statistics it tells to what
+        if not image_processor.do_normalize:
+            raise ValueError(
+                f"the {type(image_processor).__name__} neither rescales nor normalises images, so that nothing says "
+                "which value white has. Give the image processor that makes this model's images"
+            )
+        largest = max(abs(one) for values in (mean, std) for one in _each_channel(values, 1.0, channels))
+        white = 255.0 if largest > _LARGEST_OF_UNIT else 1.0
     return _each_channel(mean, white, channels), _each_channel(std, white, channels)
 
 

@@ -31,8 +31,10 @@ _NOTHING = 1e-5
 """Squared distances that are no larger a share of squared lengths are zero."""
 _EQUALLY_NEAR = 1e-5
 """Distances, in means over an image, that differ by no more are equal."""
-_ROUNDED = 1e-9
-"""What a share of patches may lack to the next integer by rounding."""
+_WHOLE = 2**44
+"""What a ratio is counted in, as a whole number: some devices have no double precision."""
+_ROUNDED = round(1e-8 * _WHOLE)
+"""What a share of patches may lack to the next integer by rounding: 0.29 * 100 is 28.999999999999996."""
 _KEPT = 2**24
 """Bytes of choices that are the same for all images and are kept for the next ones, in all."""
 _KEPT_MOST = 64
@@ -135,13 +137,12 @@ def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 def whole_share(patches: int, ratio: float) -> int:
     """How many of an image's patches a share of them is, rounded down."""
-    # 0.29 * 100 is 28.999999999999996: a product this close to an integer means that integer.
-    return int(patches * ratio + _ROUNDED)
+    return (patches * round(ratio * _WHOLE) + _ROUNDED) // _WHOLE
 
 
 def whole_shares(patches: torch.Tensor, ratio: float) -> torch.Tensor:
     """As `whole_share`, of each image: (batch,), int64."""
-    return (patches.double() * ratio + _ROUNDED).long()
+    return (patches * round(ratio * _WHOLE) + _ROUNDED) // _WHOLE
 
 
 def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
@@ -172,6 +173,7 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
             found = _kept.get(key)
             if found is not None:
                 _kept.move_to_end(key)
+                _hold(found)
                 return found
         # Outside inference mode, so that a later training step may save it for its backward pass.
         with torch.inference_mode(False):
@@ -182,6 +184,7 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
                 _kept[key] = found
                 while len(_kept) > _KEPT_MOST or sum(kept.nbytes for kept in _kept.values()) > _KEPT:
                     _kept.popitem(last=False)
+        _hold(found)
         return found
 
     # Torch names a constant after the code of the function that gave it, and a graph cannot hold two of one name.
@@ -193,6 +196,16 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
         return constant(*[one if isinstance(one, tuple) else operator.index(one) for one in args[:-1]], args[-1])
 
     return chosen
+
+
+_held: dict[int, torch.Tensor] = {}
+"""Constants that CUDA graphs read, by where they lie."""
+
+
+def _hold(constant: torch.Tensor) -> None:
+    """Keeps a constant for good if a CUDA graph is being captured: it knows where it lies, and does not keep it."""
+    if constant.is_cuda and torch.cuda.is_current_stream_capturing():
+        _held[constant.data_ptr()] = constant
 
 
 def whole_numbers(values: Any, device: torch.device) -> torch.Tensor:
@@ -425,13 +438,22 @@ def _nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) ->
     return torch.where(near.view_as(own), words.view_as(own), own)
 
 
+def _rounds_as_float32() -> bool:
+    """Whether products of matrices on a CPU are in float32, as they are unless a user allows for less."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    own = getattr(matmul, "fp32_precision", None)
+    if own is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return own in ("none", "ieee")  # the function above raises where this is set for one kind of device alone
+
+
 def _largest_cosines(
     rows: torch.Tensor, lengths: torch.Tensor, index: WordIndex, least: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For each row its largest cosine with a word, and the first word that has it but for rounding; what
     `screened_cosines` says of those without a cosine of `least`."""
     # Where torch may round to fewer bits, a screen would rule words out wrongly.
-    if index.screen is not None and not is_followed() and torch.get_float32_matmul_precision() == "highest":
+    if index.screen is not None and not is_followed() and _rounds_as_float32():
         found = screened_cosines(rows, lengths, index.words, index.screen, least, _SAME)
         if found is not None:
             return found

@@ -60,7 +60,7 @@ class RaggedConfig(VWTConfig):
         if patches.draws and self.layout == "packed":
             raise ValueError(
                 "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws "
-                "once for each sequence: all images would skip the same layers. Use layout='auto' or 'padded', or "
-                "drop_path_rate=0."
+                "once for each sequence: all images would skip the same layers. Use layout='auto' or 'padded', or load "
+                "the model with drop_path_rate=0."
             )
         return self.layout == "packed" or (self.layout == "auto" and patches.packs and not patches.draws)
