@@ -12,7 +12,7 @@ scripts/env.sh test
 python=${VENV:-.venv}/bin/python
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m mypy &  # while pip is at work below
+"$python" -m mypy &  # while pip is at work below, and the first processes begin
 types=$!
 
 # The oldest end lies beside the newest, with what it needs besides torch, and goes before it on the path.
@@ -30,12 +30,12 @@ if [ ! -d "$triton/triton" ] && [ "$(uname -s)" = Linux ]; then
     "$python" -m pip install -q "$PIP_OPTIONS" --no-deps --target "$triton.part" "triton>=3.9"
     mv "$triton.part" "$triton"
 fi
-wait "$types"
 # Tiny models gain nothing from threads: three processes of one thread for two cores, as some tests wait.
 export OMP_NUM_THREADS=1
-how=(-q -n "${VWT_TEST_PROCESSES:-3}" --dist loadfile)
+how=(-q -n "${VWT_TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder)
 echo "newest transformers:"
 VWT_OTHER_END=$folder "$python" -m pytest "${how[@]}" "$@"
+wait "$types"
 echo "oldest transformers:"
 VWT_OTHER_END='' PYTHONPATH=$folder "$python" -m pytest "${how[@]}" "$@"
 if [ $# = 0 ] && [ "$(uname -s)" = Linux ]; then

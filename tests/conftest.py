@@ -8,25 +8,31 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import huggingface_hub
 import pytest
-import torch
-import transformers
 
-from loopback_hub import LoopbackHub, connect_client, loopback_only
-from tiny import COMMON, sample_pixel_values, tiny_model
+from names import COMMON, LONGEST
+
+if TYPE_CHECKING:  # the process that hands tests out to others reads this, too, and waits for no torch
+    import torch
+    import transformers
+
+    from loopback_hub import LoopbackHub
 
 SHARED = Path(os.environ.get("VWT_SHARED", Path(__file__).parents[2] / "shared"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the tests that are marked `newest` to the newest transformers, where `scripts/test.sh` runs both."""
+    """Leaves the tests that are marked `newest` to the newest transformers, where `scripts/test.sh` runs both, and puts
+    the files first that take longest."""
     if os.environ.get("VWT_OTHER_END") == "":
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("newest")])
         items[:] = [item for item in items if not item.get_closest_marker("newest")]
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def pytest_collection_finish() -> None:
@@ -40,11 +46,15 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(params=COMMON)
 def model(request: pytest.FixtureRequest) -> transformers.PreTrainedModel:
+    from tiny import tiny_model
+
     return tiny_model(request.param)
 
 
 @pytest.fixture
 def pixel_values() -> torch.Tensor:
+    from tiny import sample_pixel_values
+
     return sample_pixel_values()
 
 
@@ -65,6 +75,8 @@ def plans(monkeypatch) -> list:
 @pytest.fixture(scope="session")
 def other_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of the common tiny models, written by the transformers at the other end of the declared range."""
+    import transformers
+
     if "VWT_OTHER_END" not in os.environ:
         pytest.skip("needs VWT_OTHER_END, the PYTHONPATH of another transformers version; scripts/test.sh sets it")
     folder = tmp_path_factory.mktemp("other-end")
@@ -88,6 +100,10 @@ def shared() -> Path:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """An empty Hub that huggingface_hub and transformers use for this test, as user `me`, with an empty cache."""
+    import huggingface_hub
+
+    from loopback_hub import LoopbackHub, connect_client, loopback_only
+
     with loopback_only(monkeypatch), LoopbackHub() as hub:
         connect_client(hub, tmp_path / "hf_home", monkeypatch)
         yield hub

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from tiny import COMMON, MODELS, answers, sample_pixel_values, tiny_model
+from names import COMMON
+from tiny import MODELS, answers, sample_pixel_values, tiny_model
 
 
 def reload(folder: str) -> None:

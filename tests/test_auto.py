@@ -14,9 +14,10 @@ import transformers
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 import vwt_hf
+from names import COMMON
 from settings import inter
 from test_generation import llava
-from tiny import COMMON, MODELS, TINY, answers, tiny_model
+from tiny import MODELS, TINY, answers, tiny_model
 from vwt_hf import VWTConfig, compress
 
 HALF = {"method": "intra", "keep_ratio": 0.5}

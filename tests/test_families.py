@@ -7,9 +7,9 @@ import torch
 import transformers
 from accelerate import cpu_offload
 
+from names import COMMON
 from settings import WORDS, coarse, fixed, gradual, inter, local
 from tiny import (
-    COMMON,
     MODELS,
     TINY,
     answers,

@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
+from names import COMMON
 from settings import STATISTICS, WORDS, inter
-from tiny import COMMON, TINY, answers, forward, require_restored, sample_pixel_values, tiny_model, watch_embeddings
+from tiny import TINY, answers, forward, require_restored, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VisualVocabulary, VWTConfig, compress, restore
 from vwt_hf.compress import lexicon_of
 from vwt_hf.families import find_layers

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tiny import COMMON, answers, sample_pixel_values, tiny_model
+from names import COMMON
+from tiny import answers, sample_pixel_values, tiny_model
 from vwt_hf.families import family_of, find_layers, find_tower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

@@ -128,22 +128,6 @@ MODELS = {
 }
 """The models that tests go through, of every family: class and what makes its config from TINY, by name."""
 
-COMMON = (
-    "vit",
-    "vit-classifier",
-    "deit",
-    "deit-classifier",
-    "dinov2",
-    "dinov2-classifier",
-    "registers",
-    "registers-classifier",
-    "clip",
-    "clip-vision",
-    "clip-projection",
-    "clip-classifier",
-)
-"""Those of the families that most checkpoints are of, which tests go through that look at what families share."""
-
 
 def tiny_model(name: str, **sizes) -> transformers.PreTrainedModel:
     """The model of that name, the same at every call; `sizes` are fields of TINY to change."""
