@@ -42,47 +42,26 @@ _NOT_GIVEN: Any = object()
 _TURN = 60.0
 """Seconds for which a save with words waits for another into its folder. Not for ever: processes that save together
 may wait for each other within it."""
-_REPLACED = (
-    (PreTrainedConfig, "from_dict"),
-    (PreTrainedModel, "from_pretrained"),
-    (PreTrainedModel, "_from_config"),
-    (PreTrainedModel, "save_pretrained"),
-    (PreTrainedModel, "_upload_modified_files"),
-    (PreTrainedModel, "__call__"),
-    (GenerationMixin, "generate"),
-    (ImageProcessingMixin, "from_pretrained"),
-    (ImageProcessingMixin, "save_pretrained"),
-    (ProcessorMixin, "save_pretrained"),
-    (PreTrainedTokenizerBase, "from_pretrained"),
-    (Pipeline, "__init__"),
-)
-"""The methods of transformers that `register` puts others in place of."""
-_originals: dict[tuple[type, str], Any] = {}
-"""Transformers' own methods, kept while others are in their place; `_NOT_GIVEN` for what a class inherits."""
+_replaced: dict[tuple[type, str], tuple[Any, Any]] = {}
+"""Of each method of transformers in whose place another was put: it, and that other, by which `unregister` sees whether
+another library has wrapped it. `_NOT_GIVEN` is for what a class inherits."""
 _building: contextvars.ContextVar[bool] = contextvars.ContextVar("vwt_hf building", default=False)
 """True while a model is loaded or built: models built within it stay plain, and it compresses its parts afterwards."""
 
 
 def register() -> None:
     """Makes transformers' loading, saving and configs take `vwt`. A second call changes nothing."""
-    if _originals:
+    if _replaced:
         return
     PreTrainedConfig.vwt = SETTING  # type: ignore[attr-defined]
     ImageProcessingMixin.vwt = image_processing.SETTING  # type: ignore[attr-defined]
     attention.register()
-    models = (_reading, _loading, _building_from, _saving, _uploading, _calling, _generating)
-    wraps = (*models, _loading_processor, _saving_processor, _saving_processor, _leaving_out, _explaining)
-    for (owner, name), wrap in zip(_REPLACED, wraps, strict=True):
+    for (owner, name), wrap in _WRAPS.items():
         present = vars(owner).get(name, _NOT_GIVEN)
-        _originals[owner, name] = present
         bound = isinstance(present, classmethod)
         wrapped = wrap(present.__func__ if bound else getattr(owner, name))
         setattr(owner, name, classmethod(wrapped) if bound else wrapped)
-        _ours[owner, name] = vars(owner)[name]
-
-
-_ours: dict[tuple[type, str], Any] = {}
-"""The methods put in their place, by which `unregister` sees whether another library has wrapped them."""
+        _replaced[owner, name] = present, vars(owner)[name]
 
 
 def unregister() -> None:
@@ -93,23 +72,22 @@ def unregister() -> None:
     Raises:
         RuntimeError: another library has wrapped a method after this one did, and would lose what it calls.
     """
-    for (owner, name), ours in _ours.items():
+    for (owner, name), (_, ours) in _replaced.items():
         if vars(owner)[name] is not ours:
             raise RuntimeError(
                 f"{owner.__name__}.{name} was replaced after vwt_hf registered, by "
                 f"{getattr(vars(owner)[name], '__module__', 'something else')}; take that out before."
             )
-    for (owner, name), original in _originals.items():
+    for (owner, name), (original, _) in _replaced.items():
         if original is _NOT_GIVEN:
             delattr(owner, name)
         else:
             setattr(owner, name, original)
-    if _originals:
+    if _replaced:
         del PreTrainedConfig.vwt  # type: ignore[attr-defined]
         del ImageProcessingMixin.vwt  # type: ignore[attr-defined]
         attention.unregister()
-    _originals.clear()
-    _ours.clear()
+    _replaced.clear()
 
 
 def _reading(original: Any) -> Any:
@@ -536,3 +514,20 @@ def _apply(model: PreTrainedModel, setting: VWTConfig | None, hub_kwargs: dict[s
         restore(model)
     else:
         compress_by(model, setting, trusted=True, source=model.name_or_path or None, **hub_kwargs)
+
+
+_WRAPS = {
+    (PreTrainedConfig, "from_dict"): _reading,
+    (PreTrainedModel, "from_pretrained"): _loading,
+    (PreTrainedModel, "_from_config"): _building_from,
+    (PreTrainedModel, "save_pretrained"): _saving,
+    (PreTrainedModel, "_upload_modified_files"): _uploading,
+    (PreTrainedModel, "__call__"): _calling,
+    (GenerationMixin, "generate"): _generating,
+    (ImageProcessingMixin, "from_pretrained"): _loading_processor,
+    (ImageProcessingMixin, "save_pretrained"): _saving_processor,
+    (ProcessorMixin, "save_pretrained"): _saving_processor,
+    (PreTrainedTokenizerBase, "from_pretrained"): _leaving_out,
+    (Pipeline, "__init__"): _explaining,
+}
+"""The methods of transformers that `register` puts others in place of, and what makes each of those."""

@@ -176,7 +176,8 @@ def group(
     counted = (lengths + prefix).tolist()  # the one synchronisation with the device
     shape, starts, packed = _places(counted, prefix + patch_words.shape[1], packed, not_as, rounds)
     bounds = _bounds(starts, counted, patch_words.device)
-    return _lay_out(token_of_patch, prefix, bounds, shape, _runs(counted), packed, real, rounds and packed)
+    rows = with_prefix(token_of_patch, prefix) + bounds[0].unsqueeze(1)
+    return _of_rows(rows, prefix, bounds, shape, _runs(counted), packed, real, rounds and packed)
 
 
 def lead(
@@ -332,22 +333,8 @@ def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: 
     """
     batch, length = token_of_patch.shape[0], prefix + tokens
     bounds, runs = _even_bounds(batch, length, token_of_patch.device), ((length, batch),) if batch else ()
-    return _lay_out(token_of_patch, prefix, bounds, (batch, length), runs, False, real)
-
-
-def _lay_out(
-    token_of_patch: torch.Tensor,
-    prefix: int,
-    bounds: tuple[torch.Tensor, torch.Tensor],
-    shape: tuple[int, int],
-    runs: tuple[tuple[int, int], ...],
-    packed: bool,
-    real: torch.Tensor | None,
-    rounds: bool = False,
-) -> Layout:
-    """A layout whose images lie within `bounds`."""
     rows = with_prefix(token_of_patch, prefix) + bounds[0].unsqueeze(1)
-    return _of_rows(rows, prefix, bounds, shape, runs, packed, real, rounds)
+    return _of_rows(rows, prefix, bounds, (batch, length), runs, False, real)
 
 
 def _of_rows(

@@ -66,14 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Prints the settings that were tried and the one that keeps what was asked for, and writes what was named.
-
-    Raises:
-        ImportError: matplotlib, for --plot, is not installed.
-        ValueError: an option, the model or the images cannot be used, the model cannot be saved whole, or no setting
-            keeps what was asked for.
-        OSError: the model or an image cannot be read, or a file cannot be written.
-    """
+    """Prints the settings that were tried and the one that keeps what was asked for, and writes what was named."""
     require_writable(args.json, args.plot, args.resume)
     if args.output is not None:
         require_folder(args.output)

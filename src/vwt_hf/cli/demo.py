@@ -70,13 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Prints what compressing a model costs and gains on photographs, and writes a picture of the kept patches.
-
-    Raises:
-        ImportError: a package of the extra `demo` is missing.
-        ValueError: a setting, the model or the images cannot be used.
-        OSError: the model or an image cannot be read, or the picture cannot be written.
-    """
+    """Prints what compressing a model costs and gains on photographs, and writes a picture of the kept patches."""
     settings: dict[str, Any] = {"vwt=True": True}
     for ratio in args.keep_ratio:
         settings[f"keep_ratio={ratio:.12g}"] = VWTConfig(keep_ratio=ratio, criterion=args.criterion, seed=args.seed)

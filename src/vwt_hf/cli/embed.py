@@ -66,12 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Writes the features of all images, and prints how many there are and where the time went.
-
-    Raises:
-        ValueError: an option, the model or the images cannot be used, or the folder holds something else.
-        OSError: the model or the images cannot be read, or a file cannot be written.
-    """
+    """Writes the features of all images, and prints how many there are and where the time went."""
     require_folder(args.output)
 
     import torch

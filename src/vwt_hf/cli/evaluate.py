@@ -114,12 +114,7 @@ def add_groups(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Prints a row for each setting, and writes what was named.
-
-    Raises:
-        ValueError: an option, the model or the images cannot be used.
-        OSError: the model or the data set cannot be had, or a file cannot be written.
-    """
+    """Prints a row for each setting, and writes what was named."""
     require_writable(args.json, args.card)
     if args.resume is not None:
         require_folder(args.resume)

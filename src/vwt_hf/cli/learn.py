@@ -77,12 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Learns a vocabulary, writes it, pushes it where asked to, and prints what came of it.
-
-    Raises:
-        ValueError: a setting or the images cannot be used, or nothing tells the patch size.
-        OSError: images, image processor or checkpoint cannot be read, or the output cannot be written.
-    """
+    """Learns a vocabulary, writes it, pushes it where asked to, and prints what came of it."""
     from ..processes import everywhere, in_main, joined
 
     with joined(args.device):

@@ -62,13 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Writes a picture of which patches share a word, or of which ones are kept, and prints their numbers.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: a setting, the vocabulary, the model or the images cannot be used.
-        OSError: one of them cannot be read, or the picture cannot be written.
-    """
+    """Writes a picture of which patches share a word, or of which ones are kept, and prints their numbers."""
     names = ("vocabulary", "revision", "threshold", "keep_ratio", "criterion")
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     setting = VWTConfig(method="intra" if args.vocabulary is None else "inter", **given)

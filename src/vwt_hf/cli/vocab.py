@@ -33,12 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Prints what a vocabulary is and where it is from, and writes a picture of its most frequent words.
-
-    Raises:
-        ValueError: a file of it is damaged.
-        OSError: there is no such vocabulary, or the picture cannot be written.
-    """
+    """Prints what a vocabulary is and where it is from, and writes a picture of its most frequent words."""
     require_writable(args.output)
     from ..vocabulary import VisualVocabulary
     from ..vocabulary.card import SHOWN, render_words

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -102,8 +103,6 @@ def render_words(words: torch.Tensor, frequencies: torch.Tensor | None) -> bytes
         words: (size, channels, p, p) raw RGB. Words of one channel, or of more than three, are shown grey.
         frequencies: (size,) or `None`.
     """
-    import PIL.Image
-
     if frequencies is not None:
         words = words[frequencies.argsort(descending=True, stable=True)]
     words = words[:SHOWN]

@@ -13,6 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 
 from ..printable import printable, shown
@@ -264,8 +267,6 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _endings() -> set[str]:
-    import PIL.Image
-
     return {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
 
 
@@ -427,8 +428,6 @@ def undecoded(dataset: Any, column: str, others: Iterable[str] = ()) -> Any:
 
 
 def _looks_like_image(value: Any) -> bool:
-    import PIL.Image
-
     return isinstance(value, PIL.Image.Image) or (isinstance(value, Mapping) and {"bytes", "path"} <= set(value))
 
 
@@ -497,9 +496,6 @@ def read_image(item: Any, name: str | None = None) -> Any:
 
 
 def _upright(item: Any) -> Any:
-    import PIL.Image
-    import PIL.ImageOps
-
     if isinstance(item, PIL.Image.Image):
         return _in_eight_bits(PIL.ImageOps.exif_transpose(item), item.format)
     PIL.Image.init()
@@ -554,9 +550,6 @@ def _in_eight_bits(image: Any, kind: str | None) -> Any:
     Args:
         kind: the file's format, of which some have whole numbers of 16 bits alone.
     """
-    import numpy as np
-    import PIL.Image
-
     mode = image.mode[:4]  # I;16B is I;16 of another byte order
     if mode not in WHITE:
         # Palettes that are partly transparent, and colours multiplied by their opacity, have no direct way to RGB.
@@ -629,8 +622,6 @@ def _require_room(image: Any, image_processor: Any) -> None:
     Raises:
         ValueError: it would have more pixels than Pillow decodes without a warning (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
-    import PIL.Image
-
     most, pixels = PIL.Image.MAX_IMAGE_PIXELS, _pixels_between(image, image_processor)
     if most is not None and pixels > most:
         raise ValueError(
