@@ -247,7 +247,8 @@ def test_features_of_another_kind_of_device_or_version_are_not_gone_on_with(chan
     if changed == "attention":
         monkeypatch.setattr(model.config, "_attn_implementation", "eager")
     elif changed == "device":
-        monkeypatch.setattr(vwt_hf.embedding, "device_of", lambda model: torch.device("meta"))
+        made_with = vwt_hf.embedding.made_with
+        monkeypatch.setattr(vwt_hf.embedding, "made_with", lambda model: made_with(model) | {"device": "meta"})
     else:
         monkeypatch.setattr(sys.modules[changed], "__version__", "0.1")
     with pytest.raises(ValueError, match=rf"features of another run \({changed}"):

@@ -39,6 +39,18 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def require_whole(name: str, value: object, least: int = 1) -> None:
+    """Raises `ValueError` where `value` is no whole number of at least `least`."""
+    if not is_int(value) or value < least:  # type: ignore[operator]
+        raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least {least}.")
+
+
+def require_seed(value: object) -> None:
+    """Raises `ValueError` where `value` is no number that draws can start from."""
+    if not is_seed(value):
+        raise ValueError(f"seed is {shown(value)}; expected a whole number in [0, 2**63).")
+
+
 def is_seed(value: object) -> bool:
     """Whether `value` is a number that draws can start from."""
     return is_int(value) and 0 <= value < 2**63  # type: ignore[operator]

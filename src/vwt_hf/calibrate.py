@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from . import __version__
 from .attention import rounds
-from .bounds import is_int, is_number, is_seed
+from .bounds import is_number, require_seed, require_whole
 from .compress import compress, restore
 from .config import VWTConfig
 from .evaluation import (
@@ -34,6 +32,7 @@ from .evaluation import (
     count_flops,
     count_tokens,
     first_answers,
+    made_with,
     mean_interval,
     on_device,
     processor_name,
@@ -185,12 +184,9 @@ class Calibration:
         resume: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> None:
-        if not is_int(batch_size) or batch_size < 1:
-            raise ValueError(f"batch_size is {shown(batch_size)}; expected a whole number of at least 1.")
-        if not is_int(max_images) or max_images < FEWEST:
-            raise ValueError(f"max_images is {shown(max_images)}; expected a whole number of at least {FEWEST}.")
-        if not is_seed(seed):
-            raise ValueError(f"seed is {shown(seed)}; expected a whole number in [0, 2**63).")
+        require_whole("batch_size", batch_size)
+        require_whole("max_images", max_images, FEWEST)
+        require_seed(seed)
         if by not in BY:
             raise ValueError(f"by is {shown(by)}; expected one of {', '.join(map(repr, BY))}.")
         self._file = None if resume is None else Path(resume)
@@ -351,6 +347,7 @@ class Calibration:
         return {
             "format": FORMAT,
             "model": fingerprint_of(self._plain),
+            **made_with(self._plain),
             "images": f"{self.images} {pixels.hexdigest()[:16]}",
             "batch_size": self._batch_size,
             "by": self._by,
@@ -359,11 +356,6 @@ class Calibration:
             "processor": processor_name() if is_timed_on_cpu else None,
             "threads": torch.get_num_threads() if is_timed_on_cpu else None,
             "kernels": has_kernels(device) if self._by == "time" else None,
-            "attention": self._plain.config._attn_implementation,
-            "dtype": str(self._plain.dtype).removeprefix("torch."),
-            "vwt_hf": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
         }
 
 

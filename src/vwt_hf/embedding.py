@@ -16,15 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from . import __version__
-from .bounds import is_int
+from .bounds import require_whole
 from .compress import require_whole_images, setting_of
 from .data_loading import token_lengths
 from .evaluation import (
@@ -33,6 +31,7 @@ from .evaluation import (
     classifies,
     compression_of,
     count_tokens,
+    made_with,
     on_device,
     require_finite,
     return_memory,
@@ -46,7 +45,7 @@ from .processes import everywhere, gathered, in_main, join, place
 from .processors import described_processor, processor_of
 from .terminal import require_folder
 from .vocabulary.image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed, read_image
-from .weights import device_of, fingerprint_of
+from .weights import fingerprint_of
 from .whole_saves import write_files
 
 MANIFEST = "embed.json"
@@ -159,10 +158,9 @@ def embed(
     workers = min(4, os.cpu_count() or 1) if workers is None else workers
 
     def begin() -> tuple[Any, Trial, ImageRows, dict[str, Any]]:
-        numbers = {"batch_size": (batch_size, 1), "shard_size": (shard_size, 1), "workers": (workers, 0)}
-        for name, (value, least) in numbers.items():
-            if not is_int(value) or value < least:
-                raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least {least}.")
+        for name, value in {"batch_size": batch_size, "shard_size": shard_size}.items():
+            require_whole(name, value)
+        require_whole("workers", workers, least=0)
         if format not in KINDS:
             raise ValueError(f"format is {shown(format)}; expected one of {', '.join(map(repr, KINDS))}.")
         require_features(model)
@@ -627,13 +625,8 @@ def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) 
     """What files must share to belong together, as JSON holds it."""
     of = {
         "format": FORMAT,
-        "vwt_hf": __version__,
         "model": fingerprint_of(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": device_of(model).type,
-        "attention": model.config._attn_implementation,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
+        **made_with(model),
         **compression_of(model),
         "image_processor": described_processor(image_processor),
         "images": rows.order,

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import EvalResult
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from . import __version__
 from .batch_log import Batch, BatchLog
-from .bounds import is_int, is_seed
+from .bounds import require_seed, require_whole
 from .calibrate import pixels_of
 from .compress import compress_by, restore, setting_of
 from .config import RECOMMENDED, VWTConfig
@@ -28,6 +26,7 @@ from .evaluation import (
     class_names,
     compression_of,
     count_tokens,
+    made_with,
     on_device,
     require_finite,
     share,
@@ -285,10 +284,8 @@ def require_options(vwt: Sequence[Any] | None, batch_size: Any, max_new_tokens: 
                 "in any case."
             )
     for name, number in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
-        if not is_int(number) or number < 1:
-            raise ValueError(f"{name} is {shown(number)}; expected a whole number of at least 1.")
-    if not is_seed(seed):
-        raise ValueError(f"seed is {shown(seed)}; expected a whole number in [0, 2**63).")
+        require_whole(name, number)
+    require_seed(seed)
     if not isinstance(prompt, str) or prompt.count("{}") != 1:
         raise ValueError(f"prompt is {shown(prompt)}; expected a text with one {{}}, where the label goes.")
 
@@ -363,13 +360,8 @@ def _fingerprint(
     plain = models[0]
     of = {
         "format": FORMAT,
-        "vwt_hf": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
         "model": fingerprint_of(plain),
-        "device": device_of(plain).type,
-        "dtype": str(plain.dtype).removeprefix("torch."),
-        "attention": plain.config._attn_implementation,
+        **made_with(plain),
         "settings": {str(number): compression_of(model) for number, model in enumerate(models)},
         "image_processor": described_processor(processor),
         "tokenizer": getattr(task.tokenizer, "name_or_path", None),
@@ -416,16 +408,9 @@ def _total(counts: Sequence[TokenCount]) -> TokenCount:
 
 
 def _machine(model: PreTrainedModel, processes: int) -> dict[str, Any]:
-    return {
-        "device": device_of(model).type,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "vwt_hf": __version__,
-    }
+    known = made_with(model) | {"processes": processes, "threads": torch.get_num_threads()}
+    names = ("device", "dtype", "attention", "processes", "threads", "torch", "transformers", "vwt_hf")
+    return {name: known[name] for name in names}
 
 
 def fields_of(setting: Any) -> dict[str, Any]:

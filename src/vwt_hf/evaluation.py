@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from . import __version__
 from .compress import lexicon_of, setting_of
 from .families import family_of, find_layers, find_tower, model_of
 from .forward import current_forward
@@ -150,6 +152,18 @@ def processor_name() -> str:
     lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def made_with(model: PreTrainedModel) -> dict[str, Any]:
+    """What answers of `model` depend on beside weights and setting: versions, and how it runs; as JSON holds it."""
+    return {
+        "vwt_hf": __version__,
+        "transformers": transformers.__version__,
+        "torch": str(torch.__version__),
+        "device": device_of(model).type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+    }
 
 
 def compression_of(model: PreTrainedModel) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .bounds import is_int
+from .bounds import require_whole
 from .printable import shown
 from .vocabulary.image_source import (
     described_files,
@@ -177,8 +177,8 @@ def open_labelled(
         ValueError: there are no images, no such column, or `groups` does not name the group of every image.
         TypeError: `images` is of another type.
     """
-    if limit is not None and (not is_int(limit) or limit < 1):
-        raise ValueError(f"limit is {shown(limit)}; expected a whole number of at least 1.")
+    if limit is not None:
+        require_whole("limit", limit)
     columns = {"image": image_column, "label": label_column, "captions": caption_column, "group": group_column}
     folder = folder_of(images)
     if folder is not None:

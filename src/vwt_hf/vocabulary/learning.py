@@ -23,8 +23,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..bounds import is_int
-from ..printable import shown
+from ..bounds import require_whole
 from ..processes import everywhere, gathered, in_main, join, place, summed, together
 from ..processors import processor_statistics
 from ..whole_saves import write_files
@@ -121,11 +120,10 @@ def learn_words(
     channels = 3
 
     def begin() -> tuple[MiniBatchKMeans, dict[str, Any], ImageSource]:
-        for name, value in {"size": size, "patch_size": patch_size, "batch_size": batch_size}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a positive integer.")
-        if max_images is not None and (not is_int(max_images) or max_images < 1):
-            raise ValueError(f"max_images is {shown(max_images)}; expected a whole number of at least 1, or None.")
+        numbers = {"size": size, "patch_size": patch_size, "batch_size": batch_size, "max_images": max_images}
+        for name, value in numbers.items():
+            if name != "max_images" or value is not None:
+                require_whole(name, value)
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
         VocabularyInfo(dataset=dataset, base_model=base_model)  # refuses what it could not record at the end
