@@ -132,11 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     asked = 1 if options.workers is None else options.workers
     numbers = (options.max_batch_size, options.max_pixels, options.max_requests, asked)
-    seconds = (options.batch_timeout, options.timeout)
-    if min(numbers) < 1 or not all(SHORTEST <= given < math.inf for given in seconds):
+    if min(numbers) < 1 or not SHORTEST <= options.batch_timeout <= options.timeout < math.inf:
         whole = "--max-batch-size, --max-pixels, --max-requests and --workers take whole numbers from 1 on"
         given = f"{', '.join(map(str, numbers))} and {options.batch_timeout}, {options.timeout}"
-        parser.error(f"{whole}, --batch-timeout and --timeout {SHORTEST} seconds or more; given {given}.")
+        parser.error(f"{whole}, --batch-timeout {SHORTEST} seconds or more, --timeout as many; given {given}.")
 
     # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
     torch.set_num_threads(1)
@@ -394,7 +393,7 @@ class Answers(litserve.LitAPI):
             return_memory()
         return [answers[place] for place in range(len(images))]
 
-    def encode_response(self, output: torch.Tensor) -> dict[str, Any]:
+    def encode_response(self, output: torch.Tensor) -> Any:
         if not output.isfinite().all():  # JSON has no such numbers. An error here would be that of a whole batch.
             return JSONResponse({"detail": "The model answers this image by NaN or infinity."}, 500)
         return encoded(self.model, output)

@@ -14,6 +14,7 @@ python=${VENV:-.venv}/bin/python
 "$python" -m ruff format --check .
 "$python" -m mypy &  # while pip is at work below, and the first processes begin
 types=$!
+trap 'kill "$types" 2>/dev/null || :' EXIT
 
 # The oldest end lies beside the newest, with what it needs besides torch, and goes before it on the path.
 oldest=$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)

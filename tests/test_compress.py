@@ -55,6 +55,17 @@ def test_restoring_a_model_leaves_another_that_shares_the_config_of_its_layers(p
     torch.testing.assert_close(answers(encoder, pixel_values), expected)
 
 
+def test_layers_may_lie_in_a_sequence(pixel_values):
+    model = tiny_model("vit")
+    expected = answers(compress(tiny_model("vit"), local()), pixel_values)
+    (holder,) = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    for parent in model.modules():
+        for name, child in list(parent.named_children()):
+            if child is holder:
+                setattr(parent, name, torch.nn.Sequential(*holder))
+    assert torch.equal(answers(compress(model, local()), pixel_values), expected)
+
+
 @pytest.mark.parametrize("setting", [None, {"keep_ratio": 0.5}])
 def test_what_wraps_a_forward_outlives_the_setting(pixel_values, setting):
     model = compress(tiny_model("vit"), local())

@@ -171,7 +171,8 @@ def test_numbers_of_a_row_that_a_data_set_gives_as_lists_are_single_precision():
     rows = [{"pixel_values": torch.rand(3, 4, 4).tolist(), "patch_words": [1] * 16, "label": 0} for _ in range(2)]
     found = collate_images(rows)
     assert found["pixel_values"].dtype == torch.float32 and found["pixel_values"].shape == (2, 3, 4, 4)
-    assert collate_images([{"pixel_values": np.ones((3, 4, 4))}])["pixel_values"].dtype == torch.float64
+    for exact in (np.ones((3, 4, 4)), [np.ones((4, 4))] * 3, [torch.ones(4, 4, dtype=torch.float64)] * 3):
+        assert collate_images([{"pixel_values": exact}])["pixel_values"].dtype == torch.float64
 
 
 def test_a_batch_of_no_images_is_refused():

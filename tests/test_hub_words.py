@@ -14,9 +14,10 @@ import safetensors.torch
 import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoModel
 
+import vwt_hf
 from tiny import answers, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress
 from vwt_hf.vocabulary import load_vocabulary
@@ -81,14 +82,28 @@ def test_words_are_pushed_into_a_pull_request_that_is_open(hub, vocabulary, monk
     assert asked[0]["revision"] == "refs/pr/1"
 
 
-def test_words_that_cannot_be_asked_for_are_not_taken_for_missing_ones(hub, files, vocabulary):
+def test_words_that_cannot_be_asked_for_are_not_taken_for_missing_ones(hub, files, monkeypatch):
     hub.put("me/words", {"vocab.pt": b"no words"})
     hf_hub_download("me/words", "vocab.pt")  # of which alone there is a copy, and none of what else is there
     hub.put("me/words", files)
-    hub.offline()
-    with pytest.raises(FileNotFoundError, match="me/words cannot be had: ") as raised:
+
+    def drop_the_first(*args, filename, **of):
+        if filename == "vocabulary.json":
+            raise LocalEntryNotFoundError("the connection was lost")
+        return hf_hub_download(*args, filename=filename, **of)
+
+    monkeypatch.setattr(vwt_hf.vocabulary.files, "hf_hub_download", drop_the_first)
+    with pytest.raises(FileNotFoundError, match=r"me/words cannot be had.*\(the connection was lost\)"):
         VisualVocabulary.from_pretrained("me/words")
-    assert "holds neither" not in str(raised.value)
+
+
+def test_a_vocab_pt_that_was_downloaded_is_imported_where_no_network_is_asked_for(hub):
+    torch.save(torch.rand(5, 3 * 16 * 16), made := io.BytesIO())
+    hub.put("me/words", {"vocab.pt": made.getvalue()})
+    hf_hub_download("me/words", "vocab.pt")
+    with pytest.warns(UserWarning, match=r"vocab\.pt"):
+        found = VisualVocabulary.from_pretrained("me/words", local_files_only=True)
+    assert len(found) == 5
 
 
 def test_a_branch_a_commit_and_a_subfolder_are_found(hub, vocabulary):

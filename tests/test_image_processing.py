@@ -465,6 +465,8 @@ def test_what_the_processor_made_of_images_of_several_sizes_or_of_one_is_decoded
     together = {"pixel_values": values, NAME: [made[NAME][0].tolist() for made in alone]}
     for images in (together, values):
         assert processor.decode(together[NAME], images) == expected
+    halves = [alone[0]["pixel_values"][0].bfloat16()] * 2
+    assert len(processor.decode([alone[0][NAME][0].tolist()] * 2, halves)) == 2
     for one, picture in zip(alone, expected, strict=True):  # as a data set gives a row
         row = {name: value[0].tolist() for name, value in one.items()}
         assert processor.decode(row[NAME], row) == [picture]

@@ -353,9 +353,10 @@ def test_a_processor_of_images_that_are_scaled_already_is_taken_at_its_word():
     """Usual statistics are of pixels up to 1."""
     processor = transformers.ViTImageProcessorPil(do_rescale=False, image_mean=[0.4, 0.5, 0.6], image_std=[0.2] * 3)
     assert processor_statistics(processor, 3) == ((0.4, 0.5, 0.6), (0.2,) * 3)
-    processor = transformers.ViTImageProcessorPil(do_rescale=False, do_normalize=False)
-    with pytest.raises(ValueError, match="neither rescales nor normalises images, so that nothing says which value"):
-        processor_statistics(processor, 3)
+    for nothing in ({"do_normalize": False}, {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}):
+        processor = transformers.ViTImageProcessorPil(do_rescale=False, **nothing)
+        with pytest.raises(ValueError, match="neither rescales nor normalises images, so that nothing says which"):
+            processor_statistics(processor, 3)
 
 
 def test_what_is_no_vocabulary_is_refused():

@@ -10,6 +10,7 @@ import http.client
 import io
 import json
 import os
+import pickle
 import queue
 import signal
 import socket
@@ -398,6 +399,8 @@ def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path, capsys: py
         assert reason in said and "Traceback" not in said
     with pytest.raises(SystemExit):
         serve.main([str(folder), "--batch-timeout", "0"])
+    with pytest.raises(SystemExit):
+        serve.main([str(folder), "--batch-timeout", "5", "--timeout", "1"])
 
 
 def test_a_classifier_without_names_for_all_its_labels_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -454,6 +457,7 @@ def test_an_answer_that_is_not_finite_is_an_error_of_that_image_alone(tmp_path: 
     images = [{"pixel_values": torch.full((1, 3, 32, 32), value)} for value in (0.0, float("nan"))]
     fine, broken = map(api.encode_response, api.predict(images))
     assert np.isfinite(fine["features"]).all()
+    broken = pickle.loads(pickle.dumps(broken))  # on its way through LitServe's queue
     assert broken.status_code == 500 and json.loads(broken.body) == {
         "detail": "The model answers this image by NaN or infinity."
     }

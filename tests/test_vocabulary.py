@@ -162,6 +162,7 @@ def test_what_cannot_be_learned_from_is_refused(folder: Path, tmp_path: Path, pr
         (tmp_path / "empty", {}, ValueError, "holds no image files"),
         (tmp_path / "nowhere", {}, ValueError, "no folder"),
         ([], {}, ValueError, "holds no images"),
+        (stored(folder).select([]), {}, ValueError, "holds no images"),
         (7, {}, TypeError, "images is a int"),
         (datasets.DatasetDict(train=stored(folder)), {}, ValueError, "splits train"),
         (stored(folder), {"column": "label"}, ValueError, "'label'; its columns are label, photograph"),

@@ -58,12 +58,17 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
 def as_tensor(values: Any) -> torch.Tensor:
     """A tensor as it is; an array or a list of numbers as a tensor on the CPU, whatever torch's default device is.
 
-    Numbers in a list are float32 where they are no integers, as those of a data set's row were before it stored them.
+    Python's numbers become float32 where they are no integers: a data set gives stored float32 values back as such.
     """
     if isinstance(values, torch.Tensor):
         return values
+    inner = values
+    while isinstance(inner, (list, tuple)) and inner:
+        if isinstance(inner[0], torch.Tensor):
+            return torch.stack([as_tensor(one) for one in values])
+        inner = inner[0]
     made = torch.from_numpy(np.ascontiguousarray(values))
-    return made.float() if made.dtype == torch.float64 and not isinstance(values, np.ndarray) else made
+    return made.float() if made.dtype == torch.float64 and isinstance(inner, float) else made
 
 
 def _of_one_length(name: str, values: list[torch.Tensor]) -> list[torch.Tensor]:

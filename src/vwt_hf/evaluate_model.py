@@ -200,7 +200,7 @@ def evaluate_model(
         resume: a folder for what was measured of each batch, made if it is not there. A run that was cut off goes on
             from it, also by another number of processes if `images` is no stream; batches with an image that could not
             be read are tried again. A run of another model, other settings or other images is refused: files are told
-            by their names and sizes, a stream by its first image.
+            by their names and sizes, links by where they lead, a stream by its first image.
         progress: whether to show a bar.
 
     Raises:

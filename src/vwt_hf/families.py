@@ -411,7 +411,7 @@ def find_stack(tower: nn.Module, layer: nn.Module) -> nn.Module:
     """The module of a vision tower that runs its layers, of which `layer` is one; it may be the tower itself."""
     parents = {child: module for module in tower.modules() for child in module.children()}
     listed = parents[layer]
-    while not isinstance(listed, nn.ModuleList):  # what wraps the layer, as torch.compile does
+    while not isinstance(listed, (nn.ModuleList, nn.Sequential)):  # what wraps the layer, as torch.compile does
         listed = parents[listed]
     return parents[listed]
 

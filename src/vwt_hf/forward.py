@@ -37,8 +37,7 @@ class GivenWords:
     words: torch.Tensor
     """(..., patches), integers: what `patch_words` was."""
     repeats: int = 1
-    """How many times in a row each image may come, as `generate` repeats them for beams; `generate` may embed them at
-    each step, too."""
+    """How many times in a row each image may come, as `generate` repeats them for beams."""
     generates: bool = False
     """Whether the call is `generate`, which embeds its images at every step where it has no cache."""
     taken: bool = False
@@ -151,6 +150,9 @@ class Forward:
 @dataclasses.dataclass(eq=False)
 class Call(Forward):
     """A call with `patch_words` under way, of a model that is or holds a vision tower: `tower` is that model."""
+
+    by_context: bool = False
+    """Whether `call_with` began it, which ends it."""
 
     def holds(self, module: nn.Module) -> bool:
         """No module runs by a plan of the call, as it has none."""
@@ -311,9 +313,7 @@ def begin_call(model: nn.Module, patch_words: torch.Tensor) -> None:
 def end_call(model: nn.Module) -> GivenWords | None:
     """Ends a call of `model` that `begin_call` began, and returns its words; `None` if none is under way."""
     forward, given = current_forward(), None
-    if (
-        isinstance(forward, Call) and forward.tower is model and forward.called_by is not None
-    ):  # else `call_with` ends it
+    if isinstance(forward, Call) and forward.tower is model and not forward.by_context:
         given = forward.given
         _leave(forward)
     _in_thread.graphs.words = given_words() is not None
@@ -327,7 +327,7 @@ def call_with(model: nn.Module, given: GivenWords) -> Iterator[None]:
     Raises:
         ValueError: nothing went by them.
     """
-    call = Call(model, False, given=given, called_by=None)
+    call = Call(model, False, given=given, by_context=True)
     _enter(call)
     before, _in_thread.graphs.words = _in_thread.graphs.words, True
     try:

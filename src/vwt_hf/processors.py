@@ -145,13 +145,13 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
             )
     # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
     white = 255 * factor
-    if not rescales:  # as of images that are scaled before: only by its statistics it tells to what
-        if not image_processor.do_normalize:
+    if not rescales:  # as of images that are scaled before: only its statistics say to what
+        largest = max(abs(one) for values in (mean, std) for one in _each_channel(values, 1.0, channels))
+        if {*_each_channel(mean, 1.0, channels)} == {0.0} and {*_each_channel(std, 1.0, channels)} == {1.0}:
             raise ValueError(
                 f"the {type(image_processor).__name__} neither rescales nor normalises images, so that nothing says "
                 "which value white has. Give the image processor that makes this model's images"
             )
-        largest = max(abs(one) for values in (mean, std) for one in _each_channel(values, 1.0, channels))
         white = 255.0 if largest > _LARGEST_OF_UNIT else 1.0
     return _each_channel(mean, white, channels), _each_channel(std, white, channels)
 

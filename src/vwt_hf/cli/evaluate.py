@@ -213,7 +213,8 @@ def read_card(file: Path, model: str) -> ModelCard:
     name = printable(Path(model).name) or "model"
     if file.exists():
         try:
-            card = ModelCard.load(file)  # with its line ends
+            with file.open(encoding="utf-8-sig", newline="") as opened:  # with its line ends
+                card = ModelCard(opened.read())
             models = [entry["name"] for entry in (metadata_load(file) or {}).get("model-index") or []]
         except OSError:
             raise

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -146,8 +146,13 @@ def locate(
             cached = try_to_load_from_cache(
                 source, "/".join(filter(None, (subfolder, name))), hub.get("cache_dir"), revision
             )
-            if isinstance(cached, str) or cached is None or name == names[-1]:
-                raise FileNotFoundError(f"{where} cannot be had: {error}") from error
+            was_asked = not (constants.HF_HUB_OFFLINE or hub.get("local_files_only"))
+            if name == names[-1] or (was_asked and cached is None):
+                raise FileNotFoundError(
+                    f"{where} cannot be had, and nothing of it is here: load it once where the Hub can be reached, or "
+                    f"give a folder that it was downloaded to. ({error})"
+                ) from error
+            failure = failure or error
             continue
         except EntryNotFoundError as error:
             failure = failure or error

@@ -177,7 +177,7 @@ def _after(skip: int, items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, A
 def described_files(folder: Path, files: Iterable[Path]) -> str:
     """A text that changes when an image of the folder is added, removed, renamed or gets another size.
 
-    A link is told by where it leads, and so is the same while the drive there is gone.
+    A link is told by where it leads, whatever lies there, and so is the same while the drive there is gone.
     """
     digest, count = hashlib.sha256(), 0
     for file in files:
@@ -364,8 +364,9 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
         column = find_image_column(dataset.features, column)
         encoded = undecoded(dataset, column)
         items = _Shuffled(len(dataset), seed, lambda i: (f"row {i}", encoded[i][column]))
-        ends = f"first and last: {described_images((encoded[i] for i in {0, len(encoded) - 1} if i >= 0), column)}"
-        return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows ({of}{ends})", items.cut)
+        ends = [encoded[i] for i in sorted({0, len(dataset) - 1})] if len(dataset) else []
+        of += f"first and last: {described_images(ends, column)}"
+        return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows ({of})", items.cut)
     if not isinstance(dataset, datasets.IterableDataset):
         raise TypeError(f"images is a {type(dataset).__name__}; expected a Dataset or an IterableDataset.")
     column = find_image_column(features_of(dataset), column)
@@ -524,7 +525,7 @@ def _file(item: Any) -> Any:
         _existing(local)
     import fsspec  # of datasets, whose streams name files on the Hub
 
-    encoded = b""
+    encoded = bytearray()
     with fsspec.open(path, "rb") as file:  # which gives what has come, where a server does not say how much there is
         while len(encoded) <= LARGEST and (piece := file.read(LARGEST + 1 - len(encoded))):
             encoded += piece

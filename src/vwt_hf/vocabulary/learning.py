@@ -128,11 +128,11 @@ def learn_words(
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
         VocabularyInfo(dataset=dataset, base_model=base_model)  # refuses what it could not record at the end
         kmeans = MiniBatchKMeans(size, channels * patch_size**2, seed=seed, device=device or _default_device())
-        mean, std = processor_statistics(image_processor, channels)
+        mean, std = _recorded_statistics(image_processor, channels)
         made = image_processor.to_dict()
         settings = {
             "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size, "processes": processes,
-            "image_mean": list(mean), "image_std": list(std),
+            "image_mean": mean, "image_std": std,
             "image_processor": f"{type(image_processor).__name__}, "  # Pillow resizes to other pixels than torchvision
             + ", ".join(f"{name} {made[name]}" for name in CUTS if name in made),
         }  # fmt: skip
@@ -190,8 +190,8 @@ def learn_words(
             stacklevel=3,
         )
     info = VocabularyInfo(
-        image_mean=tuple(settings["image_mean"]),
-        image_std=tuple(settings["image_std"]),
+        image_mean=settings["image_mean"] and tuple(settings["image_mean"]),
+        image_std=settings["image_std"] and tuple(settings["image_std"]),
         dataset=dataset or peers[0].name,
         base_model=base_model,
         patches=seen,
@@ -202,6 +202,14 @@ def learn_words(
         library_version=__version__,
     )
     return words.unflatten(1, (channels, patch_size, patch_size)), counts, info
+
+
+def _recorded_statistics(image_processor: Any, channels: int) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and standard deviation of a processor, which words are not learned by; `None` where it has none."""
+    if not getattr(image_processor, "do_rescale", True) and not getattr(image_processor, "do_normalize", True):
+        return None, None
+    mean, std = processor_statistics(image_processor, channels)
+    return list(mean), list(std)
 
 
 def _default_device() -> torch.device | str:
