@@ -149,8 +149,8 @@ def locate(
             was_asked = not (constants.HF_HUB_OFFLINE or hub.get("local_files_only"))
             if name == names[-1] or (was_asked and cached is None):
                 raise FileNotFoundError(
-                    f"{where} cannot be had, and nothing of it is here: load it once where the Hub can be reached, or "
-                    f"give a folder that it was downloaded to. ({error})"
+                    f"{where} cannot be had: load it once where the Hub can be reached, or give a folder that it was "
+                    f"downloaded to. ({error})"
                 ) from error
             failure = failure or error
             continue
