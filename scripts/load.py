@@ -193,9 +193,8 @@ def measure(
     counted = {name: value - before[name] for name, value in server.counts().items()}
     found = [(judged(reply, photographs[which].expected, tolerance), wait) for which, wait, reply in replies]
     verdicts = Counter(verdict for verdict, _ in found)
-    waits = sorted(
-        wait for verdict, wait in found if verdict != "error"
-    )  # which comes at once where one is turned away
+    # Without errors, which come at once where a request is turned away.
+    waits = sorted(wait for verdict, wait in found if verdict != "error")
     ends = [len(memory) * part // PARTS for part in range(PARTS + 1)]
     tenths = [statistics.mean(memory[start:end] or memory) / 2**20 for start, end in itertools.pairwise(ends)]
     return {

@@ -490,7 +490,7 @@ def test_what_the_command_cannot_do_is_one_line(checkpoint, folder, tmp_path, ca
 def test_agreement_holds_on_photographs_that_were_not_seen(shared, name, monkeypatch):
     monkeypatch.setattr(sys.modules[Calibration.__module__], "LEVELS", LEVELS[4::3])
     paths = sorted((shared / "data/caltech101/validation").rglob("*.jpg"))
-    seen, others = paths[0::20][:50], paths[1::40][:25]
+    seen, others = paths[0::20][:50], paths[1::20][:50]
     folder = shared / "models" / name
     model = transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=FAST)
     # Operations are counted of one batch, and a few images say as much of them.

@@ -292,8 +292,8 @@ def test_a_compiled_model_is_called_within_its_own_forward():
 @pytest.mark.newest
 @pytest.mark.parametrize(
     ("outer", "within"),
-    [(inter(), (EVEN["merge"], inter())), (EVEN["local"], (EVEN["merge"],))],
-    ids=["both in inter", "merge in local"],
+    [(inter(), (EVEN["merge"], inter())), (EVEN["local"], (EVEN["merge"],)), (EVEN["local"], (inter(),))],
+    ids=["both in inter", "merge in local", "inter in local"],
 )
 def test_a_compiled_model_is_called_within_the_forward_of_another(outer, within):
     """One whose images have the same number of tokens, and one whose have not."""

@@ -550,10 +550,10 @@ def test_a_mapped_and_a_transformed_dataset_have_words(folders):
 def test_trained_classifiers_answer_alike_by_either_one_s_words(classifier, shared, plans):
     """By every method, in single precision, on photographs of many kinds of things."""
     folder = shared / "models" / classifier
-    paths = sorted((shared / "data/caltech101/validation").glob("*/*"))[::200]
+    paths = sorted((shared / "data/caltech101/validation").glob("*/*"))[::100]
     plain = AutoImageProcessor.from_pretrained(folder)
     train = shared / "data/imagenet-sample/train"
-    words = VisualVocabulary.learn(train, plain, size=100, patch_size=14, max_images=30, progress=False)
+    words = VisualVocabulary.learn(train, plain, size=100, patch_size=14, max_images=60, progress=False)
     images = [Image.open(path).convert("RGB") for path in paths]
     for vwt in ({}, {"criterion": "random"}, {"criterion": "grid"}, {"dropped": "merge"}, words):
         processor = AutoImageProcessor.from_pretrained(folder, vwt=vwt)

@@ -45,7 +45,7 @@ def test_a_data_set_saved_to_disk_is_opened_by_its_split(tmp_path, data):
     named.save_to_disk(tmp_path / "named")
     assert opened("named", split="train", config="small") == (datasets.Dataset, "train")
     for of, options, own in (
-        ("one", {"split": "train"}, "--split is 'train', and .* are of None"),
+        ("one", {"split": "train"}, "--split is 'train', and .* are of no split"),
         ("named", {"split": "test"}, "--split is 'test', and .* are of 'train'"),
         ("named", {"config": "large"}, "--config is 'large', and .* are of 'small'"),
     ):

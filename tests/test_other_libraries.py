@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 
 import pytest
 import torch
@@ -296,8 +295,7 @@ SEVERAL = {
 
 
 def exported_models(name: str) -> list[transformers.PreTrainedModel]:
-    is_oldest = os.environ.get("VWT_OTHER_END") == ""  # where what torch does with settings is no other
-    kinds = ("merge",) if is_oldest else SEVERAL.get(name, ("merge",))
+    kinds = SEVERAL.get(name, ("merge",))
     return [compress(tiny_model(name, num_hidden_layers=1 + (kind == "fixed")), EVEN[kind]) for kind in kinds]
 
 

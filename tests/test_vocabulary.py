@@ -251,6 +251,17 @@ def test_an_iterable_may_have_more_images_at_its_end(tmp_path: Path, processor: 
     assert torch.equal(grown.words, whole.words) and grown.info == whole.info
 
 
+@pytest.mark.parametrize("nothing", [{"do_normalize": False}, {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}])
+def test_words_are_learned_by_a_processor_that_does_not_say_what_white_is(
+    folder: Path, processor: Any, nothing: dict[str, Any]
+) -> None:
+    """They are in raw RGB whatever it says, which is recorded where it is known."""
+    silent = transformers.CLIPImageProcessorPil(**PROCESSOR | {"do_rescale": False} | nothing)
+    words = make(folder, silent)
+    assert torch.equal(words.words, make(folder, processor).words)
+    assert words.info.image_mean is words.info.image_std is None
+
+
 def test_a_checkpoint_over_other_images_is_refused(folder: Path, tmp_path: Path, processor: Any) -> None:
     kinds = {"folder": folder, "data set": stored(folder), "iterable": photographs(24), "stream": None}
     kinds["stream"] = stored(folder).to_iterable_dataset()

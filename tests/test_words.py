@@ -132,7 +132,7 @@ def test_a_constant_that_a_cuda_graph_reads_is_kept_for_good(monkeypatch):
 def test_a_share_of_patches_is_the_same_of_a_number_and_of_a_tensor(ratio):
     numbers = torch.arange(1, 70_000)
     expected = (numbers.double() * ratio + 1e-9).long()
-    assert torch.equal(words.whole_shares(numbers, ratio), expected)
+    assert torch.equal(words.whole_share(numbers, ratio), expected)
     assert [words.whole_share(int(one), ratio) for one in numbers[::997]] == expected[::997].tolist()
 
 

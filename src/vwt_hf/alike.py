@@ -15,7 +15,7 @@ import torch
 
 from .layout import Layout
 from .on_gpu import kernels_for
-from .words import best, whole_share, whole_shares, without_autocast
+from .words import best, whole_share, without_autocast
 
 EARLIER, PLACES = 1e-4, 128
 """How much less alike a token counts, where the most alike is chosen, for each of up to so many that could be taken
@@ -116,7 +116,7 @@ def join_share(hidden_states: torch.Tensor, layout: Layout, share: float) -> tor
     else:
         first, ends = layout.bounds
         counts = (ends - first - layout.prefix).to(order.device)
-        joins = order.argsort(dim=1) < whole_shares(counts, share).unsqueeze(1)
+        joins = order.argsort(dim=1) < whole_share(counts, share).unsqueeze(1)
     return pairs.into(joins, layout)
 
 

@@ -56,7 +56,7 @@ FORMAT = 2
 AGAIN = "again"
 """The key that says of an image which could not be read that it may be another time."""
 MOST_AGAIN = 16
-"""Images of one file that are all out of reach, from which on it is not made: there would be hardly any in it."""
+"""A file of so many images or more is not made where all of them are out of reach."""
 WINDOW = 16
 """Batches among which images of like length are brought together."""
 
@@ -188,7 +188,7 @@ def embed(
             out_of_reach = []
             for number, shard in run.shards(rows, own, shards, workers, trial.values, bar):
                 lacking = [image for image in shard.unreadable if AGAIN in image]
-                if len(lacking) == len(shards.rows(number)) >= MOST_AGAIN:  # a file without any says nothing
+                if len(lacking) == len(shards.rows(number)) >= MOST_AGAIN:
                     out_of_reach += lacking
                     continue
                 with run.timed("writing"):

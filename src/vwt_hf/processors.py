@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig
@@ -135,8 +136,6 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
     mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
     if not image_processor.do_normalize or mean is None or std is None:
         mean, std = 0.0, 1.0
-    rescales = getattr(image_processor, "do_rescale", True)
-    factor = getattr(image_processor, "rescale_factor", None) or 1 / 255
     for name, values in (("image_mean", mean), ("image_std", std)):
         if not isinstance(values, (int, float)) and len(values) != channels:
             raise ValueError(
@@ -144,16 +143,28 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
                 "for each channel of the images. Give the image processor that makes this model's images"
             )
     # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
-    white = 255 * factor
-    if not rescales:  # as of images that are scaled before: only its statistics say to what
-        largest = max(abs(one) for values in (mean, std) for one in _each_channel(values, 1.0, channels))
-        if {*_each_channel(mean, 1.0, channels)} == {0.0} and {*_each_channel(std, 1.0, channels)} == {1.0}:
-            raise ValueError(
-                f"the {type(image_processor).__name__} neither rescales nor normalises images, so that nothing says "
-                "which value white has. Give the image processor that makes this model's images"
-            )
-        white = 255.0 if largest > _LARGEST_OF_UNIT else 1.0
+    white = white_of(image_processor)
+    if white is None:
+        raise ValueError(
+            f"the {type(image_processor).__name__} neither rescales nor normalises images, so that nothing says which "
+            "value white has. Give the image processor that makes this model's images"
+        )
     return _each_channel(mean, white, channels), _each_channel(std, white, channels)
+
+
+def white_of(image_processor: Any) -> float | None:
+    """The value of white pixels as a processor takes its mean off them; `None` where nothing says.
+
+    One that does not rescale gets images that are scaled already: to what, only its mean and standard deviation tell.
+    """
+    if getattr(image_processor, "do_rescale", True):
+        return 255 * (getattr(image_processor, "rescale_factor", None) or 1 / 255)
+    mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
+    if not getattr(image_processor, "do_normalize", True) or mean is None or std is None:
+        return None
+    if not np.any(mean) and np.all(np.equal(std, 1)):
+        return None
+    return 255.0 if max(np.max(np.abs(mean)), np.max(np.abs(std))) > _LARGEST_OF_UNIT else 1.0
 
 
 def model_statistics(model: ModelFacts, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

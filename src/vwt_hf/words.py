@@ -135,13 +135,12 @@ def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
     return best(scores, keep).sort(dim=1).values
 
 
-def whole_share(patches: int, ratio: float) -> int:
-    """How many of an image's patches a share of them is, rounded down."""
-    return (patches * round(ratio * _WHOLE) + _ROUNDED) // _WHOLE
+def whole_share(patches: Any, ratio: float) -> Any:
+    """How many of an image's patches a share of them is, rounded down.
 
-
-def whole_shares(patches: torch.Tensor, ratio: float) -> torch.Tensor:
-    """As `whole_share`, of each image: (batch,), int64."""
+    Args:
+        patches: their number, or (batch,), int64, those of each image.
+    """
     return (patches * round(ratio * _WHOLE) + _ROUNDED) // _WHOLE
 
 
@@ -173,17 +172,16 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
             found = _kept.get(key)
             if found is not None:
                 _kept.move_to_end(key)
-                _hold(found)
-                return found
-        # Outside inference mode, so that a later training step may save it for its backward pass.
-        with torch.inference_mode(False):
-            found = choose(*args)
-        # torch.export sees tensors without values, and torch.jit.trace checks that it sees the same steps twice.
-        if type(found) is torch.Tensor and found.nbytes <= _KEPT and not torch.jit.is_tracing():
-            with _keeping:
-                _kept[key] = found
-                while len(_kept) > _KEPT_MOST or sum(kept.nbytes for kept in _kept.values()) > _KEPT:
-                    _kept.popitem(last=False)
+        if found is None:
+            # Outside inference mode, so that a later training step may save it for its backward pass.
+            with torch.inference_mode(False):
+                found = choose(*args)
+            # torch.export sees tensors without values, and torch.jit.trace checks that it sees the same steps twice.
+            if type(found) is torch.Tensor and found.nbytes <= _KEPT and not torch.jit.is_tracing():
+                with _keeping:
+                    _kept[key] = found
+                    while len(_kept) > _KEPT_MOST or sum(kept.nbytes for kept in _kept.values()) > _KEPT:
+                        _kept.popitem(last=False)
         _hold(found)
         return found
 

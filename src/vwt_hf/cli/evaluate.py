@@ -246,11 +246,13 @@ def write_card(file: Path, result: Evaluation, split: str | None, config: str | 
             of other images or whose names and source would be taken for one another's.
         OSError: it cannot be written.
     """
+    from ..evaluation_tasks import TASKS
+
     card = read_card(file, result.model)
     total = result.images + len(result.unreadable)
     require_same_images(card, printable(result.dataset), split, config, total, exact=True)
     new = result.eval_results(split=split, config=config)
-    require_one_block(card, new[0].task_type, printable(result.dataset), split, config)
+    require_one_block(card, TASKS[result.task].hub_name, printable(result.dataset), split, config)
     replaced = {_figure_of(own) for own in new}
     data: Any = card.data
     data.eval_results = [own for own in data.eval_results or [] if _figure_of(own) not in replaced] + new

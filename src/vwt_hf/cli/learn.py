@@ -251,9 +251,10 @@ def _saved(
 def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -> None:
     """Refuses another split or configuration than the one that saved data are of."""
     if asked not in (None, own):
+        known = f"no {name}" if own is None else repr(own)
         raise ValueError(
-            f"--{name} is {asked!r}, and the data saved in {folder} are of {own and repr(own)}. Leave "
-            "it out, or name another data set."
+            f"--{name} is {asked!r}, and the data saved in {folder} are of {known}. Leave it out, or name another data "
+            "set."
         )
 
 

@@ -23,7 +23,6 @@ from ..words import (
     random_order,
     random_patches,
     whole_share,
-    whole_shares,
 )
 
 DROPPED = ("discard", "merge")
@@ -184,6 +183,6 @@ class IntraConfig(VWTConfig):
         if self.num_patches is not None:
             counts = counts.clamp(max=self.num_patches)
         else:
-            counts = whole_shares(counts, self.keep_ratio).clamp(min=1)
+            counts = whole_share(counts, self.keep_ratio).clamp(min=1)
         kept, order = best(scores.expand_as(real).masked_fill(~real, -torch.inf), keep).sort(dim=1)
         return kept, order < counts.unsqueeze(1)

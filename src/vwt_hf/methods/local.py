@@ -25,7 +25,7 @@ from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
 from ..processors import model_statistics
-from ..words import highest, whole_share, whole_shares, without_autocast
+from ..words import highest, whole_share, without_autocast
 from .ragged import RaggedConfig
 
 ASSUMED_STD = 0.5
@@ -214,5 +214,5 @@ class LocalConfig(RaggedConfig):
     def _wanted_of_each(self, counts: torch.Tensor) -> torch.Tensor:
         """As `_wanted`, of each image of a batch: (batch,), int64."""
         if self.keep_ratio is not None:
-            return whole_shares(counts, self.keep_ratio)
+            return whole_share(counts, self.keep_ratio)
         return torch.full_like(counts, self.num_patches or 0)

@@ -182,8 +182,11 @@ def described_files(folder: Path, files: Iterable[Path]) -> str:
     digest, count = hashlib.sha256(), 0
     for file in files:
         count += 1
-        size = os.readlink(file) if os.path.islink(file) else os.path.getsize(file) if os.path.exists(file) else 0
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{size}\0".encode(errors="surrogateescape"))
+        if os.path.islink(file):
+            known: Any = os.readlink(file)
+        else:
+            known = os.path.getsize(file) if os.path.exists(file) else 0
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{known}\0".encode(errors="surrogateescape"))
     return f"a folder of {count} image files (names and sizes: {digest.hexdigest()[:16]})"
 
 

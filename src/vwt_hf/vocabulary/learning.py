@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..bounds import require_whole
 from ..processes import everywhere, gathered, in_main, join, place, summed, together
-from ..processors import processor_statistics
+from ..processors import processor_statistics, white_of
 from ..whole_saves import write_files
 from .files import VocabularyInfo, tensor_bytes
 from .image_source import ImagePart, ImageSource, PatchBatch, open_images, patch_batches
@@ -120,10 +120,10 @@ def learn_words(
     channels = 3
 
     def begin() -> tuple[MiniBatchKMeans, dict[str, Any], ImageSource]:
-        numbers = {"size": size, "patch_size": patch_size, "batch_size": batch_size, "max_images": max_images}
-        for name, value in numbers.items():
-            if name != "max_images" or value is not None:
-                require_whole(name, value)
+        for name, value in {"size": size, "patch_size": patch_size, "batch_size": batch_size}.items():
+            require_whole(name, value)
+        if max_images is not None:
+            require_whole("max_images", max_images)
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
         VocabularyInfo(dataset=dataset, base_model=base_model)  # refuses what it could not record at the end
@@ -205,8 +205,8 @@ def learn_words(
 
 
 def _recorded_statistics(image_processor: Any, channels: int) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation of a processor, which words are not learned by; `None` where it has none."""
-    if not getattr(image_processor, "do_rescale", True) and not getattr(image_processor, "do_normalize", True):
+    """Mean and standard deviation of a processor, which words are not learned by; `None` where nothing says of what."""
+    if white_of(image_processor) is None:
         return None, None
     mean, std = processor_statistics(image_processor, channels)
     return list(mean), list(std)
