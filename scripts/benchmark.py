@@ -56,8 +56,8 @@ import peers
 import vwt_hf
 from energy import Meter, NoMeter, find_meter
 from vwt_hf import count_tokens
-from vwt_hf.cli.demo import leave_out_random
 from vwt_hf.cli.evaluate import add_groups
+from vwt_hf.cli.loading import DTYPES, leave_out_random
 from vwt_hf.compress import is_even
 from vwt_hf.evaluate_model import fields_of, name_of
 from vwt_hf.evaluation import (
@@ -91,7 +91,6 @@ from vwt_hf.visualize import require_matplotlib
 from vwt_hf.vocabulary.image_source import described_files, find_images, pixel_batches
 from vwt_hf.weights import fingerprint_of
 
-DTYPES = ["float32", "bfloat16", "float16"]
 MERGING: dict[str, tuple[str, str, Callable[[PreTrainedModel, Any], PreTrainedModel]]] = {
     "tome": ("ToMe, r {}", "tome_r", peers.tome),
     "tome-decreasing": ("ToMe decreasing, r {}", "tome_r", peers.tome_decreasing),

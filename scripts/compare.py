@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from vwt_hf.cli import main as run_cli
-from vwt_hf.cli.calibrate import DTYPES
 from vwt_hf.cli.evaluate import add_groups
+from vwt_hf.cli.loading import DTYPES
 from vwt_hf.evaluate_model import SHOWN
 from vwt_hf.terminal import require_writable, run_command, vwt_option, write_file
 

@@ -43,7 +43,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from vwt_hf.cli.calibrate import DTYPES, load_model
+from vwt_hf.cli.loading import add_dtype, load_model
 from vwt_hf.embedding import require_features
 from vwt_hf.evaluation import (
     answer,
@@ -58,7 +58,7 @@ from vwt_hf.evaluation import (
     usable_device,
 )
 from vwt_hf.printable import LONGEST, printable, shown
-from vwt_hf.processors import load_processor, quiet_transformers
+from vwt_hf.processors import load_processor
 from vwt_hf.terminal import run_command, vwt_option
 from vwt_hf.vocabulary.image_source import UnreadableImage, pixel_batches
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", choices=("127.0.0.1", "0.0.0.0", "::"), default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
+    add_dtype(parser)
     parser.add_argument(
         "--workers",
         type=int,
@@ -269,8 +269,7 @@ class Model(NamedTuple):
     threads: int
 
     def load(self, device: torch.device) -> Any:
-        with quiet_transformers():
-            return load_model(self.checkpoint, device, self.dtype and getattr(torch, self.dtype), self.vwt)
+        return load_model(self.checkpoint, device, self.dtype, self.vwt)
 
 
 async def upload(request: Request) -> bytes:

@@ -18,8 +18,8 @@ import vwt_hf
 from test_pipeline import tokenizer_with
 from tiny import tiny_model
 from vwt_hf.cli import main
-from vwt_hf.cli.demo import features_class
 from vwt_hf.cli.evaluate import write_card
+from vwt_hf.cli.loading import features_class
 from vwt_hf.cli.show import default_pixel_values
 from vwt_hf.evaluate_model import Evaluation, Row
 from vwt_hf.evaluation_tasks import Figure

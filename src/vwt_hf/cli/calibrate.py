@@ -8,14 +8,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..printable import printable, shown
+from ..printable import printable
 from ..terminal import aligned, require_folder, require_writable, write_file
-from .learn import IMAGES, open_source
+from .loading import add_device, add_dtype, load_model, load_whole, tokenizer_beside
+from .sources import IMAGES, open_source
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
     from ..calibrate import Level
 
 HELP = "find how far a model may be shortened on your own images, without labels"
@@ -34,11 +32,10 @@ examples:
   vwt-hf calibrate google/vit-base-patch16-224 photographs/ --agreement 0.98
   vwt-hf calibrate my-classifier photographs/ --speed 1.5 --output my-fast-classifier --plot front.png
   vwt-hf calibrate facebook/dinov2-small photographs/ --tokens 150 --max-images 500 --resume front.json"""
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a supported model")
     parser.add_argument("images", metavar="IMAGES", help=IMAGES)
     target = parser.add_mutually_exclusive_group(required=True)
@@ -61,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", metavar="FILE", help="keep here what was measured, and go on from it if it is there already"
     )
-    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
+    add_device(parser)
+    add_dtype(parser)
 
 
 def work(args: argparse.Namespace) -> None:
@@ -71,12 +68,10 @@ def work(args: argparse.Namespace) -> None:
     if args.output is not None:
         require_folder(args.output)
 
-    import torch
-
     from ..calibrate import Calibration, target_of
     from ..compress import compress
     from ..evaluation import usable_device
-    from ..processors import load_processor, quiet_transformers
+    from ..processors import load_processor
     from ..visualize import front_figure, require_matplotlib, write_png
 
     targets = {"agreement": args.agreement, "speed": args.speed, "tokens": args.tokens}
@@ -86,9 +81,8 @@ def work(args: argparse.Namespace) -> None:
     device = usable_device(args.device)
     source, _ = open_source(args.images, split=args.split)
     processor = load_processor(args.model)
-    with quiet_transformers():
-        model = load_model(args.model, device, args.dtype and getattr(torch, args.dtype))
-        whole = None if args.output is None else load_whole(args.model)  # refused before anything is measured
+    model = load_model(args.model, device, args.dtype)
+    whole = None if args.output is None else load_whole(args.model)  # refused before anything is measured
     search = Calibration(
         model,
         source,
@@ -117,59 +111,6 @@ def work(args: argparse.Namespace) -> None:
             if beside is not None:
                 beside.save_pretrained(args.output)
         print(f"saved with it: {printable(args.output)}")
-
-
-def load_model(checkpoint: str, device: torch.device, dtype: torch.dtype | None, vwt: Any = False) -> PreTrainedModel:
-    """A checkpoint's model with its classifier, if it has one.
-
-    Args:
-        vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
-
-    Raises:
-        ValueError: the checkpoint lacks weights, or the model's family is not supported.
-        OSError: there is no such checkpoint.
-    """
-    from transformers import AutoConfig, AutoModelForImageClassification
-
-    from .demo import features_class, load
-
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    is_classifier = any("ForImageClassification" in name for name in config.architectures or [])
-    auto = AutoModelForImageClassification if is_classifier else features_class(config)
-    return load(checkpoint, device, auto=auto, dtype=dtype, vwt=vwt)[0]
-
-
-def load_whole(checkpoint: str) -> PreTrainedModel:
-    """A checkpoint's model as it was saved, plain, on the CPU: of its own class, with all weights and their data type.
-
-    Raises:
-        ValueError: transformers has no such class, or it cannot be shortened.
-        OSError: there is no such checkpoint.
-    """
-    import torch
-    from transformers import AutoConfig, __version__
-
-    from .demo import load, own_class
-
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    own = own_class(config)
-    if own is None:
-        raise ValueError(
-            f"{checkpoint} has architectures {shown(config.architectures)} in its config.json; expected a class of "
-            f"transformers {__version__} for a {type(config).__name__}: saved as another the model may lose weights. "
-            "Correct it, or leave out --output and load the model with the setting that is printed."
-        )
-    return load(checkpoint, torch.device("cpu"), auto=own, dtype="auto")[0]
-
-
-def tokenizer_beside(checkpoint: str) -> Any:
-    """The tokenizer of a Hub id or folder; `None` where there is none."""
-    from transformers import AutoTokenizer
-    from transformers.utils import cached_file
-
-    if cached_file(checkpoint, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is None:
-        return None
-    return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
 
 
 def table(levels: list[Level], measure: str, setting: Any) -> list[tuple[str, ...]]:

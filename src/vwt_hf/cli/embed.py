@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
 from ..terminal import aligned, require_folder, vwt_option
-from .calibrate import DTYPES
-from .learn import IMAGES, open_source
+from .loading import add_device, add_dtype, features_class, load
+from .sources import IMAGES, open_source
 
 if TYPE_CHECKING:
     from ..embedding import Embedded
@@ -36,7 +36,7 @@ NAMED = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument("images", metavar="IMAGES", help=IMAGES)
     parser.add_argument("--model", required=True, metavar="MODEL", help="Hub id or folder of a supported model")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="for the files")
@@ -61,30 +61,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, help="processes that read images; 0: none (default: as many as cores, at most 4)"
     )
-    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
+    add_device(parser)
+    add_dtype(parser)
 
 
 def work(args: argparse.Namespace) -> None:
     """Writes the features of all images, and prints how many there are and where the time went."""
     require_folder(args.output)
 
-    import torch
     from transformers import AutoConfig
 
     from ..embedding import embed
     from ..evaluation import usable_device
     from ..processes import everywhere, joined, place
-    from ..processors import load_processor, quiet_transformers
-    from .demo import features_class, load
+    from ..processors import load_processor
 
     def prepare() -> tuple[Any, Any, Any]:
         device = usable_device(args.device)
         source, _ = open_source(args.images, column=args.column, split=args.split)
-        with quiet_transformers():
-            auto = features_class(AutoConfig.from_pretrained(args.model, trust_remote_code=False))
-            dtype = args.dtype and getattr(torch, args.dtype)
-            model, _ = load(args.model, device, auto=auto, dtype=dtype, vwt=args.vwt)
+        auto = features_class(AutoConfig.from_pretrained(args.model, trust_remote_code=False))
+        model = load(args.model, device, auto=auto, dtype=args.dtype, vwt=args.vwt)
         return model, source, load_processor(args.model)
 
     with joined(args.device):

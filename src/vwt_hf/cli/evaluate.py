@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..printable import printable, shown
 from ..terminal import markdown, require_folder, require_writable, vwt_option, write_file
-from .calibrate import DTYPES
-from .demo import features_class, load
-from .learn import open_source
+from .loading import add_device, add_dtype, features_class, load
+from .sources import open_source
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -47,7 +46,7 @@ SPLITS = ("validation", "test", "val", "valid")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a supported model")
     parser.add_argument(
         "--dataset",
@@ -84,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="images in one forward pass (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="of the intervals (default: 0)")
-    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
+    add_device(parser)
+    add_dtype(parser)
     parser.add_argument(
         "--resume",
         metavar="FOLDER",
@@ -121,7 +120,6 @@ def work(args: argparse.Namespace) -> None:
     if args.card is not None:
         read_card(Path(args.card), args.model)  # refused before hours are spent on what goes in
 
-    import torch
     from transformers import AutoConfig, AutoModel
 
     from ..evaluate_model import evaluate_model, require_options
@@ -129,7 +127,7 @@ def work(args: argparse.Namespace) -> None:
     from ..evaluation_tasks import TASKS, task_for
     from ..labelled_images import open_labelled
     from ..processes import everywhere, joined, place
-    from ..processors import load_processor, quiet_transformers
+    from ..processors import load_processor
 
     require_options(args.vwt, args.batch_size, args.max_new_tokens, args.prompt, args.seed)
 
@@ -138,17 +136,22 @@ def work(args: argparse.Namespace) -> None:
         data, split = open_source(
             args.dataset, config=args.config, split=args.split, usual=SPLITS, streaming=args.streaming, described=True
         )
-        of = {name: getattr(args, name) for name in COLUMNS}
-        images = open_labelled(data, **of, groups=args.groups, limit=args.limit)
+        images = open_labelled(
+            data,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            caption_column=args.caption_column,
+            group_column=args.group_column,
+            groups=args.groups,
+            limit=args.limit,
+        )
         images.source = args.dataset
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
         task = args.task or task_for(config.architectures or [], config.model_type, images)
         processor = load_processor(args.model)
-        with quiet_transformers():
-            dtype = args.dtype and getattr(torch, args.dtype)
-            auto = TASKS[task].auto
-            auto = features_class(config) if auto is AutoModel else auto
-            model, _ = load(args.model, device, auto=auto, dtype=dtype, vwt=None)
+        auto = TASKS[task].auto
+        auto = features_class(config) if auto is AutoModel else auto
+        model = load(args.model, device, auto=auto, dtype=args.dtype, vwt=None)
         return model, images, split, task, processor
 
     with joined(args.device):
@@ -180,9 +183,6 @@ def work(args: argparse.Namespace) -> None:
             finally:
                 if args.card is not None:
                     write_card(Path(args.card), result, split, args.config)
-
-
-COLUMNS = ("image_column", "label_column", "caption_column", "group_column")
 
 
 def report(result: Evaluation) -> None:

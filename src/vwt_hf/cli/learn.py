@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
 from ..terminal import aligned, require_folder
+from .loading import add_device
+from .sources import IMAGES, open_source
 
 if TYPE_CHECKING:
     from ..vocabulary import VisualVocabulary
@@ -37,11 +38,9 @@ examples:
   vwt-hf learn photographs/ --image-processor openai/clip-vit-base-patch32 --push-to-hub me/words-p32 --private
   accelerate launch --multi_gpu --num_processes 2 -m vwt_hf.cli learn photographs/ --image-processor me/my-model"""
 
-IMAGES = "a folder of images, searched recursively, a data set saved to disk, or the Hub id of one"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument("images", metavar="IMAGES", help=IMAGES)
     parser.add_argument(
         "--image-processor", required=True, metavar="MODEL", help="Hub id or folder of a model, or of its processor"
@@ -66,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: OUTPUT/.checkpoint, removed at the end)",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
-    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    add_device(parser)
     parser.add_argument("--push-to-hub", metavar="ID", help="upload the words to this repository, made if need be")
     parser.add_argument(
         "--private",
@@ -177,94 +176,3 @@ def _require_hub(repo_id: str, private: bool | None) -> None:
     api.whoami()
     if private and api.repo_exists(repo_id):
         require_private(api, repo_id)
-
-
-def open_source(
-    images: str,
-    *,
-    column: str | None = None,
-    config: str | None = None,
-    split: str | None = None,
-    usual: Sequence[str] = ("train",),
-    streaming: bool = False,
-    described: bool = False,
-) -> tuple[Any, str | None]:
-    """What a command takes as images: a folder of them, or a data set; and the name of its split, if it has several.
-
-    Args:
-        images: a folder of images, one that `save_to_disk` of `datasets` wrote, or a data set's Hub id.
-        column: as a user named it, which only data sets have.
-        usual: the splits, by preference, of which one is taken where `split` names none.
-        described: whether a folder's images may be described by files among them, or lie in such, as `datasets` reads:
-            metadata.jsonl, Parquet, ...
-
-    Raises:
-        ValueError: `images` is a file, a folder with options that only a data set has, or has no such split.
-        OSError: `images` is neither a folder nor a data set on the Hub.
-    """
-    path = Path(images)
-    expected = "expected a folder of images, a data set saved to disk, or the Hub id of a data set"
-    if not images:  # which would be the folder that one is in
-        raise ValueError(f"no images are named, but an empty text; {expected}.")
-    if path.is_dir():
-        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            return _saved(path, config, split, usual, streaming)
-        if not described or not _is_described(path):
-            options = {"column": column, "config": config, "split": split, "streaming": streaming or None}
-            given = [f"--{name}" for name, value in options.items() if value is not None]
-            if given:
-                raise ValueError(f"{', '.join(given)}: of data sets alone, and {images} is a folder; leave it out.")
-            return path, None
-    elif path.exists():
-        raise ValueError(f"{images} is a file; {expected}.")
-    # A Hub id has one slash at most, and load_dataset takes a path for a file to read.
-    elif path.is_absolute() or len(path.parts) > 2 or images.startswith((".", "~")) or images.endswith("/"):
-        raise FileNotFoundError(f"{images} does not exist; {expected}.")
-
-    import datasets
-
-    try:
-        split = split or _one_of(datasets.get_dataset_split_names(str(path), config), usual, images)
-        return datasets.load_dataset(str(path), config, split=split, streaming=streaming), split
-    except OSError as error:
-        what = "cannot be read" if path.is_dir() else "is no folder here, and cannot be had as a data set"
-        raise OSError(f"{images} {what}: {error}") from error
-
-
-def _saved(
-    folder: Path, config: str | None, split: str | None, usual: Sequence[str], streaming: bool
-) -> tuple[Any, str | None]:
-    import datasets
-
-    data = datasets.load_from_disk(folder)
-    if isinstance(data, datasets.DatasetDict):
-        split = split or _one_of(list(data), usual, str(folder))
-        if split not in data:
-            raise ValueError(f"{folder} has no split {split!r}; its splits are {', '.join(data)}.")
-        data = data[split]
-    else:
-        _require_same(folder, "split", split, data.split and str(data.split))
-    _require_same(folder, "config", config, data.info.config_name)
-    return data.to_iterable_dataset() if streaming else data, split
-
-
-def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -> None:
-    """Refuses another split or configuration than the one that saved data are of."""
-    if asked not in (None, own):
-        known = f"no {name}" if own is None else repr(own)
-        raise ValueError(
-            f"--{name} is {asked!r}, and the data saved in {folder} are of {known}. Leave it out, or name another data "
-            "set."
-        )
-
-
-def _is_described(folder: Path) -> bool:
-    kinds = ("metadata.*", "*.parquet", "*.arrow", "*.tar")
-    return any(next(folder.glob(f"{within}{kind}"), None) for within in ("", "*/") for kind in kinds)
-
-
-def _one_of(splits: Sequence[str], usual: Sequence[str], name: str) -> str:
-    found = splits if len(splits) == 1 else [split for split in usual if split in splits]
-    if not found:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}; name one by --split.")
-    return found[0]

@@ -39,7 +39,7 @@ PATCH_SIZE = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="photographs, or folders of them")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--vocabulary", metavar="WORDS", help="Hub id or folder of a vocabulary: draw who shares a word")

@@ -24,7 +24,7 @@ UNKNOWN = "not recorded"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's own."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument("vocabulary", metavar="VOCABULARY", help="Hub id or folder")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     parser.add_argument(

@@ -12,8 +12,8 @@ from PIL import Image
 
 from tiny import tiny_model
 from vwt_hf.cli import calibrate, embed, evaluate, learn, main
-from vwt_hf.cli.demo import load
-from vwt_hf.cli.learn import open_source
+from vwt_hf.cli.loading import load
+from vwt_hf.cli.sources import open_source
 from vwt_hf.evaluation import answer, usable_device
 
 SIZE = {"height": 32, "width": 32}
@@ -102,8 +102,8 @@ def test_every_verb_that_reads_images_takes_a_data_set_saved_to_disk(tmp_path, d
 
 
 def test_a_pooler_that_the_checkpoint_does_not_hold_is_left_out(checkpoint):
-    model, pooled = load(str(checkpoint), usable_device("cpu"))
-    assert not pooled and model.pooler is None
+    model = load(str(checkpoint), usable_device("cpu"))
+    assert model.pooler is None
     pixels = transformers.ViTImageProcessorPil(size=SIZE)([Image.new("RGB", (32, 32))], return_tensors="pt")
     found = answer(model, **pixels)
     assert (found == model(**pixels).last_hidden_state[:, 0]).all()

@@ -1,0 +1,149 @@
+"""Checkpoints as verbs load them: whole, quietly, of the class that a verb is for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..printable import shown
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--device`, which `evaluation.usable_device` reads."""
+    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--dtype`, which `load` takes."""
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, else as saved)")
+
+
+def own_class(config: Any) -> Any:
+    """The class of transformers that a checkpoint's config says its model is of; `None` where transformers has none."""
+    import transformers
+
+    found = [getattr(transformers, name, None) for name in config.architectures or []]
+    return next((own for own in found if getattr(own, "config_class", None) is type(config)), None)
+
+
+def features_class(config: Any) -> Any:
+    """What loads the checkpoint of a config for features: its own class, such as CLIPVisionModelWithProjection, else
+    `AutoModel`.
+
+    Of a model with a head for something else, such as labels, `AutoModel` loads what is below.
+    """
+    from transformers import AutoModel
+
+    own = own_class(config)
+    return own if own is not None and own.__name__.endswith(("Model", "WithProjection")) else AutoModel
+
+
+def load(
+    checkpoint: str, device: torch.device, *, auto: Any = None, dtype: str | None = None, vwt: Any = False
+) -> PreTrainedModel:
+    """A checkpoint's model, ready to answer. Where its pooler is untrained, it gives no pooled output.
+
+    Args:
+        auto: the class that loads it; by default `AutoModel`.
+        dtype: of the weights, as "bfloat16" or, for that of the checkpoint, "auto"; by default float32 on a CPU, else
+            "auto".
+        vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
+
+    Raises:
+        ValueError: the checkpoint lacks other weights of the model, or the model's family is not supported.
+        OSError: there is no such checkpoint.
+    """
+    from transformers import AutoModel
+
+    from ..families import family_of
+    from ..processors import quiet_transformers
+
+    with quiet_transformers():
+        loaded: Any = (auto or AutoModel).from_pretrained(
+            checkpoint,
+            **({} if vwt is None else {"vwt": vwt}),
+            trust_remote_code=False,
+            # Half precision is slower than single on most CPUs.
+            dtype=dtype or ("float32" if device.type == "cpu" else "auto"),
+            output_loading_info=True,
+        )
+    model, report = loaded
+    family_of(model)
+    leave_out_random(model, report["missing_keys"], checkpoint)
+    return model.to(device).eval()
+
+
+def leave_out_random(model: Any, missing: Iterable[str], checkpoint: str) -> None:
+    """Takes the pooler off a model whose checkpoint has none, as those of some classifiers do not.
+
+    Args:
+        missing: the names of the model's weights that the checkpoint does not hold.
+
+    Raises:
+        ValueError: weights of other parts are missing, too.
+    """
+    missing = {name for name in missing if not name.endswith("mask_token")}
+    poolers = {name for name in missing if "pooler." in name}
+    if missing != poolers:
+        raise ValueError(
+            f"{checkpoint} lacks weights of {type(model).__name__}, which would be random: "
+            f"{', '.join(sorted(missing - poolers))}. Expected a complete checkpoint."
+        )
+    if poolers:
+        model.pooler = None  # what it gave would be random
+
+
+def load_model(checkpoint: str, device: torch.device, dtype: str | None, vwt: Any = False) -> PreTrainedModel:
+    """A checkpoint's model with its classifier, if it has one.
+
+    Args:
+        vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
+
+    Raises:
+        ValueError: the checkpoint lacks weights, or the model's family is not supported.
+        OSError: there is no such checkpoint.
+    """
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    is_classifier = any("ForImageClassification" in name for name in config.architectures or [])
+    auto = AutoModelForImageClassification if is_classifier else features_class(config)
+    return load(checkpoint, device, auto=auto, dtype=dtype, vwt=vwt)
+
+
+def load_whole(checkpoint: str) -> PreTrainedModel:
+    """A checkpoint's model as it was saved, plain, on the CPU: of its own class, with all weights and their data type.
+
+    Raises:
+        ValueError: transformers has no such class, or it cannot be shortened.
+        OSError: there is no such checkpoint.
+    """
+    import torch
+    from transformers import AutoConfig, __version__
+
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    own = own_class(config)
+    if own is None:
+        raise ValueError(
+            f"{checkpoint} has architectures {shown(config.architectures)} in its config.json; expected a class of "
+            f"transformers {__version__} for a {type(config).__name__}: saved as another the model may lose weights. "
+            "Correct it, or leave out --output and load the model with the setting that is printed."
+        )
+    return load(checkpoint, torch.device("cpu"), auto=own, dtype="auto")
+
+
+def tokenizer_beside(checkpoint: str) -> Any:
+    """The tokenizer of a Hub id or folder; `None` where there is none."""
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    if cached_file(checkpoint, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is None:
+        return None
+    return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
