@@ -213,7 +213,7 @@ def tossed_up(case: Case, model: transformers.PreTrainedModel, given: dict[str, 
     size = (case.patch_size, case.patch_size)
     values = given["pixel_values"]
     grid = None if values.dim() == 3 else patch_grid(values, size)
-    pixels = Patches(values, size, 3, 0, grid).pixels_as_words().double()
+    pixels = Patches(values, size, 0, grid).pixels_as_words().double()
     cosines = torch.nn.functional.normalize(pixels, dim=-1) @ lexicon.on(torch.device("cpu")).words.double().T
     best = cosines.amax(dim=-1, keepdim=True)
     at_the_edge = (best - cosines - SAME).abs() < 0.7 * SAME

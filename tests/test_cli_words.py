@@ -11,7 +11,7 @@ import transformers
 
 from vwt_hf import VisualVocabulary
 from vwt_hf.cli import main
-from vwt_hf.visualize import shared_words, tint, word_captions, word_color, words_figure
+from vwt_hf.visualize import group_by_words, shared_words, tint, token_counts, word_captions, word_color, words_figure
 from vwt_hf.vocabulary import kmeans, learning
 
 Image = pytest.importorskip("PIL.Image", reason='needs pillow: pip install "vwt-hf[demo]"')
@@ -219,10 +219,10 @@ def test_patches_that_stay_alone_are_as_in_the_photograph_and_shared_words_have_
     photographs = torch.rand(2, 3, 9, 8)
     photographs[0, :, :4], photographs[1, :, 4:8, :] = 1.0, 1.0
     words = torch.ones(1, 3 * 4 * 4)
-    shared, tokens = shared_words(photographs, (4, 4), words, threshold=0.01)
-    assert shared.tolist() == [[[0, 0], [-1, -1]], [[-1, -1], [0, 0]]]
-    assert word_captions(shared, tokens) == ["4 patches → 3 tokens, 1 word"] * 2
-    figure = words_figure(photographs, (4, 4), words, 0.01, names=["a", "b"])
+    grouped = group_by_words(photographs, (4, 4), words, threshold=0.01)
+    assert shared_words(*grouped).tolist() == [[[0, 0], [-1, -1]], [[-1, -1], [0, 0]]]
+    assert word_captions(*grouped) == ["4 patches → 3 tokens, 1 word"] * 2
+    figure = words_figure(*grouped, names=["a", "b"])
     plain, tinted, seen = ([torch.tensor(axis.images[0].get_array()) for axis in figure.axes[i::3]] for i in range(3))
     assert torch.equal(plain[0][4:], tinted[0][4:]) and torch.equal(plain[1][:4], tinted[1][:4])
     assert torch.equal(plain[1][8:], tinted[1][8:])  # beyond the last whole patch
@@ -235,7 +235,7 @@ def test_the_last_column_shows_each_patch_as_its_token_does():
     photograph = torch.ones(1, 3, 4, 12)
     photograph[..., 4:8] = 0.5
     photograph[..., 8:] = torch.rand(3, 4, 4)
-    figure = words_figure(photograph, (4, 4), torch.ones(1, 48), 0.01, names=["a"])
+    figure = words_figure(*group_by_words(photograph, (4, 4), torch.ones(1, 48), 0.01), names=["a"])
     seen = torch.tensor(figure.axes[2].images[0].get_array())
     assert (seen[:, :8] == 191).all()
     alone = torch.tensor(figure.axes[0].images[0].get_array())[:, 8:]
@@ -245,15 +245,16 @@ def test_the_last_column_shows_each_patch_as_its_token_does():
 def test_a_word_that_one_patch_alone_takes_leaves_it_untouched():
     photograph = torch.ones(1, 3, 4, 8)
     photograph[..., 4:] = torch.rand(3, 4, 4)
-    shared, tokens = shared_words(photograph, (4, 4), torch.ones(1, 48), threshold=0.01)
-    assert shared.tolist() == [[[-1, -1]]] and tokens == [2]
+    grouped = group_by_words(photograph, (4, 4), torch.ones(1, 48), threshold=0.01)
+    shared = shared_words(*grouped)
+    assert shared.tolist() == [[[-1, -1]]] and token_counts(*grouped) == [2]
     pixels = photograph.permute(0, 2, 3, 1)
     assert torch.equal(tint(pixels, shared, (4, 4)), pixels)
 
 
 def test_at_threshold_0_nothing_is_shared_as_in_the_plain_model():
-    shared, tokens = shared_words(torch.ones(1, 3, 8, 8), (4, 4), torch.ones(1, 48), threshold=0)
-    assert (shared == -1).all() and word_captions(shared, tokens) == ["4 patches → 4 tokens, 0 words"]
+    grouped = group_by_words(torch.ones(1, 3, 8, 8), (4, 4), torch.ones(1, 48), threshold=0)
+    assert (shared_words(*grouped) == -1).all() and word_captions(*grouped) == ["4 patches → 4 tokens, 0 words"]
 
 
 def test_the_most_frequent_words_have_colours_far_apart():

@@ -13,8 +13,10 @@ import transformers
 
 from vwt_hf import VWTConfig, compress, demo_weights
 from vwt_hf.cli.demo import PHOTOGRAPHS, find_photographs
+from vwt_hf.patches import Patches
+from vwt_hf.plans import DROPPED
 from vwt_hf.processors import AutoImageProcessor
-from vwt_hf.visualize import fade, kept_mask, kept_patches_figure, photographs_of
+from vwt_hf.visualize import fade, kept_patches_figure, photographs_of
 
 pytestmark = pytest.mark.newest
 
@@ -115,7 +117,9 @@ def test_the_picture_shows_the_patches_that_the_model_keeps(pixel_values, criter
     pixel_values.requires_grad_()
     compress(model, setting)(pixel_values=pixel_values).pooler_output.sum().backward()
     seen = pixel_values.grad.abs().sum(dim=1).unfold(1, 4, 4).unfold(2, 4, 4).sum(dim=(-1, -2)) > 0
-    assert torch.equal(kept_mask(pixel_values.detach(), (4, 4), setting), seen)
+    patches = Patches.of_images(pixel_values.detach(), (4, 4))
+    kept = setting.plan(patches).patch_words(len(seen), patches.count) != DROPPED
+    assert torch.equal(kept.unflatten(1, (8, 8)), seen)
 
 
 def test_kept_patches_keep_their_colours_and_the_rest_fades_to_grey():

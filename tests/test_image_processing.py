@@ -408,7 +408,7 @@ def test_decoding_shows_what_is_left(folders):
     """Kept patches as they are; each patch of a merged group as the one that stands for it; words as their mean."""
     folder = folders("vit")
     plain = AutoImageProcessor.from_pretrained(folder)(PHOTOGRAPHS, return_tensors="pt")["pixel_values"]
-    cut = Patches(plain, (4, 4), 3, 0, (8, 8)).pixels()
+    cut = Patches.of_images(plain, (4, 4)).pixels()
     for name, setting in SETTINGS.items():
         processor = AutoImageProcessor.from_pretrained(folder, vwt=setting)
         made = processor(PHOTOGRAPHS, return_tensors="pt")
@@ -427,7 +427,7 @@ def test_decoding_shows_what_is_left(folders):
         for values in (made["pixel_values"][1], processor(PHOTOGRAPHS)["pixel_values"][1]):  # as a row of a data set
             assert np.array_equal(processor.decode(made[NAME][1], values)[0], pictures[1])
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
-        seen = Patches((pixels - 0.5) / 0.5, (4, 4), 3, 0, (8, 8)).pixels()
+        seen = Patches.of_images((pixels - 0.5) / 0.5, (4, 4)).pixels()
         words = made[NAME]
         for image in range(5):
             for patch in range(64):

@@ -31,8 +31,7 @@ def images() -> torch.Tensor:
 
 
 def whole(images: torch.Tensor, patch: int = 4) -> Patches:
-    grid = (images.shape[2] // patch, images.shape[3] // patch)
-    return Patches(images, (patch, patch), images.shape[1], 0, grid)
+    return Patches.of_images(images, (patch, patch))
 
 
 def words_by_hand(image: torch.Tensor, tolerance: float, rows: int, columns: int, patch: int = 4) -> list[int]:
@@ -195,8 +194,7 @@ def test_padded_patches_become_the_blocks_that_whole_images_become(images):
     given = padded_patches(images, 4)
     shapes = given["spatial_shapes"]
     assert len(shapes.unique(dim=0)) > 1
-    places, real = padded_places(shapes, 64)
-    padded = Patches(given["pixel_values"], (4, 4), 3, 0, None, real=real, padded_places=places)
+    padded = Patches.of_padded(given["pixel_values"], (4, 4), shapes)
     for setting in (coarse(), coarse(num_patches=20), VWTConfig(method="coarse", keep_ratio=0.4, image_std=HALF)):
         words, shown = setting.repainted(padded)
         _, seen = setting.repainted(padded, words, enlarged=True)
@@ -209,7 +207,7 @@ def test_padded_patches_become_the_blocks_that_whole_images_become(images):
                 pixels = patchify(setting.repainted(one, expected, enlarged)[1], (4, 4))[0]
                 by_channel = pixels.unflatten(1, (3, 16)).transpose(1, 2).flatten(1)
                 torch.testing.assert_close(found[image, :count], by_channel)
-        assert torch.equal(shown[~real], padded.pixel_values[~real])
+        assert torch.equal(shown[~padded.real], padded.pixel_values[~padded.real])
 
 
 @pytest.mark.parametrize("shapes", [[[1, 64], [64, 1]], [[8, 8], [1, 3]], [[5, 7], [2, 2]], [[3, 3], [2, 32]]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vwt_hf.patches import Patches, padded_places
+from vwt_hf.patches import Patches
 from vwt_hf.plans import Grouped, Kept
 
 SHAPES = torch.tensor([[2, 3], [1, 2]])
@@ -14,14 +14,13 @@ KEPT = torch.tensor([[0, 2, 4]])
 
 def whole() -> Patches:
     """Two images of 2 × 3 patches of 2 × 2 pixels."""
-    return Patches(torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0)), (2, 2), 3, 1, (2, 3))
+    return Patches(torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0)), (2, 2), 1, (2, 3))
 
 
 def padded() -> Patches:
     """The same patches, in the order of an image processor that pads; of the second image two are real."""
     cut = whole().pixel_values.unflatten(3, (3, 2)).unflatten(2, (2, 2)).permute(0, 2, 4, 3, 5, 1).flatten(3)
-    places, real = padded_places(SHAPES, 6)
-    return Patches(cut.flatten(1, 2), (2, 2), 3, 0, None, real, places)
+    return Patches.of_padded(cut.flatten(1, 2), (2, 2), SHAPES)
 
 
 def test_patches_have_values_in_the_order_of_words_however_images_come():

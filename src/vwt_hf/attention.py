@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .forward import Forward, current_forward, forward_of, run_within, traced_within
+from .forward import Forward, current_forward, forward_of, forward_within, run_within, traced_within
 from .model_configs import BY_PLAN
 from .on_gpu import kernels_for
 from .plans import Grouped
@@ -194,8 +194,7 @@ def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., A
 
     @functools.wraps(by_plan)
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward = current_forward()
-        if forward is not None and forward.holds(module):
+        if forward_within(module) is not None:
             return by_plan(module, *args, **kwargs)
         own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)(module, *args, **kwargs)

@@ -32,7 +32,6 @@ from .families import (
     why_every_patch,
 )
 from .forward import (
-    Forward,
     GivenWords,
     begin_call,
     begin_forward,
@@ -42,6 +41,7 @@ from .forward import (
     end_call,
     end_forward,
     forward_of,
+    forward_within,
     given_words,
     traced_within,
     words_are_given,
@@ -49,11 +49,10 @@ from .forward import (
 )
 from .layout import join
 from .model_configs import attend_by_plan, attend_plainly
-from .patches import Patches, padded_places
+from .patches import Patches
 from .plans import DROPPED, Grouped, Kept
 from .processors import loaded_by
 from .vouch import vouch
-from .words import patch_grid
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """What tells `from_pretrained` of transformers where to look."""
@@ -574,9 +573,8 @@ class Reduce(Hook):
     """Whether modules that run after the embeddings need the plan, so that it is stored in the `Forward`."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        pixel_values = args[0] if args else kwargs["pixel_values"]
         if not self.setting.shortens:
-            self._require_alone(pixel_values, _tokens_of(output).shape[1])
+            self._require_alone(self.patches(output, args, kwargs))
             return output
         if kwargs.get("bool_masked_pos") is not None:
             raise ValueError(
@@ -584,17 +582,15 @@ class Reduce(Hook):
                 "call vwt_hf.restore(model) first."
             )
         if self.follows:
-            return self._reduce_and_store(module, pixel_values, args, kwargs, output)
+            return self._reduce_and_store(module, args, kwargs, output)
         given = None if torch.compiler.is_compiling() else given_words()
-        plan = self.plan(self.patches(pixel_values, _tokens_of(output).shape[1]), given and given.take())
+        plan = self.plan(self.patches(output, args, kwargs), given and given.take())
         return output if plan is None else self.family.reduces(output, plan)
 
     @traced_within
-    def _reduce_and_store(
-        self, module: nn.Module, pixel_values: torch.Tensor, args: Any, kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _reduce_and_store(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         forward, tokens = forward_of(module), _tokens_of(output)
-        patches = self.patches_within(forward, pixel_values, tokens.shape[1], args, kwargs)
+        patches = self.patches(output, args, kwargs, forward.real)
         if not is_even(self.setting, self.family):
             packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
             rounds = attention.rounds(tokens.device, tokens.dtype)
@@ -615,12 +611,11 @@ class Reduce(Hook):
             return self.setting.plan(patches) if words is None else self.setting.plan_by(patches, words)
         return self.setting.plan_of(patches, patches.of_words(given.words, given.repeats))
 
-    def _require_alone(self, pixel_values: torch.Tensor, length: int) -> None:
+    def _require_alone(self, patches: Patches) -> None:
         """Refuses words by which patches are no tokens of their own."""
         given = None if torch.compiler.is_compiling() else given_words()
         if given is None:
             return
-        patches = self.patches(pixel_values, length)
         for image in patches.of_words(given.take().words, given.repeats):
             stay = image[image != DROPPED]
             tokens, own = len(stay.unique()), patches.count if self.family.padded is None else len(stay)
@@ -630,26 +625,20 @@ class Reduce(Hook):
                     "image processor and model with the same `vwt`."
                 )
 
-    def patches_within(
-        self, forward: Forward, pixel_values: torch.Tensor, length: int | None, args: Any, kwargs: dict[str, Any]
-    ) -> Patches:
-        """As `patches`, of embeddings that were called with `args` and `kwargs`: also where images are padded."""
-        patches = self.patches(pixel_values, length)
-        if self.family.padded is None:
-            return patches
-        spatial_shapes = args[1] if len(args) > 1 else kwargs["spatial_shapes"]
-        places, real = padded_places(spatial_shapes.to(pixel_values.device), pixel_values.shape[1])
-        real = real if forward.real is None else real & forward.real.bool()
-        return dataclasses.replace(patches, real=real, padded_places=places)
+    def patches(self, output: Any, args: Any, kwargs: dict[str, Any], mask: torch.Tensor | None = None) -> Patches:
+        """The patches of a batch that embeddings were called with.
 
-    def patches(self, pixel_values: torch.Tensor, length: int | None) -> Patches:
-        """The patches in `pixel_values`, of which the embeddings made `length` rows with their prefix tokens; `None`
-        before they did, when nobody knows how many prefix tokens there are."""
+        Args:
+            output: what the embeddings made of it; `None` before they did, when nobody knows their prefix tokens.
+            args, kwargs: what they were called with.
+            mask: (batch, patches), which of padded patches the caller takes for real; `None`: all but padding.
+        """
+        pixel_values = args[0] if args else kwargs["pixel_values"]
         if self.family.padded is not None:
-            return Patches(pixel_values, self.patch_size, self.channels, prefix=0, grid=None)
-        grid = patch_grid(pixel_values, self.patch_size)
-        prefix = 0 if length is None else length - grid[0] * grid[1]
-        return Patches(pixel_values, self.patch_size, self.channels, prefix, grid)
+            spatial_shapes = args[1] if len(args) > 1 else kwargs["spatial_shapes"]
+            return Patches.of_padded(pixel_values, self.patch_size, spatial_shapes, mask)
+        rows = None if output is None else _tokens_of(output).shape[1]
+        return Patches.of_images(pixel_values, self.patch_size, rows)
 
 
 @dataclasses.dataclass(eq=False)
@@ -665,7 +654,7 @@ class Repaint(Hook):
         pixel_values = args[0] if args else kwargs["pixel_values"]
         if self.reduce.family.padded is None and pixel_values.shape[1] != self.reduce.channels:
             return None  # the embeddings say what is wrong
-        patches = self.reduce.patches_within(forward, pixel_values, None, args, kwargs)
+        patches = self.reduce.patches(None, args, kwargs, forward.real)
         if forward.given is not None:  # `Reduce` takes them, and refuses what they must not be
             given = patches.of_words(forward.given.words, forward.given.repeats)
         words, shown = setting.repainted(patches, given)
@@ -683,8 +672,8 @@ def _tokens_of(output: Any) -> torch.Tensor:
 
 def _plan_of(module: nn.Module) -> Kept | Grouped | None:
     """The plan of the forward that `module` runs in as a part of its tower, if there is one."""
-    forward = current_forward()
-    return forward.plan if forward is not None and forward.holds(module) else None
+    forward = forward_within(module)
+    return None if forward is None else forward.plan
 
 
 @dataclasses.dataclass(eq=False)
@@ -699,14 +688,14 @@ class Rotate(Hook):
         if self.reduce.follows:
             return self._rotate_as_stored(rotary, output)
         pixel_values = args[0] if args else kwargs["pixel_values"]
-        patches = self.reduce.patches(pixel_values, output[0].shape[0])
+        patches = Patches.of_images(pixel_values, self.reduce.patch_size, output[0].shape[0])
         plan = self.reduce.plan(patches, None if torch.compiler.is_compiling() else given_words())
         return output if plan is None else plan.rotate(output)
 
     @traced_within
     def _rotate_as_stored(self, rotary: nn.Module, output: Any) -> Any:
-        forward = current_forward()
-        if forward is None or forward.plan is None or not forward.holds(rotary):
+        forward = forward_within(rotary)
+        if forward is None or forward.plan is None:
             return output
         forward.rotations = output
         return forward.plan.rotate(output)
@@ -717,8 +706,8 @@ class RotateTokens(Hook):
 
     @traced_within
     def __call__(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        forward = current_forward()
-        if forward is None or not forward.holds(layer) or "position_embeddings" not in kwargs:
+        forward = forward_within(layer)
+        if forward is None or "position_embeddings" not in kwargs:
             return None
         tokens = args[0] if args else kwargs["hidden_states"]
         plan = forward.plan_of(tokens.shape[0], tokens.shape[1])
@@ -735,8 +724,8 @@ class Join(Hook):
 
     @traced_within
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        forward = current_forward()
-        if forward is None or not forward.holds(layer):
+        forward = forward_within(layer)
+        if forward is None:
             return output
         tokens = _tokens_of(output)
         before = forward.plan_of(tokens.shape[0], tokens.shape[1])
@@ -773,8 +762,8 @@ class MaskPadding(Hook):
 
     @torch.compiler.disable
     def __call__(self, head: nn.Module, args: Any) -> Any:
-        forward = current_forward()
-        return (args[0], forward.real) if forward is not None and forward.holds(head) else args
+        forward = forward_within(head)
+        return args if forward is None else (args[0], forward.real)
 
 
 class Expand(Hook):
@@ -783,8 +772,8 @@ class Expand(Hook):
 
     @traced_within
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        forward = current_forward()
-        if forward is None or not forward.plans or not forward.holds(module):
+        forward = forward_within(module)
+        if forward is None or not forward.plans:
             return output
 
         def expanded(value: Any) -> Any:

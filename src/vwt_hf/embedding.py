@@ -37,7 +37,7 @@ from .evaluation import (
     return_memory,
 )
 from .families import family_of, find_tower, model_of
-from .forward import current_forward
+from .forward import forward_within
 from .image_processing import NAME as PATCH_WORDS
 from .image_processing import HostTokenizer
 from .printable import difference, shown
@@ -596,8 +596,8 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
     padded = []
 
     def look(embeddings: nn.Module, args: Any, output: Any) -> None:
-        forward = current_forward()
-        if forward is not None and forward.holds(embeddings) and forward.grouped is not None:
+        forward = forward_within(embeddings)
+        if forward is not None and forward.grouped is not None:
             padded.append(not forward.grouped.layout.packed)
 
     embeddings = find_tower(model, family_of(model)).embeddings

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from . import __version__
 from .compress import lexicon_of, setting_of
 from .families import family_of, find_layers, find_tower, model_of
-from .forward import current_forward
+from .forward import forward_within
 from .printable import printable, shown
 from .processors import loaded_by, remember_load
 from .weights import device_of
@@ -106,8 +106,8 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
             count.by_layer[number] += tokens
 
     def fewer(number: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        forward = current_forward()
-        if forward is not None and forward.holds(layer) and layer in forward.after:
+        forward = forward_within(layer)
+        if forward is not None and layer in forward.after:
             before = forward.plan_of(*args[0].shape[:2])
             if before is not None:
                 add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
@@ -127,8 +127,8 @@ def _images_and_tokens(
     embeddings: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> tuple[int, int]:
     """How many images the embeddings were given, and how many tokens they made of them."""
-    forward = current_forward()
-    plan = None if forward is None or not forward.holds(embeddings) else forward.grouped
+    forward = forward_within(embeddings)
+    plan = None if forward is None else forward.grouped
     if plan is not None:
         tokens = plan.layout.tokens if plan.layout.real is None else int((plan.layout.sizes > 0).sum())
         return len(plan.layout.rows), tokens

@@ -368,14 +368,20 @@ def run_within(forward: Forward | None, function: Any, *args: Any, **kwargs: Any
         graphs.traced = traced
 
 
+def forward_within(module: nn.Module) -> Forward | None:
+    """The forward under way that `module` is a part of; `None` if it runs by itself or in another model's."""
+    forward = current_forward()
+    return forward if forward is not None and forward.holds(module) else None
+
+
 def forward_of(module: nn.Module) -> Forward:
-    """The forward that `module`, a part of a vision tower, runs in.
+    """As `forward_within`, of a part that runs in a forward alone.
 
     Raises:
         RuntimeError: there is none.
     """
-    forward = current_forward()
-    if forward is None or not forward.holds(module):
+    forward = forward_within(module)
+    if forward is None:
         raise RuntimeError(
             f"{type(module).__name__} ran outside a call of its compressed model, which keeps what each token stands "
             "for and gives every patch a hidden state at its end. Call model(...), and no part of it by itself."

@@ -25,14 +25,13 @@ from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
 from .levels import are_levels, ends_with_values, look_up
 from .model_configs import saved_setting
-from .patches import Patches, padded_places
+from .patches import Patches
 from .plans import DROPPED, Grouped, Kept
 from .printable import shown
 from .processors import config_beside, processor_statistics, stated_patch_size
 from .shared_changes import SharedChange
 from .visualize import seen_pictures
 from .vocabulary import VisualVocabulary
-from .words import patch_grid
 
 NAME = "patch_words"
 """The key of what a tokenizing image processor adds."""
@@ -109,17 +108,13 @@ class HostTokenizer:
         """
         values = made["pixel_values"].float()
         if values.dim() == 3 and "spatial_shapes" in made:
-            places, real = padded_places(made["spatial_shapes"].to(values.device), values.shape[1])
-            mask = made.get("pixel_attention_mask")
-            real = real if mask is None else real & mask.to(values.device).bool()
-            channels = values.shape[2] // (self.patch_size[0] * self.patch_size[1])
-            return Patches(values, self.patch_size, channels, 0, None, real=real, padded_places=places)
+            return Patches.of_padded(values, self.patch_size, made["spatial_shapes"], made.get("pixel_attention_mask"))
         if values.dim() != 4 or values.shape[1] not in (1, 3, 4):
             raise ValueError(
                 f"pixel_values are {tuple(values.shape)}; expected (batch, channels, height, width), of which patches "
                 "can be cut. Leave data_format out."
             )
-        return Patches(values, self.patch_size, values.shape[1], 0, patch_grid(values, self.patch_size))
+        return Patches.of_images(values, self.patch_size)
 
     def plan(self, patches: Patches, patch_words: torch.Tensor) -> Kept | Grouped:
         """The plan that `patch_words` tell: which token each patch becomes part of.

@@ -9,7 +9,7 @@ import torch
 from .blocks import chosen_by, words_of
 from .layout import group, lead, represent, whole_rows
 from .plans import DROPPED, Grouped, Kept
-from .words import patch_places, patchify
+from .words import patch_grid, patch_places, patchify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,6 @@ class Patches:
     patch height · patch width · channels)."""
     patch_size: tuple[int, int]
     """Height and width of a patch, in pixels."""
-    channels: int
-    """3 for RGB."""
     prefix: int
     """Prefix tokens, such as CLS, that come before the patches of each image."""
     grid: tuple[int, int] | None
@@ -37,6 +35,42 @@ class Patches:
     """Whether such a sequence runs faster if its length is one of few numbers."""
     draws: bool = False
     """Whether layers draw random numbers for each sequence, so that images in one sequence would share them."""
+
+    @classmethod
+    def of_images(cls, pixel_values: torch.Tensor, patch_size: tuple[int, int], rows: int | None = None) -> Patches:
+        """Those of whole images, (batch, channels, height, width).
+
+        Args:
+            rows: what embeddings made of each image, prefix tokens and patches; `None`: there are no prefix tokens.
+        """
+        grid = patch_grid(pixel_values, patch_size)
+        return cls(pixel_values, patch_size, 0 if rows is None else rows - grid[0] * grid[1], grid)
+
+    @classmethod
+    def of_padded(
+        cls,
+        pixel_values: torch.Tensor,
+        patch_size: tuple[int, int],
+        spatial_shapes: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> Patches:
+        """Those of images that come as padded patches, (batch, patches, patch height · patch width · channels).
+
+        Args:
+            spatial_shapes: (batch, 2), rows and columns of patches of each image.
+            mask: (batch, patches), which patches a caller takes for real; `None`: all but padding.
+        """
+        places, real = padded_places(spatial_shapes.to(pixel_values.device), pixel_values.shape[1])
+        if mask is not None:
+            real = real & mask.to(real.device).bool()
+        return cls(pixel_values, patch_size, 0, None, real, places)
+
+    @property
+    def channels(self) -> int:
+        """3 for RGB."""
+        if self.grid is not None:
+            return self.pixel_values.shape[1]
+        return self.pixel_values.shape[2] // (self.patch_size[0] * self.patch_size[1])
 
     @property
     def count(self) -> int:
@@ -85,7 +119,8 @@ class Patches:
         layout = represent(
             token_of_patch, kept.shape[1], self.prefix, torch.zeros_like(self.real).scatter_(1, kept, stays)
         )
-        return Grouped(layout, 0, self.grid, self._rows_of(kept), stays)
+        sources = whole_rows(kept, len(self.pixel_values), self.prefix, self.count)
+        return Grouped(layout, 0, self.grid, sources, stays)
 
     def represent(
         self, nearest: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor | None, exponent: float
@@ -100,18 +135,8 @@ class Patches:
         if self.real is not None:
             kept, stays = self._real_ones(self.real, kept, stays)
         layout = represent(nearest, kept.shape[1], self.prefix, self.real)
-        return Grouped(layout, exponent, self.grid, self._rows_of(kept), stays)
-
-    def _rows_of(self, kept: torch.Tensor) -> torch.Tensor:
-        """The rows of prefix tokens and of some patches, as `Grouped.sources` counts them.
-
-        Args:
-            kept: (batch or 1, keep), indices of patches.
-
-        Returns:
-            (batch, prefix + keep), int64.
-        """
-        return whole_rows(kept, self.pixel_values.shape[0], self.prefix, self.count)
+        sources = whole_rows(kept, len(self.pixel_values), self.prefix, self.count)
+        return Grouped(layout, exponent, self.grid, sources, stays)
 
     def lead(self, leaders: torch.Tensor, packed: bool, exponent: float) -> Grouped:
         """A plan by which some patches stay, as many of each image as it needs, and stand for the others, too.

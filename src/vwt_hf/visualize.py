@@ -16,7 +16,7 @@ from .patches import Patches
 from .plans import DROPPED, Grouped, Kept
 from .printable import printable
 from .terminal import write_file
-from .words import index_words, nearest_words, patch_grid
+from .words import index_words, nearest_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,26 +62,29 @@ def kept_patches_figure(
         ValueError: an image is smaller than a patch, or a setting keeps no patch.
     """
     photographs = photographs_of(pixel_values, image_mean, image_std)
-    patches = Patches(pixel_values, patch_size, pixel_values.shape[1], 0, patch_grid(pixel_values, patch_size))
+    patches = Patches.of_images(pixel_values, patch_size)
     columns = [Column("what the model sees", photographs, [""] * len(photographs))]
     for index, (heading, setting) in enumerate(settings.items()):
         plan = setting.plan(patches) if setting is not None and setting.shortens else None
-        seen, counts = photographs, [patches.count] * len(photographs)
+        seen, counts = photographs, token_counts(patches, plan)
         if setting is not None and plan is not None:
             left = setting.seen(patches, plan)
             seen = torch.stack(seen_pictures(patches, plan, left, image_mean, image_std))
-            counts = token_lengths(plan.patch_words(len(photographs), patches.count))
         more = [""] * len(counts) if captions is None else [f", {row[index]}" for row in captions]
         below = [f"{count} of {patches.count} patches{caption}" for count, caption in zip(counts, more, strict=True)]
         columns.append(Column(heading, seen, below))
     return draw(columns, names, PANEL)
 
 
+def token_counts(patches: Patches, plan: Kept | Grouped | None) -> list[int]:
+    """How many tokens the patches of each image become, by a plan; `None`: all stay."""
+    batch = len(patches.pixel_values)
+    return [patches.count] * batch if plan is None else token_lengths(plan.patch_words(batch, patches.count))
+
+
 def words_figure(
-    pixel_values: torch.Tensor,
-    patch_size: tuple[int, int],
-    words: torch.Tensor,
-    threshold: float,
+    patches: Patches,
+    plan: Grouped,
     *,
     names: Sequence[str],
     image_mean: Sequence[float] | None = None,
@@ -93,10 +96,7 @@ def words_figure(
     A word has the same colour in every photograph. Patches that stay alone are as in the photograph.
 
     Args:
-        pixel_values: (photographs, channels, height, width), as the model gets them.
-        patch_size: height and width of a patch, in pixels.
-        words: (size, channels · patch height · patch width), normalised as `pixel_values` are.
-        threshold: largest cosine distance at which a patch takes a word.
+        patches, plan: of the photographs as the model gets them, as `group_by_words` gives them.
         names: one for each photograph.
         image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
 
@@ -105,25 +105,22 @@ def words_figure(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: an image is smaller than a patch.
     """
-    photographs = photographs_of(pixel_values, image_mean, image_std)
-    shared, tokens = shared_words(pixel_values, patch_size, words, threshold)
-    tinted = tint(photographs, shared, patch_size)
-    patches, plan = _grouped(pixel_values, patch_size, words, threshold)
+    photographs = photographs_of(patches.pixel_values, image_mean, image_std)
+    tinted = tint(photographs, shared_words(patches, plan), patches.patch_size)
     seen = torch.stack(seen_pictures(patches, plan, patches.seen(plan), image_mean, image_std))
     columns = [
         Column("what the model sees", photographs, [""] * len(photographs)),
-        Column("same word, same colour", tinted, word_captions(shared, tokens)),
+        Column("same word, same colour", tinted, word_captions(patches, plan)),
         Column("what its tokens show", seen, [""] * len(photographs)),
     ]
     return draw(columns, names, WORD_PANEL)
 
 
-def word_captions(shared: torch.Tensor, tokens: list[int]) -> list[str]:
-    """For each photograph, from what `shared_words` returned: "256 patches → 145 tokens, 37 words"."""
+def word_captions(patches: Patches, plan: Grouped) -> list[str]:
+    """For each photograph: "256 patches → 145 tokens, 37 words"."""
     captions = []
-    for image, count in zip(shared, tokens, strict=True):
+    for image, count in zip(shared_words(patches, plan), token_counts(patches, plan), strict=True):
         words = len(image[image >= 0].unique())
         captions.append(f"{image.numel()} patches → {count} tokens, {words} word{'' if words == 1 else 's'}")
     return captions
@@ -231,17 +228,6 @@ def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
     write_file(path, file.getvalue())
 
 
-def kept_mask(pixel_values: torch.Tensor, patch_size: tuple[int, int], setting: VWTConfig) -> torch.Tensor:
-    """Which patches stay, (batch, rows, columns), bool: the choice of the compressed model itself."""
-    rows, columns = patch_grid(pixel_values, patch_size)
-    plan = setting.plan(Patches(pixel_values, patch_size, pixel_values.shape[1], 0, (rows, columns)))
-    mask = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool, device=pixel_values.device)
-    if not isinstance(plan, Kept):  # all stay, or stand for others
-        return torch.ones_like(mask).unflatten(1, (rows, columns)).cpu()
-    mask.scatter_(1, plan.kept.expand(len(pixel_values), -1), True)
-    return mask.unflatten(1, (rows, columns)).cpu()
-
-
 def seen_pictures(
     patches: Patches,
     plan: Kept | Grouped,
@@ -311,36 +297,38 @@ def fade(photographs: torch.Tensor, mask: torch.Tensor, patch_size: tuple[int, i
     return torch.where(pixels.unsqueeze(-1), photographs, pale)
 
 
-def shared_words(
+def group_by_words(
     pixel_values: torch.Tensor, patch_size: tuple[int, int], words: torch.Tensor, threshold: float
-) -> tuple[torch.Tensor, list[int]]:
-    """The word of each patch that shares one with another patch of its image, and how many tokens patches become.
-
-    It is the choice of the compressed model itself.
+) -> tuple[Patches, Grouped]:
+    """The patches of whole images, and the plan by which those that share a word become one token, as in a model.
 
     Args:
-        pixel_values: (batch, channels, height, width).
+        pixel_values: (batch, channels, height, width), as a model gets them.
+        patch_size: height and width of a patch, in pixels.
         words: (size, channels · patch height · patch width), normalised as `pixel_values` are.
         threshold: largest cosine distance at which a patch takes a word.
 
-    Returns:
-        (batch, rows, columns) int64 on the CPU, −1 where a patch stays alone: it is near no word, or the only one near
-        its word; and the tokens of each image.
+    Raises:
+        ValueError: an image is smaller than a patch.
     """
-    patches, plan = _grouped(pixel_values, patch_size, words, threshold)
-    assert plan.words is not None and patches.grid is not None
-    alone = plan.layout.sizes.flatten()[plan.layout.rows] < 2
-    shared = plan.words.masked_fill(alone, -1).unflatten(1, patches.grid).cpu()
-    return shared, (plan.layout.sizes > 0).sum(dim=1).tolist()
-
-
-def _grouped(
-    pixel_values: torch.Tensor, patch_size: tuple[int, int], words: torch.Tensor, threshold: float
-) -> tuple[Patches, Grouped]:
-    """The patches of whole images, and the plan by which those that share a word become one token."""
-    patches = Patches(pixel_values, patch_size, pixel_values.shape[1], 0, patch_grid(pixel_values, patch_size))
+    patches = Patches.of_images(pixel_values, patch_size)
     found = nearest_words(patches.pixels_as_words(), index_words(words), threshold)
     return patches, patches.group(found, packed=False, exponent=0)
+
+
+def shared_words(patches: Patches, plan: Grouped) -> torch.Tensor:
+    """The word of each patch that shares one with another patch of its image.
+
+    Args:
+        patches, plan: as `group_by_words` gives them.
+
+    Returns:
+        (batch, rows, columns) int64 on the CPU, −1 where a patch stays alone: it is near no word, or the only one near
+        its word.
+    """
+    assert plan.words is not None and patches.grid is not None
+    alone = plan.layout.sizes.flatten()[plan.layout.rows] < 2
+    return plan.words.masked_fill(alone, -1).unflatten(1, patches.grid).cpu()
 
 
 def word_color(word: int) -> tuple[float, float, float]:

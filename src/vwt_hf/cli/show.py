@@ -70,12 +70,13 @@ def work(args: argparse.Namespace) -> None:
 
     import torch
 
+    from ..patches import Patches
     from ..processors import load_processor, processor_statistics, whole_images
     from ..visualize import (
-        kept_mask,
+        group_by_words,
         kept_patches_figure,
         require_matplotlib,
-        shared_words,
+        token_counts,
         word_captions,
         words_figure,
         write_png,
@@ -103,15 +104,15 @@ def work(args: argparse.Namespace) -> None:
     size = (patch_size, patch_size)
 
     if words is None:
-        mask = kept_mask(pixel_values, size, setting)
-        captions = [f"{int(kept.sum())} of {kept.numel()} patches" for kept in mask]
+        patches = Patches.of_images(pixel_values, size)
+        captions = [f"{kept} of {patches.count} patches" for kept in token_counts(patches, setting.plan(patches))]
         columns: Any = {f"keep_ratio={setting.keep_ratio:g}": setting}
         figure = kept_patches_figure(pixel_values, size, columns, names=titles, image_mean=mean, image_std=std)
     else:
         words.require(size, channels=pixel_values.shape[1])
-        seen = words.normalized(mean, std)
-        captions = word_captions(*shared_words(pixel_values, size, seen, setting.threshold))
-        figure = words_figure(pixel_values, size, seen, setting.threshold, names=titles, image_mean=mean, image_std=std)
+        patches, plan = group_by_words(pixel_values, size, words.normalized(mean, std), setting.threshold)
+        captions = word_captions(patches, plan)
+        figure = words_figure(patches, plan, names=titles, image_mean=mean, image_std=std)
     # A palette would make neighbours of the words' many colours one.
     write_png(figure, Path(args.output), small=words is None)
     for path, caption in zip(drawn, captions, strict=True):
