@@ -32,7 +32,7 @@ from settings import ViTImageProcessor
 from tiny import tiny_model
 from vwt_hf import VisualVocabulary, compress, embed, token_lengths
 from vwt_hf.cli import main
-from vwt_hf.embedding import KINDS, MANIFEST, Reader, Shard, Shards
+from vwt_hf.embedding import FORMATS, MANIFEST, Reader, Shard, Shards
 from vwt_hf.evaluation import answer
 from vwt_hf.processes import everywhere
 from vwt_hf.vocabulary.image_source import UnreadableImage, find_images, image_rows, read_image
@@ -413,7 +413,7 @@ def test_what_is_missing_is_shared_out_and_not_the_files(tmp_path, monkeypatch):
         return lists[0]
 
     monkeypatch.setattr(vwt_hf.embedding, "in_main", of_main)
-    shards = Shards(tmp_path, KINDS["parquet"], images=8, size=1)
+    shards = Shards(tmp_path, "parquet", images=8, size=1)
     for number in (1, 3, 5, 7):
         shards.write(number, NOTHING)
     shares = []
@@ -427,7 +427,7 @@ def test_what_is_missing_is_shared_out_and_not_the_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_main_process_warns_where_others_have_nothing_to_do(index, tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(vwt_hf.embedding, "place", lambda: (index, 3))
-    shards = Shards(tmp_path, KINDS["parquet"], images=11, size=10)
+    shards = Shards(tmp_path, "parquet", images=11, size=10)
     assert shards.missing(bool) == [index]
     said = ["11 images make 2 files of up to 10, fewer than the 3 processes, of which the others have nothing to do"]
     assert [str(one.message).partition(";")[0] for one in recwarn] == (said if index == 0 else [])
@@ -589,7 +589,7 @@ def test_the_column_is_float32_also_where_torchs_default_is_not(run, tmp_path):
     assert pyarrow.parquet.read_schema(file).field("embedding").type.value_type == pyarrow.float32()
 
 
-@pytest.mark.parametrize("format", list(KINDS))
+@pytest.mark.parametrize("format", list(FORMATS))
 def test_a_file_that_lost_what_it_says_of_itself_is_named(format, run, tmp_path):
     _, file, *_ = run(format=format).files
     if format == "parquet":

@@ -374,7 +374,7 @@ def test_a_tolerance_means_the_same_however_images_are_normalised(images):
         ({"tolerance": True}, "tolerance is True"),
         ({"tolerance": 0.1, "keep_ratio": 0.5}, "tolerance is 0.1 and keep_ratio is 0.5; expected one of them"),
         ({"keep_ratio": 0.0}, r"keep_ratio is 0.0; expected a number in \(0, 1\]"),
-        ({"num_patches": 0}, "num_patches is 0; expected an integer of at least 1"),
+        ({"num_patches": 0}, "num_patches is 0; expected None or an integer of at least 1"),
         ({"image_std": [0.5, -1, 1]}, r"image_std is \[0.5, -1, 1\]; expected None or positive numbers"),
         ({"image_std": [1e-30] * 3}, "image_std is .*; expected one number in"),
         ({"output": "compressed"}, "output is 'compressed', but under method='local'"),

@@ -25,7 +25,7 @@ from settings import SETTINGS
 from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip_2, built
 from tiny import MODELS, TINY, contrastive_config
 from vwt_hf import VWTConfig, compress, supported
-from vwt_hf.families import FAMILIES, HOLDERS, ROWS
+from vwt_hf.families import FAMILIES, HOLDERS
 
 TASKS = {
     "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -52,7 +52,8 @@ PROCESSOR_FIELDS = {
     "llava_next": LLAVA,
     "llava_onevision": {"num_image_tokens": PATCHES, "vision_feature_select_strategy": "full"},
 }
-READ_EVERY_PATCH = [model_type for holder in HOLDERS for model_type in holder.model_types]
+MODEL_TYPES = {row.name: row.model_types for row in FAMILIES} | {name: (own,) for own, name in HOLDERS.items()}
+"""Of every supported family, by its name."""
 
 
 def photograph(number: int) -> Image.Image:
@@ -102,8 +103,8 @@ def classes(names: str | tuple[str, ...]) -> list[type]:
 BY_MAPPING = [
     (task, model_class)
     for task, mapping in TASKS.items()
-    for row in ROWS
-    for model_type in row.model_types
+    for model_types in MODEL_TYPES.values()
+    for model_type in model_types
     for model_class in classes(mapping.get(model_type, ()))
 ]
 """Every task of every supported family."""
@@ -163,8 +164,8 @@ def folder(task, model_class, name, tmp_path) -> str:
 
 def image_processor_class(model_type: str) -> type:
     """The family's own, where it has one that needs no torchvision."""
-    row = next(row for row in ROWS if model_type in row.model_types)
-    known = [IMAGE_PROCESSOR_MAPPING_NAMES.get(each) or {} for each in (model_type, *row.model_types)]
+    alike = next(own for own in MODEL_TYPES.values() if model_type in own)
+    known = [IMAGE_PROCESSOR_MAPPING_NAMES.get(each) or {} for each in (model_type, *alike)]
     return getattr(transformers, next((names["pil"] for names in known if "pil" in names), "ViTImageProcessorPil"))
 
 
@@ -202,7 +203,7 @@ def ask(pipe: Pipeline, batch_size: int = 1) -> tuple[list, torch.Tensor]:
             computed.append(scores.clamp(min=-1e4))
             return scores
 
-        text = "<image>" * (pipe.model.config.model_type in READ_EVERY_PATCH) + " a photo of"
+        text = "<image>" * (pipe.model.config.model_type in HOLDERS) + " a photo of"
         how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
         how["logits_processor"] = transformers.LogitsProcessorList([record])
         # The pipeline takes a list of dicts for a chat.
@@ -240,13 +241,13 @@ def same(found, expected) -> None:
 
 def allowed(model_class: type) -> dict[str, VWTConfig]:
     needs_every_patch = {name for family in FAMILIES for name in family.needs_every_patch}
-    every_patch = model_type_of(model_class) in READ_EVERY_PATCH or model_class.__name__ in needs_every_patch
+    every_patch = model_type_of(model_class) in HOLDERS or model_class.__name__ in needs_every_patch
     return {name: setting for name, setting in SETTINGS.items() if setting.restores or not every_patch}
 
 
 def test_every_task_of_every_supported_family_has_a_case():
     model_types = {model_type_of(model_class) for _, model_class in BY_MAPPING}
-    assert [row.name for row in ROWS if model_types & {*row.model_types}] == supported()
+    assert [name for name, own in MODEL_TYPES.items() if model_types & {*own}] == supported()
     assert {case[:2] for case in WITH_NAMES} == {*BY_MAPPING}, "add what is missing to tests/tiny.py"
     assert [case[0] for case in ONE_OF_EACH_TASK] == list(TASKS)
 

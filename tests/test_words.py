@@ -20,6 +20,7 @@ from vwt_hf.words import (
     patchify,
     random_order,
     random_patches,
+    with_prefix,
 )
 
 CPU = torch.device("cpu")
@@ -176,7 +177,7 @@ def test_kept_patches_are_gathered_for_one_choice_or_one_an_image(images, choice
 def test_pairs_of_kept_patches_and_prefix_tokens_are_gathered(choices):
     values = torch.arange(2 * 36).view(1, 2, 6, 6)
     kept = torch.tensor([[0, 3], [1, 2], [2, 3]])[:choices]
-    found = gather_pairs(values, kept, 2)
+    found = gather_pairs(values, with_prefix(kept, 2))
     assert found.shape == (choices, 2, 4, 4)
     for pairs, patches in zip(found, kept.tolist(), strict=True):
         index = [0, 1, *(2 + patch for patch in patches)]

@@ -45,12 +45,19 @@ def require_whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least {least}.")
 
 
-def require_seed(value: object) -> None:
+def require_seed(value: object, name: str = "seed") -> None:
     """Raises `ValueError` where `value` is no number that draws can start from."""
-    if not is_seed(value):
-        raise ValueError(f"seed is {shown(value)}; expected a whole number in [0, 2**63).")
+    if not is_int(value) or not 0 <= value < 2**63:  # type: ignore[operator]
+        raise ValueError(f"{name} is {shown(value)}; expected a whole number in [0, 2**63).")
 
 
-def is_seed(value: object) -> bool:
-    """Whether `value` is a number that draws can start from."""
-    return is_int(value) and 0 <= value < 2**63  # type: ignore[operator]
+def require_share(name: str, value: object) -> None:
+    """Raises `ValueError` where `value` is no share of patches that leaves any."""
+    if not is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} is {shown(value)}; expected a number in (0, 1].")
+
+
+def require_count(name: str, value: object) -> None:
+    """Raises `ValueError` where `value` is neither `None` nor a number of patches."""
+    if value is not None and not (is_int(value) and 1 <= value < 2**31):  # type: ignore[operator]
+        raise ValueError(f"{name} is {shown(value)}; expected None or an integer of at least 1, and less than 2**31.")

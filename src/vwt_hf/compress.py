@@ -25,9 +25,9 @@ from .families import (
     find_layers,
     find_stack,
     find_tower,
-    holders_of,
     is_of,
     model_of,
+    models_around,
     refuse_to_drop,
     why_every_patch,
 )
@@ -182,7 +182,7 @@ def _hook_in(
     """
     follows = setting.shortens and (by_sizes or bool(relative))
     layers = find_layers(tower.module)
-    entered = holders_of(model, tower)
+    entered = models_around(model, tower)
     for holder in entered:
         holder.register_forward_pre_hook(TakeWords(follows), with_kwargs=True)
     model_class: Any = type(model)

@@ -294,8 +294,7 @@ class VWTConfig:
             setting = VWTConfig(**{str(name): field for name, field in value.items()})
             setting.require_sane()
             return setting
-        named = isinstance(value, (str, os.PathLike)) and os.fspath(value)
-        if named or hasattr(value, "normalized"):
+        if is_vocabulary(value):
             return VWTConfig(method="inter", vocabulary=value)
         raise TypeError(
             f"vwt is {shown(value)}; expected True, False, None, a VWTConfig, a dict of its fields, or a vocabulary: "
@@ -341,6 +340,13 @@ def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str
         hint = nearest_hint(name, names)
         its_own = ", ".join(sorted(names))
         raise ValueError(f"VWTConfig has no field {shown(name)}; the fields of method={method!r} are {its_own}.{hint}")
+
+
+def is_vocabulary(value: object) -> bool:
+    """Whether `value` names a vocabulary or is one."""
+    if isinstance(value, (str, os.PathLike)):
+        return bool(os.fspath(value))
+    return hasattr(value, "words") and hasattr(value, "normalized")
 
 
 def require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:

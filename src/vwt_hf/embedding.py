@@ -161,8 +161,8 @@ def embed(
         for name, value in {"batch_size": batch_size, "shard_size": shard_size}.items():
             require_whole(name, value)
         require_whole("workers", workers, least=0)
-        if format not in KINDS:
-            raise ValueError(f"format is {shown(format)}; expected one of {', '.join(map(repr, KINDS))}.")
+        if format not in FORMATS:
+            raise ValueError(f"format is {shown(format)}; expected one of {', '.join(map(repr, FORMATS))}.")
         require_features(model)
         processor = processor_of(model, image_processor)
         require_folder(output)
@@ -173,7 +173,7 @@ def embed(
 
     join(model_of(model).device)
     (processor, trial, rows, of), _ = everywhere(begin)
-    shards = Shards(Path(output), KINDS[format], len(rows), shard_size)
+    shards = Shards(Path(output), format, len(rows), shard_size)
     shards.begin(of)
 
     if trial.pads:
@@ -364,16 +364,6 @@ def _as_it_is(read: Any) -> Any:
     return read
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of file that features are written in."""
-
-    ending: str
-    write: Callable[[Shard], bytes]
-    read: Callable[[Path], dict[str, Any]]
-    """What a file says of itself: how many `images` it has, and which are `unreadable`."""
-
-
 def _to_parquet(shard: Shard) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -414,23 +404,23 @@ def _said_in_safetensors(file: Path) -> dict[str, Any]:
         return json.loads(opened.metadata()[KEY])
 
 
-KINDS = {
-    kind.ending: kind
-    for kind in (
-        Kind("parquet", _to_parquet, _said_in_parquet),
-        Kind("safetensors", _to_safetensors, _said_in_safetensors),
-    )
+FORMATS: dict[str, tuple[Callable[[Shard], bytes], Callable[[Path], dict[str, Any]]]] = {
+    "parquet": (_to_parquet, _said_in_parquet),
+    "safetensors": (_to_safetensors, _said_in_safetensors),
 }
+"""What files of features may be, by their ending: what makes one, and what reads how many `images` a file says that it
+has, and which are `unreadable`."""
 
 
 class Shards:
     """The files of one collection: which images each is of, which are there, and the manifest beside them."""
 
-    def __init__(self, folder: Path, kind: Kind, images: int, size: int) -> None:
-        self._folder, self._kind, self._images, self._size = folder, kind, images, size
+    def __init__(self, folder: Path, format: str, images: int, size: int) -> None:
+        self._folder, self._images, self._size = folder, images, size
+        self._to_bytes, self._metadata_of = FORMATS[format]
         count = -(-images // size)
         # So called, `datasets` takes them for the split "train", and nothing else in the folder.
-        self.files = [folder / f"train-{number:05}-of-{count:05}.{kind.ending}" for number in range(count)]
+        self.files = [folder / f"train-{number:05}-of-{count:05}.{format}" for number in range(count)]
 
     def rows(self, number: int) -> range:
         """The numbers of the images of a file."""
@@ -469,7 +459,7 @@ class Shards:
                 stacklevel=4,
             )
             return
-        write_files(self._folder, {file.name: self._kind.write(shard)})
+        write_files(self._folder, {file.name: self._to_bytes(shard)})
 
     def begin(self, of: dict[str, Any]) -> None:
         """Writes the manifest, or compares it with what an earlier run wrote.
@@ -512,7 +502,7 @@ class Shards:
 
     def _said_in(self, file: Path) -> tuple[int, list[dict[str, Any]]]:
         try:
-            said = self._kind.read(file)
+            said = self._metadata_of(file)
             return said["images"], said["unreadable"]
         except Exception as error:  # of a damaged file libraries raise nearly anything
             raise ValueError(

@@ -233,7 +233,10 @@ def evaluate_model(
     settings = list(vwt) if vwt is not None else [setting_of(model) or True]
     # Copies, so that the user's model stays as it is, whatever happens.
     plain = restore(share(model)).eval()
-    models = [plain, *(_compressed(plain, setting, processor) for setting in settings)]
+    models = [plain]
+    for setting in settings:
+        own: Any = VWTConfig.parse(setting)
+        models.append(compress_by(share(plain), own, trusted=True, image_processor=processor))
     names = _names([None, *settings], models)
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
@@ -386,12 +389,6 @@ def _merged(batches: Sequence[Batch], models: int) -> tuple[Kept, list[str]]:
         answers,
     )
     return kept, [said for batch in batches for said in batch.unreadable]
-
-
-def _compressed(plain: PreTrainedModel, vwt: Any, image_processor: Any) -> PreTrainedModel:
-    """A copy of a plain model, by a setting in any form, for the images of `image_processor`."""
-    setting, model = VWTConfig.parse(vwt), share(plain)
-    return model if setting is None else compress_by(model, setting, trusted=True, image_processor=image_processor)
 
 
 def _joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -321,7 +321,7 @@ class Captions(Task):
     def prepare(self, images: LabelledImages) -> None:
         if not self.model.can_generate():
             raise ValueError(f"the {type(self.model).__name__} writes no captions; expected a model such as BLIP.")
-        if any(self.model.config.model_type in holder.model_types for holder in HOLDERS):
+        if self.model.config.model_type in HOLDERS:
             raise ValueError(
                 f"the {type(self.model).__name__} writes about images within a prompt alone; expected a model that "
                 "writes captions of images, such as BLIP. Its vision tower may be evaluated by its features."

@@ -89,16 +89,6 @@ class Family:
 
 
 @dataclasses.dataclass(frozen=True)
-class Holder:
-    """Models that hold a vision tower of one of the families and give a language model a token for every patch."""
-
-    name: str
-    """Name in messages and tables."""
-    model_types: tuple[str, ...]
-    """`model_type` of their configs."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Unfit:
     """A family that is asked for and cannot be compressed."""
 
@@ -173,14 +163,15 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _like_clip("BLIP-2", "blip-2", "Blip2", "CLS; the Q-Former attends to all tokens"),
 )  # fmt: skip
-HOLDERS: tuple[Holder, ...] = (
-    Holder("LLaVA", ("llava",)),
-    Holder("VipLLaVA", ("vipllava",)),
-    Holder("LLaVA-NeXT", ("llava_next",)),
-    Holder("LLaVA-OneVision", ("llava_onevision",)),
-    Holder("PaliGemma", ("paligemma",)),
-)
-ROWS: tuple[Family | Holder, ...] = (*FAMILIES, *HOLDERS)
+HOLDERS = {
+    "llava": "LLaVA",
+    "vipllava": "VipLLaVA",
+    "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision",
+    "paligemma": "PaliGemma",
+}
+"""Names of models that hold a vision tower of one of the families and give a language model a token for every patch, by
+the `model_type` of their configs."""
 UNFIT: tuple[Unfit, ...] = (
     Unfit("Swin", ("swin", "swinv2"), "attends within windows of the whole grid and merges neighbours between stages"),
     Unfit("SegFormer", ("segformer",), "shortens keys by convolutions over the whole grid"),
@@ -192,15 +183,15 @@ UNFIT: tuple[Unfit, ...] = (
 
 def supported() -> list[str]:
     """Names of the families that can be compressed."""
-    return [row.name for row in ROWS]
+    return [*(row.name for row in FAMILIES), *HOLDERS.values()]
 
 
 def family_table() -> str:
     """The families as a Markdown table; the README shows it."""
     lines = ["| family | positions | prefix tokens | its heads read |", "|---|---|---|---|"]
     lines += [f"| {row.name} | {row.positions} | {row.prefix} | {row.pools} |" for row in FAMILIES]
-    for holder in HOLDERS:
-        lines.append(f"| {holder.name} | its CLIP or SigLIP tower's | the tower's | a language model: every patch |")
+    for name in HOLDERS.values():
+        lines.append(f"| {name} | its CLIP or SigLIP tower's | the tower's | a language model: every patch |")
     lines += [f"| {unfit.name} | cannot be compressed: it {unfit.reason} | | |" for unfit in UNFIT]
     return "\n".join(lines)
 
@@ -216,9 +207,8 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
             says what is supported.
     """
     name = model_class.__name__
-    row = _row_of(model_class)
-    if row is None:
-        model_type = _model_type(model_class)
+    row, model_type = _row_of(model_class), _model_type(model_class)
+    if row is None and model_type not in HOLDERS:
         unfit = next((unfit for unfit in UNFIT if model_type in unfit.model_types), None)
         if unfit is None and _may_hold(model_class):
             return
@@ -227,7 +217,7 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
             f"{name} (model type {model_type!r}) cannot be compressed{why}; supported families: "
             f"{', '.join(supported())}. Load it without `vwt`."
         )
-    if isinstance(row, Family) and _is_one_of(model_class, row.predicts_masked):
+    if row is not None and _is_one_of(model_class, row.predicts_masked):
         raise ValueError(
             f"{name} predicts patches that are masked in the whole image, a value for every patch: it cannot be "
             "compressed. Load it without `vwt`."
@@ -247,10 +237,10 @@ def refuse_to_drop(reason: str) -> NoReturn:
 def reads_every_patch(model_class: type[PreTrainedModel]) -> bool:
     """Whether a model class needs a hidden state for every patch of its tower."""
     row = _row_of(model_class)
-    return isinstance(row, Holder) or (row is not None and _is_one_of(model_class, row.needs_every_patch))
+    return _model_type(model_class) in HOLDERS or (row is not None and _is_one_of(model_class, row.needs_every_patch))
 
 
-def holders_of(model: PreTrainedModel, tower: Tower) -> list[PreTrainedModel]:
+def models_around(model: PreTrainedModel, tower: Tower) -> list[PreTrainedModel]:
     """`model` and the models within it that are or hold its vision tower."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return [holder for holder in models if tower.module in holder.modules()]
@@ -258,7 +248,7 @@ def holders_of(model: PreTrainedModel, tower: Tower) -> list[PreTrainedModel]:
 
 def why_every_patch(model: PreTrainedModel, tower: Tower) -> str | None:
     """Why `model`, or a part of it, needs a hidden state for every patch of its tower; `None` if none does."""
-    for part in holders_of(model, tower):
+    for part in models_around(model, tower):
         if reads_every_patch(type(part)):
             return f"{type(part).__name__} reads a value for every patch"
         if isinstance(part, BackboneMixin) and getattr(part.config, "reshape_hidden_states", False):
@@ -329,9 +319,9 @@ def _general_family(model: PreTrainedModel) -> Family:
     raise not_vouched(model, NotVouched("has no embeddings whose only convolution makes a row of each patch"))
 
 
-def _row_of(model_class: type[PreTrainedModel]) -> Family | Holder | None:
+def _row_of(model_class: type[PreTrainedModel]) -> Family | None:
     model_type = _model_type(model_class)
-    return next((row for row in ROWS if model_type in row.model_types), None)
+    return next((row for row in FAMILIES if model_type in row.model_types), None)
 
 
 def _model_type(model_class: type[PreTrainedModel]) -> str:

@@ -119,7 +119,7 @@ class Patches:
         layout = represent(
             token_of_patch, kept.shape[1], self.prefix, torch.zeros_like(self.real).scatter_(1, kept, stays)
         )
-        sources = whole_rows(kept, len(self.pixel_values), self.prefix, self.count)
+        sources = whole_rows(kept, self.pixel_values.shape[0], self.prefix, self.count)
         return Grouped(layout, 0, self.grid, sources, stays)
 
     def represent(
@@ -135,7 +135,7 @@ class Patches:
         if self.real is not None:
             kept, stays = self._real_ones(self.real, kept, stays)
         layout = represent(nearest, kept.shape[1], self.prefix, self.real)
-        sources = whole_rows(kept, len(self.pixel_values), self.prefix, self.count)
+        sources = whole_rows(kept, self.pixel_values.shape[0], self.prefix, self.count)
         return Grouped(layout, exponent, self.grid, sources, stays)
 
     def lead(self, leaders: torch.Tensor, packed: bool, exponent: float) -> Grouped:

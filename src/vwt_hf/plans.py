@@ -57,7 +57,7 @@ class Kept:
 
     def bias(self, values: torch.Tensor) -> torch.Tensor:
         """(1, heads, prefix + patches, prefix + patches) → (batch or 1, heads, prefix + keep, prefix + keep)."""
-        return gather_pairs(values, self.kept.to(values.device), self.prefix)
+        return gather_pairs(values, with_prefix(self.kept, self.prefix).to(values.device))
 
     def patch_words(self, batch: int, patches: int) -> torch.Tensor:
         """The plan as a caller may give it, (batch, patches) int64: a kept patch has its own index, others have −1.
@@ -151,7 +151,7 @@ class Grouped:
         if self.sources is None:
             return pool_pairs(values, self.layout)
         rows = self.layout.by_run(self.places_in_image().to(values.device))
-        return tuple(values[0][:, run.unsqueeze(2), run.unsqueeze(1)].transpose(0, 1) for run in rows)
+        return tuple(gather_pairs(values, run) for run in rows)
 
     def places_in_image(self) -> torch.Tensor:
         """(sequences, prefix + tokens): which row of its own image each token is, where tokens are no means."""

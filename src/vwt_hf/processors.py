@@ -73,13 +73,19 @@ def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
         ) from error
 
 
-def patch_size_of(checkpoint: str) -> int | None:
+def patch_size_of(checkpoint: str) -> int:
     """Side of the square patches that the model of a Hub id or folder cuts, in pixels.
 
-    `None` where no config says so, as beside an image processor that was saved alone, or they are not square.
+    Raises:
+        ValueError: no config says so, as beside an image processor that was saved alone, or they are not square.
     """
     height, width = stated_patch_size(config_beside(checkpoint)) or (None, None)
-    return height if height == width else None
+    if height is None or height != width:
+        raise ValueError(
+            f"{checkpoint} has no model config that says the side of its square patches; name a vision transformer, or "
+            "give --patch-size where a command has it."
+        )
+    return height
 
 
 def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:

@@ -279,19 +279,10 @@ def with_prefix(kept: torch.Tensor, prefix: int) -> torch.Tensor:
     return torch.cat((own, kept + prefix), dim=1)
 
 
-def gather_pairs(values: torch.Tensor, kept: torch.Tensor, prefix: int) -> torch.Tensor:
-    """The part of a table of pairs of tokens that is about the prefix tokens and the patches that stay.
-
-    Args:
-        values: (1, channels, prefix + patches, prefix + patches).
-        kept: (batch or 1, keep), indices of patches.
-        prefix: prefix tokens, which come first.
-
-    Returns:
-        (batch or 1, channels, prefix + keep, prefix + keep).
-    """
-    index = with_prefix(kept, prefix)
-    return values[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
+def gather_pairs(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The part of a table of pairs of rows, (1, channels, all, all), that is about some: of (batch or 1, some) the
+    (batch or 1, channels, some, some)."""
+    return values[0][:, rows.unsqueeze(2), rows.unsqueeze(1)].transpose(0, 1)
 
 
 def nearest_kept(

@@ -115,8 +115,6 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     images, _ = open_source(args.images, column=args.column, split=args.split, streaming=args.streaming)
     processor = load_processor(args.image_processor)
     patch_size = args.patch_size if args.patch_size is not None else patch_size_of(args.image_processor)
-    if patch_size is None:
-        raise ValueError(f"{args.image_processor} has no model config that says its patch size; give --patch-size.")
     device = usable_device(args.device)
     if args.push_to_hub and is_main:
         _require_hub(args.push_to_hub, args.private)

@@ -71,7 +71,7 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     from ..patches import Patches
-    from ..processors import load_processor, processor_statistics, whole_images
+    from ..processors import load_processor, patch_size_of, processor_statistics, whole_images
     from ..visualize import (
         group_by_words,
         kept_patches_figure,
@@ -97,7 +97,7 @@ def work(args: argparse.Namespace) -> None:
         pixel_values = default_pixel_values(drawn, patch_size, mean, std)
     else:
         processor = load_processor(args.model)
-        patch_size = required_patch_size(args.model)
+        patch_size = patch_size_of(args.model)
         mean, std = processor_statistics(processor, channels=3)
         made = pixel_batches(drawn, processor, len(drawn))
         pixel_values = torch.cat([whole_images(batch).float() for batch in made])
@@ -148,17 +148,3 @@ def default_pixel_values(
     pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2).float() / 255
     subtract, divide = (torch.tensor(own, dtype=torch.float32, device="cpu").view(-1, 1, 1) for own in (mean, std))
     return (pixels - subtract) / divide
-
-
-def required_patch_size(model: str) -> int:
-    """The patch size of a Hub id's or folder's model.
-
-    Raises:
-        ValueError: its config does not say.
-    """
-    from ..processors import patch_size_of
-
-    patch_size = patch_size_of(model)
-    if patch_size is None:
-        raise ValueError(f"{model} has no model config that says its patch size; name a vision transformer.")
-    return patch_size

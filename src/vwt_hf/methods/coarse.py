@@ -111,7 +111,7 @@ class CoarseConfig(GradualConfig):
         """As many blocks of each image as it is to be shortened by: (batch, blocks), bool."""
         assert patches.real is not None
         counts = patches.real.sum(dim=1)
-        numbers = (counts - self._wanted_of_each(counts) + 2).div(3, rounding_mode="floor").clamp(min=0)
+        numbers = (counts - self._wanted(counts) + 2).div(3, rounding_mode="floor").clamp(min=0)
         order = found.argsort(dim=1, stable=True).argsort(dim=1)
         return (order < numbers.unsqueeze(1)) & there
 

@@ -10,7 +10,7 @@ import torch
 
 from ..beside import FOLDER, SAVED_AS, read_words
 from ..bounds import checked_statistics, is_number
-from ..config import ModelFacts, per_channel
+from ..config import ModelFacts, is_vocabulary, per_channel
 from ..model_configs import saved_setting
 from ..packaged_words import packaged_words
 from ..patches import Patches
@@ -215,10 +215,3 @@ class InterConfig(RaggedConfig):
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
         return patches.grouped_by(words, self.packs(patches), self.size_exponent)
-
-
-def is_vocabulary(value: object) -> bool:
-    """Whether `value` names a vocabulary or is one."""
-    if isinstance(value, (str, os.PathLike)):
-        return bool(os.fspath(value))
-    return hasattr(value, "words") and hasattr(value, "normalized")

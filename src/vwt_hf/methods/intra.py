@@ -7,11 +7,10 @@ import math
 
 import torch
 
-from ..bounds import is_int, is_number, is_seed
+from ..bounds import require_count, require_seed, require_share
 from ..config import CRITERIA, VWTConfig, require_choice
 from ..patches import Patches
 from ..plans import Grouped, Kept
-from ..printable import shown
 from ..words import (
     Centred,
     best,
@@ -60,15 +59,9 @@ class IntraConfig(VWTConfig):
         super().__post_init__()
         require_choice("criterion", self.criterion, CRITERIA)
         require_choice("dropped", self.dropped, DROPPED)
-        if not is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"VWTConfig.keep_ratio is {shown(self.keep_ratio)}; expected a number in (0, 1].")
-        if self.num_patches is not None and not (is_int(self.num_patches) and 1 <= self.num_patches < 2**31):
-            raise ValueError(
-                f"VWTConfig.num_patches is {shown(self.num_patches)}; expected None or an integer of at least 1, and "
-                "less than 2**31."
-            )
-        if not is_seed(self.seed):
-            raise ValueError(f"VWTConfig.seed is {shown(self.seed)}; expected an integer in [0, 2**63).")
+        require_share("VWTConfig.keep_ratio", self.keep_ratio)
+        require_count("VWTConfig.num_patches", self.num_patches)
+        require_seed(self.seed, "VWTConfig.seed")
         if self.output == "full" and not self.groups:
             raise ValueError(
                 "VWTConfig.output is 'full', but dropped is 'discard', which leaves dropped patches without a hidden "

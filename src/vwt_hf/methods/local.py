@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.utils import logging
 
-from ..bounds import checked_statistics, is_int, is_number
+from ..bounds import checked_statistics, is_number, require_count, require_share
 from ..config import ModelFacts, per_channel
 from ..neighbours import (
     Neighbours,
@@ -81,13 +81,9 @@ class LocalConfig(RaggedConfig):
             raise ValueError(
                 f"VWTConfig.tolerance is {shown(self.tolerance)}; expected a difference of raw RGB, in [0, 1]."
             )
-        if self.keep_ratio is not None and not (is_number(self.keep_ratio) and 0 < self.keep_ratio <= 1):
-            raise ValueError(f"VWTConfig.keep_ratio is {shown(self.keep_ratio)}; expected a number in (0, 1].")
-        if self.num_patches is not None and not (is_int(self.num_patches) and 1 <= self.num_patches < 2**31):
-            raise ValueError(
-                f"VWTConfig.num_patches is {shown(self.num_patches)}; expected an integer of at least 1, and less than "
-                "2**31."
-            )
+        if self.keep_ratio is not None:
+            require_share("VWTConfig.keep_ratio", self.keep_ratio)
+        require_count("VWTConfig.num_patches", self.num_patches)
         if self.image_std is not None:
             object.__setattr__(self, "image_std", per_channel("image_std", self.image_std, positive=True))
 
@@ -205,14 +201,9 @@ class LocalConfig(RaggedConfig):
         assert patches.real is not None
         counts = patches.real.sum(dim=1)
         always = (patches.places.long() % 4 == 0).all(dim=-1) & patches.real
-        return self._wanted_of_each(counts).maximum(always.sum(dim=1)).minimum(counts)
+        return always.sum(dim=1).clamp(min=self._wanted(counts)).minimum(counts)
 
-    def _wanted(self, count: int) -> int:
-        """How many tokens `num_patches` or `keep_ratio` asks for, of an image of so many patches."""
+    def _wanted(self, count: Any) -> Any:
+        """How many tokens `num_patches` or `keep_ratio` asks for, of an image of so many patches, or of each of several
+        (int64); a number given by itself is the same for all."""
         return whole_share(count, self.keep_ratio) if self.keep_ratio is not None else self.num_patches or 0
-
-    def _wanted_of_each(self, counts: torch.Tensor) -> torch.Tensor:
-        """As `_wanted`, of each image of a batch: (batch,), int64."""
-        if self.keep_ratio is not None:
-            return whole_share(counts, self.keep_ratio)
-        return torch.full_like(counts, self.num_patches or 0)
