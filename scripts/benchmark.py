@@ -68,12 +68,12 @@ from vwt_hf.evaluation import (
     are_finite,
     classifies,
     compression_of,
+    copy_sharing_weights,
     correctness,
     cosines,
     count_flops,
     divergence,
     processor_name,
-    share,
     stopwatch,
     synchronize,
     time_in_turn,
@@ -82,13 +82,13 @@ from vwt_hf.evaluation import (
     worst_group,
 )
 from vwt_hf.families import family_of, find_layers, find_tower
+from vwt_hf.image_source import described_files, find_images, pixel_batches
 from vwt_hf.labelled_images import groups_of
 from vwt_hf.on_gpu import has_kernels
 from vwt_hf.printable import printable
 from vwt_hf.processors import described_processor, load_processor, whole_images
 from vwt_hf.terminal import markdown, require_writable, run_command, vwt_option, write_file
 from vwt_hf.visualize import require_matplotlib
-from vwt_hf.vocabulary.image_source import described_files, find_images, pixel_batches
 from vwt_hf.weights import fingerprint_of
 
 MERGING: dict[str, tuple[str, str, Callable[[PreTrainedModel, Any], PreTrainedModel]]] = {
@@ -407,7 +407,7 @@ def peers_of(options: argparse.Namespace, plain: PreTrainedModel) -> Iterator[Ca
 
 def compressed(plain: PreTrainedModel, setting: Any, before: str = "") -> Method:
     """A copy of `plain` under a setting, whose name comes after `before`."""
-    model = vwt_hf.compress(share(plain), setting)
+    model = vwt_hf.compress(copy_sharing_weights(plain), setting)
     return Method(before + name_of(setting), before + line_of(setting), model)
 
 
@@ -416,7 +416,7 @@ def merging(
 ) -> Method:
     """A copy of `plain` that merges tokens; see `MERGING`."""
     line, _, _ = name.partition(",")
-    return Method(name.format(number), line, make(share(plain), number), peers.count_layer_tokens)
+    return Method(name.format(number), line, make(copy_sharing_weights(plain), number), peers.count_layer_tokens)
 
 
 def line_of(setting: Any) -> str:
@@ -530,7 +530,7 @@ def forward_of(model: PreTrainedModel, mode: str | None) -> Callable[..., object
         return torch.compile(model, mode=mode, dynamic=False, fullgraph=setting is not None)
     # Where images differ in their number of tokens, the graph breaks, after which torch would compile no model's outer
     # forward as a whole: layers alone here.
-    model = share(model)
+    model = copy_sharing_weights(model)
     for layer in find_layers(find_tower(model, family_of(model)).module):
         layer.compile(mode=mode)
     return model

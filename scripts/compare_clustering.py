@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from sklearn.cluster import MiniBatchKMeans as ScikitLearn
 
+from vwt_hf.image_source import open_images, patch_batches
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
-from vwt_hf.vocabulary.image_source import open_images, patch_batches
 from vwt_hf.vocabulary.kmeans import MiniBatchKMeans, statistics
 
 

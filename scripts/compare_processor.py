@@ -27,10 +27,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vwt_hf.compress import Reduce
 from vwt_hf.evaluate_model import name_of
+from vwt_hf.image_source import find_images, read_image
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
-from vwt_hf.vocabulary.image_source import find_images, read_image
 
 SETTINGS: list[dict[str, Any]] = [
     *({"criterion": criterion} for criterion in ("variance", "random", "grid")),

@@ -26,11 +26,11 @@ from transformers import AutoModelForImageClassification, DINOv3ViTConfig, DINOv
 
 from vwt_hf import VisualVocabulary, VWTConfig, compress, count_tokens, restore
 from vwt_hf.evaluation import agreement, divergence
+from vwt_hf.image_source import open_images, pixel_batches
 from vwt_hf.layout import pool
 from vwt_hf.plans import Grouped
 from vwt_hf.processors import load_processor, whole_images
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
-from vwt_hf.vocabulary.image_source import open_images, pixel_batches
 from vwt_hf.words import patch_places
 
 RENAMED = (

@@ -45,10 +45,10 @@ from tqdm import tqdm
 from serve import FIELD, Model, encoded, run
 from vwt_hf.evaluate_model import name_of
 from vwt_hf.evaluation import usable_device
+from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, require_writable, run_command, vwt_option, write_file
-from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
 SETTINGS: tuple[Any, ...] = (True, {"keep_ratio": 0.5})
 STARTING = 300

@@ -33,12 +33,12 @@ from benchmark import Method, count
 from compare_processor import SETTINGS
 from vwt_hf import compress, token_lengths
 from vwt_hf.evaluate_model import name_of
-from vwt_hf.evaluation import share, time_in_turn
+from vwt_hf.evaluation import copy_sharing_weights, time_in_turn
 from vwt_hf.image_processing import NAME
+from vwt_hf.image_source import find_images, read_image
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers
 from vwt_hf.terminal import markdown, require_writable, run_command, write_file
-from vwt_hf.vocabulary.image_source import find_images, read_image
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,7 +110,7 @@ def forwards(
         (names[0], "", plain, functools.partial(plain, pixel_values=pixels))
     ]
     for name, setting, batch in zip(names[1:], settings, batches[1:], strict=True):
-        model = compress(share(plain), setting)
+        model = compress(copy_sharing_weights(plain), setting)
         runs.append((name, "searched", model, functools.partial(model, pixel_values=pixels)))
         runs.append((name, "given", model, functools.partial(model, **batch)))
     counts = [count(Method(name, name, model), [pixels]) for name, _, model, _ in runs]

@@ -57,10 +57,10 @@ from vwt_hf.evaluation import (
     return_memory,
     usable_device,
 )
+from vwt_hf.image_source import UnreadableImage, pixel_batches
 from vwt_hf.printable import LONGEST, printable, shown
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import run_command, vwt_option
-from vwt_hf.vocabulary.image_source import UnreadableImage, pixel_batches
 
 FIELD = "image"
 LARGEST = 32 * 2**20

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import benchmark
 from vwt_hf import VisualVocabulary, VWTConfig, compress
-from vwt_hf.evaluation import share, time_in_turn
-from vwt_hf.vocabulary.image_source import find_images
+from vwt_hf.evaluation import copy_sharing_weights, time_in_turn
+from vwt_hf.image_source import find_images
 
 pytestmark = pytest.mark.newest
 
@@ -264,7 +264,7 @@ def test_a_model_without_a_classifier_is_judged_by_the_cosine_of_its_pooled_outp
     model = tiny_model(name)
     methods = [
         benchmark.Method("uncompressed", "uncompressed", model),
-        benchmark.Method("short", "short", compress(share(model), {"keep_ratio": 0.1})),
+        benchmark.Method("short", "short", compress(copy_sharing_weights(model), {"keep_ratio": 0.1})),
     ]
     processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
     plain, short = benchmark.judge(methods, model, find_images([photographs], 3), ["all"] * 3, processor)

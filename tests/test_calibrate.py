@@ -23,15 +23,15 @@ from vwt_hf.compress import setting_of
 from vwt_hf.evaluation import (
     agreement,
     answer,
+    copy_sharing_weights,
     cosines,
     count_flops,
     count_tokens,
     on_device,
-    share,
     share_interval,
 )
+from vwt_hf.image_source import UnreadableImage
 from vwt_hf.processors import load_processor
-from vwt_hf.vocabulary.image_source import UnreadableImage
 
 # No step of it depends on the version of transformers.
 pytestmark = pytest.mark.newest
@@ -93,7 +93,7 @@ def every_level(model, images, processor) -> list[tuple[float, float, float, tor
     plain = answer(model, **batch)
     found = []
     for level in LEVELS:
-        short = compress(share(model), level_setting(level))
+        short = compress(copy_sharing_weights(model), level_setting(level))
         with count_tokens(short) as tokens:
             own = answer(short, **batch)
         flops = [count_flops(lambda one=one: one(**batch)) for one in (model, short)]
@@ -246,7 +246,7 @@ def test_what_another_search_left_is_refused_and_named(classifier, images, proce
     calibrate(classifier, images, tokens=60, **options(processor, resume=file))
     with pytest.raises(ValueError, match=r"search.json is of another search \(images '60 \w+' there, '59 \w+' here\)"):
         calibrate(classifier, images[1:], tokens=60, **options(processor, resume=file))
-    other = share(classifier)
+    other = copy_sharing_weights(classifier)
     other.classifier = torch.nn.Linear(32, 40)
     with pytest.raises(ValueError, match=r"another search \(model 'ViTForImageClassification"):
         calibrate(other, images, tokens=60, **options(processor, resume=file))
@@ -320,7 +320,7 @@ def test_one_logit_agrees_where_its_sign_does(images, processor):
     model.classifier.weight *= 40
     model.classifier.bias *= 40
     plain = answer(model, **batch) > 0
-    short = answer(compress(share(model), level_setting(LEVELS[-1])), **batch) > 0
+    short = answer(compress(copy_sharing_weights(model), level_setting(LEVELS[-1])), **batch) > 0
     agree = (short == plain).double().mean().item()
     assert agree < 1
     search = Calibration(model, images, **options(processor))

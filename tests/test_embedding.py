@@ -34,8 +34,8 @@ from vwt_hf import VisualVocabulary, compress, embed, token_lengths
 from vwt_hf.cli import main
 from vwt_hf.embedding import FORMATS, MANIFEST, Reader, Shard, Shards
 from vwt_hf.evaluation import answer
+from vwt_hf.image_source import UnreadableImage, find_images, image_rows, read_image
 from vwt_hf.processes import everywhere
-from vwt_hf.vocabulary.image_source import UnreadableImage, find_images, image_rows, read_image
 
 pytestmark = pytest.mark.newest
 

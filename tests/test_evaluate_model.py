@@ -28,9 +28,9 @@ from vwt_hf.compress import setting_of
 from vwt_hf.evaluate_model import name_of
 from vwt_hf.evaluation import agreement, divergence, ranks, share_interval, token_f1
 from vwt_hf.evaluation_tasks import ZeroShot
+from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.labelled_images import open_labelled
 from vwt_hf.processors import load_processor
-from vwt_hf.vocabulary.image_source import find_images, pixel_batches
 
 AUTO = transformers.AutoModelForImageClassification
 HALF = {"keep_ratio": 0.5}

@@ -19,6 +19,7 @@ from vwt_hf.evaluation import (
     answer,
     are_finite,
     classifies,
+    copy_sharing_weights,
     correctness,
     cosines,
     count_flops,
@@ -28,7 +29,6 @@ from vwt_hf.evaluation import (
     mean_interval,
     ranks,
     require_finite,
-    share,
     share_interval,
     time_in_turn,
     true_labels,
@@ -239,7 +239,7 @@ def test_a_mean_of_nothing_is_an_error_and_an_unsupported_model_is_refused():
 
 def test_a_copy_shares_the_weights_and_takes_its_own_hooks():
     model = tiny_model("vit")
-    copied = share(model)
+    copied = copy_sharing_weights(model)
     for own, of_copy in zip(model.parameters(), copied.parameters(), strict=True):
         assert own is of_copy
     compress(copied, {"keep_ratio": 0.5})

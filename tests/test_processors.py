@@ -11,7 +11,7 @@ from transformers import AutoModel
 from settings import ViTImageProcessor
 from tiny import tiny_model
 from vwt_hf import compress, evaluate_model
-from vwt_hf.evaluation import share
+from vwt_hf.evaluation import copy_sharing_weights
 from vwt_hf.processors import processor_of
 
 
@@ -35,7 +35,7 @@ def test_the_image_processor_of_a_model_is_that_beside_its_weights(vwt, in_subfo
 
 def test_a_model_is_measured_with_the_image_processor_beside_its_weights(in_subfolder, tmp_path):
     model = AutoModel.from_pretrained(in_subfolder, subfolder="sub")
-    assert compress(share(model), True).config.vwt["image_std"] == [0.25] * 3
+    assert compress(copy_sharing_weights(model), True).config.vwt["image_std"] == [0.25] * 3
 
 
 STD = {"image_std": [0.125] * 3}

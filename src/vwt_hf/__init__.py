@@ -44,10 +44,10 @@ if not _is_the_command():
     from .evaluate_model import evaluate_model
     from .evaluation import count_tokens
     from .families import supported
-    from .vocabulary import VisualVocabulary, image_source
+    from .vocabulary import VisualVocabulary
     from .vocabulary import files as vocabulary_files
 
-    # Programs import these two by the names that they had before they lay in `vocabulary`.
-    sys.modules |= {f"{__name__}.image_source": image_source, f"{__name__}.vocabulary_files": vocabulary_files}
+    # Programs import them by the name that they had before they lay in `vocabulary`.
+    sys.modules[f"{__name__}.vocabulary_files"] = vocabulary_files
 
     register()

@@ -26,7 +26,6 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.pipelines.base import Pipeline
 
 from . import attention, image_processing
-from .beside import remove_other_words, seal_words, words_folder, write_words
 from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of, restore, setting_of, takes_words
 from .config import VWTConfig
 from .evidence import write_section
@@ -35,6 +34,7 @@ from .forward import GivenWords, call_with, words_to_generate_by
 from .model_configs import SETTING, configs_within, is_typed, saved_setting, take_over
 from .printable import shown
 from .processors import remember_load
+from .saved_words import remove_other_words, seal_words, words_folder, write_words
 from .whole_saves import sharing
 
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
@@ -287,7 +287,7 @@ def _saving(original: Any) -> Any:
     """`PreTrainedModel.save_pretrained` that writes the settings of parts to config.json, and words beside the weights.
 
     Words lie in a new folder of their own, which config.json names. It is sealed when all is written, so a save that
-    was killed leaves what was there before, or what a load notices (`beside.py`).
+    was killed leaves what was there before, or what a load notices (`saved_words.py`).
     """
 
     signature = inspect.signature(original)

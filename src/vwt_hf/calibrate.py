@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .attention import rounds
-from .bounds import is_number, require_seed, require_whole
+from .checks import is_number, require_seed, require_whole
 from .compress import compress, restore
 from .config import VWTConfig
 from .evaluation import (
@@ -28,6 +28,7 @@ from .evaluation import (
     answer,
     are_finite,
     classifies,
+    copy_sharing_weights,
     cosines,
     count_flops,
     count_tokens,
@@ -38,17 +39,16 @@ from .evaluation import (
     processor_name,
     require_finite,
     require_labels,
-    share,
     share_interval,
     stopwatch,
 )
 from .families import family_of, find_tower, model_of
 from .image_processing import NAME as PATCH_WORDS
+from .image_source import one_batch, open_images, processed
 from .on_gpu import has_kernels
 from .printable import difference, shown
 from .processors import processor_of, processor_statistics
 from .terminal import require_writable, write_file
-from .vocabulary.image_source import one_batch, open_images, processed
 from .weights import device_of, fingerprint_of
 
 LEVELS = (
@@ -199,7 +199,7 @@ class Calibration:
             require_labels(model)
         self._by, self._seed, self._progress = by, seed, progress
         # Copies, so that the user's model stays as it is, whatever happens.
-        self._plain = restore(share(model)).eval()
+        self._plain = restore(copy_sharing_weights(model)).eval()
         _, self._image_std = processor_statistics(processor, channels)
         chosen = tqdm(_choose(images, seed, max_images), "Reading images", unit="image", disable=not progress)
         named = [(name, pixels_of(name, item, processor)) for name, item in chosen]
@@ -261,7 +261,7 @@ class Calibration:
 
     @torch.inference_mode()
     def _measure(self, level: tuple[float, float], bar: Any) -> Level:
-        pair = (self._plain, compress(share(self._plain), self._setting(level)))
+        pair = (self._plain, compress(copy_sharing_weights(self._plain), self._setting(level)))
         bar.set_postfix_str(f"tolerance {level[0]:g}, similarity {level[1]:g}")
         turns = []
         # Where kernels are made ready for each shape when it first comes, batches are shown before they are timed.

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .bounds import is_number
+from .checks import is_number
 from .evidence import checked_evidence
 from .printable import LONGEST, shown
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .bounds import require_whole
+from .checks import require_whole
 from .compress import require_whole_images, setting_of
 from .data_loading import token_lengths
 from .evaluation import (
@@ -40,11 +40,11 @@ from .families import family_of, find_tower, model_of
 from .forward import forward_within
 from .image_processing import NAME as PATCH_WORDS
 from .image_processing import HostTokenizer
+from .image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed, read_image
 from .printable import difference, shown
 from .processes import everywhere, gathered, in_main, join, place
 from .processors import described_processor, processor_of
 from .terminal import require_folder
-from .vocabulary.image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed, read_image
 from .weights import fingerprint_of
 from .whole_saves import write_files
 

@@ -17,27 +17,27 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .batch_log import Batch, BatchLog
-from .bounds import require_seed, require_whole
 from .calibrate import pixels_of
+from .checks import require_seed, require_whole
 from .compress import compress_by, restore, setting_of
 from .config import RECOMMENDED, VWTConfig
 from .evaluation import (
     TokenCount,
     class_names,
     compression_of,
+    copy_sharing_weights,
     count_tokens,
     made_with,
     on_device,
     require_finite,
-    share,
     stopwatch,
 )
-from .evaluation_tasks import PROMPT, RECALLED, TASKS, Captions, Figure, Kept, Retrieval, Task, ZeroShot, task_for
+from .evaluation_tasks import PROMPT, RECALLED, TASKS, Answers, Captions, Figure, Retrieval, Task, ZeroShot, task_for
+from .image_source import UnreadableImage, one_batch
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
 from .processes import gathered, join, place
 from .processors import described_processor, loaded_by, processor_of
-from .vocabulary.image_source import UnreadableImage, one_batch
 from .weights import device_of, fingerprint_of
 
 FORMAT = 2
@@ -232,11 +232,11 @@ def evaluate_model(
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False, **loaded_by(model))
     settings = list(vwt) if vwt is not None else [setting_of(model) or True]
     # Copies, so that the user's model stays as it is, whatever happens.
-    plain = restore(share(model)).eval()
+    plain = restore(copy_sharing_weights(model)).eval()
     models = [plain]
     for setting in settings:
         own: Any = VWTConfig.parse(setting)
-        models.append(compress_by(share(plain), own, trusted=True, image_processor=processor))
+        models.append(compress_by(copy_sharing_weights(plain), own, trusted=True, image_processor=processor))
     names = _names([None, *settings], models)
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
@@ -377,12 +377,12 @@ def _fingerprint(
     return json.loads(json.dumps(of))
 
 
-def _merged(batches: Sequence[Batch], models: int) -> tuple[Kept, list[str]]:
+def _merged(batches: Sequence[Batch], models: int) -> tuple[Answers, list[str]]:
     """What all processes kept, in the order of the images; and the images that could not be read."""
     batches = sorted(batches, key=lambda batch: batch.number)
     samples = [sample for batch in batches for sample in batch.samples]
     answers = [_joined([batch.answers[index] for batch in batches if batch.samples]) for index in range(models)]
-    kept = Kept(
+    kept = Answers(
         [sample.label for sample in samples],
         [sample.group for sample in samples],
         [sample.captions for sample in samples],

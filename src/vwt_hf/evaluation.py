@@ -139,7 +139,7 @@ def _images_and_tokens(
     return output.shape[0], output.shape[0] * output.shape[1]
 
 
-def share(model: PreTrainedModel) -> PreTrainedModel:
+def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` with modules of its own and the same weights, that reads the same files beside them."""
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     remember_load(copied, loaded_by(model))

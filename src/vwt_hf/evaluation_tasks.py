@@ -62,7 +62,7 @@ class Figure:
 
 
 @dataclasses.dataclass
-class Kept:
+class Answers:
     """What is kept of images: what is known of them, and what each model answered."""
 
     labels: list[str | int | None]
@@ -101,7 +101,7 @@ class Task:
         """What is kept of answers to a batch, by name: a list or a tensor with an entry for each image."""
         raise NotImplementedError
 
-    def figures(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+    def figures(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
         """For each model its figures by name, and what has to be said of them.
 
         The plain model has none of those that compare with it: what they are is known before.
@@ -111,7 +111,7 @@ class Task:
         compared = [self.to_plain(answers, plain) for answers in others]
         return [one | more for one, more in zip(own, [{}, *compared], strict=True)], said
 
-    def own(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+    def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
         """As `figures`, of those that compare with what is known of the images."""
         return [{} for _ in kept.answers], []
 
@@ -154,7 +154,7 @@ class Classification(Task):
             "difference": (found - plain).abs().amax(dim=-1),
         }
 
-    def own(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+    def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
         truth, said = self.truth(kept.labels)
         return [self._right(answers["answer"].tolist(), truth, kept.groups) for answers in kept.answers], said
 
@@ -270,7 +270,7 @@ class Retrieval(Task):
     def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
         return {"features": found, "cosine": cosines(found, plain)}
 
-    def own(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+    def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
         captioned = [image for image, captions in enumerate(kept.captions) if captions]
         if not captioned:
             raise ValueError(
@@ -346,7 +346,7 @@ class Captions(Task):
     def keep(self, found: list[str], plain: list[str]) -> dict[str, Any]:
         return {"text": found}
 
-    def own(self, kept: Kept) -> tuple[list[dict[str, Figure]], list[str]]:
+    def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
         captioned = [image for image, captions in enumerate(kept.captions) if captions]
         if not captioned:
             return super().own(kept)

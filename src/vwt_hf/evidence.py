@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .bounds import is_number
+from .checks import is_number
 from .printable import shown
 from .whole_saves import write_files
 

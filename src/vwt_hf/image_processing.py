@@ -20,15 +20,15 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from .beside import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
-from .levels import are_levels, ends_with_values, look_up
 from .model_configs import saved_setting
 from .patches import Patches
+from .pixel_tables import are_levels, ends_with_values, look_up
 from .plans import DROPPED, Grouped, Kept
 from .printable import shown
 from .processors import config_beside, processor_statistics, stated_patch_size
+from .saved_words import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
 from .shared_changes import SharedChange
 from .visualize import seen_pictures
 from .vocabulary import VisualVocabulary

@@ -11,9 +11,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .bounds import require_whole
-from .printable import shown
-from .vocabulary.image_source import (
+from .checks import require_whole
+from .image_source import (
     described_files,
     described_images,
     features_of,
@@ -23,6 +22,7 @@ from .vocabulary.image_source import (
     spread,
     undecoded,
 )
+from .printable import shown
 
 LABEL_COLUMNS = ("label", "labels")
 """Where labels lie if no column is of classes."""

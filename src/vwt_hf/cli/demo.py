@@ -85,11 +85,19 @@ def work(args: argparse.Namespace) -> None:
 
     from ..compress import compress, setting_of
     from ..demo_weights import convert
-    from ..evaluation import answer, cosines, count_tokens, named_answer, share, time_in_turn, usable_device
+    from ..evaluation import (
+        answer,
+        copy_sharing_weights,
+        cosines,
+        count_tokens,
+        named_answer,
+        time_in_turn,
+        usable_device,
+    )
     from ..families import family_of, find_tower
+    from ..image_source import pixel_batches
     from ..processors import load_processor, whole_images
     from ..visualize import kept_patches_figure, require_matplotlib, write_png
-    from ..vocabulary.image_source import pixel_batches
 
     require_matplotlib()
     device = usable_device(args.device)
@@ -97,7 +105,7 @@ def work(args: argparse.Namespace) -> None:
     checkpoint = args.model or str(convert(default_folder()))
     processor = load_processor(checkpoint)
     plain = load(checkpoint, device)
-    models = [plain, *(compress(share(plain), setting) for setting in settings.values())]
+    models = [plain, *(compress(copy_sharing_weights(plain), setting) for setting in settings.values())]
     seconds = torch.zeros(len(models), args.repeats, device="cpu")  # of each model and turn, for all photographs
     found: list[list[float]] = [[] for _ in models]
     counted = [0.0] * len(models)
@@ -179,7 +187,7 @@ def find_photographs(images: Sequence[str] | None) -> list[Path]:
         ValueError: a folder holds no image.
         FileNotFoundError: a path does not exist.
     """
-    from ..vocabulary.image_source import find_images
+    from ..image_source import find_images
 
     if images:
         return find_images(images)

@@ -70,6 +70,7 @@ def work(args: argparse.Namespace) -> None:
 
     import torch
 
+    from ..image_source import find_images, pixel_batches
     from ..patches import Patches
     from ..processors import load_processor, patch_size_of, processor_statistics, whole_images
     from ..visualize import (
@@ -82,7 +83,6 @@ def work(args: argparse.Namespace) -> None:
         write_png,
     )
     from ..vocabulary import VisualVocabulary
-    from ..vocabulary.image_source import find_images, pixel_batches
 
     require_matplotlib()
     paths = find_images(args.images)
@@ -141,7 +141,7 @@ def default_pixel_values(
     import torch
     from PIL import Image, ImageOps
 
-    from ..vocabulary.image_source import read_image
+    from ..image_source import read_image
 
     side = max(1, round(SIDE / patch_size)) * patch_size
     squares = [ImageOps.fit(read_image(path), (side, side), Image.Resampling.BICUBIC) for path in paths]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..alike import join_alike, join_share, number_to_join
-from ..bounds import is_int, is_number
+from ..checks import is_int, is_number
 from ..plans import Grouped
 from ..printable import shown
 from .local import LocalConfig

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ..beside import FOLDER, SAVED_AS, read_words
-from ..bounds import checked_statistics, is_number
+from ..checks import checked_statistics, is_number
 from ..config import ModelFacts, is_vocabulary, per_channel
 from ..model_configs import saved_setting
 from ..packaged_words import packaged_words
@@ -17,6 +16,7 @@ from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
 from ..processors import config_beside, model_statistics
+from ..saved_words import FOLDER, SAVED_AS, read_words
 from ..vocabulary import VisualVocabulary, load_vocabulary
 from ..words import WordIndex, index_words, nearest_words
 from .ragged import RaggedConfig

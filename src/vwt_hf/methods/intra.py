@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..bounds import require_count, require_seed, require_share
+from ..checks import require_count, require_seed, require_share
 from ..config import CRITERIA, VWTConfig, require_choice
 from ..patches import Patches
 from ..plans import Grouped, Kept
@@ -24,7 +24,7 @@ from ..words import (
     whole_share,
 )
 
-DROPPED = ("discard", "merge")
+FATES = ("discard", "merge")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -58,7 +58,7 @@ class IntraConfig(VWTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("criterion", self.criterion, CRITERIA)
-        require_choice("dropped", self.dropped, DROPPED)
+        require_choice("dropped", self.dropped, FATES)
         require_share("VWTConfig.keep_ratio", self.keep_ratio)
         require_count("VWTConfig.num_patches", self.num_patches)
         require_seed(self.seed, "VWTConfig.seed")

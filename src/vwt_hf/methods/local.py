@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.utils import logging
 
-from ..bounds import checked_statistics, is_number, require_count, require_share
+from ..checks import checked_statistics, is_number, require_count, require_share
 from ..config import ModelFacts, per_channel
 from ..neighbours import (
     Neighbours,

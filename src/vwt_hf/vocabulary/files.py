@@ -29,7 +29,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..bounds import checked_statistics, is_number
+from ..checks import checked_statistics, is_number
 from ..hub_names import check_revision, check_subfolder
 from ..printable import printable, shown
 from ..whole_saves import Save, remove, saving

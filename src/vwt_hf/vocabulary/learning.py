@@ -23,12 +23,12 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..bounds import require_whole
+from ..checks import require_whole
+from ..image_source import ImagePart, ImageSource, PatchBatch, open_images, patch_batches
 from ..processes import everywhere, gathered, in_main, join, place, summed, together
 from ..processors import processor_statistics, white_of
 from ..whole_saves import write_files
 from .files import VocabularyInfo, tensor_bytes
-from .image_source import ImagePart, ImageSource, PatchBatch, open_images, patch_batches
 from .kmeans import MiniBatchKMeans, statistics
 
 CHECKPOINT = "learning.safetensors"

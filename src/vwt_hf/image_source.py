@@ -18,9 +18,9 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from ..printable import printable, shown
-from ..processors import whole_images
-from ..words import patchify
+from .printable import printable, shown
+from .processors import whole_images
+from .words import patchify
 
 FORMATS = (
     "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "MPO", "PPM", "ICO", "QOI", "PCX", "SGI", "TGA",

@@ -16,9 +16,7 @@ import pytest
 import torch
 import transformers
 
-from vwt_hf.labelled_images import open_labelled
-from vwt_hf.vocabulary import image_source
-from vwt_hf.vocabulary.image_source import (
+from vwt_hf.image_source import (
     UnreadableImage,
     find_images,
     image_rows,
@@ -29,6 +27,8 @@ from vwt_hf.vocabulary.image_source import (
     read_image,
     spread,
 )
+from vwt_hf.labelled_images import open_labelled
+from vwt_hf.vocabulary import image_source
 
 RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
 
@@ -414,7 +414,7 @@ def test_one_image_is_decoded_at_a_time(photographs, monkeypatch):
         counted.im, counted._mode, counted._size = image.convert("RGB").im, "RGB", image.size
         return counted
 
-    monkeypatch.setattr("vwt_hf.vocabulary.image_source.read_image", read)
+    monkeypatch.setattr("vwt_hf.image_source.read_image", read)
     for made in pixel_batches(photographs, transformers.ViTImageProcessorPil(), 5):
         assert len(made["pixel_values"]) == 5
     assert peak == 1
