@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+from vwt_hf import image_source
 from vwt_hf.image_source import (
     UnreadableImage,
     find_images,
@@ -28,7 +29,6 @@ from vwt_hf.image_source import (
     spread,
 )
 from vwt_hf.labelled_images import open_labelled
-from vwt_hf.vocabulary import image_source
 
 RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
 

@@ -23,9 +23,9 @@ import torch
 import transformers
 
 from settings import ViTImageProcessor
-from vwt_hf import VisualVocabulary
+from vwt_hf import VisualVocabulary, image_source
 from vwt_hf.processes import everywhere, gathered, in_main, joined, place, summed
-from vwt_hf.vocabulary import image_source, kmeans, learning
+from vwt_hf.vocabulary import kmeans, learning
 
 pytestmark = pytest.mark.newest
 

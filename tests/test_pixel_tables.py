@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import BatchFeature, CLIPImageProcessorPil, ViTImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 
-from vwt_hf import VWTConfig, levels
+from vwt_hf import VWTConfig, pixel_tables
 from vwt_hf.image_processing import HostTokenizer
 
 DRAWN = np.random.RandomState(0)
@@ -31,7 +31,7 @@ def pair(plain_class=ViTImageProcessorPil, **fields):
 def tables(monkeypatch):
     """How many images were looked up in each call."""
     counted: list[int] = []
-    look_up = levels.look_up
+    look_up = pixel_tables.look_up
 
     def counting(processor, images, steps):
         counted.append(len(images))
@@ -183,5 +183,6 @@ def test_images_that_stay_a_list_are_arrays_of_their_own():
 
 def test_transformers_image_processors_by_pillow_have_the_steps_that_are_looked_up():
     """Else nothing would be, without a word."""
-    assert all(hasattr(PilBackend, name) for name in levels.STEPS)
-    assert levels.ends_with_values(ViTImageProcessorPil, {"do_rescale": True, "do_normalize": True, "do_pad": None})
+    assert all(hasattr(PilBackend, name) for name in pixel_tables.STEPS)
+    steps = {"do_rescale": True, "do_normalize": True, "do_pad": None}
+    assert pixel_tables.ends_with_values(ViTImageProcessorPil, steps)

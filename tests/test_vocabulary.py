@@ -28,9 +28,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import vwt_hf
-from vwt_hf import cli
+from vwt_hf import cli, image_source
 from vwt_hf.cli import vocab
-from vwt_hf.vocabulary import VisualVocabulary, card, files, image_source, learning
+from vwt_hf.vocabulary import VisualVocabulary, card, files, learning
 from vwt_hf.vocabulary.files import VocabularyInfo
 from vwt_hf.words import patchify
 
