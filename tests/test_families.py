@@ -298,10 +298,29 @@ def test_a_mask_of_some_patches_is_refused_where_patches_are_left_out(name, imag
         assert restore(model)(pixel_values=images, attention_mask=mask)[0].shape[1] == 65
 
 
-def test_a_mask_is_refused_where_attention_is_given_a_bias(images):
-    model = compress(tiny_model("beit"), SETTINGS["merge"])
-    with pytest.raises(ValueError, match=r"attention_mask \(4, 65\) masks patches of the whole image"):
-        model(pixel_values=images, attention_mask=torch.ones(4, 65))
+@pytest.mark.parametrize("name", ["beit", "beit-pretrained", "data2vec"])
+@pytest.mark.parametrize("setting", [SETTINGS["merge"], local(), coarse()], ids=["merge", "local", "coarse"])
+def test_a_mask_is_refused_where_attention_is_given_a_bias(name, setting, images):
+    model = compress(tiny_model(name), setting)
+    of_first = torch.zeros(4, 1, 65, 65)
+    of_first[0, ..., 1:30] = -torch.inf
+    for mask in (of_first, of_first == 0, of_first[:, 0, 0] == 0):
+        with pytest.raises(ValueError, match=r"attention_mask \(4, .*65\) masks patches of the whole image"):
+            model(pixel_values=images, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "setting", [SETTINGS["discard"], SETTINGS["merge"], local()], ids=["discard", "merge", "local"]
+)
+@pytest.mark.parametrize("name", ["vit", "beit"])
+def test_a_mask_that_hides_nothing_is_as_none(name, setting, images):
+    model = compress(tiny_model(name), setting)
+    expected = model(pixel_values=images)[0]
+    masks = [torch.ones(4, 65, dtype=torch.bool)]
+    if name == "beit" or setting is SETTINGS["discard"]:  # others refuse any that is of pairs of patches
+        masks += [torch.zeros(4, 1, 65, 65), torch.ones(4, 1, 65, 65, dtype=torch.bool)]
+    for mask in masks:
+        assert torch.equal(model(pixel_values=images, attention_mask=mask)[0], expected)
 
 
 # What has SigLIP's head cannot be offloaded, compressed or not: torch's own attention reads weights that are elsewhere.

@@ -433,6 +433,22 @@ def test_a_share_of_each_images_tokens_is_joined(name, images):
     assert second == [early - int((early - prefix) * 0.25) for early in first]
 
 
+@pytest.mark.parametrize("method", ["gradual", "coarse"])
+def test_a_share_joined_in_several_layers_is_that_of_the_image_alone_in_either_layout(method):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=64, patch_size=4)).eval()
+    images = torch.rand(6, 3, 64, 64)
+    images[:, :, :32] = images[:, :, :1, :1].round(decimals=1)  # the same number of tokens of each, or nearly
+    setting = local(method=method, join_ratio=0.2, layers=[1, 2, 3], output="full")
+    alone = torch.cat([answers(compress(model, setting), image[None]) for image in images])
+    for layout in ("packed", "padded"):
+        compress(model, local(method=method, join_ratio=0.2, layers=[1, 2, 3], output="full", layout=layout))
+        torch.testing.assert_close(answers(model, images), alone, atol=1e-5, rtol=1e-5)
+        one = torch.cat([answers(model, image[None]) for image in images])
+        torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
+
+
 def test_every_model_of_the_matrix_joins_some_tokens(images):
     for name in MODELS:
         model = compress(tiny_model(name), gradual())

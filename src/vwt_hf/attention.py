@@ -84,6 +84,22 @@ def refuse_mask(attention_mask: torch.Tensor) -> NoReturn:
     )
 
 
+def without_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a tower was called with, less an `attention_mask` that hides nothing.
+
+    Raises:
+        ValueError: it hides patches, of which tokens have taken the place.
+    """
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return kwargs
+    # Of one value for each patch or, in floating point, for each pair of patches, to be added.
+    hides = mask < 0 if mask.is_floating_point() and mask.dim() > 2 else mask == 0
+    if hides.any():
+        refuse_mask(mask)
+    return kwargs | {"attention_mask": None}
+
+
 def _base_of(tower: Any) -> str:
     """The attention implementation that a tower was given, also while it attends by a plan."""
     return (tower.config._attn_implementation or "eager").removeprefix(BY_PLAN)

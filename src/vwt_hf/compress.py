@@ -509,6 +509,8 @@ class Begin(Hook):
 
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_for_one_graph(tower):
+            if self.relative and kwargs.get("attention_mask") is not None:
+                attention.refuse_mask(kwargs["attention_mask"])
             begin_traced(tower, self.relative)
             # Not before: outside a traced forward, reading the config reads the context variable, which no graph can.
             if self.by_sizes:
@@ -536,9 +538,11 @@ class Begin(Hook):
         members = self._members
         if members is None or tower not in members:  # as in a copy for another thread, which has these hooks, too
             members = self._members = weakref.WeakSet(tower.modules())
+        if self.relative:  # layers would add it to the bias, which they read of one image
+            kwargs = attention.without_mask(kwargs)
         forward = begin_forward(tower, members, self.relative)
         if not self.strips_mask:
-            return None
+            return args, kwargs
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
         kwargs = dict(zip(names, args, strict=False), **kwargs)
         forward.real = kwargs.get("pixel_attention_mask")
@@ -551,14 +555,10 @@ class Begin(Hook):
 class RefuseMask(Hook):
     """Forward pre-hook of a tower that leaves patches out: refuses a mask of some of them, which is of whole images."""
 
-    def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is None or torch.compiler.is_compiling():  # no graph can ask what a mask holds
-            return
-        # Of one value for each patch or, in floating point, for each pair of patches, to be added.
-        hides = mask < 0 if mask.is_floating_point() and mask.dim() > 2 else mask == 0
-        if hides.any():
-            attention.refuse_mask(mask)
+    def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():  # no graph can ask what a mask holds
+            return None
+        return args, attention.without_mask(kwargs)
 
 
 @dataclasses.dataclass(eq=False)
