@@ -98,6 +98,17 @@ def test_restore_gives_the_exact_plain_model_back(model, pixel_values):
     require_restored(model, pixel_values, {"keep_ratio": 0.3}, {"keep_ratio": 0.6})
 
 
+@pytest.mark.parametrize("undo", [restore, lambda model: compress(model, False)], ids=["restore", "compress"])
+def test_a_plain_model_made_by_the_config_of_a_compressed_one_is_restored_alone(pixel_values, undo):
+    model = compress(tiny_model("vit"), local(tolerance=0.2))
+    expected, setting = answers(model, pixel_values), model.config.vwt
+    plain = type(model)(model.config).eval()
+    assert undo(plain).config.vwt is None
+    assert model.config.vwt == setting and torch.equal(answers(model, pixel_values), expected)
+    alone = torch.cat([answers(model, image[None]) for image in pixel_values])
+    torch.testing.assert_close(expected, alone, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_compressed_and_independent(model, pixel_values, copied):
     compress(model, {"keep_ratio": 0.5})
@@ -143,6 +154,8 @@ def test_an_unsupported_family_is_refused_by_name():
         ({"keep": 0.3}, "no field 'keep'.*keep_ratio"),
         ({"num_patches": 0}, "num_patches is 0.*at least 1"),
         ({"seed": -1}, "seed is -1"),
+        ("gradual", r"vwt is 'gradual', which as text would name a vocabulary; give \{'method': 'gradual'\}"),
+        ("True", "vwt is 'True', which as text would name a vocabulary; give True"),
         ({"criterion": 3}, "criterion is 3.*variance"),
     ],
 )

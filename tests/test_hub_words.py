@@ -20,6 +20,7 @@ from transformers import AutoModel
 import vwt_hf
 from tiny import answers, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress
+from vwt_hf.compress import lexicon_of
 from vwt_hf.vocabulary import load_vocabulary
 
 STATISTICS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -363,6 +364,27 @@ def test_a_model_with_words_of_its_own_is_pushed_with_them(hub, checkpoint, voca
     torch.testing.assert_close(
         answers(AutoModel.from_pretrained("me/short"), pixel_values), answers(model, pixel_values)
     )
+
+
+@pytest.mark.parametrize("pushed", [False, True], ids=["loaded", "pushed"])
+@pytest.mark.parametrize("change", ["in place", "fewer"])
+def test_words_that_were_changed_since_are_saved_with_the_model(
+    hub, checkpoint, vocabulary, pixel_values, tmp_path, pushed, change
+):
+    if pushed:
+        vocabulary.push_to_hub("me/words")
+    else:
+        vocabulary = VisualVocabulary.from_pretrained("me/words")
+    if change == "in place":
+        vocabulary.words.clamp_(0.3, 0.6)
+    else:
+        vocabulary.words, vocabulary.frequencies = vocabulary.words[3:7], vocabulary.frequencies[3:7]
+    setting = VWTConfig(method="inter", vocabulary=vocabulary, threshold=0.9, **STATISTICS)
+    model = compress(AutoModel.from_pretrained("me/tiny"), setting)
+    model.save_pretrained(tmp_path / "short")
+    loaded = AutoModel.from_pretrained(tmp_path / "short")
+    assert model.config.vwt["vocabulary"] is None and torch.equal(lexicon_of(loaded).vocabulary.words, vocabulary.words)
+    torch.testing.assert_close(answers(loaded, pixel_values), answers(model, pixel_values))
 
 
 def test_words_from_a_subfolder_are_saved_with_the_model(hub, checkpoint, vocabulary, pixel_values, tmp_path):

@@ -343,6 +343,7 @@ def test_a_model_that_does_not_say_how_its_images_are_normalised_is_warned_of(ca
         model = compress(tiny_model("vit"), {"method": "local"})
     assert model.config.vwt["image_std"] == [0.5] * 3
     assert "no image processor" in caplog.text and "0.5 for each channel" in caplog.text
+    assert "Give VWTConfig(method='local', image_std=...)" in caplog.text
 
 
 def test_the_deviation_of_a_models_image_processor_is_used_and_saved(tmp_path, images):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoModel, GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
-from settings import ViTImageProcessor
+from settings import ViTImageProcessor, inter
 from tiny import tiny_model
-from vwt_hf import compress, evaluate_model
+from vwt_hf import VisualVocabulary, compress, evaluate_model
 from vwt_hf.evaluation import copy_sharing_weights
 from vwt_hf.processors import processor_of
 
@@ -51,3 +53,27 @@ def test_a_setting_is_measured_with_the_image_processor_that_is_given(tmp_path):
     settings = [{"method": "local", "tolerance": 0.2} | std for std in ({}, STD, {"image_std": [0.5] * 3})]
     rows = evaluate_model(model, tmp_path, image_processor=processor, vwt=settings, progress=False).rows
     assert rows[1].tokens == rows[2].tokens != rows[3].tokens
+
+
+def test_a_part_goes_by_what_lies_beside_its_whole_whatever_the_config_says_of_it(tmp_path):
+    """Of an encoder, config.json holds from where it once came, which may be any folder of this machine."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "captioner"
+    compress(tiny_model("vit"), inter()).save_pretrained(elsewhere)
+    ViTImageProcessor(image_std=[0.125] * 3).save_pretrained(elsewhere)
+    gpt = GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=16, add_cross_attention=True)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(tiny_model("vit").config, gpt)
+    VisionEncoderDecoderModel(config).save_pretrained(folder)
+    ViTImageProcessor(image_std=[0.25] * 3).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["encoder"]["_name_or_path"] = str(elsewhere)
+    (folder / "config.json").write_text(json.dumps(config))
+    encoder = VisionEncoderDecoderModel.from_pretrained(folder).encoder
+    assert compress(encoder, {"method": "local"}).config.vwt["image_std"] == [0.25] * 3
+    with pytest.raises(ValueError, match="words that come with the package"):  # there are none for these patches
+        compress(encoder, {"method": "inter"})
+
+
+def test_who_must_give_the_statistics_of_words_is_told_how():
+    setting = {"method": "inter", "vocabulary": VisualVocabulary(torch.rand(5, 3, 4, 4))}
+    with pytest.raises(ValueError, match=r'Give VWTConfig\(method="inter", image_mean=..., image_std=...\)'):
+        compress(tiny_model("vit"), setting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def model(seed: int) -> transformers.PreTrainedModel:
 
 def load(folder: Path, **kwargs) -> transformers.PreTrainedModel:
     return transformers.AutoModel.from_pretrained(folder, **kwargs)
+
+
+def test_threads_that_save_one_model_leave_each_its_own_words(tmp_path):
+    """Each of several saves, into folders of their own, which all can be loaded."""
+    saved = model(0)
+    folders = [tmp_path / f"{number}" for number in range(12)]
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(saved.save_pretrained, folders))
+    for folder in folders:
+        assert torch.equal(lexicon_of(load(folder)).vocabulary.words, words(0).words)
 
 
 class Killed(BaseException):

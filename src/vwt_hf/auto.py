@@ -15,6 +15,7 @@ import contextvars
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ _NOT_GIVEN: Any = object()
 _TURN = 60.0
 """Seconds for which a save with words waits for another into its folder. Not for ever: processes that save together
 may wait for each other within it."""
+_naming_words = threading.RLock()
+"""Held while a model's config names the words of one save, which threads may do of one model at once."""
 _replaced: dict[tuple[type, str], tuple[Any, Any]] = {}
 """Of each method of transformers in whose place another was put: it, and that other, by which `unregister` sees whether
 another library has wrapped it. `_NOT_GIVEN` is for what a class inherits."""
@@ -124,7 +127,10 @@ def _loading(original: Any) -> Any:
             loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        remember_load(model, hub_kwargs)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.name_or_path = model.name_or_path  # a config.json can name any folder as that of a part
+                remember_load(part, hub_kwargs)
         if vwt is _NOT_GIVEN:
             _follow(model, model.name_or_path or source, hub_kwargs)  # of an adapter's folder: that of its base
         else:
@@ -314,7 +320,11 @@ def _saving(original: Any) -> Any:
         writes = self.should_save_on_this_rank(call.arguments["is_main_process"]) and not folder.is_file()
         writes = writes and not getattr(self, "_hf_peft_config_loaded", False)
         turn = _TURN if words else 0
-        with sharing(folder, turn) if writes else contextlib.nullcontext(lambda: False) as is_alone:
+        # Threads that save one model write the names of their words into the same config.
+        with (
+            _naming_words if words else contextlib.nullcontext(),
+            sharing(folder, turn) if writes else contextlib.nullcontext(lambda: False) as is_alone,
+        ):
             saved_as = []
             if writes:
                 for part, vocabulary in words.items():

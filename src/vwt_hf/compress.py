@@ -48,7 +48,7 @@ from .forward import (
     words_to_generate_by,
 )
 from .layout import join
-from .model_configs import attend_by_plan, attend_plainly
+from .model_configs import attend_by_plan, attend_plainly, is_by_plan
 from .patches import Patches
 from .plans import DROPPED, Grouped, Kept
 from .processors import loaded_by
@@ -156,7 +156,7 @@ def compress_by(
         attention.require_usable(tower.module, family.padded is not None)
         for module, _ in attentions:
             _require_replaceable(module)
-    restore(model)  # nothing is refused from here on: a model keeps the setting that it has
+    _take_out(model)  # nothing is refused from here on: a model keeps the setting that it has
     _hook_in(model, tower, family, setting, by_sizes, joins, relative, attentions)
     model.config.vwt = setting.to_dict()
     return model
@@ -329,6 +329,14 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         TypeError: `model` is no transformers model.
     """
     model = model_of(model)
+    if not _is_hooked(model) and any(config.vwt is not None or is_by_plan(config) for config in configs_of(model)):
+        own_config(model)  # which it may share with a compressed one
+    _take_out(model)
+    return model
+
+
+def _take_out(model: PreTrainedModel) -> None:
+    """As `restore`, of a model that shares its config with no other."""
     for module in model.modules():
         for name in [name for name, value in vars(module).items() if isinstance(value, StandIn)]:
             if name != "_old_forward":
@@ -347,7 +355,11 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for config in configs_of(model):
         config.vwt = None
         attend_plainly(config)
-    return model
+
+
+def _is_hooked(model: nn.Module) -> bool:
+    """Whether `model`, or a part of it, is compressed, whatever its config says."""
+    return any(isinstance(hook, Hook) for module in model.modules() for hook in module._forward_hooks.values())
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -23,6 +23,8 @@ CRITERIA = ("variance", "random", "grid")
 OUTPUTS = ("compressed", "full")
 RECOMMENDED = "gradual"
 """The method that `vwt=True` stands for, with its defaults."""
+_MEANT = {"true": True, "false": False, "none": None}
+"""What is meant by texts that are no vocabulary's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +286,8 @@ class VWTConfig:
             ValueError: a field is unknown or its value is not allowed.
             TypeError: `value` is of another type.
         """
+        from .methods import METHODS
+
         if value is None or value is False:
             return None
         if value is True:
@@ -294,6 +298,9 @@ class VWTConfig:
             setting = VWTConfig(**{str(name): field for name, field in value.items()})
             setting.require_sane()
             return setting
+        if isinstance(value, str) and (value in METHODS or value.lower() in _MEANT) and not os.path.isdir(value):
+            instead = _MEANT.get(value.lower(), {"method": value})
+            raise ValueError(f"vwt is {shown(value)}, which as text would name a vocabulary; give {instead}.")
         if is_vocabulary(value):
             return VWTConfig(method="inter", vocabulary=value)
         raise TypeError(

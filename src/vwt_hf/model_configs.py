@@ -31,7 +31,7 @@ def _write_setting(config: PreTrainedConfig, vwt: Any) -> None:
     config.__dict__.pop("vwt", None)
     if vwt is not None and vwt is not False:
         config.__dict__["vwt"] = vwt
-    _be_of_class(config, _by_plan(config))
+    _be_of_class(config, is_by_plan(config))
 
 
 def _be_of_class(config: PreTrainedConfig, by_plan: bool) -> None:
@@ -56,10 +56,11 @@ def attend_plainly(config: PreTrainedConfig) -> None:
 def take_over(config: PreTrainedConfig, part: PreTrainedConfig) -> None:
     """Makes `config` stand for `part`, the config of a compressed part that is like it: it gets its setting."""
     config.vwt = part.vwt  # type: ignore[attr-defined]
-    _be_of_class(config, _by_plan(part))
+    _be_of_class(config, is_by_plan(part))
 
 
-def _by_plan(config: PreTrainedConfig) -> bool:
+def is_by_plan(config: PreTrainedConfig) -> bool:
+    """Whether `attend_by_plan` holds for a config."""
     return isinstance(type(config), _StandsFor) and "__getattribute__" in vars(type(config))
 
 

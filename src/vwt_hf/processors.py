@@ -173,8 +173,11 @@ def white_of(image_processor: Any) -> float | None:
     return 255.0 if max(np.max(np.abs(mean)), np.max(np.abs(std))) > _LARGEST_OF_UNIT else 1.0
 
 
-def model_statistics(model: ModelFacts, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """As `processor_statistics`, of the image processor of a model; its code, if it has any, is never run.
+
+    Args:
+        wanted: what a caller may give instead, for the error.
 
     Raises:
         ValueError: there is none, or it does not tell.
@@ -189,7 +192,7 @@ def model_statistics(model: ModelFacts, channels: int) -> tuple[tuple[float, ...
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
         raise ValueError(
             f"Words and tolerances are in raw RGB, and {model.source or 'the model'} has no image processor that tells "
-            f"how its images are normalised ({error}). Give VWTConfig(image_mean=..., image_std=...)."
+            f"how its images are normalised ({error}). Give {wanted}."
         ) from error
 
 

@@ -129,6 +129,6 @@ class GradualConfig(LocalConfig):
         if self.join_ratio is None:
             self.require_untraced()
             return join_alike(hidden_states, plan.layout, wanted), None
-        # By the setting: whether images of a padded batch happen to have the same number must not change what is joined.
+        # By the setting, and not by whether the images of a padded batch happen to have the same number.
         number = number_to_join(plan.layout, wanted) if self.even else None
         return join_share(hidden_states, plan.layout, wanted), number

@@ -162,15 +162,15 @@ class InterConfig(RaggedConfig):
                 f"VWTConfig.revision is {shown(self.revision)}, and vocabulary is {shown(self.vocabulary)}; expected a "
                 "Hub id, which alone has revisions, or no revision."
             )
-        # A setting has no field for a subfolder, and names no `vocab.pt`: such words are saved beside the weights.
-        on_hub = vocabulary.revision is not None and not vocabulary.subfolder and not vocabulary.imported
+        on_hub = vocabulary.is_on_hub  # other words are saved beside the weights
         setting = dataclasses.replace(
             setting,
             vocabulary=vocabulary.source if on_hub else vocabulary,
             revision=vocabulary.revision if on_hub else None,
         )
         if setting.image_mean is None or setting.image_std is None:
-            mean, std = model_statistics(model, vocabulary.channels)
+            wanted = 'VWTConfig(method="inter", image_mean=..., image_std=...)'
+            mean, std = model_statistics(model, vocabulary.channels, wanted)
             setting = dataclasses.replace(
                 setting, image_mean=setting.image_mean or mean, image_std=setting.image_std or std
             )

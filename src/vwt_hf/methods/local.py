@@ -123,7 +123,7 @@ class LocalConfig(RaggedConfig):
         if present is not None:
             return dataclasses.replace(self, image_std=present)
         try:
-            _, std = model_statistics(model, model.channels)
+            _, std = model_statistics(model, model.channels, f"VWTConfig(method={self.method!r}, image_std=...)")
         except ValueError as error:
             std = (ASSUMED_STD,) * model.channels
             logger.warning(f"{error} Taken for now: {ASSUMED_STD} for each channel.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,8 +57,8 @@ class VisualVocabulary:
         """Commit of the Hub that it was loaded from or pushed as."""
         self.subfolder: str | None = None
         """Folder within `source` that it lies in; `None` for its top."""
-        self.imported = False
-        """Whether it was read of a `vocab.pt`, which no config.json may name."""
+        self._named: str | None = None
+        """A hash of the words that a config.json may name by `source` and `revision`; `None` where it may not."""
 
     def __len__(self) -> int:
         return len(self.words)
@@ -65,6 +66,24 @@ class VisualVocabulary:
     def __repr__(self) -> str:
         where = f", source={self.source!r}" if self.source else ""
         return f"VisualVocabulary(size={len(self)}, channels={self.channels}, patch_size={self.patch_size}{where})"
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether `source` and `revision` alone say which words these are: not where they were changed since."""
+        return self._named is not None and self._named == self._print()
+
+    def _lies_in(self, source: str, revision: str | None, subfolder: str | None, imported: bool = False) -> None:
+        """Notes where the words are.
+
+        Args:
+            imported: whether they were read of a `vocab.pt`, which no config.json may name.
+        """
+        self.source, self.revision, self.subfolder = source, revision, subfolder
+        is_named = revision is not None and not subfolder and not imported  # a setting has no field for a subfolder
+        self._named = self._print() if is_named else None
+
+    def _print(self) -> str:
+        return hashlib.sha256(self.words.contiguous().numpy().data).hexdigest()
 
     @property
     def channels(self) -> int:
@@ -221,7 +240,7 @@ class VisualVocabulary:
             create_pr=create_pr,
         )
         if not create_pr:
-            self.source, self.revision, self.subfolder, self.imported = repo_id, commit.oid, subfolder, False
+            self._lies_in(repo_id, commit.oid, subfolder)
         return commit
 
     def _contents(self, repo_id: str, card: bool, **of: str | None) -> dict[str, bytes]:
@@ -373,8 +392,7 @@ def load_vocabulary(
         vocabulary = VisualVocabulary(words, frequencies, info)
     except ValueError as error:
         raise ValueError(f"{located.source}: {located.file.name}: {error}") from error
-    vocabulary.source, vocabulary.revision = located.source, located.commit
-    vocabulary.subfolder, vocabulary.imported = subfolder, located.file.name == LEGACY_FILE
+    vocabulary._lies_in(located.source, located.commit, subfolder, imported=located.file.name == LEGACY_FILE)
     return vocabulary
 
 
