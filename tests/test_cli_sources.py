@@ -101,6 +101,15 @@ def test_every_verb_that_reads_images_takes_a_data_set_saved_to_disk(tmp_path, d
     assert "50 images" in capsys.readouterr().out
 
 
+def test_a_folder_that_embed_wrote_into_is_still_one_of_images(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    features = tmp_path / "features"
+    features.mkdir()
+    for name in ("embed.json", "train-00000-of-00001.parquet"):
+        (features / name).write_text("{}")
+    assert open_source(str(tmp_path), described=True) == (tmp_path, None)
+
+
 def test_a_pooler_that_the_checkpoint_does_not_hold_is_left_out(checkpoint):
     model = load(str(checkpoint), usable_device("cpu"))
     assert model.pooler is None

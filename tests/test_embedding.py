@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 import transformers
 from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import vwt_hf.embedding
 from settings import ViTImageProcessor
@@ -358,7 +359,7 @@ def test_a_killed_process_leaves_whole_files_and_loses_one(at, run, whole, tmp_p
     if not process:
         try:
             torch.set_num_threads(1)
-            call, left = getattr(os, at), [6]
+            call, left = getattr(os, at), [5]
 
             def call_or_die(*given: Any) -> Any:
                 left[0] -= 1
@@ -481,6 +482,29 @@ def test_files_of_another_run_are_refused_with_the_reason(changed, reason, run, 
         run(**changed())
     assert reason in str(raised.value) and str(tmp_path / "out") in str(raised.value)
     assert contents(tmp_path / "out") == before
+
+
+def test_of_two_runs_that_begin_at_once_one_is_refused(run, tmp_path, monkeypatch):
+    """Both find no manifest; the other writes its own before this one does."""
+    claim = Shards._claim
+
+    def other_first(self, of):
+        monkeypatch.setattr(Shards, "_claim", claim)
+        run(model=another_model())
+        claim(self, of)
+
+    monkeypatch.setattr(Shards, "_claim", other_first)
+    with pytest.raises(ValueError, match="holds features of another run"):
+        run()
+    assert run(model=another_model()).made == 0
+
+
+def test_the_setting_is_that_of_the_model_whatever_that_of_the_image_processor_is(run, whole, checkpoint, tmp_path):
+    other = AutoImageProcessor.from_pretrained(checkpoint, vwt={"method": "local", "tolerance": 0.9})
+    made = run("other", image_processor=other)
+    assert made.tokens == run().tokens
+    files = {name: content for name, content in contents(tmp_path / "other").items() if name != MANIFEST}
+    assert files == {name: content for name, content in whole.items() if name != MANIFEST}
 
 
 def test_other_words_of_the_same_setting_are_refused(run):

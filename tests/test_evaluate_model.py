@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -1205,3 +1206,28 @@ def test_what_cannot_be_done_is_one_line(tmp_path, photographs, dataset, capsys,
     assert main(["evaluate", str(folder), "--dataset", str(photographs), *given]) == 2
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("vwt-hf evaluate: ") and reason in said[-1]
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_masks_that_are_called_labels_are_none_and_are_not_read(column):
+    images = [Image.new("RGB", (8, 8), color) for color in ("red", "green")]
+    features = datasets.Features({"image": datasets.Image(), column: datasets.Image()})
+    rows = {"image": images, column: [{"bytes": b"no image", "path": None}] * 2}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    opened = open_labelled(data)
+    assert "label" not in opened.columns and opened.label_names is None
+    assert [sample.label for _, batch in opened.batches(0, 1, 2) for sample in batch] == [None] * 2
+    with pytest.raises(ValueError, match=f"column '{column}' holds images; name another for label"):
+        open_labelled(data, label_column=column)
+
+
+def test_a_label_of_another_kind_is_a_text():
+    images = [Image.new("RGB", (8, 8))] * 2
+    dates = [datetime.date(2020, 1, day) for day in (1, 2)]
+    opened = open_labelled(datasets.Dataset.from_dict({"image": images, "label": dates}))
+    labels = [sample.label for _, batch in opened.batches(0, 1, 2) for sample in batch]
+    assert labels == ["2020-01-01", "2020-01-02"] and json.dumps(labels)
+
+
+def test_a_setting_without_fields_has_a_name():
+    assert name_of({}) == name_of({"method": "intra"}) == "intra"

@@ -20,7 +20,7 @@ from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip, blip_2, built, llav
 from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, register, restore, unregister
 from vwt_hf.families import family_of
-from vwt_hf.forward import current_forward
+from vwt_hf.forward import GivenWords, call_with, current_forward
 from vwt_hf.plans import Grouped, Kept
 
 EVERY = list(MODELS)
@@ -211,9 +211,35 @@ def test_unregistering_takes_the_refusal_back():
     assert transformers.PreTrainedModel.__call__ is not call
 
 
+def test_without_the_registered_attention_a_model_says_what_is_missing(images):
+    model = compress(tiny_model("vit"), SETTINGS["merge"])
+    expected = answers(model, images)
+    unregister()
+    try:
+        for call in (lambda: answers(model, images), lambda: compress(tiny_model("vit"), SETTINGS["merge"])):
+            with pytest.raises(RuntimeError, match=r"'vwt_sdpa'.*Call vwt_hf\.register\(\)"):
+                call()
+    finally:
+        register()
+    assert torch.equal(answers(model, images), expected)
+
+
 def test_a_model_that_needs_words_says_so(images):
     with pytest.raises(ValueError, match=r"was given none with 4 images; call it with patch_words="):
         answers(compress(tiny_model("vit"), GIVEN), images)
+
+
+def test_words_for_generation_are_of_one_batch_of_images(images, plans):
+    """Which may be embedded at each step; frames of a video are another batch."""
+    model = compress(tiny_model("vit"), SETTINGS["inter"])
+    answers(model, images)
+    given = GivenWords(words_of(plans), generates=True)
+    with call_with(model, given):
+        model(pixel_values=images)
+        model(pixel_values=images.clone())
+        for other in (images.flip(0), images[:2]):
+            with pytest.raises(ValueError, match="two batches of images, as of images and of a video"):
+                model(pixel_values=other)
 
 
 def test_words_that_no_images_were_given_with_are_refused():
@@ -328,6 +354,16 @@ def accelerator() -> Iterator[Accelerator]:
     AcceleratorState._reset_state(True)
     yield Accelerator(mixed_precision="bf16", cpu=True)
     AcceleratorState._reset_state(True)
+
+
+def test_accelerate_unwraps_a_model_that_got_another_setting_since(accelerator, images):
+    plain = answers(tiny_model("vit"), images)
+    model = compress(tiny_model("vit"), SETTINGS["inter"])
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    compress(model, SETTINGS["merge"])
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(answers(unwrapped, images), answers(compress(tiny_model("vit"), SETTINGS["merge"]), images))
+    assert torch.equal(answers(restore(unwrapped), images), plain)
 
 
 def test_accelerate_unwraps_the_forward_of_mixed_precision(accelerator, images):

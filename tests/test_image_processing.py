@@ -564,3 +564,33 @@ def test_trained_classifiers_answer_alike_by_either_one_s_words(classifier, shar
             plan, patches, _ = plans[-1]
             assert torch.equal(made[NAME], plan.patch_words(len(found), patches.count))
             torch.testing.assert_close(model(**made).logits, found, atol=1e-5, rtol=1e-5)
+
+
+def test_the_class_of_an_image_processor_with_a_setting_makes_plain_ones(folder):
+    tokenizing = AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.5})
+    for made in (type(tokenizing).from_pretrained(folder), type(tokenizing)(size={"height": 32, "width": 32})):
+        assert made.vwt is None and set(made([Image.new("RGB", (32, 32))], return_tensors="pt")) == {"pixel_values"}
+
+
+def test_no_images_have_no_words(folder):
+    processor = AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.5})
+    made = processor([], return_tensors="pt")
+    assert made["pixel_values"].shape == made["patch_words"].shape == (0,)
+
+
+def test_an_image_processor_saved_with_another_setting_than_its_model_is_told_of(folder, caplog, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
+    transformers.AutoModel.from_pretrained(folder, vwt={"method": "local", "tolerance": 0.1}).save_pretrained(folder)
+    for tolerance, is_told in ((0.1, False), (0.2, True)):
+        vwt = {"method": "local", "tolerance": tolerance}
+        AutoImageProcessor.from_pretrained(folder, vwt=vwt).save_pretrained(folder)
+        with caplog.at_level("WARNING"):
+            AutoImageProcessor.from_pretrained(folder)
+        assert ("was saved with vwt=" in caplog.text) == is_told
+
+
+def test_a_plain_image_processor_removes_the_words_of_one_that_was_saved_there(folder):
+    AutoImageProcessor.from_pretrained(folder, vwt=inter()).save_pretrained(folder)
+    assert list(folder.glob("processor_words-*"))
+    AutoImageProcessor.from_pretrained(folder, vwt=False).save_pretrained(folder)
+    assert not list(folder.glob("processor_words-*"))

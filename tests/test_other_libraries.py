@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from settings import SETTINGS, coarse, fixed
+from settings import SETTINGS, coarse, fixed, local
 from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, restore
 from vwt_hf.families import FAMILIES, find_layers
@@ -365,6 +365,14 @@ def test_all_that_a_masked_autoencoder_gives_out_is_exported_to_onnx(tmp_path):
     found = session.run(None, {taken.name: other[taken.name].numpy() for taken in session.get_inputs()})
     for one, expected in zip(found, model(**other).values(), strict=True):
         torch.testing.assert_close(torch.from_numpy(one), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("setting", [fixed(), coarse(num_patches=40), local(num_patches=30), SETTINGS["merge"]])
+def test_what_has_the_same_number_of_tokens_of_every_image_can_be_traced(setting):
+    model = FirstOutput(compress(tiny_model("vit"), setting))
+    traced = torch.jit.trace(model, sample_images())
+    for images in (sample_images(), sample_images().flip(0)[:3]):
+        torch.testing.assert_close(traced(images), model(images), atol=1e-5, rtol=1e-5)
 
 
 def test_words_are_not_exported_or_traced_and_say_why():

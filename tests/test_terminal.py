@@ -165,3 +165,14 @@ def test_a_place_that_cannot_be_written_is_named_and_one_that_can_is_left_as_it_
             require_writable(refused)
     with pytest.raises(OSError, match="file is no folder"):
         require_folder(tmp_path / "file")
+
+
+def test_an_interrupt_that_an_import_hides_is_one(capsys):
+    def work():
+        try:
+            raise KeyboardInterrupt
+        except BaseException as error:
+            raise ImportError("Could not import module") from error
+
+    assert run_command("vwt-hf", work) == 130
+    assert capsys.readouterr().err == "vwt-hf: interrupted\n"

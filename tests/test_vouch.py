@@ -179,3 +179,11 @@ def test_weights_that_are_elsewhere_cannot_be_tried(kind):
     model = tiny(kind).to("meta")
     with pytest.raises(ValueError, match="it has weights that are elsewhere, so it cannot be tried; load it whole"):
         compress(model)
+
+
+def test_a_model_whose_patch_projection_has_lora_gets_another_setting(images):
+    peft = pytest.importorskip("peft")
+    model = compress(tiny("InternVLVision"), SETTINGS["merge"])
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["projection", "q_proj"]))
+    expected = states(compress(tiny("InternVLVision"), SETTINGS["discard"]), images)
+    torch.testing.assert_close(states(compress(model, SETTINGS["discard"]), images), expected)  # it has learned nothing

@@ -15,7 +15,7 @@ import torch
 
 from .layout import Layout
 from .on_gpu import kernels_for
-from .words import best, whole_share, without_autocast
+from .words import best, marked, whole_share, without_autocast
 
 EARLIER, PLACES = 1e-4, 128
 """How much less alike a token counts, where the most alike is chosen, for each of up to so many that could be taken
@@ -112,7 +112,7 @@ def join_share(hidden_states: torch.Tensor, layout: Layout, share: float) -> tor
     # The most alike first, the earlier of equals first: as many of each image as it is to lose.
     order = best(pairs.alike, pairs.alike.shape[1])
     if (number := number_to_join(layout, share)) is not None:
-        joins = torch.zeros_like(pairs.tokens, dtype=torch.bool).scatter(1, order[:, :number], True)
+        joins = marked(order[:, :number], pairs.tokens.shape[1])
     else:
         first, ends = layout.bounds
         counts = (ends - first - layout.prefix).to(order.device)

@@ -105,6 +105,16 @@ def _base_of(tower: Any) -> str:
     return (tower.config._attn_implementation or "eager").removeprefix(BY_PLAN)
 
 
+def require_registered(tower: Any) -> None:
+    """Raises `RuntimeError` where `unregister` took this package's attention out of transformers."""
+    name = BY_PLAN + _base_of(tower)
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        raise RuntimeError(
+            f"transformers knows no attention {name!r}, by which the {type(tower).__name__} is to attend: "
+            "vwt_hf.unregister() took it out. Call vwt_hf.register(), or vwt_hf.restore(model) for the plain model."
+        )
+
+
 def require_usable(tower: Any, padded: bool) -> None:
     """Raises `ValueError` if `tower` uses an attention implementation that cannot attend by a layout.
 

@@ -243,9 +243,10 @@ def _saving_processor(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         processor = self if isinstance(self, ImageProcessingMixin) else getattr(self, "image_processor", None)
-        if getattr(processor, "vwt", None) is None:
-            return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
+        left = folder.glob(f"{image_processing.PROCESSOR_FOLDER}-*")  # words of one that was saved here before
+        if getattr(processor, "vwt", None) is None and next(left, None) is None:
+            return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
         if folder.is_file():
             return original(self, save_directory, **kwargs)
         options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}

@@ -154,6 +154,7 @@ def compress_by(
     joins = setting.joins(len(find_layers(tower.module))) if by_sizes else {}
     if by_sizes:
         attention.require_usable(tower.module, family.padded is not None)
+        attention.require_registered(tower.module)
         for module, _ in attentions:
             _require_replaceable(module)
     _take_out(model)  # nothing is refused from here on: a model keeps the setting that it has
@@ -335,14 +336,18 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+_KEPT_BY_ACCELERATE = ("_old_forward", "_original_forward")
+"""Where accelerate keeps the forward of a module that it wraps, for its hooks and for `Accelerator.unwrap_model`."""
+
+
 def _take_out(model: PreTrainedModel) -> None:
     """As `restore`, of a model that shares its config with no other."""
     for module in model.modules():
         for name in [name for name, value in vars(module).items() if isinstance(value, StandIn)]:
-            if name != "_old_forward":
+            if name in _KEPT_BY_ACCELERATE:
+                module.__dict__[name] = types.MethodType(type(module).forward, module)
+            else:
                 delattr(module, name)
-        if isinstance(module.__dict__.get("_old_forward"), StandIn):
-            module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
         for hooks, beside in (
             (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
             (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
@@ -543,8 +548,9 @@ class Begin(Hook):
     @torch.compiler.disable
     def _begin(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.by_sizes:
-            # `set_attn_implementation` may have come after `compress`.
+            # `set_attn_implementation` and `unregister` may have come after `compress`.
             attention.require_usable(tower, self.strips_mask)
+            attention.require_registered(tower)
         if torch.is_grad_enabled():
             attention.carry_through_checkpoints(tower)
         members = self._members
@@ -596,7 +602,8 @@ class Reduce(Hook):
         if self.follows:
             return self._reduce_and_store(module, args, kwargs, output)
         given = None if torch.compiler.is_compiling() else given_words()
-        plan = self.plan(self.patches(output, args, kwargs), given and given.take())
+        patches = self.patches(output, args, kwargs)
+        plan = self.plan(patches, given and given.take(patches.pixel_values))
         return output if plan is None else self.family.reduces(output, plan)
 
     @traced_within
@@ -607,7 +614,7 @@ class Reduce(Hook):
             packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
             rounds = attention.rounds(tokens.device, tokens.dtype)
             patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)
-        plan = self.plan(patches, forward.given and forward.given.take(), forward.words)
+        plan = self.plan(patches, forward.given and forward.given.take(patches.pixel_values), forward.words)
         if plan is None:
             return output
         forward.go_by(plan)
@@ -628,7 +635,7 @@ class Reduce(Hook):
         given = None if torch.compiler.is_compiling() else given_words()
         if given is None:
             return
-        for image in patches.of_words(given.take().words, given.repeats):
+        for image in patches.of_words(given.take(patches.pixel_values).words, given.repeats):
             stay = image[image != DROPPED]
             tokens, own = len(stay.unique()), patches.count if self.family.padded is None else len(stay)
             if tokens != own:

@@ -46,7 +46,7 @@ from .processes import everywhere, gathered, in_main, join, place
 from .processors import described_processor, processor_of
 from .terminal import require_folder
 from .weights import fingerprint_of
-from .whole_saves import write_files
+from .whole_saves import saving, write_files
 
 MANIFEST = "embed.json"
 KEY = "vwt_hf"
@@ -468,15 +468,26 @@ class Shards:
             ValueError: the folder holds something else, or processes see different images or models.
         """
         others = gathered(lambda: of)
-        everywhere(lambda: self._require_own(of, others))
-        in_main(lambda: self._write_manifest({"of": of}))  # no file without a manifest
+        everywhere(lambda: self._require_same(of, others))
+        everywhere(lambda: self._require_own(of))
+        in_main(lambda: self._claim(of))  # no file without a manifest
 
-    def _require_own(self, of: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
+    def _claim(self, of: dict[str, Any]) -> None:
+        """Writes the manifest where there is none; another run may have since this one looked."""
+        with saving(self._folder) as save:
+            save.write({MANIFEST: _encoded({"of": of})})
+            save.place_new(MANIFEST)
+        self._require_own(of)
+
+    @staticmethod
+    def _require_same(of: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
         for process, other in enumerate(others):
             if other != of:
                 raise ValueError(
                     f"process {process} has another run ({difference(other, of)}); expected the same for all."
                 )
+
+    def _require_own(self, of: dict[str, Any]) -> None:
         manifest = self._folder / MANIFEST
         if not manifest.exists():
             if any(self._folder.glob("train-*")):
@@ -517,6 +528,7 @@ class Shards:
             OSError: some are not, as where machines have a folder of this name each.
         """
         (images, unreadable), _ = everywhere(self._read_all)
+        everywhere(lambda: self._require_own(of))
         in_main(lambda: self._write_manifest({"of": of, "images": images, "values": values, "unreadable": unreadable}))
         own: Any = (run.images, run.embedded, run.tokens, run.seconds)
         runs = gathered(lambda: own)
@@ -536,7 +548,11 @@ class Shards:
         )
 
     def _write_manifest(self, content: dict[str, Any]) -> None:
-        write_files(self._folder, {MANIFEST: json.dumps(content, indent=1, sort_keys=True).encode()})
+        write_files(self._folder, {MANIFEST: _encoded(content)})
+
+
+def _encoded(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1, sort_keys=True).encode()
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
@@ -604,7 +620,7 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
 def _tokenizing(image_processor: Any, model: PreTrainedModel) -> Any:
     """The image processor that finds words as `model` would, which tell how long images are before it runs."""
     setting = setting_of(model)
-    if setting is None or not setting.searches or image_processor.vwt is not None:
+    if setting is None or not setting.searches:
         return image_processor
     own = copy.deepcopy(image_processor)
     own.vwt = HostTokenizer(setting, find_tower(model, family_of(model)).patch_size)

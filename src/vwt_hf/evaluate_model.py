@@ -32,7 +32,19 @@ from .evaluation import (
     require_finite,
     stopwatch,
 )
-from .evaluation_tasks import PROMPT, RECALLED, TASKS, Answers, Captions, Figure, Retrieval, Task, ZeroShot, task_for
+from .evaluation_tasks import (
+    PROMPT,
+    RECALLED,
+    TASKS,
+    Answers,
+    Captions,
+    Figure,
+    Retrieval,
+    Task,
+    ZeroShot,
+    require_texts,
+    task_for,
+)
 from .image_source import UnreadableImage, one_batch
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
@@ -228,6 +240,8 @@ def evaluate_model(
     opened = _opened(images, of)
     task_class = TASKS[task or task_for(class_names(model), model.config.model_type, opened)]
     processor = processor_of(model, image_processor)
+    if task_class in (ZeroShot, Retrieval):
+        require_texts(model)  # before a tokenizer is looked for, which such a model has none of
     if tokenizer is None and task_class in (ZeroShot, Retrieval, Captions):
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False, **loaded_by(model))
     settings = list(vwt) if vwt is not None else [setting_of(model) or True]
@@ -418,7 +432,9 @@ def fields_of(setting: Any) -> dict[str, Any]:
         usual = VWTConfig(setting.method).to_dict()
         own = {name: value for name, value in setting.to_dict().items() if name != "evidence" and value != usual[name]}
         return {"method": setting.method} | own
-    return setting if isinstance(setting, dict) else {"vocabulary": str(setting)}
+    if isinstance(setting, dict):
+        return setting or {"method": VWTConfig().method}
+    return {"vocabulary": str(setting)}
 
 
 def _names(settings: Sequence[Any], models: Sequence[PreTrainedModel]) -> list[str]:

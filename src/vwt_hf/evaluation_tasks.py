@@ -262,7 +262,7 @@ class Retrieval(Task):
                 f"the images have no captions, which {self.name} is about; expected a data set with a column of texts: "
                 "name it."
             )
-        _require_texts(self.model)
+        require_texts(self.model)
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         return unit(answer(model, **made))
@@ -431,7 +431,7 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Ten
     Raises:
         ValueError: the model has no text tower, or answers a text by NaN or infinity.
     """
-    _require_texts(model)
+    require_texts(model)
     # SigLIP was trained on texts of one length.
     padding = "max_length" if model.config.model_type.startswith("siglip") else True
     parts = []
@@ -477,7 +477,8 @@ def unit(features: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(features.float().cpu(), dim=-1)
 
 
-def _require_texts(model: Any) -> None:
+def require_texts(model: Any) -> None:
+    """Raises `ValueError` where a model has no features of texts to compare images with."""
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
         raise ValueError(
             f"the {type(model).__name__} has no tower for texts beside the one for images; expected a model such as "

@@ -312,7 +312,10 @@ def _may_hold(model_class: type[PreTrainedModel]) -> bool:
 def _general_family(model: PreTrainedModel) -> Family:
     """A row for a model whose type has none, by what its modules look like; `vouch` tries whether it holds."""
     for module in model.modules():
-        convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+        # Of LoRA's and the like: they hold what they wrap as `base_layer`, beside layers of their own.
+        wrapping = [part for part in module.modules() if hasattr(part, "base_layer")]
+        added = {part for wrapper in wrapping for part in wrapper.modules()} - {one.base_layer for one in wrapping}
+        convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d) and part not in added]
         named = type(module).__name__.endswith("Embeddings") and _is_transformers(module)
         if named and len(convolutions) == 1 and convolutions[0].kernel_size == convolutions[0].stride:
             return Family(_model_type(type(model)), (), type(module).__name__, "", tried=True)

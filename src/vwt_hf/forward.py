@@ -40,26 +40,26 @@ class GivenWords:
     """How many times in a row each image may come, as `generate` repeats them for beams."""
     generates: bool = False
     """Whether the call is `generate`, which embeds its images at every step where it has no cache."""
-    taken: bool = False
-    """Whether embeddings have gone by them."""
+    embedded: torch.Tensor | None = None
+    """What embeddings have gone by them with, as `pixel_values`; `None` if none have."""
 
-    def take(self) -> GivenWords:
-        """Marks the words as used and returns them.
+    def take(self, pixel_values: torch.Tensor) -> GivenWords:
+        """Marks the words as used for images and returns them.
 
         Raises:
-            ValueError: they were used before.
+            ValueError: they were used before, for others.
         """
-        if self.taken and not self.generates:
+        if self.embedded is not None and not (self.generates and torch.equal(self.embedded, pixel_values)):
             raise ValueError(
-                f"patch_words {tuple(self.words.shape)} were given to a call that embeds two batches of images. Call "
-                "the model with one batch at a time, or without patch_words."
+                f"patch_words {tuple(self.words.shape)} were given to a call that embeds two batches of images, as of "
+                "images and of a video. Call the model with one batch at a time, or without patch_words."
             )
-        self.taken = True
+        self.embedded = pixel_values
         return self
 
     def require_taken(self) -> None:
         """Raises `ValueError` if no embeddings went by the words."""
-        if not self.taken:
+        if self.embedded is None:
             raise ValueError(
                 f"patch_words {tuple(self.words.shape)} were given to a call that embeds no images by them. Give "
                 "them with the pixel_values that they were made of, to a compressed model."

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
@@ -33,6 +33,7 @@ from .shared_changes import SharedChange
 from .visualize import seen_pictures
 from .vocabulary import VisualVocabulary
 
+logger = logging.get_logger(__name__)
 NAME = "patch_words"
 """The key of what a tokenizing image processor adds."""
 AT_ONCE = 8
@@ -82,6 +83,8 @@ class HostTokenizer:
 
     def _of_batch(self, made: dict[str, torch.Tensor]) -> torch.Tensor:
         values = made["pixel_values"]
+        if not len(values):
+            return torch.empty(0, dtype=torch.int64, device=values.device)
         tiles = values.flatten(0, 1) if values.dim() == 5 else values
         patches = self.patches(made | {"pixel_values": tiles})
         words = self._of_patches(patches)
@@ -197,6 +200,8 @@ class Tokenizing:
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """As the image processor without `vwt`, with `patch_words` beside `pixel_values`."""
         made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
+        if self.vwt is None:  # its class was called, and nothing gave it a setting
+            return made
         made[NAME] = self.tokenizer_of_patches.words(made)
         return made
 
@@ -293,6 +298,7 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
     """Makes an image processor ready for the setting that its own file holds, which a stranger may have written."""
     vwt = processor.vwt
     if vwt is None:
+        processor.vwt = None  # it may be of the class of another, which had a setting
         return
     try:
         setting, patch_size = _parsed(vwt)
@@ -300,11 +306,28 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
             processor.vwt = None
             return
         _prepare(processor, setting, patch_size, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False)
+        _warn_of_another(setting, saved_setting(config_beside(source, **hub_kwargs)), source)
     except (FileNotFoundError, TypeError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(
             f"`vwt` of the image processor of {source}: {error} `vwt=False` loads the plain image processor."
         ) from error
+
+
+_ASIDE = ("evidence", "saved_as", "output", "layout", "proportional_attention", "similarity", "join_ratio", "layers")
+"""Fields of settings that say nothing of which words patches have."""
+
+
+def _warn_of_another(setting: VWTConfig, of_model: dict[str, Any] | None, source: Any) -> None:
+    """Warns where an image processor and the model beside it were saved with settings that make other words."""
+    if of_model is None:
+        return
+    own, other = ({k: v for k, v in one.items() if k not in _ASIDE} for one in (setting.to_dict(), of_model))
+    if own != other:
+        logger.warning(
+            f"The image processor of {source} was saved with vwt={own}, and the model with {other}: what is given both "
+            "goes by the words of the image processor. Load and save it with the `vwt` of the model."
+        )
 
 
 def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
@@ -410,5 +433,5 @@ def words_named_in(folder: Path) -> list[str]:
 
 def words_of(processor: Any) -> VisualVocabulary | None:
     """The words that an image processor is saved with; `None` if there are none, or they are on the Hub."""
-    held = processor.__dict__.get("vwt")
+    held = getattr(processor, "__dict__", {}).get("vwt")
     return held.setting.words_to_save() if isinstance(held, HostTokenizer) else None

@@ -382,7 +382,7 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
         # In whole shards where their number allows it; else every process reads all rows and keeps its own.
         mine = shuffled if number == 1 else split_dataset_by_node(shuffled, index, number)
         whose = "" if number == 1 else f" of part {index}"
-        rows = ((f"row {i}{whose}", row[column]) for i, row in enumerate(mine))
+        rows = ((f"image {i} of the shuffled stream{whose}", row[column]) for i, row in enumerate(mine))
         return ImagePart(_after(skip, itertools.islice(rows, max_images)), max_images)
 
     return ImageSource(name, f"column {column!r} of a streaming data set ({of}as it comes)", cut)
@@ -510,6 +510,8 @@ def _upright(item: Any) -> Any:
 
 def _file(item: Any) -> Any:
     """What Pillow opens: a path, or a file in memory."""
+    if item is None:
+        raise ValueError("it has none")
     if not isinstance(item, Mapping):
         return item
     if item["bytes"] is not None:

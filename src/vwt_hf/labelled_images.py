@@ -146,7 +146,11 @@ class LabelledImages:
         return tuple(filter(None, texts))
 
     def _label(self, value: Any) -> str | int | None:
-        if value is None or self.label_names is None or isinstance(value, str):
+        if value is None or isinstance(value, str):
+            return value
+        if not isinstance(value, int):  # a date, say
+            return str(value)
+        if self.label_names is None:
             return value
         return self.label_names[value] if 0 <= value < len(self.label_names) else None  # -1 is unknown to datasets
 
@@ -244,6 +248,8 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
             raise ValueError(
                 f"the data set has no column {shown(name)} for {kind}; its columns are {', '.join(features)}."
             )
+        if kind in ("label", "group") and name and isinstance(features.get(name), datasets.Image):
+            raise ValueError(f"column {shown(name)} holds images; name another for {kind}.")
         if name or found:
             columns[kind] = str(name or found)
     dataset = undecoded(dataset, columns["image"], columns.values())
@@ -251,7 +257,8 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     names = getattr(features.get(columns.get("label", "")), "names", None)
     total, rows = limit, None
     if isinstance(dataset, datasets.Dataset):
-        if names is None and "label" in columns:  # of all rows: the limit says how many are looked at, not of what
+        if names is None and _may_hold_texts(features, columns.get("label")):
+            # Of all rows: the limit says how many are looked at, not of what.
             written = dataset[columns["label"]][:]
             names = sorted({label for label in written if isinstance(label, str)}) or None
         rows = spread(len(dataset), limit)
@@ -261,9 +268,9 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     return LabelledImages(dataset, name, total, None if names is None else tuple(names), columns, rows=rows)
 
 
-def _may_hold_texts(features: Mapping[str, Any], name: str) -> bool:
+def _may_hold_texts(features: Mapping[str, Any], name: str | None) -> bool:
     """Whether there is a column of that name, of a text or a list of texts as far as is known."""
-    feature = features.get(name)
+    feature = features.get(name) if name else None
     if feature is None:
         return name in features
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
@@ -274,4 +281,6 @@ def _label_column(features: Mapping[str, Any]) -> str | None:
     import datasets
 
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    return next(iter([*classes, *(name for name in LABEL_COLUMNS if name in features)]), None)
+    named = (name for name in LABEL_COLUMNS if name in features)
+    # Masks of segmentation are called labels, too.
+    return next(iter([*classes, *(name for name in named if not isinstance(features[name], datasets.Image))]), None)

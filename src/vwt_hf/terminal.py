@@ -60,10 +60,21 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
             _print_line(prog, end.code)
             return 2
         except Exception as error:  # libraries raise nearly anything for bad input
+            if _was_interrupted(error):
+                _print_line(prog, "interrupted")
+                return 130
             expected = isinstance(error, (ImportError, OSError, ValueError)) and str(error)
             _print_line(prog, str(error) if expected else f"{type(error).__name__}: {error}")
             return 2
     return 0
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Whether an error came of Ctrl-C, as where transformers was being imported, which hides what stopped it."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, KeyboardInterrupt):
+        seen = seen.__cause__ or seen.__context__
+    return seen is not None
 
 
 @contextlib.contextmanager

@@ -44,8 +44,22 @@ class Save:
     def place(self, name: str, as_name: str | None = None) -> None:
         """Puts a file that `write` wrote into the folder, in place of an older one."""
         os.replace(self.new / name, self.folder / (as_name or name))
+        self._flush()
+
+    def place_new(self, name: str) -> None:
+        """Puts a file that `write` wrote into the folder if there is none of its name, also if another save does so."""
+        try:
+            os.link(self.new / name, self.folder / name)
+            self._flush()
+        except FileExistsError:
+            pass
+        except OSError:  # some file systems have no links
+            if not (self.folder / name).exists():
+                self.place(name)
+
+    def _flush(self) -> None:
+        # A rename must not reach the disk before one that came earlier. Not every file system can tell.
         if self._lock is not None:
-            # A rename must not reach the disk before one that came earlier. Not every file system can tell.
             with contextlib.suppress(OSError):
                 os.fsync(self._lock)
 

@@ -151,6 +151,12 @@ def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
     return scores.argsort(dim=1, descending=True, stable=True)[:, :keep]
 
 
+def marked(index: torch.Tensor, count: int) -> torch.Tensor:
+    """(batch, count), bool: whether a place is among those that `index`, (batch, any), int64, names."""
+    none = torch.zeros(index.shape[0], count, dtype=torch.bool, device=index.device)
+    return none.scatter(1, index, torch.ones_like(index, dtype=torch.bool))  # torch.jit.trace takes no number for it
+
+
 _kept: collections.OrderedDict[tuple[Any, ...], torch.Tensor] = collections.OrderedDict()
 """What `same_for_all` keeps; last used last."""
 _keeping = threading.Lock()
@@ -182,6 +188,10 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
                     _kept[key] = found
                     while len(_kept) > _KEPT_MOST or sum(kept.nbytes for kept in _kept.values()) > _KEPT:
                         _kept.popitem(last=False)
+        if type(found) is torch.Tensor:
+            # Else dynamo takes its length for one that changes where another constant, of another size of images, was
+            # shorter, and cannot say of what. (`mark_static` says this of inputs alone.)
+            found._dynamo_static_indices = set(range(found.dim()))  # type: ignore[attr-defined]
         _hold(found)
         return found
 
@@ -191,7 +201,9 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     @functools.wraps(choose)
     def chosen(*args: Any) -> torch.Tensor:
         # Sizes are tensors in torch.jit.trace, and symbols in torch.compile.
-        return constant(*[one if isinstance(one, tuple) else operator.index(one) for one in args[:-1]], args[-1])
+        found = constant(*[one if isinstance(one, tuple) else operator.index(one) for one in args[:-1]], args[-1])
+        # Of a constant itself dynamo works out sums and indexing while it traces, and these have no static size.
+        return found.detach() if torch.compiler.is_dynamo_compiling() else found
 
     return chosen
 

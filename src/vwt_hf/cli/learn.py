@@ -90,8 +90,8 @@ def work(args: argparse.Namespace) -> None:
             vocabulary = VisualVocabulary.learn(images, **options, checkpoint=progress, resume=args.resume)
         except FileExistsError as error:
             raise FileExistsError(
-                f"{progress} holds the progress of an earlier run; add --resume to go on with it, or delete that "
-                "folder to start again."
+                f"{progress} holds the progress of an earlier run; add --resume to go on with it, by the "
+                "same arguments, or delete that folder to start again."
             ) from error
         in_main(lambda: _keep(args, vocabulary, time.monotonic() - started))
 

@@ -90,8 +90,10 @@ def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -
 
 
 def _is_described(folder: Path) -> bool:
+    """Whether a folder's images are told of by files that `datasets` reads; what `embed` writes tells of none."""
     kinds = ("metadata.*", "*.parquet", "*.arrow", "*.tar")
-    return any(next(folder.glob(f"{within}{kind}"), None) for within in ("", "*/") for kind in kinds)
+    found = (file for within in ("", "*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
+    return any(not (file.parent / "embed.json").exists() for file in found)
 
 
 def _one_of(splits: Sequence[str], usual: Sequence[str], name: str) -> str:

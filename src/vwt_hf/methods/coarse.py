@@ -20,7 +20,7 @@ from ..blocks import (
 )
 from ..patches import Patches
 from ..plans import Grouped, Kept
-from ..words import highest, without_autocast
+from ..words import highest, marked, without_autocast
 from .gradual import GradualConfig
 
 
@@ -99,7 +99,7 @@ class CoarseConfig(GradualConfig):
             chosen = self._choose_padded(patches, found.masked_fill(~there, torch.inf), there)
         else:
             number = self._blocks_of(*patches.grid)
-            chosen = torch.zeros_like(found, dtype=torch.bool).scatter(1, highest(-found, number), True)
+            chosen = marked(highest(-found, number), found.shape[1])
         return words_of(chosen, members, patches.count)
 
     def _blocks_of(self, rows: int, columns: int) -> int:

@@ -25,7 +25,7 @@ from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
 from ..processors import model_statistics
-from ..words import highest, whole_share, without_autocast
+from ..words import highest, marked, whole_share, without_autocast
 from .ragged import RaggedConfig
 
 ASSUMED_STD = 0.5
@@ -171,7 +171,7 @@ class LocalConfig(RaggedConfig):
         assert patches.grid is not None
         neighbours, keep = find_neighbours(self._looks(patches), patches.grid), self._number(*patches.grid)
         kept = highest(cover_by(neighbours, keep), keep)
-        stays = torch.zeros(kept.shape[0], patches.count, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
+        stays = marked(kept, patches.count)
         return neighbours, kept, stays
 
     def _stay_by_number(self, patches: Patches, neighbours: Neighbours) -> torch.Tensor:
