@@ -233,13 +233,13 @@ def test_words_for_generation_are_of_one_batch_of_images(images, plans):
     """Which may be embedded at each step; frames of a video are another batch."""
     model = compress(tiny_model("vit"), SETTINGS["inter"])
     answers(model, images)
-    given = GivenWords(words_of(plans), generates=True)
-    with call_with(model, given):
-        model(pixel_values=images)
-        model(pixel_values=images.clone())
-        for other in (images.flip(0), images[:2]):
-            with pytest.raises(ValueError, match="two batches of images, as of images and of a video"):
-                model(pixel_values=other)
+    words = words_of(plans)
+    for other in (images.flip(0), images[:2]):
+        refused = pytest.raises(ValueError, match="two batches of images, as of images and of a video")
+        with refused, call_with(model, GivenWords(words, generates=True)):
+            model(pixel_values=images)
+            model(pixel_values=images.clone())
+            model(pixel_values=other)
 
 
 def test_words_that_no_images_were_given_with_are_refused():
