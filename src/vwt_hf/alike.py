@@ -18,9 +18,8 @@ from .on_gpu import kernels_for
 from .words import best, marked, whole_share, without_autocast
 
 EARLIER, PLACES = 1e-4, 128
-"""How much less alike a token counts, where the most alike is chosen, for each of up to so many that could be taken
-before it: of tokens that are equally alike but for rounding, as those of a plain background are, the first is taken, in
-every batch."""
+"""Tie-break where a token's most alike one is chosen: candidate i counts as `EARLIER` · min(i, `PLACES`) less alike.
+Of many that are equal but for rounding, as in a plain background, the first is taken, in any batch."""
 FLAT = 0.01
 """1 − m counts as no less than this, so that rounding does not tell apart tokens that are all the same."""
 

@@ -46,7 +46,7 @@ Pairs = tuple[torch.Tensor, ...] | None
 attention logits of one layer."""
 HALF = (torch.float16, torch.bfloat16)
 HIDDEN = 3e4
-"""What hides a key, by which logits fall so far that no weight is left, and which half precision holds."""
+"""Size of the negative bias that hides a key: its softmax weight becomes 0, and half precision can hold it."""
 FOLDED = 8
 """Dimensions that a bias adds to a head: two hold it, and flash kernels take multiples of eight."""
 

@@ -461,8 +461,8 @@ class Hook:
 
 @dataclasses.dataclass(eq=False)
 class TakeWords(Hook):
-    """Forward pre-hook of a model and of those within it that hold the tower: takes `patch_words` from what it is
-    called with, for the embeddings."""
+    """Forward pre-hook of every model that is or holds the tower: takes `patch_words` out of the call, since
+    transformers' forwards do not know them, and keeps them for the embeddings."""
 
     follows: bool
     """Whether the tower goes by a plan that is found while it runs."""

@@ -215,7 +215,7 @@ class VWTConfig:
     def repainted(
         self, patches: Patches, words: torch.Tensor | None = None, enlarged: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chooses what becomes of the patches, and makes what is embedded in place of the images; if it `repaints`.
+        """Chooses the words of the patches and changes the pixels that the model will embed; if the setting `repaints`.
 
         Args:
             words: (batch, patches) int64, if a caller has told what becomes of them.

@@ -54,9 +54,10 @@ KEY = "vwt_hf"
 FORMAT = 2
 """Of the manifest and the files."""
 AGAIN = "again"
-"""The key that says of an image which could not be read that it may be another time."""
+"""Key in the list of unreadable images: this one was out of reach, as on a drive that was gone, and a later run tries
+it again."""
 MOST_AGAIN = 16
-"""A file of so many images or more is not made where all of them are out of reach."""
+"""A file is not made if all its images are out of reach and they are at least so many."""
 WINDOW = 16
 """Batches among which images of like length are brought together."""
 

@@ -120,9 +120,12 @@ class Task:
         raise NotImplementedError
 
     def share(self, values: Sequence[bool], images: int | None = None) -> Figure:
-        """The share of the images, or of what is known of so many `images`, of which something holds.
+        """A share of images with its 95 % interval.
 
-        Captions of one image are alike, and say no more than one: an interval is that of as many images.
+        Args:
+            values: whether something holds, of each image, or of each of several captions of an image.
+            images: how many images they are of, where an image has several. These are not independent, so the interval
+                is that of so many images.
         """
         share, count = sum(values) / len(values), len(values) if images is None else images
         return Figure(share, share_interval(share, min(count, len(values))), images)

@@ -97,7 +97,7 @@ class Unfit:
     model_types: tuple[str, ...]
     """`model_type` of their configs."""
     reason: str
-    """Why, after "it"."""
+    """Ends the sentence "it …" of the message."""
 
 
 def _like_vit(name: str, model_type: str, class_name: str, pools: str = "CLS", **fields: Any) -> Family:

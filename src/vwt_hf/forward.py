@@ -77,9 +77,10 @@ class Forward:
     members: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
     """The modules of the tower that are known."""
     outer: Forward | None = None
-    """The forward that this one runs within and that is not traced; `None` if there is none, or this one is traced."""
+    """The ordinary, untraced forward that this one runs inside; it is current again when this one ends. `None` if there
+    is none, or this one is traced."""
     within: Traced | None = None
-    """The traced forward that this one runs within, nearer than `outer`; `None` if there is none."""
+    """The forward traced by torch.compile that this one runs inside, if that is nearer than `outer`; else `None`."""
     begun_in: _InGraphs | None = None
     """`_in_thread.graphs` of the thread that it began in; `None` if it is traced."""
     given: GivenWords | None = None

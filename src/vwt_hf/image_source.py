@@ -58,7 +58,7 @@ class ImageSource:
     """What they are, as part of a sentence: "a folder of 12 image files ...". With the seed it decides which image
     comes when, so a checkpoint records it and other images are refused."""
     cut: Callable[[int, int, int, int | None], ImagePart]
-    """Does what `part` says."""
+    """How `part` is done for this kind of source."""
     divides: bool = True
     """Whether `part` gives processes different images of it. Else each has images of its own."""
 

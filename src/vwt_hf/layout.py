@@ -62,8 +62,8 @@ class Layout:
     bounds: tuple[torch.Tensor, torch.Tensor]
     """The row in which each image starts, and the one after its last: (batch,), int64, both."""
     real: torch.Tensor | None = None
-    """(batch, patches), bool: which patches the tokens stand for, where that is not all of them. The others are in a
-    token, too, whose hidden state they get, but do not count in it."""
+    """(batch, patches), bool: which patches count; `None` if all do. The others, padding and what a caller left out,
+    are assigned to a token, too, so that each gets a hidden state, but add nothing to its mean and size."""
     rounds: bool = False
     """Whether padding follows the last image of a packed batch, which makes its rows one of few numbers."""
 
@@ -429,7 +429,7 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
 
 
 def by_token(values: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Gives each token the whole number that all its patches have.
+    """One whole number for each token, taken from its patches, which must all have the same.
 
     Args:
         values: (batch, prefix tokens + patches), int64: the same for all that are in one token.
@@ -442,9 +442,9 @@ def by_token(values: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
-    """The mean of the tokens that become one, each weighed by how many patches it stands for, in float32.
+    """Averages the tokens that become one, weighted by how many patches each stands for, in float32.
 
-    A mean of directions is shorter than what it is a mean of: it is given their mean length.
+    The average of vectors that point different ways is shorter than they are, so it is scaled to their mean length.
 
     Args:
         values: (sequences, tokens, hidden), of `before`.

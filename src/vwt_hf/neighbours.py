@@ -45,7 +45,8 @@ class Neighbours:
     later: torch.Tensor
     """(batch or 1, patches, 8), bool: whether their turn comes after the patch's own, or they have none."""
     passes: torch.Tensor
-    """(batch or 1, patches, 8), bool: whether the patch may be left to each even if that is left to another itself."""
+    """(batch or 1, patches, 8), bool: whether the neighbour may stand for the patch even if it goes itself; what stands
+    for the neighbour stands for both then."""
 
 
 @same_for_all

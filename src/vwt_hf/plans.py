@@ -161,8 +161,9 @@ class Grouped:
     def joined(
         self, into: torch.Tensor, number: int | None = None, not_as: Collection[tuple[int, ...]] = ()
     ) -> Grouped:
-        """The plan by which some tokens have become part of others of their image, which keep their places; itself, if
-        none has.
+        """The plan after some tokens were joined with others of their image; this plan itself, if none was.
+
+        Those that stay keep their order.
 
         Args:
             into: (sequences, prefix + tokens), int64: the row, of all sequences one after another, of the token that

@@ -25,8 +25,8 @@ _PRODUCTS = 2**24
 _ROWS = 1024
 """Patches whose inner products a CPU makes at once: few enough that they are in its cache when they are looked at."""
 _SAME = 1e-5
-"""Cosines that differ by no more are the same: a matrix product rounds by up to six millionths, where all values have
-one sign, and not in all shapes to the same value. (Of two words that are the same it rounds both alike, nearly.)"""
+"""Cosines that differ by no more than this count as equal: matrix products round by up to 6·10⁻⁶, and differently for
+other batch shapes, so that a patch could otherwise get another word in another batch."""
 _NOTHING = 1e-5
 """Squared distances that are no larger a share of squared lengths are zero."""
 _EQUALLY_NEAR = 1e-5
@@ -163,7 +163,7 @@ _keeping = threading.Lock()
 
 
 def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Makes what `choose` gives a constant of any graph that is traced, and keeps it for the next call.
+    """Decorator: caches a tensor that depends on sizes alone, and makes it a constant of graphs that torch records.
 
     Args:
         choose: takes whole numbers or tuples of numbers and, last, a device. It works out numbers without torch and
