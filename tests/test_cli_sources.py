@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 
 from tiny import tiny_model
-from vwt_hf.cli import calibrate, embed, evaluate, learn, main
+from vwt_hf.cli import calibrate, embed, evaluate, learn, main, sources
 from vwt_hf.cli.loading import load
 from vwt_hf.cli.sources import open_source
 from vwt_hf.evaluation import answer, usable_device
@@ -108,6 +108,8 @@ def test_a_folder_that_embed_wrote_into_is_still_one_of_images(tmp_path):
     for name in ("embed.json", "train-00000-of-00001.parquet"):
         (features / name).write_text("{}")
     assert open_source(str(tmp_path), described=True) == (tmp_path, None)
+    (features / "metadata.jsonl").write_text('{"file_name": "one.png", "label": "a"}')
+    assert sources._is_described(tmp_path)
 
 
 def test_a_pooler_that_the_checkpoint_does_not_hold_is_left_out(checkpoint):

@@ -499,12 +499,23 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(run, tmp_path, monkeypatc
     assert run(model=another_model()).made == 0
 
 
-def test_the_setting_is_that_of_the_model_whatever_that_of_the_image_processor_is(run, whole, checkpoint, tmp_path):
+@pytest.mark.parametrize("changed", [{}, {"layout": "packed"}, {"tolerance": None, "num_patches": 40}])
+def test_the_setting_is_that_of_the_model_whatever_that_of_the_image_processor_is(changed, run, checkpoint, tmp_path):
+    given = compress(tiny_model("dinov2").requires_grad_(False), PADDED | changed)
     other = AutoImageProcessor.from_pretrained(checkpoint, vwt={"method": "local", "tolerance": 0.9})
-    made = run("other", image_processor=other)
-    assert made.tokens == run().tokens
-    files = {name: content for name, content in contents(tmp_path / "other").items() if name != MANIFEST}
-    assert files == {name: content for name, content in whole.items() if name != MANIFEST}
+    assert run("other", model=given, image_processor=other).tokens == run(model=given).tokens
+    one, two = (contents(tmp_path / name) for name in ("other", "out"))
+    assert len(one) > 1 and one == two
+
+
+def test_a_run_that_makes_lost_files_again_says_nothing_of_all_before_it_ends(run, tmp_path, monkeypatch):
+    run()
+    (tmp_path / "out" / "train-00001-of-00005.parquet").unlink()
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        cut_after(patch, 0, raise_cut_off)
+        run()
+    assert "images" not in json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert run().made == SHARD
 
 
 def test_other_words_of_the_same_setting_are_refused(run):

@@ -387,6 +387,13 @@ def test_words_that_were_changed_since_are_saved_with_the_model(
     torch.testing.assert_close(answers(loaded, pixel_values), answers(model, pixel_values))
 
 
+def test_words_in_another_precision_are_not_those_of_the_hub(hub, checkpoint):
+    vocabulary = VisualVocabulary.from_pretrained("me/words")
+    assert vocabulary.is_on_hub
+    vocabulary.words = vocabulary.words.bfloat16().requires_grad_()
+    assert not vocabulary.is_on_hub
+
+
 def test_words_from_a_subfolder_are_saved_with_the_model(hub, checkpoint, vocabulary, pixel_values, tmp_path):
     other = VisualVocabulary(vocabulary.words.flip(1))
     other.push_to_hub("me/words", subfolder="p4")

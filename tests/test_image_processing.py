@@ -581,12 +581,16 @@ def test_no_images_have_no_words(folder):
 def test_an_image_processor_saved_with_another_setting_than_its_model_is_told_of(folder, caplog, monkeypatch):
     monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
     transformers.AutoModel.from_pretrained(folder, vwt={"method": "local", "tolerance": 0.1}).save_pretrained(folder)
-    for tolerance, is_told in ((0.1, False), (0.2, True)):
-        vwt = {"method": "local", "tolerance": tolerance}
+    for method, tolerance, is_told in (("local", 0.1, False), ("gradual", 0.1, False), ("local", 0.2, True)):
+        vwt = {"method": method, "tolerance": tolerance}
         AutoImageProcessor.from_pretrained(folder, vwt=vwt).save_pretrained(folder)
         with caplog.at_level("WARNING"):
             AutoImageProcessor.from_pretrained(folder)
         assert ("was saved with vwt=" in caplog.text) == is_told
+    caplog.clear()
+    transformers.AutoModel.from_pretrained(folder, vwt={"method": "given"}).save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(folder)
+    assert not caplog.text
 
 
 def test_a_plain_image_processor_removes_the_words_of_one_that_was_saved_there(folder):

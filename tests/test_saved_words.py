@@ -46,6 +46,14 @@ def test_threads_that_save_one_model_leave_each_its_own_words(tmp_path):
         assert torch.equal(lexicon_of(load(folder)).vocabulary.words, words(0).words)
 
 
+def test_threads_that_save_a_tower_of_a_compressed_whole_leave_it_compressed(tmp_path):
+    tower = compress(tiny_model("clip"), {"method": "local", "image_std": [0.5] * 3}).vision_model
+    folders = [tmp_path / f"{number}" for number in range(12)]
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(tower.save_pretrained, folders))
+    assert all(json.loads((folder / "config.json").read_text())["vwt"]["method"] == "local" for folder in folders)
+
+
 class Killed(BaseException):
     """In place of a signal that ends the process."""
 

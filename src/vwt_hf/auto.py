@@ -43,8 +43,8 @@ _NOT_GIVEN: Any = object()
 _TURN = 60.0
 """Seconds for which a save with words waits for another into its folder. Not for ever: processes that save together
 may wait for each other within it."""
-_naming_words = threading.RLock()
-"""Held while a model's config names the words of one save, which threads may do of one model at once."""
+_saving_one = threading.RLock()
+"""Held while a compressed model is saved, whose config names the words of that save meanwhile."""
 _replaced: dict[tuple[type, str], tuple[Any, Any]] = {}
 """Of each method of transformers in whose place another was put: it, and that other, by which `unregister` sees whether
 another library has wrapped it. `_NOT_GIVEN` is for what a class inherits."""
@@ -303,7 +303,9 @@ def _saving(original: Any) -> Any:
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, save_directory, *args, **kwargs)
         call.apply_defaults()
-        with _parts_to_save(self) as parts:
+        is_compressed = setting_of(self) is not None or bool(_compressed_parts(self))
+        # Threads that save one model write into one config what is to be saved of it.
+        with _saving_one if is_compressed else contextlib.nullcontext(), _parts_to_save(self) as parts:
             return save_parts(self, call, parts)
 
     def save_parts(self: PreTrainedModel, call: Any, parts: list[PreTrainedModel]) -> Any:
@@ -321,11 +323,7 @@ def _saving(original: Any) -> Any:
         writes = self.should_save_on_this_rank(call.arguments["is_main_process"]) and not folder.is_file()
         writes = writes and not getattr(self, "_hf_peft_config_loaded", False)
         turn = _TURN if words else 0
-        # Threads that save one model write the names of their words into the same config.
-        with (
-            _naming_words if words else contextlib.nullcontext(),
-            sharing(folder, turn) if writes else contextlib.nullcontext(lambda: False) as is_alone,
-        ):
+        with sharing(folder, turn) if writes else contextlib.nullcontext(lambda: False) as is_alone:
             saved_as = []
             if writes:
                 for part, vocabulary in words.items():

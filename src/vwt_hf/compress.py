@@ -154,7 +154,8 @@ def compress_by(
     joins = setting.joins(len(find_layers(tower.module))) if by_sizes else {}
     if by_sizes:
         attention.require_usable(tower.module, family.padded is not None)
-        attention.require_registered(tower.module)
+        if not attentions:
+            attention.require_registered(tower.module)
         for module, _ in attentions:
             _require_replaceable(module)
     _take_out(model)  # nothing is refused from here on: a model keeps the setting that it has
@@ -194,7 +195,8 @@ def _hook_in(
         model.forward = _forward_with_words(model, begins=follows and model is tower.module)
     if follows:
         strips_mask = by_sizes and family.padded is not None
-        begin = Begin(bool(relative), by_sizes, strips_mask, even=is_even(setting, family))
+        by_interface = by_sizes and not attentions
+        begin = Begin(bool(relative), by_sizes, strips_mask, by_interface, even=is_even(setting, family))
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     if setting.shortens and not by_sizes:
         tower.module.register_forward_pre_hook(RefuseMask(), with_kwargs=True)
@@ -520,6 +522,8 @@ class Begin(Hook):
     strips_mask: bool
     """Whether images come as padded patches. Then `pixel_attention_mask` is kept from the layers, which see tokens and
     not patches, and stored in the `Forward` for the head."""
+    by_interface: bool
+    """Whether its attention is this package's by transformers' `AttentionInterface`."""
     even: bool = False
     """What `is_even` says."""
     _members: weakref.WeakSet[nn.Module] | None = None
@@ -527,7 +531,7 @@ class Begin(Hook):
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_for_one_graph(tower):
             if self.relative and kwargs.get("attention_mask") is not None:
-                attention.refuse_mask(kwargs["attention_mask"])
+                raise ValueError("A graph of torch.compile cannot ask what attention_mask hides; leave it out.")
             begin_traced(tower, self.relative)
             # Not before: outside a traced forward, reading the config reads the context variable, which no graph can.
             if self.by_sizes:
@@ -550,6 +554,7 @@ class Begin(Hook):
         if self.by_sizes:
             # `set_attn_implementation` and `unregister` may have come after `compress`.
             attention.require_usable(tower, self.strips_mask)
+        if self.by_interface:
             attention.require_registered(tower)
         if torch.is_grad_enabled():
             attention.carry_through_checkpoints(tower)

@@ -165,7 +165,7 @@ def embed(
         if format not in FORMATS:
             raise ValueError(f"format is {shown(format)}; expected one of {', '.join(map(repr, FORMATS))}.")
         require_features(model)
-        processor = processor_of(model, image_processor)
+        processor = _without_words(processor_of(model, image_processor), model)
         require_folder(output)
         trial = _try(model, processor)
         rows = image_rows(images, column)
@@ -477,8 +477,10 @@ class Shards:
         """Writes the manifest where there is none; another run may have since this one looked."""
         with saving(self._folder) as save:
             save.write({MANIFEST: _encoded({"of": of})})
-            save.place_new(MANIFEST)
+            is_new = save.place_new(MANIFEST)
         self._require_own(of)
+        if not is_new and not all(file.exists() for file in self.files):
+            self._write_manifest({"of": of})  # that of a run that had ended tells of files which are gone
 
     @staticmethod
     def _require_same(of: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
@@ -616,6 +618,16 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
             "(1, values). Give a model of images alone, such as its vision tower."
         )
     return Trial(features.shape[1], any(padded), wide["pixel_values"].shape != high["pixel_values"].shape)
+
+
+def _without_words(image_processor: Any, model: PreTrainedModel) -> Any:
+    """The image processor, without a setting of its own where the model has one to find words by."""
+    setting = setting_of(model)
+    if setting is None or not setting.searches or image_processor.vwt is None:
+        return image_processor
+    own = copy.deepcopy(image_processor)
+    own.vwt = None
+    return own
 
 
 def _tokenizing(image_processor: Any, model: PreTrainedModel) -> Any:

@@ -46,16 +46,21 @@ class Save:
         os.replace(self.new / name, self.folder / (as_name or name))
         self._flush()
 
-    def place_new(self, name: str) -> None:
-        """Puts a file that `write` wrote into the folder if there is none of its name, also if another save does so."""
+    def place_new(self, name: str) -> bool:
+        """Puts a file that `write` wrote into the folder if there is none of its name; returns whether it did.
+
+        Of two saves that do so at once one does.
+        """
         try:
             os.link(self.new / name, self.folder / name)
             self._flush()
         except FileExistsError:
-            pass
+            return False
         except OSError:  # some file systems have no links
-            if not (self.folder / name).exists():
-                self.place(name)
+            if (self.folder / name).exists():
+                return False
+            self.place(name)
+        return True
 
     def _flush(self) -> None:
         # A rename must not reach the disk before one that came earlier. Not every file system can tell.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def _is_described(folder: Path) -> bool:
     """Whether a folder's images are told of by files that `datasets` reads; what `embed` writes tells of none."""
     kinds = ("metadata.*", "*.parquet", "*.arrow", "*.tar")
     found = (file for within in ("", "*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
-    return any(not (file.parent / "embed.json").exists() for file in found)
+    of_embed = re.compile(r"train-\d+-of-\d+\.parquet")
+    return any(not (of_embed.fullmatch(file.name) and (file.parent / "embed.json").exists()) for file in found)
 
 
 def _one_of(splits: Sequence[str], usual: Sequence[str], name: str) -> str:

@@ -83,7 +83,10 @@ class VisualVocabulary:
         self._named = self._print() if is_named else None
 
     def _print(self) -> str:
-        return hashlib.sha256(self.words.contiguous().numpy().data).hexdigest()
+        words = self.words.detach().cpu().contiguous()
+        content = hashlib.sha256(f"{words.dtype} {tuple(words.shape)}".encode())
+        content.update(words.flatten().view(torch.uint8).numpy().data)
+        return content.hexdigest()
 
     @property
     def channels(self) -> int:
