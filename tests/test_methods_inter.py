@@ -375,7 +375,7 @@ def test_a_wrong_patch_size_or_channel_count_is_refused_before_the_model_runs():
 
 
 def test_a_model_that_does_not_say_how_its_images_are_normalised_is_refused(vocabulary):
-    with pytest.raises(ValueError, match=r"Give VWTConfig\(image_mean=\.\.\., image_std=\.\.\.\)"):
+    with pytest.raises(ValueError, match=r'Give VWTConfig\(method="inter", image_mean=\.\.\., image_std=\.\.\.\)'):
         compress(tiny_model("vit"), vocabulary)
     with pytest.raises(ValueError, match="vocabulary is None"):
         compress(tiny_model("vit"), {"method": "inter"})

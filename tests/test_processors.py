@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from transformers import AutoModel, GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 from settings import ViTImageProcessor, inter
 from tiny import tiny_model
-from vwt_hf import VisualVocabulary, compress, evaluate_model
+from vwt_hf import compress, evaluate_model
 from vwt_hf.evaluation import copy_sharing_weights
 from vwt_hf.processors import processor_of
 
@@ -71,9 +70,3 @@ def test_a_part_goes_by_what_lies_beside_its_whole_whatever_the_config_says_of_i
     assert compress(encoder, {"method": "local"}).config.vwt["image_std"] == [0.25] * 3
     with pytest.raises(ValueError, match="words that come with the package"):  # there are none for these patches
         compress(encoder, {"method": "inter"})
-
-
-def test_who_must_give_the_statistics_of_words_is_told_how():
-    setting = {"method": "inter", "vocabulary": VisualVocabulary(torch.rand(5, 3, 4, 4))}
-    with pytest.raises(ValueError, match=r'Give VWTConfig\(method="inter", image_mean=..., image_std=...\)'):
-        compress(tiny_model("vit"), setting)
