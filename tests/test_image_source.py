@@ -431,3 +431,8 @@ def test_an_image_that_the_processor_refuses_is_named_and_so_are_sizes_that_diff
 
     with pytest.raises(UnreadableImage, match=r"flat\.png \(50×20\) is refused by function: too flat"):
         list(pixel_batches([tmp_path / "flat.png"], refuses, 1))
+
+
+def test_a_row_without_an_image_says_so():
+    with pytest.raises(UnreadableImage, match=r"row 3 cannot be read \(ValueError: it holds no image\)"):
+        read_image(None, "row 3")

@@ -303,9 +303,9 @@ def _saving(original: Any) -> Any:
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, save_directory, *args, **kwargs)
         call.apply_defaults()
-        is_compressed = setting_of(self) is not None or bool(_compressed_parts(self))
         # Threads that save one model write into one config what is to be saved of it.
-        with _saving_one if is_compressed else contextlib.nullcontext(), _parts_to_save(self) as parts:
+        turn = contextlib.nullcontext() if setting_of(self) is None else _saving_one
+        with turn, _parts_to_save(self) as parts:
             return save_parts(self, call, parts)
 
     def save_parts(self: PreTrainedModel, call: Any, parts: list[PreTrainedModel]) -> Any:

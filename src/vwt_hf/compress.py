@@ -332,7 +332,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         TypeError: `model` is no transformers model.
     """
     model = model_of(model)
-    if not _is_hooked(model) and any(config.vwt is not None or is_by_plan(config) for config in configs_of(model)):
+    if setting_of(model) is None and any(config.vwt is not None or is_by_plan(config) for config in configs_of(model)):
         own_config(model)  # which it may share with a compressed one
     _take_out(model)
     return model
@@ -362,11 +362,6 @@ def _take_out(model: PreTrainedModel) -> None:
     for config in configs_of(model):
         config.vwt = None
         attend_plainly(config)
-
-
-def _is_hooked(model: nn.Module) -> bool:
-    """Whether `model`, or a part of it, is compressed, whatever its config says."""
-    return any(isinstance(hook, Hook) for module in model.modules() for hook in module._forward_hooks.values())
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -597,7 +592,7 @@ class Reduce(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.setting.shortens:
-            self._require_alone(self.patches(output, args, kwargs))
+            self._require_alone(output, args, kwargs)
             return output
         if kwargs.get("bool_masked_pos") is not None:
             raise ValueError(
@@ -635,11 +630,12 @@ class Reduce(Hook):
             return self.setting.plan(patches) if words is None else self.setting.plan_by(patches, words)
         return self.setting.plan_of(patches, patches.of_words(given.words, given.repeats))
 
-    def _require_alone(self, patches: Patches) -> None:
+    def _require_alone(self, output: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Refuses words by which patches are no tokens of their own."""
         given = None if torch.compiler.is_compiling() else given_words()
         if given is None:
             return
+        patches = self.patches(output, args, kwargs)
         for image in patches.of_words(given.take(patches.pixel_values).words, given.repeats):
             stay = image[image != DROPPED]
             tokens, own = len(stay.unique()), patches.count if self.family.padded is None else len(stay)

@@ -511,7 +511,7 @@ def _upright(item: Any) -> Any:
 def _file(item: Any) -> Any:
     """What Pillow opens: a path, or a file in memory."""
     if item is None:
-        raise ValueError("it has none")
+        raise ValueError("it holds no image")
     if not isinstance(item, Mapping):
         return item
     if item["bytes"] is not None:

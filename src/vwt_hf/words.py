@@ -182,16 +182,15 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
             # Outside inference mode, so that a later training step may save it for its backward pass.
             with torch.inference_mode(False):
                 found = choose(*args)
+            # Else dynamo takes its length for one that changes where another constant, of another size of images, was
+            # shorter, and cannot say of what. (`mark_static` says this of inputs alone.)
+            found._dynamo_static_indices = set(range(found.dim()))  # type: ignore[attr-defined]
             # torch.export sees tensors without values, and torch.jit.trace checks that it sees the same steps twice.
             if type(found) is torch.Tensor and found.nbytes <= _KEPT and not torch.jit.is_tracing():
                 with _keeping:
                     _kept[key] = found
                     while len(_kept) > _KEPT_MOST or sum(kept.nbytes for kept in _kept.values()) > _KEPT:
                         _kept.popitem(last=False)
-        if type(found) is torch.Tensor:
-            # Else dynamo takes its length for one that changes where another constant, of another size of images, was
-            # shorter, and cannot say of what. (`mark_static` says this of inputs alone.)
-            found._dynamo_static_indices = set(range(found.dim()))  # type: ignore[attr-defined]
         _hold(found)
         return found
 
