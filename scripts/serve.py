@@ -9,9 +9,9 @@ A classifier answers {"labels": [{"label": ..., "score": ...}, ...]}, the five b
 {"features": [...]}: its image embedding, else its pooled output, else its CLS token. An upload that cannot be answered
 gets a status of 400 (no image, or one that is damaged, too large or too narrow), 408 (a body that takes a minute), 413
 (of over 32 MiB), 415 (of another type), 500 (the model answers NaN or infinity), 503 (too many requests at once) or
-504 (it waited for longer than --timeout), with {"detail": the reason}. GET /health says "ok" once the model is loaded,
-/metrics counts requests, images, tokens and seconds in the format of Prometheus, and /info names the model and its
-setting.
+504 (it was not decoded, or not taken by the model, within --timeout), with {"detail": the reason}. GET /health says
+"ok" once the model is loaded, /metrics counts requests, images, tokens and seconds in the format of Prometheus, and
+/info names the model and its setting.
 """
 
 # Annotations stay what they are, not strings: LitServe hands that of `decode_request` to FastAPI.
@@ -44,6 +44,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from vwt_hf.cli.loading import add_dtype, load_model
+from vwt_hf.decoding import UnreadableImage, read_image
 from vwt_hf.embedding import require_features
 from vwt_hf.evaluation import (
     answer,
@@ -57,7 +58,7 @@ from vwt_hf.evaluation import (
     return_memory,
     usable_device,
 )
-from vwt_hf.image_source import UnreadableImage, pixel_batches
+from vwt_hf.image_source import pixel_batches
 from vwt_hf.printable import LONGEST, printable, shown
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import run_command, vwt_option
@@ -65,6 +66,8 @@ from vwt_hf.terminal import run_command, vwt_option
 FIELD = "image"
 LARGEST = 32 * 2**20
 """Bytes of a request's body that are read at most."""
+SERVED = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "MPO")
+"""Formats that are answered; Pillow decodes others in Python, in which all requests would wait for one."""
 MOST_PIXELS = 40_000_000
 """Of an image, by default, as it comes and as it is resized before it is cropped: each takes some ten bytes, in as many
 threads as there are cores."""
@@ -170,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         server.app.state.image_processor = image_processor
         server.app.state.most_values = MOST_TIMES * values
+        server.app.state.timeout = options.timeout
         server.app.state.decoders = ThreadPoolExecutor(cores, "vwt-decode")
         server.app.add_route("/metrics", show_metrics)
         # Pillow only warns of images of more than that, up to twice as many.
@@ -276,11 +280,14 @@ async def upload(request: Request) -> bytes:
     """The encoded image of a request: the file of a form, or base64 in JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        async with request.form(max_files=1, max_fields=1) as form:
-            value = form.get(FIELD)
-            if not isinstance(value, UploadFile):
-                raise HTTPException(400, _wants("a file", list(form), value))
-            return await value.read()
+        try:
+            async with request.form(max_files=1, max_fields=1) as form:
+                value = form.get(FIELD)
+                if not isinstance(value, UploadFile):
+                    raise HTTPException(400, _wants("a file", list(form), value))
+                return await value.read()
+        except (LookupError, UnicodeError) as error:  # names of fields, in the character set that the request states
+            raise HTTPException(400, f"The form cannot be read ({error}).") from error
     if kind != "application/json":
         raise HTTPException(
             415, f"The body is {kind or 'of no type'}; expected multipart/form-data or application/json."
@@ -288,9 +295,14 @@ async def upload(request: Request) -> bytes:
     return await in_thread(request, _image_in_json, await request.body())
 
 
-def in_thread(request: Request, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns that runs in a thread, to be awaited, so that others are answered meanwhile."""
-    return asyncio.get_running_loop().run_in_executor(request.app.state.decoders, function, *args)
+async def in_thread(request: Request, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns that runs in a thread, so that others are answered meanwhile."""
+    state = request.app.state
+    made = asyncio.get_running_loop().run_in_executor(state.decoders, function, *args)
+    try:
+        return await asyncio.wait_for(made, state.timeout)
+    except asyncio.TimeoutError:  # another than TimeoutError before Python 3.11
+        raise HTTPException(504, f"The image was not decoded within {state.timeout:g} seconds.") from None
 
 
 def _image_in_json(content: bytes) -> bytes:
@@ -333,7 +345,7 @@ async def processed(request: Request) -> dict[str, np.ndarray]:
 
 
 def _process(encoded: dict[str, Any], image_processor: Any, most_values: int) -> dict[str, np.ndarray]:
-    (made,) = pixel_batches([encoded], image_processor, 1)
+    (made,) = pixel_batches([read_image(encoded, formats=SERVED)], image_processor, 1)
     if made["pixel_values"].numel() > most_values:
         raise UnreadableImage(
             f"The image becomes {tuple(made['pixel_values'].shape)}; expected {most_values:,} values at most. Crop it."

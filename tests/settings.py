@@ -10,7 +10,8 @@ from vwt_hf import VisualVocabulary, VWTConfig
 
 ViTImageProcessor = getattr(transformers, f"ViTImageProcessor{'' if is_torchvision_available() else 'Pil'}")
 """What `AutoImageProcessor` loads for a ViT: that of torchvision resizes to other pixels than that of Pillow."""
-FAST = torch.bfloat16 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else torch.float32
+_HAS_BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+FAST = torch.bfloat16 if any(getattr(torch.cpu, has, bool)() for has in _HAS_BFLOAT16) else torch.float32
 """The dtype in which trained models run faster on this machine."""
 WORDS = VisualVocabulary(torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
 STATISTICS = {"image_mean": [0.2, 0.0, -0.1], "image_std": [0.5, 1.0, 2.0]}

@@ -29,7 +29,7 @@ from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import vwt_hf.embedding
-from settings import ViTImageProcessor
+from settings import FAST, ViTImageProcessor
 from tiny import tiny_model
 from vwt_hf import VisualVocabulary, compress, embed, token_lengths
 from vwt_hf.cli import main
@@ -828,7 +828,7 @@ def test_photographs_are_nearest_to_those_of_their_class_by_a_shortened_model(sh
     for path in itertools.chain(*(sorted(name.iterdir())[:2] for name in classes)):
         (tmp_path / path.parent.name).mkdir(exist_ok=True)
         (tmp_path / path.parent.name / path.name).symlink_to(path)
-    model = transformers.AutoModel.from_pretrained(shared / "models/dinov2-small-caltech101", vwt=True)
+    model = transformers.AutoModel.from_pretrained(shared / "models/dinov2-small-caltech101", vwt=True, dtype=FAST)
     short = embed(model, tmp_path, tmp_path / "short", workers=0, progress=False)
     found = table(short.files)
     features = torch.nn.functional.normalize(torch.tensor(np.stack(found.embedding)), dim=1)

@@ -325,11 +325,23 @@ def _field_names(method_class: type[VWTConfig]) -> list[str]:
     return [field.name for field in dataclasses.fields(method_class) if field.compare]
 
 
-def _without_numpy(value: Any) -> Any:
-    """Numbers of numpy, also in a list or a tuple, as Python's, which JSON can hold."""
+def _without_numpy(value: Any, depth: int = 0) -> Any:
+    """Numbers of numpy, also in a list or a tuple, as Python's, which JSON can hold.
+
+    Raises:
+        ValueError: a list lies within more lists than any field takes.
+    """
     if type(value).__module__ == "numpy":  # which takes long to import
         return value.tolist()
-    return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple) else value
+    if type(value) not in (list, tuple):
+        return value
+    if depth > _DEEPEST:
+        raise ValueError(f"a field of VWTConfig holds lists within {depth} lists; expected numbers, or a list of them.")
+    return type(value)(_without_numpy(one, depth + 1) for one in value)
+
+
+_DEEPEST = 8
+"""Lists within each other in a field that are looked into."""
 
 
 def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ CARD_FILE = "README.md"
 _NAME = re.compile("[a-z][a-z0-9_]{0,39}")
 # Without what would end a cell of a table, code in it, or a comment.
 _TEXT = re.compile("(?:(?![<>`|])[ -~]){0,200}")
-_SECTION = re.compile("[\r\n]*<!-- vwt-hf -->.*?<!-- /vwt-hf -->[\r\n]*", re.DOTALL)
+_BEGIN, _END = "<!-- vwt-hf -->", "<!-- /vwt-hf -->"
 _LABELS = {
     "images": "unlabelled images",
     "measure": "measured as",
@@ -77,7 +77,7 @@ def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
     before = file.read_bytes()
     end = "\r\n" if b"\r\n" in before else "\n"
     # What is not ours stays as it is, whatever encoding it is in.
-    card = _SECTION.sub(end, before.decode("utf-8", "surrogateescape"))
+    card = _without_section(before.decode("utf-8", "surrogateescape"), end)
     if evidence:
         card = f"{card.rstrip()}{end}{end}{_section(evidence).replace(chr(10), end)}"
     after = card.encode("utf-8", "surrogateescape")
@@ -85,9 +85,20 @@ def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
         write_files(folder, {CARD_FILE: after})
 
 
+def _without_section(card: str, end: str) -> str:
+    """A card without what `_section` made, in place of which, and of the line ends around it, stands one line end."""
+    parts, at = [], 0
+    while (begin := card.find(_BEGIN, at)) >= 0 and (stop := card.find(_END, begin)) >= 0:
+        parts.append(card[at:begin].rstrip("\r\n"))
+        at = stop + len(_END)
+        while card[at : at + 1] in ("\r", "\n"):
+            at += 1
+    return end.join([*parts, card[at:]])
+
+
 def _section(evidence: list[dict[str, Any]]) -> str:
     tables = "\n".join(map(_table, evidence))
-    return f"""<!-- vwt-hf -->
+    return f"""{_BEGIN}
 ## Shorter patch sequences
 
 With the Python package `vwt-hf` this model runs on fewer tokens than its images have patches; without it, it is the
@@ -96,7 +107,7 @@ images that it was chosen on, so it may do a little worse on others like them, a
 training it has to be chosen anew.
 
 {tables}
-<!-- /vwt-hf -->
+{_END}
 """
 
 

@@ -1,40 +1,27 @@
-"""Whatever holds a user's images: found, read upright in eight bits, resized as for the model, a batch at a time."""
+"""Whatever holds a user's images: found, read, resized as for the model, a batch at a time."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import hashlib
-import io
 import itertools
+import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 
+from .decoding import FORMATS, UnreadableImage, read_image
 from .printable import printable, shown
 from .processors import whole_images
 from .words import patchify
 
-FORMATS = (
-    "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "MPO", "PPM", "ICO", "QOI", "PCX", "SGI", "TGA",
-)  # fmt: skip
-"""What Pillow decodes by itself; others (EPS, WMF, ...) run programs, or hold no photographs."""
-WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
-"""What may be white in grey images of more than eight bits, by Pillow's mode."""
-
-REMOTE = ("hf", "https")
-"""Where rows of a data set may name an image, beside files."""
-ARCHIVES = ("zip", "gzip", "bz2", "lz4", "xz", "zstd")
-"""What it may lie in there; as data sets that are streamed name it."""
-LARGEST = 2**30
-"""Bytes of an image that are fetched from there at most."""
 SHUFFLED = 1000
 """Images among which a streaming data set is shuffled; they are held encoded."""
 
@@ -317,7 +304,9 @@ class _DatasetRows(ImageRows):
 
     def __init__(self, dataset: Any, column: str | None) -> None:
         self._column = find_image_column(dataset.features, column)
-        self._rows = undecoded(dataset, self._column, [self.KEY] if self.KEY in dataset.features else [])
+        key = dataset.features.get(self.KEY)
+        named = getattr(key, "dtype", None) in ("string", "large_string")
+        self._rows = undecoded(dataset, self._column, [self.KEY] if named else [])
         if not len(self):
             raise ValueError("the data set has no rows; expected images.")
         self.order = f"column {self._column!r} of a data set of {len(self)} rows (fingerprint: {dataset._fingerprint})"
@@ -328,7 +317,8 @@ class _DatasetRows(ImageRows):
     def __getitem__(self, row: int) -> tuple[str, Any]:
         found = self._rows[row]
         item = found[self._column]
-        return found.get(self.KEY) or (item and item["path"]) or f"row {row}", item
+        name = found.get(self.KEY) if self._column != self.KEY else None
+        return name or (item and item["path"]) or f"row {row}", item
 
 
 def image_rows(images: Any, column: str | None = None) -> ImageRows:
@@ -450,123 +440,9 @@ def find_image_column(features: Mapping[str, Any], column: str | None) -> str:
         return str(column)
     asked = "no column of images" if column is None else f"no column of images {column!r}"
     raise ValueError(
-        f"the data set has {asked}; its columns are {', '.join(features)}, those with images: "
-        f"{', '.join(found) or 'none'}. Cast one with dataset.cast_column(name, datasets.Image())."
+        f"the data set has {asked}; its columns are {', '.join(map(printable, features))}, those with images: "
+        f"{', '.join(map(printable, found)) or 'none'}. Cast one with dataset.cast_column(name, datasets.Image())."
     )
-
-
-_NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
-"""Packages whose errors are those of a connection."""
-
-
-_OUT_OF_REACH = (MemoryError, ConnectionError, TimeoutError, FileNotFoundError)
-"""Errors, with a number of the system's or without, of bytes that could not be had or held."""
-
-
-class UnreadableImage(ValueError):
-    """An image cannot be read; the message names it and says why."""
-
-    @property
-    def is_out_of_reach(self) -> bool:
-        """Whether its bytes could not be had or held, as of a drive that is gone: another time they may be."""
-        error = self.__cause__
-        # Decoders' own `OSError`s have no number.
-        by_system = isinstance(error, OSError) and error.errno is not None
-        by_network = type(error).__module__.split(".")[0] in _NETWORK
-        return by_system or by_network or isinstance(error, _OUT_OF_REACH)
-
-
-def read_image(item: Any, name: str | None = None) -> Any:
-    """An RGB PIL image, upright, from a PIL image, a path, or a data set's undecoded `{"bytes", "path"}`.
-
-    Transparency is left out, as transformers does. Grey of 16 bits is scaled to 8. Grey of 32 bits is scaled, too: what
-    is white is the least of 255 (1 in floating point), 65535 and 2**31 - 1 that no value exceeds by a tenth.
-
-    Args:
-        name: what an error calls it; by default its path.
-
-    Raises:
-        UnreadableImage: it is no image of a format in `FORMATS`, is damaged, or so large that it may be an attack.
-    """
-    try:
-        return _upright(item)
-    # Decoders raise nearly anything for a broken file.
-    except Exception as error:
-        where = item.get("path") if isinstance(item, Mapping) else item
-        name = name or (os.fspath(where) if isinstance(where, (str, os.PathLike)) else "an image")
-        # Pillow names where bytes lie in memory.
-        reason = "no image of a known format" if type(error).__name__ == "UnidentifiedImageError" else error
-        raise UnreadableImage(f"{printable(name)} cannot be read ({type(error).__name__}: {reason})") from error
-
-
-def _upright(item: Any) -> Any:
-    if isinstance(item, PIL.Image.Image):
-        return _in_eight_bits(PIL.ImageOps.exif_transpose(item), item.format)
-    PIL.Image.init()
-    formats = [kind for kind in FORMATS if kind in PIL.Image.OPEN]  # some Pillows lack some
-    with PIL.Image.open(_file(item), formats=formats) as image:
-        return _in_eight_bits(PIL.ImageOps.exif_transpose(image), image.format)
-
-
-def _file(item: Any) -> Any:
-    """What Pillow opens: a path, or a file in memory."""
-    if item is None:
-        raise ValueError("it holds no image")
-    if not isinstance(item, Mapping):
-        return item
-    if item["bytes"] is not None:
-        return io.BytesIO(item["bytes"])
-    path = os.fspath(item["path"])  # as whoever made the data set wrote it
-    if "://" not in path:
-        return _existing(path)
-    *archives, place = path.split("::")
-    kind, there, local = place.partition("://")
-    if not there:
-        kind, local = "file", place
-    for each, allowed in ((kind, (*REMOTE, "file")), *((link.partition("://")[0], ARCHIVES) for link in archives)):
-        if each not in allowed:
-            raise ValueError(f"a data set names it at {each}://; expected a file, or an address on the Hub or of https")
-    if kind not in REMOTE:
-        _existing(local)
-    import fsspec  # of datasets, whose streams name files on the Hub
-
-    encoded = bytearray()
-    with fsspec.open(path, "rb") as file:  # which gives what has come, where a server does not say how much there is
-        while len(encoded) <= LARGEST and (piece := file.read(LARGEST + 1 - len(encoded))):
-            encoded += piece
-    if len(encoded) > LARGEST:
-        raise ValueError(
-            f"it has more than {LARGEST:,} bytes; expected no more. Make the image smaller, or leave the row out"
-        )
-    return io.BytesIO(encoded)
-
-
-def _existing(path: str) -> str:
-    if not os.path.isfile(path):  # a device or a pipe need not end
-        raise FileNotFoundError(
-            f"a data set names it as {path}, which is no file here. Put it there, or run in the folder that relative "
-            "paths start from"
-        )
-    return path
-
-
-def _in_eight_bits(image: Any, kind: str | None) -> Any:
-    """`image` in RGB; Pillow itself would make all that is above 255 white.
-
-    Args:
-        kind: the file's format, of which some have whole numbers of 16 bits alone.
-    """
-    mode = image.mode[:4]  # I;16B is I;16 of another byte order
-    if mode not in WHITE:
-        # Palettes that are partly transparent, and colours multiplied by their opacity, have no direct way to RGB.
-        through = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode)
-        return (image if through is None else image.convert(through)).convert("RGB")
-    values = np.asarray(image).astype(np.float32)
-    top = values.max(initial=0, where=np.isfinite(values))
-    whites = (65535,) if mode == "I" and kind in ("PNG", "PPM") else WHITE[mode]
-    white = next((white for white in whites if top <= 1.1 * white), top)
-    grey = np.rint(np.nan_to_num(values.clip(0, white)) * (255 / white)).astype(np.uint8)
-    return PIL.Image.fromarray(grey).convert("RGB")
 
 
 def pixel_batches(items: Sequence[Any], image_processor: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -613,16 +489,18 @@ def processed(item: Any, image_processor: Any, name: str | None = None) -> dict[
     """
     image = read_image(item, name)
     try:
-        _require_room(image, image_processor)
+        require_room(image, image_processor)
         with torch.device("cpu"):  # whatever torch's default is
             return dict(image_processor(images=[image], return_tensors="pt"))
     except Exception as error:
         name = name or (os.fspath(item) if isinstance(item, (str, os.PathLike)) else "an image")
         called = f"{printable(name)} ({image.width}×{image.height})"
-        raise UnreadableImage(f"{called} is refused by {type(image_processor).__name__}: {error}") from error
+        raise UnreadableImage(
+            f"{called} is refused by {type(image_processor).__name__}: {printable(str(error))}"
+        ) from error
 
 
-def _require_room(image: Any, image_processor: Any) -> None:
+def require_room(image: Any, image_processor: Any) -> None:
     """Refuses an image that a processor makes far larger on its way: a file of a few bytes could take all memory.
 
     Raises:
@@ -645,11 +523,16 @@ def _pixels_between(image: Any, image_processor: Any) -> int:
         return int(number or 0)
 
     longer, shorter = max(image.size), min(image.size)
+    area = stated("size", "do_resize", "height") * stated("size", "do_resize", "width")
     by_shortest = stated("size", "do_resize", "shortest_edge") ** 2 * longer // shorter
     by_longest = stated("size", "do_resize", "longest_edge") ** 2
     found = [min(by_shortest, by_longest) if by_shortest and by_longest else by_shortest or by_longest]
+    if hasattr(image_processor, "temporal_patch_size"):  # Qwen2-VL's and those like it state numbers of pixels there
+        found = [stated("size", "do_resize", "longest_edge")]
+    # Some resize to more, of which they crop this share.
+    share = min(1, max(_numbers(getattr(image_processor, "crop_pct", None)), default=1))
+    found = [round(max(*found, area) / max(share, 1e-6) ** 2)]
     for field, asked, height, width in (
-        ("size", "do_resize", "height", "width"),
         ("size", "do_resize", "max_height", "max_width"),
         ("crop_size", "do_center_crop", "height", "width"),
         ("pad_size", "do_pad", "height", "width"),
@@ -661,7 +544,34 @@ def _pixels_between(image: Any, image_processor: Any) -> int:
     found += [
         int(height) * int(width) for height, width in getattr(image_processor, "image_grid_pinpoints", None) or ()
     ]
+    if type(image_processor).__name__.startswith("Perceiver"):  # which crops first, to a share of the shorter side
+        found.append(shorter**2 * area // max(1, stated("crop_size", "do_center_crop", "height")) ** 2)
+    patch = max(_numbers(getattr(image_processor, "patch_size", None)), default=0)
+    for name, value in vars(image_processor).items():
+        most = int(max(_numbers(value), default=0))
+        if _COUNTS.search(name):
+            found.append(most * (area or int(patch) ** 2))
+        elif _MULTIPLES.search(name):
+            found.append(most * max(most, longer))
+        elif _SIDES.search(name) and name not in ("size", "crop_size", "pad_size"):
+            found.append(most**2)
     return max(found)
+
+
+_SIDES = re.compile("size|resolution")
+_MULTIPLES = re.compile("divisor|multiple")
+_COUNTS = re.compile("patches|tiles|slice|tokens")
+"""Names of an image processor's fields that say how long a side becomes, of what it is made a multiple, and of how many
+patches or tiles an image is made."""
+
+
+def _numbers(value: Any) -> list[float]:
+    """The finite numbers in a field of an image processor, also in lists and tables."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [value] if math.isfinite(value) else []
+    if isinstance(value, Mapping) or hasattr(value, "longest_edge"):  # transformers' own tables of sizes
+        return _numbers([value[name] for name in dict(value)])
+    return [number for one in value for number in _numbers(one)] if isinstance(value, (list, tuple)) else []
 
 
 def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Tensor:
@@ -673,7 +583,7 @@ def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Te
     Raises:
         ValueError: the image is too narrow, or what the processor returns has other values, or is smaller than a patch.
     """
-    _require_room(image, image_processor)
+    require_room(image, image_processor)
     # Raw RGB for any processor, whatever its own rescale factor and statistics are.
     with torch.device("cpu"):  # whatever torch's default is
         made = image_processor(
@@ -705,7 +615,7 @@ def patch_batches(
             except UnreadableImage as error:  # one is no reason to lose a run of hours
                 unreadable.append(str(error))
             except Exception as error:
-                unreadable.append(f"{printable(name)} ({type(error).__name__}: {error})")
+                unreadable.append(f"{printable(name)} ({type(error).__name__}: {printable(str(error))})")
         none = torch.zeros(0, 3 * patch_size**2, dtype=torch.float32, device="cpu")
         return PatchBatch(torch.cat(patches) if patches else none, lengths, unreadable)
 

@@ -22,7 +22,7 @@ from .image_source import (
     spread,
     undecoded,
 )
-from .printable import shown
+from .printable import printable, shown
 
 LABEL_COLUMNS = ("label", "labels")
 """Where labels lie if no column is of classes."""
@@ -245,9 +245,8 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     }.items():
         name = asked[kind]
         if name is not None and name not in features:
-            raise ValueError(
-                f"the data set has no column {shown(name)} for {kind}; its columns are {', '.join(features)}."
-            )
+            known = ", ".join(map(printable, features))
+            raise ValueError(f"the data set has no column {shown(name)} for {kind}; its columns are {known}.")
         if kind in ("label", "group") and name and isinstance(features.get(name), datasets.Image):
             raise ValueError(f"column {shown(name)} holds images; name another for {kind}.")
         if name or found:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
+from .checks import is_int
 from .shared_changes import SharedChange
 
 if TYPE_CHECKING:
@@ -102,9 +103,10 @@ def stated_patch_size(config: Any) -> tuple[int, int] | None:
     for inner in ("vision_config", "encoder"):  # CLIP and its like, and models of an image encoder and a text decoder
         config = getattr(config, inner, None) or config
     size = getattr(config, "patch_size", None)
-    if isinstance(size, (list, tuple)) and len(size) == 2:
-        return (size[0], size[1])
-    return (size, size) if isinstance(size, int) else None
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(is_int(side) and side > 0 for side in sides):
+        return None
+    return (sides[0], sides[1])
 
 
 _LARGEST_OF_UNIT = 2.0

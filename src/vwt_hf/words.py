@@ -11,7 +11,7 @@ import contextlib
 import functools
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ _PRODUCTS = 2**24
 """Inner products held at once (64 MiB), which bounds memory for large vocabularies."""
 _ROWS = 1024
 """Patches whose inner products a CPU makes at once: few enough that they are in its cache when they are looked at."""
+_DISTANCES = 2**24
+"""Distances of an image's patches to others that are held at once (64 MiB)."""
 _SAME = 1e-5
 """Cosines that differ by no more than this count as equal: matrix products round by up to 6·10⁻⁶, and differently for
 other batch shapes, so that a patch could otherwise get another word in another batch."""
@@ -320,12 +322,24 @@ def nearest_kept(
         (batch, patches), int64 in [0, keep).
     """
     with without_autocast(kept.device), torch.no_grad():
-        counts = None if real is None or stays is None else real.unsqueeze(2) & stays.unsqueeze(1)
-        distance = _relative(_distances(patches, kept), counts)
-        distance += _relative(torch.cdist(places, gather_patches(places, kept)), counts)
-        if stays is not None:
-            distance = distance.masked_fill(~stays.unsqueeze(1), torch.inf)
-        nearest = first_of(distance.le_(distance.amin(dim=2, keepdim=True) + _EQUALLY_NEAR))
+        parts = (*patches, places)
+        of_kept = [gather_patches(part, kept) for part in parts]
+        # Many patches are gone through in pieces, twice, as the means come first.
+        step = max(1, _DISTANCES // kept.shape[1])
+        is_cut = places.shape[1] > step
+        pieces = list(zip(*(part.split(step, dim=1) for part in parts), strict=True)) if is_cut else [parts]
+        marks = [None] * len(pieces) if real is None else real.split(step, dim=1) if is_cut else [real]
+        sums = []
+        for piece, mark in zip(pieces, marks, strict=True):
+            found = _distances(piece, of_kept)
+            sums.append(_sums(found, None if mark is None or stays is None else mark.unsqueeze(2) & stays.unsqueeze(1)))
+        look, place, number = (functools.reduce(operator.add, each) for each in zip(*sums, strict=True))
+        means = [(total / number).clamp(min=1e-6) for total in (look, place)]
+        if is_cut:
+            some = [_nearest(_distances(piece, of_kept), means, stays) for piece in pieces]
+            nearest = torch.cat(some, dim=1)
+        else:
+            nearest = _nearest(found, means, stays)
         kept = kept.expand(nearest.shape[0], -1)
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         if stays is not None:
@@ -333,28 +347,42 @@ def nearest_kept(
         return nearest.scatter(1, kept, own)
 
 
-def _distances(patches: Centred, kept: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances of all patches to those kept, (batch, patches, keep); 0 where rounding may have made them.
+def _distances(patches: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Euclidean distances of patches to those kept, (batch, patches, keep), of their pixels, 0 where rounding may have
+    made them, and of their places.
 
     Args:
-        kept: (batch or 1, keep), patches.
+        patches, kept: level, rest and squares, as in `Centred`, and places.
     """
     # Most of what patches differ by is their mean, which needs no product. What is left is short, and rounds by less.
-    level, rest, squares = patches
-    lengths = squares + gather_patches(squares, kept).transpose(1, 2)
-    squared = torch.baddbmm(lengths, rest, gather_patches(rest, kept).transpose(1, 2), alpha=-2)
+    level, rest, squares, places = patches
+    lengths = squares + kept[2].transpose(1, 2)
+    squared = torch.baddbmm(lengths, rest, kept[1].transpose(1, 2), alpha=-2)
     squared.masked_fill_(squared <= lengths.mul_(_NOTHING), 0)
-    levels = level - gather_patches(level, kept).transpose(1, 2)
-    return squared.add_(levels.square_(), alpha=rest.shape[2]).sqrt_()
+    levels = level - kept[0].transpose(1, 2)
+    return squared.add_(levels.square_(), alpha=rest.shape[2]).sqrt_(), torch.cdist(places, kept[3])
 
 
-def _relative(distance: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
-    """Distances (batch, patches, keep), which are overwritten, over the mean of those of their image which count."""
+def _sums(distances: Sequence[torch.Tensor], counts: torch.Tensor | None) -> list[Any]:
+    """Of each image the sum of each kind of distances, (batch or 1, 1, 1), and how many they are.
+
+    Args:
+        counts: (batch, patches, keep), bool: which of them count; `None` if all do.
+    """
     if counts is None:
-        mean = distance.mean(dim=(1, 2), keepdim=True)
-    else:
-        mean = (distance * counts).sum((1, 2), keepdim=True) / counts.sum((1, 2), keepdim=True)
-    return distance.div_(mean.clamp(min=1e-6))
+        return [*(each.sum((1, 2), keepdim=True) for each in distances), distances[0].shape[1] * distances[0].shape[2]]
+    return [each.sum((1, 2), keepdim=True) for each in (*(each * counts for each in distances), counts)]
+
+
+def _nearest(
+    distances: Sequence[torch.Tensor], means: Sequence[torch.Tensor], stays: torch.Tensor | None
+) -> torch.Tensor:
+    """The first kept patch that each patch is nearest to, (batch, patches); distances are overwritten."""
+    look, place = (each.div_(mean) for each, mean in zip(distances, means, strict=True))
+    distance = look.add_(place)
+    if stays is not None:
+        distance = distance.masked_fill(~stays.unsqueeze(1), torch.inf)
+    return first_of(distance.le_(distance.amin(dim=2, keepdim=True) + _EQUALLY_NEAR))
 
 
 def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,218 @@
+"""One image, decoded: in RGB of eight bits and upright, from whatever holds it, or an error that says why not."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from .printable import printable
+
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "MPO", "PPM", "ICO", "QOI", "PCX", "SGI", "TGA",
+)  # fmt: skip
+"""What Pillow decodes by itself; others (EPS, WMF, ...) run programs, or hold no photographs."""
+WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
+"""What may be white in grey images of more than eight bits, by Pillow's mode."""
+
+REMOTE = ("hf", "https")
+"""Where rows of a data set may name an image, beside files."""
+ARCHIVES = ("zip", "gzip", "bz2", "lz4", "xz", "zstd")
+"""What it may lie in there; as data sets that are streamed name it."""
+LARGEST = 2**30
+"""Bytes of an image that are fetched from there at most."""
+MOST_SCANS = 100
+"""Scans of a JPEG, each of which may take as long as the whole image; progressive ones have some ten."""
+MOST_IN_PYTHON = 2**24
+"""Pixels of an image that Pillow decodes in Python, which takes a second and a half for each million."""
+
+_NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
+"""Packages whose errors are those of a connection."""
+_OUT_OF_REACH = (MemoryError, ConnectionError, TimeoutError, FileNotFoundError)
+"""Errors, with a number of the system's or without, of bytes that could not be had or held."""
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its orientation in EXIF."""
+
+
+class UnreadableImage(ValueError):
+    """An image cannot be read; the message names it and says why."""
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether its bytes could not be had or held, as of a drive that is gone: another time they may be."""
+        error = self.__cause__
+        # Decoders' own `OSError`s have no number.
+        by_system = isinstance(error, OSError) and error.errno is not None
+        by_network = type(error).__module__.split(".")[0] in _NETWORK
+        return by_system or by_network or isinstance(error, _OUT_OF_REACH)
+
+
+def read_image(item: Any, name: str | None = None, formats: Sequence[str] = FORMATS) -> Any:
+    """An RGB PIL image, upright, from a PIL image, a path, or a data set's undecoded `{"bytes", "path"}`.
+
+    Transparency is left out, as transformers does. Grey of 16 bits is scaled to 8. Grey of 32 bits is scaled, too: what
+    is white is the least of 255 (1 in floating point), 65535 and 2**31 - 1 that no value exceeds by a tenth.
+
+    Args:
+        name: what an error calls it; by default its path.
+        formats: what it may be, of `FORMATS`.
+
+    Raises:
+        UnreadableImage: it is no image of these formats, is damaged, or so large that it may be an attack.
+    """
+    try:
+        return _upright(item, formats)
+    # Decoders raise nearly anything for a broken file.
+    except Exception as error:
+        where = item.get("path") if isinstance(item, Mapping) else item
+        name = name or (os.fspath(where) if isinstance(where, (str, os.PathLike)) else "an image")
+        # Pillow names where bytes lie in memory.
+        reason = "no image of a known format" if type(error).__name__ == "UnidentifiedImageError" else error
+        raise UnreadableImage(
+            f"{printable(name)} cannot be read ({type(error).__name__}: {printable(str(reason))})"
+        ) from error
+
+
+def _upright(item: Any, formats: Sequence[str]) -> Any:
+    if isinstance(item, PIL.Image.Image):
+        return _in_eight_bits(_turned(item), item.format)
+    PIL.Image.init()
+    known = [kind for kind in formats if kind in PIL.Image.OPEN]  # some Pillows lack some
+    with PIL.Image.open(_file(item), formats=known) as image:
+        _require_little_work(image)
+        return _in_eight_bits(_turned(image), image.format)
+
+
+def _require_little_work(image: Any) -> None:
+    """Refuses a file of a few bytes that takes minutes to decode, before it is.
+
+    Raises:
+        ValueError: it has very many scans, or is large and decoded in Python.
+    """
+    pixels = image.width * image.height
+    if pixels > MOST_IN_PYTHON and any(tile[0] in PIL.Image.DECODERS for tile in image.tile):
+        raise ValueError(
+            f"it has {pixels:,} pixels in a form of {image.format} that Pillow decodes slowly; expected at most "
+            f"{MOST_IN_PYTHON:,}. Save it as PNG"
+        )
+    if image.format in ("JPEG", "MPO"):
+        at = image.fp.tell()
+        image.fp.seek(0)
+        scans = _count_scans(image.fp.read(), MOST_SCANS)
+        image.fp.seek(at)
+        if scans > MOST_SCANS:
+            raise ValueError(f"it has more than {MOST_SCANS} scans; expected some ten. Save it anew")
+
+
+_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
+"""A marker of JPEG that is not one of those within a scan; then two bytes say how long what it begins is."""
+
+
+def _count_scans(jpeg: bytes, most: int) -> int:
+    """How many times a JPEG goes over its image, up to one more than `most`; files after its end do not count."""
+    scans, at = 0, 2
+    while scans <= most and (marker := _MARKER.search(jpeg, at)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        at = marker.end()
+        if marker[1] != b"\x01":  # which stands alone
+            at += int.from_bytes(jpeg[at : at + 2], "big")
+    return scans
+
+
+def _turned(image: Any) -> Any:
+    """`image` upright, by its EXIF where that can be read."""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # nearly anything, where it is damaged; the pixels are not
+        turn = None
+    # Pillow's own `exif_transpose` writes the rest of the EXIF anew, which fails where some of it is odd.
+    return image if turn is None else image.transpose(turn)
+
+
+def _in_eight_bits(image: Any, kind: str | None) -> Any:
+    """`image` in RGB and without EXIF; Pillow itself would make all that is above 255 white.
+
+    Args:
+        kind: the file's format, of which some have whole numbers of 16 bits alone.
+    """
+    mode = image.mode[:4]  # I;16B is I;16 of another byte order
+    if mode not in WHITE:
+        # Palettes that are partly transparent, and colours multiplied by their opacity, have no direct way to RGB.
+        through = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode)
+        image = (image if through is None else image.convert(through)).convert("RGB")
+        image.info = {}  # by which it would be turned once more
+        return image
+    whites = (65535,) if mode == "I" and kind in ("PNG", "PPM") else WHITE[mode]
+    rows = max(1, 2**20 // max(1, image.width))  # at a time, as numbers take four times as much as pixels
+
+    def strips() -> Any:
+        for first in range(0, image.height, rows):
+            strip = image.crop((0, first, image.width, min(first + rows, image.height)))
+            yield first, np.asarray(strip).astype(np.float32)
+
+    top = max((values.max(initial=0, where=np.isfinite(values)) for _, values in strips()), default=0)
+    white = next((white for white in whites if top <= 1.1 * white), top)
+    grey = PIL.Image.new("L", image.size)
+    for first, values in strips():
+        scaled = np.nan_to_num(values.clip(0, white, out=values), copy=False)
+        scaled *= 255 / white
+        grey.paste(PIL.Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8)), (0, first))
+    return grey.convert("RGB")
+
+
+def _file(item: Any) -> Any:
+    """What Pillow opens: a path, or a file in memory."""
+    if item is None:
+        raise ValueError("it holds no image")
+    if not isinstance(item, Mapping):
+        return item
+    if item["bytes"] is not None:
+        return io.BytesIO(item["bytes"])
+    path = os.fspath(item["path"])  # as whoever made the data set wrote it
+    if "://" not in path:
+        return _existing(path)
+    *archives, place = path.split("::")
+    kind, there, local = place.partition("://")
+    if not there:
+        kind, local = "file", place
+    for each, allowed in ((kind, (*REMOTE, "file")), *((link.partition("://")[0], ARCHIVES) for link in archives)):
+        if each not in allowed:
+            raise ValueError(f"a data set names it at {each}://; expected a file, or an address on the Hub or of https")
+    if kind not in REMOTE:
+        _existing(local)
+    import fsspec  # of datasets, whose streams name files on the Hub
+
+    encoded = bytearray()
+    with fsspec.open(path, "rb") as file:  # which gives what has come, where a server does not say how much there is
+        while len(encoded) <= LARGEST and (piece := file.read(LARGEST + 1 - len(encoded))):
+            encoded += piece
+    if len(encoded) > LARGEST:
+        raise ValueError(
+            f"it has more than {LARGEST:,} bytes; expected no more. Make the image smaller, or leave the row out"
+        )
+    return io.BytesIO(encoded)
+
+
+def _existing(path: str) -> str:
+    if not os.path.isfile(path):  # a device or a pipe need not end
+        raise FileNotFoundError(
+            f"a data set names it as {path}, which is no file here. Put it there, or run in the folder that relative "
+            "paths start from"
+        )
+    return path
