@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import functools
 import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -157,6 +158,10 @@ def test_an_unsupported_family_is_refused_by_name():
         ("gradual", r"vwt is 'gradual', which as text would name a vocabulary; give \{'method': 'gradual'\}"),
         ("True", "vwt is 'True', which as text would name a vocabulary; give True"),
         ({"criterion": 3}, "criterion is 3.*variance"),
+        (
+            {"method": "local", "image_std": functools.reduce(lambda inner, _: [inner], range(2000), 1)},
+            "holds lists within 9 lists",
+        ),
     ],
 )
 def test_a_bad_setting_is_refused_by_field_value_and_range(fields, words):

@@ -306,6 +306,10 @@ def test_a_data_sets_images_are_named_by_key_by_path_and_by_row(run, tmp_path, p
     made = run("by-key", images=keyed)
     assert table(made.files).name.tolist() == ["k0", "k1"]
     assert [image["name"] for image in made.unreadable] == ["k2"]
+    numbered = rows.add_column("__key__", [5, 6, 7])  # which is no name
+    assert table(run("by-number", images=numbered).files).name.tolist() == found.name.tolist()
+    itself = rows.rename_column("photo", "__key__")
+    assert table(run("by-itself", images=itself).files).name.tolist() == found.name.tolist()
 
 
 class CutOff(Exception):

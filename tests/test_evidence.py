@@ -62,6 +62,16 @@ def test_a_card_keeps_its_line_ends_and_what_is_no_utf_8(tmp_path):
     assert card.read_bytes() == b"# Caf\xe9\r\n\r\nText\r\n"
 
 
+def test_what_is_taken_out_of_a_card_is_whole_sections_and_the_empty_lines_around_them(tmp_path):
+    card = tmp_path / "README.md"
+    begin, end = "<!-- vwt-hf -->", "<!-- /vwt-hf -->"
+    card.write_text(
+        f"{end} a\n\n{begin}{begin} old {end}\n\n{begin}older{end}\nb{begin}oldest{end}c\n\n{begin} d\n\n\n"
+    )
+    write_section(tmp_path, [])
+    assert card.read_text() == f"{end} a\n\nb\nc\n\n{begin} d\n\n\n"
+
+
 def test_the_card_of_a_pushed_model_tells_the_evidence_of_its_setting_alone(hub, tmp_path):
     def card() -> str:
         return hub.files("me/tiny")["README.md"].decode()

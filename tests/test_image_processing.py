@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import shutil
@@ -367,6 +368,10 @@ def rewritten(folder: Path, **fields) -> Path:
         ({"method": "inter", "vocabulary": "../words", "patch_size": 4}, r"is no Hub id"),
         ({"method": "inter", "saved_as": "../../etc", "patch_size": 4}, r"saved_as is '../../etc'"),
         ({}, r"no model config that says the size of its patches.*'patch_size': 16"),
+        (
+            {"method": "local", "image_std": functools.reduce(lambda inner, _: [inner], range(900), 1)},
+            "holds lists within 9 lists",
+        ),
     ],
 )
 def test_what_a_stranger_s_file_says_is_looked_at(fields, said, folder):

@@ -282,6 +282,20 @@ def test_of_kept_patches_equally_near_the_first_is_joined_however_products_are_r
                 assert torch.equal(nearest_kept(centre(image[None]), own[None], places)[0], expected)
 
 
+@pytest.mark.parametrize("at_once", [1, 100, 1500])
+def test_many_patches_are_gone_through_in_pieces_to_the_same_end(at_once, monkeypatch):
+    patches, places = structured(9, 7, 4), patch_places((9, 7), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    real = torch.rand(len(patches), 63, generator=generator) < 0.8
+    kept = torch.rand(len(patches), 63, generator=generator).argsort()[:, :20].sort().values
+    stays = real.gather(1, kept)
+    for marks in ((None, None), (real, stays)):
+        whole = nearest_kept(centre(patches), kept, places, *marks)
+        with monkeypatch.context() as patched:
+            patched.setattr("vwt_hf.words._DISTANCES", at_once)
+            assert torch.equal(nearest_kept(centre(patches), kept, places, *marks), whole)
+
+
 @pytest.mark.parametrize(("rows", "columns", "side"), [(7, 5, 4), (9, 11, 14), (1, 1, 3), (16, 16, 6)])
 def test_patches_of_a_batch_take_the_words_that_they_take_alone(rows, columns, side):
     """Among them flat words, which all have one direction, and words that are there twice."""

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -219,17 +220,22 @@ def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
         "20,000 pixels": (bomb(20_000, 20_000), "exceeds limit"),
         "7,000 pixels": (bomb(7_000, 7_000), "exceeds limit of 40000000"),
         "no format of photographs": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
+        "decoded in Python": (file(drawn(4, 40, 50), "QOI"), "no image of a known format"),
     }
     for name, (encoded, reason) in unreadable.items():
         for reply in (server.upload(encoded), server.send({"image": base64.b64encode(encoded).decode()})):
             assert reply.status == 400 and reason in reply.body["detail"], (name, reply)
             assert "0x" not in reply.body["detail"], "an address in the server's memory"
     form, js = {"Content-Type": "multipart/form-data; boundary=x"}, {"Content-Type": "application/json"}
+    charset = {"Content-Type": "multipart/form-data; boundary=x; charset=undefined"}
+    odd = b'--x\r\nContent-Disposition: form-data; name="im\xffage"\r\n\r\nx\r\n--x--\r\n'
     text = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\nhttp://127.0.0.1/a.png\r\n--x--\r\n'
     wrong: list[tuple[Reply, int, str]] = [
         (server.upload(whole, field="photo"), 400, "no 'image', only 'photo'"),
         (server.upload(whole, parts=2), 400, "Too many files"),
         (server.ask("POST", "/predict", b"--x--\r\n", form), 400, "no 'image', only nothing"),
+        (server.ask("POST", "/predict", odd, charset), 400, "The form cannot be read"),
+        (server.ask("POST", "/predict", odd.replace(b"\xff", b""), charset), 400, ""),
         (server.ask("POST", "/predict", text, form), 400, "URLs are not fetched"),
         (server.ask("POST", "/predict", whole, form), 400, ""),
         (server.ask("POST", "/predict", whole, {"Content-Type": "image/jpeg"}), 415, "image/jpeg"),
@@ -435,10 +441,25 @@ def test_an_upload_that_would_take_all_memory_once_resized_gets_400_and_the_reas
     monkeypatch.setattr(serve, "upload", upload)
     with concurrent.futures.ThreadPoolExecutor(1) as decoders:
         processor = transformers.CLIPImageProcessorPil()
-        state = SimpleNamespace(image_processor=processor, decoders=decoders, most_values=10**9)
+        state = SimpleNamespace(image_processor=processor, decoders=decoders, most_values=10**9, timeout=SECONDS)
         with pytest.raises(serve.HTTPException, match=r"pixels .*Crop it if it is narrow") as raised:
             asyncio.run(serve.processed(SimpleNamespace(app=SimpleNamespace(state=state))))
     assert raised.value.status_code == 400
+
+
+def test_an_image_that_waits_too_long_for_its_decoding_gets_504(monkeypatch):
+    async def upload(_: Any) -> bytes:
+        return file(drawn(1, 40, 50))
+
+    monkeypatch.setattr(serve, "upload", upload)
+    with concurrent.futures.ThreadPoolExecutor(1) as decoders:
+        is_over = threading.Event()
+        decoders.submit(is_over.wait, SECONDS)  # an image that takes long
+        state = SimpleNamespace(image_processor=None, decoders=decoders, most_values=10**9, timeout=0.05)
+        with pytest.raises(serve.HTTPException, match=r"not decoded within 0\.05 seconds") as raised:
+            asyncio.run(serve.processed(SimpleNamespace(app=SimpleNamespace(state=state))))
+        is_over.set()
+    assert raised.value.status_code == 504
 
 
 def test_a_model_that_does_not_take_images_of_all_proportions_is_not_served(

@@ -28,6 +28,7 @@ from .families import (
     is_of,
     model_of,
     models_around,
+    refuse_masked,
     refuse_to_drop,
     why_every_patch,
 )
@@ -52,7 +53,7 @@ from .model_configs import attend_by_plan, attend_plainly, is_by_plan
 from .patches import Patches
 from .plans import DROPPED, Grouped, Kept
 from .processors import loaded_by
-from .vouch import vouch
+from .vouch import has_foreign_parts, vouch, vouch_rows
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """What tells `from_pretrained` of transformers where to look."""
@@ -130,9 +131,20 @@ def compress_by(
         setting = dataclasses.replace(setting, output="full")  # words that leave patches out are refused
     if needs_all is not None and not setting.restores:
         refuse_to_drop(needs_all)
+    for part in models_around(model, tower):
+        refuse_masked(type(part))
     require_whole_images(tower, family)
-    if family.tried and setting_of(model) is None:
-        vouch(model, tower)
+    if setting_of(model) is None:
+        if any(isinstance(hook, Hook) for part in tower.module.modules() for hook in part._forward_hooks.values()):
+            raise ValueError(
+                f"Layers of the {type(tower.module).__name__} belong to another vision tower, too, which is "
+                "compressed. Call vwt_hf.restore on that model first, or give each tower layers of its own "
+                "(copy.deepcopy)."
+            )
+        if family.tried:
+            vouch(model, tower)
+        elif family.padded is None and not family.masks and has_foreign_parts(tower):
+            vouch_rows(model, tower)
     facts = ModelFacts(
         str((model.name_or_path or "") if source is None else source),
         tower.patch_size,
@@ -158,6 +170,7 @@ def compress_by(
             attention.require_registered(tower.module)
         for module, _ in attentions:
             _require_replaceable(module)
+        _require_each_once(tower)
     _take_out(model)  # nothing is refused from here on: a model keeps the setting that it has
     _hook_in(model, tower, family, setting, by_sizes, joins, relative, attentions)
     model.config.vwt = setting.to_dict()
@@ -200,7 +213,9 @@ def _hook_in(
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     if setting.shortens and not by_sizes:
         tower.module.register_forward_pre_hook(RefuseMask(), with_kwargs=True)
-    reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows)
+    runs_layers = (tower.module, find_stack(tower.module, layers[-1])[0]) if layers else (tower.module,)
+    unknown = any(not type(part).forward.__module__.startswith("transformers.") for part in runs_layers)
+    reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows, unknown)
     if setting.shortens and setting.repaints:
         tower.embeddings.register_forward_pre_hook(Repaint(reduce), with_kwargs=True)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
@@ -228,14 +243,14 @@ def _hook_in(
                 layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
         if setting.restores:
             last = layers[-1]
-            expanding = dict.fromkeys((last, find_stack(tower.module, last), tower.module))
+            expanding = dict.fromkeys((last, find_stack(tower.module, last)[0], tower.module))
             if isinstance(tower.module, BackboneMixin) and len(expanding) == 3:
                 # Its maps are of what the stack gave, expanded, less prefix tokens: they may have the shape of a plan.
                 expanding.popitem()
             for module in expanding:
                 module.register_forward_hook(Expand())
     if follows:
-        tower.module.register_forward_hook(End(), always_call=True)
+        tower.module.register_forward_hook(End(_count_layers(tower.module) if by_sizes else 0), always_call=True)
     for holder in entered:
         holder.register_forward_hook(EndWords(follows), always_call=True)
 
@@ -432,6 +447,17 @@ def _require_replaceable(module: nn.Module) -> None:
         )
 
 
+def _require_each_once(tower: Tower) -> None:
+    """Raises `ValueError` where a tower runs one layer in several places, which hooks of it could not tell apart."""
+    run = find_stack(tower.module, find_layers(tower.module)[-1])[1]
+    for place, layer in enumerate(run):
+        if layer in run[:place]:
+            raise ValueError(
+                f"{type(tower.module).__name__} runs its layer {run.index(layer) + 1} again as layer {place + 1}; "
+                "expected each once. Give it copies (copy.deepcopy) before you compress it."
+            )
+
+
 def require_whole_images(tower: Tower, family: Family) -> None:
     """Raises `ValueError` where the embeddings of a family drop patches of their own."""
     share = getattr(tower.module.config, family.masks, 0) if family.masks else 0
@@ -589,6 +615,9 @@ class Reduce(Hook):
     channels: int
     follows: bool
     """Whether modules that run after the embeddings need the plan, so that it is stored in the `Forward`."""
+    unknown: bool = False
+    """Whether what runs the layers is not transformers' and may read CLS of each image between them, where a packed
+    batch is one sequence."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.setting.shortens:
@@ -610,8 +639,11 @@ class Reduce(Hook):
     def _reduce_and_store(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         forward, tokens = forward_of(module), _tokens_of(output)
         patches = self.patches(output, args, kwargs, forward.real)
+        if forward.plan is not None:
+            forward = forward.begin_again()
         if not is_even(self.setting, self.family):
             packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
+            packs = packs and not self.unknown
             rounds = attention.rounds(tokens.device, tokens.dtype)
             patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)
         plan = self.plan(patches, forward.given and forward.given.take(patches.pixel_values), forward.words)
@@ -805,14 +837,21 @@ class Expand(Hook):
         return _pytree.tree_map(expanded, output)
 
 
+@dataclasses.dataclass(eq=False)
 class End(Hook):
-    """Forward hook of a vision tower: ends its `Forward`, and refuses attention weights, which grouped patches lack."""
+    """Forward hook of a vision tower: ends its `Forward`, and refuses layers that attended by no plan, and attention
+    weights, which grouped patches lack."""
+
+    layers: int
+    """How many of its layers must attend by a plan of groups, if there is one."""
 
     @traced_within
     def __call__(self, tower: nn.Module, args: Any, output: Any) -> None:
         forward = end_forward(tower)
         if forward is None or output is None:  # no output: the forward raised
             return
+        if forward.attended < self.layers and any(map(_needs_attention, forward.plans)):
+            _require_attention(tower, forward.attended)
         squares = [(plan.shape[1],) * 2 for plan in forward.plans]
         if isinstance(tower, BackboneMixin):  # its maps of patches may be as many rows high as a plan has
             output = output[1:] if isinstance(output, tuple) else output.attentions
@@ -822,3 +861,25 @@ class End(Hook):
                     "output_attentions gives the attention between patches, and grouped patches attend as one token. "
                     "Leave it out, or call vwt_hf.restore(model) first."
                 )
+
+
+def _needs_attention(plan: Grouped) -> bool:
+    """Whether attention that knows nothing of the plan would answer otherwise than by it."""
+    return (plan.layout.packed and plan.layout.rows.shape[0] > 1) or plan.key_bias is not None
+
+
+def _count_layers(tower: nn.Module) -> int:
+    """How many layers with weights a tower runs."""
+    return sum(any(True for _ in layer.parameters()) for layer in find_stack(tower, find_layers(tower)[-1])[1])
+
+
+def _require_attention(tower: Any, attended: int) -> None:
+    """Raises `ValueError` where fewer layers attended by the plan of a forward than a tower runs."""
+    layers = _count_layers(tower)  # some may have been taken out since it was compressed
+    if attended < layers:
+        raise ValueError(
+            f"Of the {layers} layers of the {type(tower).__name__} {attended} attended by the tokens of each image: "
+            "attention that was replaced, or a layer of another kind, does not go through transformers' "
+            "AttentionInterface, and would mix the images of a batch. Call vwt_hf.restore(model), or give it attention "
+            "that does."
+        )

@@ -217,13 +217,18 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
             f"{name} (model type {model_type!r}) cannot be compressed{why}; supported families: "
             f"{', '.join(supported())}. Load it without `vwt`."
         )
-    if row is not None and _is_one_of(model_class, row.predicts_masked):
-        raise ValueError(
-            f"{name} predicts patches that are masked in the whole image, a value for every patch: it cannot be "
-            "compressed. Load it without `vwt`."
-        )
+    refuse_masked(model_class)
     if not restores and reads_every_patch(model_class):
         refuse_to_drop(f"{name} reads a value for every patch")
+
+
+def refuse_masked(model_class: type[PreTrainedModel]) -> None:
+    """Raises `ValueError` for a class that predicts masked patches."""
+    if any(_is_one_of(model_class, row.predicts_masked) for row in FAMILIES):
+        raise ValueError(
+            f"{model_class.__name__} predicts patches that are masked in the whole image, a value for every patch: it "
+            "cannot be compressed. Load it without `vwt`."
+        )
 
 
 def refuse_to_drop(reason: str) -> NoReturn:
@@ -365,8 +370,9 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
         above.update((child, module) for child in module.children() if child not in above)
         if is_of(module, family.embeddings):
             embeddings, tower = module, above.get(module)
-            # A wrapper (PEFT's of modules to save, FSDP's) is not transformers'; the tower calls the outermost.
-            while tower is not None and not _is_transformers(tower):
+            # A wrapper (PEFT's of modules to save, FSDP's) is not transformers', and other embeddings may hold these;
+            # the tower, which has a config, calls the outermost.
+            while tower is not None and not (_is_transformers(tower) and hasattr(tower, "config")):
                 embeddings, tower = tower, above.get(tower)
             if tower is not None:
                 found.setdefault(tower, embeddings)
@@ -400,13 +406,14 @@ def find_layers(tower: nn.Module) -> list[nn.Module]:
     return [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def find_stack(tower: nn.Module, layer: nn.Module) -> nn.Module:
-    """The module of a vision tower that runs its layers, of which `layer` is one; it may be the tower itself."""
+def find_stack(tower: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """The module of a vision tower that runs its layers, of which `layer` is one, which may be the tower itself; and
+    what it runs as layers, in order."""
     parents = {child: module for module in tower.modules() for child in module.children()}
     listed = parents[layer]
     while not isinstance(listed, (nn.ModuleList, nn.Sequential)):  # what wraps the layer, as torch.compile does
         listed = parents[listed]
-    return parents[listed]
+    return parents[listed], list(listed._modules.values())  # type: ignore[arg-type]
 
 
 def model_of(model: object) -> PreTrainedModel:

@@ -96,6 +96,8 @@ class Forward:
     """The call of the tower, while it runs; `None` once it has ended."""
     plans: list[Grouped] = dataclasses.field(default_factory=list)
     """The plans of groups that it has run by; each gives tokens another shape (sequences, tokens)."""
+    attended: int = 0
+    """How many times attention has gone by one of them."""
     after: dict[nn.Module, Grouped] = dataclasses.field(default_factory=dict)
     """The plan that holds after a layer that tokens were grouped behind, by the layer."""
     rotations: Any = None
@@ -111,6 +113,19 @@ class Forward:
         self.plan = plan
         if isinstance(plan, Grouped):
             self.plans.append(plan)
+
+    def begin_again(self) -> Forward:
+        """Has what follows run by plans of its own, as the tower embeds images for a second time, and returns that.
+
+        Layers that ran before may be repeated for their gradients, within this one.
+        """
+        again = dataclasses.replace(self, plan=None, plans=[], after={}, attended=0)
+        if _in_thread.graphs.traced is self:
+            _in_thread.graphs.traced = again  # type: ignore[assignment]
+        else:
+            _current.set(again)
+            self.called_by = None  # a frame holds what its call was given
+        return again
 
     def plan_of(self, sequences: int, tokens: int) -> Grouped | None:
         """The plan that gave tokens this shape; `None` if none did.

@@ -44,7 +44,13 @@ class Patches:
             rows: what embeddings made of each image, prefix tokens and patches; `None`: there are no prefix tokens.
         """
         grid = patch_grid(pixel_values, patch_size)
-        return cls(pixel_values, patch_size, 0 if rows is None else rows - grid[0] * grid[1], grid)
+        prefix = 0 if rows is None else rows - grid[0] * grid[1]
+        if prefix < 0:
+            raise ValueError(
+                f"The embeddings of the model made {rows} tokens of an image of {grid[0]}×{grid[1]} patches; expected "
+                "one of each patch. Call vwt_hf.restore(model)."
+            )
+        return cls(pixel_values, patch_size, prefix, grid)
 
     @classmethod
     def of_padded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,35 +43,92 @@ def _vouch(tower: Tower) -> None:
     tower.module.eval()
     try:
         _try(tower)
-    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
-        raise NotVouched(f"cannot be tried on an image ({str(error).splitlines()[0]})") from error
+    except NotVouched:
+        raise
+    except Exception as error:  # whatever a model says of it
+        raise NotVouched(f"cannot be tried on an image ({type(error).__name__}: {str(error)[:200]})") from error
     finally:
         for module in training:
             module.training = True
 
 
-def _try(tower: Tower) -> None:
+def has_foreign_parts(tower: Tower) -> bool:
+    """Whether the embeddings of a tower hold modules that are not transformers' or torch's, or patches that overlap."""
+    return any(
+        not type(part).__module__.startswith(("torch.", "transformers."))
+        or (isinstance(part, nn.Conv2d) and part.kernel_size != part.stride)
+        for part in tower.embeddings.modules()
+    )
+
+
+@torch.no_grad()
+def vouch_rows(model: PreTrainedModel, tower: Tower) -> None:
+    """Tries on noise that each patch is one row, and that rows come after those of prefix tokens.
+
+    Raises:
+        NotVouched: it does not hold. A model that cannot be tried, as its weights are elsewhere, may be another.
+    """
+    if any(parameter.is_meta for parameter in tower.embeddings.parameters()):
+        return
+    training = [module for module in tower.embeddings.modules() if module.training]
+    tower.embeddings.eval()
+    try:
+        _require_rows(tower, _noise(tower), lambda pixel_values: _embedded(tower, pixel_values), most=None)
+    except NotVouched as error:
+        raise not_vouched(model, error) from error
+    except Exception:  # whatever a model says of noise
+        return
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _noise(tower: Tower) -> torch.Tensor:
+    """Two images of noise of the size that a tower is made for."""
     size = tower.module.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    rows, columns = height // tower.patch_size[0], width // tower.patch_size[1]
-    patches, middle = rows * columns, (rows // 2) * columns + columns // 2
     weight = next(parameter for parameter in tower.module.parameters() if parameter.is_floating_point())
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, tower.channels, height, width, generator=generator, device="cpu")
-    pixel_values = noise.to(weight.device, weight.dtype)
+    return noise.to(weight.device, weight.dtype)
 
-    embedded, plain = _run(tower, pixel_values, lambda tokens: tokens)
+
+def _require_rows(
+    tower: Tower,
+    pixel_values: torch.Tensor,
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    most: int | None = MOST_PREFIX,
+) -> int:
+    """How many rows of its embeddings come before the patches.
+
+    Raises:
+        NotVouched: they are more than `most`, or a patch is more or another than one row.
+    """
+    rows, columns = (side // patch for side, patch in zip(pixel_values.shape[2:], tower.patch_size, strict=True))
+    patches, row, column = rows * columns, rows // 2, columns // 2
+    embedded = embed(pixel_values)
     prefix = embedded.shape[1] - patches
-    if not 0 <= prefix <= MOST_PREFIX or plain.shape != embedded.shape:
-        raise NotVouched(f"makes {embedded.shape[1]} rows of {patches} patches and gives {tuple(plain.shape)} out")
+    if prefix < 0 or (most is not None and prefix > most):
+        raise NotVouched(f"makes {embedded.shape[1]} rows of {patches} patches")
     other = pixel_values.clone()
-    top, left = (middle // columns) * tower.patch_size[0], (middle % columns) * tower.patch_size[1]
-    other[..., top : top + tower.patch_size[0], left : left + tower.patch_size[1]] += 1
-    changed, _ = _run(tower, other, lambda tokens: tokens)
-    rows_changed = (changed != embedded).any(dim=2).any(dim=0).nonzero().flatten().tolist()
-    if rows_changed != [prefix + middle]:
-        raise NotVouched(f"changes rows {rows_changed[:5]} with patch {middle}, which should be row {prefix + middle}")
+    height, width = tower.patch_size
+    other[..., row * height : (row + 1) * height, column * width : (column + 1) * width] += 1
+    changed = (embed(other) != embedded).any(dim=2).any(dim=0).nonzero().flatten().tolist()
+    middle = row * columns + column
+    if changed != [prefix + middle]:
+        raise NotVouched(f"changes rows {changed[:5]} with patch {middle}, which should be row {prefix + middle}")
+    return prefix
+
+
+def _try(tower: Tower) -> None:
+    pixel_values = _noise(tower)
+    prefix = _require_rows(tower, pixel_values, lambda images: _run(tower, images, lambda tokens: tokens)[0])
+    embedded, plain = _run(tower, pixel_values, lambda tokens: tokens)
+    patches = embedded.shape[1] - prefix
+    if plain.shape != embedded.shape:
+        raise NotVouched(f"makes {embedded.shape[1]} rows of {patches} patches and gives {tuple(plain.shape)} out")
     # On the CPU, from where it indexes tensors of every device: a tower may lie on several.
+    generator = torch.Generator().manual_seed(0)
     shuffled = torch.randperm(patches, generator=generator, device="cpu")
     order = torch.cat((torch.arange(prefix, device="cpu"), prefix + shuffled))
     _, moved = _run(tower, pixel_values, lambda tokens: tokens[:, order])
@@ -81,6 +139,24 @@ def _try(tower: Tower) -> None:
     _, short = _run(tower, pixel_values, lambda tokens: tokens[:, :kept])
     if short.shape[1] != kept:
         raise NotVouched(f"gives {short.shape[1]} hidden states of {kept} tokens")
+
+
+class _Embedded(Exception):
+    """Ends a forward where its embeddings have run; holds what they gave."""
+
+
+def _embedded(tower: Tower, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The output of the embeddings, or the first of it, of a forward that ends there."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Embedded(output[0] if isinstance(output, tuple) else output)
+
+    with tower.embeddings.register_forward_hook(hook, prepend=True):
+        try:
+            tower.module(pixel_values)
+        except _Embedded as done:
+            return done.args[0]
+    raise RuntimeError("The embeddings of the tower did not run.")
 
 
 def _run(tower: Tower, pixel_values: torch.Tensor, change: Any) -> tuple[torch.Tensor, torch.Tensor]:
