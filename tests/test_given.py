@@ -374,6 +374,24 @@ def test_accelerate_unwraps_the_forward_of_mixed_precision(accelerator, images):
     assert torch.equal(answers(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False), images), found)
 
 
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_the_signature_keeps_the_words_in_mixed_precision_and_after(name, accelerator, images):
+    """`Trainer` drops the columns that it does not name."""
+    plain = inspect.signature(tiny_model(name).forward)
+    model = compress(tiny_model(name), SETTINGS["inter"])
+    signature = inspect.signature(model.forward)
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    assert inspect.signature(prepared.forward) == signature and "patch_words" in signature.parameters
+    model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    expected = answers(model, images)
+    assert torch.equal(answers(pickle.loads(pickle.dumps(model)), images), expected)
+    for again in (model, copy.deepcopy(model)):
+        assert inspect.signature(again.forward) == signature
+        assert torch.equal(answers(again, images), expected)
+    assert inspect.signature(compress(model, SETTINGS["merge"]).forward) == signature
+    assert inspect.signature(restore(model).forward) == plain and "forward" not in vars(model)
+
+
 @pytest.mark.parametrize("change", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_goes_by_words_by_itself(change, images, plans):
     model = compress(tiny_model("clip"), SETTINGS["inter"])

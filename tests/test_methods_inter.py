@@ -264,7 +264,11 @@ def test_stochastic_depth_draws_for_each_image(images, vocabulary):
     find_layers(model)[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     model(images)
     model.eval()(images)
-    assert rows == [5, 1]
+    find_layers(model)[1].train()  # as where the last layers alone are trained
+    model(images)
+    assert rows == [5, 1, 5]
+    model.eval()(images)
+    assert rows[3:] == [1]
     compress(model.train(), inter(vocabulary, layout="packed"))
     model.config.drop_path_rate = 0.0  # by which the layers were not made
     with pytest.raises(ValueError, match=r"drop_path_rate.*layout='auto'"):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from settings import SETTINGS, fixed, gradual, inter, local
 from test_families import assert_near, sample_images
 from tiny import MODELS, answers, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
-from vwt_hf import VWTConfig, compress, count_tokens
+from vwt_hf import VWTConfig, compress, count_tokens, restore
 from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.forward import current_forward
 from vwt_hf.layout import _rounded
@@ -230,6 +230,21 @@ def test_checkpointed_layers_give_the_same_gradients(name, setting, reentrant, i
     assert expected.keys() == found.keys() and len(found) > 10
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov3", "beit", "blip-vision"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_setting_that_was_taken_out_before_the_gradient_is_an_error(name, reentrant, images):
+    """Layers that are repeated would attend across images."""
+    model = compress(tiny_model(name), gradual()).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for change in (restore, lambda model: compress(model, SETTINGS["discard"])):
+        compress(model, gradual())
+        answer = model(**inputs(model, images.clone().requires_grad_(reentrant)))[0].square().sum()
+        change(model)
+        with pytest.raises(RuntimeError, match=r"was taken out or changed between forward and backward"):
+            answer.backward()
+        model.zero_grad()
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -227,6 +227,10 @@ def test_embeddings_of_a_user_give_a_row_of_each_patch_behind_prefix_tokens_or_a
     dense.embeddings.position_embeddings = nn.Parameter(torch.zeros(1, 1 + 15 * 15, 32))
     with pytest.raises(ValueError, match="changes rows"):
         compress(dense, SETTINGS["discard"])
+    prompted = tiny_model("vit")
+    prompted.embeddings.register_forward_hook(lambda module, args, output: torch.cat((output, output[:, :3]), 1))
+    with pytest.raises(ValueError, match="changes rows"):
+        compress(prompted, SETTINGS["discard"])
     model = compress(tiny_model("vit"), SETTINGS["discard"])
     model.embeddings.register_forward_hook(lambda module, args, output: output[:, ::2], prepend=True)
     with pytest.raises(ValueError, match="made 33 tokens of an image of 8×8 patches; expected one of each"):

@@ -27,7 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .forward import Forward, current_forward, forward_of, forward_within, run_within, traced_within
-from .model_configs import BY_PLAN
+from .model_configs import BY_PLAN, is_by_plan
 from .on_gpu import kernels_for
 from .plans import Grouped
 
@@ -158,7 +158,17 @@ def give_back_checkpoint(module: nn.Module) -> None:
 
 def _checkpoint(checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`checkpoint(layer, ...)`; the backward pass, which repeats `layer`, may run in another thread."""
-    return checkpoint(functools.partial(run_within, current_forward(), layer), *args, **kwargs)
+    return checkpoint(functools.partial(_run_again, current_forward(), layer), *args, **kwargs)
+
+
+def _run_again(forward: Forward | None, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs a layer within the forward that it belongs to, at first and for its gradient."""
+    if forward is not None and forward.plans and not is_by_plan(forward.tower.config):
+        raise RuntimeError(
+            f"The setting of the {type(forward.tower).__name__} was taken out or changed between forward and backward, "
+            "which repeats its layers (gradient checkpointing). Call backward first, or use a copy of the model."
+        )
+    return run_within(forward, layer, *args, **kwargs)
 
 
 def packs(forward: Forward, knows_interface: bool, device: torch.device, dtype: torch.dtype) -> bool:

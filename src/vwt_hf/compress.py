@@ -8,6 +8,7 @@ import functools
 import inspect
 import types
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ from .model_configs import attend_by_plan, attend_plainly, is_by_plan
 from .patches import Patches
 from .plans import DROPPED, Grouped, Kept
 from .processors import loaded_by
-from .vouch import has_foreign_parts, vouch, vouch_rows
+from .vouch import may_change_rows, vouch, vouch_rows
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """What tells `from_pretrained` of transformers where to look."""
@@ -66,7 +67,8 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
     """Makes `model` group or drop patches before its first layer or also later, in place, without changing a weight.
 
     A model that is compressed already gets the new setting instead of the old one. `model.config.vwt` holds the setting
-    (a JSON-ready dict) until `restore`, and `save_pretrained` writes it.
+    (a JSON-ready dict) until `restore`, and `save_pretrained` writes it. No other thread may run the model meanwhile,
+    and gradients of its last forward should have been taken.
 
     Args:
         model: a transformers model of a supported family (`vwt_hf.supported()`).
@@ -143,7 +145,7 @@ def compress_by(
             )
         if family.tried:
             vouch(model, tower)
-        elif family.padded is None and not family.masks and has_foreign_parts(tower):
+        elif family.padded is None and not family.masks and may_change_rows(tower):
             vouch_rows(model, tower)
     facts = ModelFacts(
         str((model.name_or_path or "") if source is None else source),
@@ -299,9 +301,23 @@ def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
     )
     parameters = sorted((*signature.parameters.values(), words), key=lambda parameter: parameter.kind)
     stand_in.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    # What accelerate makes a method of, where it wraps and unwraps a forward for mixed precision.
-    stand_in.__func__ = forward  # type: ignore[attr-defined]
+    function_parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *parameters]
+    stand_in.__func__ = ClassForward(signature.replace(parameters=function_parameters))  # type: ignore[attr-defined]
     return stand_in
+
+
+class ClassForward:
+    """The forward of a model's class, with `patch_words` in its signature; `restore` finds it by its type.
+
+    accelerate makes a method of it where it wraps and unwraps a forward for mixed precision.
+    """
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.__signature__ = signature
+        self.__name__ = "forward"  # by which `pickle` finds what a method is of
+
+    def __call__(self, model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
+        return type(model).forward(model, *args, **kwargs)
 
 
 def _forward_by_words(model: PreTrainedModel, /, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
@@ -341,7 +357,7 @@ def _call_by_words(model: PreTrainedModel, name: str, /, *args: Any, patch_words
 def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Takes the tokenizer out of `model`, in place: the exact plain model is back, and `model.config.vwt` is `None`.
 
-    A model that is not compressed stays as it is.
+    A model that is not compressed stays as it is. For threads and gradients see `compress`.
 
     Raises:
         TypeError: `model` is no transformers model.
@@ -360,7 +376,7 @@ _KEPT_BY_ACCELERATE = ("_old_forward", "_original_forward")
 def _take_out(model: PreTrainedModel) -> None:
     """As `restore`, of a model that shares its config with no other."""
     for module in model.modules():
-        for name in [name for name, value in vars(module).items() if isinstance(value, StandIn)]:
+        for name in [name for name, value in vars(module).items() if _is_ours(value)]:
             if name in _KEPT_BY_ACCELERATE:
                 module.__dict__[name] = types.MethodType(type(module).forward, module)
             else:
@@ -377,6 +393,13 @@ def _take_out(model: PreTrainedModel) -> None:
     for config in configs_of(model):
         config.vwt = None
         attend_plainly(config)
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether an attribute of a module is a forward or method of ours, or what accelerate left of one."""
+    return isinstance(value, StandIn) or (
+        isinstance(value, types.MethodType) and isinstance(value.__func__, ClassForward)
+    )
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -434,7 +457,10 @@ def _slot(module: nn.Module) -> str:
 def _own_forward(module: nn.Module) -> Any:
     """The forward that `module` has in place of its class's; accelerate leaves that in it when hooks are removed."""
     present = module.__dict__.get("forward")
-    return None if getattr(present, "__func__", None) is type(module).forward else present
+    function = getattr(present, "__func__", None)
+    if function is type(module).forward or (isinstance(function, ClassForward) and not isinstance(present, StandIn)):
+        return None
+    return present
 
 
 def _require_replaceable(module: nn.Module) -> None:
@@ -548,6 +574,8 @@ class Begin(Hook):
     even: bool = False
     """What `is_even` says."""
     _members: weakref.WeakSet[nn.Module] | None = None
+    _drops: Sequence[nn.Module] = ()
+    """Those of them that leave layers out at random."""
 
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_for_one_graph(tower):
@@ -582,9 +610,10 @@ class Begin(Hook):
         members = self._members
         if members is None or tower not in members:  # as in a copy for another thread, which has these hooks, too
             members = self._members = weakref.WeakSet(tower.modules())
+            self._drops = [part for part in tower.modules() if type(part).__name__.endswith("DropPath")]
         if self.relative:  # layers would add it to the bias, which they read of one image
             kwargs = attention.without_mask(kwargs)
-        forward = begin_forward(tower, members, self.relative)
+        forward = begin_forward(tower, members, self._drops, self.relative)
         if not self.strips_mask:
             return args, kwargs
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -593,7 +622,7 @@ class Begin(Hook):
         return args[len(names) :], kwargs | {"pixel_attention_mask": None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_members": None}
+        return self.__dict__ | {"_members": None, "_drops": ()}
 
 
 class RefuseMask(Hook):

@@ -52,10 +52,12 @@ def _vouch(tower: Tower) -> None:
             module.training = True
 
 
-def has_foreign_parts(tower: Tower) -> bool:
-    """Whether the embeddings of a tower hold modules that are not transformers' or torch's, or patches that overlap."""
+def may_change_rows(tower: Tower) -> bool:
+    """Whether the embeddings of a tower hold modules that are not transformers' or torch's, hooks, or patches that
+    overlap."""
     return any(
         not type(part).__module__.startswith(("torch.", "transformers."))
+        or part._forward_hooks
         or (isinstance(part, nn.Conv2d) and part.kernel_size != part.stride)
         for part in tower.embeddings.modules()
     )
@@ -151,7 +153,7 @@ def _embedded(tower: Tower, pixel_values: torch.Tensor) -> torch.Tensor:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         raise _Embedded(output[0] if isinstance(output, tuple) else output)
 
-    with tower.embeddings.register_forward_hook(hook, prepend=True):
+    with tower.embeddings.register_forward_hook(hook):
         try:
             tower.module(pixel_values)
         except _Embedded as done:
