@@ -35,6 +35,7 @@ from typing import Annotated, Any, NamedTuple
 
 import litserve
 import numpy as np
+import psutil
 import torch
 from fastapi import Depends, HTTPException, Request, Response
 from litserve.loops.simple_loops import BatchedLoop
@@ -71,8 +72,9 @@ SERVED = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "MPO")
 MOST_PIXELS = 40_000_000
 """Of an image, by default, as it comes and as it is resized before it is cropped: each takes some ten bytes, in as many
 threads as there are cores."""
-RETURNED = 10
-"""Batches after which a worker gives back the memory that it does not use."""
+SLACK = 128 * 2**20
+"""Bytes that a worker holds beyond what it needs before it gives them back, which takes a tenth of a batch's time:
+batches of ever other sizes leave gaps in what the C library holds."""
 MOST_REQUESTS = 128
 """Requests to /predict at once, by default: the body of each is held, of `LARGEST` bytes at most."""
 WAITED = 30.0
@@ -381,11 +383,15 @@ class Answers(litserve.LitAPI):
         super().__init__(loop=Batches(), **batching)
         self.served = model
 
-        self.batches = 0
-
     def setup(self, device: str) -> None:
         torch.set_num_threads(self.served.threads)
         self.model = self.served.load(torch.device(device))
+        self.process = psutil.Process()
+        self.return_memory()
+
+    def return_memory(self) -> None:
+        return_memory()
+        self.needed = self.process.memory_info().rss
 
     def decode_request(self, request: Annotated[dict[str, np.ndarray], Depends(processed)]) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(array) for name, array in request.items()}
@@ -399,9 +405,8 @@ class Answers(litserve.LitAPI):
         for places in sizes.values():
             batch = {name: torch.cat([images[place][name] for place in places]) for name in images[0]}
             answers |= zip(places, run(self.model, batch), strict=True)
-        self.batches += 1
-        if self.batches % RETURNED == 0:
-            return_memory()
+        if self.process.memory_info().rss > self.needed + SLACK:
+            self.return_memory()
         return [answers[place] for place in range(len(images))]
 
     def encode_response(self, output: torch.Tensor) -> Any:

@@ -381,6 +381,14 @@ def test_what_a_stranger_s_file_says_is_looked_at(fields, said, folder):
     assert AutoImageProcessor.from_pretrained(folder, vwt=False).vwt is None
 
 
+@pytest.mark.parametrize("size", [0, -4, [4, 0], [4]])
+def test_a_patch_size_in_a_config_that_can_be_none_is_not_taken(size, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"patch_size": size}))
+    with pytest.raises(ValueError, match="no model config that says the size of its patches"):
+        AutoImageProcessor.from_pretrained(folder, vwt=True)
+
+
 def test_words_that_are_damaged_or_missing_are_refused(folder, tmp_path):
     AutoImageProcessor.from_pretrained(folder, vwt=inter()).save_pretrained(tmp_path / "alone")
     (words,) = (path for path in (tmp_path / "alone").iterdir() if path.is_dir())

@@ -346,11 +346,23 @@ def served(folder: Path, vwt: Any) -> serve.Answers:
 
 
 def test_a_worker_gives_back_memory_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    api, times = served(checkpoint(tmp_path / "model", "dinov2"), SETTING), []
-    monkeypatch.setattr(serve, "return_memory", lambda: times.append(api.batches))
-    for _ in range(2 * serve.RETURNED + 1):
+    api, held, returned = served(checkpoint(tmp_path / "model", "dinov2"), SETTING), 2**30, []
+
+    def give_back() -> None:
+        nonlocal held
+        returned.append(held)
+        held = 2**30 + 2**20 * len(returned)  # a little more is needed each time
+
+    monkeypatch.setattr(serve, "return_memory", give_back)
+    monkeypatch.setattr(api.process, "memory_info", lambda: SimpleNamespace(rss=held))
+    api.return_memory()
+    for _ in range(9):
+        held += serve.SLACK // 3
         api.predict([{"pixel_values": torch.randn(1, 3, 32, 32)}])
-    assert times == [serve.RETURNED, 2 * serve.RETURNED]
+    first, *later = returned
+    assert first == 2**30 and len(later) == 2
+    for number, had in enumerate(later):
+        assert 0 < had - (2**30 + 2**20 * (number + 1)) - serve.SLACK <= serve.SLACK // 3
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.02, 5.0])
