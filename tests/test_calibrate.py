@@ -17,7 +17,7 @@ from PIL import Image
 from settings import FAST
 from tiny import answers, sample_pixel_values, tiny_model, traces
 from vwt_hf import VWTConfig, calibrate, compress
-from vwt_hf.calibrate import LEVELS, Calibration, Level, pixels_of
+from vwt_hf.calibrate import LEVELS, Calibration, Choice, Level, pixels_of
 from vwt_hf.cli import main
 from vwt_hf.compress import setting_of
 from vwt_hf.evaluation import (
@@ -83,8 +83,12 @@ def checkpoint(tmp_path: Path, classifier, processor) -> Path:
     return tmp_path / "model"
 
 
-def level_setting(level: tuple[float, float]) -> VWTConfig:
-    return VWTConfig(method="gradual", tolerance=level[0], similarity=level[1], image_std=(0.5,) * 3)
+def level_setting(level: Choice) -> VWTConfig:
+    return VWTConfig(**level._asdict(), image_std=(0.5,) * 3)
+
+
+def choice_of(setting: VWTConfig) -> Choice:
+    return Choice(setting.method, setting.tolerance, setting.similarity)
 
 
 def every_level(model, images, processor) -> list[tuple[float, float, float, torch.Tensor]]:
@@ -117,7 +121,7 @@ def test_the_fastest_level_that_agrees_enough_is_found_and_the_evidence_is_what_
     search = Calibration(classifier, images, **options(processor))
     for target in {agreements[0], min(agreements[0], agreements[-1]), min(agreements)}:
         setting = search.find(agreement=target)
-        index = LEVELS.index((setting.tolerance, setting.similarity))
+        index = LEVELS.index(choice_of(setting))
         assert agreements[index] >= target and not any(value >= target for value in agreements[index + 1 : index + 2])
         assert setting.evidence["value"] == pytest.approx(agreements[index], abs=1e-6)
         assert setting.evidence["interval"] == pytest.approx(share_interval(agreements[index], COUNT), abs=1e-6)
@@ -142,15 +146,19 @@ def on_a_line(classifier, images, processor, monkeypatch) -> Calibration:
 )
 def test_a_few_levels_are_tried_to_find_the_right_one(on_a_line, place, target, first, step):
     setting = on_a_line.find(**{target: first + place * step})
-    assert (setting.tolerance, setting.similarity) == LEVELS[place] and len(on_a_line.tried) <= 4
+    assert choice_of(setting) == LEVELS[place] and len(on_a_line.tried) <= 4
 
 
 @pytest.mark.parametrize(
     ("target", "asked", "reason"),
     [
-        ("agreement", 0.98, "and the lightest setting (tolerance 0.006, similarity 0.84) reaches agreement 0.9700"),
-        ("speed", 3, "and the heaviest setting (tolerance 0.052, similarity 0.38) is 2.00 times as fast"),
-        ("tokens", 5, "and the heaviest setting (tolerance 0.052, similarity 0.38) leaves 51.0 of 65 tokens"),
+        (
+            "agreement",
+            0.98,
+            "and the lightest setting (gradual, tolerance 0.006, similarity 0.84) reaches agreement 0.97",
+        ),
+        ("speed", 3, "and the heaviest setting (coarse, tolerance 0.1, similarity 0.5) is 2.20 times as fast"),
+        ("tokens", 5, "and the heaviest setting (coarse, tolerance 0.1, similarity 0.5) leaves 49.0 of 65 tokens"),
     ],
 )
 def test_a_target_that_no_level_reaches_is_refused_with_the_nearest_that_one_does(on_a_line, target, asked, reason):
@@ -177,7 +185,7 @@ def test_a_speed_and_a_number_of_tokens_are_reached_by_the_lightest_level_that_d
     for index in (2, 5, 9):
         _, tokens, speed, _ = known[index]
         for setting in (search.find(tokens=tokens), search.find(speed=speed - 1e-9)):
-            assert (setting.tolerance, setting.similarity) == LEVELS[index]
+            assert choice_of(setting) == LEVELS[index]
             assert setting.evidence["tokens"] == round(tokens, 1) and setting.evidence["of_tokens"] == 65
             assert setting.evidence["speed"] == round(speed, 3) and setting.evidence["by"] == "flops"
     assert setting.evidence["target"].startswith("speed=")
@@ -449,8 +457,8 @@ def test_the_command_prints_the_front_and_saves_the_model_by_the_setting(checkpo
     printed = capsys.readouterr()
     (chosen,) = (line.split() for line in printed.out.splitlines() if line.startswith("→"))
     written = json.loads(files["json"].read_text())
-    assert [float(cell) for cell in chosen[1:3]] == [written["vwt"]["tolerance"], written["vwt"]["similarity"]]
-    assert float(chosen[3]) <= 55 and chosen[4:6] == ["of", "65"]
+    assert [float(cell) for cell in chosen[2:4]] == [written["vwt"]["tolerance"], written["vwt"]["similarity"]]
+    assert float(chosen[4]) <= 55 and chosen[5:7] == ["of", "65"]
     rows = [line for line in printed.out.splitlines() if " to " in line]
     assert len(rows) == len(written["tried"]) and "60 images" in printed.out
     with Image.open(files["png"]) as picture:

@@ -13,7 +13,7 @@ import os
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -51,24 +51,35 @@ from .processors import processor_of, processor_statistics
 from .terminal import require_writable, write_file
 from .weights import device_of, fingerprint_of
 
+
+class Choice(NamedTuple):
+    """What a setting is chosen by."""
+
+    method: str
+    tolerance: float
+    similarity: float
+
+
 LEVELS = (
-    (0.006, 0.84),
-    (0.01, 0.78),
-    (0.0136, 0.73),
-    (0.0165, 0.69),
-    (0.019, 0.65),
-    (0.022, 0.61),
-    (0.025, 0.57),
-    (0.03, 0.53),
-    (0.038, 0.47),
-    (0.052, 0.38),
+    Choice("gradual", 0.006, 0.84),
+    Choice("gradual", 0.01, 0.78),
+    Choice("gradual", 0.0136, 0.73),
+    Choice("gradual", 0.0165, 0.69),
+    Choice("gradual", 0.019, 0.65),
+    Choice("gradual", 0.022, 0.61),
+    Choice("gradual", 0.025, 0.57),
+    Choice("gradual", 0.03, 0.53),
+    Choice("gradual", 0.038, 0.47),
+    Choice("gradual", 0.052, 0.38),
+    Choice("coarse", 0.08, 0.61),
+    Choice("coarse", 0.1, 0.5),
 )
-"""Tolerance and similarity of `method="gradual"`, from light to heavy: more tokens go at each."""
+"""From light to heavy: more tokens go at each."""
 FEWEST = 50
 """Images: with fewer, the 95 % interval would reach below 0.93 even if all answers agreed."""
 MOST = 500
 BY = ("time", "flops")
-FORMAT = 3
+FORMAT = 4
 """Of the files that a search goes on from."""
 
 
@@ -76,6 +87,7 @@ FORMAT = 3
 class Level:
     """What a setting costs and gains on the images that it was tried on."""
 
+    method: str
     tolerance: float
     similarity: float
     value: float
@@ -88,6 +100,16 @@ class Level:
     """The same of the plain model."""
     speed: float
     """Time, or operations, of the plain model over those of the compressed one."""
+
+    @property
+    def choice(self) -> Choice:
+        """What the setting was chosen by."""
+        return Choice(self.method, self.tolerance, self.similarity)
+
+    @property
+    def label(self) -> str:
+        """The setting as people read it."""
+        return f"{self.method}, tolerance {self.tolerance:g}, similarity {self.similarity:g}"
 
 
 def calibrate(
@@ -108,8 +130,8 @@ def calibrate(
     """Finds how far a model's sequences may be shortened on a user's own images, by comparing it with itself.
 
     No labels are needed, and the model stays as it is: `vwt_hf.compress(model, setting)` compresses it. Exactly one of
-    `agreement`, `speed` and `tokens` says what is asked for. It is sought among ten settings of `method="gradual"`
-    (`LEVELS`), from light to heavy.
+    `agreement`, `speed` and `tokens` says what is asked for. It is sought among twelve settings (`LEVELS`), from light
+    to heavy: of `method="gradual"`, and where few tokens are to be left of `method="coarse"`.
 
     Args:
         model: a transformers model of a supported family, plain or compressed, on the device and in the data type that
@@ -213,10 +235,10 @@ class Calibration:
         self._names = [[name for name, _ in part] for part in parts]
         self._batches = [one_batch([pixels for _, pixels in part], processor) for part in parts]
         self._of = self._fingerprint()
-        self._tried: dict[tuple[float, float], Level] = {}
+        self._tried: dict[Choice, Level] = {}
         if self._file is not None and self._file.exists():
             levels = _read(self._file, self._of)
-            self._tried = {(level.tolerance, level.similarity): level for level in levels}
+            self._tried = {level.choice: level for level in levels}
 
     @property
     def tried(self) -> list[Level]:
@@ -246,11 +268,10 @@ class Calibration:
         level = self._tried[LEVELS[index]]
         return dataclasses.replace(self._setting(LEVELS[index]), evidence=self._evidence(level, f"{target}={wanted:g}"))
 
-    def _setting(self, level: tuple[float, float]) -> VWTConfig:
-        tolerance, similarity = level
-        return VWTConfig(method="gradual", tolerance=tolerance, similarity=similarity, image_std=self._image_std)
+    def _setting(self, level: Choice) -> VWTConfig:
+        return VWTConfig(**level._asdict(), image_std=self._image_std)
 
-    def _level(self, level: tuple[float, float], bar: Any) -> Level:
+    def _level(self, level: Choice, bar: Any) -> Level:
         """What a setting costs and gains, measured unless it is known."""
         if level not in self._tried:
             self._tried[level] = self._measure(level, bar)
@@ -260,9 +281,9 @@ class Calibration:
         return self._tried[level]
 
     @torch.inference_mode()
-    def _measure(self, level: tuple[float, float], bar: Any) -> Level:
+    def _measure(self, level: Choice, bar: Any) -> Level:
         pair = (self._plain, compress(copy_sharing_weights(self._plain), self._setting(level)))
-        bar.set_postfix_str(f"tolerance {level[0]:g}, similarity {level[1]:g}")
+        bar.set_postfix_str(f"{level.method}, tolerance {level.tolerance:g}, similarity {level.similarity:g}")
         turns = []
         # Where kernels are made ready for each shape when it first comes, batches are shown before they are timed.
         shows = 2 if self._by == "time" and rounds(device_of(self._plain), self._plain.dtype) else 1
@@ -331,9 +352,8 @@ class Calibration:
             ),
         }[target]
         return (
-            f"{target} is {wanted:g}, and the {'lightest' if target == 'agreement' else 'heaviest'} setting (tolerance "
-            f"{nearest.tolerance:g}, similarity {nearest.similarity:g}) {reached} on {self.images} images. Ask for "
-            f"{ask}, or leave the model plain."
+            f"{target} is {wanted:g}, and the {'lightest' if target == 'agreement' else 'heaviest'} setting "
+            f"({nearest.label}) {reached} on {self.images} images. Ask for {ask}, or leave the model plain."
         )
 
     def _fingerprint(self) -> dict[str, Any]:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 HELP = "find how far a model may be shortened on your own images, without labels"
 DESCRIPTION = """\
 Compares a model with itself, plain and shortened, on 50 images and more like those that it is for, and finds which of
-ten settings of method gradual keeps what you ask for: so large a share of its answers at the greatest speed
-(--agreement), or so great a speed (--speed) or so few tokens (--tokens) with the most agreement. No labels are needed.
+twelve settings (methods gradual and coarse) keeps what you ask for: so large a share of its answers at the greatest
+speed (--agreement), or so great a speed (--speed) or so few tokens (--tokens) with the most agreement. No labels are
+needed.
 
 Prints for each setting that was tried
   tokens      of an image, mean over images and layers
@@ -115,13 +116,15 @@ def work(args: argparse.Namespace) -> None:
 
 def table(levels: list[Level], measure: str, setting: Any) -> list[tuple[str, ...]]:
     """Rows of a table, the chosen setting marked by an arrow."""
-    rows: list[tuple[str, ...]] = [("", "tolerance", "similarity", "tokens", "speed", measure, "95 % interval")]
+    names = ("", "method", "tolerance", "similarity", "tokens", "speed", measure, "95 % interval")
+    rows: list[tuple[str, ...]] = [names]
     for level in levels:
-        is_chosen = (level.tolerance, level.similarity) == (setting.tolerance, setting.similarity)
+        is_chosen = level.choice == (setting.method, setting.tolerance, setting.similarity)
         low, high = level.interval
         rows.append(
             (
                 "→" if is_chosen else "",
+                level.method,
                 f"{level.tolerance:g}",
                 f"{level.similarity:g}",
                 f"{level.tokens:.1f} of {level.of_tokens:g}",
