@@ -167,6 +167,29 @@ class Deep(transformers.ViTModel):
         return found
 
 
+class Named(transformers.ViTModel):
+    """Whose layers have names of their own."""
+
+    def __init__(self, config: transformers.ViTConfig) -> None:
+        super().__init__(config)
+        self.first, self.second = self.layers
+        del self.layers
+
+    def forward(self, pixel_values: torch.Tensor, **_) -> torch.Tensor:
+        return self.layernorm(self.second(self.first(self.embeddings(pixel_values))))
+
+
+@pytest.mark.parametrize("setting", [SETTINGS["discard"], *GROUPS.values()], ids=["discard", *GROUPS])
+def test_layers_may_have_names_of_their_own(setting):
+    one, other = tiny_model("vit"), Named(tiny_model("vit").config).eval()
+    weights = {
+        name.replace("layers.0", "first").replace("layers.1", "second"): v for name, v in one.state_dict().items()
+    }
+    other.load_state_dict(weights)
+    expected = states(compress(one, setting), images())
+    torch.testing.assert_close(states(compress(other, setting), images()), expected, atol=1e-5, rtol=1e-5)
+
+
 @groups
 def test_a_forward_of_a_user_sees_each_image_in_a_row_of_its_own_between_layers(setting):
     require_as_alone(compress(like(tiny_model("vit"), Deep), setting))

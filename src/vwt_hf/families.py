@@ -410,9 +410,11 @@ def find_stack(tower: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[nn.M
     """The module of a vision tower that runs its layers, of which `layer` is one, which may be the tower itself; and
     what it runs as layers, in order."""
     parents = {child: module for module in tower.modules() for child in module.children()}
-    listed = parents[layer]
-    while not isinstance(listed, (nn.ModuleList, nn.Sequential)):  # what wraps the layer, as torch.compile does
-        listed = parents[listed]
+    listed = parents.get(layer)
+    while listed is not None and not isinstance(listed, (nn.ModuleList, nn.Sequential)):
+        listed = parents.get(listed)  # it wraps the layer, as torch.compile's does
+    if listed is None:  # layers with names of their own
+        return tower, find_layers(tower)
     return parents[listed], list(listed._modules.values())  # type: ignore[arg-type]
 
 
