@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-from typing import Any
 
 import torch
 import transformers
@@ -136,17 +134,22 @@ MODELS = {
 def tiny_model(name: str, **sizes) -> transformers.PreTrainedModel:
     """The model of that name, the same at every call; `sizes` are fields of TINY to change."""
     # A copy takes half as long as another one would. What is drawn after it is the same, too.
-    model, random = _made(name, tuple(sorted(sizes.items())))
+    key = name, repr(sorted(sizes.items()))
+    if key not in _made:
+        _made[key] = _make(name, **sizes)
+    model, random = _made[key]
     torch.set_rng_state(random)
     return copy.deepcopy(model)
 
 
-@functools.cache
-def _made(name: str, sizes: tuple[tuple[str, Any], ...]) -> tuple[transformers.PreTrainedModel, torch.Tensor]:
+_made: dict[tuple[str, str], tuple[transformers.PreTrainedModel, torch.Tensor]] = {}
+
+
+def _make(name: str, **sizes) -> tuple[transformers.PreTrainedModel, torch.Tensor]:
     """The model, and the state of torch's random numbers after it was made."""
     torch.manual_seed(0)
     model_class, config = MODELS[name]
-    model = model_class(config(**(TINY | dict(sizes)))).eval()
+    model = model_class(config(**(TINY | sizes))).eval()
     # Some families start their prefix tokens, positions or heads at zero, which would hide an error in them.
     with torch.no_grad():
         for parameter in model.parameters():
