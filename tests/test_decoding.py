@@ -233,6 +233,13 @@ def test_a_jpeg_of_very_many_scans_is_refused_and_what_follows_its_end_does_not_
             read_image(item)
 
 
+@pytest.mark.parametrize("end", [b"", b"\x00", b"\xd9"])
+def test_bytes_of_erased_memory_in_a_jpeg_take_no_time(end):
+    """Looking for a marker anew from each of them would take hours."""
+    whole = progressive(3)
+    assert decoding._count_scans(whole[:-2] + b"\xff" * 2**20 + end, 100) == decoding._count_scans(whole, 100)
+
+
 def test_what_pillow_decodes_in_python_is_refused_where_it_is_large(monkeypatch):
     def qoi(pixels: int) -> dict[str, object]:
         head = b"qoif" + struct.pack(">II", pixels, 1) + b"\x03\x00"

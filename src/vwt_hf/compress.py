@@ -8,7 +8,6 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -477,7 +476,7 @@ def _require_each_once(tower: Tower) -> None:
     """Raises `ValueError` where a tower runs one layer in several places, which hooks of it could not tell apart."""
     run = find_stack(tower.module, find_layers(tower.module)[-1])[1]
     for place, layer in enumerate(run):
-        if layer in run[:place]:
+        if layer in run[:place] and any(True for _ in layer.parameters()):
             raise ValueError(
                 f"{type(tower.module).__name__} runs its layer {run.index(layer) + 1} again as layer {place + 1}; "
                 "expected each once. Give it copies (copy.deepcopy) before you compress it."
@@ -574,8 +573,6 @@ class Begin(Hook):
     even: bool = False
     """What `is_even` says."""
     _members: weakref.WeakSet[nn.Module] | None = None
-    _drops: Sequence[nn.Module] = ()
-    """Those of them that leave layers out at random."""
 
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_for_one_graph(tower):
@@ -610,10 +607,9 @@ class Begin(Hook):
         members = self._members
         if members is None or tower not in members:  # as in a copy for another thread, which has these hooks, too
             members = self._members = weakref.WeakSet(tower.modules())
-            self._drops = [part for part in tower.modules() if type(part).__name__.endswith("DropPath")]
         if self.relative:  # layers would add it to the bias, which they read of one image
             kwargs = attention.without_mask(kwargs)
-        forward = begin_forward(tower, members, self._drops, self.relative)
+        forward = begin_forward(tower, members, self.relative)
         if not self.strips_mask:
             return args, kwargs
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -622,7 +618,7 @@ class Begin(Hook):
         return args[len(names) :], kwargs | {"pixel_attention_mask": None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_members": None, "_drops": ()}
+        return self.__dict__ | {"_members": None}
 
 
 class RefuseMask(Hook):

@@ -119,7 +119,7 @@ def _require_little_work(image: Any) -> None:
             raise ValueError(f"it has more than {MOST_SCANS} scans; expected some ten. Save it anew")
 
 
-_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 """A marker of JPEG that is not one of those within a scan; then two bytes say how long what it begins is."""
 
 

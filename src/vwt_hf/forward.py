@@ -21,7 +21,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -76,8 +76,6 @@ class Forward:
     """Whether its attention takes a bias by where patches lie to each other, handed over as its mask."""
     members: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
     """The modules of the tower that are known."""
-    drops: Sequence[nn.Module] = ()
-    """Those of its modules by which layers are left out at random (stochastic depth)."""
     outer: Forward | None = None
     """The ordinary, untraced forward that this one runs inside; it is current again when this one ends. `None` if there
     is none, or this one is traced."""
@@ -141,7 +139,8 @@ class Forward:
     def draws_by_sequence(self) -> bool:
         """Whether layers draw random numbers for each sequence, as stochastic depth does in training."""
         # Rates are those by which the layers were made, whatever the config says since.
-        return any(layer.training and (getattr(layer, "drop_prob", None) or 0) > 0 for layer in self.drops)
+        layers = (part for part in self.tower.modules() if type(part).__name__.endswith("DropPath"))
+        return any(layer.training and (getattr(layer, "drop_prob", None) or 0) > 0 for layer in layers)
 
     @property
     def left(self) -> bool:
@@ -247,11 +246,9 @@ def traced_within(function: Callable[..., Any]) -> Callable[..., Any]:
     return named
 
 
-def begin_forward(
-    tower: nn.Module, members: weakref.WeakSet[nn.Module], drops: Sequence[nn.Module], relative: bool
-) -> Forward:
+def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool) -> Forward:
     """Begins a forward of `tower`, within the one that is under way if there is one."""
-    forward = Forward(tower, relative, members, drops, called_by=_calling_frame())
+    forward = Forward(tower, relative, members, called_by=_calling_frame())
     _enter(forward)
     forward.given = None if forward.outer is None else forward.outer.given
     return forward
