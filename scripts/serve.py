@@ -68,7 +68,7 @@ FIELD = "image"
 LARGEST = 32 * 2**20
 """Bytes of a request's body that are read at most."""
 SERVED = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "MPO")
-"""Formats that are answered; Pillow decodes others in Python, in which all requests would wait for one."""
+"""Formats that are answered; Pillow decodes QOI and PPM in Python, in which all requests would wait for one."""
 MOST_PIXELS = 40_000_000
 """Of an image, by default, as it comes and as it is resized before it is cropped: each takes some ten bytes, in as many
 threads as there are cores."""

@@ -384,7 +384,10 @@ def test_the_signature_keeps_the_words_in_mixed_precision_and_after(name, accele
     assert inspect.signature(prepared.forward) == signature and "patch_words" in signature.parameters
     model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     expected = answers(model, images)
+    compiled = torch.compile(model, backend="eager")
     assert torch.equal(answers(pickle.loads(pickle.dumps(model)), images), expected)
+    torch.testing.assert_close(answers(compiled, images), expected)
+    torch._dynamo.reset()
     for again in (model, copy.deepcopy(model)):
         assert inspect.signature(again.forward) == signature
         assert torch.equal(answers(again, images), expected)

@@ -66,6 +66,16 @@ class Mixer(nn.Module):
         return (mixed, *self.outputs) if self.outputs else mixed
 
 
+class Encoder(nn.TransformerEncoderLayer):
+    """A layer of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 4, 64, batch_first=True)
+
+    def forward(self, hidden_states: torch.Tensor, *_, **__):
+        return super().forward(hidden_states)
+
+
 def patched(attention: nn.Module) -> None:
     def forward(self, hidden_states: torch.Tensor, *_, **__):
         return Mixer(None)(hidden_states)
@@ -83,10 +93,10 @@ def test_attention_that_goes_by_no_plan_is_an_error(how, setting):
     elif how == "forward":
         patched(layer.attention)
     else:
-        model.layers[1] = Mixer()
+        model.layers[1] = Encoder().eval()
     plain = states(model, images())
     compress(model, setting)
-    with pytest.raises(ValueError, match="Of the 3 layers of the ViTModel 2 attended by the tokens of each image"):
+    with pytest.raises(ValueError, match="1 of the 3 layers of the ViTModel did not attend by the tokens of each"):
         states(model, images())
     assert torch.equal(states(restore(model), images()), plain)
 
@@ -98,6 +108,35 @@ def test_attention_that_needs_no_plan_may_be_any():
         model = tiny_model("vit")
         patched(model.layers[1].attention)
         require_as_alone(compress(model, setting))
+
+
+class Adapter(nn.Module):
+    """A layer that sees each token by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, hidden_states: torch.Tensor, *_, **__):
+        return hidden_states + self.linear(hidden_states)
+
+
+class Early(transformers.ViTModel):
+    """Which leaves its last layer out."""
+
+    def forward(self, pixel_values: torch.Tensor, **_) -> torch.Tensor:
+        hidden_states = self.embeddings(pixel_values)
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states)
+        return self.layernorm(hidden_states)
+
+
+@groups
+def test_layers_that_do_not_run_and_those_that_see_each_token_alone_are_no_error(setting):
+    require_as_alone(compress(like(tiny_model("vit", num_hidden_layers=3), Early), setting))
+    model = tiny_model("vit", num_hidden_layers=3)
+    model.layers.insert(1, Adapter())
+    require_as_alone(compress(model, setting))
 
 
 class Nothing(nn.Module):

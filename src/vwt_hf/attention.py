@@ -214,6 +214,8 @@ def _plan_of(module: nn.Module, query: torch.Tensor, attention_mask: torch.Tenso
     forward = forward_of(module)
     plan = forward.plan_of(query.shape[0], query.shape[2])
     forward.attended += 1
+    if not torch.compiler.is_compiling():
+        forward.by_plan.add(id(module))
     if plan is None:
         raise RuntimeError(
             f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size), which are not the tokens "

@@ -264,7 +264,12 @@ class Calibration:
         # All settings from `first` on agree too little, or are fast or short enough.
         index = first - 1 if target == "agreement" else first
         if not 0 <= index < len(LEVELS):
-            raise ValueError(self._refusal(target, wanted, self._tried[LEVELS[min(first, len(LEVELS) - 1)]]))
+            nearest = {
+                "agreement": self.tried[0],
+                "speed": max(self.tried, key=lambda level: level.speed),
+                "tokens": min(self.tried, key=lambda level: level.tokens),
+            }[target]
+            raise ValueError(self._refusal(target, wanted, nearest))
         level = self._tried[LEVELS[index]]
         return dataclasses.replace(self._setting(LEVELS[index]), evidence=self._evidence(level, f"{target}={wanted:g}"))
 

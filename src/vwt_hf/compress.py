@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import attention
 from .config import ModelFacts, VWTConfig
@@ -33,6 +34,7 @@ from .families import (
     why_every_patch,
 )
 from .forward import (
+    Forward,
     GivenWords,
     begin_call,
     begin_forward,
@@ -251,7 +253,9 @@ def _hook_in(
             for module in expanding:
                 module.register_forward_hook(Expand())
     if follows:
-        tower.module.register_forward_hook(End(_count_layers(tower.module) if by_sizes else 0), always_call=True)
+        tower.module.register_forward_hook(
+            End(len(_attending_layers(tower.module)) if by_sizes else 0), always_call=True
+        )
     for holder in entered:
         holder.register_forward_hook(EndWords(follows), always_call=True)
 
@@ -300,23 +304,28 @@ def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
     )
     parameters = sorted((*signature.parameters.values(), words), key=lambda parameter: parameter.kind)
     stand_in.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    function_parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *parameters]
-    stand_in.__func__ = ClassForward(signature.replace(parameters=function_parameters))  # type: ignore[attr-defined]
+    stand_in.__func__ = _class_forward(stand_in.__signature__)  # type: ignore[attr-defined]
     return stand_in
 
 
-class ClassForward:
-    """The forward of a model's class, with `patch_words` in its signature; `restore` finds it by its type.
+def _class_forward(signature: inspect.Signature) -> Any:
+    """The forward of a model's class as a function with `patch_words` in its signature; `_is_class_forward` finds it.
 
-    accelerate makes a method of it where it wraps and unwraps a forward for mixed precision.
+    accelerate makes a method of it where it wraps and unwraps a forward for mixed precision. A function and no other
+    object, as torch.compile and torch.export read the code of every forward.
     """
 
-    def __init__(self, signature: inspect.Signature) -> None:
-        self.__signature__ = signature
-        self.__name__ = "forward"  # by which `pickle` finds what a method is of
+    def forward(self: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
+        return type(self).forward(self, *args, **kwargs)
 
-    def __call__(self, model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
-        return type(model).forward(model, *args, **kwargs)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    function: Any = forward
+    function.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
+    return function
+
+
+def _is_class_forward(function: Any) -> bool:
+    return getattr(function, "__qualname__", None) == "_class_forward.<locals>.forward"
 
 
 def _forward_by_words(model: PreTrainedModel, /, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
@@ -396,9 +405,7 @@ def _take_out(model: PreTrainedModel) -> None:
 
 def _is_ours(value: Any) -> bool:
     """Whether an attribute of a module is a forward or method of ours, or what accelerate left of one."""
-    return isinstance(value, StandIn) or (
-        isinstance(value, types.MethodType) and isinstance(value.__func__, ClassForward)
-    )
+    return isinstance(value, StandIn) or (isinstance(value, types.MethodType) and _is_class_forward(value.__func__))
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -457,7 +464,7 @@ def _own_forward(module: nn.Module) -> Any:
     """The forward that `module` has in place of its class's; accelerate leaves that in it when hooks are removed."""
     present = module.__dict__.get("forward")
     function = getattr(present, "__func__", None)
-    if function is type(module).forward or (isinstance(function, ClassForward) and not isinstance(present, StandIn)):
+    if function is type(module).forward or (_is_class_forward(function) and not isinstance(present, StandIn)):
         return None
     return present
 
@@ -501,6 +508,18 @@ class StandIn(functools.partial):
     def __code__(self) -> types.CodeType:
         """The code of that function, which torch.export of torch 2.6 reads of every forward."""
         return self.func.__code__
+
+    def __reduce__(self) -> Any:
+        state: Any = super().__reduce__()
+        made, given, (func, args, kwargs, fields) = state
+        if "__func__" in (fields or {}):  # a function that `pickle` does not find by its name
+            fields = fields | {"__func__": None}
+        return made, given, (func, args, kwargs, fields)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        if "__func__" in vars(self):
+            self.__func__ = _class_forward(self.__signature__)  # type: ignore[attr-defined]
 
 
 class Hook:
@@ -876,7 +895,7 @@ class End(Hook):
         if forward is None or output is None:  # no output: the forward raised
             return
         if forward.attended < self.layers and any(map(_needs_attention, forward.plans)):
-            _require_attention(tower, forward.attended)
+            _require_attention(tower, forward)
         squares = [(plan.shape[1],) * 2 for plan in forward.plans]
         if isinstance(tower, BackboneMixin):  # its maps of patches may be as many rows high as a plan has
             output = output[1:] if isinstance(output, tuple) else output.attentions
@@ -893,18 +912,39 @@ def _needs_attention(plan: Grouped) -> bool:
     return (plan.layout.packed and plan.layout.rows.shape[0] > 1) or plan.key_bias is not None
 
 
-def _count_layers(tower: nn.Module) -> int:
-    """How many layers with weights a tower runs."""
-    return sum(any(True for _ in layer.parameters()) for layer in find_stack(tower, find_layers(tower)[-1])[1])
+def _attending_layers(tower: nn.Module) -> list[nn.Module]:
+    """What a tower runs as layers and is to attend: transformers' layers, and others that hold an attention."""
+
+    def attends(layer: nn.Module) -> bool:
+        return any(
+            isinstance(part, (GradientCheckpointingLayer, nn.MultiheadAttention)) or "Attention" in type(part).__name__
+            for part in layer.modules()
+        )
+
+    return [layer for layer in find_stack(tower, find_layers(tower)[-1])[1] if attends(layer)]
 
 
-def _require_attention(tower: Any, attended: int) -> None:
-    """Raises `ValueError` where fewer layers attended by the plan of a forward than a tower runs."""
-    layers = _count_layers(tower)  # some may have been taken out since it was compressed
-    if attended < layers:
+def _form(layer: nn.Module) -> list[tuple[type, bool]]:
+    """What layers that compute alike have in common: the classes of their modules, and which forwards are replaced."""
+    return [
+        (type(part), not isinstance(part.__dict__.get("forward", None), (StandIn, type(None))))
+        for part in layer.modules()
+    ]
+
+
+def _require_attention(tower: Any, forward: Forward) -> None:
+    """Raises `ValueError` where layers of a tower attended by no plan of a forward.
+
+    Those that are like one which did attend did not run, as where a forward ends early or leaves layers out.
+    """
+    layers = _attending_layers(tower)  # some may have been taken out since it was compressed
+    by_plan = [layer for layer in layers if any(id(part) in forward.by_plan for part in layer.modules())]
+    forms = [_form(layer) for layer in by_plan]
+    others = [layer for layer in layers if layer not in by_plan and _form(layer) not in forms]
+    if others and (by_plan or not forward.attended):
         raise ValueError(
-            f"Of the {layers} layers of the {type(tower).__name__} {attended} attended by the tokens of each image: "
-            "attention that was replaced, or a layer of another kind, does not go through transformers' "
+            f"{len(others)} of the {len(layers)} layers of the {type(tower).__name__} did not attend by the tokens of "
+            "each image: attention that was replaced, or a layer of another kind, does not go through transformers' "
             "AttentionInterface, and would mix the images of a batch. Call vwt_hf.restore(model), or give it attention "
             "that does."
         )

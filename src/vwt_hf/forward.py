@@ -98,6 +98,8 @@ class Forward:
     """The plans of groups that it has run by; each gives tokens another shape (sequences, tokens)."""
     attended: int = 0
     """How many times attention has gone by one of them."""
+    by_plan: set[int] = dataclasses.field(default_factory=set)
+    """The numbers (`id`) of the attention modules that did; of a traced forward it stays empty."""
     after: dict[nn.Module, Grouped] = dataclasses.field(default_factory=dict)
     """The plan that holds after a layer that tokens were grouped behind, by the layer."""
     rotations: Any = None
@@ -119,7 +121,7 @@ class Forward:
 
         Layers that ran before may be repeated for their gradients, within this one.
         """
-        again = dataclasses.replace(self, plan=None, plans=[], after={}, attended=0)
+        again = dataclasses.replace(self, plan=None, plans=[], after={}, attended=0, by_plan=set())
         if _in_thread.graphs.traced is self:
             _in_thread.graphs.traced = again  # type: ignore[assignment]
         else:
