@@ -44,8 +44,9 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
+from vwt_hf import image_source
 from vwt_hf.cli.loading import add_dtype, load_model
-from vwt_hf.decoding import UnreadableImage, read_image
+from vwt_hf.decoding import UnreadableImage
 from vwt_hf.embedding import require_features
 from vwt_hf.evaluation import (
     answer,
@@ -59,7 +60,6 @@ from vwt_hf.evaluation import (
     return_memory,
     usable_device,
 )
-from vwt_hf.image_source import pixel_batches
 from vwt_hf.printable import LONGEST, printable, shown
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import run_command, vwt_option
@@ -240,8 +240,7 @@ def require_every_shape(model: Any, image_processor: Any) -> int:
     """
 
     def made_of(*size: int) -> dict[str, torch.Tensor]:
-        (made,) = pixel_batches([Image.new("RGB", size, "grey")], image_processor, 1)
-        return made
+        return image_source.processed(Image.new("RGB", size, "grey"), image_processor)
 
     for size in ((320, 240), (240, 320)):
         made = made_of(*size)
@@ -289,7 +288,7 @@ async def upload(request: Request) -> bytes:
                     raise HTTPException(400, _wants("a file", list(form), value))
                 return await value.read()
         except (LookupError, UnicodeError) as error:  # names of fields, in the character set that the request states
-            raise HTTPException(400, f"The form cannot be read ({error}).") from error
+            raise HTTPException(400, f"The form cannot be read ({error}); expected a file as {FIELD!r}.") from error
     if kind != "application/json":
         raise HTTPException(
             415, f"The body is {kind or 'of no type'}; expected multipart/form-data or application/json."
@@ -304,7 +303,9 @@ async def in_thread(request: Request, function: Callable[..., Any], *args: Any) 
     try:
         return await asyncio.wait_for(made, state.timeout)
     except asyncio.TimeoutError:  # another than TimeoutError before Python 3.11
-        raise HTTPException(504, f"The image was not decoded within {state.timeout:g} seconds.") from None
+        raise HTTPException(
+            504, f"The image was not decoded within {state.timeout:g} seconds; send a smaller one, or try later."
+        ) from None
 
 
 def _image_in_json(content: bytes) -> bytes:
@@ -347,7 +348,7 @@ async def processed(request: Request) -> dict[str, np.ndarray]:
 
 
 def _process(encoded: dict[str, Any], image_processor: Any, most_values: int) -> dict[str, np.ndarray]:
-    (made,) = pixel_batches([read_image(encoded, formats=SERVED)], image_processor, 1)
+    made = image_source.processed(encoded, image_processor, formats=SERVED)
     if made["pixel_values"].numel() > most_values:
         raise UnreadableImage(
             f"The image becomes {tuple(made['pixel_values'].shape)}; expected {most_values:,} values at most. Crop it."

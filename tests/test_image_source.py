@@ -266,7 +266,7 @@ def test_one_image_is_decoded_at_a_time(photographs, monkeypatch):
             nonlocal alive
             alive -= 1
 
-    def read(item: object, name: str | None) -> PIL.Image.Image:
+    def read(item: object, name: str | None, formats: object) -> PIL.Image.Image:
         image, counted = PIL.Image.open(item), Counted()
         counted.im, counted._mode, counted._size = image.convert("RGB").im, "RGB", image.size
         return counted

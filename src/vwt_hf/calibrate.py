@@ -59,6 +59,11 @@ class Choice(NamedTuple):
     tolerance: float
     similarity: float
 
+    @property
+    def label(self) -> str:
+        """The setting as people read it."""
+        return f"{self.method}, tolerance {self.tolerance:g}, similarity {self.similarity:g}"
+
 
 LEVELS = (
     Choice("gradual", 0.006, 0.84),
@@ -105,11 +110,6 @@ class Level:
     def choice(self) -> Choice:
         """What the setting was chosen by."""
         return Choice(self.method, self.tolerance, self.similarity)
-
-    @property
-    def label(self) -> str:
-        """The setting as people read it."""
-        return f"{self.method}, tolerance {self.tolerance:g}, similarity {self.similarity:g}"
 
 
 def calibrate(
@@ -288,7 +288,7 @@ class Calibration:
     @torch.inference_mode()
     def _measure(self, level: Choice, bar: Any) -> Level:
         pair = (self._plain, compress(copy_sharing_weights(self._plain), self._setting(level)))
-        bar.set_postfix_str(f"{level.method}, tolerance {level.tolerance:g}, similarity {level.similarity:g}")
+        bar.set_postfix_str(level.label)
         turns = []
         # Where kernels are made ready for each shape when it first comes, batches are shown before they are timed.
         shows = 2 if self._by == "time" and rounds(device_of(self._plain), self._plain.dtype) else 1
@@ -358,7 +358,7 @@ class Calibration:
         }[target]
         return (
             f"{target} is {wanted:g}, and the {'lightest' if target == 'agreement' else 'heaviest'} setting "
-            f"({nearest.label}) {reached} on {self.images} images. Ask for {ask}, or leave the model plain."
+            f"({nearest.choice.label}) {reached} on {self.images} images. Ask for {ask}, or leave the model plain."
         )
 
     def _fingerprint(self) -> dict[str, Any]:

@@ -216,9 +216,9 @@ def _hook_in(
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     if setting.shortens and not by_sizes:
         tower.module.register_forward_pre_hook(RefuseMask(), with_kwargs=True)
-    runs_layers = (tower.module, find_stack(tower.module, layers[-1])[0]) if layers else (tower.module,)
-    unknown = any(not type(part).forward.__module__.startswith("transformers.") for part in runs_layers)
-    reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows, unknown)
+    stack = find_stack(tower.module)[0]
+    own_rows = any(not type(part).forward.__module__.startswith("transformers.") for part in (tower.module, stack))
+    reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows, own_rows)
     if setting.shortens and setting.repaints:
         tower.embeddings.register_forward_pre_hook(Repaint(reduce), with_kwargs=True)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
@@ -245,8 +245,7 @@ def _hook_in(
             for layer in layers[min(joins) :]:
                 layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
         if setting.restores:
-            last = layers[-1]
-            expanding = dict.fromkeys((last, find_stack(tower.module, last)[0], tower.module))
+            expanding = dict.fromkeys((layers[-1], stack, tower.module))
             if isinstance(tower.module, BackboneMixin) and len(expanding) == 3:
                 # Its maps are of what the stack gave, expanded, less prefix tokens: they may have the shape of a plan.
                 expanding.popitem()
@@ -464,9 +463,7 @@ def _own_forward(module: nn.Module) -> Any:
     """The forward that `module` has in place of its class's; accelerate leaves that in it when hooks are removed."""
     present = module.__dict__.get("forward")
     function = getattr(present, "__func__", None)
-    if function is type(module).forward or (_is_class_forward(function) and not isinstance(present, StandIn)):
-        return None
-    return present
+    return None if function is type(module).forward or _is_class_forward(function) else present
 
 
 def _require_replaceable(module: nn.Module) -> None:
@@ -481,7 +478,7 @@ def _require_replaceable(module: nn.Module) -> None:
 
 def _require_each_once(tower: Tower) -> None:
     """Raises `ValueError` where a tower runs one layer in several places, which hooks of it could not tell apart."""
-    run = find_stack(tower.module, find_layers(tower.module)[-1])[1]
+    run = find_stack(tower.module)[1]
     for place, layer in enumerate(run):
         if layer in run[:place] and any(True for _ in layer.parameters()):
             raise ValueError(
@@ -659,9 +656,9 @@ class Reduce(Hook):
     channels: int
     follows: bool
     """Whether modules that run after the embeddings need the plan, so that it is stored in the `Forward`."""
-    unknown: bool = False
-    """Whether what runs the layers is not transformers' and may read CLS of each image between them, where a packed
-    batch is one sequence."""
+    own_rows: bool = False
+    """Whether each image is to have a row of its own: what runs the layers is not transformers', and may read CLS
+    between them."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.setting.shortens:
@@ -687,7 +684,7 @@ class Reduce(Hook):
             forward = forward.begin_again()
         if not is_even(self.setting, self.family):
             packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
-            packs = packs and not self.unknown
+            packs = packs and not self.own_rows
             rounds = attention.rounds(tokens.device, tokens.dtype)
             patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)
         plan = self.plan(patches, forward.given and forward.given.take(patches.pixel_values), forward.words)
@@ -921,7 +918,7 @@ def _attending_layers(tower: nn.Module) -> list[nn.Module]:
             for part in layer.modules()
         )
 
-    return [layer for layer in find_stack(tower, find_layers(tower)[-1])[1] if attends(layer)]
+    return [layer for layer in find_stack(tower)[1] if attends(layer)]
 
 
 def _form(layer: nn.Module) -> list[tuple[type, bool]]:

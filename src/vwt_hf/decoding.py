@@ -84,7 +84,7 @@ def read_image(item: Any, name: str | None = None, formats: Sequence[str] = FORM
         # Pillow names where bytes lie in memory.
         reason = "no image of a known format" if type(error).__name__ == "UnidentifiedImageError" else error
         raise UnreadableImage(
-            f"{printable(name)} cannot be read ({type(error).__name__}: {printable(str(reason))})"
+            f"{printable(name)} cannot be read ({type(error).__name__}: {printable(reason)})"
         ) from error
 
 

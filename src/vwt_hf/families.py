@@ -406,15 +406,18 @@ def find_layers(tower: nn.Module) -> list[nn.Module]:
     return [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def find_stack(tower: nn.Module, layer: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """The module of a vision tower that runs its layers, of which `layer` is one, which may be the tower itself; and
-    what it runs as layers, in order."""
+def find_stack(tower: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """The module of a vision tower that runs its layers, which may be the tower itself, and what it runs, in order.
+
+    Beside transformers' layers these are others that a user put among them.
+    """
+    layers = find_layers(tower)
     parents = {child: module for module in tower.modules() for child in module.children()}
-    listed = parents.get(layer)
+    listed = parents.get(layers[-1]) if layers else None
     while listed is not None and not isinstance(listed, (nn.ModuleList, nn.Sequential)):
         listed = parents.get(listed)  # it wraps the layer, as torch.compile's does
     if listed is None:  # layers with names of their own
-        return tower, find_layers(tower)
+        return tower, layers
     return parents[listed], list(listed._modules.values())  # type: ignore[arg-type]
 
 

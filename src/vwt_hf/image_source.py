@@ -477,17 +477,19 @@ def one_batch(made: Sequence[dict[str, torch.Tensor]], image_processor: Any) -> 
     return {name: torch.cat([one[name] for one in made]) for name in made[0]}
 
 
-def processed(item: Any, image_processor: Any, name: str | None = None) -> dict[str, torch.Tensor]:
+def processed(
+    item: Any, image_processor: Any, name: str | None = None, formats: Sequence[str] = FORMATS
+) -> dict[str, torch.Tensor]:
     """What an image processor makes of one image, each of its tensors (1, ...).
 
     Args:
-        item: as `read_image` takes it.
+        item, formats: as `read_image` takes them.
         name: what an error calls it.
 
     Raises:
         UnreadableImage: it cannot be read, or the processor cannot take it.
     """
-    image = read_image(item, name)
+    image = read_image(item, name, formats)
     try:
         require_room(image, image_processor)
         with torch.device("cpu"):  # whatever torch's default is
@@ -495,9 +497,7 @@ def processed(item: Any, image_processor: Any, name: str | None = None) -> dict[
     except Exception as error:
         name = name or (os.fspath(item) if isinstance(item, (str, os.PathLike)) else "an image")
         called = f"{printable(name)} ({image.width}×{image.height})"
-        raise UnreadableImage(
-            f"{called} is refused by {type(image_processor).__name__}: {printable(str(error))}"
-        ) from error
+        raise UnreadableImage(f"{called} is refused by {type(image_processor).__name__}: {printable(error)}") from error
 
 
 def require_room(image: Any, image_processor: Any) -> None:
@@ -615,7 +615,7 @@ def patch_batches(
             except UnreadableImage as error:  # one is no reason to lose a run of hours
                 unreadable.append(str(error))
             except Exception as error:
-                unreadable.append(f"{printable(name)} ({type(error).__name__}: {printable(str(error))})")
+                unreadable.append(f"{printable(name)} ({type(error).__name__}: {printable(error)})")
         none = torch.zeros(0, 3 * patch_size**2, dtype=torch.float32, device="cpu")
         return PatchBatch(torch.cat(patches) if patches else none, lengths, unreadable)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,17 +40,25 @@ def _vouch(tower: Tower) -> None:
         raise NotVouched("has attention that does not go through transformers' AttentionInterface")
     if any(parameter.is_meta for parameter in tower.module.parameters()):
         raise NotVouched("has weights that are elsewhere, so it cannot be tried; load it whole")
-    training = [module for module in tower.module.modules() if module.training]
-    tower.module.eval()
     try:
-        _try(tower)
+        with _evaluating(tower.module):
+            _try(tower)
     except NotVouched:
         raise
     except Exception as error:  # whatever a model says of it
         raise NotVouched(f"cannot be tried on an image ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """What runs in this context finds `module` in evaluation, and what of it was in training is so again."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
     finally:
-        for module in training:
-            module.training = True
+        for part in training:
+            part.training = True
 
 
 def may_change_rows(tower: Tower) -> bool:
@@ -72,17 +81,15 @@ def vouch_rows(model: PreTrainedModel, tower: Tower) -> None:
     """
     if any(parameter.is_meta for parameter in tower.embeddings.parameters()):
         return
-    training = [module for module in tower.embeddings.modules() if module.training]
-    tower.embeddings.eval()
     try:
-        _require_rows(tower, _noise(tower), lambda pixel_values: _embedded(tower, pixel_values), most=None)
+        with _evaluating(tower.embeddings):
+            pixel_values = _noise(tower)
+            embedded = _embedded(tower, pixel_values)
+            _require_rows(tower, pixel_values, embedded, lambda images: _embedded(tower, images), most=None)
     except NotVouched as error:
         raise not_vouched(model, error) from error
     except Exception:  # whatever a model says of noise
         return
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _noise(tower: Tower) -> torch.Tensor:
@@ -98,17 +105,21 @@ def _noise(tower: Tower) -> torch.Tensor:
 def _require_rows(
     tower: Tower,
     pixel_values: torch.Tensor,
+    embedded: torch.Tensor,
     embed: Callable[[torch.Tensor], torch.Tensor],
     most: int | None = MOST_PREFIX,
 ) -> int:
-    """How many rows of its embeddings come before the patches.
+    """How many rows of the embeddings of a tower come before the patches.
+
+    Args:
+        embedded: what the embeddings make of `pixel_values`.
+        embed: has them embed other images.
 
     Raises:
         NotVouched: they are more than `most`, or a patch is more or another than one row.
     """
     rows, columns = (side // patch for side, patch in zip(pixel_values.shape[2:], tower.patch_size, strict=True))
     patches, row, column = rows * columns, rows // 2, columns // 2
-    embedded = embed(pixel_values)
     prefix = embedded.shape[1] - patches
     if prefix < 0 or (most is not None and prefix > most):
         raise NotVouched(f"makes {embedded.shape[1]} rows of {patches} patches")
@@ -124,8 +135,8 @@ def _require_rows(
 
 def _try(tower: Tower) -> None:
     pixel_values = _noise(tower)
-    prefix = _require_rows(tower, pixel_values, lambda images: _run(tower, images, lambda tokens: tokens)[0])
     embedded, plain = _run(tower, pixel_values, lambda tokens: tokens)
+    prefix = _require_rows(tower, pixel_values, embedded, lambda images: _run(tower, images, lambda tokens: tokens)[0])
     patches = embedded.shape[1] - prefix
     if plain.shape != embedded.shape:
         raise NotVouched(f"makes {embedded.shape[1]} rows of {patches} patches and gives {tuple(plain.shape)} out")
