@@ -223,7 +223,7 @@ def progressive(scans: int) -> bytes:
 
 def test_a_jpeg_of_very_many_scans_is_refused_and_what_follows_its_end_does_not_count(tmp_path):
     whole = progressive(decoding.MOST_SCANS)
-    video = whole + progressive(decoding.MOST_SCANS)  # as phones append one
+    video = whole + bytes(2) + b"\xff\xda\0\2" * decoding.MOST_SCANS  # as phones append one
     for content in (whole, video):
         assert read_image({"bytes": content, "path": None}).getpixel((5, 5)) == (90, 90, 90)
     file = tmp_path / "a.jpg"
@@ -231,6 +231,15 @@ def test_a_jpeg_of_very_many_scans_is_refused_and_what_follows_its_end_does_not_
     for item in (file, {"bytes": file.read_bytes(), "path": None}):
         with pytest.raises(UnreadableImage, match="more than 100 scans; expected some ten"):
             read_image(item)
+
+
+def test_bytes_of_a_scan_that_look_like_markers_are_none():
+    """Within one a zero byte follows each that is all ones, which is no marker whose length to skip."""
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(noise).save(file, "JPEG", progressive=True, quality=95)
+    assert file.getvalue().count(b"\xff\x00") > 100
+    assert decoding._count_scans(file.getvalue(), 100) == file.getvalue().count(b"\xff\xda") == 10
 
 
 @pytest.mark.parametrize("end", [b"", b"\x00", b"\xd9"])
