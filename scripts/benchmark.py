@@ -72,8 +72,8 @@ from vwt_hf.evaluation import (
     correctness,
     cosines,
     count_flops,
+    cpu_name,
     divergence,
-    processor_name,
     stopwatch,
     synchronize,
     time_in_turn,
@@ -277,7 +277,7 @@ def load(name: str) -> PreTrainedModel:
 def describe(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": processor_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -105,7 +105,7 @@ def test_flash_attention_2_gets_half_precision_under_autocast_and_is_determinist
         return varlen_reference(*packed, scale=softmax_scale)
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=flash))
-    monkeypatch.setattr(attention, "rounds", lambda *_: False)  # as on a GPU
+    monkeypatch.setattr(attention, "is_slow_for_new_lengths", lambda *_: False)  # as on a GPU
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", wanted)
     model = tiny_model("dinov3")
     model.config._attn_implementation = "flash_attention_2"

@@ -17,7 +17,7 @@ from PIL import Image
 from settings import FAST
 from tiny import answers, sample_pixel_values, tiny_model, traces
 from vwt_hf import VWTConfig, calibrate, compress
-from vwt_hf.calibrate import LEVELS, Calibration, Choice, Level, pixels_of
+from vwt_hf.calibrate import CHOICES, Calibration, Choice, Level, pixels_of
 from vwt_hf.cli import main
 from vwt_hf.compress import setting_of
 from vwt_hf.evaluation import (
@@ -96,7 +96,7 @@ def every_level(model, images, processor) -> list[tuple[float, float, float, tor
     batch = processor(images, return_tensors="pt")
     plain = answer(model, **batch)
     found = []
-    for level in LEVELS:
+    for level in CHOICES:
         short = compress(copy_sharing_weights(model), level_setting(level))
         with count_tokens(short) as tokens:
             own = answer(short, **batch)
@@ -121,7 +121,7 @@ def test_the_fastest_level_that_agrees_enough_is_found_and_the_evidence_is_what_
     search = Calibration(classifier, images, **options(processor))
     for target in {agreements[0], min(agreements[0], agreements[-1]), min(agreements)}:
         setting = search.find(agreement=target)
-        index = LEVELS.index(choice_of(setting))
+        index = CHOICES.index(choice_of(setting))
         assert agreements[index] >= target and not any(value >= target for value in agreements[index + 1 : index + 2])
         assert setting.evidence["value"] == pytest.approx(agreements[index], abs=1e-6)
         assert setting.evidence["interval"] == pytest.approx(share_interval(agreements[index], COUNT), abs=1e-6)
@@ -133,20 +133,20 @@ def on_a_line(classifier, images, processor, monkeypatch) -> Calibration:
     """A search in which each level agrees 0.01 less, has a token less and is by 0.1 faster than the one before."""
 
     def measure(self, level, bar):
-        place = LEVELS.index(level)
+        place = CHOICES.index(level)
         return Level(*level, 0.97 - place / 100, (0.5, 1.0), 60 - place, 65, 1.1 + place / 10)
 
     monkeypatch.setattr(Calibration, "_measure", measure)
     return Calibration(classifier, images, **options(processor))
 
 
-@pytest.mark.parametrize("place", range(len(LEVELS)))
+@pytest.mark.parametrize("place", range(len(CHOICES)))
 @pytest.mark.parametrize(
     ("target", "first", "step"), [("agreement", 0.965, -0.01), ("tokens", 60.5, -1), ("speed", 1.05, 0.1)]
 )
 def test_a_few_levels_are_tried_to_find_the_right_one(on_a_line, place, target, first, step):
     setting = on_a_line.find(**{target: first + place * step})
-    assert choice_of(setting) == LEVELS[place] and len(on_a_line.tried) <= 4
+    assert choice_of(setting) == CHOICES[place] and len(on_a_line.tried) <= 4
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_speed_and_a_number_of_tokens_are_reached_by_the_lightest_level_that_d
     for index in (2, 5, 9):
         _, tokens, speed, _ = known[index]
         for setting in (search.find(tokens=tokens), search.find(speed=speed - 1e-9)):
-            assert choice_of(setting) == LEVELS[index]
+            assert choice_of(setting) == CHOICES[index]
             assert setting.evidence["tokens"] == round(tokens, 1) and setting.evidence["of_tokens"] == 65
             assert setting.evidence["speed"] == round(speed, 3) and setting.evidence["by"] == "flops"
     assert setting.evidence["target"].startswith("speed=")
@@ -267,7 +267,7 @@ def test_a_time_counts_for_the_processor_and_the_threads_that_took_it(
     classifier, images, processor, tmp_path, monkeypatch
 ):
     module, threads = sys.modules[Calibration.__module__], torch.get_num_threads()
-    monkeypatch.setattr(module, "LEVELS", LEVELS[-1:])
+    monkeypatch.setattr(module, "CHOICES", CHOICES[-1:])
     file, asked = tmp_path / "search.json", {"image_processor": processor, "progress": False, "tokens": 64}
     evidence = calibrate(classifier, images, resume=file, **asked).evidence
     assert evidence["threads"] == threads and evidence["by"] == "time"
@@ -277,7 +277,7 @@ def test_a_time_counts_for_the_processor_and_the_threads_that_took_it(
         patched.setattr(module, "has_kernels", lambda device: True)
         with pytest.raises(ValueError, match=r"another search \(kernels False there, True here\)"):
             calibrate(classifier, images, resume=file, **asked)
-    monkeypatch.setattr(module, "processor_name", lambda: "another")
+    monkeypatch.setattr(module, "cpu_name", lambda: "another")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     said = rf"another search \(processor .* there, 'another' here; threads {threads} there, {threads + 1} here\)"
     with pytest.raises(ValueError, match=said):
@@ -286,7 +286,7 @@ def test_a_time_counts_for_the_processor_and_the_threads_that_took_it(
 
 
 def test_a_link_to_the_file_stays_one(classifier, images, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[Calibration.__module__], "LEVELS", LEVELS[-1:])
+    monkeypatch.setattr(sys.modules[Calibration.__module__], "CHOICES", CHOICES[-1:])
     link, file = tmp_path / "search.json", tmp_path / "elsewhere" / "search.json"
     link.symlink_to(file)
     found = [calibrate(classifier, images, tokens=60, **options(processor, resume=link)) for _ in range(2)]
@@ -328,11 +328,11 @@ def test_one_logit_agrees_where_its_sign_does(images, processor):
     model.classifier.weight *= 40
     model.classifier.bias *= 40
     plain = answer(model, **batch) > 0
-    short = answer(compress(copy_sharing_weights(model), level_setting(LEVELS[-1])), **batch) > 0
+    short = answer(compress(copy_sharing_weights(model), level_setting(CHOICES[-1])), **batch) > 0
     agree = (short == plain).double().mean().item()
     assert agree < 1
     search = Calibration(model, images, **options(processor))
-    assert search._measure(LEVELS[-1], SimpleNamespace(set_postfix_str=print, update=print)).value == agree
+    assert search._measure(CHOICES[-1], SimpleNamespace(set_postfix_str=print, update=print)).value == agree
     model.config.problem_type = "regression"
     with pytest.raises(ValueError, match="has problem_type 'regression': it gives quantities, which are no labels"):
         calibrate(model, images, agreement=0.9, **options(processor))
@@ -349,7 +349,7 @@ def test_batches_are_shown_before_they_are_timed_where_new_shapes_cost_time(
 ):
     """Batches of 17 of 50 images: that of the last 16 is not timed as one."""
     module, seen = sys.modules[Calibration.__module__], []
-    monkeypatch.setattr(module, "rounds", lambda *_: times == 2)
+    monkeypatch.setattr(module, "is_slow_for_new_lengths", lambda *_: times == 2)
 
     def timed(model, batch):
         """Of the plain model ten seconds, of the other one; of the smaller batch, or what comes first, a hundred."""
@@ -360,7 +360,7 @@ def test_batches_are_shown_before_they_are_timed_where_new_shapes_cost_time(
 
     monkeypatch.setattr(module, "_timed", timed)
     search = Calibration(classifier, images[:50], **options(processor) | {"by": "time", "batch_size": 17})
-    found = search._measure(LEVELS[0], SimpleNamespace(set_postfix_str=print, update=print))
+    found = search._measure(CHOICES[0], SimpleNamespace(set_postfix_str=print, update=print))
     assert found.speed == 10 and len(seen) == 2 * (3 * times + module.FEWEST_TURNS - 2)
 
 
@@ -373,7 +373,7 @@ def test_a_class_of_ones_own_is_calibrated_as_the_one_it_is_made_from(classifier
 
 
 def test_torchs_defaults_change_nothing(images, processor, monkeypatch):
-    monkeypatch.setattr(sys.modules[Calibration.__module__], "LEVELS", LEVELS[-1:])
+    monkeypatch.setattr(sys.modules[Calibration.__module__], "CHOICES", CHOICES[-1:])
     model = tiny_model("vit", num_hidden_layers=3).requires_grad_(False)
     asked = {"tokens": 64, "image_processor": processor, "progress": False}
     expected = calibrate(model, images, by="flops", **asked)
@@ -496,7 +496,7 @@ def test_what_the_command_cannot_do_is_one_line(checkpoint, folder, tmp_path, ca
 
 @pytest.mark.parametrize("name", ["dinov2-small-caltech101", "vit-small-caltech101"])
 def test_agreement_holds_on_photographs_that_were_not_seen(shared, name, monkeypatch):
-    monkeypatch.setattr(sys.modules[Calibration.__module__], "LEVELS", LEVELS[4::3])
+    monkeypatch.setattr(sys.modules[Calibration.__module__], "CHOICES", CHOICES[4::3])
     paths = sorted((shared / "data/caltech101/validation").rglob("*.jpg"))
     seen, others = paths[0::20][:50], paths[1::20][:50]
     folder = shared / "models" / name

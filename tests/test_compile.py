@@ -376,7 +376,7 @@ def test_a_compiled_model_refuses_an_attention_that_knows_no_sizes():
 @pytest.mark.parametrize("tool", ["torch.export", "torch.jit.trace", "torch.compile"])
 def test_a_model_traced_before_its_first_call_keeps_the_patches_that_it_keeps_eagerly(tool, criterion, monkeypatch):
     """And so does the model itself, after it was traced."""
-    monkeypatch.setattr("vwt_hf.words._kept", collections.OrderedDict())
+    monkeypatch.setattr("vwt_hf.words._cache", collections.OrderedDict())
 
     class Tokens(torch.nn.Module):
         def __init__(self) -> None:

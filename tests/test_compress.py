@@ -379,7 +379,7 @@ def test_defaults_of_torch_change_no_answer(name, fields, pixel_values, monkeypa
     with torch.no_grad():
         expected = model(**given)[0]
         for change in (default_dtype(torch.float64), default_dtype(torch.bfloat16), torch.device("meta")):
-            monkeypatch.setattr("vwt_hf.words._kept", collections.OrderedDict())
+            monkeypatch.setattr("vwt_hf.words._cache", collections.OrderedDict())
             again = compress(tiny_model(name), fields)
             with change:
                 torch.testing.assert_close(again(**given)[0], expected)

@@ -66,7 +66,7 @@ def test_the_same_patches_are_left_to_the_same_ones(both, size, patch, channels,
     strided = pixels.transpose(2, 3).contiguous().transpose(2, 3)  # as images whose channels come last may be
     left = set()
     for tolerance, images in ((0.1, pixels), (0.3, strided)):
-        expected, found = both(lambda args=(images, patch, grid, std, tolerance): neighbours.lead(*args))
+        expected, found = both(lambda args=(images, patch, grid, std, tolerance): neighbours.find_leaders(*args))
         assert torch.equal(found, expected)
         left.add(len(expected.unique()))
     assert len(left) == 2

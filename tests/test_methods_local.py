@@ -34,7 +34,7 @@ def token_counts(model: transformers.PreTrainedModel, images: torch.Tensor) -> l
 
     def look(layer, args, kwargs):
         forward = current_forward()
-        plan = forward.plan_of(*args[0].shape[:2])
+        plan = forward.plan_of_shape(*args[0].shape[:2])
         counts.append((plan.layout.rows.amax(dim=1) - plan.layout.rows[:, 0] + 1).tolist())
 
     hooks = [
@@ -142,7 +142,7 @@ def test_rows_of_padding_that_round_a_packed_batch_change_no_answer(name, settin
         model.set_attn_implementation(attention)
     batches = (images, images[1:2])
     expected = [answers(model, batch) for batch in batches]
-    monkeypatch.setattr("vwt_hf.attention.rounds", lambda device, dtype: True)
+    monkeypatch.setattr("vwt_hf.attention.is_slow_for_new_lengths", lambda device, dtype: True)
     monkeypatch.setattr("vwt_hf.layout._rounded", lambda rows: -(-rows // 11) * 11)
     find_layers(find_tower(model, family_of(model)).module)[0].register_forward_pre_hook(
         lambda layer, args: lengths.append(args[0].shape[1])
@@ -161,7 +161,7 @@ def test_rows_of_padding_change_no_gradient_of_layers_that_are_repeated(name, im
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
     expected = gradients()
-    monkeypatch.setattr("vwt_hf.attention.rounds", lambda device, dtype: True)
+    monkeypatch.setattr("vwt_hf.attention.is_slow_for_new_lengths", lambda device, dtype: True)
     monkeypatch.setattr("vwt_hf.layout._rounded", lambda rows: -(-rows // 11) * 11)
     for found, wanted in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)

@@ -15,9 +15,9 @@ from vwt_hf.neighbours import (
     cover,
     cover_by,
     describe,
+    find_leaders,
     find_neighbours,
     find_padded_neighbours,
-    lead,
     leaders,
 )
 
@@ -169,7 +169,7 @@ def test_looks_measure_raw_colours_their_slopes_and_texture(size):
 
 
 def test_looks_are_the_same_under_another_default_dtype_and_after_it(monkeypatch):
-    monkeypatch.setattr("vwt_hf.words._kept", collections.OrderedDict())
+    monkeypatch.setattr("vwt_hf.words._cache", collections.OrderedDict())
     patches, std = torch.randn(1, 2, 48, generator=torch.Generator().manual_seed(0)), (0.229, 0.224, 0.225)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -177,7 +177,7 @@ def test_looks_are_the_same_under_another_default_dtype_and_after_it(monkeypatch
     finally:
         torch.set_default_dtype(torch.float32)
     after = describe(patches, (4, 4), std)
-    monkeypatch.setattr("vwt_hf.words._kept", collections.OrderedDict())
+    monkeypatch.setattr("vwt_hf.words._cache", collections.OrderedDict())
     expected = describe(patches, (4, 4), std)
     assert torch.equal(other, expected) and torch.equal(after, expected)
 
@@ -191,4 +191,4 @@ def test_patches_of_one_colour_differ_by_the_distance_of_their_colours():
 
 def test_statistics_of_other_channels_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 4, 16, 16\) have 4 channels.*\(0.5, 0.5, 0.5\) numbers for 3.*again"):
-        lead(torch.zeros(1, 4, 16, 16), (8, 8), (2, 2), (0.5, 0.5, 0.5), 0.1)
+        find_leaders(torch.zeros(1, 4, 16, 16), (8, 8), (2, 2), (0.5, 0.5, 0.5), 0.1)

@@ -120,7 +120,7 @@ def test_the_order_of_a_strip_of_patches_takes_memory_by_its_length():
 
 def test_a_constant_that_a_cuda_graph_reads_is_kept_for_good(monkeypatch):
     """Graphs know where it lies and do not hold it; a stand-in says that one is being captured."""
-    monkeypatch.setattr(words, "_kept", collections.OrderedDict())
+    monkeypatch.setattr(words, "_cache", collections.OrderedDict())
     monkeypatch.setattr(words, "_held", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     on_gpu = types.SimpleNamespace(is_cuda=True, data_ptr=lambda: 7)
@@ -140,13 +140,13 @@ def test_a_share_of_patches_is_the_same_of_a_number_and_of_a_tensor(ratio):
 def test_choices_that_are_kept_stay_within_their_bytes_whatever_sizes_come():
     for columns in range(512, 524):  # 2 MiB each
         last = grid_patches(512, columns, 2**18, CPU)
-        assert sum(kept.nbytes for kept in words._kept.values()) <= 2**24
+        assert sum(kept.nbytes for kept in words._cache.values()) <= 2**24
     assert grid_patches(512, columns, 2**18, CPU) is last
     grid_patches(1500, 1500, 2**21 + 1, CPU)  # larger than all that may be kept
-    assert max(kept.nbytes for kept in words._kept.values()) == last.nbytes
+    assert max(kept.nbytes for kept in words._cache.values()) == last.nbytes
     for keep in range(1, 200):
         grid_patches(20, 20, keep, CPU)
-    assert len(words._kept) <= 64
+    assert len(words._cache) <= 64
 
 
 def test_many_threads_are_given_the_same_choices():

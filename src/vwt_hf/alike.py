@@ -3,8 +3,7 @@
 Every second token of an image may become part of one of the others. How alike the two are is
 1 − √s · (1 − c) / (1 − m): c is the cosine of their hidden states, and m the mean of these cosines over all such pairs
 of the image, as tokens are much more alike in some models and layers than in others. s is how many patches the token
-stands for that may become part of the other: as in Ward's clustering, one that stands for many is told from others by
-less.
+stands for that may become part of the other: the more, the more alike the two must be, as in Ward's clustering.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def packs(forward: Forward, knows_interface: bool, device: torch.device, dtype: 
     return implementation == "flash_attention_2" or (implementation == "sdpa" and _has_flash(device, dtype))
 
 
-def rounds(device: torch.device, dtype: torch.dtype) -> bool:
+def is_slow_for_new_lengths(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether layers take longer for a number of rows that they have not seen before.
 
     For half precision on a CPU, torch's matrix products are those of oneDNN, which writes a kernel for each number.
@@ -205,14 +205,16 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _plan_of(module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[Grouped, Pairs]:
+def _plan_and_pairs(
+    module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[Grouped, Pairs]:
     """The plan of the forward under way, and the bias for pairs of tokens that a family gives as `attention_mask`.
 
     Args:
         query: (sequences, heads, tokens, head size), which must be of a plan's tokens.
     """
     forward = forward_of(module)
-    plan = forward.plan_of(query.shape[0], query.shape[2])
+    plan = forward.plan_of_shape(query.shape[0], query.shape[2])
     forward.attended += 1
     if not torch.compiler.is_compiling():
         forward.by_plan.add(id(module))
@@ -254,7 +256,7 @@ def sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`sdpa` by the layout of the batch; tensors are (sequences, heads, tokens, head size)."""
-    plan, pairs = _plan_of(module, query, attention_mask)
+    plan, pairs = _plan_and_pairs(module, query, attention_mask)
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
     if (
@@ -300,7 +302,7 @@ def eager(
 
     The second value stands for the attention weights.
     """
-    plan, pairs = _plan_of(module, query, attention_mask)
+    plan, pairs = _plan_and_pairs(module, query, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -327,7 +329,7 @@ def flash_attention_2(
     """`flash_attention_2` over a packed batch; tensors are (1, heads, tokens, head size)."""
     from flash_attn import flash_attn_varlen_func  # transformers refuses to load a model for it where it is missing
 
-    plan, _ = _plan_of(module, query, attention_mask)
+    plan, _ = _plan_and_pairs(module, query, attention_mask)
     if not plan.layout.dense:
         raise ValueError(
             "The batch is padded (by layout='padded', or as the model is in training with drop_path_rate), and the "

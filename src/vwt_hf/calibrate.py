@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .attention import rounds
+from .attention import is_slow_for_new_lengths
 from .checks import is_number, require_seed, require_whole
 from .compress import compress, restore
 from .config import VWTConfig
@@ -32,11 +32,11 @@ from .evaluation import (
     cosines,
     count_flops,
     count_tokens,
+    cpu_name,
     first_answers,
     made_with,
     mean_interval,
     on_device,
-    processor_name,
     require_finite,
     require_labels,
     share_interval,
@@ -65,7 +65,7 @@ class Choice(NamedTuple):
         return f"{self.method}, tolerance {self.tolerance:g}, similarity {self.similarity:g}"
 
 
-LEVELS = (
+CHOICES = (
     Choice("gradual", 0.006, 0.84),
     Choice("gradual", 0.01, 0.78),
     Choice("gradual", 0.0136, 0.73),
@@ -130,7 +130,7 @@ def calibrate(
     """Finds how far a model's sequences may be shortened on a user's own images, by comparing it with itself.
 
     No labels are needed, and the model stays as it is: `vwt_hf.compress(model, setting)` compresses it. Exactly one of
-    `agreement`, `speed` and `tokens` says what is asked for. It is sought among twelve settings (`LEVELS`), from light
+    `agreement`, `speed` and `tokens` says what is asked for. It is sought among twelve settings (`CHOICES`), from light
     to heavy: of `method="gradual"`, and where few tokens are to be left of `method="coarse"`.
 
     Args:
@@ -156,8 +156,9 @@ def calibrate(
         progress: whether to show a bar.
 
     Returns:
-        A setting of `method="gradual"`, whose `evidence` says what was measured, on what, and the 95 % interval. It was
-        chosen on the same images, so it may do a little worse on others like them.
+        A setting of `method="gradual"`, or `"coarse"` where few tokens are to be left. Its `evidence` says what was
+        measured, on what, and the 95 % interval. It was chosen on the same images, so it may do a little worse on
+        others like them.
 
     Raises:
         ValueError: an argument is not valid, there are too few images, the model is not supported or answers by NaN or
@@ -243,7 +244,7 @@ class Calibration:
     @property
     def tried(self) -> list[Level]:
         """The settings that were tried, from light to heavy."""
-        return [self._tried[level] for level in LEVELS if level in self._tried]
+        return [self._tried[choice] for choice in CHOICES if choice in self._tried]
 
     def find(
         self, *, agreement: float | None = None, speed: float | None = None, tokens: float | None = None
@@ -252,46 +253,48 @@ class Calibration:
         target, wanted = target_of(agreement=agreement, speed=speed, tokens=tokens)
         with tqdm(
             # At most: some searches end one setting earlier, and some settings are known.
-            total=len(LEVELS).bit_length() * self.images,
+            total=len(CHOICES).bit_length() * self.images,
             desc="Trying settings",
             unit="image",
             disable=not self._progress,
         ) as bar:
             first = bisect.bisect_left(
-                LEVELS, True, key=lambda level: _is_beyond(target, wanted, self._level(level, bar))
+                CHOICES, True, key=lambda choice: _is_beyond(target, wanted, self._measured(choice, bar))
             )
             bar.total = bar.n
         # All settings from `first` on agree too little, or are fast or short enough.
         index = first - 1 if target == "agreement" else first
-        if not 0 <= index < len(LEVELS):
+        if not 0 <= index < len(CHOICES):
             nearest = {
                 "agreement": self.tried[0],
                 "speed": max(self.tried, key=lambda level: level.speed),
                 "tokens": min(self.tried, key=lambda level: level.tokens),
             }[target]
             raise ValueError(self._refusal(target, wanted, nearest))
-        level = self._tried[LEVELS[index]]
-        return dataclasses.replace(self._setting(LEVELS[index]), evidence=self._evidence(level, f"{target}={wanted:g}"))
+        choice = CHOICES[index]
+        evidence = self._evidence(self._tried[choice], f"{target}={wanted:g}")
+        return dataclasses.replace(self._setting(choice), evidence=evidence)
 
-    def _setting(self, level: Choice) -> VWTConfig:
-        return VWTConfig(**level._asdict(), image_std=self._image_std)
+    def _setting(self, choice: Choice) -> VWTConfig:
+        return VWTConfig(**choice._asdict(), image_std=self._image_std)
 
-    def _level(self, level: Choice, bar: Any) -> Level:
+    def _measured(self, choice: Choice, bar: Any) -> Level:
         """What a setting costs and gains, measured unless it is known."""
-        if level not in self._tried:
-            self._tried[level] = self._measure(level, bar)
+        if choice not in self._tried:
+            self._tried[choice] = self._measure(choice, bar)
             if self._file is not None:
                 content = {"of": self._of, "levels": [dataclasses.asdict(known) for known in self.tried]}
                 write_file(self._file, json.dumps(content, indent=1))
-        return self._tried[level]
+        return self._tried[choice]
 
     @torch.inference_mode()
-    def _measure(self, level: Choice, bar: Any) -> Level:
-        pair = (self._plain, compress(copy_sharing_weights(self._plain), self._setting(level)))
-        bar.set_postfix_str(level.label)
+    def _measure(self, choice: Choice, bar: Any) -> Level:
+        pair = (self._plain, compress(copy_sharing_weights(self._plain), self._setting(choice)))
+        bar.set_postfix_str(choice.label)
         turns = []
         # Where kernels are made ready for each shape when it first comes, batches are shown before they are timed.
-        shows = 2 if self._by == "time" and rounds(device_of(self._plain), self._plain.dtype) else 1
+        slow_at_first = is_slow_for_new_lengths(device_of(self._plain), self._plain.dtype)
+        shows = 2 if self._by == "time" and slow_at_first else 1
         with count_tokens(pair[0]) as of_tokens, count_tokens(pair[1]) as tokens:
             for batch, names in zip(self._batches, self._names, strict=True):
                 for _ in range(shows):
@@ -309,7 +312,7 @@ class Calibration:
             interval = mean_interval(values, self._seed)
         whole = [turn for turn, names in zip(turns, self._names, strict=True) if len(names) == len(self._names[0])]
         speed = self._speed(pair, [(turn[0][1], turn[1][1]) for turn in whole])
-        return Level(*level, values.mean().item(), interval, tokens.mean, of_tokens.mean, speed)
+        return Level(*choice, values.mean().item(), interval, tokens.mean, of_tokens.mean, speed)
 
     def _speed(self, pair: tuple[PreTrainedModel, PreTrainedModel], seconds: list[tuple[float, float]]) -> float:
         """How many times as fast the second model is.
@@ -378,7 +381,7 @@ class Calibration:
             "by": self._by,
             "seed": self._seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "processor": processor_name() if is_timed_on_cpu else None,
+            "processor": cpu_name() if is_timed_on_cpu else None,
             "threads": torch.get_num_threads() if is_timed_on_cpu else None,
             "kernels": has_kernels(device) if self._by == "time" else None,
         }

@@ -685,14 +685,14 @@ class Reduce(Hook):
         if not is_even(self.setting, self.family):
             packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
             packs = packs and not self.own_rows
-            rounds = attention.rounds(tokens.device, tokens.dtype)
+            rounds = attention.is_slow_for_new_lengths(tokens.device, tokens.dtype)
             patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)
         plan = self.plan(patches, forward.given and forward.given.take(patches.pixel_values), forward.words)
         if plan is None:
             return output
         forward.go_by(plan)
         if patches.real is not None:
-            forward.real = patches.real if self.setting.restores else getattr(plan, "stays", None)
+            forward.real = patches.real if self.setting.restores else plan.stays if isinstance(plan, Grouped) else None
         return self.family.reduces(output, plan)
 
     def plan(
@@ -700,7 +700,7 @@ class Reduce(Hook):
     ) -> Kept | Grouped | None:
         """What becomes of the patches: as the caller's words say, if there are any, or those that `Repaint` chose."""
         if given is None:
-            return self.setting.plan(patches) if words is None else self.setting.plan_by(patches, words)
+            return self.setting.plan(patches) if words is None else self.setting.plan_repainted(patches, words)
         return self.setting.plan_of(patches, patches.of_words(given.words, given.repeats))
 
     def _require_alone(self, output: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -763,12 +763,6 @@ def _tokens_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _plan_of(module: nn.Module) -> Kept | Grouped | None:
-    """The plan of the forward that `module` runs in as a part of its tower, if there is one."""
-    forward = forward_within(module)
-    return None if forward is None else forward.plan
-
-
 @dataclasses.dataclass(eq=False)
 class Rotate(Hook):
     """Forward hook of rotary positions: the rotations of patches become those of tokens."""
@@ -803,7 +797,7 @@ class RotateTokens(Hook):
         if forward is None or "position_embeddings" not in kwargs:
             return None
         tokens = args[0] if args else kwargs["hidden_states"]
-        plan = forward.plan_of(tokens.shape[0], tokens.shape[1])
+        plan = forward.plan_of_shape(tokens.shape[0], tokens.shape[1])
         return None if plan is None else (args, kwargs | {"position_embeddings": plan.rotate(forward.rotations)})
 
 
@@ -821,7 +815,7 @@ class Join(Hook):
         if forward is None:
             return output
         tokens = _tokens_of(output)
-        before = forward.plan_of(tokens.shape[0], tokens.shape[1])
+        before = forward.plan_of_shape(tokens.shape[0], tokens.shape[1])
         after = forward.after.get(layer)
         if before is not None and after is None:  # else the layer is repeated for its gradient
             found = self.setting.seek(before, tokens.detach(), self.wanted)
@@ -846,8 +840,8 @@ class Bias(Hook):
 
     @traced_within
     def __call__(self, bias: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        plan = _plan_of(bias)
-        return output if plan is None else plan.bias(output)
+        forward = forward_within(bias)
+        return output if forward is None or forward.plan is None else forward.plan.bias(output)
 
 
 class MaskPadding(Hook):
@@ -872,7 +866,7 @@ class Expand(Hook):
         def expanded(value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or value.dim() < 3:
                 return value
-            plan = forward.plan_of(value.shape[0], value.shape[1])
+            plan = forward.plan_of_shape(value.shape[0], value.shape[1])
             return value if plan is None else plan.expand(value)
 
         return _pytree.tree_map(expanded, output)

@@ -86,6 +86,10 @@ class VWTConfig:
 
     usual_exponent: ClassVar[float] = 1
     """What `size_exponent` is with `proportional_attention`."""
+    chooses_as: ClassVar[str | None] = None
+    """The method that finds the same words by the same fields, if another does."""
+    beside_choice: ClassVar[frozenset[str]] = frozenset({"evidence", "output", "proportional_attention"})
+    """Fields that say nothing of which words patches have."""
 
     method: str = "intra"
     output: str | None = None
@@ -129,6 +133,13 @@ class VWTConfig:
 
     def __repr__(self) -> str:
         return f"VWTConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """The method and the fields by which patches get their words: settings of the same choice find the same."""
+        fields = {name: value for name, value in self.to_dict().items() if value is not None}
+        chosen_by = {name: value for name, value in fields.items() if name not in self.beside_choice}
+        return chosen_by | {"method": self.chooses_as or self.method}
 
     @property
     def size_exponent(self) -> float:
@@ -223,12 +234,12 @@ class VWTConfig:
                 for the model.
 
         Returns:
-            The words by which `plan_by` makes the plan, (batch, patches) int64; and what is shown, of the shape and
-            dtype of `patches.pixel_values`.
+            The words by which `plan_repainted` makes the plan, (batch, patches) int64; and what is shown, of the shape
+            and dtype of `patches.pixel_values`.
         """
         raise NotImplementedError
 
-    def plan_by(self, patches: Patches, words: torch.Tensor) -> Grouped:
+    def plan_repainted(self, patches: Patches, words: torch.Tensor) -> Grouped:
         """The plan that `plan` makes, of the words of `repainted`; if it `repaints`."""
         raise NotImplementedError
 

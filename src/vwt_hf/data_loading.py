@@ -20,7 +20,7 @@ _FILLS = {"pixel_values": 0, "pixel_attention_mask": 0, "patch_words": DROPPED}
 def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Makes a batch of images that were processed one by one, with different numbers of patches or of tiles.
 
-    A `data_collator` of `Trainer`, or a `collate_fn` of a `DataLoader`. Images of one size need none of their own:
+    A `data_collator` of `Trainer`, or a `collate_fn` of a `DataLoader`. Images of one size do not need it:
     transformers' default collator does the same.
 
     Args:

@@ -50,7 +50,8 @@ from .whole_saves import saving, write_files
 
 MANIFEST = "embed.json"
 KEY = "vwt_hf"
-"""The key in the metadata of a file under which it names the images that could not be read and, in safetensors, all."""
+"""The key in a file's metadata under which JSON says how many images it has, which could not be read and, in
+safetensors, the names of all."""
 FORMAT = 2
 """Of the manifest and the files."""
 AGAIN = "again"
@@ -165,7 +166,7 @@ def embed(
         if format not in FORMATS:
             raise ValueError(f"format is {shown(format)}; expected one of {', '.join(map(repr, FORMATS))}.")
         require_features(model)
-        processor = _without_words(processor_of(model, image_processor), model)
+        processor = _with_words(processor_of(model, image_processor), model, finds=False)
         require_folder(output)
         trial = _try(model, processor)
         rows = image_rows(images, column)
@@ -178,7 +179,7 @@ def embed(
     shards.begin(of)
 
     if trial.pads:
-        processor = _tokenizing(processor, model)
+        processor = _with_words(processor, model, finds=True)
     run = _Run(model, processor, batch_size, WINDOW if trial.pads or trial.sizes_differ else 1)
     own = shards.missing(lambda row: _is_in_reach(rows, row))
     total = sum(len(shards.rows(number)) for number in own)
@@ -620,23 +621,13 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
     return Trial(features.shape[1], any(padded), wide["pixel_values"].shape != high["pixel_values"].shape)
 
 
-def _without_words(image_processor: Any, model: PreTrainedModel) -> Any:
-    """The image processor, without a setting of its own where the model has one to find words by."""
-    setting = setting_of(model)
-    if setting is None or not setting.searches or image_processor.vwt is None:
-        return image_processor
-    own = copy.deepcopy(image_processor)
-    own.vwt = None
-    return own
-
-
-def _tokenizing(image_processor: Any, model: PreTrainedModel) -> Any:
-    """The image processor that finds words as `model` would, which tell how long images are before it runs."""
+def _with_words(image_processor: Any, model: PreTrainedModel, finds: bool) -> Any:
+    """The image processor for a model that searches words: one that finds them as it would, or one that finds none."""
     setting = setting_of(model)
     if setting is None or not setting.searches:
         return image_processor
     own = copy.deepcopy(image_processor)
-    own.vwt = HostTokenizer(setting, find_tower(model, family_of(model)).patch_size)
+    own.vwt = HostTokenizer(setting, find_tower(model, family_of(model)).patch_size) if finds else None
     return own
 
 

@@ -108,7 +108,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
     def fewer(number: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = forward_within(layer)
         if forward is not None and layer in forward.after:
-            before = forward.plan_of(*args[0].shape[:2])
+            before = forward.plan_of_shape(*args[0].shape[:2])
             if before is not None:
                 add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
 
@@ -146,7 +146,7 @@ def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copied
 
 
-def processor_name() -> str:
+def cpu_name() -> str:
     """The CPU of this machine, as the system calls it."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
@@ -434,7 +434,9 @@ def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
         values[torch.randint(count, (some, count), generator=generator, device="cpu")].mean(dim=1)
         for some in (min(at_once, RESAMPLES - start) for start in range(0, RESAMPLES, at_once))
     ]
-    return _percentiles(torch.cat(means))
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64, device=values.device)
+    low, high = torch.cat(means).quantile(ends).tolist()
+    return low, high
 
 
 def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) -> tuple[float, float]:
@@ -450,12 +452,6 @@ def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) 
         raise ValueError(f"no group has {FEWEST_OF_GROUP} images of known label; expected one that has.")
     worst, size = min((sum(own) / len(own), len(own)) for own in members)
     return share_interval(worst, size)
-
-
-def _percentiles(resampled: torch.Tensor) -> tuple[float, float]:
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64, device=resampled.device)
-    low, high = resampled.quantile(ends).tolist()
-    return low, high
 
 
 def label_ids(config: Any) -> dict[str, set[int]]:

@@ -35,10 +35,9 @@ def reduce_masked_autoencoder(output: Any, plan: Kept | Grouped) -> Any:
     patches = mask.shape[1]
     prefix = tokens.shape[1] - patches
     ordered = gather_patches(tokens, with_prefix(restore, prefix))
-    kept = plan.kept if isinstance(plan, Kept) else None
     mask = torch.zeros_like(mask)
-    if kept is not None:
-        mask = torch.ones_like(mask).scatter_(1, kept.expand(mask.shape[0], -1), 0.0)
+    if isinstance(plan, Kept):
+        mask = torch.ones_like(mask).scatter_(1, plan.kept.expand(mask.shape[0], -1), 0.0)
     dropped = mask.long()
     # The kept ones first, in their order, and then the others; counted, for ONNX has no stable sort.
     behind = (1 - dropped).sum(dim=1, keepdim=True) + dropped.cumsum(dim=1)

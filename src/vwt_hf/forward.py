@@ -129,7 +129,7 @@ class Forward:
             self.called_by = None  # a frame holds what its call was given
         return again
 
-    def plan_of(self, sequences: int, tokens: int) -> Grouped | None:
+    def plan_of_shape(self, sequences: int, tokens: int) -> Grouped | None:
         """The plan that gave tokens this shape; `None` if none did.
 
         While a layer is repeated for its gradient it is not the last one.

@@ -268,9 +268,7 @@ class Tokenizing:
 
     def to_dict(self) -> dict[str, Any]:
         """As the image processor without `vwt`, with the setting."""
-        fields = super().to_dict()  # type: ignore[misc]
-        vwt = SETTING.fget(self)  # type: ignore[misc]
-        return fields | {"vwt": vwt}
+        return super().to_dict() | {"vwt": self.vwt}  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (_plain_class(type(self)),), self.__dict__
@@ -314,28 +312,18 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
         ) from error
 
 
-_ASIDE = ("evidence", "saved_as", "output", "layout", "proportional_attention", "similarity", "join_ratio", "layers")
-"""Fields of settings that say nothing of which words patches have."""
-
-
 def _warn_of_another(setting: VWTConfig, of_model: dict[str, Any] | None, source: Any) -> None:
     """Warns where an image processor and the model beside it were saved with settings that make other words."""
     with contextlib.suppress(TypeError, ValueError):  # which the model says when it is loaded
         model_setting = VWTConfig.parse(of_model)
         if model_setting is None or not model_setting.searches:
             return
-        own, other = _choosing(setting), _choosing(model_setting)
+        own, other = setting.choice, model_setting.choice
         if any(own.get(name) != other.get(name) for name in own.keys() | other.keys()):
             logger.warning(
                 f"The image processor of {source} was saved with vwt={own}, and the model with {other}: what is given "
                 "both goes by the words of the image processor. Load and save it with the `vwt` of the model."
             )
-
-
-def _choosing(setting: VWTConfig) -> dict[str, Any]:
-    """The fields by which a setting chooses words; gradual's first cut is local's."""
-    fields = {name: value for name, value in setting.to_dict().items() if name not in _ASIDE and value is not None}
-    return fields | {"method": "local" if setting.method == "gradual" else setting.method}
 
 
 def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:

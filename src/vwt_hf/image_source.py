@@ -96,8 +96,8 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
         raise ValueError(f"column is {shown(column)}, which is for data sets; leave it out.")
     if folder is not None:
         files = find_images([folder])
-        items = _Shuffled(len(files), seed, lambda i: (str(files[i]), files[i]))
-        return ImageSource(folder.resolve().name, described_files(folder, files), items.cut)
+        cut_files = _shuffled(len(files), seed, lambda i: (str(files[i]), files[i]))
+        return ImageSource(folder.resolve().name, described_files(folder, files), cut_files)
     if type(images).__module__.split(".")[0] == "datasets":
         return _dataset(images, column, seed)
     if not hasattr(images, "__iter__"):
@@ -134,20 +134,15 @@ def folder_of(images: Any) -> Path | None:
     return Path(images)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shuffled:
-    """Images that can be had by their numbers, in the order of a seed."""
+def _shuffled(images: int, seed: int, get: Callable[[int], tuple[str, Any]]) -> Callable[..., ImagePart]:
+    """What `ImageSource.part` does, of images that can be had by their numbers, in the order of a seed."""
 
-    images: int
-    seed: int
-    get: Callable[[int], tuple[str, Any]]
+    def cut(index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        mine = torch.randperm(images, generator=generator, device="cpu").tolist()[index::number][:max_images]
+        return ImagePart(map(get, mine[skip:]), len(mine))
 
-    def cut(self, index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
-        """As `ImageSource.part` does."""
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        order = torch.randperm(self.images, generator=generator, device="cpu").tolist()
-        mine = order[index::number][:max_images]
-        return ImagePart(map(self.get, mine[skip:]), len(mine))
+    return cut
 
 
 def _after(skip: int, items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -224,7 +219,7 @@ def _image_names(folder: Path) -> Iterator[str]:
     Links are followed. A folder that several lead to is searched once: where it lies if that is below `folder`, else
     where the first link is. A link to nothing is among the files, so that it is named where it cannot be read.
     """
-    endings = _endings()
+    endings = {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
     top = os.path.realpath(folder)
     searched = set()
 
@@ -254,10 +249,6 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     if entry.is_symlink():
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)
     return entry.is_file()
-
-
-def _endings() -> set[str]:
-    return {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
 
 
 class ImageRows:
@@ -356,10 +347,10 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
     if isinstance(dataset, datasets.Dataset):
         column = find_image_column(dataset.features, column)
         encoded = undecoded(dataset, column)
-        items = _Shuffled(len(dataset), seed, lambda i: (f"row {i}", encoded[i][column]))
+        cut_rows = _shuffled(len(dataset), seed, lambda i: (f"row {i}", encoded[i][column]))
         ends = [encoded[i] for i in sorted({0, len(dataset) - 1})] if len(dataset) else []
         of += f"first and last: {described_images(ends, column)}"
-        return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows ({of})", items.cut)
+        return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows ({of})", cut_rows)
     if not isinstance(dataset, datasets.IterableDataset):
         raise TypeError(f"images is a {type(dataset).__name__}; expected a Dataset or an IterableDataset.")
     column = find_image_column(features_of(dataset), column)

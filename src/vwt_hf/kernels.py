@@ -1,7 +1,7 @@
-"""What takes many short operations of torch, as one or two kernels for NVIDIA GPUs each, written in Triton.
+"""Kernels for NVIDIA GPUs, in Triton: attention by layout, choosing patches, joining tokens.
 
-A GPU runs a small operation faster than the host asks for it. Choosing patches and joining tokens are made of such, so
-there they are asked for at once. `on_gpu.kernels_for` says when; all else, and what gradients are taken of or graphs
+A GPU runs a small operation faster than the host asks for it, and torch would take many for each of these. Here each is
+a few launches. `on_gpu.kernels_for` says when; all else, and what gradients are taken of or graphs
 are made of, goes by torch's operations. The answers are the same, but for rounding.
 """
 
@@ -121,7 +121,7 @@ def _attend(
     tl.store(output + rows[:, None] * output_token + dims[None, :], found.to(output.dtype.element_ty), mask=real_rows)
 
 
-def leaders(
+def find_leaders(
     pixel_values: torch.Tensor,
     patch_size: tuple[int, int],
     grid: tuple[int, int],
@@ -132,7 +132,7 @@ def leaders(
     limits: torch.Tensor,
     tolerance: float,
 ) -> torch.Tensor:
-    """Which patch stands for each, as `neighbours.lead` says.
+    """Which patch stands for each, as `neighbours.find_leaders` says.
 
     Args:
         pixel_values: (batch, channels, height, width).

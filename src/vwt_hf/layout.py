@@ -183,7 +183,7 @@ def group(
 def lead(
     leaders: torch.Tensor, prefix: int, packed: bool, real: torch.Tensor | None = None, rounds: bool = False
 ) -> tuple[Layout, torch.Tensor]:
-    """As `group`, of patches that a patch stands for.
+    """Lays patches out as tokens where one patch of each group, as it is, stands for the others.
 
     Args:
         leaders: (batch, patches), int64: the index of the patch that stands for each, its own if it stays.
@@ -232,8 +232,9 @@ def regroup(
     not_as: Collection[tuple[int, ...]] = (),
     sources: torch.Tensor | None = None,
 ) -> tuple[Layout, torch.Tensor | None]:
-    """Lays out anew the tokens that are left when some have become part of others of their image: in the order of the
-    first of those that become one.
+    """A new layout after some tokens were joined with others of their image.
+
+    Tokens are in the order of the first of those that each was joined from.
 
     Args:
         before: how they lay.

@@ -255,7 +255,7 @@ def leaders(neighbours: Neighbours, stays: torch.Tensor) -> torch.Tensor:
     return at(first, first)
 
 
-def lead(
+def find_leaders(
     pixel_values: torch.Tensor,
     patch_size: tuple[int, int],
     grid: tuple[int, int],
@@ -280,7 +280,7 @@ def lead(
         device, values = pixel_values.device, len(image_std) * math.prod(patch_size)
         looks_by = _waves(*patch_size, device), _weights(tuple(image_std), values, device), FINE
         around = _beside(*grid, device), _limits(*grid, device)
-        return kernels.leaders(pixel_values, patch_size, grid, *looks_by, *around, tolerance)
+        return kernels.find_leaders(pixel_values, patch_size, grid, *looks_by, *around, tolerance)
     looks = describe(patchify(pixel_values, patch_size).float(), patch_size, image_std)
     neighbours = find_neighbours(looks, grid)
     return leaders(neighbours, cover(neighbours, tolerance))

@@ -53,7 +53,7 @@ def write_words(folder: Path, vocabulary: VisualVocabulary, named: str = FOLDER)
 def seal_words(folder: Path, saved_as: list[str], named: str = FOLDER) -> None:
     """Seals the words of a save that is written whole. An image processor's go with whatever weights are there."""
     files = sorted(folder.iterdir()) if named == FOLDER else []
-    prints = {path.name: _print_of(path) for path in files if WEIGHTS.fullmatch(path.name)}
+    prints = {path.name: _fingerprint_of(path) for path in files if WEIGHTS.fullmatch(path.name)}
     content = json.dumps({"weights": prints}, indent=1).encode()
     for each in saved_as:
         write_files(folder / words_folder(each, named), {SEAL: content})
@@ -112,13 +112,13 @@ def require_sealed(words: Path) -> None:
         raise ValueError(f"{words / SEAL} is damaged; expected the names and prints of weights. {advice}") from error
     for name, value in sealed.items():
         path = folder / name
-        if path.is_file() and _print_of(path) != value:
+        if path.is_file() and _fingerprint_of(path) != value:
             raise ValueError(
                 f"{folder}: {name} holds other weights than those that {words.name} was saved with. {advice}"
             )
 
 
-def _print_of(path: Path) -> str:
+def _fingerprint_of(path: Path) -> str:
     """A hash of a file's length, its beginning, and blocks spread over the rest: weights of another training differ."""
     length = path.stat().st_size
     found = hashlib.sha256(str(length).encode())

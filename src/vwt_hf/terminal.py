@@ -143,10 +143,10 @@ def vwt_option(text: str) -> Any:
 
 
 def require_writable(*files: str | os.PathLike[str] | None) -> None:
-    """Asks whether files can be written, made with their folders if need be, before work is spent on what goes in.
+    """Raises where a file could not be written, before work is spent on what goes in; makes nothing.
 
     Args:
-        files: `None` is no file.
+        files: those of folders that are not there could be; `None` is no file.
 
     Raises:
         OSError: one cannot; the message names it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,25 +28,23 @@ def vouch(model: PreTrainedModel, tower: Tower) -> None:
         NotVouched: it does not hold, or it cannot be tried.
     """
     try:
-        _vouch(tower)
+        _require_usual(tower)
+        with _evaluating(tower.module):
+            _try(tower)
     except NotVouched as error:
         raise not_vouched(model, error) from error
+    except Exception as error:  # whatever a model says of it
+        reason = NotVouched(f"cannot be tried on an image ({type(error).__name__}: {str(error)[:200]})")
+        raise not_vouched(model, reason) from error
 
 
-def _vouch(tower: Tower) -> None:
+def _require_usual(tower: Tower) -> None:
     if not find_layers(tower.module):
         raise NotVouched("has no layers of a kind that transformers checkpoints")
     if not getattr(tower.module, "_supports_attention_backend", False):
         raise NotVouched("has attention that does not go through transformers' AttentionInterface")
     if any(parameter.is_meta for parameter in tower.module.parameters()):
         raise NotVouched("has weights that are elsewhere, so it cannot be tried; load it whole")
-    try:
-        with _evaluating(tower.module):
-            _try(tower)
-    except NotVouched:
-        raise
-    except Exception as error:  # whatever a model says of it
-        raise NotVouched(f"cannot be tried on an image ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 @contextlib.contextmanager
@@ -77,15 +75,15 @@ def vouch_rows(model: PreTrainedModel, tower: Tower) -> None:
     """Tries on noise that each patch is one row, and that rows come after those of prefix tokens.
 
     Raises:
-        NotVouched: it does not hold. A model that cannot be tried, as its weights are elsewhere, may be another.
+        NotVouched: it does not hold. A model that cannot be tried is let through: its weights are elsewhere, or it
+            fails on noise.
     """
     if any(parameter.is_meta for parameter in tower.embeddings.parameters()):
         return
     try:
         with _evaluating(tower.embeddings):
             pixel_values = _noise(tower)
-            embedded = _embedded(tower, pixel_values)
-            _require_rows(tower, pixel_values, embedded, lambda images: _embedded(tower, images), most=None)
+            _require_rows(tower, pixel_values, _embedded(tower, pixel_values), most=None)
     except NotVouched as error:
         raise not_vouched(model, error) from error
     except Exception:  # whatever a model says of noise
@@ -103,17 +101,12 @@ def _noise(tower: Tower) -> torch.Tensor:
 
 
 def _require_rows(
-    tower: Tower,
-    pixel_values: torch.Tensor,
-    embedded: torch.Tensor,
-    embed: Callable[[torch.Tensor], torch.Tensor],
-    most: int | None = MOST_PREFIX,
+    tower: Tower, pixel_values: torch.Tensor, embedded: torch.Tensor, most: int | None = MOST_PREFIX
 ) -> int:
     """How many rows of the embeddings of a tower come before the patches.
 
     Args:
         embedded: what the embeddings make of `pixel_values`.
-        embed: has them embed other images.
 
     Raises:
         NotVouched: they are more than `most`, or a patch is more or another than one row.
@@ -126,7 +119,7 @@ def _require_rows(
     other = pixel_values.clone()
     height, width = tower.patch_size
     other[..., row * height : (row + 1) * height, column * width : (column + 1) * width] += 1
-    changed = (embed(other) != embedded).any(dim=2).any(dim=0).nonzero().flatten().tolist()
+    changed = (_embedded(tower, other) != embedded).any(dim=2).any(dim=0).nonzero().flatten().tolist()
     middle = row * columns + column
     if changed != [prefix + middle]:
         raise NotVouched(f"changes rows {changed[:5]} with patch {middle}, which should be row {prefix + middle}")
@@ -136,7 +129,7 @@ def _require_rows(
 def _try(tower: Tower) -> None:
     pixel_values = _noise(tower)
     embedded, plain = _run(tower, pixel_values, lambda tokens: tokens)
-    prefix = _require_rows(tower, pixel_values, embedded, lambda images: _run(tower, images, lambda tokens: tokens)[0])
+    prefix = _require_rows(tower, pixel_values, embedded)
     patches = embedded.shape[1] - prefix
     if plain.shape != embedded.shape:
         raise NotVouched(f"makes {embedded.shape[1]} rows of {patches} patches and gives {tuple(plain.shape)} out")

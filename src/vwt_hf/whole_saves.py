@@ -28,10 +28,11 @@ _PATIENCE = 2.0
 class Save:
     """A save that is going on. Made by `saving`."""
 
-    def __init__(self, folder: Path, new: Path, lock: int | None, shares: bool) -> None:
+    def __init__(self, folder: Path, new: Path, lock: int | None, is_alone: Callable[[], bool]) -> None:
         self.folder, self.new = folder, new
         self._lock = lock
-        self._shares = shares
+        self.is_alone = is_alone
+        """Whether no other save into the folder runs, nor begins before this one ends."""
 
     def write(self, contents: dict[str, bytes]) -> None:
         """Writes files where nobody looks for them yet, down to the disk."""
@@ -41,9 +42,9 @@ class Save:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def place(self, name: str, as_name: str | None = None) -> None:
+    def place(self, name: str) -> None:
         """Puts a file that `write` wrote into the folder, in place of an older one."""
-        os.replace(self.new / name, self.folder / (as_name or name))
+        os.replace(self.new / name, self.folder / name)
         self._flush()
 
     def place_new(self, name: str) -> bool:
@@ -68,10 +69,6 @@ class Save:
             with contextlib.suppress(OSError):
                 os.fsync(self._lock)
 
-    def is_alone(self) -> bool:
-        """Whether no other save into the folder runs, nor begins before this one ends."""
-        return self._shares and (self._lock is None or _locked(self._lock, alone=True))
-
     def left_overs(self) -> list[Path]:
         """Folders that other saves write in. If `is_alone` is true afterwards, all of them are of killed saves."""
         found = [path for path in self.folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
@@ -84,10 +81,10 @@ def saving(folder: Path) -> Iterator[Save]:
     # The lock comes before there is anything that another save could remove; what is written lies beside the files that
     # it replaces, since a rename is atomic within one file system alone.
     with (
-        _locking(folder) as (lock, shares),
+        _locking(folder) as (lock, is_alone),
         tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as new,
     ):
-        yield Save(folder, Path(new), lock, shares)
+        yield Save(folder, Path(new), lock, is_alone)
 
 
 @contextlib.contextmanager
@@ -99,13 +96,14 @@ def sharing(folder: Path, turn: float) -> Iterator[Callable[[], bool]]:
     Args:
         turn: seconds for which it waits until it is alone, so that two such saves come one after the other.
     """
-    with _locking(folder, turn) as (lock, shares):
-        yield lambda: shares and (lock is None or _locked(lock, alone=True))
+    with _locking(folder, turn) as (_, is_alone):
+        yield is_alone
 
 
 @contextlib.contextmanager
-def _locking(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, bool]]:
-    """The lock on `folder`, made if need be, which some file systems do not have; and whether it is held or not there.
+def _locking(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, Callable[[], bool]]]:
+    """Shares the lock on `folder`, made if need be; gives its descriptor, `None` on Windows, and what tells if no other
+    save runs. Where the file system has no locks, none is taken to.
 
     Args:
         turn: as for `sharing`.
@@ -114,7 +112,8 @@ def _locking(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, bool]]
     lock = _open_folder(folder)
     has_turn = turn > 0 and lock is not None and _locked_soon(lock, alone=True, patience=turn)
     try:
-        yield lock, lock is None or has_turn or _locked_soon(lock)
+        shares = lock is None or has_turn or _locked_soon(lock)
+        yield lock, lambda: shares and (lock is None or _locked(lock, alone=True))
     finally:
         if lock is not None:
             _unlock(lock)

@@ -37,10 +37,10 @@ _WHOLE = 2**44
 """What a ratio is counted in, as a whole number: some devices have no double precision."""
 _ROUNDED = round(1e-8 * _WHOLE)
 """What a share of patches may lack to the next integer by rounding: 0.29 * 100 is 28.999999999999996."""
-_KEPT = 2**24
-"""Bytes of choices that are the same for all images and are kept for the next ones, in all."""
-_KEPT_MOST = 64
-"""Choices kept."""
+_CACHE_BYTES = 2**24
+"""Bytes of all cached choices that are the same for all images."""
+_CACHE_ENTRIES = 64
+"""Cached choices, at most."""
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -159,9 +159,9 @@ def marked(index: torch.Tensor, count: int) -> torch.Tensor:
     return none.scatter(1, index, torch.ones_like(index, dtype=torch.bool))  # torch.jit.trace takes no number for it
 
 
-_kept: collections.OrderedDict[tuple[Any, ...], torch.Tensor] = collections.OrderedDict()
-"""What `same_for_all` keeps; last used last."""
-_keeping = threading.Lock()
+_cache: collections.OrderedDict[tuple[Any, ...], torch.Tensor] = collections.OrderedDict()
+"""What `same_for_all` has made; last used last."""
+_cache_lock = threading.Lock()
 
 
 def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -176,10 +176,10 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     @torch.compiler.assume_constant_result
     def constant(*args: Any) -> torch.Tensor:
         key = (choose, *args)
-        with _keeping:
-            found = _kept.get(key)
+        with _cache_lock:
+            found = _cache.get(key)
             if found is not None:
-                _kept.move_to_end(key)
+                _cache.move_to_end(key)
         if found is None:
             # Outside inference mode, so that a later training step may save it for its backward pass.
             with torch.inference_mode(False):
@@ -188,11 +188,11 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
             # shorter, and cannot say of what. (`mark_static` says this of inputs alone.)
             found._dynamo_static_indices = set(range(found.dim()))  # type: ignore[attr-defined]
             # torch.export sees tensors without values, and torch.jit.trace checks that it sees the same steps twice.
-            if type(found) is torch.Tensor and found.nbytes <= _KEPT and not torch.jit.is_tracing():
-                with _keeping:
-                    _kept[key] = found
-                    while len(_kept) > _KEPT_MOST or sum(kept.nbytes for kept in _kept.values()) > _KEPT:
-                        _kept.popitem(last=False)
+            if type(found) is torch.Tensor and found.nbytes <= _CACHE_BYTES and not torch.jit.is_tracing():
+                with _cache_lock:
+                    _cache[key] = found
+                    while len(_cache) > _CACHE_ENTRIES or sum(made.nbytes for made in _cache.values()) > _CACHE_BYTES:
+                        _cache.popitem(last=False)
         _hold(found)
         return found
 
@@ -411,7 +411,7 @@ class WordIndex(NamedTuple):
     """What rules most words out, on a CPU; `None` where the products of all are made as fast."""
 
     def to(self, device: torch.device) -> WordIndex:
-        """The same index on another device."""
+        """The words on another device, without the screen, which is for CPUs."""
         return self if device == self.words.device else WordIndex(self.words.to(device))
 
 
@@ -444,12 +444,7 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
     Returns:
         (batch, patches), int64: a word in [0, size), or size + the patch's own index.
     """
-    # Autocast would search in half precision.
-    with without_autocast(patches.device):
-        return _nearest_words(patches.float(), index, threshold)
-
-
-def _nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> torch.Tensor:
+    patches = patches.float()
     own = (torch.arange(patches.shape[1], device=patches.device) + len(index.words)).expand(patches.shape[:2])
     if threshold == 0:
         return own
@@ -458,7 +453,8 @@ def _nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) ->
     at_once = max(1, _PRODUCTS // len(index.words))
     at_once = min(at_once, _ROWS) if patches.is_cpu else at_once
     parts = zip(patches.flatten(0, 1).split(at_once), lengths.split(at_once), strict=True)
-    found = [_largest_cosines(rows, length, index, least) for rows, length in parts]
+    with without_autocast(patches.device):  # which would search in half precision
+        found = [_largest_cosines(rows, length, index, least) for rows, length in parts]
     largest, words = (torch.cat(each) for each in zip(*found, strict=True))
     near = largest >= least
     if threshold < 1:

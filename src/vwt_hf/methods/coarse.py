@@ -53,6 +53,7 @@ class CoarseConfig(GradualConfig):
     usual_tolerance: ClassVar[float] = 0.08
     usual_similarity: ClassVar[float | None] = None
     usual_exponent: ClassVar[float] = 2 / 3
+    chooses_as: ClassVar[str | None] = None
 
     method: str = "coarse"
 
@@ -116,7 +117,7 @@ class CoarseConfig(GradualConfig):
         return (order < numbers.unsqueeze(1)) & there
 
     def plan(self, patches: Patches) -> Grouped:
-        return self.plan_by(patches, self._find(patches))
+        return self.plan_repainted(patches, self._find(patches))
 
     def patch_words(self, patches: Patches) -> torch.Tensor | None:
         return patches.without_padding(self._find(patches))
@@ -128,7 +129,7 @@ class CoarseConfig(GradualConfig):
             images = _images(patches, members)
             return self._choose(patches, members, images, halve(images))
 
-    def plan_by(self, patches: Patches, words: torch.Tensor) -> Grouped:
+    def plan_repainted(self, patches: Patches, words: torch.Tensor) -> Grouped:
         if self.even and patches.grid is not None:
             tokens = patches.count - 3 * self._blocks_of(*patches.grid)
             return patches.group_evenly(words, tokens, self.size_exponent)

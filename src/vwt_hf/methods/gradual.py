@@ -13,7 +13,6 @@ from ..plans import Grouped
 from ..printable import shown
 from .local import LocalConfig
 
-SIMILARITY = 0.61
 DEPTHS = (5 / 12, 7 / 12, 9 / 12)
 """After which share of the layers tokens are joined by default."""
 
@@ -48,8 +47,10 @@ class GradualConfig(LocalConfig):
 
     usual_tolerance: ClassVar[float] = 0.022
     usual_exponent: ClassVar[float] = 0.9
-    usual_similarity: ClassVar[float | None] = SIMILARITY
+    usual_similarity: ClassVar[float | None] = 0.61
     """The similarity where nothing says how many tokens are joined; `None`: then none are."""
+    chooses_as: ClassVar[str | None] = "local"
+    beside_choice: ClassVar[frozenset[str]] = LocalConfig.beside_choice | {"similarity", "join_ratio", "layers"}
 
     method: str = "gradual"
     similarity: float | tuple[float, ...] | None = None

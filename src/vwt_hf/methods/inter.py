@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -79,6 +79,8 @@ class InterConfig(RaggedConfig):
             Written by `save_pretrained`: 16 hexadecimal digits. The model's own words lie in the folder
             `visual_words-<saved_as>` beside its weights.
     """
+
+    beside_choice: ClassVar[frozenset[str]] = RaggedConfig.beside_choice | {"saved_as"}
 
     method: str = "inter"
     vocabulary: Any = None

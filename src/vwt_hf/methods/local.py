@@ -16,9 +16,9 @@ from ..neighbours import (
     cover,
     cover_by,
     describe,
+    find_leaders,
     find_neighbours,
     find_padded_neighbours,
-    lead,
     leaders,
 )
 from ..patches import Patches
@@ -145,7 +145,7 @@ class LocalConfig(RaggedConfig):
         """Which patch stands for each: (batch, patches), int64."""
         if patches.grid is not None and self.tolerance is not None:
             assert self.image_std is not None  # `prepared` came before
-            return lead(patches.pixel_values, patches.patch_size, patches.grid, self.image_std, self.tolerance)
+            return find_leaders(patches.pixel_values, patches.patch_size, patches.grid, self.image_std, self.tolerance)
         if patches.grid is not None:
             neighbours, _, stays = self._stay_on_grid(patches)
             return leaders(neighbours, stays)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,8 @@ class RaggedConfig(VWTConfig):
             on, by sdpa), else padded, as are BEiT and Data2Vec there, and training with stochastic depth. The answers
             are the same.
     """
+
+    beside_choice: ClassVar[frozenset[str]] = VWTConfig.beside_choice | {"layout"}
 
     layout: str = "auto"
 

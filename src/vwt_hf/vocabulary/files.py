@@ -176,9 +176,9 @@ def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None
         return _read_legacy(located)
     for _ in range(_ATTEMPTS):
         before = _identity(located.file)
-        content = _read_info(located)
+        fields = _read_fields(located)
         try:
-            return _read_words(located, _fields(located, content))
+            return _read_words(located, fields)
         except (ValueError, FileNotFoundError):
             # Where a save ended meanwhile, the words are its own, and the facts those of the one before.
             if located.download is not None or _identity(located.file) == before:
@@ -209,10 +209,9 @@ def _read_words(located: Located, fields: dict[str, Any]) -> tuple[torch.Tensor,
     if located.download is not None:
         try:
             path = Path(hf_hub_download(filename=name, **located.download))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            path = located.file.parent / name
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
     if not path.is_file():
         _refuse(located, name, f"it is missing, and {INFO_FILE} names it; save or download the vocabulary again")
     _require_inside(located, path)
@@ -256,16 +255,12 @@ def _refuse(located: Located, file: str, reason: str) -> NoReturn:
     raise ValueError(f"{printable(located.source)}: {file}: {reason.removesuffix('.')}.")
 
 
-def _read_info(located: Located) -> bytes:
+def _read_fields(located: Located) -> dict[str, Any]:
     _require_inside(located, located.file)
     with open(located.file, "rb") as file:
         content = file.read(_MOST_INFO_BYTES + 1)
     if len(content) > _MOST_INFO_BYTES:
         _refuse(located, INFO_FILE, f"it is larger than {_MOST_INFO_BYTES:,} bytes; expected a few facts about words")
-    return content
-
-
-def _fields(located: Located, content: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(
             content.decode("utf-8"),

@@ -17,7 +17,7 @@ from .card import CARD_FILE, PICTURE_FILE, render_card, render_words
 from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_vocabulary
 from .learning import learn_words
 
-LONGEST_WORD = 1e15
+LARGEST_MAPPED = 1e15
 """Largest absolute value of a word in a model's pixel space: sums of squares of larger ones could overflow float32."""
 _PIECE = 2**20
 """Values that are mapped at once."""
@@ -70,7 +70,7 @@ class VisualVocabulary:
     @property
     def is_on_hub(self) -> bool:
         """Whether `source` and `revision` alone say which words these are: not where they were changed since."""
-        return self._named is not None and self._named == self._print()
+        return self._named is not None and self._named == self._fingerprint()
 
     def _lies_in(self, source: str, revision: str | None, subfolder: str | None, imported: bool = False) -> None:
         """Notes where the words are.
@@ -80,9 +80,9 @@ class VisualVocabulary:
         """
         self.source, self.revision, self.subfolder = source, revision, subfolder
         is_named = revision is not None and not subfolder and not imported  # a setting has no field for a subfolder
-        self._named = self._print() if is_named else None
+        self._named = self._fingerprint() if is_named else None
 
-    def _print(self) -> str:
+    def _fingerprint(self) -> str:
         words = self.words.detach().cpu().contiguous()
         content = hashlib.sha256(f"{words.dtype} {tuple(words.shape)}".encode())
         content.update(words.flatten().view(torch.uint8).numpy().data)
@@ -125,7 +125,7 @@ class VisualVocabulary:
             image_std: likewise.
 
         Returns:
-            (size, channels · p · p) float32, flattened as (channel, row, column). A word beyond `LONGEST_WORD` comes
+            (size, channels · p · p) float32, flattened as (channel, row, column). A word beyond `LARGEST_MAPPED` comes
             shortened, since cosine distances of such overflow; its direction, which is all that they ask for, stays.
 
         Raises:
@@ -405,7 +405,7 @@ def _mapped(words: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch
     # By the ratio of the deviations alone, which overflows for no word.
     direction = ((words - mean) / (std / std.min())).flatten(1)
     longest = direction.abs().amax(dim=1, keepdim=True)
-    return torch.where(longest / std.min() > LONGEST_WORD, direction / longest, mapped).float()
+    return torch.where(longest / std.min() > LARGEST_MAPPED, direction / longest, mapped).float()
 
 
 def _valid_words(words: torch.Tensor) -> torch.Tensor:
