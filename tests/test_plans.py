@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vwt_hf.layout import group, represent
+from vwt_hf.layout import group, lead, represent
 from vwt_hf.plans import Grouped, Kept, with_prefix
 
 PREFIX = 2
@@ -65,6 +65,18 @@ def test_tokens_of_groups_are_means_and_every_patch_gets_its_tokens_state_back(p
         for patch in range(6):
             alike = whole[image, PREFIX:][WORDS[image] == WORDS[image, patch]]
             torch.testing.assert_close(full[image, PREFIX + patch], alike.mean(0))
+
+
+def test_padding_behind_representatives_is_zero_whatever_the_first_image_shows():
+    """A mask hides no NaN."""
+    leaders = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]])
+    layout, sources = lead(leaders, PREFIX, packed=False)
+    whole = tokens()
+    whole[0, 0] = torch.nan
+    short = Grouped(layout, True, (2, 3), sources).reduce(whole)
+    assert torch.equal(short[1, : PREFIX + 1], whole[1, : PREFIX + 1])
+    assert layout.sizes[1, PREFIX + 1 :].eq(0).all() and short[1, PREFIX + 1 :].eq(0).all()
+    assert short.shape[1] > PREFIX + 6  # so that its shape is not that of whole images
 
 
 def test_representatives_are_as_they_were_and_stand_for_those_that_chose_them():
