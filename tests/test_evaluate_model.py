@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -26,7 +27,7 @@ from tiny import tiny_model
 from vwt_hf import VisualVocabulary, compress, count_tokens, evaluate_model, evaluation_tasks
 from vwt_hf.cli import evaluate, main
 from vwt_hf.compress import setting_of
-from vwt_hf.evaluate_model import name_of
+from vwt_hf.evaluate_model import _tokenizer_of, name_of
 from vwt_hf.evaluation import agreement, divergence, ranks, share_interval, token_f1
 from vwt_hf.evaluation_tasks import ZeroShot
 from vwt_hf.image_source import find_images, pixel_batches
@@ -1231,3 +1232,15 @@ def test_a_label_of_another_kind_is_a_text():
 
 def test_a_setting_without_fields_has_a_name():
     assert name_of({}) == name_of({"method": "intra"}) == "intra"
+
+
+def test_text_tokenizers_are_told_apart_by_what_they_go_by_and_not_by_their_last_call():
+    """A folder that a tokenizer is put into anew has the name that it had."""
+    special = {"<s>": 1, "</s>": 2, "<pad>": 0}
+    names = [tokenizer_with(special), tokenizer_with(special), tokenizer_with(special), tokenizer_with(special)]
+    names[1](["a photo", "a"], padding=True, truncation=True, max_length=4)
+    names[2].backend_tokenizer.normalizer = None
+    names[3].add_tokens(["teapot"])
+    same, called, cased, more = (_tokenizer_of(SimpleNamespace(tokenizer=tokenizer)) for tokenizer in names)
+    assert same == called and len({same, cased, more}) == 3
+    assert _tokenizer_of(SimpleNamespace(tokenizer=None)) is None

@@ -253,6 +253,32 @@ def test_words_that_no_images_were_given_with_are_refused():
     assert current_forward() is None
 
 
+@pytest.mark.parametrize("setting", [SETTINGS["discard"], SETTINGS["merge"], SETTINGS["local"]])
+@pytest.mark.parametrize("wait", ["embeddings", "layer"])
+def test_a_model_that_a_hook_runs_within_a_call_with_words_goes_by_its_own(setting, wait, images, plans):
+    model, teacher = compress(tiny_model("vit"), setting), compress(tiny_model("dinov3"), setting)
+    expected = answers(model, images)
+    words, taught, found = words_of(plans), answers(teacher, images), []
+    part = model.embeddings if wait == "embeddings" else model.layers[1]
+    part.register_forward_pre_hook(lambda *_: found.append(answers(teacher, images)))
+    torch.testing.assert_close(answers(model, images, patch_words=words), expected)
+    with call_with(model, GivenWords(words, generates=True)):
+        model(pixel_values=images)
+    assert len(found) == 2 and all(torch.equal(one, taught) for one in found)
+    assert current_forward() is None
+
+
+@pytest.mark.parametrize("make", [blip, blip_2])
+def test_words_do_not_reach_a_part_by_a_generate_that_hands_none_on_and_that_is_said(make, images):
+    model = built(make)
+    words = torch.zeros(4, 64, dtype=torch.int64)
+    given = {"pixel_values": images, "patch_words": words, "max_new_tokens": 2}
+    for setting, said in ((SETTINGS["merge"], "compress that model itself"), (GIVEN, "compress the whole model")):
+        compress(model.vision_model, setting)
+        with pytest.raises(ValueError, match=said):
+            model.generate(**given)
+
+
 @pytest.mark.parametrize("name", [name for name in EVERY if hasattr(MODELS[name][0], "get_image_features")])
 @pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
 def test_image_features_go_by_words(name, setting, images, plans):

@@ -611,3 +611,33 @@ def test_a_plain_image_processor_removes_the_words_of_one_that_was_saved_there(f
     assert list(folder.glob("processor_words-*"))
     AutoImageProcessor.from_pretrained(folder, vwt=False).save_pretrained(folder)
     assert not list(folder.glob("processor_words-*"))
+
+
+@pytest.mark.parametrize(
+    "vwt", [{"method": "local", "tolerance": 0.1}, {"method": "coarse"}, {"method": "inter", "vocabulary": WORDS}]
+)
+def test_statistics_that_change_after_the_setting_was_made_ready_are_refused(vwt, folder):
+    processor, image = AutoImageProcessor.from_pretrained(folder, vwt=vwt), Image.linear_gradient("L").convert("RGB")
+    expected = processor(image, return_tensors="pt")
+    scaled = np.asarray(image, np.float32) / 255  # so that the same statistics are in other numbers
+    again = processor(scaled, do_rescale=False, input_data_format="channels_last", return_tensors="pt")
+    assert torch.equal(again[NAME], expected[NAME])
+    with pytest.raises(ValueError, match="another image_mean or image_std than its `vwt` was made ready for"):
+        processor(image, image_std=[0.3] * 3)
+    std, processor.image_std = processor.image_std, [0.3] * 3
+    for use in (lambda: processor(image), lambda: processor.save_pretrained(folder)):
+        with pytest.raises(ValueError, match=r"Load it with them: from_pretrained\(..., image_mean"):
+            use()
+    processor.image_std = std
+    assert torch.equal(processor(image, return_tensors="pt")[NAME], expected[NAME])
+
+
+def test_a_setting_with_statistics_of_its_own_takes_images_of_any(folder):
+    own = {"method": "local", "tolerance": 0.1, "image_std": [0.2, 0.3, 0.4]}
+    processor = AutoImageProcessor.from_pretrained(folder, vwt=own)
+    assert processor(Image.new("RGB", (32, 32)), image_std=[0.3] * 3, return_tensors="pt")[NAME].shape == (1, 64)
+
+
+def test_a_setting_without_statistics_takes_images_of_any(folder):
+    processor = AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.5})
+    assert processor(Image.new("RGB", (32, 32)), image_std=[0.3] * 3, return_tensors="pt")[NAME].shape == (1, 64)

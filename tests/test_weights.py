@@ -8,6 +8,7 @@ import transformers
 from accelerate import cpu_offload
 
 from tiny import sample_pixel_values, tiny_model
+from vwt_hf import compress
 from vwt_hf.evaluation import answer, on_device
 from vwt_hf.weights import device_of, fingerprint_of, parameter_of
 
@@ -55,6 +56,16 @@ def test_a_fingerprint_tells_weights_apart_in_8_bits_too(kind):
     other.pooler.dense.weight.data += 0.1
     prints = [fingerprint_of(kind(model)) for model in (tiny_model("vit"), tiny_model("vit"), other)]
     assert prints[0] == prints[1] != prints[2] and prints[0].startswith("ViTModel ")
+
+
+def test_a_fingerprint_tells_apart_what_computes_otherwise_by_the_same_weights(tmp_path):
+    model = tiny_model("clip")
+    expected = fingerprint_of(model)
+    model.save_pretrained(tmp_path)
+    shortened = transformers.CLIPModel.from_pretrained(tmp_path, vwt={"keep_ratio": 0.5})
+    assert fingerprint_of(shortened) == fingerprint_of(compress(model, {"keep_ratio": 0.5})) == expected
+    model.config.vision_config.hidden_act = "gelu_new"
+    assert fingerprint_of(model) != expected
 
 
 def test_weights_that_accelerate_keeps_elsewhere_are_known_and_their_model_is_given_images():

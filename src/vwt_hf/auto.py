@@ -209,6 +209,12 @@ def _generating(original: Any) -> Any:
     def generate(self: Any, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
         if patch_words is None:
             return original(self, *args, **kwargs)
+        if setting_of(self) is None:
+            raise ValueError(
+                f"patch_words were given to generate of a {type(self).__name__} that is not compressed, nor a part of "
+                "it. Where it writes the text of a model whose vision tower alone is compressed, as in BLIP, compress "
+                "that model itself."
+            )
         with call_with(self, words_to_generate_by(self, patch_words, args, kwargs)):
             return original(self, *args, **kwargs)
 
@@ -249,6 +255,8 @@ def _saving_processor(original: Any) -> Any:
             return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
         if folder.is_file():
             return original(self, save_directory, **kwargs)
+        if isinstance(processor, image_processing.Tokenizing):
+            processor.require_statistics()
         options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
         # Every process of a distributed run may come here: each leaves the words that it named.
         with sharing(folder, _TURN if image_processing.words_of(processor) else 0) as is_alone:

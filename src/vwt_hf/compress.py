@@ -662,7 +662,7 @@ class Reduce(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.setting.shortens:
-            self._require_alone(output, args, kwargs)
+            self._require_alone(module, output, args, kwargs)
             return output
         if kwargs.get("bool_masked_pos") is not None:
             raise ValueError(
@@ -671,7 +671,7 @@ class Reduce(Hook):
             )
         if self.follows:
             return self._reduce_and_store(module, args, kwargs, output)
-        given = None if torch.compiler.is_compiling() else given_words()
+        given = None if torch.compiler.is_compiling() else given_words(module)
         patches = self.patches(output, args, kwargs)
         plan = self.plan(patches, given and given.take(patches.pixel_values))
         return output if plan is None else self.family.reduces(output, plan)
@@ -703,9 +703,9 @@ class Reduce(Hook):
             return self.setting.plan(patches) if words is None else self.setting.plan_repainted(patches, words)
         return self.setting.plan_of(patches, patches.of_words(given.words, given.repeats))
 
-    def _require_alone(self, output: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _require_alone(self, module: nn.Module, output: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Refuses words by which patches are no tokens of their own."""
-        given = None if torch.compiler.is_compiling() else given_words()
+        given = None if torch.compiler.is_compiling() else given_words(module)
         if given is None:
             return
         patches = self.patches(output, args, kwargs)
@@ -776,7 +776,7 @@ class Rotate(Hook):
             return self._rotate_as_stored(rotary, output)
         pixel_values = args[0] if args else kwargs["pixel_values"]
         patches = Patches.of_images(pixel_values, self.reduce.patch_size, output[0].shape[0])
-        plan = self.reduce.plan(patches, None if torch.compiler.is_compiling() else given_words())
+        plan = self.reduce.plan(patches, None if torch.compiler.is_compiling() else given_words(rotary))
         return output if plan is None else plan.rotate(output)
 
     @traced_within

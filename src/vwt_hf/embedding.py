@@ -52,7 +52,7 @@ MANIFEST = "embed.json"
 KEY = "vwt_hf"
 """The key in a file's metadata under which JSON says how many images it has, which could not be read and, in
 safetensors, the names of all."""
-FORMAT = 2
+FORMAT = 3
 """Of the manifest and the files."""
 AGAIN = "again"
 """Key in the list of unreadable images: this one was out of reach, as on a drive that was gone, and a later run tries

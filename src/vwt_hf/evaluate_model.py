@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +53,7 @@ from .processes import gathered, join, place
 from .processors import described_processor, loaded_by, processor_of
 from .weights import device_of, fingerprint_of
 
-FORMAT = 2
+FORMAT = 3
 """Of what is kept of a run that may be cut off."""
 SHOWN: dict[str, tuple[str, int, int]] = {
     "accuracy": ("top-1 %", 100, 2),
@@ -381,7 +382,7 @@ def _fingerprint(
         **made_with(plain),
         "settings": {str(number): compression_of(model) for number, model in enumerate(models)},
         "image_processor": described_processor(processor),
-        "tokenizer": getattr(task.tokenizer, "name_or_path", None),
+        "tokenizer": _tokenizer_of(task),
         "generation": plain.generation_config.to_dict() if isinstance(task, Captions) else None,
         "task": task.name,
         "options": {name: value for name, value in task.options.items() if name != "seed"},
@@ -389,6 +390,19 @@ def _fingerprint(
         "batch_size": batch_size,
     }
     return json.loads(json.dumps(of))
+
+
+def _tokenizer_of(task: Task) -> str | None:
+    """What tells the text tokenizer of a task from others: the name of its class, and a hash of what it goes by."""
+    if task.tokenizer is None:
+        return None
+    backend = getattr(task.tokenizer, "backend_tokenizer", None)
+    fields = task.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    lasting = {
+        name: value for name, value in fields.items() if name not in ("padding", "truncation")
+    }  # of its last call
+    own = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode())
+    return f"{type(task.tokenizer).__name__} {own.hexdigest()[:16]}"
 
 
 def _merged(batches: Sequence[Batch], models: int) -> tuple[Answers, list[str]]:

@@ -42,6 +42,12 @@ class GivenWords:
     """Whether the call is `generate`, which embeds its images at every step where it has no cache."""
     embedded: torch.Tensor | None = None
     """What embeddings have gone by them with, as `pixel_values`; `None` if none have."""
+    model: nn.Module | None = None
+    """The model that is called with them; `None` until the call begins."""
+
+    def are_for(self, module: nn.Module) -> bool:
+        """Whether a module is a part of the model that is called, and not of one that a hook runs within the call."""
+        return self.model is None or any(part is module for part in self.model.modules())
 
     def take(self, pixel_values: torch.Tensor) -> GivenWords:
         """Marks the words as used for images and returns them.
@@ -252,7 +258,8 @@ def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relativ
     """Begins a forward of `tower`, within the one that is under way if there is one."""
     forward = Forward(tower, relative, members, called_by=_calling_frame())
     _enter(forward)
-    forward.given = None if forward.outer is None else forward.outer.given
+    given = None if forward.outer is None else forward.outer.given
+    forward.given = given if given is not None and given.are_for(tower) else None
     return forward
 
 
@@ -305,10 +312,11 @@ def _leave(forward: Forward) -> None:
     forward.called_by = None  # a frame holds what its call was given
 
 
-def given_words() -> GivenWords | None:
-    """The `patch_words` of the call that this code runs in; `None` if it was given none."""
+def given_words(module: nn.Module | None = None) -> GivenWords | None:
+    """The `patch_words` of the call that this code runs in; `None` if it was given none, or none for `module`."""
     forward = current_forward()
-    return None if forward is None else forward.given
+    given = None if forward is None else forward.given
+    return None if given is None or (module is not None and not given.are_for(module)) else given
 
 
 def words_are_given() -> bool:
@@ -321,7 +329,7 @@ def words_are_given() -> bool:
 
 def begin_call(model: nn.Module, patch_words: torch.Tensor) -> None:
     """Begins a call of `model` with words, within what is under way."""
-    given = GivenWords(patch_words)
+    given = GivenWords(patch_words, model=model)
     _enter(Call(model, False, given=given, called_by=_calling_frame()))
     _in_thread.graphs.words = True
 
@@ -343,6 +351,7 @@ def call_with(model: nn.Module, given: GivenWords) -> Iterator[None]:
     Raises:
         ValueError: nothing went by them.
     """
+    given.model = model
     call = Call(model, False, given=given, by_context=True)
     _enter(call)
     before, _in_thread.graphs.words = _in_thread.graphs.words, True

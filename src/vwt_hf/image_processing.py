@@ -7,6 +7,7 @@ its class, of the same name, which finds what becomes of the patches of each ima
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import os
@@ -50,6 +51,8 @@ class HostTokenizer:
     """Height and width of the model's patches, in pixels."""
     saved_as: str | None = None
     """Which words below the folder that it was saved to are its own."""
+    follows: bool = False
+    """Whether the setting has the statistics of the image processor, and not others that somebody gave."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostTokenizer:
         return self  # nothing in it changes
@@ -146,6 +149,7 @@ _one_thread = SharedChange(_use_one_thread)
 
 
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
+_NORMALISED_BY = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 def _read_setting(processor: Any) -> Any:
@@ -199,11 +203,33 @@ class Tokenizing:
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """As the image processor without `vwt`, with `patch_words` beside `pixel_values`."""
+        self.require_statistics(**{name: kwargs[name] for name in _NORMALISED_BY if kwargs.get(name) is not None})
         made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
         if self.vwt is None:  # its class was called, and nothing gave it a setting
             return made
         made[NAME] = self.tokenizer_of_patches.words(made)
         return made
+
+    def require_statistics(self, **steps: Any) -> None:
+        """Refuses another mean or deviation than the setting was made ready for: words would be those of other images.
+
+        Args:
+            steps: options of a call, in place of the image processor's own.
+
+        Raises:
+            ValueError: the message says which it was made ready for.
+        """
+        held = self.__dict__.get("vwt")
+        if not isinstance(held, HostTokenizer) or not held.follows:
+            return
+        now = copy.copy(self)
+        now.__dict__.update(steps)
+        if not _has_statistics(held.setting, now):
+            raise ValueError(
+                f"The {type(self).__name__} has another image_mean or image_std than its `vwt` was made ready for, "
+                f"which is {shown(held.setting.to_dict())}. Load it with them: from_pretrained(..., image_mean=..., "
+                "image_std=..., vwt=...)."
+            )
 
     def _preprocess(self, *args: Any, **steps: Any) -> Any:
         """As the image processor without `vwt`; the values of pixels are looked up where that gives the same."""
@@ -387,8 +413,21 @@ def _prepare(
     facts = ModelFacts(
         str(source), patch_size, channels, None, trusted, hub_kwargs, words_folder=folder, image_processor=processor
     )
-    ready = HostTokenizer(setting.prepared(facts), patch_size, saved_as if folder == PROCESSOR_FOLDER else None)
-    processor.vwt = ready
+    ready = setting.prepared(facts)
+    own_words = saved_as if folder == PROCESSOR_FOLDER else None
+    processor.vwt = HostTokenizer(ready, patch_size, own_words, follows=_has_statistics(ready, processor))
+
+
+def _has_statistics(setting: VWTConfig, processor: Any) -> bool:
+    """Whether means and deviations of a setting are those of an image processor, as far as both tell."""
+    fields = {name: getattr(setting, name, None) for name in ("image_mean", "image_std")}
+    known: dict[str, Any] = {name: values for name, values in fields.items() if values is not None}
+    try:
+        found = processor_statistics(processor, len(next(iter(known.values()), ())))
+    except ValueError:
+        return True
+    now = dict(zip(("image_mean", "image_std"), found, strict=True))
+    return all(np.allclose(values, now[name]) for name, values in known.items())
 
 
 def _are_values(images: Any) -> bool:

@@ -1,8 +1,9 @@
-"""The weights of a model: where they are and what tells them from others, in 8 bits or kept elsewhere as well."""
+"""The weights of a model: where they are and what tells a model from others, in 8 bits or kept elsewhere as well."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,31 @@ from .printable import printable
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:
-    """The class of `model` and a hash of some of its weights, spread over all: another training has another."""
-    weights = hashlib.sha256()
+    """The class of `model` and a hash of its config and of some of its weights, spread over all.
+
+    Another training has another, and so have the same weights by another activation.
+    """
+    own = hashlib.sha256(json.dumps(_lasting(model.config.to_dict()), sort_keys=True).encode())
     for name, value in model.state_dict().items():
-        weights.update(f"{name}{_sample(_fetched(model, name, value))}".encode())
-    return f"{type(model).__name__} {weights.hexdigest()[:16]}"
+        own.update(f"{name}{_sample(_fetched(model, name, value))}".encode())
+    return f"{type(model).__name__} {own.hexdigest()[:16]}"
+
+
+_PASSING = {"architectures", "dtype", "torch_dtype", "transformers_version", "vwt"}
+"""Fields of configs that change as a model is loaded, saved or compressed."""
+
+
+def _lasting(value: Any) -> Any:
+    """What a config's dict says of how its model computes, as JSON holds it."""
+    if isinstance(value, Mapping):
+        return {
+            str(name): _lasting(own)
+            for name, own in value.items()
+            if name not in _PASSING and not str(name).startswith("_")
+        }
+    if isinstance(value, (list, tuple)):
+        return [_lasting(own) for own in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
 def _sample(value: Any) -> str:

@@ -45,7 +45,7 @@ class GivenConfig(RaggedConfig):
         raise ValueError(
             f"The model goes by the words of its caller and was given none with {len(patches.pixel_values)} images; "
             "call it with patch_words=..., which an image processor loaded with `vwt` makes, or compress it by another "
-            "method."
+            "method. Of BLIP and its like compress the whole model, as its `generate` hands no words to a part."
         )
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
