@@ -16,6 +16,7 @@ from vwt_hf import VWTConfig, compress, count_tokens, restore
 from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.forward import current_forward
 from vwt_hf.layout import _rounded
+from vwt_hf.patches import Patches
 from vwt_hf.plans import Grouped
 
 NAMES = ["vit", "dinov2", "dinov3", "beit", "clip", "blip-vision", "siglip2-vision"]
@@ -301,6 +302,13 @@ def test_no_number_leaves_fewer_than_one_in_each_block_or_more_than_there_are(im
         assert taken[-1][0].shape[1] == 1 + tokens
 
 
+@pytest.mark.parametrize(("side", "fewest"), [(32, 4), (52, 16), (56, 16), (60, 16), (68, 25)])
+def test_the_fewest_are_one_of_each_four_rows_and_columns(side, fewest):
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    plan = local(num_patches=1).plan(Patches.of_images(images, (4, 4)))
+    assert plan.layout.runs == ((fewest, 2),)
+
+
 @pytest.mark.parametrize("fields", [{"num_patches": 20}, {"keep_ratio": 0.5, "tolerance": None}])
 def test_padded_images_keep_their_own_number(fields, images):
     model = compress(tiny_model("siglip2-vision"), local(**fields))
@@ -407,6 +415,14 @@ def test_a_tolerance_means_the_same_however_images_are_normalised(images):
 def test_a_bad_setting_is_refused_by_field_value_and_range(fields, words):
     with pytest.raises(ValueError, match=words):
         VWTConfig.parse({"method": "local", **fields})
+
+
+@pytest.mark.parametrize("setting", [VWTConfig(method="local"), VWTConfig(method="coarse"), VWTConfig(method="inter")])
+def test_a_deviation_that_somebody_saved_makes_sense_or_is_refused(setting):
+    """It may be in the file of a stranger, where the setting of a user leaves it out."""
+    assert setting.with_saved({"image_std": [0.5] * 3}).image_std == (0.5,) * 3
+    with pytest.raises(ValueError, match=r"image_std is .*; expected one number in"):
+        setting.with_saved({"image_std": [1e-30] * 3})
 
 
 def test_a_deviation_for_other_channels_and_layers_that_a_model_lacks_are_refused():
