@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -155,10 +156,18 @@ def test_a_few_levels_are_tried_to_find_the_right_one(on_a_line, place, target, 
         (
             "agreement",
             0.98,
-            "and the lightest setting (gradual, tolerance 0.006, similarity 0.84) reaches agreement 0.97",
+            "and the nearest setting that was tried (gradual, tolerance 0.006, similarity 0.84) reaches agreement 0.97",
         ),
-        ("speed", 3, "and the heaviest setting (coarse, tolerance 0.1, similarity 0.5) is 2.20 times as fast"),
-        ("tokens", 5, "and the heaviest setting (coarse, tolerance 0.1, similarity 0.5) leaves 49.0 of 65 tokens"),
+        (
+            "speed",
+            3,
+            "and the nearest setting that was tried (coarse, tolerance 0.1, similarity 0.5) is 2.20 times as f",
+        ),
+        (
+            "tokens",
+            5,
+            "and the nearest setting that was tried (coarse, tolerance 0.1, similarity 0.5) leaves 49.0 of 65",
+        ),
     ],
 )
 def test_a_target_that_no_level_reaches_is_refused_with_the_nearest_that_one_does(on_a_line, target, asked, reason):
@@ -166,6 +175,19 @@ def test_a_target_that_no_level_reaches_is_refused_with_the_nearest_that_one_doe
         on_a_line.find(**{target: asked})
     nearest = re.search(rf"Ask for {target}=([\d.]*\d)", str(refusal.value))
     assert nearest and on_a_line.find(**{target: float(nearest.group(1))})
+
+
+def test_the_nearest_that_is_told_may_be_a_lighter_one(on_a_line, monkeypatch):
+    """Grainy images leave coarse more tokens than the last of gradual."""
+    measure = Calibration._measure
+
+    def grainy(self, choice, bar):
+        level = measure(self, choice, bar)
+        return dataclasses.replace(level, tokens=60) if choice.method == "coarse" else level
+
+    monkeypatch.setattr(Calibration, "_measure", grainy)
+    with pytest.raises(ValueError, match=r"nearest setting that was tried \(gradual, .* leaves 5\d.0 of 65 tokens"):
+        on_a_line.find(tokens=40)
 
 
 def test_without_a_classifier_it_is_the_mean_cosine(images, processor):
@@ -479,7 +501,7 @@ def test_the_command_takes_a_model_without_a_classifier_or_a_pooler(checkpoint, 
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--tokens", "2"], "tokens is 2, and the heaviest setting"),
+        (["--tokens", "2"], "tokens is 2, and the nearest setting"),
         (["--agreement", "98"], "agreement is 98.0; expected a share in (0, 1]"),
         (["--tokens", "60", "--max-images", "3"], "max_images is 3; expected a whole number of at least 50"),
         (["--tokens", "60", "--json", "{folder}"], "is a folder; expected the name of a file"),

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
+from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
 
 from names import COMMON
 from settings import STATISTICS, WORDS, inter
@@ -273,6 +274,17 @@ def test_stochastic_depth_draws_for_each_image(images, vocabulary):
     model.config.drop_path_rate = 0.0  # by which the layers were not made
     with pytest.raises(ValueError, match=r"drop_path_rate.*layout='auto'"):
         model(images)
+
+
+def test_stochastic_depth_that_was_put_in_after_a_forward_draws_for_each_image(images, vocabulary):
+    model = compress(transformers.Dinov2Model(transformers.Dinov2Config(**TINY)).train(), inter(vocabulary))
+    rows = []
+    layer = find_layers(model)[0]
+    layer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    model(images)
+    layer.drop = Dinov2DropPath(0.5).train()
+    model(images)
+    assert rows == [1, 5]
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model, images, vocabulary, layout):

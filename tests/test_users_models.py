@@ -166,6 +166,24 @@ def test_a_layer_that_runs_twice_is_refused(setting):
     require_as_alone(compress(model, setting))
 
 
+class Skip(nn.Module):
+    """In place of a layer that somebody takes out."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return hidden_states
+
+
+@groups
+def test_a_module_without_weights_may_stand_in_several_places(setting):
+    model, expected = tiny_model("vit", num_hidden_layers=4), tiny_model("vit", num_hidden_layers=4)
+    model.layers[0] = model.layers[2] = Skip()
+    expected.layers = nn.ModuleList([expected.layers[1], expected.layers[3]])
+    require_as_alone(compress(model, setting))
+    assert states(compress(model, {"keep_ratio": 0.5}), images()).shape == (3, 33, 32)
+    restore(model), restore(expected)
+    torch.testing.assert_close(states(model, images()), states(expected, images()))
+
+
 class Twice(transformers.ViTModel):
     """As it sees an image and its mirror."""
 

@@ -187,3 +187,26 @@ def test_a_model_whose_patch_projection_has_lora_gets_another_setting(images):
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["projection", "q_proj"]))
     expected = states(compress(tiny("InternVLVision"), SETTINGS["discard"]), images)
     torch.testing.assert_close(states(compress(model, SETTINGS["discard"]), images), expected)  # it has learned nothing
+
+
+class OwnConfig(transformers.ViTConfig):
+    model_type = "own-vit"
+
+
+class Own(transformers.ViTModel):
+    config_class = OwnConfig
+
+
+class OwnMasked(transformers.ViTForMaskedImageModeling):
+    config_class = OwnConfig
+
+
+def test_a_class_of_a_user_is_tried_whatever_its_name_and_type_are(images):
+    torch.manual_seed(0)
+    own = Own(OwnConfig(**TINY)).eval()
+    listed = transformers.ViTModel(transformers.ViTConfig(**TINY)).eval()
+    listed.load_state_dict(own.state_dict())
+    setting = {"keep_ratio": 0.5, "dropped": "merge"}
+    assert torch.equal(states(compress(own, setting), images), states(compress(listed, setting), images))
+    with pytest.raises(ValueError, match=r"OwnMasked \(model type 'own-vit'\) cannot be compressed"):
+        compress(OwnMasked(OwnConfig(**TINY)), setting)

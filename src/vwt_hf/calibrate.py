@@ -360,8 +360,8 @@ class Calibration:
             ),
         }[target]
         return (
-            f"{target} is {wanted:g}, and the {'lightest' if target == 'agreement' else 'heaviest'} setting "
-            f"({nearest.choice.label}) {reached} on {self.images} images. Ask for {ask}, or leave the model plain."
+            f"{target} is {wanted:g}, and the nearest setting that was tried ({nearest.choice.label}) {reached} on "
+            f"{self.images} images. Ask for {ask}, or leave the model plain."
         )
 
     def _fingerprint(self) -> dict[str, Any]:

@@ -305,9 +305,10 @@ def not_vouched(model: PreTrainedModel, reason: NotVouched) -> NotVouched:
 def _may_hold(model_class: type[PreTrainedModel]) -> bool:
     """Whether the general rule could hold for a class: it sees images alone and gives out hidden states or classes."""
     config_class = getattr(model_class, "config_class", None)
+    names = [parent.__name__ for parent in model_class.__mro__]  # a user's class has a name of its own
     return (
         model_class.main_input_name == "pixel_values"
-        and model_class.__name__.endswith(HEADS)
+        and any(name.endswith(HEADS) and not name.endswith("PreTrainedModel") for name in names)
         and not getattr(config_class, "sub_configs", None)
         and hasattr(config_class, "patch_size")
     )
