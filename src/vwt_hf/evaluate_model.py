@@ -398,9 +398,8 @@ def _tokenizer_of(task: Task) -> str | None:
         return None
     backend = getattr(task.tokenizer, "backend_tokenizer", None)
     fields = task.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    lasting = {
-        name: value for name, value in fields.items() if name not in ("padding", "truncation")
-    }  # of its last call
+    # Padding and truncation are those of its last call.
+    lasting = {name: value for name, value in fields.items() if name not in ("padding", "truncation")}
     own = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode())
     return f"{type(task.tokenizer).__name__} {own.hexdigest()[:16]}"
 

@@ -25,8 +25,8 @@ def fingerprint_of(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} {own.hexdigest()[:16]}"
 
 
-_PASSING = {"architectures", "dtype", "torch_dtype", "transformers_version", "vwt"}
-"""Fields of configs that change as a model is loaded, saved or compressed."""
+_PASSING = {"architectures", "dtype", "problem_type", "torch_dtype", "transformers_version", "vwt"}
+"""Fields of configs that change as a model is loaded, saved, trained or compressed."""
 
 
 def _lasting(value: Any) -> Any:
