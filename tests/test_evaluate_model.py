@@ -19,6 +19,7 @@ import torch
 import transformers
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from PIL import Image
+from tokenizers import pre_tokenizers
 
 import vwt_hf
 from test_generation import blip, built, llava
@@ -1244,3 +1245,9 @@ def test_text_tokenizers_are_told_apart_by_what_they_go_by_and_not_by_their_last
     same, called, cased, more = (_tokenizer_of(SimpleNamespace(tokenizer=tokenizer)) for tokenizer in names)
     assert same == called and len({same, cased, more}) == 3
     assert _tokenizer_of(SimpleNamespace(tokenizer=None)) is None
+    held = SimpleNamespace(tokenizer=names[0])  # by a processor
+    assert _tokenizer_of(SimpleNamespace(tokenizer=held)) == same
+    of_a_user = SimpleNamespace(tokenizer=lambda texts, **options: names[0](texts, **options))
+    assert _tokenizer_of(of_a_user).startswith("function ")
+    names[0].backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(SimpleNamespace())
+    assert _tokenizer_of(SimpleNamespace(tokenizer=names[0])) not in (same, cased, more)

@@ -268,6 +268,16 @@ def test_a_model_that_a_hook_runs_within_a_call_with_words_goes_by_its_own(setti
     assert current_forward() is None
 
 
+@pytest.mark.parametrize("setting", [SETTINGS["discard"], SETTINGS["local"], GIVEN])
+def test_a_shallow_copy_goes_by_words_as_what_it_was_copied_from(setting, images):
+    words = torch.arange(64).div(2, rounding_mode="floor").mul(2).repeat(4, 1)
+    if setting is SETTINGS["discard"]:
+        words = torch.where(torch.arange(64) < 32, torch.arange(64), -1).repeat(4, 1)
+    model = compress(tiny_model("vit"), setting)
+    expected = answers(model, images, patch_words=words)
+    assert torch.equal(answers(copy.copy(model), images, patch_words=words), expected)
+
+
 @pytest.mark.parametrize("make", [blip, blip_2])
 def test_words_do_not_reach_a_part_by_a_generate_that_hands_none_on_and_that_is_said(make, images):
     model = built(make)

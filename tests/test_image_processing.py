@@ -17,7 +17,8 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageClassification, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoModelForImageClassification, AutoProcessor, AutoTokenizer, BatchFeature, pipeline
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import vwt_hf.auto
@@ -617,12 +618,20 @@ def test_a_plain_image_processor_removes_the_words_of_one_that_was_saved_there(f
     "vwt", [{"method": "local", "tolerance": 0.1}, {"method": "coarse"}, {"method": "inter", "vocabulary": WORDS}]
 )
 def test_statistics_that_change_after_the_setting_was_made_ready_are_refused(vwt, folder):
-    processor, image = AutoImageProcessor.from_pretrained(folder, vwt=vwt), Image.linear_gradient("L").convert("RGB")
+    processor = AutoImageProcessor.from_pretrained(folder, vwt=vwt)
+    image = Image.fromarray(np.random.default_rng(0).integers(90, 150, (32, 32, 3), dtype=np.uint8))
     expected = processor(image, return_tensors="pt")
     scaled = np.asarray(image, np.float32) / 255  # so that the same statistics are in other numbers
     again = processor(scaled, do_rescale=False, input_data_format="channels_last", return_tensors="pt")
     assert torch.equal(again[NAME], expected[NAME])
-    with pytest.raises(ValueError, match="another image_mean or image_std than its `vwt` was made ready for"):
+    for factor in (1.0, 1 / 255):  # whatever white is
+        given = {"do_resize": False, "rescale_factor": factor, "input_data_format": "channels_last"}
+        again = processor(scaled / factor, **given, return_tensors="pt")
+        assert torch.equal(again[NAME], expected[NAME])
+    as_is = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+    done = processor(expected["pixel_values"], **as_is, return_tensors="pt")
+    assert torch.equal(done[NAME], expected[NAME])
+    with pytest.raises(ValueError, match=r"and image_std .*0\.3, 0\.3, 0\.3.*, and its `vwt` was made ready for"):
         processor(image, image_std=[0.3] * 3)
     std, processor.image_std = processor.image_std, [0.3] * 3
     for use in (lambda: processor(image), lambda: processor.save_pretrained(folder)):
@@ -636,6 +645,21 @@ def test_a_setting_with_statistics_of_its_own_takes_images_of_any(folder):
     own = {"method": "local", "tolerance": 0.1, "image_std": [0.2, 0.3, 0.4]}
     processor = AutoImageProcessor.from_pretrained(folder, vwt=own)
     assert processor(Image.new("RGB", (32, 32)), image_std=[0.3] * 3, return_tensors="pt")[NAME].shape == (1, 64)
+
+
+class OldStyle(BaseImageProcessor):
+    """As the code of some checkpoints: it says nothing of how it normalises."""
+
+    def preprocess(self, images, **kwargs) -> BatchFeature:
+        pixels = np.stack([np.asarray(image, np.float32).transpose(2, 0, 1) / 255 for image in images])
+        return BatchFeature({"pixel_values": pixels}, tensor_type=kwargs.get("return_tensors"))
+
+
+@pytest.mark.parametrize("vwt", [{"keep_ratio": 0.5}, {"method": "local", "image_std": [1.0] * 3, "tolerance": 0.1}])
+def test_an_image_processor_that_says_nothing_of_statistics_takes_a_setting_that_needs_none(vwt, folder):
+    OldStyle().save_pretrained(folder)
+    processor = OldStyle.from_pretrained(folder, vwt=vwt)
+    assert processor([Image.new("RGB", (32, 32))], return_tensors="pt")[NAME].shape == (1, 64)
 
 
 def test_a_setting_without_statistics_takes_images_of_any(folder):

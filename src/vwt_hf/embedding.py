@@ -624,7 +624,7 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
 def _with_words(image_processor: Any, model: PreTrainedModel, finds: bool) -> Any:
     """The image processor for a model that searches words: one that finds them as it would, or one that finds none."""
     setting = setting_of(model)
-    if setting is None or not setting.searches:
+    if setting is None or not setting.searches or not (finds or getattr(image_processor, "vwt", None)):
         return image_processor
     own = copy.deepcopy(image_processor)
     own.vwt = HostTokenizer(setting, find_tower(model, family_of(model)).patch_size) if finds else None

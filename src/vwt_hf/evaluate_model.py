@@ -394,14 +394,18 @@ def _fingerprint(
 
 def _tokenizer_of(task: Task) -> str | None:
     """What tells the text tokenizer of a task from others: the name of its class, and a hash of what it goes by."""
-    if task.tokenizer is None:
+    tokenizer = getattr(task.tokenizer, "tokenizer", task.tokenizer)  # of a processor, its own
+    if tokenizer is None:
         return None
-    backend = getattr(task.tokenizer, "backend_tokenizer", None)
-    fields = task.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    # Padding and truncation are those of its last call.
-    lasting = {name: value for name, value in fields.items() if name not in ("padding", "truncation")}
-    own = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode())
-    return f"{type(task.tokenizer).__name__} {own.hexdigest()[:16]}"
+    try:
+        # Padding and truncation are those of its last call.
+        passing = ("padding", "truncation")
+        fields = {k: v for k, v in json.loads(tokenizer.backend_tokenizer.to_str()).items() if k not in passing}
+    except Exception:  # it has no such backend, or one with a part in Python
+        vocabulary = getattr(tokenizer, "get_vocab", None)
+        fields = vocabulary() if vocabulary is not None else {"name": getattr(tokenizer, "name_or_path", None)}
+    own = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    return f"{type(tokenizer).__name__} {own.hexdigest()[:16]}"
 
 
 def _merged(batches: Sequence[Batch], models: int) -> tuple[Answers, list[str]]:

@@ -47,7 +47,11 @@ class GivenWords:
 
     def are_for(self, module: nn.Module) -> bool:
         """Whether a module is a part of the model that is called, and not of one that a hook runs within the call."""
-        return self.model is None or any(part is module for part in self.model.modules())
+        if self.model is None:
+            return True
+        # The forward of a shallow copy is that of the model that it was copied from.
+        copied_from = getattr(self.model.__dict__.get("forward"), "args", ())
+        return any(part is module for part in (*copied_from, *self.model.modules()))
 
     def take(self, pixel_values: torch.Tensor) -> GivenWords:
         """Marks the words as used for images and returns them.

@@ -51,8 +51,9 @@ class HostTokenizer:
     """Height and width of the model's patches, in pixels."""
     saved_as: str | None = None
     """Which words below the folder that it was saved to are its own."""
-    follows: bool = False
-    """Whether the setting has the statistics of the image processor, and not others that somebody gave."""
+    normalised_by: tuple[Any, Any] | None = None
+    """Mean and deviation of the image processor that the setting was made ready by; `None` if the setting has none, or
+    others that somebody gave."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostTokenizer:
         return self  # nothing in it changes
@@ -149,7 +150,7 @@ _one_thread = SharedChange(_use_one_thread)
 
 
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
-_NORMALISED_BY = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+_STATISTICS = ("image_mean", "image_std")
 
 
 def _read_setting(processor: Any) -> Any:
@@ -203,31 +204,31 @@ class Tokenizing:
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """As the image processor without `vwt`, with `patch_words` beside `pixel_values`."""
-        self.require_statistics(**{name: kwargs[name] for name in _NORMALISED_BY if kwargs.get(name) is not None})
+        self.require_statistics(**{name: kwargs[name] for name in _STATISTICS if kwargs.get(name) is not None})
         made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
         if self.vwt is None:  # its class was called, and nothing gave it a setting
             return made
         made[NAME] = self.tokenizer_of_patches.words(made)
         return made
 
-    def require_statistics(self, **steps: Any) -> None:
+    def require_statistics(self, **given: Any) -> None:
         """Refuses another mean or deviation than the setting was made ready for: words would be those of other images.
 
         Args:
-            steps: options of a call, in place of the image processor's own.
+            given: `image_mean` and `image_std` of a call, in place of the image processor's own.
 
         Raises:
             ValueError: the message says which it was made ready for.
         """
         held = self.__dict__.get("vwt")
-        if not isinstance(held, HostTokenizer) or not held.follows:
+        if not isinstance(held, HostTokenizer) or held.normalised_by is None:
             return
-        now = copy.copy(self)
-        now.__dict__.update(steps)
-        if not _has_statistics(held.setting, now):
+        now = [given.get(name, getattr(self, name, None)) for name in _STATISTICS]
+        pairs = zip(now, held.normalised_by, strict=True)
+        if not all(value is not None and np.allclose(value, ready_for) for value, ready_for in pairs):
             raise ValueError(
-                f"The {type(self).__name__} has another image_mean or image_std than its `vwt` was made ready for, "
-                f"which is {shown(held.setting.to_dict())}. Load it with them: from_pretrained(..., image_mean=..., "
+                f"The {type(self).__name__} has image_mean and image_std {shown(now)}, and its `vwt` was made ready "
+                f"for {shown(held.normalised_by)}. Load it with them: from_pretrained(..., image_mean=..., "
                 "image_std=..., vwt=...)."
             )
 
@@ -415,19 +416,21 @@ def _prepare(
     )
     ready = setting.prepared(facts)
     own_words = saved_as if folder == PROCESSOR_FOLDER else None
-    processor.vwt = HostTokenizer(ready, patch_size, own_words, follows=_has_statistics(ready, processor))
+    own = (processor.image_mean, processor.image_std) if _has_statistics(ready, processor) else None
+    processor.vwt = HostTokenizer(ready, patch_size, own_words, copy.deepcopy(own))
 
 
 def _has_statistics(setting: VWTConfig, processor: Any) -> bool:
-    """Whether means and deviations of a setting are those of an image processor, as far as both tell."""
-    fields = {name: getattr(setting, name, None) for name in ("image_mean", "image_std")}
+    """Whether a setting has the mean and deviation of an image processor, or the one of them that it knows."""
+    fields = {name: getattr(setting, name, None) for name in _STATISTICS}
     known: dict[str, Any] = {name: values for name, values in fields.items() if values is not None}
+    if not known or any(getattr(processor, name, None) is None for name in _STATISTICS):
+        return False
     try:
-        found = processor_statistics(processor, len(next(iter(known.values()), ())))
-    except ValueError:
-        return True
-    now = dict(zip(("image_mean", "image_std"), found, strict=True))
-    return all(np.allclose(values, now[name]) for name, values in known.items())
+        found = processor_statistics(processor, len(next(iter(known.values()))))
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return all(np.allclose(known[name], own) for name, own in zip(_STATISTICS, found, strict=True) if name in known)
 
 
 def _are_values(images: Any) -> bool:
