@@ -288,3 +288,24 @@ def test_a_killed_checkpoint_is_whole_and_leaves_nothing_for_long(tmp_path: Path
         if not os.WIFSIGNALED(status):
             break
     assert set(found) == {b"old", b"new"}
+
+
+def test_facts_that_are_replaced_while_they_are_read_are_read_again(tmp_path, monkeypatch):
+    """As where a save mends a file that somebody damaged."""
+    words = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    VisualVocabulary(words).save_pretrained(tmp_path)
+    facts = tmp_path / files.INFO_FILE
+    whole, read = facts.read_bytes(), files._read_fields
+
+    def while_it_is_mended(located: files.Located) -> dict[str, Any]:
+        monkeypatch.setattr(files, "_read_fields", read)
+        try:
+            return read(located)
+        finally:
+            whole_saves.write_files(tmp_path, {files.INFO_FILE: whole})
+
+    facts.write_bytes(b"{")
+    with pytest.raises(ValueError, match="it is no JSON"):
+        VisualVocabulary.from_pretrained(tmp_path)
+    monkeypatch.setattr(files, "_read_fields", while_it_is_mended)
+    assert torch.equal(VisualVocabulary.from_pretrained(tmp_path).words, words)

@@ -211,9 +211,9 @@ def _generating(original: Any) -> Any:
             return original(self, *args, **kwargs)
         if setting_of(self) is None:
             raise ValueError(
-                f"patch_words were given to generate of a {type(self).__name__} that is not compressed, nor a part of "
-                "it. Where it writes the text of a model whose vision tower alone is compressed, as in BLIP, compress "
-                "that model itself."
+                f"patch_words were given to `generate` of a {type(self).__name__}, of which no part is compressed. "
+                "Compress it. Where it writes the text of a model whose vision tower alone is compressed, as in BLIP, "
+                "compress that model itself."
             )
         with call_with(self, words_to_generate_by(self, patch_words, args, kwargs)):
             return original(self, *args, **kwargs)

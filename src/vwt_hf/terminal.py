@@ -146,7 +146,7 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
     """Raises where a file could not be written, before work is spent on what goes in; makes nothing.
 
     Args:
-        files: those of folders that are not there could be; `None` is no file.
+        files: one whose folder is not there counts as writable if that can be made; `None` is no file.
 
     Raises:
         OSError: one cannot; the message names it.

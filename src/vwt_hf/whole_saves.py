@@ -102,8 +102,10 @@ def sharing(folder: Path, turn: float) -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _locking(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, Callable[[], bool]]]:
-    """Shares the lock on `folder`, made if need be; gives its descriptor, `None` on Windows, and what tells if no other
-    save runs. Where the file system has no locks, none is taken to.
+    """Shares the lock on `folder`, which is made if need be, with other saves.
+
+    It gives the lock's descriptor, `None` on Windows, and a function that tells whether no other save runs. Where there
+    are no locks, that function says that none does.
 
     Args:
         turn: as for `sharing`.

@@ -1,7 +1,7 @@
 """The rules by which patches become tokens, by the name that `VWTConfig(method=...)` gives.
 
-A method is a file: a subclass of `VWTConfig` with the method's own fields, their checks, and `plan`. Nothing else that
-takes settings asks which method it is.
+A method is a file: a subclass of `VWTConfig` with the method's own fields, their checks, and `plan`. Nothing else in
+the package asks which method it is.
 """
 
 from __future__ import annotations

@@ -176,9 +176,8 @@ def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None
         return _read_legacy(located)
     for _ in range(_ATTEMPTS):
         before = _identity(located.file)
-        fields = _read_fields(located)
         try:
-            return _read_words(located, fields)
+            return _read_words(located, _read_fields(located))
         except (ValueError, FileNotFoundError):
             # Where a save ended meanwhile, the words are its own, and the facts those of the one before.
             if located.download is not None or _identity(located.file) == before:
