@@ -8,10 +8,10 @@ r"""Answers images over HTTP: labels of a classifier, else features. LitServe ba
 A classifier answers {"labels": [{"label": ..., "score": ...}, ...]}, the five best of its labels; any other model
 {"features": [...]}: its image embedding, else its pooled output, else its CLS token. An upload that cannot be answered
 gets a status of 400 (no image, or one that is damaged, too large or too narrow), 408 (a body that takes a minute), 413
-(of over 32 MiB), 415 (of another type), 500 (the model answers NaN or infinity), 503 (too many requests at once) or
-504 (it was not decoded, or not taken by the model, within --timeout), with {"detail": the reason}. GET /health says
-"ok" once the model is loaded, /metrics counts requests, images, tokens and seconds in the format of Prometheus, and
-/info names the model and its setting.
+(of over 32 MiB), 415 (of another type), 500 (the model fails on it, or answers NaN or infinity), 503 (too many requests
+at once) or 504 (it was not decoded, or not taken by the model, within --timeout), with {"detail": the reason}. GET
+/health says "ok" once the model is loaded, /metrics counts requests, images, tokens and seconds in the format of
+Prometheus, and /info names the model and its setting.
 """
 
 # Annotations stay what they are, not strings: LitServe hands that of `decode_request` to FastAPI.
@@ -229,8 +229,8 @@ class Server(litserve.LitServer):
 
 
 def require_every_shape(model: Any, image_processor: Any) -> int:
-    """Refuses a model that does not take images of all proportions as its image processor gives them: one such image
-    would be an error for all in its batch.
+    """Refuses a model that does not take images of all proportions as its image processor gives them: most uploads
+    would be answered by errors.
 
     Returns:
         How many values the processor makes of a square image.
@@ -320,7 +320,7 @@ def _image_in_json(content: bytes) -> bytes:
     if not isinstance(value, str):
         raise HTTPException(400, _wants("a string of base64", list(body) if isinstance(body, dict) else [], value))
     try:
-        return base64.b64decode(value, validate=True)
+        return base64.b64decode("".join(value.split()), validate=True)  # programs break it into lines
     except ValueError as error:
         raise HTTPException(400, f"{FIELD!r} is no base64 ({error}); URLs are not fetched.") from error
 
@@ -397,20 +397,32 @@ class Answers(litserve.LitAPI):
     def decode_request(self, request: Annotated[dict[str, np.ndarray], Depends(processed)]) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(array) for name, array in request.items()}
 
-    def predict(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """For each image its row of logits or features; those of one size run as one batch."""
+    def predict(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor | None]:
+        """For each image its row of logits or features; those of one size run as one batch. `None`: the model fails."""
         sizes: dict[Any, list[int]] = {}
         for place, image in enumerate(images):
             sizes.setdefault(tuple(tensor.shape for tensor in image.values()), []).append(place)
-        answers: dict[int, torch.Tensor] = {}
+        answers: dict[int, torch.Tensor | None] = {}
         for places in sizes.values():
-            batch = {name: torch.cat([images[place][name] for place in places]) for name in images[0]}
-            answers |= zip(places, run(self.model, batch), strict=True)
+            answers |= zip(places, self.answers([images[place] for place in places]), strict=True)
         if self.process.memory_info().rss > self.needed + SLACK:
             self.return_memory()
         return [answers[place] for place in range(len(images))]
 
-    def encode_response(self, output: torch.Tensor) -> Any:
+    def answers(self, images: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor | None]:
+        """The answer to each of some images of one size; `None` if the model fails on it alone, too."""
+        try:
+            return list(run(self.model, {name: torch.cat([image[name] for image in images]) for name in images[0]}))
+        except Exception as error:  # whatever a model raises: it is no reason to answer none of the others
+            reason = f"{type(error).__name__}: {printable(error)}"
+        if len(images) > 1:  # they may be too large together
+            return [answer for image in images for answer in self.answers([image])]
+        print(f"serve.py: the model failed on an image ({reason})", file=sys.stderr, flush=True)
+        return [None]
+
+    def encode_response(self, output: torch.Tensor | None) -> Any:
+        if output is None:
+            return JSONResponse({"detail": "The model fails on an image of this size; the server's log says why."}, 500)
         if not output.isfinite().all():  # JSON has no such numbers. An error here would be that of a whole batch.
             return JSONResponse({"detail": "The model answers this image by NaN or infinity."}, 500)
         return encoded(self.model, output)

@@ -116,6 +116,43 @@ def truncated() -> bytes:
     return file.getvalue()[:5000]
 
 
+def strips(count: int, order: str = "<", big: bool = False) -> bytes:
+    """A TIFF one pixel wide, of one byte in each of its strips."""
+    place, entry, at = ("Q", "HHQ", 16) if big else ("I", "HHI", 8)
+    tags = ((256, 1), (257, count), (258, 8), (259, 1), (262, 1), (273, None), (277, 1), (278, 1), (279, None))
+    directory = struct.pack(order + ("Q" if big else "H"), len(tags))
+    numbers = at + len(directory) + len(tags) * (20 if big else 12) + struct.calcsize("=" + place)
+    size = struct.calcsize("=" + place)
+    lies = {273: numbers, 279: numbers + count * size}
+    for tag, value in tags:
+        kind, held = (16 if big else 4, count if value is None else 1)
+        directory += struct.pack(order + entry + place, tag, kind, held, lies[tag] if value is None else value)
+    start = b"II" if order == "<" else b"MM"
+    version = struct.pack(order + "HHHQ", 43, 8, 0, at) if big else struct.pack(order + "HI", 42, at)
+    pixel = numbers + 2 * count * size
+    both = struct.pack(order + place, pixel) * count + struct.pack(order + place, 1) * count
+    return start + version + directory + bytes(size) + both + b"\x80"
+
+
+@pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
+def test_a_tiff_of_very_many_strips_is_refused_before_a_list_is_made_of_them(order, big, tmp_path):
+    assert read_image({"bytes": strips(300, order, big), "path": None}).getcolors() == [(300, (128, 128, 128))]
+    many = strips(decoding.MOST_STRIPS + 1, order, big)
+    (tmp_path / "many.tif").write_bytes(many)
+    tracemalloc.start()
+    for item in ({"bytes": many, "path": None}, tmp_path / "many.tif"):
+        with pytest.raises(UnreadableImage, match=r"it is a TIFF of 131,073 parts; expected at most 131,072\. Save it"):
+            read_image(item)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("end", range(2, 40, 3))
+def test_a_tiff_that_is_cut_off_is_unreadable(end):
+    with pytest.raises(UnreadableImage):
+        read_image({"bytes": strips(3)[:end], "path": None})
+
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 
 

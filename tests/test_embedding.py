@@ -25,7 +25,7 @@ import requests
 import safetensors.torch
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import vwt_hf.embedding
@@ -192,6 +192,18 @@ def test_images_that_were_out_of_reach_are_read_by_the_next_run(run, folder, mon
     assert run(shard_size=5, workers=0).made == 0  # what is broken is not read again
 
 
+def test_images_of_more_pixels_than_pillow_allows_are_read_once_it_allows_more(run, tmp_path, monkeypatch):
+    (tmp_path / "sizes").mkdir()
+    for side in (20, 90):
+        Image.new("RGB", (side, side)).save(tmp_path / "sizes" / f"{side}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1100)
+    for made in (2, 0):
+        limited = run(images=tmp_path / "sizes", workers=0)
+        assert limited.made == made and [image["name"] for image in limited.unreadable] == ["90.png"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert run(images=tmp_path / "sizes", workers=0).images == 2
+
+
 def test_a_file_of_which_all_images_are_out_of_reach_is_not_made_and_the_others_are(run, folder, tmp_path, monkeypatch):
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     with monkeypatch.context() as patched:
@@ -242,11 +254,13 @@ def test_a_file_is_not_replaced_by_one_of_fewer_images(run, folder, tmp_path, mo
     assert run(shard_size=100, workers=0).images == COUNT - 1
 
 
-@pytest.mark.parametrize("changed", ["device", "attention", "transformers", "torch"])
+@pytest.mark.parametrize("changed", ["device", "attention", "transformers", "torch", "truncated"])
 def test_features_of_another_kind_of_device_or_version_are_not_gone_on_with(changed, run, model, monkeypatch):
     run()
     if changed == "attention":
         monkeypatch.setattr(model.config, "_attn_implementation", "eager")
+    elif changed == "truncated":
+        monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     elif changed == "device":
         made_with = vwt_hf.embedding.made_with
         monkeypatch.setattr(vwt_hf.embedding, "made_with", lambda model: made_with(model) | {"device": "meta"})
@@ -254,6 +268,19 @@ def test_features_of_another_kind_of_device_or_version_are_not_gone_on_with(chan
         monkeypatch.setattr(sys.modules[changed], "__version__", "0.1")
     with pytest.raises(ValueError, match=rf"features of another run \({changed}"):
         run()
+
+
+def test_features_by_autocast_or_coarser_products_are_not_gone_on_with_without(run):
+    with torch.autocast("cpu", torch.bfloat16):
+        run()
+    with pytest.raises(ValueError, match=r"features of another run \(autocast 'torch.bfloat16' there, None here\)"):
+        run()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="float32_matmul 'highest' there"):
+            run()
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_files_without_a_readable_image_are_read_like_the_others(run, tmp_path):

@@ -195,6 +195,25 @@ def test_what_holds_no_images_is_refused_in_the_same_words(opened, tmp_path):
         opened(data)
 
 
+@pytest.mark.parametrize("opened", [open_images, image_rows, open_labelled])
+def test_a_data_set_that_changes_its_images_as_it_decodes_them_is_refused(opened, photographs):
+    rows = {"photo": [str(path) for path in photographs], "label": [0, 1, 0, 1, 0]}
+    data = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())
+    with pytest.raises(ValueError, match=r"has a transform .* of its column 'photo', which is not applied here;"):
+        opened(data.with_transform(lambda batch: batch))
+    grey = data.cast_column("photo", datasets.Image(mode="L"))
+    for of_grey in (grey, grey.to_iterable_dataset()) if opened is not image_rows else (grey,):
+        with pytest.raises(ValueError, match=r"is of datasets.Image\(mode='L'\), and images are read in RGB; expected"):
+            opened(of_grey)
+    for fine in (
+        data.cast_column("photo", datasets.Image(mode="RGB")),
+        data.with_transform(lambda batch: batch, columns=["label"]),
+        data.with_format("torch"),
+        data.with_transform(lambda batch: batch).with_format(None),
+    ):
+        opened(fine)
+
+
 @pytest.mark.parametrize("opened", [open_images, open_labelled])
 def test_a_stream_that_says_nothing_is_asked_for_its_first_row(opened, photographs):
     def rows():

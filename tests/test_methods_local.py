@@ -13,7 +13,7 @@ from settings import SETTINGS, fixed, gradual, inter, local
 from test_families import assert_near, sample_images
 from tiny import MODELS, answers, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, count_tokens, restore
-from vwt_hf.families import family_of, find_layers, find_tower
+from vwt_hf.families import family_of, find_layers, find_stack, find_tower
 from vwt_hf.forward import current_forward
 from vwt_hf.layout import _rounded
 from vwt_hf.patches import Patches
@@ -71,6 +71,31 @@ def test_tokens_that_are_alike_are_joined_after_the_first_layer(images):
     assert first == [65] * 4 and max(second) < 65
     plain = answers(tiny_model("vit"), images)
     torch.testing.assert_close(answers(compress(alone, gradual(tolerance=0, similarity=1)), images), plain)
+
+
+@pytest.mark.parametrize("layers", [None, (2, 3)])
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_a_model_whose_layers_were_taken_out_is_saved_once_it_is_compressed_by_those_left(
+    name, layers, tmp_path, images
+):
+    """Loaded, it would join its tokens after other layers, or after none that it has."""
+    model = compress(tiny_model(name, num_hidden_layers=4), gradual(layers=layers))
+    tower = find_tower(model, family_of(model)).module
+    parent, stack = find_stack(tower)
+    (attribute,) = (key for key, child in parent.named_children() if list(child.children()) == stack)
+    setattr(parent, attribute, torch.nn.ModuleList(stack[:3]))
+    tower.config.num_hidden_layers = 3
+    with count_tokens(model) as count:
+        answers(model, images)
+    assert len(count.by_layer) == 3 and count.by_layer[2] < count.by_layer[1] == count.by_layer[0]
+    with pytest.raises(
+        ValueError, match=r"joins tokens after layers \[2, 3\] of its 3, and loaded it would join|\(2, 3\)"
+    ):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    compress(model, gradual(layers=layers and (1, 2))).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(answers(loaded, images), answers(model, images))
 
 
 def test_what_a_token_shows_is_one_patch_as_it_is(images):

@@ -159,6 +159,7 @@ def test_an_upload_and_base64_are_answered_as_the_image_alone(server: Running):
     image = drawn(1)
     require_answer(server.upload(file(image)), server, image)
     require_answer(server.send({"image": base64.b64encode(file(image)).decode()}), server, image)
+    require_answer(server.send({"image": base64.encodebytes(file(image)).decode()}), server, image)  # in lines
     labels = server.upload(file(image)).body["labels"]
     assert {label["label"] for label in labels} == {"LABEL_0", "LABEL_1"}
     assert sum(label["score"] for label in labels) == pytest.approx(1)
@@ -494,6 +495,34 @@ def test_an_answer_that_is_not_finite_is_an_error_of_that_image_alone(tmp_path: 
     assert broken.status_code == 500 and json.loads(broken.body) == {
         "detail": "The model answers this image by NaN or infinity."
     }
+
+
+def test_an_image_on_which_the_model_fails_is_an_error_of_that_image_alone(tmp_path: Path, capsys):
+    api = served(checkpoint(tmp_path / "model", "dinov2"), None)
+    images = [{"pixel_values": torch.randn(1, 3, 32, size)} for size in (32, 2, 32, 2)]  # of less than a patch
+    answers = list(map(api.encode_response, api.predict(images)))
+    for image, fine in zip(images[::2], answers[::2], strict=True):
+        assert fine == api.encode_response(serve.run(api.model, image)[0])
+    for broken in pickle.loads(pickle.dumps(answers[1::2])):
+        assert broken.status_code == 500 and "fails on an image of this size" in json.loads(broken.body)["detail"]
+    assert capsys.readouterr().err.count("serve.py: the model failed on an image (") == 2
+
+
+def test_images_that_are_too_large_together_are_answered_one_by_one(tmp_path: Path, monkeypatch, capsys):
+    api = served(checkpoint(tmp_path / "model", "dinov2"), None)
+    images = [{"pixel_values": torch.randn(1, 3, 32, 32)} for _ in range(3)]
+    expected = [serve.run(api.model, image)[0] for image in images]
+    run = serve.run
+
+    def run_one(model, batch):
+        if len(batch["pixel_values"]) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(model, batch)
+
+    monkeypatch.setattr(serve, "run", run_one)
+    for found, wanted in zip(api.predict(images), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert "serve.py" not in capsys.readouterr().err
 
 
 def test_a_model_that_answers_nan_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

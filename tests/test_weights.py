@@ -6,10 +6,12 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload
+from torch.distributed.fsdp import fully_shard
 
 from tiny import sample_pixel_values, tiny_model
 from vwt_hf import compress
-from vwt_hf.evaluation import answer, on_device
+from vwt_hf.embedding import require_features
+from vwt_hf.evaluation import answer, copy_sharing_weights, on_device
 from vwt_hf.weights import device_of, fingerprint_of, parameter_of
 
 CPU = torch.device("cpu")
@@ -56,6 +58,44 @@ def test_a_fingerprint_tells_weights_apart_in_8_bits_too(kind):
     other.pooler.dense.weight.data += 0.1
     prints = [fingerprint_of(kind(model)) for model in (tiny_model("vit"), tiny_model("vit"), other)]
     assert prints[0] == prints[1] != prints[2] and prints[0].startswith("ViTModel ")
+
+
+@pytest.mark.parametrize("column", [0, 1, 17, -1])
+def test_a_fingerprint_tells_one_changed_number_whatever_its_place(column):
+    other = tiny_model("vit")
+    with torch.no_grad():
+        other.pooler.dense.weight[-2, column] += 1e-3
+    assert fingerprint_of(other) != fingerprint_of(tiny_model("vit"))
+
+
+def test_a_fingerprint_tells_which_adapters_are_on():
+    peft = pytest.importorskip("peft")
+
+    model = tiny_model("vit")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config, "first")
+    adapted.add_adapter("second", config)
+    prints = []
+    for name in ("first", "second", "first"):
+        adapted.set_adapter(name)
+        prints.append(fingerprint_of(model))
+    with adapted.disable_adapter():
+        prints.append(fingerprint_of(model))
+    assert prints[0] == prints[2] and len(set(prints)) == 3
+
+
+def test_a_model_of_which_each_process_holds_a_part_is_refused(tmp_path):
+    model = tiny_model("dinov2")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        for refuses in (copy_sharing_weights, require_features):
+            with pytest.raises(
+                ValueError, match=r"cls_token of the FSDPDinov2Model lies in parts in several processes"
+            ):
+                refuses(model)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_fingerprint_tells_apart_what_computes_otherwise_by_the_same_weights(tmp_path):

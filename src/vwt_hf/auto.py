@@ -27,7 +27,17 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.pipelines.base import Pipeline
 
 from . import attention, image_processing
-from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of, restore, setting_of, takes_words
+from .compress import (
+    HUB_KWARGS,
+    compress_by,
+    configs_of,
+    own_config,
+    parts_of,
+    require_same_layers,
+    restore,
+    setting_of,
+    takes_words,
+)
 from .config import VWTConfig
 from .evidence import write_section
 from .families import family_of, find_tower, require_supported
@@ -213,7 +223,7 @@ def _generating(original: Any) -> Any:
             raise ValueError(
                 f"patch_words were given to `generate` of a {type(self).__name__}, of which no part is compressed. "
                 "Compress it. Where it writes the text of a model whose vision tower alone is compressed, as in BLIP, "
-                "compress that model itself."
+                "compress that model itself or, as of InstructBLIP, leave patch_words out: the tower finds its own."
             )
         with call_with(self, words_to_generate_by(self, patch_words, args, kwargs)):
             return original(self, *args, **kwargs)
@@ -320,6 +330,7 @@ def _saving(original: Any) -> Any:
         words = {}
         for part in parts:
             setting = setting_of(part)
+            require_same_layers(part)
             if setting is not None and not setting.is_saved_as(part.config.vwt):
                 part.config.vwt = setting.to_dict()  # it was changed in the config, and the model runs by the setting
             vocabulary = None if setting is None else setting.words_to_save()

@@ -84,7 +84,7 @@ FEWEST = 50
 """Images: with fewer, the 95 % interval would reach below 0.93 even if all answers agreed."""
 MOST = 500
 BY = ("time", "flops")
-FORMAT = 5
+FORMAT = 6
 """Of the files that a search goes on from."""
 
 

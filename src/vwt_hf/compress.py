@@ -923,6 +923,34 @@ def _form(layer: nn.Module) -> list[tuple[type, bool]]:
     ]
 
 
+def joining_layers(tower: nn.Module) -> list[int]:
+    """After which of its layers, 1 for the first, a compressed tower joins tokens."""
+    return [
+        number
+        for number, layer in enumerate(find_layers(tower), 1)
+        if any(isinstance(hook, Join) for hook in layer._forward_hooks.values())
+    ]
+
+
+def require_same_layers(model: PreTrainedModel) -> None:
+    """Refuses a compressed model that joins tokens after other layers than it would once saved and loaded.
+
+    Raises:
+        ValueError: it is one, as layers were taken out or put in since it was compressed.
+    """
+    setting = setting_of(model)
+    if setting is None or not setting.shortens:
+        return
+    tower = find_tower(model, family_of(model)).module
+    now, layers = joining_layers(tower), len(find_layers(tower))
+    if now != list(setting.joins(layers)):
+        raise ValueError(
+            f"the {type(model).__name__} joins tokens after layers {now} of its {layers}, and loaded it would join "
+            "them after others: layers were taken out or put in since it was compressed. Call "
+            "vwt_hf.compress(model, model.config.vwt), then save it."
+        )
+
+
 def _require_attention(tower: Any, forward: Forward) -> None:
     """Raises `ValueError` where layers of a tower attended by no plan of a forward.
 

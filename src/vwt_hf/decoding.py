@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,14 +30,22 @@ LARGEST = 2**30
 """Bytes of an image that are fetched from there at most."""
 MOST_SCANS = 100
 """Scans of a JPEG, each of which may take as long as the whole image; progressive ones have some ten."""
+MOST_STRIPS = 2**17
+"""Strips or tiles of a TIFF, for each of which Pillow takes some microseconds and 330 bytes."""
 MOST_IN_PYTHON = 2**24
 """Pixels of an image that Pillow decodes in Python, which takes a second and a half for each million."""
 
 _NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 """Packages whose errors are those of a connection."""
-_OUT_OF_REACH = (MemoryError, ConnectionError, TimeoutError, FileNotFoundError)
-"""Errors, with a number of the system's or without, of bytes that could not be had or held."""
+_OUT_OF_REACH = (
+    MemoryError, ConnectionError, TimeoutError, FileNotFoundError,
+    PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning,
+)  # fmt: skip
+"""Errors, with a number of the system's or without, of bytes that could not be had or held, or were more than
+`PIL.Image.MAX_IMAGE_PIXELS` allows."""
 
+_PLACES = (273, 324)
+"""Tags of TIFF that say where strips and tiles lie."""
 _ORIENTATION = 0x0112
 _TURNS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,7 +64,10 @@ class UnreadableImage(ValueError):
 
     @property
     def is_out_of_reach(self) -> bool:
-        """Whether its bytes could not be had or held, as of a drive that is gone: another time they may be."""
+        """Whether its bytes could not be had or held, as of a drive that is gone: another time they may be.
+
+        So it is with an image of more pixels than Pillow allows, as a user may allow more.
+        """
         error = self.__cause__
         # Decoders' own `OSError`s have no number.
         by_system = isinstance(error, OSError) and error.errno is not None
@@ -93,7 +106,9 @@ def _upright(item: Any, formats: Sequence[str]) -> Any:
         return _in_eight_bits(_turned(item), item.format)
     PIL.Image.init()
     known = [kind for kind in formats if kind in PIL.Image.OPEN]  # some Pillows lack some
-    with PIL.Image.open(_file(item), formats=known) as image:
+    file = _file(item)
+    _require_few_strips(file)
+    with PIL.Image.open(file, formats=known) as image:
         _require_little_work(image)
         return _in_eight_bits(_turned(image), image.format)
 
@@ -117,6 +132,40 @@ def _require_little_work(image: Any) -> None:
         image.fp.seek(at)
         if scans > MOST_SCANS:
             raise ValueError(f"it has more than {MOST_SCANS} scans; expected some ten. Save it anew")
+
+
+def _require_few_strips(file: Any) -> None:
+    """Refuses a TIFF of very many parts before Pillow opens it, which makes a list of them.
+
+    Args:
+        file: a path, or a file in memory.
+
+    Raises:
+        ValueError: its first image has more than `MOST_STRIPS` parts, or as many tags.
+    """
+    with open(file, "rb") if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file) as opened:
+        parts = 0
+        if opened.read(2) in (b"II", b"MM"):
+            with contextlib.suppress(struct.error, OverflowError):  # damaged: Pillow says how
+                parts = _count_parts(opened)
+        opened.seek(0)
+    if parts > MOST_STRIPS:
+        raise ValueError(f"it is a TIFF of {parts:,} parts; expected at most {MOST_STRIPS:,}. Save it anew")
+
+
+def _count_parts(tiff: Any) -> int:
+    """How many strips, tiles or, if these are more, tags the first image of a TIFF has."""
+    tiff.seek(0)
+    head = tiff.read(16)
+    order = "<" if head[:2] == b"II" else ">"
+    # A BigTIFF has longer numbers. Pillow goes by the third byte alone.
+    at, place, number, entry = (8, "Q", "Q", "HHQ8x") if head[2] == 43 else (4, "I", "H", "HHI4x")
+    tiff.seek(*struct.unpack_from(order + place, head, at))
+    (tags,) = struct.unpack(order + number, tiff.read(struct.calcsize(order + number)))
+    entries = tiff.read(struct.calcsize(order + entry) * min(tags, MOST_STRIPS))
+    whole = len(entries) // struct.calcsize(order + entry) * struct.calcsize(order + entry)
+    found = struct.iter_unpack(order + entry, entries[:whole])
+    return max([tags, *(count for tag, _, count in found if tag in _PLACES)])
 
 
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -45,14 +45,14 @@ from .printable import difference, shown
 from .processes import everywhere, gathered, in_main, join, place
 from .processors import described_processor, processor_of
 from .terminal import require_folder
-from .weights import fingerprint_of
+from .weights import fingerprint_of, require_unsharded
 from .whole_saves import saving, write_files
 
 MANIFEST = "embed.json"
 KEY = "vwt_hf"
 """The key in a file's metadata under which JSON says how many images it has, which could not be read and, in
 safetensors, the names of all."""
-FORMAT = 3
+FORMAT = 4
 """Of the manifest and the files."""
 AGAIN = "again"
 """Key in the list of unreadable images: this one was out of reach, as on a drive that was gone, and a later run tries
@@ -584,8 +584,9 @@ def require_features(model: PreTrainedModel) -> None:
     """Refuses a model whose answers are no features of the images that it is given.
 
     Raises:
-        ValueError: it classifies, is in training, or leaves patches out at random.
+        ValueError: it classifies, is in training, leaves patches out at random, or lies in parts in several processes.
     """
+    require_unsharded(model)
     if classifies(model):
         raise ValueError(
             f"the {type(model).__name__} answers with labels; expected a model without a classifier, as "
@@ -639,6 +640,7 @@ def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) 
         **made_with(model),
         **compression_of(model),
         "image_processor": described_processor(image_processor),
+        "truncated": ImageFile.LOAD_TRUNCATED_IMAGES,
         "images": rows.order,
     }
     return json.loads(json.dumps(of))

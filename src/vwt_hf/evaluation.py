@@ -26,12 +26,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from . import __version__
-from .compress import lexicon_of, setting_of
+from .compress import joining_layers, lexicon_of, setting_of
 from .families import family_of, find_layers, find_tower, model_of
 from .forward import forward_within
 from .printable import printable, shown
 from .processors import loaded_by, remember_load
-from .weights import device_of
+from .weights import device_of, require_unsharded
 
 Made = TypeVar("Made")
 
@@ -113,8 +113,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
                 add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
 
     hooks = [tower.embeddings.register_forward_hook(add, with_kwargs=True)]
-    setting = setting_of(model)
-    for number in () if setting is None else setting.joins(len(layers)):
+    for number in joining_layers(tower.module):
         hooks.append(layers[number - 1].register_forward_hook(functools.partial(fewer, number)))
     try:
         yield count
@@ -140,7 +139,12 @@ def _images_and_tokens(
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` with modules of its own and the same weights, that reads the same files beside them."""
+    """A copy of `model` with modules of its own and the same weights, that reads the same files beside them.
+
+    Raises:
+        ValueError: its weights lie in parts in several processes.
+    """
+    require_unsharded(model)
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     remember_load(copied, loaded_by(model))
     return copied
@@ -156,13 +160,16 @@ def cpu_name() -> str:
 
 def made_with(model: PreTrainedModel) -> dict[str, Any]:
     """What answers of `model` depend on beside weights and setting: versions, and how it runs; as JSON holds it."""
+    kind = device_of(model).type
     return {
         "vwt_hf": __version__,
         "transformers": transformers.__version__,
         "torch": str(torch.__version__),
-        "device": device_of(model).type,
+        "device": kind,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
+        "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
+        "float32_matmul": torch.get_float32_matmul_precision(),
     }
 
 

@@ -403,11 +403,26 @@ def undecoded(dataset: Any, column: str, others: Iterable[str] = ()) -> Any:
     Args:
         column: of the images.
         others: columns that stay beside it.
+
+    Raises:
+        ValueError: the data set changes its images as it decodes them, by a transform or into another mode than RGB.
     """
     import datasets
 
     if dataset.features is None:  # a stream of which nothing is known before
         return dataset
+    formatted: Mapping[str, Any] = dataset.format if isinstance(dataset, datasets.Dataset) else {}
+    if formatted.get("type") == "custom" and column in formatted["columns"]:
+        raise ValueError(
+            f"the data set has a transform (set_transform, with_transform) of its column {column!r}, which is not "
+            "applied here; expected images as stored. Use dataset.map in its place, or give dataset.with_format(None)."
+        )
+    mode = getattr(dataset.features[column], "mode", None)
+    if mode not in (None, "RGB"):
+        raise ValueError(
+            f"column {column!r} of the data set is of datasets.Image(mode={mode!r}), and images are read in RGB; "
+            "expected datasets.Image(). Change them by dataset.map, or cast the column."
+        )
     found = dataset.select_columns(sorted({column, *others})).cast_column(column, datasets.Image(decode=False))
     return found.with_format(None) if isinstance(found, datasets.Dataset) else found
 
