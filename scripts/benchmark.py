@@ -58,7 +58,6 @@ from energy import Meter, NoMeter, find_meter
 from vwt_hf import count_tokens
 from vwt_hf.cli.evaluate import add_groups
 from vwt_hf.cli.loading import DTYPES, leave_out_random
-from vwt_hf.compress import is_even
 from vwt_hf.evaluate_model import fields_of, name_of
 from vwt_hf.evaluation import (
     FEWEST_TURNS,
@@ -82,6 +81,7 @@ from vwt_hf.evaluation import (
     worst_group,
 )
 from vwt_hf.families import family_of, find_layers, find_tower
+from vwt_hf.hooks import is_even
 from vwt_hf.image_source import described_files, find_images, pixel_batches
 from vwt_hf.labelled_images import groups_of
 from vwt_hf.on_gpu import has_kernels

@@ -61,14 +61,15 @@ def pixel_values() -> torch.Tensor:
 @pytest.fixture
 def plans(monkeypatch) -> list:
     """For each batch that a model embeds: the plan, the patches, and the words that it was given, if any."""
-    reduce = sys.modules["vwt_hf.compress"].Reduce
-    plan, made = reduce.plan, []
+    from vwt_hf.hooks import Reduce
+
+    plan, made = Reduce.plan, []
 
     def watch(self, patches, given, words=None):
         made.append((plan(self, patches, given, words), patches, given))
         return made[-1][0]
 
-    monkeypatch.setattr(reduce, "plan", watch)
+    monkeypatch.setattr(Reduce, "plan", watch)
     return made
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import collections
 import copy
 import functools
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from names import COMMON
 from settings import SETTINGS, coarse, fixed, inter, local
 from tiny import TINY, answers, inputs, sample_pixel_values, tiny_model
-from vwt_hf import VWTConfig, compress, count_tokens, restore
+from vwt_hf import VWTConfig, compress, count_tokens, hooks, restore
 from vwt_hf.families import find_layers
 from vwt_hf.forward import current_forward
 
@@ -137,7 +136,7 @@ def test_graphs_of_models_with_other_settings_are_told_apart():
 
 @pytest.mark.newest
 def test_with_an_older_torch_the_graph_breaks(monkeypatch):
-    monkeypatch.setattr(sys.modules["vwt_hf.compress"], "ONE_GRAPH", False)
+    monkeypatch.setattr(hooks, "ONE_GRAPH", False)
     model = compress(tiny_model("vit-classifier", num_hidden_layers=1), EVEN["local"])
     pixel_values = sample_pixel_values()
     with pytest.raises(torch._dynamo.exc.Unsupported):

@@ -16,8 +16,8 @@ from settings import ViTImageProcessor, fixed, gradual, inter, local
 from test_families import SETTINGS, sample_images
 from tiny import MODELS, answers, forward, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, attention, compress, on_gpu
-from vwt_hf.compress import ONE_GRAPH
 from vwt_hf.families import family_of, find_layers, find_tower
+from vwt_hf.hooks import ONE_GRAPH
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs CUDA")
 HALF = [torch.float16, torch.bfloat16]
