@@ -34,7 +34,7 @@ from tiny import tiny_model
 from vwt_hf import VisualVocabulary, compress, embed, token_lengths
 from vwt_hf.cli import main
 from vwt_hf.embedding import FORMATS, MANIFEST, Reader, Shard, Shards
-from vwt_hf.evaluation import answer
+from vwt_hf.evaluation import answer, made_with
 from vwt_hf.image_source import UnreadableImage, find_images, image_rows, read_image
 from vwt_hf.processes import everywhere
 
@@ -192,18 +192,6 @@ def test_images_that_were_out_of_reach_are_read_by_the_next_run(run, folder, mon
     assert run(shard_size=5, workers=0).made == 0  # what is broken is not read again
 
 
-def test_images_of_more_pixels_than_pillow_allows_are_read_once_it_allows_more(run, tmp_path, monkeypatch):
-    (tmp_path / "sizes").mkdir()
-    for side in (20, 90):
-        Image.new("RGB", (side, side)).save(tmp_path / "sizes" / f"{side}.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1100)
-    for made in (2, 0):
-        limited = run(images=tmp_path / "sizes", workers=0)
-        assert limited.made == made and [image["name"] for image in limited.unreadable] == ["90.png"]
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert run(images=tmp_path / "sizes", workers=0).images == 2
-
-
 def test_a_file_of_which_all_images_are_out_of_reach_is_not_made_and_the_others_are(run, folder, tmp_path, monkeypatch):
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     with monkeypatch.context() as patched:
@@ -254,13 +242,15 @@ def test_a_file_is_not_replaced_by_one_of_fewer_images(run, folder, tmp_path, mo
     assert run(shard_size=100, workers=0).images == COUNT - 1
 
 
-@pytest.mark.parametrize("changed", ["device", "attention", "transformers", "torch", "truncated"])
+@pytest.mark.parametrize("changed", ["device", "attention", "transformers", "torch", "truncated", "most_pixels"])
 def test_features_of_another_kind_of_device_or_version_are_not_gone_on_with(changed, run, model, monkeypatch):
     run()
     if changed == "attention":
         monkeypatch.setattr(model.config, "_attn_implementation", "eager")
     elif changed == "truncated":
         monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    elif changed == "most_pixels":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     elif changed == "device":
         made_with = vwt_hf.embedding.made_with
         monkeypatch.setattr(vwt_hf.embedding, "made_with", lambda model: made_with(model) | {"device": "meta"})
@@ -277,10 +267,22 @@ def test_features_by_autocast_or_coarser_products_are_not_gone_on_with_without(r
         run()
     torch.set_float32_matmul_precision("medium")
     try:
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="float32_matmul 'highest' there"):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"run \(float32"):
             run()
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs torch 2.9")
+def test_how_exact_products_are_is_told_however_it_was_set(model):
+    """As transformers' `TrainingArguments(tf32=True)` sets it, upon which torch refuses to be asked as before."""
+    before, products = made_with(model)["float32"], torch.backends.mkldnn.matmul
+    products.fp32_precision = "bf16"
+    try:
+        assert made_with(model)["float32"] == [*before[:2], "bf16"] != before
+    finally:
+        products.fp32_precision = "ieee"
+    assert made_with(model)["float32"] == before
 
 
 def test_files_without_a_readable_image_are_read_like_the_others(run, tmp_path):

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from accelerate.utils import compile_regions
 
 import vwt_hf
-from settings import SETTINGS, inter
+from settings import SETTINGS, gradual, inter
+from test_families import sample_images
 from tiny import MODELS, TINY, answers, padded_patches, sample_pixel_values, tiny_model
 from vwt_hf import compress, evaluation
 from vwt_hf.evaluation import (
@@ -225,6 +227,22 @@ def test_patches_that_come_padded_count_without_their_padding(setting):
     real = given["pixel_attention_mask"].sum(1)
     expected = real if setting != {"keep_ratio": 0.5} else real // 2
     assert (count.tokens, count.images) == (int(expected.sum()), 4)
+
+
+@pytest.mark.parametrize("compiled", ["by accelerate", "embeddings"])
+def test_parts_that_are_compiled_alone_are_counted(compiled):
+    model = compress(tiny_model("vit", num_hidden_layers=3), gradual())
+    with vwt_hf.count_tokens(model) as expected:
+        answers(model, sample_images())
+    if compiled == "by accelerate":
+        model = compile_regions(model, backend="eager")
+    else:
+        model.embeddings = torch.compile(model.embeddings, backend="eager")
+    for _ in range(2):
+        with vwt_hf.count_tokens(model) as count:
+            answers(model, sample_images())
+        assert (count.by_layer, count.images) == (expected.by_layer, 4)
+    assert count.by_layer[0] > count.by_layer[2]
 
 
 def test_a_mean_of_nothing_is_an_error_and_an_unsupported_model_is_refused():

@@ -207,6 +207,7 @@ def test_a_data_set_that_changes_its_images_as_it_decodes_them_is_refused(opened
             opened(of_grey)
     for fine in (
         data.cast_column("photo", datasets.Image(mode="RGB")),
+        data.cast_column("photo", datasets.Image(mode="RGBA")),
         data.with_transform(lambda batch: batch, columns=["label"]),
         data.with_format("torch"),
         data.with_transform(lambda batch: batch).with_format(None),

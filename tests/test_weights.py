@@ -6,13 +6,15 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_module
 
 from tiny import sample_pixel_values, tiny_model
 from vwt_hf import compress
 from vwt_hf.embedding import require_features
 from vwt_hf.evaluation import answer, copy_sharing_weights, on_device
-from vwt_hf.weights import device_of, fingerprint_of, parameter_of
+from vwt_hf.weights import device_of, fingerprint_of, parameter_of, require_unsharded
 
 CPU = torch.device("cpu")
 
@@ -68,6 +70,31 @@ def test_a_fingerprint_tells_one_changed_number_whatever_its_place(column):
     assert fingerprint_of(other) != fingerprint_of(tiny_model("vit"))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(10.0)[::2],
+        torch.ones(1).expand(5),
+        torch.ones(3, 2)[:, :1],
+        torch.ones(2, dtype=torch.complex64).conj(),
+        torch._neg_view(torch.ones(2)),
+        torch.tensor(3),
+        torch.ones(0),
+        torch.ones(2, dtype=torch.bfloat16),
+        torch.ones(2, dtype=torch.bool),
+        torch.ones(2).to(torch.float8_e4m3fn),
+    ],
+)
+def test_values_of_every_kind_are_told_from_others_and_from_other_shapes(value):
+    prints = []
+    for one in (value, value.clone(), value[None], value.to(torch.int8), torch.zeros_like(value)):
+        model = tiny_model("vit")
+        model.register_buffer("extra", one)
+        prints.append(fingerprint_of(model))
+    assert prints[0] == prints[1] and len({prints[0], *prints[2:4]}) == 3
+    assert (prints[0] == prints[4]) == (value.numel() == 0)
+
+
 def test_a_fingerprint_tells_which_adapters_are_on():
     peft = pytest.importorskip("peft")
 
@@ -94,6 +121,25 @@ def test_a_model_of_which_each_process_holds_a_part_is_refused(tmp_path):
                 ValueError, match=r"cls_token of the FSDPDinov2Model lies in parts in several processes"
             ):
                 refuses(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_is_flat_param", "_fsdp_flattened"])
+def test_so_is_one_of_deepspeed_or_of_the_first_fsdp(mark):
+    model = tiny_model("dinov2")
+    copy_sharing_weights(model)
+    setattr(model.layernorm.weight, mark, 0)
+    with pytest.raises(ValueError, match="weight of the Dinov2Model lies in parts in several processes"):
+        copy_sharing_weights(model)
+
+
+def test_one_that_each_process_holds_whole_is_none_of_these(tmp_path):
+    model = tiny_model("dinov2")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        distribute_module(model, init_device_mesh("cpu", (1,)))
+        require_unsharded(model)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,22 +30,18 @@ LARGEST = 2**30
 """Bytes of an image that are fetched from there at most."""
 MOST_SCANS = 100
 """Scans of a JPEG, each of which may take as long as the whole image; progressive ones have some ten."""
-MOST_STRIPS = 2**17
-"""Strips or tiles of a TIFF, for each of which Pillow takes some microseconds and 330 bytes."""
+MOST_VALUES = 2**18
+"""Values of a tag of TIFF, such as where its strips are: Pillow takes microseconds and up to 330 bytes for each."""
 MOST_IN_PYTHON = 2**24
 """Pixels of an image that Pillow decodes in Python, which takes a second and a half for each million."""
 
 _NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 """Packages whose errors are those of a connection."""
-_OUT_OF_REACH = (
-    MemoryError, ConnectionError, TimeoutError, FileNotFoundError,
-    PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning,
-)  # fmt: skip
-"""Errors, with a number of the system's or without, of bytes that could not be had or held, or were more than
-`PIL.Image.MAX_IMAGE_PIXELS` allows."""
+_OUT_OF_REACH = (MemoryError, ConnectionError, TimeoutError, FileNotFoundError)
+"""Errors, with a number of the system's or without, of bytes that could not be had or held."""
 
-_PLACES = (273, 324)
-"""Tags of TIFF that say where strips and tiles lie."""
+_AS_BYTES = (1, 2, 7)
+"""Types of values of TIFF that Pillow keeps as they are, and makes no list of."""
 _ORIENTATION = 0x0112
 _TURNS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,10 +60,7 @@ class UnreadableImage(ValueError):
 
     @property
     def is_out_of_reach(self) -> bool:
-        """Whether its bytes could not be had or held, as of a drive that is gone: another time they may be.
-
-        So it is with an image of more pixels than Pillow allows, as a user may allow more.
-        """
+        """Whether its bytes could not be had or held, as of a drive that is gone: another time they may be."""
         error = self.__cause__
         # Decoders' own `OSError`s have no number.
         by_system = isinstance(error, OSError) and error.errno is not None
@@ -106,11 +99,11 @@ def _upright(item: Any, formats: Sequence[str]) -> Any:
         return _in_eight_bits(_turned(item), item.format)
     PIL.Image.init()
     known = [kind for kind in formats if kind in PIL.Image.OPEN]  # some Pillows lack some
-    file = _file(item)
-    _require_few_strips(file)
-    with PIL.Image.open(file, formats=known) as image:
-        _require_little_work(image)
-        return _in_eight_bits(_turned(image), image.format)
+    with _opened(item) as file:
+        _require_few_values(file)
+        with PIL.Image.open(file, formats=known) as image:
+            _require_little_work(image)
+            return _in_eight_bits(_turned(image), image.format)
 
 
 def _require_little_work(image: Any) -> None:
@@ -134,27 +127,26 @@ def _require_little_work(image: Any) -> None:
             raise ValueError(f"it has more than {MOST_SCANS} scans; expected some ten. Save it anew")
 
 
-def _require_few_strips(file: Any) -> None:
-    """Refuses a TIFF of very many parts before Pillow opens it, which makes a list of them.
+def _require_few_values(file: Any) -> None:
+    """Refuses a TIFF with very many values in a tag before Pillow opens it, which makes lists of them.
 
     Args:
-        file: a path, or a file in memory.
+        file: at its start, where it is left.
 
     Raises:
-        ValueError: its first image has more than `MOST_STRIPS` parts, or as many tags.
+        ValueError: its first image has a tag of more than `MOST_VALUES`, or as many tags.
     """
-    with open(file, "rb") if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file) as opened:
-        parts = 0
-        if opened.read(2) in (b"II", b"MM"):
-            with contextlib.suppress(struct.error, OverflowError):  # damaged: Pillow says how
-                parts = _count_parts(opened)
-        opened.seek(0)
-    if parts > MOST_STRIPS:
-        raise ValueError(f"it is a TIFF of {parts:,} parts; expected at most {MOST_STRIPS:,}. Save it anew")
+    most = 0
+    if file.read(2) in (b"II", b"MM"):
+        with contextlib.suppress(struct.error, OverflowError):  # damaged: Pillow says how
+            most = _count_values(file)
+    file.seek(0)
+    if most > MOST_VALUES:
+        raise ValueError(f"it is a TIFF with {most:,} values in a tag; expected at most {MOST_VALUES:,}. Save it anew")
 
 
-def _count_parts(tiff: Any) -> int:
-    """How many strips, tiles or, if these are more, tags the first image of a TIFF has."""
+def _count_values(tiff: Any) -> int:
+    """The most values that a tag of the first image of a TIFF has, or how many tags there are, if these are more."""
     tiff.seek(0)
     head = tiff.read(16)
     order = "<" if head[:2] == b"II" else ">"
@@ -162,10 +154,10 @@ def _count_parts(tiff: Any) -> int:
     at, place, number, entry = (8, "Q", "Q", "HHQ8x") if head[2] == 43 else (4, "I", "H", "HHI4x")
     tiff.seek(*struct.unpack_from(order + place, head, at))
     (tags,) = struct.unpack(order + number, tiff.read(struct.calcsize(order + number)))
-    entries = tiff.read(struct.calcsize(order + entry) * min(tags, MOST_STRIPS))
-    whole = len(entries) // struct.calcsize(order + entry) * struct.calcsize(order + entry)
-    found = struct.iter_unpack(order + entry, entries[:whole])
-    return max([tags, *(count for tag, _, count in found if tag in _PLACES)])
+    size = struct.calcsize(order + entry)
+    entries = tiff.read(size * min(tags, MOST_VALUES))
+    found = struct.iter_unpack(order + entry, entries[: len(entries) // size * size])
+    return max([tags, *(count for _, kind, count in found if kind not in _AS_BYTES)])
 
 
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
@@ -223,6 +215,17 @@ def _in_eight_bits(image: Any, kind: str | None) -> Any:
         scaled *= 255 / white
         grey.paste(PIL.Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8)), (0, first))
     return grey.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(item: Any) -> Iterator[Any]:
+    """The file that holds an image, at its start; a pipe is read whole."""
+    file = _file(item)
+    with open(file, "rb") if isinstance(file, (str, bytes, os.PathLike)) else contextlib.nullcontext(file) as opened:
+        if not (hasattr(opened, "seekable") and opened.seekable()):
+            opened = io.BytesIO(opened.read())
+        opened.seek(0)
+        yield opened
 
 
 def _file(item: Any) -> Any:

@@ -641,6 +641,7 @@ def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) 
         **compression_of(model),
         "image_processor": described_processor(image_processor),
         "truncated": ImageFile.LOAD_TRUNCATED_IMAGES,
+        "most_pixels": Image.MAX_IMAGE_PIXELS,
         "images": rows.order,
     }
     return json.loads(json.dumps(of))

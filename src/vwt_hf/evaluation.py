@@ -112,7 +112,9 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
             if before is not None:
                 add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
 
-    hooks = [tower.embeddings.register_forward_hook(add, with_kwargs=True)]
+    # Of embeddings that accelerate's compile_regions wraps, the hooks of those within are run.
+    embeddings = getattr(tower.embeddings, "_orig_mod", tower.embeddings)
+    hooks = [embeddings.register_forward_hook(add, with_kwargs=True)]
     for number in joining_layers(tower.module):
         hooks.append(layers[number - 1].register_forward_hook(functools.partial(fewer, number)))
     try:
@@ -169,8 +171,18 @@ def made_with(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
         "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
-        "float32_matmul": torch.get_float32_matmul_precision(),
+        "float32": _float32_products(),
     }
+
+
+def _float32_products() -> list[str]:
+    """How exact products of float32 are: of matrices and of convolutions on CUDA, and of matrices on a CPU."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        return [torch.get_float32_matmul_precision()]
+    # Asked for the one number of before, torch raises an error where a program set these.
+    backends: Any = torch.backends
+    kinds = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+    return [kind.fp32_precision.replace("none", "ieee") for kind in kinds]
 
 
 def compression_of(model: PreTrainedModel) -> dict[str, Any]:

@@ -418,7 +418,7 @@ def undecoded(dataset: Any, column: str, others: Iterable[str] = ()) -> Any:
             "applied here; expected images as stored. Use dataset.map in its place, or give dataset.with_format(None)."
         )
     mode = getattr(dataset.features[column], "mode", None)
-    if mode not in (None, "RGB"):
+    if mode not in (None, "RGB", "RGBA", "RGBX"):  # transparency is left out in any case
         raise ValueError(
             f"column {column!r} of the data set is of datasets.Image(mode={mode!r}), and images are read in RGB; "
             "expected datasets.Image(). Change them by dataset.map, or cast the column."

@@ -15,7 +15,7 @@ from .printable import printable
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:
-    """The class of `model` and a hash of its config, of its weights and of which adapters are on.
+    """The class of `model` and a hash of its config, of all that its state dict holds and of which adapters are on.
 
     Another training has another, and so have the same weights by another activation. It takes a second for some 1.7 GB
     of weights on a CPU.
@@ -62,7 +62,8 @@ def _hash_value(digest: Any, value: Any) -> None:
         if value.is_quantized:
             value = value.dequantize()
         digest.update(f"{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().reshape(-1).view(torch.uint8).cpu().numpy())
+        plain = value.detach().cpu().resolve_conj().resolve_neg()
+        digest.update(plain.reshape(-1).contiguous().view(torch.uint8).numpy())
     elif isinstance(value, Mapping):
         for name, own in value.items():
             digest.update(str(name).encode())
@@ -75,17 +76,22 @@ def _hash_value(digest: Any, value: Any) -> None:
         digest.update((repr(value) if is_plain else type(value).__name__).encode())
 
 
+_MARKS = ("_is_flat_param", "_fsdp_flattened", "ds_id")
+"""What parameters have that FSDP of before torch's DTensor, or DeepSpeed, may hold in parts."""
+
+
 def require_unsharded(model: PreTrainedModel) -> None:
     """Refuses a model of whose weights each process holds a part.
 
     Raises:
-        ValueError: it is one, by fully_shard or by tensor parallelism.
+        ValueError: it is one, by FSDP, DeepSpeed or tensor parallelism.
     """
     for name, own in model.named_parameters():
-        if hasattr(own, "device_mesh"):
+        in_parts = not all(placement.is_replicate() for placement in getattr(own, "placements", ()))
+        if in_parts or any(hasattr(own, mark) for mark in _MARKS):
             raise ValueError(
-                f"{printable(name)} of the {type(model).__name__} lies in parts in several processes (by fully_shard "
-                "or tensor parallelism); expected each process to hold the whole model. Load it in each."
+                f"{printable(name)} of the {type(model).__name__} lies in parts in several processes (by FSDP, "
+                "DeepSpeed or tensor parallelism); expected each process to hold the whole model. Load it in each."
             )
 
 
