@@ -90,6 +90,7 @@ def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> P
         OSError: the vocabulary or the image processor cannot be read.
 
     Example:
+        >>> import torch
         >>> from transformers import ViTConfig, ViTModel
         >>> model = ViTModel(ViTConfig(num_hidden_layers=1))
         >>> compress(model, VWTConfig(keep_ratio=0.25)).config.vwt["keep_ratio"]
