@@ -230,19 +230,26 @@ def test_patches_that_come_padded_count_without_their_padding(setting):
 
 
 @pytest.mark.parametrize("compiled", ["by accelerate", "embeddings"])
-def test_parts_that_are_compiled_alone_are_counted(compiled):
-    model = compress(tiny_model("vit", num_hidden_layers=3), gradual())
+@pytest.mark.parametrize("before", [True, False], ids=["before compress", "after it"])
+@pytest.mark.parametrize("setting", [gradual(), SETTINGS["discard"]], ids=["gradual", "discard"])
+def test_parts_that_are_compiled_alone_are_counted(setting, before, compiled):
+    model = compress(tiny_model("vit", num_hidden_layers=3), setting)
     with vwt_hf.count_tokens(model) as expected:
         answers(model, sample_images())
+    if before:
+        vwt_hf.restore(model)
     if compiled == "by accelerate":
         model = compile_regions(model, backend="eager")
     else:
         model.embeddings = torch.compile(model.embeddings, backend="eager")
+    if before:
+        compress(model, setting)
     for _ in range(2):
         with vwt_hf.count_tokens(model) as count:
             answers(model, sample_images())
         assert (count.by_layer, count.images) == (expected.by_layer, 4)
-    assert count.by_layer[0] > count.by_layer[2]
+    assert count.by_layer[0] < 65 * 4
+    assert (count.by_layer[0] > count.by_layer[2]) == (setting.method == "gradual")
 
 
 def test_a_mean_of_nothing_is_an_error_and_an_unsupported_model_is_refused():

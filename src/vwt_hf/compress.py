@@ -399,10 +399,14 @@ def parts_of(model: nn.Module) -> list[PreTrainedModel]:
 def setting_of(model: nn.Module) -> VWTConfig | None:
     """The setting whose hooks `model` has; `None` for a plain model, whatever its config says."""
     for module in model.modules():
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, Reduce):
-                return hook.setting
+        if (hook := reduces(module)) is not None:
+            return hook.setting
     return None
+
+
+def reduces(module: nn.Module) -> Reduce | None:
+    """The hook of embeddings that makes tokens of their patches; `None` for a module without it."""
+    return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Reduce)), None)
 
 
 def takes_words(model: nn.Module) -> bool:

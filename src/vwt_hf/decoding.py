@@ -142,7 +142,9 @@ def _require_few_values(file: Any) -> None:
             most = _count_values(file)
     file.seek(0)
     if most > MOST_VALUES:
-        raise ValueError(f"it is a TIFF with {most:,} values in a tag; expected at most {MOST_VALUES:,}. Save it anew")
+        raise ValueError(
+            f"it is a TIFF of {most:,} tags, or values of one; expected at most {MOST_VALUES:,}. Save it anew"
+        )
 
 
 def _count_values(tiff: Any) -> int:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from . import __version__
-from .compress import joining_layers, lexicon_of, setting_of
+from .compress import joining_layers, lexicon_of, reduces, setting_of
 from .families import family_of, find_layers, find_tower, model_of
 from .forward import forward_within
 from .printable import printable, shown
@@ -112,9 +112,9 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
             if before is not None:
                 add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
 
-    # Of embeddings that accelerate's compile_regions wraps, the hooks of those within are run.
-    embeddings = getattr(tower.embeddings, "_orig_mod", tower.embeddings)
-    hooks = [embeddings.register_forward_hook(add, with_kwargs=True)]
+    # After the hook that reduces: what torch.compile made of the embeddings may have it, or they within that.
+    reduced = (part for part in tower.embeddings.modules() if reduces(part))
+    hooks = [next(reduced, tower.embeddings).register_forward_hook(add, with_kwargs=True)]
     for number in joining_layers(tower.module):
         hooks.append(layers[number - 1].register_forward_hook(functools.partial(fewer, number)))
     try:
