@@ -66,7 +66,7 @@ from vwt_hf.terminal import run_command, vwt_option
 
 FIELD = "image"
 SPACE = dict.fromkeys(b" \t\r\n")
-"""What programs break base64 into lines by, as `str.translate` takes out."""
+"""White space that programs put into base64, for `str.translate` to take out."""
 LARGEST = 32 * 2**20
 """Bytes of a request's body that are read at most."""
 SERVED = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "MPO")

@@ -17,8 +17,7 @@ from .printable import printable
 def fingerprint_of(model: PreTrainedModel) -> str:
     """The class of `model` and a hash of its config, of all that its state dict holds and of which adapters are on.
 
-    Another training has another, and so have the same weights by another activation. It takes a second for some 1.7 GB
-    of weights on a CPU.
+    Another training has another, and so have the same weights by another activation. Every weight is read.
     """
     own = hashlib.sha256(json.dumps(_lasting(model.config.to_dict()), sort_keys=True).encode())
     for name, value in model.state_dict().items():
@@ -77,7 +76,7 @@ def _hash_value(digest: Any, value: Any) -> None:
 
 
 _MARKS = ("_is_flat_param", "_fsdp_flattened", "ds_id")
-"""What parameters have that FSDP of before torch's DTensor, or DeepSpeed, may hold in parts."""
+"""Attributes by which the first FSDP and DeepSpeed mark parameters that they may hold in parts."""
 
 
 def require_unsharded(model: PreTrainedModel) -> None:
