@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,20 @@ def test_the_written_picture_has_untouched_patches_in_the_photographs_own_colour
     assert before > 10_000 and abs(before - after) < 0.2 * before
     white = [int((part == 255).all(dim=-1).sum()) for part in picture.chunk(3, dim=1)]
     assert white[1] < white[0] - 0.9 * before
+
+
+def test_pictures_that_an_earlier_run_left_among_the_photographs_are_none_of_them(
+    photographs, checkpoint, tmp_path, capsys
+):
+    folder = shutil.copytree(photographs, tmp_path / "photographs")
+    for _ in range(2):
+        assert run_learn(folder, checkpoint, folder / "words") == 0
+        assert facts_of(capsys.readouterr().out)["images"] == f"{IMAGES}"
+        assert main(["show", str(folder), "--keep-ratio", "0.5", "--output", str(folder / "shown.png")]) == 0
+        assert capsys.readouterr().out.count(" patches") == IMAGES
+    assert (folder / "shown.png").exists() and (folder / "words" / "words.png").exists()
+    assert main(["show", "--keep-ratio=1", str(folder / "shown.png"), "--output", str(folder / "shown.png")]) == 2
+    assert "is the only image, and to be written" in capsys.readouterr().err
 
 
 def test_show_draws_the_kept_patches(photographs, checkpoint, tmp_path, capsys):

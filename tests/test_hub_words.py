@@ -412,6 +412,17 @@ def test_saving_with_push_to_hub_uploads_the_words_too(hub, checkpoint, vocabula
     torch.testing.assert_close(answers(again, pixel_values), answers(model, pixel_values))
 
 
+def test_a_save_that_was_cut_off_is_told_from_the_hub_too(hub, checkpoint, vocabulary, tmp_path):
+    setting = VWTConfig(method="inter", vocabulary=VisualVocabulary(vocabulary.words), **STATISTICS)
+    compress(AutoModel.from_pretrained("me/tiny"), setting).save_pretrained(tmp_path)
+    next(tmp_path.glob("visual_words-*/sealed.json")).unlink()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    hub.put("me/cut", {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in files})
+    with pytest.raises(ValueError, match=r"was not finished.*`vwt=False`"):
+        AutoModel.from_pretrained("me/cut")
+    assert AutoModel.from_pretrained("me/cut", vwt=False).config.vwt is None
+
+
 def test_a_private_vocabulary_takes_the_models_token(hub, checkpoint, monkeypatch):
     hub.repos["me/words"].private = hub.repos["me/tiny"].private = True
     monkeypatch.delenv("HF_TOKEN", raising=False)

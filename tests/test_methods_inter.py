@@ -447,10 +447,26 @@ def test_another_threshold_keeps_the_words_that_the_model_has(folder, images, vo
     model = compress(transformers.AutoModel.from_pretrained(folder / "model"), vocabulary)
     before = answers(model, images)
     compress(model, {**model.config.vwt, "threshold": 0.4})
-    assert model.config.vwt["threshold"] == 0.4 and lexicon_of(model).vocabulary is vocabulary
+    assert model.config.vwt["threshold"] == 0.4 and torch.equal(lexicon_of(model).vocabulary.words, vocabulary.words)
     found = answers(model, images)
     torch.testing.assert_close(found, answers(compress(tiny_model("vit"), inter(vocabulary, threshold=0.4)), images))
     assert (found - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("change", ["fewer", "in place"])
+def test_a_model_is_saved_with_the_words_that_it_runs_by(change, images, vocabulary, tmp_path):
+    words = vocabulary.copy()
+    model = compress(tiny_model("vit"), inter(words, threshold=0.4))
+    expected = answers(model, images)
+    if change == "fewer":
+        words.words, words.frequencies = words.words[:2], None
+    else:
+        words.words.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(answers(transformers.AutoModel.from_pretrained(tmp_path), images), expected)
+    torch.testing.assert_close(answers(copy.deepcopy(model), images), expected)
+    changed = answers(compress(tiny_model("vit"), inter(words, threshold=0.4)), images)
+    assert changed.shape != expected.shape or (changed - expected).abs().max() > 1e-3
 
 
 def test_a_folder_without_the_words_that_its_config_speaks_of_is_refused(folder, vocabulary):

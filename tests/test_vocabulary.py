@@ -158,6 +158,9 @@ def test_what_cannot_be_learned_from_is_refused(folder: Path, tmp_path: Path, pr
         (folder, {"column": "photo"}, ValueError, "column is 'photo', which is for data sets"),
         (folder, {"dataset": folder}, ValueError, "dataset is .*; expected a string"),
         (folder, {"base_model": 7}, ValueError, "base_model is 7; expected a string"),
+        (folder, {"seed": 2**64}, ValueError, r"seed is 18446744073709551616; expected a whole number in"),
+        (folder, {"seed": 0.5}, ValueError, r"seed is 0\.5; expected a whole number in"),
+        (folder, {"size": 10**8}, ValueError, r"size is 100,000,000 and patch_size 8, so words would take 76,800,000,"),
         (folder, {"patch_size": 64}, ValueError, "none of the 24 images.*smaller than one 64×64 patch"),
         (tmp_path / "empty", {}, ValueError, "holds no image files"),
         (tmp_path / "nowhere", {}, ValueError, "no folder"),
@@ -297,6 +300,21 @@ def test_a_checkpoint_of_another_format_is_refused(
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"another version of vwt-hf \(format 1; this one reads 4\).*delete the file"):
         make(folder, processor, checkpoint=tmp_path / "progress", resume=True)
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", '{"format": 4}', '{"format": 4, "settings": []}'])
+def test_a_checkpoint_that_is_none_is_refused(folder: Path, tmp_path: Path, processor: Any, state: str) -> None:
+    save_file({"words": torch.zeros(1)}, tmp_path / learning.CHECKPOINT, {"state": state})
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*(cannot be read|another version).*delete"):
+        make(folder, processor, checkpoint=tmp_path, resume=True)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_before_images_are_read(tmp_path: Path, processor: Any) -> None:
+    (tmp_path / "file").write_text("no folder")
+    images = (pytest.fail("an image was read") for _ in range(1))
+    for checkpoint in ("file", "file/below"):
+        with pytest.raises(NotADirectoryError, match=r"file is no folder; expected one to write into"):
+            make(images, processor, checkpoint=tmp_path / checkpoint)
 
 
 def test_a_checkpoint_of_another_run_is_refused(folder: Path, tmp_path: Path, processor: Any) -> None:
@@ -763,6 +781,7 @@ def without_description(new: zipfile.ZipFile, name: str, content: bytes) -> None
         new.writestr(name, content)
 
 
+NESTED = b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"ccollections\nOrderedDict\nh\x00h\x00\x86\x85\x85R."
 ZIPS: dict[str, Any] = {
     "deflated": lambda new, name, content: new.writestr(name, content, zipfile.ZIP_DEFLATED),
     "too short": lambda new, name, content: new.writestr(name, content[:-8] if name.endswith("data/0") else content),
@@ -773,6 +792,8 @@ ZIPS: dict[str, Any] = {
     "more records than a list holds": lambda new, name, content: [
         new.writestr(f"{name}{i or ''}", b"") for i in range(300)
     ],
+    # Every level of nested tuples doubles what it takes to hash them, in one call that no Ctrl-C ends.
+    "hooks of tuples": lambda new, name, content: new.writestr(name, NESTED if name.endswith("data.pkl") else content),
     "a memo that fills memory": lambda new, name, content: new.writestr(
         name, content[:-1] + b"r\xff\xff\xff\x7f." if name.endswith("data.pkl") else content
     ),
@@ -852,3 +873,97 @@ def test_both_files_are_asked_for_at_one_commit_with_what_the_user_passed(
     VisualVocabulary.from_pretrained("me/words", revision="main", **own)
     assert [call["revision"] for call in asked] == ["main", "c0ffee"]
     assert all(call.items() >= own.items() for call in asked)
+
+
+UNREADABLE: dict[str, Any] = {
+    "fewer than frequencies": (
+        lambda words: words[:5],
+        r"frequencies are torch\.int64 of shape \(9,\); expected int64",
+    ),
+    "8-bit": (lambda words: words * 65535, "expected raw RGB, which is in"),
+    "no numbers": (lambda words: words * torch.nan, "9 of 9 words hold values that are not finite"),
+    "bytes": (lambda words: (words * 255).byte(), r"words are torch\.uint8; expected a floating-point tensor"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_words_that_would_not_be_read_again_are_not_written_over_good_ones(tmp_path: Path, hub: Any, name: str) -> None:
+    change, message = UNREADABLE[name]
+    vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4), torch.arange(9))
+    saved = tmp_path / "words"
+    vocabulary.save_pretrained(saved)
+    vocabulary.push_to_hub("me/words")
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    good, head = vocabulary.words, hub.head("me/words")
+    vocabulary.words = change(vocabulary.words)
+    for write in (lambda: vocabulary.save_pretrained(saved), lambda: vocabulary.push_to_hub("me/words")):
+        with pytest.raises(ValueError, match=message):
+            write()
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before and hub.head("me/words") == head
+    assert torch.equal(VisualVocabulary.from_pretrained(saved).words, good)
+
+
+def test_facts_that_would_not_be_read_again_are_not_written(tmp_path: Path) -> None:
+    many = VisualVocabulary(torch.rand(1, 5000, 1, 1), info=VocabularyInfo(image_mean=(1 / 3,) * 5000))
+    with pytest.raises(ValueError, match=r"vocabulary\.json would have .* bytes; expected 65,536 at most"):
+        many.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_readme_of_something_else_stays(tmp_path: Path, hub: Any) -> None:
+    vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4))
+    own = b"---\nlicense: mit\n---\nMy model, unlike library_name: vwt-hf\n"
+    saved = tmp_path / "words"
+    saved.mkdir()
+    (saved / "README.md").write_bytes(own)
+    hub.put("me/model", {"README.md": own, "config.json": b"{}"})
+    with pytest.warns(UserWarning, match="has a README.md that is not of visual words, which stays"):
+        vocabulary.save_pretrained(saved)
+    with pytest.warns(UserWarning, match=r"me/model has a README\.md that is not of visual words"):
+        vocabulary.push_to_hub("me/model")
+    for files_of in ({path.name: path.read_bytes() for path in saved.iterdir()}, hub.files("me/model")):
+        assert files_of["README.md"] == own and "words.png" not in files_of
+    for source in (saved, "me/model"):
+        assert torch.equal(VisualVocabulary.from_pretrained(source).words, vocabulary.words)
+
+
+def test_the_card_of_words_that_lay_there_before_is_replaced(tmp_path: Path, hub: Any) -> None:
+    for size in (9, 7):
+        vocabulary = VisualVocabulary(torch.rand(size, 3, 4, 4))
+        vocabulary.save_pretrained(tmp_path / "words")
+        vocabulary.push_to_hub("me/words")
+        for readme in ((tmp_path / "words" / "README.md").read_bytes(), hub.files("me/words")["README.md"]):
+            assert f"({size}, 3, 4, 4), raw RGB".encode() in readme
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"revision": "bränch"}, "revision is 'bränch'"),
+        ({"revision": "-x"}, "revision is '-x'"),
+        ({"subfolder": "words/"}, "subfolder is 'words/'"),
+        ({"subfolder": "a//b"}, "subfolder is 'a//b'"),
+    ],
+)
+def test_words_are_not_pushed_to_where_none_are_loaded_from(hub: Any, where: dict[str, str], message: str) -> None:
+    vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4))
+    with pytest.raises(ValueError, match=message):
+        vocabulary.push_to_hub("me/words", **where)
+    assert not hub.requests
+
+
+def test_a_copy_is_of_the_same_words_and_keeps_them() -> None:
+    vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4), torch.arange(9), VocabularyInfo(dataset="mine"))
+    words, frequencies = vocabulary.words.clone(), torch.arange(9)
+    copied = vocabulary.copy()
+    vocabulary.words.zero_()
+    vocabulary.frequencies.zero_()
+    assert torch.equal(copied.words, words) and torch.equal(copied.frequencies, frequencies)
+    assert copied.info == vocabulary.info
+
+
+def test_words_are_the_same_under_autocast(folder: Path, processor: Any) -> None:
+    plain = make(folder, processor)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = make(folder, processor)
+    assert torch.equal(found.words, plain.words) and found.info == plain.info

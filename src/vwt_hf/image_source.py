@@ -217,7 +217,8 @@ def _image_names(folder: Path) -> Iterator[str]:
     """The image files in a folder and all below it, in the order of their paths, which are within `folder`, with /.
 
     Links are followed. A folder that several lead to is searched once: where it lies if that is below `folder`, else
-    where the first link is. A link to nothing is among the files, so that it is named where it cannot be read.
+    where the first link is. A link to nothing is among the files, so that it is named where it cannot be read. The
+    picture of a vocabulary's words, beside it, is none of them.
     """
     endings = {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
     top = os.path.realpath(folder)
@@ -227,6 +228,8 @@ def _image_names(folder: Path) -> Iterator[str]:
         searched.add(os.path.realpath(path))
         with os.scandir(path) as found:
             entries = sorted(found, key=lambda entry: entry.name)
+        if any(entry.name == "vocabulary.json" for entry in entries):
+            entries = [entry for entry in entries if entry.name != "words.png"]
         for entry in entries:
             if _is_folder(entry):
                 real = os.path.realpath(entry.path)

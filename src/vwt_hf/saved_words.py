@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .vocabulary import VisualVocabulary, load_vocabulary
+from .vocabulary.files import INFO_FILE
 from .whole_saves import write_files
 
 FOLDER = "visual_words"
@@ -83,9 +85,19 @@ def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any], na
     if saved_as is not None:
         folder = Path(source, own["subfolder"])
         if not os.path.isdir(source):
-            folder = Path(hf_hub_download(source, SEAL, **own)).parent
+            folder = _downloaded(source, own)
         require_sealed(folder)
     return vocabulary
+
+
+def _downloaded(source: str, own: dict[str, Any]) -> Path:
+    """The folder of words in huggingface_hub's cache, with its seal if the repository has one."""
+    try:
+        return Path(hf_hub_download(source, SEAL, **own)).parent
+    except LocalEntryNotFoundError:  # which leaves open whether it is there
+        raise
+    except EntryNotFoundError:
+        return Path(hf_hub_download(source, INFO_FILE, **own)).parent
 
 
 def require_sealed(words: Path) -> None:

@@ -150,7 +150,15 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
 
     Raises:
         OSError: one cannot; the message names it.
+        ValueError: two of them are one file.
     """
+    own: dict[str, str | os.PathLike[str]] = {}
+    for file in files:
+        place = "" if file is None else os.path.realpath(file)
+        if place in own and (os.path.isfile(place) or not os.path.exists(place)):  # and no device, which takes all
+            raise ValueError(f"{file} and {own[place]} are one file; expected a name of its own for each output.")
+        if file is not None:
+            own[place] = file
     for file in (Path(file) for file in files if file is not None):
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder; expected the name of a file to write.")
@@ -163,6 +171,8 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
 
 def require_folder(folder: str | os.PathLike[str]) -> None:
     """As `require_writable`, for files within `folder`."""
+    if not os.fspath(folder):  # which would be the folder that one is in
+        raise NotADirectoryError("No folder is named, but an empty text; expected one to write into.")
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not there.is_dir():

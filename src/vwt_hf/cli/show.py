@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,10 @@ def work(args: argparse.Namespace) -> None:
     from ..vocabulary import VisualVocabulary
 
     require_matplotlib()
-    paths = find_images(args.images)
+    output = os.path.realpath(args.output)  # which an earlier run may have left among the photographs
+    paths = [path for path in find_images(args.images) if os.path.realpath(path) != output]
+    if not paths:
+        raise ValueError(f"{printable(args.output)} is the only image, and to be written; name photographs.")
     drawn = paths[:ROWS]
     titles = [path.stem.replace("_", " ") for path in drawn]
     words = None

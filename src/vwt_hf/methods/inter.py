@@ -157,6 +157,8 @@ class InterConfig(RaggedConfig):
         elif vocabulary is None:
             setting = self._as_saved(model)
             vocabulary = setting._saved_or_packaged(model)
+        else:
+            vocabulary = vocabulary.copy()  # the model is saved with the words that it runs by
         vocabulary.require(model.patch_size, model.channels)
         named = isinstance(self.vocabulary, (str, os.PathLike))
         if self.revision is not None and not (named and vocabulary.revision is not None):

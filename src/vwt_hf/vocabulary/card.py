@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -20,6 +21,8 @@ from .files import VocabularyInfo
 
 PICTURE_FILE = "words.png"
 CARD_FILE = "README.md"
+MOST_METADATA = 2**16
+"""Bytes of a README.md that its metadata are looked for in."""
 SHOWN = 144
 """Words in the picture."""
 SHOWN_TEXT = 300
@@ -63,6 +66,14 @@ def render_card(
         picture=picture,
     )
     return str(made).encode()
+
+
+def is_card_of_words(readme: bytes) -> bool:
+    """Whether a README.md says in its metadata that it is of this package's, as the card of a vocabulary does."""
+    lines = readme[:MOST_METADATA].decode(errors="replace").splitlines()
+    if lines[:1] != ["---"]:
+        return False
+    return "library_name: vwt-hf" in itertools.takewhile("---".__ne__, lines[1:])
 
 
 def _quoted(text: str) -> str:

@@ -231,7 +231,7 @@ def _require_sane(words: torch.Tensor) -> None:
     if math.isfinite(low) and math.isfinite(high) and max(-low, high) > LARGEST_VALUE:
         raise ValueError(
             f"words hold values from {low:.4g} to {high:.4g}; expected raw RGB, which is in [0, 1], and nothing beyond "
-            f"±{LARGEST_VALUE:g}"
+            f"±{LARGEST_VALUE:g}."
         )
 
 
@@ -318,11 +318,15 @@ def tensor_bytes(tensors: dict[str, torch.Tensor], header: dict[str, str] | None
 def vocabulary_files(words: torch.Tensor, frequencies: torch.Tensor | None, info: VocabularyInfo) -> dict[str, bytes]:
     """The contents of `vocabulary.safetensors` and `vocabulary.json`.
 
+    Args:
+        words, frequencies: as `VisualVocabulary` takes them.
+
     Raises:
-        ValueError: the words are more than would be read again.
+        ValueError: they would not be read again: the words are too many, or their values too large.
     """
     if 4 * words.numel() > MOST_BYTES:
         raise ValueError(f"{len(words):,} words take {4 * words.numel():,} bytes; expected {MOST_BYTES:,} at most.")
+    _require_sane(words)
     tensors = {"words": words} if frequencies is None else {"words": words, "frequencies": frequencies}
     content = tensor_bytes(tensors, {"format": "pt"})
     size, channels, patch_size, _ = words.shape
@@ -334,7 +338,10 @@ def vocabulary_files(words: torch.Tensor, frequencies: torch.Tensor | None, info
         "patch_size": patch_size,
         **dataclasses.asdict(info),
     }
-    return {WORDS_FILE: content, INFO_FILE: _json(fields)}
+    facts = _json(fields)
+    if len(facts) > _MOST_INFO_BYTES:
+        raise ValueError(f"{INFO_FILE} would have {len(facts):,} bytes; expected {_MOST_INFO_BYTES:,} at most.")
+    return {WORDS_FILE: content, INFO_FILE: facts}
 
 
 def _json(fields: dict[str, Any]) -> bytes:

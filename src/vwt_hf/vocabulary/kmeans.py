@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..words import without_autocast
+
 ROUNDS = 10
 """Rounds of Lloyd's algorithm over the buffer."""
 BUFFERED = 16
@@ -48,12 +50,13 @@ def closest_words(patches: torch.Tensor, words: torch.Tensor) -> tuple[torch.Ten
         Indices (patches,) int64 and squared distances (patches,), these with the rounding error of the expansion
         |x|² − 2 x·w + |w|².
     """
-    half = words.square().sum(dim=1) / 2
     indices, distances = [], []
-    for part in patches.split(max(1, _DISTANCES // len(words))):
-        nearest = torch.addmm(half, part, words.T, alpha=-1).min(dim=1)
-        indices.append(nearest.indices)
-        distances.append((torch.linalg.vector_norm(part, dim=1).square() + 2 * nearest.values).clamp_min(0))
+    with without_autocast(patches.device):
+        half = words.square().sum(dim=1) / 2
+        for part in patches.split(max(1, _DISTANCES // len(words))):
+            nearest = torch.addmm(half, part, words.T, alpha=-1).min(dim=1)
+            indices.append(nearest.indices)
+            distances.append((torch.linalg.vector_norm(part, dim=1).square() + 2 * nearest.values).clamp_min(0))
     return torch.cat(indices), torch.cat(distances)
 
 

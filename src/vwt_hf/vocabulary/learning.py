@@ -23,13 +23,16 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..checks import require_whole
+from ..checks import is_int, require_whole
 from ..image_source import ImagePart, ImageSource, PatchBatch, open_images, patch_batches
+from ..printable import shown
 from ..processes import everywhere, gathered, in_main, join, place, summed, together
 from ..processors import processor_statistics, white_of
+from ..terminal import require_folder
 from ..whole_saves import write_files
 from .files import VocabularyInfo, tensor_bytes
 from .kmeans import MiniBatchKMeans, statistics
+from .word_files import MOST_BYTES
 
 CHECKPOINT = "learning.safetensors"
 CHECKPOINT_EVERY = 100
@@ -124,6 +127,14 @@ def learn_words(
             require_whole(name, value)
         if max_images is not None:
             require_whole("max_images", max_images)
+        if not is_int(seed) or not -(2**63) <= seed < 2**64:  # what a generator of torch takes
+            raise ValueError(f"seed is {shown(seed)}; expected a whole number in [−2**63, 2**64).")
+        takes = 4 * size * channels * patch_size**2
+        if takes > MOST_BYTES:
+            raise ValueError(
+                f"size is {size:,} and patch_size {patch_size}, so words would take {takes:,} bytes; expected "
+                f"{MOST_BYTES:,} at most."
+            )
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
         VocabularyInfo(dataset=dataset, base_model=base_model)  # refuses what it could not record at the end
@@ -239,6 +250,8 @@ def _begin(
     max_images: int | None,
 ) -> Progress:
     """Where learning begins: at the start, or where the checkpoint left it."""
+    if file is not None:
+        require_folder(file.parent)  # before the images are read, not when the first of them are learned
     if file is None or not file.exists():
         return Progress(read=[0] * len(orders), order=orders)
     if not resume:
@@ -391,18 +404,25 @@ def load_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any
             # Copies are aligned as what they were saved from, without which products may round otherwise.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (it is no dict)
             header = json.loads(opened.metadata()["state"])
+            version = header.get("format", 1)
+            if version == CHECKPOINT_FORMAT:
+                learned_by, numbers, done = (
+                    dict(header["settings"]),
+                    dict(header["numbers"]),
+                    Progress(**header["done"]),
+                )
     except Exception as error:
         raise ValueError(f"{file} cannot be read ({error}); delete it to start again.") from error
-    if header.get("format") != CHECKPOINT_FORMAT:
+    if version != CHECKPOINT_FORMAT:
         raise ValueError(
-            f"{file} was written by another version of vwt-hf (format {header.get('format', 1)}; this one reads "
+            f"{file} was written by another version of vwt-hf (format {version}; this one reads "
             f"{CHECKPOINT_FORMAT}); go on with that version, or delete the file to start again."
         )
     for name, value in settings.items():
-        if header["settings"].get(name) != value:
+        if learned_by.get(name) != value:
             raise ValueError(
-                f"{file} is of a run with {name}={header['settings'].get(name)!r}, this one has {name}={value!r}; "
+                f"{file} is of a run with {name}={learned_by.get(name)!r}, this one has {name}={value!r}; "
                 "give the same, or another checkpoint folder."
             )
-    kmeans.load_state_dict({**tensors, **header["numbers"]})
-    return Progress(**header["done"])
+    kmeans.load_state_dict({**tensors, **numbers})
+    return done

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
-from ..hub_names import check_hub_id, require_private
+from ..hub_names import check_hub_id, check_revision, check_subfolder, require_private
 from ..printable import shown
-from .card import CARD_FILE, PICTURE_FILE, render_card, render_words
+from .card import CARD_FILE, PICTURE_FILE, is_card_of_words, render_card, render_words
 from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_vocabulary
 from .learning import learn_words
 
@@ -81,6 +83,19 @@ class VisualVocabulary:
         self.source, self.revision, self.subfolder = source, revision, subfolder
         is_named = revision is not None and not subfolder and not imported  # a setting has no field for a subfolder
         self._named = self._fingerprint() if is_named else None
+
+    def copy(self) -> VisualVocabulary:
+        """The same words for themselves: what is done to these later changes them not.
+
+        Raises:
+            ValueError: what was put into `words` or `frequencies` is none; as for the class.
+        """
+        copied = VisualVocabulary(self.words, self.frequencies, self.info)
+        copied.words = copied.words.clone()
+        copied.frequencies = None if copied.frequencies is None else copied.frequencies.clone()
+        copied.source, copied.revision, copied.subfolder = self.source, self.revision, self.subfolder
+        copied._named = self._named
+        return copied
 
     def _fingerprint(self) -> str:
         words = self.words.detach().cpu().contiguous()
@@ -198,10 +213,18 @@ class VisualVocabulary:
         whole, also where several save into one folder at once. The card is written last.
 
         Args:
-            card: whether to write `README.md` and `words.png`; without, a folder that has its own keeps it.
+            card: whether to write `README.md` and `words.png`; without, a folder that has its own keeps it. A
+                `README.md` that is no vocabulary's stays in any case, and a warning says so.
             repo_id: what the card's usage snippet loads; by default the folder.
+
+        Raises:
+            ValueError: what was put into `words` or `frequencies` since would not be read again.
         """
-        write_vocabulary(Path(save_directory), self._contents(repo_id or str(save_directory), card))
+        folder, contents = Path(save_directory), self._files()
+        present = folder / CARD_FILE
+        if card and not (present.is_file() and _is_foreign(present, str(folder))):
+            contents |= self._card(repo_id or str(save_directory))
+        write_vocabulary(folder, contents)
 
     def push_to_hub(
         self,
@@ -216,27 +239,38 @@ class VisualVocabulary:
     ) -> CommitInfo:
         """Uploads the vocabulary and its card in one commit, making the repository if need be.
 
-        `source` and `revision` say afterwards where it is, the latter as the commit (unless it is a pull request).
+        `source` and `revision` say afterwards where it is, the latter as the commit (unless it is a pull request). A
+        `README.md` that is there and no vocabulary's stays, as a model's, and a warning says so.
 
         Args:
             revision: branch to push to; made if need be.
             private: whether a repository made by this is private; by default as the organisation has it.
 
         Raises:
-            ValueError: `private`, and the repository is there and public.
+            ValueError: `private`, and the repository is there and public; `revision` or `subfolder` is none that
+                `from_pretrained` takes; or what was put into `words` or `frequencies` since would not be read again.
         """
+        revision, subfolder, contents = check_revision(revision), check_subfolder(subfolder), self._files()
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private:
             require_private(api, repo_id)
         if revision is not None and not create_pr and not revision.startswith("refs/pr/"):  # which are no branches
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        present: Path | None = None
+        try:
+            present = Path(hf_hub_download(repo_id, CARD_FILE, subfolder=subfolder, revision=revision, token=token))
+        except (EntryNotFoundError, RevisionNotFoundError) as error:
+            if isinstance(error, LocalEntryNotFoundError):  # which leaves open whether it is there
+                raise
+        if present is None or not _is_foreign(present, repo_id):
+            contents |= self._card(repo_id, revision=revision, subfolder=subfolder)
         # One commit of all files: `upload_folder` may make several, of which an interruption leaves some.
         commit = api.create_commit(
             repo_id,
             [
                 CommitOperationAdd("/".join(filter(None, (subfolder, name))), content)
-                for name, content in self._contents(repo_id, True, revision=revision, subfolder=subfolder).items()
+                for name, content in contents.items()
             ],
             revision=revision,
             commit_message=commit_message,
@@ -246,12 +280,15 @@ class VisualVocabulary:
             self._lies_in(repo_id, commit.oid, subfolder)
         return commit
 
-    def _contents(self, repo_id: str, card: bool, **of: str | None) -> dict[str, bytes]:
-        contents = vocabulary_files(self.words, self.frequencies, self.info)
-        if card:
-            contents[CARD_FILE] = render_card(repo_id, tuple(self.words.shape), self.info, picture=PICTURE_FILE, **of)
-            contents[PICTURE_FILE] = render_words(self.words, self.frequencies)
-        return contents
+    def _files(self) -> dict[str, bytes]:
+        """The files of the words, by their names; raises `ValueError` where they would not be read again."""
+        valid = VisualVocabulary(self.words, self.frequencies, self.info)
+        return vocabulary_files(valid.words, valid.frequencies, valid.info)
+
+    def _card(self, repo_id: str, **of: str | None) -> dict[str, bytes]:
+        """The files of the card, by their names."""
+        card = render_card(repo_id, tuple(self.words.shape), self.info, picture=PICTURE_FILE, **of)
+        return {CARD_FILE: card, PICTURE_FILE: render_words(self.words, self.frequencies)}
 
     @classmethod
     def learn(
@@ -358,6 +395,17 @@ class VisualVocabulary:
                 base_model=base_model,
             )
         )
+
+
+def _is_foreign(card: Path, place: str) -> bool:
+    """Whether a README.md that is there is no vocabulary's, which a warning says then."""
+    if is_card_of_words(card.read_bytes()):
+        return False
+    warnings.warn(
+        f"{place} has a {CARD_FILE} that is not of visual words, which stays; no card is written of these.",
+        stacklevel=3,
+    )
+    return True
 
 
 def load_vocabulary(

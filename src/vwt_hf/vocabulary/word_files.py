@@ -276,8 +276,8 @@ class _Unpickler(pickle.Unpickler):
             return _STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _tensor
-        if (module, name) == ("collections", "OrderedDict"):  # of backward hooks, always empty
-            return collections.OrderedDict
+        if (module, name) == ("collections", "OrderedDict"):
+            return _no_hooks
         raise ValueError(f"it asks for {module}.{name}")
 
     def persistent_load(self, saved: Any) -> _Stored:
@@ -285,6 +285,11 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not _count(values):
             raise ValueError("it describes no storage")
         return _Stored(key, dtype, values)
+
+
+def _no_hooks() -> dict[str, Any]:
+    """The backward hooks of a tensor that was saved: none. A key would be hashed, which nested tuples make endless."""
+    return collections.OrderedDict()
 
 
 def _tensor(stored: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
