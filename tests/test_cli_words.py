@@ -286,6 +286,7 @@ def test_pictures_that_an_earlier_run_left_among_the_photographs_are_none_of_the
     for _ in range(2):
         assert run_learn(folder, checkpoint, folder / "words") == 0
         assert facts_of(capsys.readouterr().out)["images"] == f"{IMAGES}"
+    for _ in range(2):
         assert main(["show", str(folder), "--keep-ratio", "0.5", "--output", str(folder / "shown.png")]) == 0
         assert capsys.readouterr().out.count(" patches") == IMAGES
     assert (folder / "shown.png").exists() and (folder / "words" / "words.png").exists()
