@@ -180,6 +180,15 @@ def test_a_batch_of_no_images_is_refused():
         collate_images([])
 
 
+@pytest.mark.parametrize(
+    "words", [[5, 5, 5, 9], (1,), np.array([5, 9]), np.array(5), torch.tensor([5, 9]), [torch.tensor(5)]]
+)
+def test_words_of_one_image_alone_have_no_lengths(words):
+    with pytest.raises(ValueError, match=r"of one image alone; expected \(batch, patches\)"):
+        token_lengths(words)
+    assert token_lengths([]) == []
+
+
 def test_images_grouped_by_their_lengths_have_less_padding(folder):
     lengths = torch.randint(1, 64, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     words = [[min(place, length - 1) for place in range(64)] for length in lengths]

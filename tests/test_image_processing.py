@@ -25,7 +25,7 @@ import vwt_hf.auto
 from settings import SETTINGS, WORDS, ViTImageProcessor, inter
 from test_pipeline import LLAVA, PHOTOGRAPHS, image_processor_class, tokenizer_with
 from tiny import MODELS, TINY, inputs, tiny_model
-from vwt_hf import VisualVocabulary, VWTConfig, compress, register, unregister
+from vwt_hf import VisualVocabulary, VWTConfig, compress, count_tokens, register, token_lengths, unregister
 from vwt_hf.families import FAMILIES
 from vwt_hf.image_processing import AT_ONCE, NAME
 from vwt_hf.patches import Patches
@@ -78,7 +78,7 @@ def called(model: transformers.PreTrainedModel, made, words: bool):
         given["input_ids"] = torch.tensor([[97, 5, 98], [97, 7, 98]])
     with torch.no_grad():
         output = model(**given)
-    return output.pooler_output if type(model).__name__ == "Siglip2VisionModel" else output[0]
+    return output[0]
 
 
 @kind
@@ -487,6 +487,33 @@ def test_what_the_processor_made_of_images_of_several_sizes_or_of_one_is_decoded
     assert [picture.size for picture in expected] == [(32, 32), (64, 32)]
 
 
+def test_no_images_are_decoded_to_none(folder):
+    processor = AutoImageProcessor.from_pretrained(folder, vwt=True)
+    for images in ([], torch.empty(0, 3, 32, 32), {"pixel_values": torch.empty(0, 3, 32, 32)}):
+        assert processor.decode(torch.empty(0, 64, dtype=torch.int64), images) == []
+
+
+@pytest.mark.parametrize(("channels", "statistics"), [(1, 0.5), (2, [0.5, 0.4]), (4, 0.5)])
+def test_images_of_other_channels_have_words_as_the_model_finds_them(channels, statistics, tmp_path):
+    model = tiny_model("vit", num_channels=channels)
+    model.save_pretrained(tmp_path)
+    own = {"image_mean": statistics, "image_std": statistics, "do_convert_rgb": False, "do_resize": False}
+    transformers.ViTImageProcessorPil(**own).save_pretrained(tmp_path)
+    small = np.random.default_rng(0).random((2, channels, 8, 8)).astype(np.float32)
+    images = list(small.repeat(4, axis=2).repeat(4, axis=3))
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt={"method": "local", "tolerance": 0.1})
+    given = {"do_rescale": False, "input_data_format": "channels_first", "return_tensors": "pt"}
+    made = processor(images, **given)
+    processor.save_pretrained(tmp_path / "saved")
+    assert torch.equal(AutoImageProcessor.from_pretrained(tmp_path / "saved")(images, **given)[NAME], made[NAME])
+    compressed = transformers.AutoModel.from_pretrained(tmp_path, vwt={"method": "local", "tolerance": 0.1})
+    with torch.no_grad(), count_tokens(compressed) as count:
+        expected = compressed(made["pixel_values"])[0]
+    assert count.tokens == sum(token_lengths(made[NAME])) + 2 < 2 * 65
+    with torch.no_grad():
+        torch.testing.assert_close(compressed(made["pixel_values"], patch_words=made[NAME])[0], expected)
+
+
 def test_padded_patches_are_decoded_to_images_of_many_sizes(folders):
     processor = AutoImageProcessor.from_pretrained(folders("siglip2"), vwt=SETTINGS["merge"])
     made = processor(PHOTOGRAPHS, return_tensors="pt")
@@ -633,6 +660,14 @@ def test_statistics_that_change_after_the_setting_was_made_ready_are_refused(vwt
     assert torch.equal(done[NAME], expected[NAME])
     with pytest.raises(ValueError, match=r"and image_std .*0\.3, 0\.3, 0\.3.*, and its `vwt` was made ready for"):
         processor(image, image_std=[0.3] * 3)
+    with pytest.raises(ValueError, match=r"and image_std \(0\.0, 1\.0\), and its `vwt` was made ready for"):
+        processor(image, do_normalize=False)
+    with pytest.raises(ValueError, match=r"\[0\.3\], and its|\[0\.3\]\), and its `vwt` was made ready for"):
+        processor(image, image_std=[0.3])
+    processor.do_normalize = False
+    with pytest.raises(ValueError, match=r"was made ready for"):
+        processor.save_pretrained(folder)
+    processor.do_normalize = True
     std, processor.image_std = processor.image_std, [0.3] * 3
     for use in (lambda: processor(image), lambda: processor.save_pretrained(folder)):
         with pytest.raises(ValueError, match=r"Load it with them: from_pretrained\(..., image_mean"):

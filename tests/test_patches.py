@@ -58,7 +58,12 @@ def test_tokens_of_padding_count_nowhere(how):
 
 def test_some_that_are_kept_may_not_stay():
     stays = torch.tensor([[True, False, True], [True, True, True]])
-    assert padded().keep(KEPT, stays).stays.tolist() == [[True, False, True], [True, False, False]]
+    plan = padded().keep(KEPT, stays)
+    assert plan.stays.tolist() == [[True, True, False], [True, False, False]]
+    values = torch.arange(12.0).view(2, 6, 1)
+    first = [row[:number] for row, number in zip(plan.reduce(values)[..., 0].tolist(), (2, 1), strict=True)]
+    kept = KEPT.tolist()
+    assert first == [[kept[0][0], kept[0][2]], [6 + kept[-1][0]]]  # what stays comes first, in its order
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -88,17 +88,27 @@ def token_lengths(patch_words: Any) -> list[int]:
 
     Batches of images that have about as many tokens each have little padding. transformers' `LengthGroupedSampler`
     takes the lengths. `Trainer` takes them from the column `length` of a data set under
-    `train_sampling_strategy="group_by_length"` and `remove_unused_columns=False`, without which it drops that column.
+    `train_sampling_strategy="group_by_length"` and `remove_unused_columns=False`, without which it drops that column;
+    its `predict` gives rows in the order of their lengths then, not of the data set.
 
     Args:
         patch_words: (batch, patches) or (batch, tiles, patches) integers, as an image processor loaded with `vwt` makes
             them: a tensor, an array, or a list, in which images may have different numbers of patches or tiles.
 
+    Raises:
+        ValueError: they are of one image alone, without the batch dimension.
+
     Example:
         >>> token_lengths([[5, 5, 5, 9], [0, -1, 2, -1]])
         [2, 2]
     """
-    if isinstance(patch_words, (list, tuple)):
+    listed = isinstance(patch_words, (list, tuple))
+    if np.ndim(patch_words[0]) == 0 if listed and patch_words else not listed and patch_words.ndim < 2:
+        raise ValueError(
+            "patch_words are of one image alone; expected (batch, patches). Give those of several images, as "
+            "map(..., batched=True) does, or [patch_words] of one."
+        )
+    if listed:
         return [length for words in patch_words for length in token_lengths(as_tensor(words)[None])]
     words = as_tensor(patch_words).long().sort(dim=-1).values
     real = words != DROPPED

@@ -21,6 +21,7 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
+from .checks import is_int
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
 from .model_configs import saved_setting
@@ -52,8 +53,10 @@ class HostTokenizer:
     saved_as: str | None = None
     """Which words below the folder that it was saved to are its own."""
     normalised_by: tuple[Any, Any] | None = None
-    """Mean and deviation of the image processor that the setting was made ready by; `None` if the setting has none, or
-    others that somebody gave."""
+    """What `_normalises_by` gave of the image processor that the setting was made ready by; `None` if the setting has
+    no mean or deviation, or others that somebody gave."""
+    channels: int = 3
+    """Of the model's images."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostTokenizer:
         return self  # nothing in it changes
@@ -116,7 +119,7 @@ class HostTokenizer:
         values = made["pixel_values"].float()
         if values.dim() == 3 and "spatial_shapes" in made:
             return Patches.of_padded(values, self.patch_size, made["spatial_shapes"], made.get("pixel_attention_mask"))
-        if values.dim() != 4 or values.shape[1] not in (1, 3, 4):
+        if values.dim() != 4 or values.shape[1] not in (1, 3, 4, self.channels):
             raise ValueError(
                 f"pixel_values are {tuple(values.shape)}; expected (batch, channels, height, width), of which patches "
                 "can be cut. Leave data_format out."
@@ -151,6 +154,7 @@ _one_thread = SharedChange(_use_one_thread)
 
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
 _STATISTICS = ("image_mean", "image_std")
+_NORMALISING = (*_STATISTICS, "do_normalize", "do_rescale")
 
 
 def _read_setting(processor: Any) -> Any:
@@ -204,7 +208,7 @@ class Tokenizing:
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """As the image processor without `vwt`, with `patch_words` beside `pixel_values`."""
-        self.require_statistics(**{name: kwargs[name] for name in _STATISTICS if kwargs.get(name) is not None})
+        self.require_statistics(**{name: kwargs[name] for name in _NORMALISING if kwargs.get(name) is not None})
         made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
         if self.vwt is None:  # its class was called, and nothing gave it a setting
             return made
@@ -215,7 +219,7 @@ class Tokenizing:
         """Refuses another mean or deviation than the setting was made ready for: words would be those of other images.
 
         Args:
-            given: `image_mean` and `image_std` of a call, in place of the image processor's own.
+            given: `_NORMALISING` of a call, in place of the image processor's own.
 
         Raises:
             ValueError: the message says which it was made ready for.
@@ -223,14 +227,14 @@ class Tokenizing:
         held = self.__dict__.get("vwt")
         if not isinstance(held, HostTokenizer) or held.normalised_by is None:
             return
-        now = [given.get(name, getattr(self, name, None)) for name in _STATISTICS]
-        pairs = zip(now, held.normalised_by, strict=True)
-        if not all(value is not None and np.allclose(value, ready_for) for value, ready_for in pairs):
-            raise ValueError(
-                f"The {type(self).__name__} has image_mean and image_std {shown(now)}, and its `vwt` was made ready "
-                f"for {shown(held.normalised_by)}. Load it with them: from_pretrained(..., image_mean=..., "
-                "image_std=..., vwt=...)."
-            )
+        now = _normalises_by(self, **given)
+        if now is None or all(map(_are_same, now, held.normalised_by)):
+            return
+        raise ValueError(
+            f"The {type(self).__name__} has image_mean and image_std {shown(now)}, and its `vwt` was made ready for "
+            f"{shown(held.normalised_by)}; without do_normalize they are 0 and 1. Load it with them: "
+            "from_pretrained(..., image_mean=..., image_std=..., vwt=...)."
+        )
 
     def _preprocess(self, *args: Any, **steps: Any) -> Any:
         """As the image processor without `vwt`; the values of pixels are looked up where that gives the same."""
@@ -249,10 +253,11 @@ class Tokenizing:
         Args:
             patch_words: as this image processor made them, of all images or of one.
             images: what they were made of: images, or all that this image processor made, or its `pixel_values`, of a
-                batch or one image or a list of them: floating-point arrays or tensors with channels first.
+                batch or one image or a list of them. Floating-point arrays or tensors with channels first are taken for
+                `pixel_values`: where they are images, hand over what this image processor made of them.
 
         Returns:
-            For each image a `PIL.Image.Image`, of the size that the model gets.
+            For each image a `PIL.Image.Image`, of the size that the model gets; none of an empty batch.
 
         Raises:
             ValueError: the words are of another number of images or patches, or of another kind of setting.
@@ -260,11 +265,15 @@ class Tokenizing:
         from PIL import Image
 
         if not isinstance(images, Mapping):
+            if isinstance(images, (list, tuple)) and not images:
+                return []
             if _are_values(images):
                 images = {"pixel_values": images}
             else:
                 images = super().preprocess(images, return_tensors="pt")  # type: ignore[misc]
         values = images["pixel_values"]
+        if not len(values):
+            return []
         if isinstance(values, (list, tuple)) and len({np.shape(one) for one in values}) > 1:  # of several sizes
             if len(patch_words) != len(values):
                 raise ValueError(f"patch_words are of {len(patch_words)} images, and there are {len(values)}.")
@@ -406,7 +415,7 @@ def _prepare(
             f"{source} has no model config that says the size of its patches, by which the image processor is to "
             "cut. Give it beside the setting: vwt={'patch_size': 16, ...}."
         )
-    channels = len(processor.image_mean) if isinstance(getattr(processor, "image_mean", None), (list, tuple)) else 3
+    channels = _channels(processor, setting, model_config)
     hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
     if os.path.isdir(str(source)):
         hub_kwargs.pop("revision", None)
@@ -416,8 +425,39 @@ def _prepare(
     )
     ready = setting.prepared(facts)
     own_words = saved_as if folder == PROCESSOR_FOLDER else None
-    own = (processor.image_mean, processor.image_std) if _has_statistics(ready, processor) else None
-    processor.vwt = HostTokenizer(ready, patch_size, own_words, copy.deepcopy(own))
+    own = _normalises_by(processor) if _has_statistics(ready, processor) else None
+    processor.vwt = HostTokenizer(ready, patch_size, own_words, copy.deepcopy(own), channels)
+
+
+def _channels(processor: Any, setting: VWTConfig, model_config: Any) -> int:
+    """Channels of the images: as many as any of these has numbers for, or as the model's config says."""
+    for holder in (processor, setting):
+        for name in _STATISTICS:
+            values = getattr(holder, name, None)
+            if isinstance(values, (list, tuple)):
+                return len(values)
+    stated: Any = getattr(getattr(model_config, "vision_config", model_config), "num_channels", None)
+    return stated if is_int(stated) and stated > 0 else 3
+
+
+def _normalises_by(processor: Any, **given: Any) -> tuple[Any, Any] | None:
+    """Mean and deviation by which an image processor normalises; `None` where it takes pixels as they are.
+
+    Args:
+        given: those of `_NORMALISING` that a call has, in place of the image processor's own.
+    """
+    of = {name: given.get(name, getattr(processor, name, None)) for name in _NORMALISING}
+    if of["do_normalize"] is False:
+        return None if of["do_rescale"] is False else (0.0, 1.0)
+    return of["image_mean"], of["image_std"]
+
+
+def _are_same(values: Any, others: Any) -> bool:
+    """Whether means or deviations are equal; a number by itself is that of each channel."""
+    if values is None or others is None:
+        return values is others
+    shapes = {np.shape(values), np.shape(others)} - {()}
+    return len(shapes) < 2 and bool(np.allclose(values, others))
 
 
 def _has_statistics(setting: VWTConfig, processor: Any) -> bool:

@@ -119,6 +119,8 @@ class Patches:
         if self.real is None:
             return Kept(kept, self.prefix)
         kept, stays = self._real_ones(self.real, kept, stays)
+        stays, order = stays.sort(dim=1, descending=True, stable=True)  # what does not stay is padding, at the end
+        kept = kept.gather(1, order)
         # Tokens are padding where their patch is; those that do not stay count nowhere.
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         token_of_patch = torch.zeros_like(self.real, dtype=torch.int64).scatter_(1, kept, own)
