@@ -481,7 +481,7 @@ def one_batch(made: Sequence[dict[str, torch.Tensor]], image_processor: Any) -> 
     if len(sizes) > 1:
         raise ValueError(
             f"{type(image_processor).__name__} gives pixel_values of shapes {sizes[0]} and {sizes[-1]}; expected one "
-            "for all images of a batch. Use batches of one image."
+            "for all images of a batch. Use batches of one image, or another image processor."
         )
     return {name: torch.cat([one[name] for one in made]) for name in made[0]}
 
