@@ -190,6 +190,16 @@ def test_the_nearest_that_is_told_may_be_a_lighter_one(on_a_line, monkeypatch):
         on_a_line.find(tokens=40)
 
 
+@pytest.mark.parametrize(("target", "asked"), [("speed", 1.5), ("agreement", 0.5)])
+def test_nothing_is_advised_that_would_be_refused(on_a_line, monkeypatch, target, asked):
+    worse = Level(*CHOICES[0], -0.2, (-0.3, -0.1), 60, 65, 0.64)
+    monkeypatch.setattr(
+        Calibration, "_measure", lambda self, choice, bar: dataclasses.replace(worse, **choice._asdict())
+    )
+    with pytest.raises(ValueError, match=rf"^{target} is {asked}, and .* on 50 images\. Leave the model plain\.$"):
+        on_a_line.find(**{target: asked})
+
+
 def test_without_a_classifier_it_is_the_mean_cosine(images, processor):
     model = tiny_model("vit", num_hidden_layers=3).requires_grad_(False)
     expected = [row[3].double().mean().item() for row in every_level(model, images, processor)]

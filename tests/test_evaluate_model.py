@@ -592,6 +592,9 @@ def test_captions_are_compared_with_the_plain_models_and_with_the_references(tmp
         (lambda: tiny_model("vit"), "captions", "the ViTModel writes no captions"),
         (lambda: tiny_model("vit"), "retrieval", "the ViTModel has no tower for texts"),
         (lambda: tiny_model("vit"), "zero-shot", "the ViTModel has no tower for texts"),
+        (lambda: tiny_model("vit"), "classification", "the ViTModel gives no labels; expected an image classifier"),
+        (lambda: tiny_model("clip"), "classification", "the CLIPModel gives no labels"),
+        (lambda: built(blip), "features", "writes texts and gives no features of images; expected its vision tower"),
         (lambda: tiny_model("vit"), "segmentation", "expected one of 'classification', 'zero-shot'"),
     ],
 )
@@ -1117,6 +1120,30 @@ def test_texts_and_features_are_gone_on_from_as_they_were(tmp_path, dataset, tas
     monkeypatch.undo()
     found = evaluate_model(model, dataset, **of, resume=tmp_path / "measured")
     assert [row.figures for row in found.rows] == [row.figures for row in expected.rows]
+
+
+def test_a_stream_that_has_grown_or_shrunk_is_gone_on_with_as_it_is_now(tmp_path, dataset, monkeypatch):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    of = {"vwt": HALF, "batch_size": 4, "progress": False}
+    shown = cut_off(monkeypatch, -1)
+    for rows, again in ((6, [4, 2]), (17, [4, 4, 4, 1]), (5, [1]), (17, [4])):
+        stream = dataset.select(range(rows)).to_iterable_dataset()
+        expected = evaluate_model(model, stream, **of)
+        shown.clear()
+        found = evaluate_model(model, stream, **of, resume=tmp_path / "measured")
+        assert found.images == rows and [row.figures for row in found.rows] == [row.figures for row in expected.rows]
+        assert shown == again
+
+
+@pytest.mark.parametrize(
+    "vwt", [HALF, True, vwt_hf.VWTConfig("gradual", tolerance=0.1)], ids=["fields", "True", "config"]
+)
+def test_a_setting_by_itself_is_a_list_of_one(tmp_path, photographs, vwt):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    alone, listed = (evaluate_model(model, photographs, vwt=of, progress=False) for of in (vwt, [vwt]))
+    assert [(row.setting, row.figures) for row in alone.rows] == [(row.setting, row.figures) for row in listed.rows]
+    with pytest.raises(TypeError, match="vwt is 7; expected a setting or a list of settings"):
+        evaluate_model(model, photographs, vwt=7, progress=False)
 
 
 def test_what_was_measured_of_something_else_is_refused_and_says_what_differs(tmp_path, photographs, dataset):

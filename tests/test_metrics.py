@@ -81,6 +81,8 @@ def test_the_f1_of_texts_is_that_worked_out_by_hand():
     assert compute([TokenF1], predictions=texts, references=references)["token_f1"] == pytest.approx(
         np.mean([1, 2 / 5, 1, 4 / 5])
     )
+    # Boy and girl differ in a vowel sign, which Unicode does not call a letter; its full stop is punctuation.
+    assert (evaluation.token_f1("लड़का।", ["लड़की"]), evaluation.token_f1("लड़का।", ["लड़का"])) == (0, 1)
     assert evaluation.token_f1("dog", [""]) == 0 and not math.isnan(evaluation.token_f1("", ["dog"]))
 
 

@@ -359,9 +359,12 @@ class Calibration:
                 f"tokens={math.ceil(nearest.tokens)} at least",
             ),
         }[target]
+        # What asks for less than nothing would be refused.
+        possible = nearest.speed >= 1 if target == "speed" else target == "tokens" or nearest.value >= 0.001
+        advice = f"Ask for {ask}, or leave the model plain." if possible else "Leave the model plain."
         return (
             f"{target} is {wanted:g}, and the nearest setting that was tried ({nearest.choice.label}) {reached} on "
-            f"{self.images} images. Ask for {ask}, or leave the model plain."
+            f"{self.images} images. {advice}"
         )
 
     def _fingerprint(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from .batch_log import Batch, BatchLog
 from .calibrate import pixels_of
 from .checks import require_seed, require_whole
 from .compress import compress_by, restore, setting_of
-from .config import RECOMMENDED, VWTConfig
+from .config import RECOMMENDED, VWTConfig, is_vocabulary
 from .evaluation import (
     TokenCount,
     class_names,
@@ -166,7 +166,7 @@ def evaluate_model(
     model: PreTrainedModel,
     images: Any,
     *,
-    vwt: Sequence[Any] | None = None,
+    vwt: Any = None,
     task: str | None = None,
     image_processor: Any = None,
     tokenizer: Any = None,
@@ -197,8 +197,8 @@ def evaluate_model(
         images: a folder, whose images' labels are the names of the folders that they lie in; a `datasets.Dataset`; a
             `datasets.IterableDataset`; or what `open_labelled` made of one of them, by its options in place of those
             here. Labels are the model's by their names, by number only where they have none.
-        vwt: settings, each as `from_pretrained(vwt=...)` takes it; by default the model's own or, if it is plain,
-            `True`.
+        vwt: a list of settings, each as `from_pretrained(vwt=...)` takes it, or one of them; by default the model's own
+            or, if it is plain, `True`.
         task: "classification"; "zero-shot", by the labels' names; "retrieval" of captions by images and images by
             captions; "captions" that the model writes; or "features", how like the plain model's. By default what the
             model is for.
@@ -227,6 +227,7 @@ def evaluate_model(
         >>> result.rows[1].figures["agreement"].value, result.rows[1].tokens  # doctest: +SKIP
         (0.985, 153.1)
     """
+    vwt = _listed(vwt)
     require_options(vwt, batch_size, max_new_tokens, prompt, seed)
     if task is not None and task not in TASKS:
         raise ValueError(f"task is {shown(task)}; expected one of {', '.join(map(repr, TASKS))}.")
@@ -284,6 +285,15 @@ def evaluate_model(
     return Evaluation(source, task_class.name, opened.name, len(kept.labels), unreadable, said, rows, machine)
 
 
+def _listed(vwt: Any) -> list[Any] | None:
+    """The settings that `vwt` holds, or is."""
+    if isinstance(vwt, (bool, str, os.PathLike, Mapping, VWTConfig)) or is_vocabulary(vwt):
+        return [vwt]
+    if vwt is None or isinstance(vwt, Iterable):
+        return None if vwt is None else list(vwt)
+    raise TypeError(f"vwt is {shown(vwt)}; expected a setting or a list of settings.")
+
+
 def _opened(images: Any, of: dict[str, Any]) -> LabelledImages:
     if not isinstance(images, LabelledImages):
         return open_labelled(images, **of)
@@ -320,22 +330,19 @@ def _measured(
     """Shows this process's share of the images to all models, but for the batches that `log` has."""
     index, processes = place()
     before = {} if log is None else log.before
-    found = [batch for number, batch in sorted(before.items()) if number % processes == index]
+    known, found = {number: batch.samples for number, batch in before.items()}, []
     with contextlib.ExitStack() as stack:
         if log is not None:
             stack.callback(log.close)
         total = None if images.total is None else -(-images.total // processes)
-        seen = sum(len(batch.samples) + len(batch.unreadable) for batch in found)
         hidden = not progress or index > 0
-        bar = stack.enter_context(
-            tqdm(total=total, initial=seen, desc="Images", unit="image", disable=hidden, leave=False)
-        )
-        for number, samples in images.batches(index, processes, batch_size, leave_out=before):
-            batch = _batch(task, models, number, samples, processor)
+        bar = stack.enter_context(tqdm(total=total, desc="Images", unit="image", disable=hidden, leave=False))
+        for number, samples in images.batches(index, processes, batch_size, known):
+            batch = before[number] if samples is None else _batch(task, models, number, samples, processor)
             found.append(batch)
-            if log is not None:
+            if log is not None and samples is not None:
                 log.add(batch)
-            bar.update(len(samples))
+            bar.update(len(batch.samples) + len(batch.unreadable))
     return found
 
 

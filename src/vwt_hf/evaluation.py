@@ -11,12 +11,14 @@ import functools
 import hashlib
 import math
 import platform
-import re
+import string
 import time
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -405,8 +407,13 @@ def token_f1(text: str, references: Sequence[str]) -> float:
 
 
 def _words(text: str) -> collections.Counter[str]:
-    plain = re.sub(r"[^\w\s]", "", text.lower())
+    plain = "".join(one for one in text.lower() if one not in string.punctuation and not _is_punctuation(one))
     return collections.Counter(word for word in plain.split() if word not in ("a", "an", "the"))
+
+
+def _is_punctuation(character: str) -> bool:
+    """Whether Unicode calls it so, in any script; vowel signs and other marks are part of a word."""
+    return unicodedata.category(character).startswith("P")
 
 
 def _f1(words: collections.Counter[str], expected: collections.Counter[str]) -> float:
@@ -459,9 +466,11 @@ def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
 
 
 def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) -> tuple[float, float]:
-    """The 95 % interval of what `worst_group` gives: Wilson's, of the smallest group that has it.
+    """The 95 % interval of the lowest accuracy that any group has, of which `worst_group` tells what was found.
 
-    A bootstrap would be too low where there are many groups: in nearly every draw one of them does badly by chance.
+    Of many groups one does badly by chance, so the interval of that group alone, as that of a bootstrap, would lie too
+    low. This one ends where the lowest of the groups' own intervals end (Clopper and Pearson's), whose upper ends hold
+    for all groups at once (Bonferroni).
 
     Raises:
         ValueError: no group is large enough.
@@ -469,8 +478,23 @@ def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) 
     members = _judged_groups(correct, groups)
     if not members:
         raise ValueError(f"no group has {FEWEST_OF_GROUP} images of known label; expected one that has.")
-    worst, size = min((sum(own) / len(own), len(own)) for own in members)
-    return share_interval(worst, size)
+    counts = {(sum(own), len(own)) for own in members}
+    low = min(1 - _highest_share(size - right, size, 0.025) for right, size in counts)
+    return low, min(_highest_share(right, size, 0.025 / len(members)) for right, size in counts)
+
+
+def _highest_share(right: int, count: int, chance: float) -> float:
+    """The largest share of which `right` of `count` or fewer are found by a chance as large as that given."""
+    if right == count:
+        return 1.0
+    fewer = np.arange(right + 1)
+    ways = np.array([math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in fewer])
+    low, high = right / count, 1.0
+    for _ in range(50):  # halvings: to the last digits of a float
+        middle = (low + high) / 2
+        found = np.exp(ways + fewer * math.log(middle) + (count - fewer) * math.log1p(-middle)).sum()
+        low, high = (middle, high) if found > chance else (low, middle)
+    return high
 
 
 def label_ids(config: Any) -> dict[str, set[int]]:

@@ -23,6 +23,7 @@ from .evaluation import (
     answer,
     are_alike,
     are_finite,
+    classifies,
     cosines,
     divergences,
     first_answers,
@@ -143,6 +144,11 @@ class Classification(Task):
     auto: ClassVar[Any] = AutoModelForImageClassification
 
     def prepare(self, images: LabelledImages) -> None:
+        if not classifies(self.model):
+            raise ValueError(
+                f"the {type(self.model).__name__} gives no labels; expected an image classifier, such as "
+                "ViTForImageClassification. The task 'features' compares what other models make of images."
+            )
         require_labels(self.model)
         require_label_names(self.model)
         self.labelled = images.has_labels
@@ -394,6 +400,13 @@ class Features(Task):
     """What a model without a head gives for an image."""
 
     name, hub_name = "features", "image-feature-extraction"
+
+    def prepare(self, images: LabelledImages) -> None:
+        if self.model.can_generate() and not hasattr(self.model, "get_image_features"):
+            raise ValueError(
+                f"the {type(self.model).__name__} writes texts and gives no features of images; expected its vision "
+                "tower, or another model of images alone."
+            )
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         return answer(model, **made).float().cpu()

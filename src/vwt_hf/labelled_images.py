@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,8 +89,8 @@ class LabelledImages:
         return f"{files}, known of them: {known.hexdigest()[:16]}"
 
     def batches(
-        self, process: int, processes: int, batch_size: int, leave_out: Collection[int] = ()
-    ) -> Iterator[tuple[int, list[Sample]]]:
+        self, process: int, processes: int, batch_size: int, known: Mapping[int, Sequence[Sample]] | None = None
+    ) -> Iterator[tuple[int, list[Sample] | None]]:
         """The batches of one process of several, each with a number that puts those of all processes into one order.
 
         Files and rows come in the same batches however many processes there are: of two processes each takes every
@@ -98,11 +98,14 @@ class LabelledImages:
         shards would hold other images than the first.
 
         Args:
-            leave_out: numbers of batches that are not wanted.
+            known: the samples of batches that are not wanted, by number, each without its image. `None` comes in place
+                of such a batch, but where a stream has something else there.
         """
+        known = {} if known is None else known
         if hasattr(self.data, "__len__"):
             for start in range(process * batch_size, len(self.data), processes * batch_size):
-                if start // batch_size in leave_out:
+                if start // batch_size in known:
+                    yield start // batch_size, None
                     continue
                 numbers = range(start, min(start + batch_size, len(self.data)))
                 yield start // batch_size, [self._sample(number, self.data[number]) for number in numbers]
@@ -118,10 +121,10 @@ class LabelledImages:
             batch = list(itertools.islice(rows, batch_size))
             if not batch:
                 return
-            if number in leave_out:
-                continue
             first, whose = number // processes * batch_size, f" of process {process}" if processes > 1 else ""
-            yield number, [self._sample(first + index, row, whose) for index, row in enumerate(batch)]
+            samples = [self._sample(first + index, row, whose) for index, row in enumerate(batch)]
+            same = number in known and [sample._replace(item=None) for sample in samples] == list(known[number])
+            yield number, None if same else samples
 
     def _sample(self, number: int, row: Any, whose: str = "") -> Sample:
         if isinstance(row, Path):
