@@ -196,7 +196,7 @@ def test_nothing_is_advised_that_would_be_refused(on_a_line, monkeypatch, target
     monkeypatch.setattr(
         Calibration, "_measure", lambda self, choice, bar: dataclasses.replace(worse, **choice._asdict())
     )
-    with pytest.raises(ValueError, match=rf"^{target} is {asked}, and .* on 50 images\. Leave the model plain\.$"):
+    with pytest.raises(ValueError, match=rf"^{target} is {asked}, and .* on 60 images\. Leave the model plain\.$"):
         on_a_line.find(**{target: asked})
 
 

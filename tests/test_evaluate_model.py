@@ -1135,9 +1135,7 @@ def test_a_stream_that_has_grown_or_shrunk_is_gone_on_with_as_it_is_now(tmp_path
         assert shown == again
 
 
-@pytest.mark.parametrize(
-    "vwt", [HALF, True, vwt_hf.VWTConfig("gradual", tolerance=0.1)], ids=["fields", "True", "config"]
-)
+@pytest.mark.parametrize("vwt", [HALF, True, vwt_hf.VWTConfig("gradual", tolerance=0.1)], ids=type)
 def test_a_setting_by_itself_is_a_list_of_one(tmp_path, photographs, vwt):
     model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
     alone, listed = (evaluate_model(model, photographs, vwt=of, progress=False) for of in (vwt, [vwt]))
