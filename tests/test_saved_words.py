@@ -110,6 +110,23 @@ def test_weights_or_words_of_another_save_are_noticed(what, tmp_path):
     assert load(tmp_path / "0", vwt=inter(words(3))).config.vwt["method"] == "inter"
 
 
+# Shards without a variant would replace those with one: transformers removes them.
+@pytest.mark.parametrize(("first", "shards"), [(None, "1GB"), ("ft", "1GB"), (None, "30KB")])
+def test_weights_of_another_variant_do_not_meet_other_words(first, shards, pixel_values, tmp_path):
+    second = "ft" if first is None else None
+    of = {"max_shard_size": shards}
+    model(0).save_pretrained(tmp_path, variant=first, **of)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"which was saved with other words.*Save into another folder, or remove"):
+        model(1).save_pretrained(tmp_path, variant=second, **of)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    model(1).save_pretrained(tmp_path, variant=first, **of)  # in place of the others
+    model(1).save_pretrained(tmp_path, variant=second, **of)  # the same words
+    for variant in (None, "ft"):
+        found = answers(load(tmp_path, variant=variant), pixel_values)
+        torch.testing.assert_close(found, answers(model(1), pixel_values))
+
+
 def test_a_threshold_may_be_changed_by_hand(tmp_path):
     model(0).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -45,7 +45,7 @@ from .forward import GivenWords, call_with, words_to_generate_by
 from .model_configs import SETTING, configs_within, is_typed, saved_setting, take_over
 from .printable import shown
 from .processors import remember_load
-from .saved_words import remove_other_words, seal_words, words_folder, write_words
+from .saved_words import remove_other_words, require_same_words, seal_words, words_folder, write_words
 from .whole_saves import sharing
 
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
@@ -348,6 +348,7 @@ def _saving(original: Any) -> Any:
                 for part, vocabulary in words.items():
                     saved_as.append(write_words(folder, vocabulary))
                     part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
+                require_same_words(folder, saved_as, call.arguments["variant"])
             saved = _save_sealed(self, call, original, folder, saved_as)
             if writes:
                 seal_words(folder, saved_as)

@@ -7,6 +7,7 @@ the whole of one save, or a load tells that it does not.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,6 +51,57 @@ def write_words(folder: Path, vocabulary: VisualVocabulary, named: str = FOLDER)
     saved_as = secrets.token_hex(8)
     vocabulary.save_pretrained(folder / words_folder(saved_as, named), card=False)
     return saved_as
+
+
+def require_same_words(folder: Path, saved_as: list[str], variant: str | None) -> None:
+    """Refuses words beside weights that stay and were saved with others: config.json can name those of one save alone.
+
+    Args:
+        folder: a model's, into which the words of a save were written.
+        saved_as: of that save.
+        variant: of its weights, as `save_pretrained(variant=...)` takes it; those of others stay.
+
+    Raises:
+        ValueError: the message names the weights. The words that were written are removed.
+    """
+    own = {_hash_in(folder / words_folder(each)) for each in saved_as}
+    stay = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and _variant_of(path.name) != variant]
+    sealed = [(_prints_in(seal), _hash_in(seal.parent)) for seal in folder.glob(f"{FOLDER}-*/{SEAL}") if stay]
+    for path in stay:
+        found = _fingerprint_of(path)
+        words = {of for prints, of in sealed if prints.get(path.name) == found}
+        if words and not words & own:
+            for each in saved_as:
+                shutil.rmtree(folder / words_folder(each), ignore_errors=True)
+            raise ValueError(
+                f"{folder} holds {path.name}, which was saved with other words, and its config.json can name one "
+                "model's alone. Save into another folder, or remove that file first."
+            )
+
+
+def _variant_of(name: str) -> str | None:
+    """The variant of a file of weights: `fp16` of model.fp16-00001-of-00002.safetensors."""
+    return re.sub(r"(-\d+-of-\d+)?\.[a-z]+$", "", name).partition(".")[2] or None
+
+
+def _hash_in(words: Path) -> Any:
+    """The hash of the words of one save, as their facts have it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        return json.loads((words / INFO_FILE).read_bytes()).get("sha256")
+    return None
+
+
+def _prints_in(seal: Path) -> dict[str, str]:
+    """The prints of weights that a seal names; none where it is damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return _sealed_by(seal)
+    return {}
+
+
+def _sealed_by(seal: Path) -> dict[str, str]:
+    with seal.open("rb") as file:
+        prints = json.loads(file.read(MOST_SEAL_BYTES))["weights"]
+    return {str(name): str(value) for name, value in prints.items() if WEIGHTS.fullmatch(name)}
 
 
 def seal_words(folder: Path, saved_as: list[str], named: str = FOLDER) -> None:
@@ -117,9 +169,7 @@ def require_sealed(words: Path) -> None:
             f"may be of two models. {advice}"
         )
     try:
-        with (words / SEAL).open("rb") as file:
-            prints = json.loads(file.read(MOST_SEAL_BYTES))["weights"]
-        sealed = {str(name): str(value) for name, value in prints.items() if WEIGHTS.fullmatch(name)}
+        sealed = _sealed_by(words / SEAL)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{words / SEAL} is damaged; expected the names and prints of weights. {advice}") from error
     for name, value in sealed.items():
