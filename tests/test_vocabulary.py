@@ -928,8 +928,11 @@ def test_a_readme_of_something_else_stays(tmp_path: Path, hub: Any) -> None:
 
 
 def test_the_card_of_words_that_lay_there_before_is_replaced(tmp_path: Path, hub: Any) -> None:
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "README.md").write_text("\n")
     for size in (9, 7):
         vocabulary = VisualVocabulary(torch.rand(size, 3, 4, 4))
+        vocabulary.words = vocabulary.words.bfloat16().requires_grad_()
         vocabulary.save_pretrained(tmp_path / "words")
         vocabulary.push_to_hub("me/words")
         for readme in ((tmp_path / "words" / "README.md").read_bytes(), hub.files("me/words")["README.md"]):

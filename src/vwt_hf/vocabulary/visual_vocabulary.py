@@ -288,7 +288,7 @@ class VisualVocabulary:
     def _card(self, repo_id: str, **of: str | None) -> dict[str, bytes]:
         """The files of the card, by their names."""
         card = render_card(repo_id, tuple(self.words.shape), self.info, picture=PICTURE_FILE, **of)
-        return {CARD_FILE: card, PICTURE_FILE: render_words(self.words, self.frequencies)}
+        return {CARD_FILE: card, PICTURE_FILE: render_words(self.words.detach().float(), self.frequencies)}
 
     @classmethod
     def learn(
@@ -398,8 +398,9 @@ class VisualVocabulary:
 
 
 def _is_foreign(card: Path, place: str) -> bool:
-    """Whether a README.md that is there is no vocabulary's, which a warning says then."""
-    if is_card_of_words(card.read_bytes()):
+    """Whether a README.md that is there holds something else than a vocabulary's card, which a warning says then."""
+    readme = card.read_bytes()
+    if not readme.strip() or is_card_of_words(readme):
         return False
     warnings.warn(
         f"{place} has a {CARD_FILE} that is not of visual words, which stays; no card is written of these.",
