@@ -291,7 +291,10 @@ def test_pictures_that_an_earlier_run_left_among_the_photographs_are_none_of_the
         assert capsys.readouterr().out.count(" patches") == IMAGES
     assert (folder / "shown.png").exists() and (folder / "words" / "words.png").exists()
     assert main(["show", "--keep-ratio=1", str(folder / "shown.png"), "--output", str(folder / "shown.png")]) == 2
-    assert "is the only image, and to be written" in capsys.readouterr().err
+    assert "is a photograph to draw, and to be written; name another output" in capsys.readouterr().err
+    for name in ("--output", "--checkpoint"):
+        assert run_learn(folder, checkpoint, tmp_path / "more", name, "") == 2
+        assert "No folder is named, but an empty text" in capsys.readouterr().err
 
 
 def test_show_draws_the_kept_patches(photographs, checkpoint, tmp_path, capsys):

@@ -141,6 +141,8 @@ def test_lengths_are_the_tokens_that_the_model_runs_on(setting, folder):
             answers(model, row["pixel_values"][None])
         assert count.tokens == length + 1  # CLS
     assert token_lengths(words.numpy()) == token_lengths(words.tolist()) == token_lengths(dataset[:][NAME]) == lengths
+    for form in (None, "numpy", "torch"):
+        assert token_lengths(dataset.with_format(form)[NAME]) == lengths
     assert token_lengths(words.unsqueeze(1).repeat(1, 3, 1)) == [3 * length for length in lengths]
 
 
@@ -181,7 +183,8 @@ def test_a_batch_of_no_images_is_refused():
 
 
 @pytest.mark.parametrize(
-    "words", [[5, 5, 5, 9], (1,), np.array([5, 9]), np.array(5), torch.tensor([5, 9]), [torch.tensor(5)]]
+    "words",
+    [[5, 5, 5, 9], (1,), np.array([5, 9]), np.array(5), torch.tensor([5, 9]), [torch.tensor(5)], torch.empty(0)],
 )
 def test_words_of_one_image_alone_have_no_lengths(words):
     with pytest.raises(ValueError, match=r"of one image alone; expected \(batch, patches\)"):

@@ -592,7 +592,7 @@ def test_captions_are_compared_with_the_plain_models_and_with_the_references(tmp
         (lambda: tiny_model("vit"), "captions", "the ViTModel writes no captions"),
         (lambda: tiny_model("vit"), "retrieval", "the ViTModel has no tower for texts"),
         (lambda: tiny_model("vit"), "zero-shot", "the ViTModel has no tower for texts"),
-        (lambda: tiny_model("vit"), "classification", "the ViTModel gives no labels; expected an image classifier"),
+        (lambda: tiny_model("vit"), "classification", "the ViTModel gives no labels but a pooler_output; expected"),
         (lambda: tiny_model("clip"), "classification", "the CLIPModel gives no labels"),
         (lambda: built(blip), "features", "writes texts and gives no features of images; expected its vision tower"),
         (lambda: tiny_model("vit"), "segmentation", "expected one of 'classification', 'zero-shot'"),
@@ -1133,6 +1133,33 @@ def test_a_stream_that_has_grown_or_shrunk_is_gone_on_with_as_it_is_now(tmp_path
         found = evaluate_model(model, stream, **of, resume=tmp_path / "measured")
         assert found.images == rows and [row.figures for row in found.rows] == [row.figures for row in expected.rows]
         assert shown == again
+
+
+def test_rows_of_a_stream_that_moved_are_measured_again(tmp_path, dataset, monkeypatch):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    bare = dataset.select_columns("image")  # of which nothing but the images tells rows apart
+    of = {"vwt": HALF, "batch_size": 4, "progress": False}
+    shown = cut_off(monkeypatch, -1)
+    for rows, again in (((0, 1, 2, 3, 8, 9, 10, 11), [4, 4]), ((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), [4, 4])):
+        stream = bare.select(rows).to_iterable_dataset()
+        expected = evaluate_model(model, stream, **of)
+        shown.clear()
+        found = evaluate_model(model, stream, **of, resume=tmp_path / "measured")
+        assert [row.figures for row in found.rows] == [row.figures for row in expected.rows] and shown == again
+
+
+class PlantNet(transformers.ViTForImageClassification):
+    """A classifier whose class has another name than transformers' own."""
+
+
+def test_a_classifier_of_a_user_s_own_name_is_evaluated_where_the_task_is_named(tmp_path, photographs):
+    folder = random_classifier(tmp_path)
+    of = {"vwt": HALF, "task": "classification", "progress": False}
+    found, expected = (
+        evaluate_model(kind.from_pretrained(folder).eval(), photographs, **of)
+        for kind in (PlantNet, transformers.ViTForImageClassification)
+    )
+    assert [row.figures for row in found.rows] == [row.figures for row in expected.rows]
 
 
 @pytest.mark.parametrize("vwt", [HALF, True, vwt_hf.VWTConfig("gradual", tolerance=0.1)], ids=type)

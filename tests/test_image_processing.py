@@ -493,20 +493,29 @@ def test_no_images_are_decoded_to_none(folder):
         assert processor.decode(torch.empty(0, 64, dtype=torch.int64), images) == []
 
 
+def test_a_config_of_any_number_of_channels_takes_no_memory(tmp_path):
+    tiny_model("vit").config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {"num_channels": 2**40}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    transformers.ViTImageProcessorPil(image_mean=0.5, image_std=0.5).save_pretrained(tmp_path)
+    assert len(AutoImageProcessor.from_pretrained(tmp_path, vwt=True).vwt["image_std"]) == 3
+
+
 @pytest.mark.parametrize(("channels", "statistics"), [(1, 0.5), (2, [0.5, 0.4]), (4, 0.5)])
-def test_images_of_other_channels_have_words_as_the_model_finds_them(channels, statistics, tmp_path):
+@pytest.mark.parametrize("vwt", [{"method": "local", "tolerance": 0.1}, {"keep_ratio": 0.5, "dropped": "merge"}])
+def test_images_of_other_channels_have_words_as_the_model_finds_them(channels, statistics, vwt, tmp_path):
     model = tiny_model("vit", num_channels=channels)
     model.save_pretrained(tmp_path)
     own = {"image_mean": statistics, "image_std": statistics, "do_convert_rgb": False, "do_resize": False}
     transformers.ViTImageProcessorPil(**own).save_pretrained(tmp_path)
     small = np.random.default_rng(0).random((2, channels, 8, 8)).astype(np.float32)
     images = list(small.repeat(4, axis=2).repeat(4, axis=3))
-    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt={"method": "local", "tolerance": 0.1})
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt=vwt)
     given = {"do_rescale": False, "input_data_format": "channels_first", "return_tensors": "pt"}
     made = processor(images, **given)
-    processor.save_pretrained(tmp_path / "saved")
-    assert torch.equal(AutoImageProcessor.from_pretrained(tmp_path / "saved")(images, **given)[NAME], made[NAME])
-    compressed = transformers.AutoModel.from_pretrained(tmp_path, vwt={"method": "local", "tolerance": 0.1})
+    processor.save_pretrained(tmp_path)
+    assert torch.equal(AutoImageProcessor.from_pretrained(tmp_path)(images, **given)[NAME], made[NAME])
+    compressed = transformers.AutoModel.from_pretrained(tmp_path, vwt=vwt)
     with torch.no_grad(), count_tokens(compressed) as count:
         expected = compressed(made["pixel_values"])[0]
     assert count.tokens == sum(token_lengths(made[NAME])) + 2 < 2 * 65

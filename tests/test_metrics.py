@@ -83,6 +83,8 @@ def test_the_f1_of_texts_is_that_worked_out_by_hand():
     )
     # Boy and girl differ in a vowel sign, which Unicode does not call a letter; its full stop is punctuation.
     assert (evaluation.token_f1("लड़का।", ["लड़की"]), evaluation.token_f1("लड़का।", ["लड़का"])) == (0, 1)
+    for same, as_that in (("5€ 30°", "5 30"), ("cat 🐱", "cat"), ("\u200fשלום", "שלום"), ("soft\u00adly", "softly")):
+        assert evaluation.token_f1(same, [as_that]) == 1
     assert evaluation.token_f1("dog", [""]) == 0 and not math.isnan(evaluation.token_f1("", ["dog"]))
 
 

@@ -166,7 +166,8 @@ def test_a_place_that_cannot_be_written_is_named_and_one_that_can_is_left_as_it_
     for same in (tmp_path / "file", tmp_path / "new" / "rows.json"):
         with pytest.raises(ValueError, match=r"are one file; expected a name of its own for each output"):
             require_writable(same, None, same.parent / "." / same.name)
-    require_writable("/dev/null", "/dev/null")
+    (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{os.pipe()[1]}")  # as /dev/stdout is one where it is piped
+    require_writable("/dev/null", "/dev/null", tmp_path / "stdout", tmp_path / "stdout")
     with pytest.raises(NotADirectoryError, match="No folder is named, but an empty text"):
         require_folder("")
     with pytest.raises(OSError, match="file is no folder"):

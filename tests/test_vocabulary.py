@@ -910,9 +910,15 @@ def test_facts_that_would_not_be_read_again_are_not_written(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_a_readme_of_something_else_stays(tmp_path: Path, hub: Any) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [
+        b"---\nlicense: mit\n---\nMy model, unlike\n- visual-words\n",
+        b"---\nlibrary_name: vwt-hf\nmodel-index: []\n---\n# Figures\n",  # as `vwt-hf evaluate --card` makes one
+    ],
+)
+def test_a_readme_of_something_else_stays(tmp_path: Path, hub: Any, own: bytes) -> None:
     vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4))
-    own = b"---\nlicense: mit\n---\nMy model, unlike library_name: vwt-hf\n"
     saved = tmp_path / "words"
     saved.mkdir()
     (saved / "README.md").write_bytes(own)
@@ -955,7 +961,35 @@ def test_words_are_not_pushed_to_where_none_are_loaded_from(hub: Any, where: dic
     assert not hub.requests
 
 
+def test_a_card_on_the_hub_is_looked_at_as_it_is_and_not_as_it_was(hub: Any, tmp_path: Path) -> None:
+    vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4))
+    vocabulary.push_to_hub("me/words")
+    huggingface_hub.hf_hub_download("me/words", "README.md")  # now in the cache
+    hub.put("me/words", {"README.md": b"# Mine\n"})
+    head = hub.head("me/words")
+    hub.fail(next=None, path="README.md", status=503)
+    with pytest.raises((OSError, huggingface_hub.errors.HfHubHTTPError)):
+        vocabulary.push_to_hub("me/words")
+    assert hub.head("me/words") == head and hub.files("me/words")["README.md"] == b"# Mine\n"
+
+
+def test_words_are_pushed_where_no_cache_can_be_written(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/proc/no-folder-can-be-made-here")
+    vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4))
+    for _ in range(2):
+        vocabulary.push_to_hub("me/words")
+    assert "README.md" in hub.files("me/words")
+
+
+class Halved(VisualVocabulary):
+    """As a user may have one whose words mean something else."""
+
+    def normalized(self, image_mean: Any, image_std: Any) -> torch.Tensor:
+        return super().normalized(image_mean, image_std) / 2
+
+
 def test_a_copy_is_of_the_same_words_and_keeps_them() -> None:
+    assert type(Halved(torch.rand(9, 3, 4, 4)).copy()) is Halved
     vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4), torch.arange(9), VocabularyInfo(dataset="mine"))
     words, frequencies = vocabulary.words.clone(), torch.arange(9)
     copied = vocabulary.copy()

@@ -102,13 +102,12 @@ def token_lengths(patch_words: Any) -> list[int]:
         >>> token_lengths([[5, 5, 5, 9], [0, -1, 2, -1]])
         [2, 2]
     """
-    listed = isinstance(patch_words, (list, tuple))
-    if np.ndim(patch_words[0]) == 0 if listed and patch_words else not listed and patch_words.ndim < 2:
+    if getattr(patch_words, "ndim", 2) < 2 or (len(patch_words) and np.ndim(patch_words[0]) == 0):
         raise ValueError(
             "patch_words are of one image alone; expected (batch, patches). Give those of several images, as "
             "map(..., batched=True) does, or [patch_words] of one."
         )
-    if listed:
+    if isinstance(patch_words, (list, tuple)):
         return [length for words in patch_words for length in token_lengths(as_tensor(words)[None])]
     words = as_tensor(patch_words).long().sort(dim=-1).values
     real = words != DROPPED

@@ -53,7 +53,7 @@ from .processes import gathered, join, place
 from .processors import described_processor, loaded_by, processor_of
 from .weights import device_of, fingerprint_of
 
-FORMAT = 4
+FORMAT = 5
 """Of what is kept of a run that may be cut off."""
 SHOWN: dict[str, tuple[str, int, int]] = {
     "accuracy": ("top-1 %", 100, 2),

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import math
 import platform
-import string
 import time
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -407,13 +406,14 @@ def token_f1(text: str, references: Sequence[str]) -> float:
 
 
 def _words(text: str) -> collections.Counter[str]:
-    plain = "".join(one for one in text.lower() if one not in string.punctuation and not _is_punctuation(one))
+    plain = "".join(filter(_counts, text.lower()))
     return collections.Counter(word for word in plain.split() if word not in ("a", "an", "the"))
 
 
-def _is_punctuation(character: str) -> bool:
-    """Whether Unicode calls it so, in any script; vowel signs and other marks are part of a word."""
-    return unicodedata.category(character).startswith("P")
+def _counts(character: str) -> bool:
+    """Whether it is no punctuation, symbol or format character, of any script; vowel signs and marks are none."""
+    category = unicodedata.category(character)
+    return category[0] not in "PS" and category != "Cf"
 
 
 def _f1(words: collections.Counter[str], expected: collections.Counter[str]) -> float:
@@ -484,7 +484,8 @@ def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) 
 
 
 def _highest_share(right: int, count: int, chance: float) -> float:
-    """The largest share of which `right` of `count` or fewer are found by a chance as large as that given."""
+    """The upper end of Clopper and Pearson's interval: the largest share in [0, 1] of images answered right by which
+    `right` of `count`, or fewer, would still come out with the given chance."""
     if right == count:
         return 1.0
     fewer = np.arange(right + 1)

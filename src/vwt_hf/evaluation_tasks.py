@@ -23,11 +23,11 @@ from .evaluation import (
     answer,
     are_alike,
     are_finite,
-    classifies,
     cosines,
     divergences,
     first_answers,
     mean_interval,
+    named_answer,
     ranks,
     require_finite,
     require_label_names,
@@ -144,17 +144,18 @@ class Classification(Task):
     auto: ClassVar[Any] = AutoModelForImageClassification
 
     def prepare(self, images: LabelledImages) -> None:
-        if not classifies(self.model):
-            raise ValueError(
-                f"the {type(self.model).__name__} gives no labels; expected an image classifier, such as "
-                "ViTForImageClassification. The task 'features' compares what other models make of images."
-            )
         require_labels(self.model)
         require_label_names(self.model)
         self.labelled = images.has_labels
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
-        return model(**made).logits.float().cpu()
+        kind, found = named_answer(model, **made)
+        if kind != "logits":
+            raise ValueError(
+                f"the {type(model).__name__} gives no labels but a {kind}; expected an image classifier, such as "
+                "ViTForImageClassification. The task 'features' compares what other models make of images."
+            )
+        return found.float().cpu()
 
     def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
         return {

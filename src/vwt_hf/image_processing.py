@@ -38,6 +38,8 @@ from .vocabulary import VisualVocabulary
 logger = logging.get_logger(__name__)
 NAME = "patch_words"
 """The key of what a tokenizing image processor adds."""
+MOST_CHANNELS = 1024
+"""That a config.json is believed; a stranger may have written it."""
 AT_ONCE = 8
 """Images that are tokenized together: few enough that what is made of them stays in a core's cache."""
 
@@ -233,7 +235,7 @@ class Tokenizing:
         raise ValueError(
             f"The {type(self).__name__} has image_mean and image_std {shown(now)}, and its `vwt` was made ready for "
             f"{shown(held.normalised_by)}; without do_normalize they are 0 and 1. Load it with them: "
-            "from_pretrained(..., image_mean=..., image_std=..., vwt=...)."
+            "from_pretrained(..., image_mean=..., image_std=..., vwt=...), or with do_normalize=False."
         )
 
     def _preprocess(self, *args: Any, **steps: Any) -> Any:
@@ -339,8 +341,11 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
         if setting is None:
             processor.vwt = None
             return
-        _prepare(processor, setting, patch_size, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False)
-        _warn_of_another(setting, saved_setting(config_beside(source, **hub_kwargs)), source)
+        beside = config_beside(source, **hub_kwargs)
+        _prepare(
+            processor, setting, patch_size, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False, model_config=beside
+        )
+        _warn_of_another(setting, saved_setting(beside), source)
     except (FileNotFoundError, TypeError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(
@@ -437,7 +442,7 @@ def _channels(processor: Any, setting: VWTConfig, model_config: Any) -> int:
             if isinstance(values, (list, tuple)):
                 return len(values)
     stated: Any = getattr(getattr(model_config, "vision_config", model_config), "num_channels", None)
-    return stated if is_int(stated) and stated > 0 else 3
+    return stated if is_int(stated) and 0 < stated <= MOST_CHANNELS else 3
 
 
 def _normalises_by(processor: Any, **given: Any) -> tuple[Any, Any] | None:

@@ -40,6 +40,8 @@ class Sample(NamedTuple):
     """Its name; its number where labels have no names; `None` if it has none."""
     group: str
     captions: tuple[str, ...]
+    content: str = ""
+    """A hash of the image as it is stored, of a stream."""
 
 
 @dataclasses.dataclass
@@ -122,7 +124,10 @@ class LabelledImages:
             if not batch:
                 return
             first, whose = number // processes * batch_size, f" of process {process}" if processes > 1 else ""
-            samples = [self._sample(first + index, row, whose) for index, row in enumerate(batch)]
+            samples = [
+                self._sample(first + index, row, whose)._replace(content=described_images([row], self.columns["image"]))
+                for index, row in enumerate(batch)
+            ]
             same = number in known and [sample._replace(item=None) for sample in samples] == list(known[number])
             yield number, None if same else samples
 

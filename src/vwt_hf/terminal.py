@@ -155,7 +155,8 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
     own: dict[str, str | os.PathLike[str]] = {}
     for file in files:
         place = "" if file is None else os.path.realpath(file)
-        if place in own and (os.path.isfile(place) or not os.path.exists(place)):  # and no device, which takes all
+        # A device or a pipe takes all.
+        if file is not None and place in own and (os.path.isfile(file) or not os.path.exists(file)):
             raise ValueError(f"{file} and {own[place]} are one file; expected a name of its own for each output.")
         if file is not None:
             own[place] = file

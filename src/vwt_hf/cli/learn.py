@@ -97,7 +97,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def _progress(args: argparse.Namespace) -> Path:
-    return Path(args.checkpoint) if args.checkpoint else Path(args.output) / ".checkpoint"
+    return Path(args.output) / ".checkpoint" if args.checkpoint is None else Path(args.checkpoint)
 
 
 def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -106,7 +106,7 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     is_main = place()[0] == 0
     if is_main:
-        for folder in (args.output, _progress(args)):
+        for folder in (args.output, _progress(args) if args.checkpoint is None else args.checkpoint):
             require_folder(folder)
 
     from ..evaluation import usable_device

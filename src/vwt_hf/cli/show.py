@@ -86,7 +86,10 @@ def work(args: argparse.Namespace) -> None:
     from ..vocabulary import VisualVocabulary
 
     require_matplotlib()
-    output = os.path.realpath(args.output)  # which an earlier run may have left among the photographs
+    output = os.path.realpath(args.output)
+    if output in map(os.path.realpath, args.images):
+        raise ValueError(f"{printable(args.output)} is a photograph to draw, and to be written; name another output.")
+    # An earlier run may have left it in the folder of the photographs.
     paths = [path for path in find_images(args.images) if os.path.realpath(path) != output]
     if not paths:
         raise ValueError(f"{printable(args.output)} is the only image, and to be written; name photographs.")

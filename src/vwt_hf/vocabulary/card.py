@@ -21,6 +21,8 @@ from .files import VocabularyInfo
 
 PICTURE_FILE = "words.png"
 CARD_FILE = "README.md"
+TAG = "visual-words"
+"""By which the Hub finds cards of vocabularies, which no other card of this package has."""
 MOST_METADATA = 2**16
 """Bytes of a README.md that its metadata are looked for in."""
 SHOWN = 144
@@ -48,7 +50,7 @@ def render_card(
     where = {"revision": revision, "subfolder": subfolder}
     data = ModelCardData(
         library_name="vwt-hf",
-        tags=["visual-words", "vision-transformer", "token-reduction", f"patch{shape[-1]}", "arxiv:2411.15397"],
+        tags=[TAG, "vision-transformer", "token-reduction", f"patch{shape[-1]}", "arxiv:2411.15397"],
         datasets=[info.dataset] if info.dataset and _is_hub_id(info.dataset) else None,
         base_model=info.base_model if info.base_model and _is_hub_id(info.base_model) else None,
     )
@@ -69,11 +71,11 @@ def render_card(
 
 
 def is_card_of_words(readme: bytes) -> bool:
-    """Whether a README.md says in its metadata that it is of this package's, as the card of a vocabulary does."""
+    """Whether a README.md has the tag of a vocabulary's card among its metadata."""
     lines = readme[:MOST_METADATA].decode(errors="replace").splitlines()
     if lines[:1] != ["---"]:
         return False
-    return "library_name: vwt-hf" in itertools.takewhile("---".__ne__, lines[1:])
+    return f"- {TAG}" in map(str.strip, itertools.takewhile("---".__ne__, lines[1:]))
 
 
 def _quoted(text: str) -> str:

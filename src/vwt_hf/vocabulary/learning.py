@@ -152,6 +152,8 @@ def learn_words(
     (kmeans, settings, source), peers = everywhere(begin, lambda begun: Peer(begun[2].order, begun[2].name, begun[1]))
     everywhere(lambda: _require_same_settings(peers))
     orders = [peer.order for peer in peers]
+    if checkpoint == "":
+        raise ValueError("checkpoint is an empty text; expected None or a folder.")
     file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
     done = in_main(lambda: _begin(file, resume, kmeans, settings, orders, max_images))
     _hand_out(kmeans)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,16 +87,15 @@ class VisualVocabulary:
         self._named = self._fingerprint() if is_named else None
 
     def copy(self) -> VisualVocabulary:
-        """The same words for themselves: what is done to these later changes them not.
+        """A vocabulary of the same words, which stay as they are whatever is done to those of this one.
 
         Raises:
-            ValueError: what was put into `words` or `frequencies` is none; as for the class.
+            ValueError: `words` or `frequencies` were set to what the class would not take.
         """
-        copied = VisualVocabulary(self.words, self.frequencies, self.info)
-        copied.words = copied.words.clone()
-        copied.frequencies = None if copied.frequencies is None else copied.frequencies.clone()
-        copied.source, copied.revision, copied.subfolder = self.source, self.revision, self.subfolder
-        copied._named = self._named
+        copied = copy.copy(self)
+        copied.words = _valid_words(self.words).clone()
+        frequencies = _valid_frequencies(self.frequencies, len(copied))
+        copied.frequencies = None if frequencies is None else frequencies.clone()
         return copied
 
     def _fingerprint(self) -> str:
@@ -222,7 +223,7 @@ class VisualVocabulary:
         """
         folder, contents = Path(save_directory), self._files()
         present = folder / CARD_FILE
-        if card and not (present.is_file() and _is_foreign(present, str(folder))):
+        if card and not _is_foreign(present.read_bytes() if present.is_file() else b"", str(folder)):
             contents |= self._card(repo_id or str(save_directory))
         write_vocabulary(folder, contents)
 
@@ -257,13 +258,7 @@ class VisualVocabulary:
             require_private(api, repo_id)
         if revision is not None and not create_pr and not revision.startswith("refs/pr/"):  # which are no branches
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        present: Path | None = None
-        try:
-            present = Path(hf_hub_download(repo_id, CARD_FILE, subfolder=subfolder, revision=revision, token=token))
-        except (EntryNotFoundError, RevisionNotFoundError) as error:
-            if isinstance(error, LocalEntryNotFoundError):  # which leaves open whether it is there
-                raise
-        if present is None or not _is_foreign(present, repo_id):
+        if not _is_foreign(_card_on_hub(repo_id, subfolder, revision, token), repo_id):
             contents |= self._card(repo_id, revision=revision, subfolder=subfolder)
         # One commit of all files: `upload_folder` may make several, of which an interruption leaves some.
         commit = api.create_commit(
@@ -397,9 +392,23 @@ class VisualVocabulary:
         )
 
 
-def _is_foreign(card: Path, place: str) -> bool:
-    """Whether a README.md that is there holds something else than a vocabulary's card, which a warning says then."""
-    readme = card.read_bytes()
+def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, token: str | bool | None) -> bytes:
+    """The README.md where words are to be pushed; nothing if there is none."""
+    # Not by the cache, which may hold an old one, and may not be writable.
+    with tempfile.TemporaryDirectory() as own:
+        try:
+            found = hf_hub_download(
+                repo_id, CARD_FILE, subfolder=subfolder, revision=revision, token=token, local_dir=own
+            )
+        except (EntryNotFoundError, RevisionNotFoundError) as error:
+            if isinstance(error, LocalEntryNotFoundError):  # which leaves open whether it is there
+                raise
+            return b""
+        return Path(found).read_bytes()
+
+
+def _is_foreign(readme: bytes, place: str) -> bool:
+    """Whether a README.md holds something else than a vocabulary's card, which a warning says then."""
     if not readme.strip() or is_card_of_words(readme):
         return False
     warnings.warn(
