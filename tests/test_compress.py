@@ -395,3 +395,35 @@ def default_dtype(dtype: torch.dtype):
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"keep_ratio": 0.5, "dropped": "merge"},
+        {"method": "local", "num_patches": 40},
+        {"method": "coarse", "keep_ratio": 0.5},
+        {"method": "gradual", "tolerance": 0.1, "join_ratio": 0.3, "layers": [1]},
+        SETTINGS["inter"],
+    ],
+    ids=["merge", "local", "coarse", "gradual", "inter"],
+)
+def test_a_model_in_float64_computes_in_it(setting):
+    model = compress(tiny_model("vit-classifier").double(), setting)
+    pixel_values = sample_pixel_values().double()
+    weight = model.vit.embeddings.patch_embeddings.projection.weight
+    direction = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    answers(model, pixel_values)
+
+    def loss() -> torch.Tensor:
+        return model(pixel_values).logits.square().sum()
+
+    loss().backward()
+    expected = (weight.grad * direction).sum()
+    ends = []
+    for step in (1e-7, -1e-7):  # of float32 nothing would be left
+        with torch.no_grad():
+            weight += step * direction
+            ends.append(loss())
+            weight -= step * direction
+    torch.testing.assert_close((ends[0] - ends[1]) / 2e-7, expected, rtol=1e-5, atol=1e-7)

@@ -379,7 +379,7 @@ def _tokens(patch_words: torch.Tensor, by_index: bool) -> tuple[torch.Tensor, to
 
 
 def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The mean of each token's patches, summed in float32.
+    """The mean of each token's patches, summed in float32, or in float64 if they are.
 
     Args:
         values: (batch, patches, channels), or (1, patches, channels) for what all images share.
@@ -391,9 +391,14 @@ def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     # Embeddings may lie on another device than the images, where the layout is.
     order, starts = (bag.to(values.device) for bag in layout.bags)
     order = order if values.shape[0] == layout.rows.shape[0] else order % patches
-    table = values.flatten(0, 1).float()
+    table = _at_least_single(values.flatten(0, 1))
     means = _means(order, table, starts)[: layout.sizes.numel()]
     return means.view(*layout.sizes.shape, table.shape[1]).to(values.dtype)
+
+
+def _at_least_single(values: torch.Tensor) -> torch.Tensor:
+    """`values` in float32, or as they are in float64."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _means(order: torch.Tensor, table: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -413,12 +418,13 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
         values: (1, channels, prefix + patches, prefix + patches), shared by all images.
 
     Returns:
-        For each run if packed, else for all images: (images, channels, tokens, tokens), float32; 0 for padding.
+        For each run if packed, else for all images: (images, channels, tokens, tokens), in float32, or in float64 if
+        `values` are; 0 for padding.
     """
-    table = values[0].float().transpose(0, 1)
+    table = _at_least_single(values[0]).transpose(0, 1)
     # A layer may lie on another device than the embeddings, which made the layout.
     order, starts = (bag.to(values.device) for bag in layout.whole_bags)
-    order, shares = order % layout.rows.shape[1], [share.to(values.device) for share in layout.shares]
+    order, shares = order % layout.rows.shape[1], [share.to(table) for share in layout.shares]
     means = _means(order, table.flatten(1), starts)
     # Means over the one token's patches, (rows, channels, prefix + patches); those over the other's are a product.
     rows = [share.shape[0] * share.shape[2] for share in shares]
@@ -443,7 +449,7 @@ def by_token(values: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
-    """Averages the tokens that become one, weighted by how many patches each stands for, in float32.
+    """Averages the tokens that become one, weighted by how many patches each stands for, in float32 or float64.
 
     The average of vectors that point different ways is shorter than they are, so it is scaled to their mean length.
 
@@ -463,8 +469,8 @@ def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     if not before.dense:  # padding becomes part of a last row, which is none
         sizes = torch.nn.functional.pad(sizes, (0, 1), value=1.0)
     order, starts = _bags(into, sizes.numel())
-    weights = (before.sizes.flatten() / sizes[into])[order].to(values.device)
-    table = values.flatten(0, 1).float()
+    table = _at_least_single(values.flatten(0, 1))
+    weights = (before.sizes.flatten() / sizes[into])[order].to(table)
     order, starts = order.to(values.device), starts.to(values.device)
 
     def mean(table: torch.Tensor) -> torch.Tensor:
