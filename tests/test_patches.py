@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -75,14 +73,3 @@ def test_groups_are_means_of_real_patches(packed):
     found = plan.expand(plan.reduce(values))[..., 0]
     assert found[0].tolist() == [0.5, 0.5, 2.5, 2.5, 4.5, 4.5] and found[1, :2].tolist() == [6.5, 6.5]
     assert sorted(plan.layout.sizes[plan.layout.sizes > 0].tolist()) == [2, 2, 2, 2]
-
-
-@pytest.mark.parametrize("make", [whole, padded], ids=["whole", "padded"])
-def test_variances_are_torchs_of_any_number_of_images(make):
-    patches = make()
-    many = dataclasses.replace(
-        patches, pixel_values=patches.pixel_values.repeat(9, *[1] * (patches.pixel_values.ndim - 1))
-    )
-    expected = patches.pixels().var(dim=2).repeat(9, 1)
-    torch.testing.assert_close(many.variances(), expected)
-    assert torch.equal(many.variances(), patches.variances().repeat(9, 1))

@@ -25,7 +25,7 @@ from .checks import is_int
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
 from .model_configs import saved_setting
-from .patches import AT_ONCE, Patches
+from .patches import Patches
 from .pixel_tables import are_levels, ends_with_values, look_up
 from .plans import DROPPED, Grouped, Kept
 from .printable import shown
@@ -40,6 +40,8 @@ NAME = "patch_words"
 """The key of what a tokenizing image processor adds."""
 MOST_CHANNELS = 1024
 """That a config.json is believed; a stranger may have written it."""
+AT_ONCE = 8
+"""Images that are tokenized together: few enough that what is made of them stays in a core's cache."""
 
 
 @dataclasses.dataclass(frozen=True)

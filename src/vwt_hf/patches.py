@@ -9,10 +9,7 @@ import torch
 from .blocks import chosen_by, words_of
 from .layout import group, lead, represent, whole_rows
 from .plans import DROPPED, Grouped, Kept
-from .words import centre, patch_grid, patch_places, patchify
-
-AT_ONCE = 8
-"""Images whose pixels are looked at together on a CPU: few enough that what is made of them stays in a core's cache."""
+from .words import patch_grid, patch_places, patchify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +98,6 @@ class Patches:
     def pixels(self) -> torch.Tensor:
         """(batch, patches, values): each patch's values, all patches in one order of values, whichever it is."""
         return self.pixel_values if self.grid is None else patchify(self.pixel_values, self.patch_size)
-
-    def variances(self) -> torch.Tensor:
-        """(batch, patches), float32: the unbiased variance of each patch's values."""
-        whole = self.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        parts = [self.pixel_values] if whole else self.pixel_values.split(AT_ONCE)
-        return torch.cat([centre(dataclasses.replace(self, pixel_values=part).pixels()).variance for part in parts])
 
     def pixels_as_words(self) -> torch.Tensor:
         """(batch, patches, channels · patch height · patch width): values in the order of a vocabulary's words."""

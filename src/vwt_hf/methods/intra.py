@@ -123,7 +123,7 @@ class IntraConfig(VWTConfig):
         keep = self.patches_kept(patches.count)
         if patches.real is None and keep == patches.count:
             return None
-        values = centre(patches.pixels()) if self.groups else None
+        values = centre(patches.pixels()) if self.criterion == "variance" or self.groups else None
         if patches.real is not None:
             kept, stays = self._choose_real(patches, values, keep)
         else:
@@ -143,10 +143,11 @@ class IntraConfig(VWTConfig):
         """Indices of the patches that stay, ascending, (batch, keep), or (1, keep): the same for all images.
 
         Args:
-            values: of the patches, where they were made before.
+            values: of the patches, if the criterion looks at them.
         """
         if self.criterion == "variance":
-            return highest(patches.variances() if values is None else values.variance, keep)
+            assert values is not None
+            return highest(values.variance, keep)
         if self.criterion == "random":
             return random_patches(patches.count, keep, self.seed, patches.device)
         assert patches.grid is not None  # images are not padded
@@ -164,7 +165,8 @@ class IntraConfig(VWTConfig):
         real = patches.real
         assert real is not None
         if self.criterion == "variance":
-            scores = patches.variances() if values is None else values.variance
+            assert values is not None
+            scores = values.variance
         elif self.criterion == "random":
             scores = -random_order(patches.count, self.seed, patches.device).argsort().float()
         else:
