@@ -348,19 +348,24 @@ class Calibration:
     def _refusal(self, target: str, wanted: float, nearest: Level) -> str:
         low, high = nearest.interval
         value = f"{self.measure} {nearest.value:.4f} (95 % interval {low:.4f} to {high:.4f})"
-        reached, ask = {
-            "agreement": (f"reaches {value}", f"agreement={math.floor(1000 * nearest.value) / 1000:g} at most"),
+        reached, ask, possible = {
+            "agreement": (
+                f"reaches {value}",
+                f"agreement={math.floor(1000 * nearest.value) / 1000:g} at most",
+                nearest.value >= 0.001,
+            ),
             "speed": (
                 f"is {nearest.speed:.2f} times as fast, with {value}",
                 f"speed={math.floor(100 * nearest.speed) / 100:g} at most",
+                nearest.speed >= 1,
             ),
             "tokens": (
                 f"leaves {nearest.tokens:.1f} of {nearest.of_tokens:g} tokens, with {value}",
                 f"tokens={math.ceil(nearest.tokens)} at least",
+                True,
             ),
         }[target]
-        # What asks for less than nothing would be refused.
-        possible = nearest.speed >= 1 if target == "speed" else target == "tokens" or nearest.value >= 0.001
+        # A target that makes nothing faster, or keeps nothing, would be refused.
         advice = f"Ask for {ask}, or leave the model plain." if possible else "Leave the model plain."
         return (
             f"{target} is {wanted:g}, and the nearest setting that was tried ({nearest.choice.label}) {reached} on "

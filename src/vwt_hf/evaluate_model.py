@@ -287,10 +287,12 @@ def evaluate_model(
 
 def _listed(vwt: Any) -> list[Any] | None:
     """The settings that `vwt` holds, or is."""
+    if vwt is None:
+        return None
     if isinstance(vwt, (bool, str, os.PathLike, Mapping, VWTConfig)) or is_vocabulary(vwt):
         return [vwt]
-    if vwt is None or isinstance(vwt, Iterable):
-        return None if vwt is None else list(vwt)
+    if isinstance(vwt, Iterable):
+        return list(vwt)
     raise TypeError(f"vwt is {shown(vwt)}; expected a setting or a list of settings.")
 
 
@@ -330,7 +332,7 @@ def _measured(
     """Shows this process's share of the images to all models, but for the batches that `log` has."""
     index, processes = place()
     before = {} if log is None else log.before
-    known, found = {number: batch.samples for number, batch in before.items()}, []
+    known, found = None if log is None else {number: batch.samples for number, batch in before.items()}, []
     with contextlib.ExitStack() as stack:
         if log is not None:
             stack.callback(log.close)

@@ -466,7 +466,7 @@ def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
 
 
 def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) -> tuple[float, float]:
-    """The 95 % interval of the lowest accuracy that any group has, of which `worst_group` tells what was found.
+    """The 95 % interval of the lowest accuracy of any group, which `worst_group` estimates.
 
     Of many groups one does badly by chance, so the interval of that group alone, as that of a bootstrap, would lie too
     low. This one ends where the lowest of the groups' own intervals end (Clopper and Pearson's), whose upper ends hold

@@ -21,7 +21,6 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
-from .checks import is_int
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
 from .model_configs import saved_setting
@@ -29,7 +28,7 @@ from .patches import Patches
 from .pixel_tables import are_levels, ends_with_values, look_up
 from .plans import DROPPED, Grouped, Kept
 from .printable import shown
-from .processors import config_beside, processor_statistics, stated_patch_size
+from .processors import config_beside, processor_statistics, stated_channels, stated_patch_size
 from .saved_words import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
 from .shared_changes import SharedChange
 from .visualize import seen_pictures
@@ -38,8 +37,6 @@ from .vocabulary import VisualVocabulary
 logger = logging.get_logger(__name__)
 NAME = "patch_words"
 """The key of what a tokenizing image processor adds."""
-MOST_CHANNELS = 1024
-"""That a config.json is believed; a stranger may have written it."""
 AT_ONCE = 8
 """Images that are tokenized together: few enough that what is made of them stays in a core's cache."""
 
@@ -441,8 +438,7 @@ def _channels(processor: Any, setting: VWTConfig, model_config: Any) -> int:
             values = getattr(holder, name, None)
             if isinstance(values, (list, tuple)):
                 return len(values)
-    stated: Any = getattr(getattr(model_config, "vision_config", model_config), "num_channels", None)
-    return stated if is_int(stated) and 0 < stated <= MOST_CHANNELS else 3
+    return stated_channels(model_config) or 3
 
 
 def _normalises_by(processor: Any, **given: Any) -> tuple[Any, Any] | None:

@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     group: str
     captions: tuple[str, ...]
     content: str = ""
-    """A hash of the image as it is stored, of a stream."""
+    """A hash of the image as it is stored, where a stream may be gone on with; else empty."""
 
 
 @dataclasses.dataclass
@@ -100,10 +100,11 @@ class LabelledImages:
         shards would hold other images than the first.
 
         Args:
-            known: the samples of batches that are not wanted, by number, each without its image. `None` comes in place
-                of such a batch, but where a stream has something else there.
+            known: the samples of batches that were seen before, by number, each without its image. `None` is given in
+                place of such a batch, unless a stream has something else there now. Where none are to be known later,
+                `known` is `None`, and images are not hashed.
         """
-        known = {} if known is None else known
+        hashes, known = known is not None, known or {}
         if hasattr(self.data, "__len__"):
             for start in range(process * batch_size, len(self.data), processes * batch_size):
                 if start // batch_size in known:
@@ -124,10 +125,10 @@ class LabelledImages:
             if not batch:
                 return
             first, whose = number // processes * batch_size, f" of process {process}" if processes > 1 else ""
-            samples = [
-                self._sample(first + index, row, whose)._replace(content=described_images([row], self.columns["image"]))
-                for index, row in enumerate(batch)
-            ]
+            samples = [self._sample(first + index, row, whose) for index, row in enumerate(batch)]
+            if hashes:
+                contents = [described_images([row], self.columns["image"]) for row in batch]
+                samples = [one._replace(content=of) for one, of in zip(samples, contents, strict=True)]
             same = number in known and [sample._replace(item=None) for sample in samples] == list(known[number])
             yield number, None if same else samples
 

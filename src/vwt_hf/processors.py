@@ -100,15 +100,28 @@ def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
 
 def stated_patch_size(config: Any) -> tuple[int, int] | None:
     """Height and width of the patches, in pixels, that a model's config or an image processor states, if it does."""
-    for inner in ("vision_config", "encoder"):  # CLIP and its like, and models of an image encoder and a text decoder
-        config = getattr(config, inner, None) or config
-    size = getattr(config, "patch_size", None)
+    size = getattr(_of_images(config), "patch_size", None)
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(is_int(side) and side > 0 for side in sides):
         return None
     return (sides[0], sides[1])
 
 
+def stated_channels(config: Any) -> int | None:
+    """How many channels a model's config says that images have; `None` if not, or more than can be."""
+    channels: Any = getattr(_of_images(config), "num_channels", None)
+    return channels if is_int(channels) and 0 < channels <= MOST_CHANNELS else None
+
+
+def _of_images(config: Any) -> Any:
+    """The part of a config that is about images."""
+    for inner in ("vision_config", "encoder"):  # CLIP and its like, and models of an image encoder and a text decoder
+        config = getattr(config, inner, None) or config
+    return config
+
+
+MOST_CHANNELS = 1024
+"""A config.json may be a stranger's, and a number for each channel is kept."""
 _LARGEST_OF_UNIT = 2.0
 """The largest mean or standard deviation that is of pixels up to 1; larger ones are of pixels up to 255."""
 

@@ -21,7 +21,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .vocabulary import VisualVocabulary, load_vocabulary
-from .vocabulary.files import INFO_FILE
+from .vocabulary.files import INFO_FILE, present_info
 from .whole_saves import write_files
 
 FOLDER = "visual_words"
@@ -54,7 +54,9 @@ def write_words(folder: Path, vocabulary: VisualVocabulary, named: str = FOLDER)
 
 
 def require_same_words(folder: Path, saved_as: list[str], variant: str | None) -> None:
-    """Refuses words beside weights that stay and were saved with others: config.json can name those of one save alone.
+    """Refuses a save whose words are not those that weights of another variant, which stay in the folder, go by.
+
+    config.json can name the words of one save alone.
 
     Args:
         folder: a model's, into which the words of a save were written.
@@ -64,9 +66,12 @@ def require_same_words(folder: Path, saved_as: list[str], variant: str | None) -
     Raises:
         ValueError: the message names the weights. The words that were written are removed.
     """
-    own = {_hash_in(folder / words_folder(each)) for each in saved_as}
+    own = {present_info(folder / words_folder(each)).get("sha256") for each in saved_as}
     stay = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and _variant_of(path.name) != variant]
-    sealed = [(_prints_in(seal), _hash_in(seal.parent)) for seal in folder.glob(f"{FOLDER}-*/{SEAL}") if stay]
+    sealed = []
+    for seal in folder.glob(f"{FOLDER}-*/{SEAL}") if stay else ():
+        with contextlib.suppress(OSError, ValueError):  # one that is damaged tells nothing
+            sealed.append((_prints_in(seal), present_info(seal.parent).get("sha256")))
     for path in stay:
         found = _fingerprint_of(path)
         words = {of for prints, of in sealed if prints.get(path.name) == found}
@@ -84,24 +89,14 @@ def _variant_of(name: str) -> str | None:
     return re.sub(r"(-\d+-of-\d+)?\.[a-z]+$", "", name).partition(".")[2] or None
 
 
-def _hash_in(words: Path) -> Any:
-    """The hash of the words of one save, as their facts have it."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-        return json.loads((words / INFO_FILE).read_bytes()).get("sha256")
-    return None
-
-
 def _prints_in(seal: Path) -> dict[str, str]:
-    """The prints of weights that a seal names; none where it is damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return _sealed_by(seal)
-    return {}
-
-
-def _sealed_by(seal: Path) -> dict[str, str]:
-    with seal.open("rb") as file:
-        prints = json.loads(file.read(MOST_SEAL_BYTES))["weights"]
-    return {str(name): str(value) for name, value in prints.items() if WEIGHTS.fullmatch(name)}
+    """The print of each file of weights that a seal names; raises `ValueError` where it is damaged."""
+    try:
+        with seal.open("rb") as file:
+            prints = json.loads(file.read(MOST_SEAL_BYTES))["weights"]
+        return {str(name): str(value) for name, value in prints.items() if WEIGHTS.fullmatch(name)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{seal} is damaged; expected the names and prints of weights.") from error
 
 
 def seal_words(folder: Path, saved_as: list[str], named: str = FOLDER) -> None:
@@ -169,9 +164,9 @@ def require_sealed(words: Path) -> None:
             f"may be of two models. {advice}"
         )
     try:
-        sealed = _sealed_by(words / SEAL)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{words / SEAL} is damaged; expected the names and prints of weights. {advice}") from error
+        sealed = _prints_in(words / SEAL)
+    except ValueError as error:
+        raise ValueError(f"{error} {advice}") from error
     for name, value in sealed.items():
         path = folder / name
         if path.is_file() and _fingerprint_of(path) != value:

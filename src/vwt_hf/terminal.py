@@ -152,14 +152,7 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
         OSError: one cannot; the message names it.
         ValueError: two of them are one file.
     """
-    own: dict[str, str | os.PathLike[str]] = {}
-    for file in files:
-        place = "" if file is None else os.path.realpath(file)
-        # A device or a pipe takes all.
-        if file is not None and place in own and (os.path.isfile(file) or not os.path.exists(file)):
-            raise ValueError(f"{file} and {own[place]} are one file; expected a name of its own for each output.")
-        if file is not None:
-            own[place] = file
+    own: dict[str, Path] = {}
     for file in (Path(file) for file in files if file is not None):
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder; expected the name of a file to write.")
@@ -168,6 +161,9 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
             file.lstat()
         if file.is_file():
             file.open("ab").close()
+        same = own.setdefault(os.path.realpath(file), file)
+        if same is not file and (file.is_file() or not file.exists()):  # a device or a pipe takes all
+            raise ValueError(f"{file} and {same} are one file; expected a name of its own for each output.")
 
 
 def require_folder(folder: str | os.PathLike[str]) -> None:

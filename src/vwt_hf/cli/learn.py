@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +97,8 @@ def work(args: argparse.Namespace) -> None:
         in_main(lambda: _keep(args, vocabulary, time.monotonic() - started))
 
 
-def _progress(args: argparse.Namespace) -> Path:
-    return Path(args.output) / ".checkpoint" if args.checkpoint is None else Path(args.checkpoint)
+def _progress(args: argparse.Namespace) -> str:
+    return os.path.join(args.output, ".checkpoint") if args.checkpoint is None else args.checkpoint
 
 
 def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -106,7 +107,7 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     is_main = place()[0] == 0
     if is_main:
-        for folder in (args.output, _progress(args) if args.checkpoint is None else args.checkpoint):
+        for folder in (args.output, _progress(args)):
             require_folder(folder)
 
     from ..evaluation import usable_device
@@ -138,7 +139,7 @@ def _keep(args: argparse.Namespace, vocabulary: VisualVocabulary, seconds: float
 
     vocabulary.save_pretrained(args.output, repo_id=args.push_to_hub)
     if args.checkpoint is None:
-        remove_checkpoint(_progress(args))
+        remove_checkpoint(Path(_progress(args)))
 
     info = vocabulary.info
     print(f"{len(vocabulary):,} words of {vocabulary.patch_size}×{vocabulary.patch_size} pixels\n")

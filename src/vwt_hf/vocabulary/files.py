@@ -340,7 +340,10 @@ def vocabulary_files(words: torch.Tensor, frequencies: torch.Tensor | None, info
     }
     facts = _json(fields)
     if len(facts) > _MOST_INFO_BYTES:
-        raise ValueError(f"{INFO_FILE} would have {len(facts):,} bytes; expected {_MOST_INFO_BYTES:,} at most.")
+        raise ValueError(
+            f"{INFO_FILE} would have {len(facts):,} bytes; expected {_MOST_INFO_BYTES:,} at most. Leave out what info "
+            "need not record."
+        )
     return {WORDS_FILE: content, INFO_FILE: facts}
 
 
@@ -367,7 +370,7 @@ def write_vocabulary(folder: Path, contents: dict[str, bytes]) -> None:
             save.place(unsettled)
             save.place(INFO_FILE)
         finally:
-            if _present_info(folder).get("file") != unsettled:
+            if present_info(folder).get("file") != unsettled:
                 remove([folder / unsettled])
         for name in beside:
             save.place(name)
@@ -381,7 +384,7 @@ def _settle(folder: Path, save: Save) -> None:
     left = [path for path in folder.iterdir() if _UNSETTLED.fullmatch(path.name)] + save.left_overs()
     if not save.is_alone():
         return
-    info = _present_info(folder)
+    info = present_info(folder)
     if _UNSETTLED.fullmatch(str(info.get("file"))):
         # A second name first, for the folder to be whole at every step.
         try:
@@ -394,7 +397,7 @@ def _settle(folder: Path, save: Save) -> None:
     remove(left)
 
 
-def _present_info(folder: Path) -> dict[str, Any]:
+def present_info(folder: Path) -> dict[str, Any]:
     """What `vocabulary.json` of a folder holds; nothing where it is none."""
     try:
         info = json.loads((folder / INFO_FILE).read_bytes())

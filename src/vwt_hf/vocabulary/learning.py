@@ -133,7 +133,7 @@ def learn_words(
         if takes > MOST_BYTES:
             raise ValueError(
                 f"size is {size:,} and patch_size {patch_size}, so words would take {takes:,} bytes; expected "
-                f"{MOST_BYTES:,} at most."
+                f"{MOST_BYTES:,} at most. Learn fewer, or smaller ones."
             )
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
@@ -152,9 +152,10 @@ def learn_words(
     (kmeans, settings, source), peers = everywhere(begin, lambda begun: Peer(begun[2].order, begun[2].name, begun[1]))
     everywhere(lambda: _require_same_settings(peers))
     orders = [peer.order for peer in peers]
-    if checkpoint == "":
-        raise ValueError("checkpoint is an empty text; expected None or a folder.")
-    file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
+    file = None
+    if checkpoint is not None:
+        in_main(lambda: require_folder(checkpoint))  # now, and not when the first images are learned
+        file = Path(checkpoint) / CHECKPOINT
     done = in_main(lambda: _begin(file, resume, kmeans, settings, orders, max_images))
     _hand_out(kmeans)
     part, totals = everywhere(lambda: _part(source, orders, done, max_images), lambda found: found.total)
@@ -252,8 +253,6 @@ def _begin(
     max_images: int | None,
 ) -> Progress:
     """Where learning begins: at the start, or where the checkpoint left it."""
-    if file is not None:
-        require_folder(file.parent)  # before the images are read, not when the first of them are learned
     if file is None or not file.exists():
         return Progress(read=[0] * len(orders), order=orders)
     if not resume:

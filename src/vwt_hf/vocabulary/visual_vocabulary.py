@@ -366,6 +366,7 @@ class VisualVocabulary:
                 processes or over more than `max_images`; or processes have different arguments.
             vwt_hf.processes.ProcessLost: another process was killed or cannot be reached; `resume` goes on.
             FileExistsError: `checkpoint` holds an earlier run and `resume` is `False`.
+            OSError: nothing can be written into `checkpoint`.
             TypeError: `images` or `image_processor` is of another type.
 
         Example:
