@@ -87,9 +87,10 @@ from vwt_hf.labelled_images import groups_of
 from vwt_hf.on_gpu import has_kernels
 from vwt_hf.printable import printable
 from vwt_hf.processors import described_processor, load_processor, whole_images
-from vwt_hf.terminal import markdown, require_writable, run_command, vwt_option, write_file
+from vwt_hf.terminal import markdown, run_command, vwt_option
 from vwt_hf.visualize import require_matplotlib
 from vwt_hf.weights import fingerprint_of
+from vwt_hf.whole_saves import require_writable, write_file
 
 MERGING: dict[str, tuple[str, str, Callable[[PreTrainedModel, Any], PreTrainedModel]]] = {
     "tome": ("ToMe, r {}", "tome_r", peers.tome),

@@ -22,7 +22,8 @@ from vwt_hf.cli import main as run_cli
 from vwt_hf.cli.evaluate import add_groups
 from vwt_hf.cli.loading import DTYPES
 from vwt_hf.evaluate_model import SHOWN
-from vwt_hf.terminal import require_writable, run_command, vwt_option, write_file
+from vwt_hf.terminal import run_command, vwt_option
+from vwt_hf.whole_saves import require_writable, write_file
 
 RATIOS = (0.75, 0.5, 0.25)
 DEFAULT_SETTINGS: list[Any] = [

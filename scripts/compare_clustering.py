@@ -21,8 +21,9 @@ from sklearn.cluster import MiniBatchKMeans as ScikitLearn
 
 from vwt_hf.image_source import open_images, patch_batches
 from vwt_hf.processors import load_processor
-from vwt_hf.terminal import markdown, require_writable, run_command, write_file
+from vwt_hf.terminal import markdown, run_command
 from vwt_hf.vocabulary.kmeans import MiniBatchKMeans, statistics
+from vwt_hf.whole_saves import require_writable, write_file
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ from vwt_hf.hooks import Reduce
 from vwt_hf.image_source import find_images, read_image
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers
-from vwt_hf.terminal import markdown, require_writable, run_command, write_file
+from vwt_hf.terminal import markdown, run_command
+from vwt_hf.whole_saves import require_writable, write_file
 
 SETTINGS: list[dict[str, Any]] = [
     *({"criterion": criterion} for criterion in ("variance", "random", "grid")),

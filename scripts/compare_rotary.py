@@ -30,7 +30,8 @@ from vwt_hf.image_source import open_images, pixel_batches
 from vwt_hf.layout import pool
 from vwt_hf.plans import Grouped
 from vwt_hf.processors import load_processor, whole_images
-from vwt_hf.terminal import markdown, require_writable, run_command, write_file
+from vwt_hf.terminal import markdown, run_command
+from vwt_hf.whole_saves import require_writable, write_file
 from vwt_hf.words import patch_places
 
 RENAMED = (

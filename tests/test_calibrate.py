@@ -18,7 +18,7 @@ from PIL import Image
 from settings import FAST
 from tiny import answers, sample_pixel_values, tiny_model, traces
 from vwt_hf import VWTConfig, calibrate, compress
-from vwt_hf.calibrate import CHOICES, Calibration, Choice, Level, pixels_of
+from vwt_hf.calibrate import CHOICES, Calibration, Choice, Level
 from vwt_hf.cli import main
 from vwt_hf.compress import setting_of
 from vwt_hf.evaluation import (
@@ -31,6 +31,7 @@ from vwt_hf.evaluation import (
     on_device,
     share_interval,
 )
+from vwt_hf.image_processing import HostTokenizer
 from vwt_hf.image_source import UnreadableImage
 from vwt_hf.processors import load_processor
 
@@ -457,6 +458,14 @@ def test_what_cannot_be_asked_for_is_refused(classifier, images, processor, aske
         calibrate(classifier, images, **{"image_processor": processor, "progress": False, **asked})
 
 
+def test_words_of_the_image_processor_are_not_looked_for(checkpoint, classifier, images, monkeypatch):
+    """Each setting finds its own."""
+    tokenizing = transformers.AutoImageProcessor.from_pretrained(checkpoint, vwt={"keep_ratio": 0.25})
+    plain = calibrate(classifier, images, tokens=60, **options(load_processor(str(checkpoint))))
+    monkeypatch.setattr(HostTokenizer, "words", None)
+    assert calibrate(classifier, images, tokens=60, **options(tokenizing)) == plain
+
+
 def test_too_few_images_one_that_cannot_be_read_and_other_models_are_refused(classifier, images, processor, folder):
     with pytest.raises(ValueError, match="images holds 49 images; expected at least 50"):
         calibrate(classifier, images[:49], tokens=60, **options(processor))
@@ -466,11 +475,12 @@ def test_too_few_images_one_that_cannot_be_read_and_other_models_are_refused(cla
     with pytest.raises(TypeError, match=r"expected a transformers\.PreTrainedModel"):
         calibrate(torch.nn.Linear(1, 1), images, tokens=60)
 
-    def refuses(**_: object) -> None:
-        raise RuntimeError("too small")
+    class Refuses(type(processor)):
+        def __call__(self, *args: object, **kwargs: object) -> None:
+            raise RuntimeError("too small")
 
-    with pytest.raises(UnreadableImage, match=r"image 7 \(32×32\) is refused by function: too small"):
-        pixels_of("image 7", images[7], refuses)
+    with pytest.raises(UnreadableImage, match=r"image \d+ \(32×32\) is refused by Refuses: too small"):
+        calibrate(classifier, images, tokens=60, **options(Refuses()))
     swin = transformers.SwinModel(transformers.SwinConfig(depths=[1], num_heads=[1], embed_dim=8))
     with pytest.raises(ValueError, match="Swin"):
         calibrate(swin, images, tokens=60, **options(processor))

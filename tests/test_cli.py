@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import vwt_hf
 from test_pipeline import tokenizer_with
 from tiny import tiny_model
+from vwt_hf import visualize
 from vwt_hf.cli import main
 from vwt_hf.cli.evaluate import write_card
 from vwt_hf.cli.loading import features_class
@@ -88,6 +90,28 @@ def test_demo_prints_a_row_for_each_ratio_and_writes_the_picture(checkpoint, pho
     assert str(picture) in printed.out
     with Image.open(picture) as image:
         assert image.format == "PNG" and image.width > image.height / 2 > 100
+
+
+@pytest.mark.parametrize("fields", [{}, {"rescale_factor": 2 / 255}, {"do_normalize": False}], ids=str)
+def test_demo_shows_the_colours_of_the_photographs(fields, tmp_path, photographs, monkeypatch):
+    """The model of an image processor that gives other values to white than 1, too."""
+    model = transformers.ViTModel(transformers.ViTConfig(**VISION))
+    checkpoint = save(model, tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(checkpoint)
+    for name, value in fields.items():
+        setattr(processor, name, value)
+    processor.save_pretrained(checkpoint)
+    shown = []
+    monkeypatch.setattr(visualize, "kept_patches_figure", lambda *args, **kwargs: shown.append((args[0], kwargs)))
+    monkeypatch.setattr(visualize, "write_png", lambda figure, file: None)
+    run_demo(checkpoint, photographs)
+    (pixels, kwargs), expected = shown[0], []
+    for file in ("noise.png", "ramp.JPG"):
+        with Image.open(photographs / file) as image:
+            expected.append(np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)))
+    mean, std = (torch.tensor(kwargs[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    found = ((pixels * std + mean) * 255).movedim(1, -1)
+    assert (found - torch.from_numpy(np.stack(expected)).float()).abs().mean() < 2
 
 
 def test_demo_compares_the_image_embeddings_of_a_clip_model(tmp_path, photographs, capsys):

@@ -14,9 +14,10 @@ import transformers
 from vwt_hf import VWTConfig, compress, demo_weights
 from vwt_hf.cli.demo import PHOTOGRAPHS, find_photographs
 from vwt_hf.patches import Patches
+from vwt_hf.pictures import fade, photographs_of
 from vwt_hf.plans import DROPPED
 from vwt_hf.processors import AutoImageProcessor
-from vwt_hf.visualize import fade, kept_patches_figure, photographs_of
+from vwt_hf.visualize import kept_patches_figure
 
 pytestmark = pytest.mark.newest
 

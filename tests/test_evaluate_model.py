@@ -31,6 +31,7 @@ from vwt_hf.compress import setting_of
 from vwt_hf.evaluate_model import _tokenizer_of, name_of
 from vwt_hf.evaluation import agreement, divergence, ranks, share_interval, token_f1
 from vwt_hf.evaluation_tasks import ZeroShot
+from vwt_hf.image_processing import HostTokenizer
 from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.labelled_images import open_labelled
 from vwt_hf.processors import load_processor
@@ -260,6 +261,19 @@ def test_an_image_that_the_processor_refuses_is_called_by_its_name(tmp_path, dat
     result = evaluate_model(model, dataset, vwt=[HALF], image_processor=Refuses(size=SIZE), progress=False)
     assert result.images == 16
     assert result.unreadable == ["row 3 (50×40) is refused by Refuses: I do not like it"]
+
+
+def test_words_of_the_image_processor_are_not_looked_for(tmp_path, dataset, monkeypatch):
+    """Each setting finds its own."""
+    folder = random_classifier(tmp_path)
+    model = loaded(folder, transformers.AutoModelForImageClassification)
+    given = {"vwt": [HALF], "progress": False}
+    plain = evaluate_model(model, dataset, image_processor=load_processor(str(folder)), **given)
+    tokenizing = transformers.AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.25})
+    monkeypatch.setattr(HostTokenizer, "words", None)
+    found = evaluate_model(model, dataset, image_processor=tokenizing, **given)
+    assert [row.figures for row in found.rows] == [row.figures for row in plain.rows]
+    assert tokenizing.vwt == {"keep_ratio": 0.25} | tokenizing.vwt  # the caller's own is as it was
 
 
 def test_a_data_set_on_the_hub_is_read_by_its_name_and_its_validation_split(tmp_path, dataset, monkeypatch, capsys):

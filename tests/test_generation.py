@@ -9,6 +9,7 @@ import transformers
 from settings import SETTINGS
 from tiny import TINY, sample_pixel_values
 from vwt_hf import VWTConfig, compress, restore
+from vwt_hf.families import family_of
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 99}
 IMAGE_TOKEN = 98
@@ -155,6 +156,30 @@ def test_a_language_model_that_expects_every_patch_gets_no_fewer(images):
     for make in (llava, vipllava, llava_next, llava_onevision, paligemma):
         with pytest.raises(ValueError, match=r"reads a value for every patch.*dropped='merge' or method='inter'"):
             compress(built(make), SETTINGS["discard"])
+
+
+@pytest.mark.parametrize("holder", [llava, vipllava, llava_next, llava_onevision, paligemma])
+def test_a_model_around_a_tower_goes_by_the_row_of_the_tower_and_is_not_tried(holder):
+    row = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP"}
+    with torch.device("meta"):
+        model = holder()
+    assert family_of(compress(model, SETTINGS["merge"])).name == row[model.config.vision_config.model_type]
+
+
+@pytest.mark.parametrize("kind", ["DINOv3ViT", "Data2VecVision", "InternVLVision"])
+def test_a_tower_of_any_kind_feeds_a_language_model(kind, images):
+    """By its row: one of rotary positions, and one of attention that reads no interface; and one without a row."""
+    both = {"image_size": [32, 32], "patch_size": [4, 4]} if kind == "InternVLVision" else {}
+
+    def of_this_kind() -> transformers.PreTrainedModel:
+        return llava_like("Llava", lambda **fields: getattr(transformers, f"{kind}Config")(**fields | both))
+
+    model = built(of_this_kind)
+    plain = logits(model, llava, images)
+    found = logits(compress(model, SETTINGS["merge"]), llava, images)
+    alone = torch.cat([logits(model, llava, image[None]) for image in images])
+    torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+    assert (found - plain).abs().max() > 1e-4
 
 
 def test_a_saved_model_is_the_same_when_loaded(make, images, tmp_path):

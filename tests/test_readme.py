@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import dataclasses
 import importlib
@@ -223,6 +224,32 @@ def test_the_method_in_contributing_works(monkeypatch: pytest.MonkeyPatch):
     assert vwt_hf.VWTConfig.parse(model.config.vwt) == vwt_hf.VWTConfig(method="every", step=3)
     with pytest.raises(ValueError, match="step is 0"):
         vwt_hf.VWTConfig(method="every", step=0)
+
+
+def test_imports_run_downwards_in_the_list_of_files_in_contributing():
+    package = ROOT / "src" / "vwt_hf"
+    written = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", written.partition("Imports run downwards")[2], re.MULTILINE)[1:]
+    listed = [name.removesuffix("/").removesuffix(".py") for row in rows for name in re.findall("`(.*?)`", row)]
+    there = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert sorted(listed) == sorted(there - {"__init__", "__pycache__"})
+    upwards = set()
+    for file in package.rglob("*.py"):
+        own, *_ = parts = file.relative_to(package).with_suffix("").parts
+        for node in ast.walk(without_types(ast.parse(file.read_text(encoding="utf-8")))):
+            if own == "__init__" or not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            path = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
+            names = [path[0]] if path[0] else [name.name for name in node.names if name.name != "__version__"]
+            upwards |= {(own, name) for name in names if listed.index(name) < listed.index(own)}
+    # A setting is read by the method that it names, which is imported as late as that.
+    assert upwards == {("config", "methods")}
+
+
+def without_types(module: ast.Module) -> ast.Module:
+    """A module without what is imported for type checkers alone."""
+    body = [node for node in module.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
+    return ast.Module(body, [])
 
 
 def test_the_scripts_in_it_have_the_options_that_it_gives_them(monkeypatch: pytest.MonkeyPatch):

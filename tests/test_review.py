@@ -29,7 +29,8 @@ from vwt_hf import VisualVocabulary, VWTConfig, collate_images, compress, restor
 from vwt_hf.compress import setting_of
 from vwt_hf.forward import current_forward
 from vwt_hf.image_processing import HostTokenizer
-from vwt_hf.visualize import fade, photographs_of, tint
+from vwt_hf.pictures import fade, photographs_of
+from vwt_hf.visualize import tint
 
 MERGE = VWTConfig(dropped="merge")
 

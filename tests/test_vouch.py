@@ -11,6 +11,7 @@ import transformers
 from settings import SETTINGS, inter
 from tiny import TINY, sample_pixel_values, traces, watch_embeddings
 from vwt_hf import VWTConfig, compress, restore
+from vwt_hf.evaluation import named_answer
 from vwt_hf.families import FAMILIES, HOLDERS
 
 BOTH = {"image_size": [32, 32], "patch_size": [4, 4]}
@@ -197,6 +198,14 @@ class Own(transformers.ViTModel):
     config_class = OwnConfig
 
 
+class OwnIJepaConfig(transformers.IJepaConfig):
+    model_type = "own-ijepa"
+
+
+class OwnIJepa(transformers.IJepaModel):
+    config_class = OwnIJepaConfig
+
+
 class OwnMasked(transformers.ViTForMaskedImageModeling):
     config_class = OwnConfig
 
@@ -210,3 +219,12 @@ def test_a_class_of_a_user_is_tried_whatever_its_name_and_type_are(images):
     assert torch.equal(states(compress(own, setting), images), states(compress(listed, setting), images))
     with pytest.raises(ValueError, match=r"OwnMasked \(model type 'own-vit'\) cannot be compressed"):
         compress(OwnMasked(OwnConfig(**TINY)), setting)
+
+
+def test_what_a_model_of_a_user_answers_is_its_cls_token_or_the_mean_of_all(images):
+    without = OwnIJepa(OwnIJepaConfig(**TINY)).eval()
+    with_cls = Own(OwnConfig(**TINY), add_pooling_layer=False).eval()
+    for model, name in ((without, "mean of the tokens"), (with_cls, "CLS token")):
+        tokens = states(model, images)
+        called, answers = named_answer(model, pixel_values=images)
+        assert called == name and torch.equal(answers, tokens[:, 0] if name == "CLS token" else tokens.mean(dim=1))

@@ -42,9 +42,9 @@ from .config import VWTConfig
 from .evidence import write_section
 from .families import family_of, find_tower, require_supported
 from .forward import GivenWords, call_with, words_to_generate_by
-from .model_configs import SETTING, configs_within, is_typed, saved_setting, take_over
+from .model_configs import SETTING, is_typed, take_over
 from .printable import shown
-from .processors import remember_load
+from .processors import configs_within, remember_load, saved_setting
 from .saved_words import remove_other_words, require_same_words, seal_words, words_folder, write_words
 from .whole_saves import sharing
 

@@ -43,13 +43,13 @@ from .evaluation import (
     stopwatch,
 )
 from .families import family_of, find_tower, model_of
-from .image_processing import NAME as PATCH_WORDS
+from .image_processing import without_words
 from .image_source import one_batch, open_images, processed
 from .on_gpu import has_kernels
 from .printable import difference, shown
 from .processors import processor_of, processor_statistics
-from .terminal import require_writable, write_file
 from .weights import device_of, fingerprint_of
+from .whole_saves import require_writable, write_file
 
 
 class Choice(NamedTuple):
@@ -216,7 +216,7 @@ class Calibration:
         if self._file is not None:
             require_writable(self._file.resolve())
         channels = find_tower(model_of(model), family_of(model)).channels
-        processor = processor_of(model, image_processor)
+        processor = without_words(processor_of(model, image_processor))  # each setting finds its own
         self.measure = "agreement" if classifies(model) else "cosine"
         if self.measure == "agreement":
             require_labels(model)
@@ -225,7 +225,7 @@ class Calibration:
         self._plain = restore(copy_sharing_weights(model)).eval()
         _, self._image_std = processor_statistics(processor, channels)
         chosen = tqdm(_choose(images, seed, max_images), "Reading images", unit="image", disable=not progress)
-        named = [(name, pixels_of(name, item, processor)) for name, item in chosen]
+        named = [(name, processed(item, processor, name)) for name, item in chosen]
         if len(named) < FEWEST:
             raise ValueError(
                 f"images holds {len(named)} images; expected at least {FEWEST}: of fewer that all agree, the 95 % "
@@ -426,12 +426,6 @@ def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
         return ((f"image {i}", images[i]) for i in order[:most].tolist())
     return open_images(images, seed=seed).part(max_images=most).items
-
-
-def pixels_of(name: str, item: Any, image_processor: Any) -> dict[str, torch.Tensor]:
-    """What the image processor makes of one image, without words for its patches, which each setting finds itself."""
-    made = processed(item, image_processor, name)
-    return {key: value for key, value in made.items() if key != PATCH_WORDS}
 
 
 def _timed(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeGuard
 
 from .printable import shown
 
@@ -28,36 +28,36 @@ def checked_statistics(field: str, value: Any, *, positive: bool) -> tuple[float
     return tuple(map(float, value))
 
 
-def is_number(value: object, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
+def is_number(value: object, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> TypeGuard[float]:
     """Whether `value` is a number in [low, high], and not True or False; by default any finite one."""
     # Compared before it is made a float: an integer may be larger than any.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether `value` is a whole number, and not True or False."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def require_whole(name: str, value: object, least: int = 1) -> None:
     """Raises `ValueError` where `value` is no whole number of at least `least`."""
-    if not is_int(value) or value < least:  # type: ignore[operator]
+    if not is_int(value) or value < least:
         raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least {least}.")
 
 
 def require_seed(value: object, name: str = "seed") -> None:
     """Raises `ValueError` where `value` is no number that draws can start from."""
-    if not is_int(value) or not 0 <= value < 2**63:  # type: ignore[operator]
+    if not is_int(value) or not 0 <= value < 2**63:
         raise ValueError(f"{name} is {shown(value)}; expected a whole number in [0, 2**63).")
 
 
 def require_share(name: str, value: object) -> None:
     """Raises `ValueError` where `value` is no share of patches that leaves any."""
-    if not is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
+    if not is_number(value) or not 0 < value <= 1:
         raise ValueError(f"{name} is {shown(value)}; expected a number in (0, 1].")
 
 
 def require_count(name: str, value: object) -> None:
     """Raises `ValueError` where `value` is neither `None` nor a number of patches."""
-    if value is not None and not (is_int(value) and 1 <= value < 2**31):  # type: ignore[operator]
+    if value is not None and not (is_int(value) and 1 <= value < 2**31):
         raise ValueError(f"{name} is {shown(value)}; expected None or an integer of at least 1, and less than 2**31.")

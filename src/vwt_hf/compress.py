@@ -55,7 +55,7 @@ from .hooks import (
     attending_layers,
     is_even,
 )
-from .model_configs import attend_by_plan, attend_plainly, is_by_plan
+from .model_configs import attend_by_plan, is_by_plan
 from .processors import loaded_by
 from .stand_ins import StandIn, class_forward, is_ours, own_forward, require_replaceable, slot_of
 from .vouch import may_change_rows, vouch, vouch_rows
@@ -374,7 +374,7 @@ def _take_out(model: PreTrainedModel) -> None:
         attention.give_back_checkpoint(module)
     for config in configs_of(model):
         config.vwt = None
-        attend_plainly(config)
+        attend_by_plan(config, False)
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .checks import is_number
+from .checks import checked_statistics, is_number
 from .evidence import checked_evidence
 from .printable import LONGEST, shown
 
@@ -91,6 +91,9 @@ class VWTConfig:
     beside_choice: ClassVar[frozenset[str]] = frozenset({"evidence", "output", "proportional_attention"})
     """Fields that say nothing of which words patches have."""
 
+    statistics: ClassVar[dict[str, bool]] = {}
+    """Fields that hold a number for each channel, or `None`, and whether these must be positive."""
+
     method: str = "intra"
     output: str | None = None
     proportional_attention: bool = True
@@ -116,6 +119,9 @@ class VWTConfig:
 
         for name in _field_names(type(self)):
             object.__setattr__(self, name, _without_numpy(getattr(self, name)))
+        for name, positive in self.statistics.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, per_channel(name, getattr(self, name), positive=positive))
         require_choice("method", self.method, tuple(METHODS))
         if not isinstance(self, METHODS[self.method]):
             raise ValueError(
@@ -179,6 +185,9 @@ class VWTConfig:
         Raises:
             ValueError: the message names the field, the value and what is expected.
         """
+        for name, positive in self.statistics.items():
+            if getattr(self, name) is not None:
+                checked_statistics(f"VWTConfig.{name}", getattr(self, name), positive=positive)
 
     def prepared(self, model: ModelFacts) -> VWTConfig:
         """The setting with all that it needs for `model`, such as words that are read from the Hub.
@@ -360,7 +369,7 @@ def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str
     from .methods import METHODS
 
     names = _field_names(method_class)
-    for name in fields.keys() - set(names):
+    for name in [name for name in fields if name not in names]:
         owners = [repr(other) for other, other_class in METHODS.items() if name in _field_names(other_class)]
         if owners:
             raise ValueError(

@@ -39,14 +39,13 @@ from .evaluation import (
 from .families import family_of, find_tower, model_of
 from .forward import forward_within
 from .image_processing import NAME as PATCH_WORDS
-from .image_processing import HostTokenizer
+from .image_processing import HostTokenizer, without_words
 from .image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed, read_image
 from .printable import difference, shown
 from .processes import everywhere, gathered, in_main, join, place
 from .processors import described_processor, processor_of
-from .terminal import require_folder
 from .weights import fingerprint_of, require_unsharded
-from .whole_saves import saving, write_files
+from .whole_saves import require_folder, saving, write_files
 
 MANIFEST = "embed.json"
 KEY = "vwt_hf"
@@ -625,10 +624,12 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
 def _with_words(image_processor: Any, model: PreTrainedModel, finds: bool) -> Any:
     """The image processor for a model that searches words: one that finds them as it would, or one that finds none."""
     setting = setting_of(model)
-    if setting is None or not setting.searches or not (finds or getattr(image_processor, "vwt", None)):
+    if setting is None or not setting.searches:
         return image_processor
+    if not finds:
+        return without_words(image_processor)
     own = copy.deepcopy(image_processor)
-    own.vwt = HostTokenizer(setting, find_tower(model, family_of(model)).patch_size) if finds else None
+    own.vwt = HostTokenizer(setting, find_tower(model, family_of(model)).patch_size)
     return own
 
 

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .batch_log import Batch, BatchLog
-from .calibrate import pixels_of
 from .checks import require_seed, require_whole
 from .compress import compress_by, restore, setting_of
 from .config import RECOMMENDED, VWTConfig, is_vocabulary
@@ -46,7 +45,8 @@ from .evaluation_tasks import (
     require_texts,
     task_for,
 )
-from .image_source import UnreadableImage, one_batch
+from .image_processing import without_words
+from .image_source import UnreadableImage, one_batch, processed
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
 from .processes import gathered, join, place
@@ -241,7 +241,7 @@ def evaluate_model(
     }
     opened = _opened(images, of)
     task_class = TASKS[task or task_for(class_names(model), model.config.model_type, opened)]
-    processor = processor_of(model, image_processor)
+    processor = without_words(processor_of(model, image_processor))  # each setting finds its own
     if task_class in (ZeroShot, Retrieval):
         require_texts(model)  # before a tokenizer is looked for, which such a model has none of
     if tokenizer is None and task_class in (ZeroShot, Retrieval, Captions):
@@ -355,7 +355,7 @@ def _batch(task: Task, models: Sequence[Any], number: int, samples: Sequence[Sam
     unreadable: list[str] = []
     for sample in samples:
         try:
-            made.append(pixels_of(sample.name, sample.item, processor))
+            made.append(processed(sample.item, processor, sample.name))
             read.append(sample._replace(item=None))
         except UnreadableImage as error:
             unreadable.append(str(error))

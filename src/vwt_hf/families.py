@@ -104,8 +104,8 @@ def _like_vit(name: str, model_type: str, class_name: str, pools: str = "CLS", *
 
 
 def _like_clip(name: str, model_type: str, class_name: str, pools: str = "CLS", **fields: Any) -> Family:
-    own = {"model_types": (model_type, f"{model_type.replace('-', '_')}_vision_model")} | fields
-    return Family(name, embeddings=f"{class_name}VisionEmbeddings", pools=pools, **own)
+    model_types = (model_type, f"{model_type.replace('-', '_')}_vision_model")
+    return Family(name, model_types, f"{class_name}VisionEmbeddings", pools, **fields)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -269,25 +269,17 @@ def _is_one_of(model_class: type, names: Collection[str]) -> bool:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The row of the table that the vision tower of `model` belongs to.
+    """The row of the table that the vision tower of `model` belongs to, or one that the general rule makes.
 
     Raises:
-        ValueError: there is none.
+        ValueError: neither is there.
     """
     require_supported(type(model), restores=True)
     row = _row_of(type(model))
-    if isinstance(row, Family):
-        return row
-    if row is None:
-        return _general_family(model)
-    for module in model.modules():
-        for family in FAMILIES:
-            if is_of(module, family.embeddings):
-                return family
-    raise ValueError(
-        f"{type(model).__name__} holds no vision tower of {', '.join(family.name for family in FAMILIES)}, so it "
-        "cannot be compressed. Load it without `vwt`."
-    )
+    if row is None and _model_type(type(model)) in HOLDERS:
+        of_embeddings = ((module, own) for module in model.modules() for own in FAMILIES)
+        row = next((own for module, own in of_embeddings if is_of(module, own.embeddings)), None)
+    return _general_family(model) if row is None else row
 
 
 class NotVouched(ValueError):
@@ -315,7 +307,10 @@ def _may_hold(model_class: type[PreTrainedModel]) -> bool:
 
 
 def _general_family(model: PreTrainedModel) -> Family:
-    """A row for a model whose type has none, by what its modules look like; `vouch` tries whether it holds."""
+    """A row for a model whose type has none, by what its modules look like; `vouch` tries whether it holds.
+
+    What embeddings hold beside a CLS token does not matter to anybody.
+    """
     for module in model.modules():
         # Of LoRA's and the like: they hold what they wrap as `base_layer`, beside layers of their own.
         wrapping = [part for part in module.modules() if hasattr(part, "base_layer")]
@@ -323,7 +318,9 @@ def _general_family(model: PreTrainedModel) -> Family:
         convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d) and part not in added]
         named = type(module).__name__.endswith("Embeddings") and _is_transformers(module)
         if named and len(convolutions) == 1 and convolutions[0].kernel_size == convolutions[0].stride:
-            return Family(_model_type(type(model)), (), type(module).__name__, "", tried=True)
+            cls = {"cls_token", "class_embedding"} & dict(module.named_parameters(recurse=False)).keys()
+            prefix = "CLS" if cls else "none"
+            return Family(_model_type(type(model)), (), type(module).__name__, "", prefix=prefix, tried=True)
     raise not_vouched(model, NotVouched("has no embeddings whose only convolution makes a row of each patch"))
 
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,22 +20,21 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
-from .model_configs import saved_setting
 from .patches import Patches
+from .pictures import seen_pictures
 from .pixel_tables import are_levels, ends_with_values, look_up
 from .plans import DROPPED, Grouped, Kept
 from .printable import shown
-from .processors import config_beside, processor_statistics, stated_channels, stated_patch_size
+from .processors import config_beside, processor_statistics, saved_setting, stated_channels, stated_patch_size
 from .saved_words import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
 from .shared_changes import SharedChange
-from .visualize import seen_pictures
 from .vocabulary import VisualVocabulary
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 NAME = "patch_words"
 """The key of what a tokenizing image processor adds."""
 AT_ONCE = 8
@@ -508,6 +508,15 @@ def words_named_in(folder: Path) -> list[str]:
     files = [folder / name for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)]
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
     return [name for text in texts for name in re.findall(rf'"saved_as": "({SAVED_AS.pattern})"', text)]
+
+
+def without_words(image_processor: Any) -> Any:
+    """An image processor that finds no words of patches: as it is, or a copy of one that does."""
+    if getattr(image_processor, "vwt", None) is None:
+        return image_processor
+    own = copy.deepcopy(image_processor)
+    own.vwt = None
+    return own
 
 
 def words_of(processor: Any) -> VisualVocabulary | None:

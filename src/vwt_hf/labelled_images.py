@@ -150,7 +150,7 @@ class LabelledImages:
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) or text is None for text in texts):
             raise ValueError(
                 f"column {shown(self.columns['captions'])} holds {shown(value)}; expected a text or a list of texts "
-                "about the image. Name another by --caption-column."
+                "about the image. Name another caption_column."
             )
         return tuple(filter(None, texts))
 
@@ -229,14 +229,14 @@ def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[
     try:
         table = json.loads(groups.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"--groups is {groups}, which is no JSON ({error}); expected an object.") from error
+        raise ValueError(f"groups is {groups}, which is no JSON ({error}); expected an object.") from error
     if not isinstance(table, dict):
-        raise ValueError(f"--groups is {groups}, which holds a {type(table).__name__}; expected an object.")
+        raise ValueError(f"groups is {groups}, which holds a {type(table).__name__}; expected an object.")
     names = [path.relative_to(images).as_posix() for path in paths]
     missing = [name for name in names if name not in table]
     if missing:
         raise ValueError(
-            f"--groups is {groups}, which names no group of {len(missing)} of {len(names)} images, such as "
+            f"groups is {groups}, which names no group of {len(missing)} of {len(names)} images, such as "
             f"{missing[0]!r}; expected one for each path below {images}."
         )
     return [str(table[name]) for name in names]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copyreg
 import functools
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -31,32 +30,22 @@ def _write_setting(config: PreTrainedConfig, vwt: Any) -> None:
     config.__dict__.pop("vwt", None)
     if vwt is not None and vwt is not False:
         config.__dict__["vwt"] = vwt
-    _be_of_class(config, is_by_plan(config))
+    attend_by_plan(config, is_by_plan(config))
 
 
-def _be_of_class(config: PreTrainedConfig, by_plan: bool) -> None:
-    """Makes `config` an instance of its plain class, or of the subclass that it needs."""
+def attend_by_plan(config: PreTrainedConfig, by_plan: bool = True) -> None:
+    """Has layers that read `config` use this package's attention in forwards that group patches, or no longer.
+
+    It lasts whatever becomes of `config.vwt`: the model may still be shortened.
+    """
     plain = _plain_class(type(config))
     config.__class__ = config_subclass(plain, by_plan) if by_plan or "vwt" in config.__dict__ else plain
-
-
-def attend_by_plan(config: PreTrainedConfig) -> None:
-    """Has layers that read `config` use this package's attention in forwards that group patches.
-
-    It lasts until `attend_plainly`, whatever becomes of `config.vwt`: the model may still be shortened.
-    """
-    _be_of_class(config, True)
-
-
-def attend_plainly(config: PreTrainedConfig) -> None:
-    """Takes back what `attend_by_plan` did."""
-    _be_of_class(config, False)
 
 
 def take_over(config: PreTrainedConfig, part: PreTrainedConfig) -> None:
     """Makes `config` stand for `part`, the config of a compressed part that is like it: it gets its setting."""
     config.vwt = part.vwt  # type: ignore[attr-defined]
-    _be_of_class(config, is_by_plan(part))
+    attend_by_plan(config, is_by_plan(part))
 
 
 def is_by_plan(config: PreTrainedConfig) -> bool:
@@ -103,16 +92,12 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
             return value  # else attention looks whether it is of that forward: a layer may have a copy of the config
         return BY_PLAN + (value or "eager")
 
-    def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
-        return _empty, (plain, by_plan), self.__dict__
-
     metaclass = type("_ConfigWithSetting", (_StandsFor, type(plain)), {})
     body = {
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,  # where transformers finds example checkpoints
         "to_dict": to_dict,
-        "__reduce__": reduce,
     }
     if by_plan:
         # Configs of transformers have a `__getattribute__`, and of such classes torch before 2.13 traces no properties.
@@ -120,33 +105,6 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     # By its name `pickle` would find the plain class.
     copyreg.pickle(metaclass, lambda _: (config_subclass, (plain, by_plan)))
     return metaclass(plain.__name__, (plain,), body)
-
-
-def _empty(plain: Any, by_plan: bool) -> PreTrainedConfig:
-    """A config without any field: what `pickle` and `copy` start from."""
-    config_class = config_subclass(plain, by_plan)
-    return config_class.__new__(config_class)
-
-
-def configs_within(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
-    """A config and those within it, and the dotted names by which they are reached."""
-    yield path, config
-    for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            yield from configs_within(value, f"{path}.{name}" if path else name)
-
-
-def saved_setting(config: PreTrainedConfig | None) -> dict[str, Any] | None:
-    """The setting that a config was saved with, or the one within it, as of a vision tower that was compressed alone.
-
-    `None` where there is none, and where parts have several.
-    """
-    if config is None:
-        return None
-    saved = {path: part.vwt for path, part in configs_within(config) if isinstance(part.vwt, dict)}
-    if "" in saved:
-        return saved[""]
-    return next(iter(saved.values())) if len(saved) == 1 else None
 
 
 def is_typed(vwt: Any) -> bool:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
-from transformers.utils import logging
 
 SWITCH = "VWT_HF_KERNELS"
-"""The environment variable that turns them off, if it is 0 before the first batch."""
-logger = logging.get_logger(__name__)
+"""The environment variable that turns the kernels off, if it is 0 before the first batch."""
+logger = logging.getLogger(__name__)
 
 
 def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:

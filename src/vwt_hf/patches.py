@@ -290,7 +290,7 @@ class Patches:
         stays = words == own if self.real is None else (words == own) & self.real
         target = words.clamp(0, self.count - 1)
         fits = (words == target) & stays.gather(1, target)
-        self._refuse(words, ~fits if self.real is None else ~fits & self.real, "the index of one that has its own")
+        self._refuse(words, ~fits, "the index of one that has its own")
         return own, target
 
     def grouped_by(self, words: torch.Tensor, packed: bool, exponent: float) -> Grouped:
@@ -299,7 +299,7 @@ class Patches:
         Raises:
             ValueError: a patch has a negative number.
         """
-        self._refuse(words, words < 0 if self.real is None else (words < 0) & self.real, "the number of a word")
+        self._refuse(words, words < 0, "the number of a word")
         return self.group(words, packed, exponent)
 
     def of_blocks(self, words: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
@@ -314,8 +314,7 @@ class Patches:
             ValueError: they tell something else, as of parts of a block.
         """
         clean = words_of(chosen_by(words, members), members, self.count)
-        wrong = words != clean if self.real is None else (words != clean) & self.real
-        self._refuse(words, wrong, "its own index or, as all four of its block, that of the first of them")
+        self._refuse(words, words != clean, "its own index or, as all four of its block, that of the first of them")
         return clean
 
     def even_number(self, words: torch.Tensor) -> int:
@@ -345,6 +344,7 @@ class Patches:
         return stays
 
     def _refuse(self, words: torch.Tensor, wrong: torch.Tensor, expected: str) -> None:
+        wrong = wrong if self.real is None else wrong & self.real  # what padding has says nothing
         if bool(wrong.any()):
             image, patch = wrong.nonzero()[0].tolist()
             raise ValueError(

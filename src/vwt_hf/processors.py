@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -98,6 +98,27 @@ def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
         return None
 
 
+def configs_within(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
+    """A config and those within it, and the dotted names by which they are reached."""
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from configs_within(value, f"{path}.{name}" if path else name)
+
+
+def saved_setting(config: PreTrainedConfig | None) -> dict[str, Any] | None:
+    """The setting that a config was saved with, or the one within it, as of a vision tower that was compressed alone.
+
+    `None` where there is none, and where parts have several.
+    """
+    if config is None:
+        return None
+    saved = {path: part.vwt for path, part in configs_within(config) if isinstance(part.vwt, dict)}
+    if "" in saved:
+        return saved[""]
+    return next(iter(saved.values())) if len(saved) == 1 else None
+
+
 def stated_patch_size(config: Any) -> tuple[int, int] | None:
     """Height and width of the patches, in pixels, that a model's config or an image processor states, if it does."""
     size = getattr(_of_images(config), "patch_size", None)
@@ -161,14 +182,14 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
         if not isinstance(values, (int, float)) and len(values) != channels:
             raise ValueError(
                 f"the {type(image_processor).__name__}'s {name} has {len(values)} numbers; expected {channels}, one "
-                "for each channel of the images. Give the image processor that makes this model's images"
+                "for each channel of the images. Give the image processor that makes this model's images."
             )
     # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
     white = white_of(image_processor)
     if white is None:
         raise ValueError(
             f"the {type(image_processor).__name__} neither rescales nor normalises images, so that nothing says which "
-            "value white has. Give the image processor that makes this model's images"
+            "value white has. Give the image processor that makes this model's images."
         )
     return _each_channel(mean, white, channels), _each_channel(std, white, channels)
 
@@ -207,7 +228,7 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
         raise ValueError(
             f"Words and tolerances are in raw RGB, and {model.source or 'the model'} has no image processor that tells "
-            f"how its images are normalised ({error}). Give {wanted}."
+            f"how its images are normalised ({str(error).removesuffix('.')}). Give {wanted}."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What commands and scripts say, write and end with: safe text, tables, whole files, one line in place of a traceback.
+"""What commands and scripts say and end with: safe text, tables, one line in place of a traceback.
 
 Nothing here imports torch, so that help comes at once.
 """
@@ -13,14 +13,11 @@ import io
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from .printable import printable
-from .whole_saves import write_files
 
 PLAIN = {"→": "->", "×": "x", "−": "-", "·": "*", "≤": "<=", "≥": ">=", "Δ": "delta", "…": "..."}
 """What stands for a character where the output's encoding lacks it; else its code does."""
@@ -140,59 +137,3 @@ def vwt_option(text: str) -> Any:
             "in quotes, as '\"me/my-words\"'"
         )
         raise argparse.ArgumentTypeError(message) from None
-
-
-def require_writable(*files: str | os.PathLike[str] | None) -> None:
-    """Raises where a file could not be written, before work is spent on what goes in; makes nothing.
-
-    Args:
-        files: one whose folder is not there counts as writable if that can be made; `None` is no file.
-
-    Raises:
-        OSError: one cannot; the message names it.
-        ValueError: two of them are one file.
-    """
-    own: dict[str, Path] = {}
-    for file in (Path(file) for file in files if file is not None):
-        if file.is_dir():
-            raise IsADirectoryError(f"{file} is a folder; expected the name of a file to write.")
-        require_folder(file.parent)
-        with contextlib.suppress(FileNotFoundError):
-            file.lstat()
-        if file.is_file():
-            file.open("ab").close()
-        same = own.setdefault(os.path.realpath(file), file)
-        if same is not file and (file.is_file() or not file.exists()):  # a device or a pipe takes all
-            raise ValueError(f"{file} and {same} are one file; expected a name of its own for each output.")
-
-
-def require_folder(folder: str | os.PathLike[str]) -> None:
-    """As `require_writable`, for files within `folder`."""
-    if not os.fspath(folder):  # which would be the folder that one is in
-        raise NotADirectoryError("No folder is named, but an empty text; expected one to write into.")
-    path = Path(folder).absolute()
-    there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is no folder; expected one to write into.")
-    with contextlib.suppress(FileNotFoundError):
-        path.lstat()  # raises for names that none can have
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise OSError(f"{there} cannot be written into ({error.strerror}); name another folder.") from error
-
-
-def write_file(file: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file, whole or not at all: one that was there stays as it was until then. Makes its folder.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    if path.exists() and not path.is_file():  # a pipe or device, which no file may take the place of
-        path.write_bytes(data)
-        return
-    path = path.resolve()  # a link stays one
-    write_files(path.parent, {path.name: data})

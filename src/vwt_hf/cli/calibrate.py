@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned, require_folder, require_writable, write_file
+from ..terminal import aligned
+from ..whole_saves import require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, load_model, load_whole, tokenizer_beside
 from .sources import IMAGES, open_source
 

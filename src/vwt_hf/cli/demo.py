@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import CRITERIA, VWTConfig
 from ..printable import printable
-from ..terminal import aligned, require_writable
+from ..terminal import aligned
+from ..whole_saves import require_writable
 from .loading import add_device, load
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def work(args: argparse.Namespace) -> None:
     )
     from ..families import family_of, find_tower
     from ..image_source import pixel_batches
-    from ..processors import load_processor, whole_images
+    from ..processors import load_processor, processor_statistics, whole_images
     from ..visualize import kept_patches_figure, require_matplotlib, write_png
 
     require_matplotlib()
@@ -132,15 +133,15 @@ def work(args: argparse.Namespace) -> None:
     shown = torch.cat(drawn)
     tokens = [round(count / len(paths)) for count in counted]
 
-    normalised = getattr(processor, "do_normalize", False)
+    mean, std = processor_statistics(processor, channels=shown.shape[1])
     figure = kept_patches_figure(
         shown,
         find_tower(plain, family_of(plain)).patch_size,
         {name: setting_of(model) for name, model in zip(settings, models[1:], strict=True)},
         names=[path.stem.replace("_", " ") for path in paths[:ROWS]],
         captions=[[f"cosine {of_model[row]:.3f}" for of_model in found[1:]] for row in range(len(shown))],
-        image_mean=processor.image_mean if normalised else None,
-        image_std=processor.image_std if normalised else None,
+        image_mean=mean,
+        image_std=std,
     )
     write_png(figure, picture)
 

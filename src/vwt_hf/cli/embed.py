@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned, require_folder, vwt_option
+from ..terminal import aligned, vwt_option
+from ..whole_saves import require_folder
 from .loading import add_device, add_dtype, features_class, load
 from .sources import IMAGES, open_source
 

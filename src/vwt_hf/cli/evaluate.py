@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable, shown
-from ..terminal import markdown, require_folder, require_writable, vwt_option, write_file
+from ..terminal import markdown, vwt_option
+from ..whole_saves import require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, features_class, load
 from .sources import open_source
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned, require_folder
+from ..terminal import aligned
+from ..whole_saves import require_folder
 from .loading import add_device
 from .sources import IMAGES, open_source
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import CRITERIA, VWTConfig
 from ..printable import printable
-from ..terminal import require_writable
+from ..whole_saves import require_writable
 from .demo import ROWS
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..printable import printable
-from ..terminal import aligned, require_writable, write_file
+from ..terminal import aligned
+from ..whole_saves import require_writable, write_file
 
 if TYPE_CHECKING:
     from ..vocabulary import VisualVocabulary

@@ -57,9 +57,7 @@ class CoarseConfig(GradualConfig):
 
     method: str = "coarse"
 
-    @property
-    def repaints(self) -> bool:
-        return True
+    repaints = True
 
     def repainted(
         self, patches: Patches, words: torch.Tensor | None = None, enlarged: bool = False

@@ -37,9 +37,7 @@ class GivenConfig(RaggedConfig):
         super().__post_init__()
         require_choice("tokens", self.tokens, TOKENS)
 
-    @property
-    def searches(self) -> bool:
-        return False
+    searches = False
 
     def plan(self, patches: Patches) -> Kept | Grouped | None:
         raise ValueError(

@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..checks import checked_statistics, is_number
-from ..config import ModelFacts, is_vocabulary, per_channel
-from ..model_configs import saved_setting
+from ..checks import is_number
+from ..config import ModelFacts, is_vocabulary
 from ..packaged_words import packaged_words
 from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
-from ..processors import config_beside, model_statistics
+from ..processors import config_beside, model_statistics, saved_setting
 from ..saved_words import FOLDER, SAVED_AS, read_words
 from ..vocabulary import VisualVocabulary, load_vocabulary
 from ..words import WordIndex, index_words, nearest_words
@@ -81,6 +80,7 @@ class InterConfig(RaggedConfig):
     """
 
     beside_choice: ClassVar[frozenset[str]] = RaggedConfig.beside_choice | {"saved_as"}
+    statistics: ClassVar[dict[str, bool]] = {"image_mean": False, "image_std": True}
 
     method: str = "inter"
     vocabulary: Any = None
@@ -107,14 +107,6 @@ class InterConfig(RaggedConfig):
             )
         if self.saved_as is not None and not (isinstance(self.saved_as, str) and SAVED_AS.fullmatch(self.saved_as)):
             raise ValueError(f"VWTConfig.saved_as is {shown(self.saved_as)}; expected None or 16 digits from 0 to f.")
-        for field, positive in (("image_mean", False), ("image_std", True)):
-            if getattr(self, field) is not None:
-                object.__setattr__(self, field, per_channel(field, getattr(self, field), positive=positive))
-
-    def require_sane(self) -> None:
-        for field, positive in (("image_mean", False), ("image_std", True)):
-            if getattr(self, field) is not None:
-                checked_statistics(f"VWTConfig.{field}", getattr(self, field), positive=positive)
 
     @property
     def shortens(self) -> bool:

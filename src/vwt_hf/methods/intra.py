@@ -76,9 +76,7 @@ class IntraConfig(VWTConfig):
     def shortens(self) -> bool:
         return self.keep_ratio < 1 or self.num_patches is not None
 
-    @property
-    def even(self) -> bool:
-        return True
+    even = True
 
     def patches_kept(self, patches: int) -> int:
         """How many of an image's `patches` stay (paper: k = int(N · (1 − drop rate)), here without float error).

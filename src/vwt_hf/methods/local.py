@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, ClassVar
 
 import torch
-from transformers.utils import logging
 
-from ..checks import checked_statistics, is_number, require_count, require_share
-from ..config import ModelFacts, per_channel
+from ..checks import is_number, require_count, require_share
+from ..config import ModelFacts
 from ..neighbours import (
     Neighbours,
     at,
@@ -30,7 +30,7 @@ from .ragged import RaggedConfig
 
 ASSUMED_STD = 0.5
 """The standard deviation that most image processors of transformers normalise by."""
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -60,6 +60,7 @@ class LocalConfig(RaggedConfig):
 
     usual_tolerance: ClassVar[float] = 0.045
     """The tolerance where nothing says how many patches stay."""
+    statistics: ClassVar[dict[str, bool]] = {"image_std": True}
 
     method: str = "local"
     tolerance: float | None = None
@@ -84,16 +85,10 @@ class LocalConfig(RaggedConfig):
         if self.keep_ratio is not None:
             require_share("VWTConfig.keep_ratio", self.keep_ratio)
         require_count("VWTConfig.num_patches", self.num_patches)
-        if self.image_std is not None:
-            object.__setattr__(self, "image_std", per_channel("image_std", self.image_std, positive=True))
 
     @property
     def even(self) -> bool:
         return self.tolerance is None
-
-    def require_sane(self) -> None:
-        if self.image_std is not None:
-            checked_statistics("VWTConfig.image_std", self.image_std, positive=True)
 
     @property
     def cuts(self) -> bool:

@@ -39,9 +39,7 @@ class RaggedConfig(VWTConfig):
                 "different numbers of tokens, which no one tensor holds; use output='full'."
             )
 
-    @property
-    def groups(self) -> bool:
-        return True
+    groups = True
 
     def require_untraced(self) -> None:
         """Raises `ValueError` where a program is exported or traced, which cannot hold images of different lengths."""

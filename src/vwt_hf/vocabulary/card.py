@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import io
 import itertools
@@ -64,7 +63,8 @@ def render_card(
         size=shape[0],
         channels=shape[1],
         patch_size=shape[-1],
-        info=_in_cells(info),
+        info=info,
+        code=_code,
         picture=picture,
     )
     return str(made).encode()
@@ -82,19 +82,8 @@ def _quoted(text: str) -> str:
     return json.dumps(printable(text), ensure_ascii=False)
 
 
-def _in_cells(info: VocabularyInfo) -> VocabularyInfo:
-    """`info` with its names as they stand in a table: as code, in which neither Markdown nor HTML means anything."""
-    return dataclasses.replace(
-        info,
-        dataset=_code(info.dataset),
-        base_model=_code(info.base_model),
-        library_version=_code(info.library_version),
-    )
-
-
-def _code(text: str | None) -> str | None:
-    if not text:
-        return None
+def _code(text: str) -> str:
+    """A name as it stands in a table: as code, in which neither Markdown nor HTML means anything."""
     # A line of a table ends its cells at every |, in code too.
     return "`" + printable(text[:SHOWN_TEXT]).replace("`", "'").replace("|", "/") + "`"
 

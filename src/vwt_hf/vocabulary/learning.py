@@ -28,8 +28,7 @@ from ..image_source import ImagePart, ImageSource, PatchBatch, open_images, patc
 from ..printable import shown
 from ..processes import everywhere, gathered, in_main, join, place, summed, together
 from ..processors import processor_statistics, white_of
-from ..terminal import require_folder
-from ..whole_saves import write_files
+from ..whole_saves import require_folder, write_files
 from .files import VocabularyInfo, tensor_bytes
 from .kmeans import MiniBatchKMeans, statistics
 from .word_files import MOST_BYTES
