@@ -161,7 +161,8 @@ def by_mean(student: Any) -> Any:
 
     def rotate(plan: Grouped, rotations: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         layout = plan.layout
-        places = pool(patch_places(plan.grid, rotations[0].device), layout)
+        places = patch_places(plan.grid, rotations[0].device).expand(len(layout.rows), -1, -1)
+        places = pool(places, layout)
         centres = (places + 0.5) / torch.tensor(plan.grid) * 2 - 1
         angles = (2 * math.pi * centres[..., None] * frequencies).flatten(2).tile(2)
         # Tokens without a place are left as they are.

@@ -11,13 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    ViTConfig,
+    ViTModel,
+)
 
 import vwt_hf
 from names import COMMON
 from settings import inter
 from test_generation import llava
-from tiny import MODELS, TINY, answers, tiny_model
+from tiny import MODELS, TEXT, TINY, answers, tiny_model
 from vwt_hf import VWTConfig, compress
 
 HALF = {"method": "intra", "keep_ratio": 0.5}
@@ -393,6 +402,32 @@ def test_the_setting_of_one_model_is_not_saved_with_another_that_shares_its_conf
     short.save_pretrained(tmp_path / "short")
     plain.save_pretrained(tmp_path / "plain")
     assert "vwt" not in (tmp_path / "plain/config.json").read_text()
+
+
+def test_a_part_whose_config_the_whole_copies_for_its_decoder_is_loaded_with_it(pixel_values, tmp_path):
+    """As CLIPSeg does for layers of its decoder: the copies have the setting of the tower, and are of no model."""
+    vision, text = TINY | {"num_hidden_layers": 3}, TEXT | {"eos_token_id": 98}
+    fields = {"extract_layers": [0, 1, 2], "reduce_dim": 16, "decoder_num_attention_heads": 2, "projection_dim": 16}
+    model = CLIPSegForImageSegmentation(CLIPSegConfig(vision_config=vision, text_config=text, **fields)).eval()
+    compress(model.clip.vision_model, {"keep_ratio": 0.5, "dropped": "merge"})
+    model.save_pretrained(tmp_path)
+    loaded = CLIPSegForImageSegmentation.from_pretrained(tmp_path)
+    given = {"input_ids": torch.tensor([[1, 5, 98]] * len(pixel_values)), "pixel_values": pixel_values}
+    with torch.no_grad():
+        assert torch.equal(loaded(**given).logits, model(**given).logits)
+    assert loaded.clip.vision_model.config.vwt == model.clip.vision_model.config.vwt
+    assert "vwt" not in loaded.decoder.layers[0].self_attn.config.to_dict()
+
+
+def test_a_model_that_is_loaded_from_nowhere_asks_the_hub_for_nothing(hub):
+    config = ViTConfig(**TINY)
+    config.vwt = {"method": "inter"}
+    weights = ViTModel(ViTConfig(**TINY)).state_dict()
+    with pytest.raises(ValueError, match="this model was loaded from nowhere"):
+        ViTModel.from_pretrained(None, config=config, state_dict=weights)
+    made = ViTModel.from_pretrained(None, config=config, state_dict=weights, vwt={"keep_ratio": 0.5})
+    assert made.config.vwt["keep_ratio"] == 0.5 and made.name_or_path == ""
+    assert hub.requests == []
 
 
 def test_a_part_that_no_config_can_be_told_to_be_of_is_not_saved(tmp_path):

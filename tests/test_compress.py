@@ -15,9 +15,10 @@ import torch
 import transformers
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from torch.utils.hooks import RemovableHandle
 
 import vwt_hf
-from settings import SETTINGS, local
+from settings import SETTINGS, coarse, fixed, local
 from tiny import TINY, answers, forward, inputs, require_restored, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, restore
 from vwt_hf.words import centre, gather_patches, grid_patches, highest, patchify
@@ -118,6 +119,19 @@ def test_a_copy_is_compressed_and_independent(model, pixel_values, copied):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
+    assert torch.equal(answers(twin, pixel_values), expected)
+
+
+def test_hooks_of_a_model_from_another_process_stay_where_others_are_registered(pixel_values, monkeypatch):
+    """Torch numbers hooks anew in each process, and a number that is taken names one hook no more."""
+    model = compress(tiny_model("vit"), SETTINGS["local"])
+    expected, data = answers(model, pixel_values), pickle.dumps(model)
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    twin = pickle.loads(data)
+    for module in twin.modules():
+        for _ in range(3):
+            module.register_forward_hook(lambda *_: None)
+            module.register_forward_pre_hook(lambda *_: None)
     assert torch.equal(answers(twin, pixel_values), expected)
 
 
@@ -279,6 +293,16 @@ def test_moving_the_model_moves_all_that_compression_uses(model, pixel_values, c
     compress(model, {"criterion": criterion})
     shape = answers(model, pixel_values).shape
     assert answers(model.to("meta"), pixel_values.to("meta")).shape == shape
+
+
+@pytest.mark.parametrize("setting", [SETTINGS["merge"], fixed(), local(num_patches=30), coarse(num_patches=30)])
+def test_shapes_are_told_on_the_meta_device_where_they_do_not_depend_on_pixels(pixel_values, setting):
+    model = compress(tiny_model("vit"), setting)
+    shape = answers(model, pixel_values).shape
+    assert answers(model.to("meta"), pixel_values.to("meta")).shape == shape
+    compress(model, SETTINGS["local"])
+    with pytest.raises(ValueError, match="which nobody knows of images on the meta device"):
+        answers(model, pixel_values.to("meta"))
 
 
 @pytest.mark.parametrize("criterion", ["random", "grid"])

@@ -192,6 +192,17 @@ def test_words_of_one_image_alone_have_no_lengths(words):
     assert token_lengths([]) == []
 
 
+@pytest.mark.parametrize("words", [None, 5, {"patch_words": [[1, 2]]}, torch.rand(2, 3), np.ones((2, 3)), [[0.5, 1.0]]])
+def test_what_are_no_words_of_images_has_no_lengths(words):
+    with pytest.raises(TypeError, match=r"patch_words .*; expected integers \(batch, patches\)"):
+        token_lengths(words)
+
+
+def test_what_was_made_of_images_together_is_no_list_of_them():
+    with pytest.raises(TypeError, match="features is a BatchFeature; expected a list"):
+        collate_images(transformers.BatchFeature({"pixel_values": torch.rand(2, 3, 8, 8)}))
+
+
 def test_images_grouped_by_their_lengths_have_less_padding(folder):
     lengths = torch.randint(1, 64, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     words = [[min(place, length - 1) for place in range(64)] for length in lengths]

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from vwt_hf import decoding
 from vwt_hf.decoding import UnreadableImage, read_image
@@ -356,3 +357,9 @@ def test_what_a_data_set_says_is_printed_without_control_characters():
     with pytest.raises(ValueError, match="no column of images") as refused:
         open_images(datasets.Dataset.from_dict(stored))
     assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4)], ids=["numpy", "torch"])
+def test_an_array_is_no_image_and_the_error_says_how_to_make_one(array):
+    with pytest.raises(UnreadableImage, match=r"it is a (ndarray|Tensor); expected a PIL image, as"):
+        read_image(array, "image 0")

@@ -249,6 +249,14 @@ def test_zero_shot_takes_each_of_the_labels_that_read_the_same(tmp_path, photogr
     assert found == ([{0, 2}, {0, 2}, {1}, set(), set()], said)
 
 
+def test_a_model_without_a_tokenizer_beside_it_asks_for_one(tmp_path, photographs):
+    model = loaded(two_towers("clip", tmp_path))
+    processor = load_processor(model.name_or_path)
+    model.name_or_path = ""
+    with pytest.raises(ValueError, match=r"no text tokenizer .*loaded from nowhere.* give one as tokenizer="):
+        evaluate_model(model, photographs, image_processor=processor, progress=False)
+
+
 def test_an_image_that_the_processor_refuses_is_called_by_its_name(tmp_path, dataset):
     class Refuses(transformers.ViTImageProcessorPil):
         def __call__(self, images, **options):

@@ -357,6 +357,15 @@ def rewritten(folder: Path, **fields) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", ["Pix2Struct", "Kosmos2_5", "Fuyu", "Qwen2VL", "Idefics", "Mllama"])
+def test_an_image_processor_that_makes_no_whole_images_is_refused_with_what_it_makes(kind, tmp_path):
+    """When it is loaded, where its class says so, else when it is called."""
+    own = getattr(transformers, f"{kind}ImageProcessorPil")
+    own().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"pixel_values.*oad it without `vwt`"):
+        own.from_pretrained(tmp_path, vwt={"keep_ratio": 0.5, "patch_size": 16})(PHOTOGRAPHS[:1], return_tensors="pt")
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

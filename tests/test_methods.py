@@ -197,6 +197,17 @@ def test_a_field_of_another_method_is_told_whose_it_is():
         VWTConfig(method="pairs", step=3)
 
 
+def test_a_setting_as_text_is_no_vocabulary():
+    with pytest.raises(ValueError, match=r"a text; give the dict itself, as vwt=\{'keep_ratio': 0\.5\}"):
+        VWTConfig.parse('{"keep_ratio": 0.25}')
+
+
+def test_of_several_wrong_fields_the_first_is_named():
+    for names in (("one", "two"), ("two", "one")):
+        with pytest.raises(ValueError, match=f"no field '{names[0]}'"):
+            VWTConfig(**dict.fromkeys(names, 1))
+
+
 def test_numbers_of_numpy_are_numbers():
     setting = VWTConfig(
         "gradual",

@@ -43,6 +43,11 @@ def test_combined_and_fed_by_batches_they_give_the_packages_figures(tmp_path):
     )
 
 
+def test_combined_they_take_all_columns_in_one_call():
+    columns = {"predictions": [1, 2], "references": [1, 1], "plain_predictions": [1, 1]}
+    assert evaluate.combine([Accuracy(), Agreement()]).compute(**columns) == {"accuracy": 0.5, "agreement": 0.5}
+
+
 def test_accuracy_is_that_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn to compare with")
     given = {name: COLUMNS[name] for name in ("predictions", "references")}

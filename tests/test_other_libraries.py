@@ -11,6 +11,7 @@ import transformers
 from accelerate import cpu_offload
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from settings import SETTINGS, coarse, fixed, local
@@ -367,12 +368,30 @@ def test_all_that_a_masked_autoencoder_gives_out_is_exported_to_onnx(tmp_path):
         torch.testing.assert_close(torch.from_numpy(one), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("setting", [fixed(), coarse(num_patches=40), local(num_patches=30), SETTINGS["merge"]])
-def test_what_has_the_same_number_of_tokens_of_every_image_can_be_traced(setting):
-    model = FirstOutput(compress(tiny_model("vit"), setting))
-    traced = torch.jit.trace(model, sample_images())
-    for images in (sample_images(), sample_images().flip(0)[:3]):
-        torch.testing.assert_close(traced(images), model(images), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("name", ["vit", "dinov3", "beit"])
+@pytest.mark.parametrize(
+    "setting", [fixed(), coarse(num_patches=40), local(num_patches=30), SETTINGS["merge"], SETTINGS["discard"]]
+)
+def test_what_has_the_same_number_of_tokens_of_every_image_can_be_traced(name, setting):
+    """With any number of images, for any number: of one, too, as is usual."""
+    model = FirstOutput(compress(tiny_model(name), setting))
+    for taken in (1, len(sample_images())):
+        traced = torch.jit.trace(model, sample_images()[-taken:])
+        for images in (sample_images(), sample_images().flip(0)[:3], sample_images()[:1]):
+            torch.testing.assert_close(traced(images), model(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["local", "inter"])
+def test_what_make_fx_records_is_no_batch_of_images_with_their_own_numbers_of_tokens(kind):
+    model = compress(tiny_model("vit"), SETTINGS[kind])
+    with torch.no_grad():
+        expected = model(sample_images())[0]
+        with pytest.raises(ValueError, match="an exported or traced program cannot hold"):
+            make_fx(lambda images: model(images)[0])(sample_images())
+        assert torch.equal(model(sample_images())[0], expected)
+        even = compress(tiny_model("vit"), SETTINGS["discard"])
+        recorded = make_fx(lambda images: even(images)[0])(sample_images())
+        torch.testing.assert_close(recorded(sample_images().flip(0)), even(sample_images().flip(0))[0])
 
 
 def test_words_are_not_exported_or_traced_and_say_why():

@@ -310,8 +310,14 @@ def test_a_bad_setting_never_falls_back_to_the_plain_model(task, model_class, fo
 
 @on([case for case in CASES if len(allowed(case[1])) < len(SETTINGS)])
 def test_a_setting_that_a_model_cannot_have_never_falls_back_to_the_plain_model(task, model_class, folder):
-    with pytest.raises(ValueError, match=r"reads a value for every patch.*dropped='merge' or method='inter'"):
+    with pytest.raises(ValueError, match=r"reads a value for every patch.*Use vwt=True.*dropped='merge'"):
         pipeline(task, model=folder, model_kwargs={"vwt": {"keep_ratio": 0.5}})
+
+
+@on([case for case in CASES if len(allowed(case[1])) < len(SETTINGS)])
+def test_a_setting_by_which_all_patches_stay_is_the_plain_model(task, model_class, folder):
+    _, expected = ask(pipeline(task, model=folder))
+    assert torch.equal(ask(pipeline(task, model=folder, model_kwargs={"vwt": {"keep_ratio": 1.0}}))[1], expected)
 
 
 @on(ONE_OF_EACH_TASK)

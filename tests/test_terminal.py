@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from vwt_hf.terminal import aligned, markdown, printable, run_command
+from vwt_hf.terminal import aligned, markdown, png_file, printable, run_command
 
 CLI = [sys.executable, "-W", "ignore", "-m", "vwt_hf.cli"]
 
@@ -120,6 +121,13 @@ def test_aligned_cells_stand_below_each_other():
 def test_a_table_has_the_columns_that_have_values_and_cells_stay_cells():
     rows = [{"J/image": None, "KL": None, "name": "a|b\n"}, {"J/image": None, "KL": "1", "name": 2}]
     assert markdown(rows) == "| KL | name |\n|---|---|\n| n/a | a\\|b\\n |\n| 1 | 2 |\n"
+
+
+def test_a_picture_has_a_name_of_one():
+    assert [png_file(name) for name in ("a.png", "b/c.PNG", "/dev/stdout")] == ["a.png", "b/c.PNG", "/dev/stdout"]
+    for name in ("a.jpg", "front.pdf"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is to be a PNG picture; expected a name that ends in"):
+            png_file(name)
 
 
 def test_an_interrupt_that_an_import_hides_is_one(capsys):

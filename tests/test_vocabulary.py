@@ -691,6 +691,8 @@ def test_words_that_are_no_words_are_refused() -> None:
         VisualVocabulary(torch.rand(4, 3, 4, 4, device="meta"))
     with pytest.raises(ValueError, match=r"words are torch\.sparse_coo"):
         VisualVocabulary(torch.rand(4, 3, 4, 4).to_sparse())
+    with pytest.raises(ValueError, match=r"hold values from .* to 25\d.*; expected raw RGB, .* by 255"):
+        VisualVocabulary(torch.rand(40, 3, 4, 4) * 255).require(4, channels=3)
     with pytest.raises(ValueError, match=r"4 of 4 words .* not finite"):
         VisualVocabulary(torch.full((4, 3, 4, 4), 1e300, dtype=torch.float64))
 
@@ -880,7 +882,7 @@ UNREADABLE: dict[str, Any] = {
         lambda words: words[:5],
         r"frequencies are torch\.int64 of shape \(9,\); expected int64",
     ),
-    "8-bit": (lambda words: words * 65535, "expected raw RGB, which is in"),
+    "8-bit": (lambda words: words * 255, "expected raw RGB, which is in"),
     "no numbers": (lambda words: words * torch.nan, "9 of 9 words hold values that are not finite"),
     "bytes": (lambda words: (words * 255).byte(), r"words are torch\.uint8; expected a floating-point tensor"),
 }

@@ -221,6 +221,20 @@ def test_a_class_of_a_user_is_tried_whatever_its_name_and_type_are(images):
         compress(OwnMasked(OwnConfig(**TINY)), setting)
 
 
+class OwnOfFrames(Own):
+    """Images of a batch are the frames of a video, and see each other."""
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: object) -> object:
+        output = super().forward(pixel_values, **kwargs)
+        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(dim=0)
+        return output
+
+
+def test_images_that_see_each_other_are_refused():
+    with pytest.raises(ValueError, match="it answers of an image by what else is in the batch, as of the frames"):
+        compress(OwnOfFrames(OwnConfig(**TINY)).eval(), SETTINGS["discard"])
+
+
 def test_what_a_model_of_a_user_answers_is_its_cls_token_or_the_mean_of_all(images):
     without = OwnIJepa(OwnIJepaConfig(**TINY)).eval()
     with_cls = Own(OwnConfig(**TINY), add_pooling_layer=False).eval()

@@ -137,12 +137,13 @@ def _loading(original: Any) -> Any:
             loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        named = "" if source is None else model.name_or_path  # transformers takes `None`, too, and makes "None" of it
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
-                part.name_or_path = model.name_or_path  # a config.json can name any folder as that of a part
+                part.name_or_path = named  # a config.json can name any folder as that of a part
                 remember_load(part, hub_kwargs)
         if vwt is _NOT_GIVEN:
-            _follow(model, model.name_or_path or source, hub_kwargs)  # of an adapter's folder: that of its base
+            _follow(model, named or source, hub_kwargs)  # of an adapter's folder: that of its base
         else:
             _apply(model, setting, hub_kwargs)
         return loaded
@@ -437,9 +438,9 @@ def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> No
         if len(alike) != 1 or not _is_of_part_alone(alike[0][1], model, part):
             raise ValueError(
                 f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and which of the "
-                f"configs within its own is that of this part alone cannot be told: {len(alike)} are like it, and "
+                f"configs within its own is that of this part alone cannot be told: {len(alike)} of them could be, and "
                 "other parts may go by them. Save the part by itself, vwt_hf.restore(part), or vwt_hf.compress the "
-                "whole."
+                "whole, if its family is supported."
             )
         (path, config), *_ = alike
         if path:
@@ -487,7 +488,7 @@ def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTCon
     with _said_of(source):
         setting = VWTConfig.parse(vwt)
         if setting is not None:
-            require_supported(cls, setting.restores)
+            require_supported(cls, setting.restores or not setting.shortens)
     return setting
 
 
@@ -513,6 +514,7 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
     parts = parts_of(model)
     if parts:
         own_config(model)
+    asked = [(part.config, part.config.vwt) for part in parts]
     for part in parts:
         vwt = part.config.vwt
         setting = _setting(type(part), vwt, source)
@@ -524,7 +526,11 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
             named = "" if source is None and not typed else source
             compress_by(part, setting, trusted=typed, source=named, **hub_kwargs)
     for config in configs_of(model):
-        if config.vwt is not None and not _among(config, [part.config for part in parts]):
+        if config.vwt is None or _among(config, [part.config for part in parts]):
+            continue
+        if any(config.vwt == vwt and type(config) == type(own) for own, vwt in asked):  # noqa: E721 (as above)
+            config.vwt = None  # a copy that the model made of a tower's, as for layers of a decoder
+        else:
             with _said_of(source):
                 raise ValueError(
                     f"the setting is in a {type(config).__name__} that belongs to no model within this "

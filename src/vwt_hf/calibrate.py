@@ -287,7 +287,7 @@ class Calibration:
                 write_file(self._file, json.dumps(content, indent=1))
         return self._tried[choice]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: what a module caches meanwhile is used in training later
     def _measure(self, choice: Choice, bar: Any) -> Level:
         pair = (self._plain, compress(copy_sharing_weights(self._plain), self._setting(choice)))
         bar.set_postfix_str(choice.label)

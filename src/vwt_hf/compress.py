@@ -10,6 +10,7 @@ import types
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
@@ -133,7 +134,7 @@ def compress_by(
     needs_all = why_every_patch(model, tower)
     if needs_all is not None and not setting.searches and setting.output is None:
         setting = dataclasses.replace(setting, output="full")  # words that leave patches out are refused
-    if needs_all is not None and not setting.restores:
+    if needs_all is not None and setting.shortens and not setting.restores:
         refuse_to_drop(needs_all)
     for part in models_around(model, tower):
         refuse_masked(type(part))
@@ -258,6 +259,11 @@ def _hook_in(
         )
     for holder in entered:
         holder.register_forward_hook(EndWords(follows), always_call=True)
+    for module in model.modules():
+        hooks: list[Any] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        for hook in hooks:
+            if isinstance(hook, Hook):
+                hook.numbered_below = RemovableHandle.next_id
 
 
 @functools.cache

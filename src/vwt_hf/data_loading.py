@@ -34,6 +34,7 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
         the most: the others have zeros in `pixel_values` and `pixel_attention_mask`, and −1 in `patch_words`.
 
     Raises:
+        TypeError: `features` is what an image processor made of several images together.
         ValueError: the whole images or the tiles are of different sizes, which no model takes in one batch, or there
             are none.
 
@@ -42,6 +43,11 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
         >>> {name: tuple(value.shape) for name, value in collate_images(tiles).items()}
         {'pixel_values': (2, 5, 3, 32, 32), 'patch_words': (2, 5, 64)}
     """
+    if isinstance(features, Mapping):
+        raise TypeError(
+            f"features is a {type(features).__name__}; expected a list, which holds what an image processor made of "
+            "each image by itself."
+        )
     if not features:
         raise ValueError("features is empty; expected what an image processor made of at least one image.")
     padded = [dict(feature) for feature in features]
@@ -96,12 +102,18 @@ def token_lengths(patch_words: Any) -> list[int]:
             them: a tensor, an array, or a list, in which images may have different numbers of patches or tiles.
 
     Raises:
+        TypeError: they are no integers.
         ValueError: they are of one image alone, without the batch dimension.
 
     Example:
         >>> token_lengths([[5, 5, 5, 9], [0, -1, 2, -1]])
         [2, 2]
     """
+    if isinstance(patch_words, Mapping) or not hasattr(patch_words, "__len__"):
+        raise TypeError(
+            f"patch_words is a {type(patch_words).__name__}; expected integers (batch, patches), as an image processor "
+            'loaded with vwt makes them: processor(images)["patch_words"].'
+        )
     if getattr(patch_words, "ndim", 2) < 2 or (len(patch_words) and np.ndim(patch_words[0]) == 0):
         raise ValueError(
             "patch_words are of one image alone; expected (batch, patches). Give those of several images, as "
@@ -109,7 +121,10 @@ def token_lengths(patch_words: Any) -> list[int]:
         )
     if isinstance(patch_words, (list, tuple)):
         return [length for words in patch_words for length in token_lengths(as_tensor(words)[None])]
-    words = as_tensor(patch_words).long().sort(dim=-1).values
+    words = as_tensor(patch_words)
+    if words.is_floating_point():
+        raise TypeError(f"patch_words are {words.dtype}; expected integers (batch, patches).")
+    words = words.long().sort(dim=-1).values
     real = words != DROPPED
     real[..., 1:] &= words[..., 1:] != words[..., :-1]
     return real.flatten(1).sum(dim=1).tolist()

@@ -97,6 +97,10 @@ def read_image(item: Any, name: str | None = None, formats: Sequence[str] = FORM
 def _upright(item: Any, formats: Sequence[str]) -> Any:
     if isinstance(item, PIL.Image.Image):
         return _in_eight_bits(_turned(item), item.format)
+    if hasattr(item, "__array__"):  # numpy's or torch's
+        raise TypeError(
+            f"it is a {type(item).__name__}; expected a PIL image, as PIL.Image.fromarray makes of an array"
+        )
     PIL.Image.init()
     known = [kind for kind in formats if kind in PIL.Image.OPEN]  # some Pillows lack some
     with _opened(item) as file:

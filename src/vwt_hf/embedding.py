@@ -77,7 +77,9 @@ class Embedded:
     """How many an image's features are."""
     files: list[Path]
     made: int
-    """Images that this run read; the files of the others were there."""
+    """Images that this run read, unreadable ones included; the files of the others were there."""
+    embedded: int
+    """Images that this run made features of."""
     tokens: float | None
     """Of an image of this run, mean over images and layers, prefix tokens included; `None` if it made none."""
     processes: int
@@ -91,13 +93,13 @@ class Embedded:
 
     @property
     def rate(self) -> float:
-        """Images per second of this run."""
-        return self.made / self.elapsed
+        """Images per second of this run, unreadable ones left out."""
+        return self.embedded / self.elapsed
 
     @property
     def rate_without_reading(self) -> float:
         """Images per second if all had been decoded and processed before: of the time that is no waiting for them."""
-        return self.made / self.busy
+        return self.embedded / self.busy
 
 
 def embed(
@@ -345,7 +347,7 @@ class _Run:
         return Shard([names[row] for row in rows], rows, together, unreadable)
 
     def _features(self, made: dict[str, torch.Tensor]) -> torch.Tensor:
-        with self.timed("forward"), torch.inference_mode(), count_tokens(self._model) as count:
+        with self.timed("forward"), torch.no_grad(), count_tokens(self._model) as count:
             features = answer(self._model, **on_device(made, self._model)).float().cpu()
         self.embedded += count.images
         self.tokens += count.mean * count.images
@@ -543,6 +545,7 @@ class Shards:
             values,
             self.files,
             made,
+            embedded,
             tokens / embedded if embedded else None,
             len(runs),
             max(own["total"] for own in times),
@@ -611,7 +614,7 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
             padded.append(not forward.grouped.layout.packed)
 
     embeddings = find_tower(model, family_of(model)).embeddings
-    with embeddings.register_forward_hook(look), torch.inference_mode():
+    with embeddings.register_forward_hook(look), torch.no_grad():
         features = answer(model, **on_device(wide, model))
     if len(features) != 1:
         raise ValueError(

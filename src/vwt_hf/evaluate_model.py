@@ -161,7 +161,7 @@ def _cell(figure: Figure | None, scale: int, decimals: int) -> str | None:
     return f"{value:g} ({interval[0]:g} to {interval[1]:g})" if interval else f"{value:g}"
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what a module caches meanwhile is used in training later
 def evaluate_model(
     model: PreTrainedModel,
     images: Any,
@@ -244,8 +244,6 @@ def evaluate_model(
     processor = without_words(processor_of(model, image_processor))  # each setting finds its own
     if task_class in (ZeroShot, Retrieval):
         require_texts(model)  # before a tokenizer is looked for, which such a model has none of
-    if tokenizer is None and task_class in (ZeroShot, Retrieval, Captions):
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False, **loaded_by(model))
     settings = list(vwt) if vwt is not None else [setting_of(model) or True]
     # Copies, so that the user's model stays as it is, whatever happens.
     plain = restore(copy_sharing_weights(model)).eval()
@@ -253,6 +251,8 @@ def evaluate_model(
     for setting in settings:
         own: Any = VWTConfig.parse(setting)
         models.append(compress_by(copy_sharing_weights(plain), own, trusted=True, image_processor=processor))
+    if tokenizer is None and task_class in (ZeroShot, Retrieval, Captions):
+        tokenizer = _tokenizer_beside(model)
     names = _names([None, *settings], models)
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
@@ -399,6 +399,19 @@ def _fingerprint(
         "batch_size": batch_size,
     }
     return json.loads(json.dumps(of))
+
+
+def _tokenizer_beside(model: PreTrainedModel) -> Any:
+    """The text tokenizer of the checkpoint that a model was loaded from."""
+    try:
+        if not model.name_or_path:
+            raise ValueError("it was loaded from nowhere")
+        return AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False, **loaded_by(model))
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"the {type(model).__name__} has no text tokenizer that can be loaded ({str(error)[:200]}); give one as "
+            "tokenizer=AutoTokenizer.from_pretrained(...)."
+        ) from error
 
 
 def _tokenizer_of(task: Task) -> str | None:

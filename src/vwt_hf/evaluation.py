@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import inspect
 import math
 import platform
 import time
@@ -260,6 +261,8 @@ def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
 
 def named_answer(model: Any, **images: torch.Tensor) -> tuple[str, torch.Tensor]:
     """As `answer`, with what it is called."""
+    if "input_ids" in inspect.signature(type(model).forward).parameters and not hasattr(model, "get_image_features"):
+        raise _no_rows(model, "answers about a text beside the image")
     output = getattr(model, "get_image_features", model)(**images)
     for name in ("logits", "image_embeds", "pooler_output"):
         if getattr(output, name, None) is not None:
@@ -277,9 +280,13 @@ def _rows(model: Any, values: Any) -> torch.Tensor:
     if isinstance(values, torch.Tensor) and values.dim() == 2:
         return values
     given = tuple(values.shape) if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
-    raise ValueError(
-        f"the {type(model).__name__} gives {given} for a batch of images; expected a row of values for each, of shape "
-        "(images, values). Give a classifier or a model of features, such as its vision tower."
+    raise _no_rows(model, f"gives {given} for a batch of images")
+
+
+def _no_rows(model: Any, what: str) -> ValueError:
+    return ValueError(
+        f"the {type(model).__name__} {what}; expected a row of values for each image, of shape (images, values). Give "
+        "a classifier or a model of features, such as its vision tower."
     )
 
 

@@ -176,6 +176,7 @@ UNFIT: tuple[Unfit, ...] = (
     Unfit("SegFormer", ("segformer",), "shortens keys by convolutions over the whole grid"),
     Unfit("PVT", ("pvt", "pvt_v2"), "shortens keys by convolutions over the whole grid"),
     Unfit("SAM", ("sam", "sam_vision_model"), "attends within windows of the whole grid and gives out feature maps"),
+    Unfit("X-CLIP", ("xclip", "xclip_vision_model"), "lets the frames of a video attend to each other in each layer"),
     Unfit("ConvNeXt", ("convnext", "convnextv2"), "is made of convolutions, which have no tokens to leave out"),
 )
 
@@ -199,7 +200,7 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
     """Refuses a model class that cannot be compressed.
 
     Args:
-        restores: whether its tower gives out a hidden state for every patch (`VWTConfig.restores`).
+        restores: whether its tower gives out a hidden state for every patch.
 
     Raises:
         ValueError: its family has no row, or it reads a hidden state for every patch and would not get one; the message
@@ -214,7 +215,8 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
         why = " by vwt_hf" if unfit is None else f": it {unfit.reason}"
         raise ValueError(
             f"{name} (model type {model_type!r}) cannot be compressed{why}; supported families: "
-            f"{', '.join(supported())}. Load it without `vwt`."
+            f"{', '.join(supported())}. Load it without `vwt`; a vision tower of one of these within it can be "
+            "compressed alone, by vwt_hf.compress(model.its_tower)."
         )
     refuse_masked(model_class)
     if not restores and reads_every_patch(model_class):
@@ -233,8 +235,8 @@ def refuse_masked(model_class: type[PreTrainedModel]) -> None:
 def refuse_to_drop(reason: str) -> NoReturn:
     """Raises `ValueError` where no patch may be left out, and says why."""
     raise ValueError(
-        f"{reason}, so none may be dropped: it cannot be compressed like this. Use dropped='merge' or method='inter', "
-        "which give every patch the hidden state of its token, or load it without `vwt`."
+        f"{reason}, so none may be dropped: it cannot be compressed like this. Use vwt=True, another method than "
+        "'intra', or dropped='merge', which give every patch the hidden state of its token, or load it without `vwt`."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree
+from torch.utils.hooks import RemovableHandle
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -51,6 +52,14 @@ def is_even(setting: VWTConfig, family: Family) -> bool:
 
 class Hook:
     """A hook of ours; `restore` finds it by its type."""
+
+    numbered_below = 0
+    """The number of its model's next hook, as torch counted when the model was compressed."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Each process counts from 0, and a new hook takes the place of one that came with its number from another.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.numbered_below)
 
 
 @dataclasses.dataclass(eq=False)

@@ -76,6 +76,11 @@ class HostTokenizer:
         Returns:
             int64 (batch, patches) or (batch, tiles, patches).
         """
+        if not isinstance(made, Mapping) or "pixel_values" not in made:
+            known = f"{', '.join(map(str, made))}, and no" if isinstance(made, Mapping) else "no dict of"
+            raise ValueError(
+                f"The image processor makes {known} pixel_values, of which patches could be cut. Load it without `vwt`."
+            )
         values = made["pixel_values"]
         with contextlib.nullcontext() if os.getpid() == _PROCESS else _one_thread():
             if isinstance(values, (list, tuple)):
@@ -121,7 +126,8 @@ class HostTokenizer:
         if values.dim() != 4 or values.shape[1] not in (1, 3, 4, self.channels):
             raise ValueError(
                 f"pixel_values are {tuple(values.shape)}; expected (batch, channels, height, width), of which patches "
-                "can be cut. Leave data_format out."
+                "can be cut. Leave data_format out, if it was given; an image processor that makes something else by "
+                "itself finds no words: load it without `vwt`."
             )
         return Patches.of_images(values, self.patch_size)
 
@@ -410,6 +416,12 @@ def _prepare(
         raise ValueError(
             f"method={setting.method!r} goes by patch_words that something else makes, and an image processor is to "
             "make them. Load it with the setting to find them by, as method='intra' or 'inter'."
+        )
+    made = processor.model_input_names
+    if "pixel_values" not in made or "image_grid_thw" in made:
+        raise ValueError(
+            f"the {_plain_class(type(processor)).__name__} makes {', '.join(made)}; expected pixel_values of whole "
+            "images, of which patches can be cut. Load it without `vwt`."
         )
     patch_size = patch_size or stated_patch_size(model_config) or stated_patch_size(processor)
     if patch_size is None:

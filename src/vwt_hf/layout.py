@@ -382,15 +382,13 @@ def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The mean of each token's patches, summed in float32, or in float64 if they are.
 
     Args:
-        values: (batch, patches, channels), or (1, patches, channels) for what all images share.
+        values: (batch, patches, channels).
 
     Returns:
         (sequences, tokens, channels), in the dtype of `values`; 0 for prefix tokens and padding.
     """
-    patches = layout.rows.shape[1] - layout.prefix
     # Embeddings may lie on another device than the images, where the layout is.
     order, starts = (bag.to(values.device) for bag in layout.bags)
-    order = order if values.shape[0] == layout.rows.shape[0] else order % patches
     table = _at_least_single(values.flatten(0, 1))
     means = _means(order, table, starts)[: layout.sizes.numel()]
     return means.view(*layout.sizes.shape, table.shape[1]).to(values.dtype)
@@ -493,7 +491,7 @@ def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
     """
     patch_rows = layout.rows[:, layout.prefix :]
     patches = patch_rows.shape[1]
-    places = patch_places(grid, patch_rows.device)
+    places = patch_places(grid, patch_rows.device).expand(patch_rows.shape[0], -1, -1)
     means = pool(places, layout).flatten(0, 1)
     distance = (places - means[patch_rows]).square().sum(dim=-1)
     rows = patch_rows.flatten()

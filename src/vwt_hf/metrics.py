@@ -10,9 +10,9 @@
     {'accuracy': 0.8, 'agreement': 0.8, 'worst_group': 0.8}
 
 Metrics of the Hub, such as `evaluate.load("f1")`, combine with them: `predictions` and `references` are the numbers of
-labels, as there. Columns that one metric does not take are left to the others by `add_batch` (`compute` hands all to
-all). Several processes share a metric by `num_process` and `process_id`, as any of `evaluate`, but each by itself: what
-`combine` made of some fails in `compute` of all processes but the first.
+labels, as there. Columns that one metric does not take are left to the others. Several processes share a metric by
+`num_process` and `process_id`, as any of `evaluate`, but each by itself: what `combine` made of some fails in `compute`
+of all processes but the first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Accuracy(_OfImages):
 
     columns: ClassVar[dict[str, Any]] = {"predictions": LABEL, "references": LABEL}
 
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float | None]:
+    def _compute(self, predictions: Sequence[int], references: Sequence[int], **_: Any) -> dict[str, float | None]:
         return {"accuracy": accuracy(_right(predictions, references))}
 
 
@@ -69,7 +69,7 @@ class Agreement(_OfImages):
 
     columns: ClassVar[dict[str, Any]] = {"predictions": LABEL, "plain_predictions": LABEL}
 
-    def _compute(self, predictions: Sequence[int], plain_predictions: Sequence[int]) -> dict[str, float]:
+    def _compute(self, predictions: Sequence[int], plain_predictions: Sequence[int], **_: Any) -> dict[str, float]:
         return {"agreement": share_alike(predictions, plain_predictions)}
 
 
@@ -83,7 +83,7 @@ class Divergence(_OfImages):
 
     columns: ClassVar[dict[str, Any]] = {"logits": LOGITS, "plain_logits": LOGITS}
 
-    def _compute(self, logits: Sequence[Any], plain_logits: Sequence[Any]) -> dict[str, float]:
+    def _compute(self, logits: Sequence[Any], plain_logits: Sequence[Any], **_: Any) -> dict[str, float]:
         parts = [
             divergences(*(torch.tensor(one[some], dtype=torch.float64, device="cpu") for one in (logits, plain_logits)))
             for some in (slice(start, start + AT_ONCE) for start in range(0, len(logits), AT_ONCE))
@@ -105,7 +105,7 @@ class WorstGroup(_OfImages):
     columns: ClassVar[dict[str, Any]] = {"predictions": LABEL, "references": LABEL, "groups": TEXT}
 
     def _compute(
-        self, predictions: Sequence[int], references: Sequence[int], groups: Sequence[str]
+        self, predictions: Sequence[int], references: Sequence[int], groups: Sequence[str], **_: Any
     ) -> dict[str, float | None]:
         return {"worst_group": worst_group(_right(predictions, references), groups)}
 
@@ -122,7 +122,7 @@ class TokenF1(_OfImages):
 
     columns: ClassVar[dict[str, Any]] = {"predictions": TEXT, "references": datasets.Sequence(TEXT)}
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]], **_: Any) -> dict[str, float]:
         if without := [number for number, others in enumerate(references) if not others]:
             raise ValueError(f"text {without[0]} has no references; expected one at least for each. Leave it out.")
         found = [token_f1(text, others) for text, others in zip(predictions, references, strict=True)]

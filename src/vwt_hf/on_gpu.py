@@ -33,6 +33,17 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _kernels(device) is not None
 
 
+def is_recorded() -> bool:
+    """Whether a program is being made of what runs: by `torch.compile`, export, tracing or `make_fx`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:  # without an import that takes long
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
 def is_followed() -> bool:
     """Whether all must be done by torch's own operations, because something records or replaces them: `torch.compile`,
     export, tracing, `vmap`, other ways to differentiate than autograd, and what counts or keeps operations."""

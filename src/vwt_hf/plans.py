@@ -52,7 +52,9 @@ class Kept:
     def rotate(self, rotations: Rotations) -> Rotations:
         """(patches, head size) → (keep, head size), or (batch, 1, keep, head size)."""
         kept = self.kept.to(rotations[0].device)
-        cosine, sine = (part[kept[0]] if kept.shape[0] == 1 else part[kept].unsqueeze(1) for part in rotations)
+        # What is traced with one image is for batches of any size.
+        same = not torch.jit.is_tracing() and kept.shape[0] == 1
+        cosine, sine = (part[kept[0]] if same else part[kept].unsqueeze(1) for part in rotations)
         return cosine, sine
 
     def bias(self, values: torch.Tensor) -> torch.Tensor:

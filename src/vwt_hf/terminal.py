@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .printable import printable
@@ -129,11 +130,19 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def vwt_option(text: str) -> Any:
     """A setting as the option `--vwt` of a command gives it, as JSON."""
+    wanted = "expected true, false, or fields, as '{\"keep_ratio\": 0.5}'; a vocabulary stands in quotes, as "
+    wanted += "'\"me/my-words\"'"
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except ValueError:
-        message = (
-            f"{text!r} is no JSON; expected true, false, or fields, as '{{\"keep_ratio\": 0.5}}'; a vocabulary stands "
-            "in quotes, as '\"me/my-words\"'"
-        )
-        raise argparse.ArgumentTypeError(message) from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON; {wanted}") from None
+    if found is not None and not isinstance(found, (bool, dict, str)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no setting; {wanted}")
+    return found
+
+
+def png_file(text: str) -> str:
+    """The name of a picture as an option gives it; pictures are PNG whatever they are called."""
+    if Path(text).suffix.lower() not in ("", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} is to be a PNG picture; expected a name that ends in .png")
+    return text

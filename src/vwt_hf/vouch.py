@@ -22,7 +22,8 @@ ROUNDINGS = 8
 
 @torch.no_grad()
 def vouch(model: PreTrainedModel, tower: Tower) -> None:
-    """Tries on noise what the general rule rests on: each patch is one row, and layers do not ask where a row lies.
+    """Tries on noise what the general rule rests on: each patch is one row, layers do not ask where a row lies, and
+    images do not change each other's answers.
 
     Raises:
         NotVouched: it does not hold, or it cannot be tried.
@@ -139,8 +140,14 @@ def _try(tower: Tower) -> None:
     order = torch.cat((torch.arange(prefix, device="cpu"), prefix + shuffled))
     _, moved = _run(tower, pixel_values, lambda tokens: tokens[:, order])
     near = max(NEAR, ROUNDINGS * torch.finfo(plain.dtype).eps)
+    _, alone = _run(tower, pixel_values[:1], lambda tokens: tokens)
+    if alone.shape != plain[:1].shape or (alone - plain[:1]).abs().max() > near * plain.abs().max():
+        raise NotVouched("answers of an image by what else is in the batch, as of the frames of a video")
     if (moved - plain[:, order]).abs().max() > near * plain.abs().max():
-        raise NotVouched("answers by where in the sequence a patch lies, by more than the positions in its embeddings")
+        raise NotVouched(
+            "answers by where in the sequence a patch lies, by more than the positions in its embeddings, or rounds "
+            "coarsely, as quantised models do, which are compressed before they are quantised"
+        )
     kept = prefix + patches // 2
     _, short = _run(tower, pixel_values, lambda tokens: tokens[:, :kept])
     if short.shape[1] != kept:

@@ -48,7 +48,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
     It leaves no trace in what is exported where autocast is off: torch cannot load a program with one.
     """
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -395,10 +395,11 @@ def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     Returns:
         (batch, keep, values).
     """
-    if kept.shape[0] == 1:
-        return patches.index_select(1, kept[0])
-    if patches.shape[0] == 1:
-        return patches[0, kept]
+    if not torch.jit.is_tracing():  # what is traced with one image is for batches of any size
+        if kept.shape[0] == 1:
+            return patches.index_select(1, kept[0])
+        if patches.shape[0] == 1:
+            return patches[0, kept]
     return patches[torch.arange(patches.shape[0], device=kept.device).unsqueeze(1), kept]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned
+from ..terminal import aligned, png_file
 from ..whole_saves import require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, load_model, load_whole, tokenizer_beside
 from .sources import IMAGES, open_source
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
     parser.add_argument("--output", metavar="FOLDER", help="save the whole model here, shortened by the setting")
     parser.add_argument("--json", metavar="FILE", help="write the setting and all that was measured here")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw all that was measured here")
+    parser.add_argument("--plot", type=png_file, metavar="FILE.png", help="draw all that was measured here")
     parser.add_argument(
         "--resume", metavar="FILE", help="keep here what was measured, and go on from it if it is there already"
     )

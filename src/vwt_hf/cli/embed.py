@@ -120,7 +120,7 @@ def facts(made: Embedded) -> list[tuple[str, str]]:
     other = seconds["total"] - seconds["waiting"] - seconds["forward"] - seconds["writing"]
     return [
         *rows,
-        ("this run", f"{made.made:,} images in {made.elapsed:.1f} s, processes: {made.processes}"),
+        ("this run", f"{made.embedded:,} images in {made.elapsed:.1f} s, processes: {made.processes}"),
         ("tokens", "none" if made.tokens is None else f"{made.tokens:.1f} of an image"),
         ("images/s", f"{made.rate:.2f}"),
         ("without reading", f"{made.rate_without_reading:.2f} images/s, if all had been decoded and resized before"),

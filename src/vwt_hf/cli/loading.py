@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
+NAMED = 3
+"""Missing weights that an error names."""
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -92,9 +94,11 @@ def leave_out_random(model: Any, missing: Iterable[str], checkpoint: str) -> Non
     missing = {name for name in missing if not name.endswith("mask_token")}
     poolers = {name for name in missing if "pooler." in name}
     if missing != poolers:
+        named = sorted(missing - poolers)
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
         raise ValueError(
             f"{checkpoint} lacks weights of {type(model).__name__}, which would be random: "
-            f"{', '.join(sorted(missing - poolers))}. Expected a complete checkpoint."
+            f"{', '.join(named[:NAMED])}{more}. Expected a complete checkpoint."
         )
     if poolers:
         model.pooler = None  # what it gave would be random

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import CRITERIA, VWTConfig
 from ..printable import printable
+from ..terminal import png_file
 from ..whole_saves import require_writable
 from .demo import ROWS
 
@@ -58,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="Hub id or folder of a model: use its image processor, its patch size, mean and deviation"
     )
     parser.add_argument(
-        "--output", default="vwt-show.png", metavar="FILE.png", help="for the picture (default: vwt-show.png)"
+        "--output",
+        type=png_file,
+        default="vwt-show.png",
+        metavar="FILE.png",
+        help="for the picture (default: vwt-show.png)",
     )
 
 

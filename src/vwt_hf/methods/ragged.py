@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
-
 from ..config import VWTConfig, require_choice
+from ..on_gpu import is_recorded
 from ..patches import Patches
 
 LAYOUTS = ("auto", "packed", "padded")
@@ -43,7 +42,7 @@ class RaggedConfig(VWTConfig):
 
     def require_untraced(self) -> None:
         """Raises `ValueError` where a program is exported or traced, which cannot hold images of different lengths."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # torch.compile leaves this out of its graphs
+        if is_recorded():  # torch.compile leaves this out of its graphs
             raise ValueError(
                 f"method={self.method!r} gives every image its own number of tokens, which an exported or traced "
                 "program cannot hold. Export a model compressed with method='intra', 'local' or 'coarse' with "
@@ -55,9 +54,14 @@ class RaggedConfig(VWTConfig):
         """Whether a batch becomes one sequence.
 
         Raises:
-            ValueError: neither an exported program nor this training can hold such a batch.
+            ValueError: neither an exported program nor this training can hold such a batch, or there are no pixels.
         """
         self.require_untraced()
+        if patches.device.type == "meta":
+            raise ValueError(
+                f"method={self.method!r} gives every image as many tokens as it needs, which nobody knows of images on "
+                "the meta device. Take a setting with num_patches or keep_ratio, or 'gradual' with join_ratio, too."
+            )
         if patches.draws and self.layout == "packed":
             raise ValueError(
                 "layout is 'packed' and the model is in training with stochastic depth (drop_path_rate), which draws "

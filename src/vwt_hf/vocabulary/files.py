@@ -39,8 +39,8 @@ WORDS_FILE = "vocabulary.safetensors"
 INFO_FILE = "vocabulary.json"
 LEGACY_FILE = "vocab.pt"
 LEGACY_SHAPE = (3, 16, 16)
-LARGEST_VALUE = 1000.0
-"""Largest absolute value of a word that is read. Raw RGB is in [0, 1]; far beyond, distances overflow."""
+LARGEST_VALUE = 16.0
+"""Largest absolute value of a word that is read or used. Raw RGB is in [0, 1], and eight bits reach up to 255."""
 LONGEST_TEXT = 1000
 """Characters of a name that `vocabulary.json` records."""
 _MOST_INFO_BYTES = 2**16
@@ -217,13 +217,14 @@ def _read_words(located: Located, fields: dict[str, Any]) -> tuple[torch.Tensor,
     size, channels, patch_size = (fields.get(key) for key in ("size", "channels", "patch_size"))
     try:
         words, frequencies = read_safetensors(path, (size, channels, patch_size, patch_size), sha256)
-        _require_sane(words)
+        require_raw(words)
     except ValueError as error:
         _refuse(located, name, str(error))
     return words, frequencies, info
 
 
-def _require_sane(words: torch.Tensor) -> None:
+def require_raw(words: torch.Tensor) -> None:
+    """Raises `ValueError` where words are of other values than raw RGB in [0, 1], as those of eight bits."""
     if not words.numel():
         return
     low, high = (float(value) for value in words.aminmax())
@@ -231,7 +232,7 @@ def _require_sane(words: torch.Tensor) -> None:
     if math.isfinite(low) and math.isfinite(high) and max(-low, high) > LARGEST_VALUE:
         raise ValueError(
             f"words hold values from {low:.4g} to {high:.4g}; expected raw RGB, which is in [0, 1], and nothing beyond "
-            f"±{LARGEST_VALUE:g}."
+            f"±{LARGEST_VALUE:g}. Divide values of eight bits by 255."
         )
 
 
@@ -299,7 +300,7 @@ def _read_legacy(located: Located) -> tuple[torch.Tensor, torch.Tensor | None, V
     std = torch.tensor(OPENAI_CLIP_STD, dtype=torch.float64, device="cpu").view(-1, 1, 1)
     try:
         words = read_bare_tensor(located.file, LEGACY_SHAPE, scale=std, shift=mean)
-        _require_sane(words)
+        require_raw(words)
     except ValueError as error:
         _refuse(located, LEGACY_FILE, str(error))
     warnings.warn(
@@ -326,7 +327,7 @@ def vocabulary_files(words: torch.Tensor, frequencies: torch.Tensor | None, info
     """
     if 4 * words.numel() > MOST_BYTES:
         raise ValueError(f"{len(words):,} words take {4 * words.numel():,} bytes; expected {MOST_BYTES:,} at most.")
-    _require_sane(words)
+    require_raw(words)
     tensors = {"words": words} if frequencies is None else {"words": words, "frequencies": frequencies}
     content = tensor_bytes(tensors, {"format": "pt"})
     size, channels, patch_size, _ = words.shape

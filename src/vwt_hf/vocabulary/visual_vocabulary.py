@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from ..hub_names import check_hub_id, check_revision, check_subfolder, require_private
 from ..printable import shown
 from .card import CARD_FILE, PICTURE_FILE, is_card_of_words, render_card, render_words
-from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, vocabulary_files, write_vocabulary
+from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, require_raw, vocabulary_files, write_vocabulary
 from .learning import learn_words
 
 LARGEST_MAPPED = 1e15
@@ -118,8 +118,10 @@ class VisualVocabulary:
         """Refuses a model that cuts other patches.
 
         Raises:
-            ValueError: its patch size or number of channels is another; the message says both.
+            ValueError: its patch size or number of channels is another; the message says both. Or the words are no raw
+                RGB.
         """
+        require_raw(self.words)
         height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         named = f"{self.source}: " if self.source else ""
         if (height, width) != (self.patch_size, self.patch_size):
