@@ -65,14 +65,15 @@ from vwt_hf.evaluation import (
     agreement,
     answer,
     are_finite,
+    are_right,
     classifies,
     compression_of,
     copy_sharing_weights,
-    correctness,
     cosines,
     count_flops,
     cpu_name,
     divergence,
+    first_answers,
     stopwatch,
     synchronize,
     time_in_turn,
@@ -641,7 +642,7 @@ def judged(
     logits: torch.Tensor, expected: torch.Tensor, truth: Sequence[Collection[int]], groups: Sequence[str]
 ) -> dict[str, float | None]:
     """Shares in [0, 1], and KL in nats; see `vwt_hf.evaluation`."""
-    correct = correctness(logits, truth)
+    correct = are_right(first_answers(logits).tolist(), truth)
     return {
         "agreement": agreement(logits, expected),
         "kl": divergence(logits, expected),

@@ -20,7 +20,7 @@ from test_image_processing import write
 from test_pipeline import PHOTOGRAPHS, image_processor_class
 from tiny import answers, tiny_model
 from vwt_hf import collate_images, compress, count_tokens, token_lengths
-from vwt_hf.image_processing import NAME
+from vwt_hf.plans import PATCH_WORDS as NAME
 
 setting = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
 

@@ -20,9 +20,9 @@ from vwt_hf.evaluation import (
     agreement,
     answer,
     are_finite,
+    are_right,
     classifies,
     copy_sharing_weights,
-    correctness,
     cosines,
     count_flops,
     divergence,
@@ -48,8 +48,8 @@ def test_agreement_and_divergence_are_those_worked_out_by_hand():
     assert agreement(logits, expected) == pytest.approx(2 / 3)
     # One image of (1/2, 1/2) against (1/4, 3/4): KL = log(4/3) / 2.
     assert divergence(logits, expected) == pytest.approx(math.log(4 / 3) / 2 / 3, rel=1e-6)
-    assert correctness(logits, [{1}, (), {0}]) == [True, None, False]
-    assert correctness(logits, [(), {0, 1}, ()]) == [None, True, None]
+    assert are_right(first_answers(logits).tolist(), [{1}, (), {0}]) == [True, None, False]
+    assert are_right(first_answers(logits).tolist(), [(), {0, 1}, ()]) == [None, True, None]
     assert accuracy([True, None, False]) == 0.5 and accuracy([None, True]) == 1 and accuracy([None]) is None
     assert cosines(expected[1:], logits[1:] * 2).tolist() == pytest.approx([1, 1])
 
@@ -61,7 +61,7 @@ def test_one_logit_is_no_and_yes_by_the_sigmoid():
     # One image of (1/2, 1/2) against (1/4, 3/4), as for two labels above.
     assert divergence(logits, expected) == pytest.approx(math.log(4 / 3) / 2 / 3, rel=1e-6)
     truth, said = true_labels(["hot dog", "hot dog", "tea"], labels({0: "hot dog"}, {"hot dog": 0}))
-    assert truth == [{1}, {1}, set()] and correctness(logits, truth) == [True, True, None]
+    assert truth == [{1}, {1}, set()] and are_right(first_answers(logits).tolist(), truth) == [True, True, None]
     assert said == ["1 of 3 images have a label that is none of the model's: top-1 is of the others."]
 
 

@@ -27,8 +27,9 @@ from test_pipeline import LLAVA, PHOTOGRAPHS, image_processor_class, tokenizer_w
 from tiny import MODELS, TINY, inputs, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, count_tokens, register, token_lengths, unregister
 from vwt_hf.families import FAMILIES
-from vwt_hf.image_processing import AT_ONCE, NAME
+from vwt_hf.image_processing import AT_ONCE
 from vwt_hf.patches import Patches
+from vwt_hf.plans import PATCH_WORDS as NAME
 from vwt_hf.whole_saves import sharing
 
 EVERY = list(MODELS)
@@ -203,7 +204,7 @@ def test_a_save_beside_another_that_goes_on_removes_none_of_its_words(folder, tm
     monkeypatch.setattr(vwt_hf.auto, "_TURN", 0.05)
     processor = AutoImageProcessor.from_pretrained(folder, vwt=inter())
     processor.save_pretrained(tmp_path)
-    with sharing(tmp_path, 0):
+    with sharing(tmp_path):
         processor.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("processor_words-*"))) == 2
     processor.save_pretrained(tmp_path)

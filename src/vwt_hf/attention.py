@@ -445,8 +445,7 @@ def _by_layout(
     between = [None] * len(rows) if pairs is None else pairs
     outputs = [
         attend(
-            *(tensor.unflatten(1, (images, length)).transpose(0, 1) for tensor in part),
-            _sum(query, one, pair),
+            *(tensor.unflatten(1, (images, length)).transpose(0, 1) for tensor in part), _sum(query, one, pair)
         ).flatten(0, 1)
         for part, one, pair, (length, images) in zip(parts, biases, between, layout.runs, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Registration with transformers: importing this module makes `from_pretrained(..., vwt=...)` work.
+"""Registration with transformers: `register`, which `import vwt_hf` calls, makes `from_pretrained(..., vwt=...)` work.
 
 Models and configs stay transformers' own. Every config has `vwt`, which is `None`. One that is given a setting becomes
 an instance of a subclass of its class, which writes it to config.json, until the setting is taken from it.
@@ -270,7 +270,7 @@ def _saving_processor(original: Any) -> Any:
             processor.require_statistics()
         options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
         # Every process of a distributed run may come here: each leaves the words that it named.
-        with sharing(folder, _TURN if image_processing.words_of(processor) else 0) as is_alone:
+        with sharing(folder, _TURN if image_processing.words_of(processor) else 0) as (_, is_alone):
             saved_as = image_processing.write_words_of(processor, folder)
             saved = original(self, save_directory, **kwargs)
             if is_alone():
@@ -343,7 +343,7 @@ def _saving(original: Any) -> Any:
         writes = self.should_save_on_this_rank(call.arguments["is_main_process"]) and not folder.is_file()
         writes = writes and not getattr(self, "_hf_peft_config_loaded", False)
         turn = _TURN if words else 0
-        with sharing(folder, turn) if writes else contextlib.nullcontext(lambda: False) as is_alone:
+        with sharing(folder, turn) if writes else contextlib.nullcontext((None, lambda: False)) as (_, is_alone):
             saved_as = []
             if writes:
                 for part, vocabulary in words.items():

@@ -110,11 +110,7 @@ def _to_json(values: Any) -> Any:
     if not isinstance(values, torch.Tensor):
         return values
     array = values.numpy()
-    return {
-        "dtype": array.dtype.str,
-        "shape": array.shape,
-        "values": base64.b64encode(array.tobytes()).decode(),
-    }
+    return {"dtype": array.dtype.str, "shape": array.shape, "values": base64.b64encode(array.tobytes()).decode()}
 
 
 def _from_json(values: Any) -> Any:

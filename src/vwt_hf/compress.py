@@ -30,13 +30,7 @@ from .families import (
     refuse_to_drop,
     why_every_patch,
 )
-from .forward import (
-    GivenWords,
-    call_with,
-    current_forward,
-    traced_within,
-    words_to_generate_by,
-)
+from .forward import GivenWords, call_with, current_forward, traced_within, words_to_generate_by
 from .hooks import (
     Begin,
     Bias,
@@ -343,7 +337,7 @@ def _call_by_words(model: PreTrainedModel, name: str, /, *args: Any, patch_words
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes the tokenizer out of `model`, in place: the exact plain model is back, and `model.config.vwt` is `None`.
+    """Takes all hooks out of `model`, in place: the exact plain model is back, and `model.config.vwt` is `None`.
 
     A model that is not compressed stays as it is. For threads and gradients see `compress`.
 
@@ -405,12 +399,12 @@ def parts_of(model: nn.Module) -> list[PreTrainedModel]:
 def setting_of(model: nn.Module) -> VWTConfig | None:
     """The setting whose hooks `model` has; `None` for a plain model, whatever its config says."""
     for module in model.modules():
-        if (hook := reduces(module)) is not None:
+        if (hook := reduce_hook_of(module)) is not None:
             return hook.setting
     return None
 
 
-def reduces(module: nn.Module) -> Reduce | None:
+def reduce_hook_of(module: nn.Module) -> Reduce | None:
     """The hook of embeddings that makes tokens of their patches; `None` for a module without it."""
     return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Reduce)), None)
 

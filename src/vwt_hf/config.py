@@ -67,8 +67,8 @@ class VWTConfig:
         output (`str`, *optional*):
             `"full"`: `last_hidden_state` has its usual length, each patch with the hidden state of its token, so heads
             and decoders that read every patch work and means weigh tokens by their sizes. `"compressed"`: it has
-            prefix + kept patches. Default: full where every patch is part of a token, which is so but for intra with
-            `dropped="discard"`; else compressed. Each is refused where it has no meaning.
+            prefix + kept patches. Default: `"compressed"` for intra with `dropped="discard"`, else `"full"`. A value
+            that the setting cannot have is refused.
         proportional_attention (`bool`, default `True`):
             Whether a token that stands for s patches gets + log s on its attention logits, so that it draws as much
             attention as its patches would; under `"gradual"` nine tenths of that, and under `"coarse"` two thirds.

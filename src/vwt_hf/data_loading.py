@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-# Not from the top, where it is not offered by type.
+# transformers' top level hides it from type checkers.
 from transformers.data.data_collator import default_data_collator
 
-from .plans import DROPPED
+from .plans import DROPPED, PATCH_WORDS
 
-_FILLS = {"pixel_values": 0, "pixel_attention_mask": 0, "patch_words": DROPPED}
+_FILLS = {"pixel_values": 0, "pixel_attention_mask": 0, PATCH_WORDS: DROPPED}
 """What stands where an image has no patch or no tile."""
 
 
@@ -52,8 +52,8 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
         raise ValueError("features is empty; expected what an image processor made of at least one image.")
     padded = [dict(feature) for feature in features]
     for feature in padded:
-        if "patch_words" in feature:  # fewer bits might not hold the word of padding
-            feature["patch_words"] = as_tensor(feature["patch_words"]).long()
+        if PATCH_WORDS in feature:  # fewer bits might not hold the word of padding
+            feature[PATCH_WORDS] = as_tensor(feature[PATCH_WORDS]).long()
     for name in _FILLS.keys() & padded[0].keys():
         values = _of_one_length(name, [as_tensor(feature[name]) for feature in padded])
         for feature, value in zip(padded, values, strict=True):

@@ -38,9 +38,9 @@ from .evaluation import (
 )
 from .families import family_of, find_tower, model_of
 from .forward import forward_within
-from .image_processing import NAME as PATCH_WORDS
 from .image_processing import HostTokenizer, without_words
 from .image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed, read_image
+from .plans import PATCH_WORDS
 from .printable import difference, shown
 from .processes import everywhere, gathered, in_main, join, place
 from .processors import described_processor, processor_of

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from . import __version__
-from .compress import joining_layers, lexicon_of, reduces, setting_of
+from .compress import joining_layers, lexicon_of, reduce_hook_of, setting_of
 from .families import family_of, find_layers, find_tower, model_of
 from .forward import forward_within
 from .printable import printable, shown
@@ -115,7 +115,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
                 add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
 
     # After the hook that reduces: what torch.compile made of the embeddings may have it, or they within that.
-    reduced = (part for part in tower.embeddings.modules() if reduces(part))
+    reduced = (part for part in tower.embeddings.modules() if reduce_hook_of(part))
     hooks = [next(reduced, tower.embeddings).register_forward_hook(add, with_kwargs=True)]
     for number in joining_layers(tower.module):
         hooks.append(layers[number - 1].register_forward_hook(functools.partial(fewer, number)))
@@ -357,18 +357,13 @@ def divergences(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (wanted.exp() * (wanted - given)).sum(-1)
 
 
-def correctness(logits: torch.Tensor, truth: Sequence[Collection[int]]) -> list[bool | None]:
-    """Whether the first answer for each image is right; `None` where its label is not known.
+def are_right(answers: Sequence[int], truth: Sequence[Collection[int]]) -> list[bool | None]:
+    """Whether the answer for each image is right; `None` where its label is not known.
 
     Args:
-        logits: (images, labels).
-        truth: for each image the labels that are right, as `first_answers` has them; none if that is not known.
+        answers: a label for each image, as `first_answers` gives them.
+        truth: for each image the labels that are right; none if that is not known.
     """
-    return are_right(first_answers(logits).tolist(), truth)
-
-
-def are_right(answers: Sequence[int], truth: Sequence[Collection[int]]) -> list[bool | None]:
-    """As `correctness`, of the answers themselves: a label for each image."""
     return [answer in right if right else None for answer, right in zip(answers, truth, strict=True)]
 
 
@@ -376,7 +371,7 @@ def accuracy(correct: Sequence[bool | None]) -> float | None:
     """Share of the images that are answered right, in [0, 1]; `None` where no image's label is known.
 
     Args:
-        correct: of each image, as `correctness` says; those of unknown labels do not count.
+        correct: of each image, as `are_right` says; those of unknown labels do not count.
     """
     known = [own for own in correct if own is not None]
     return sum(known) / len(known) if known else None
@@ -389,7 +384,7 @@ def worst_group(correct: Sequence[bool | None], groups: Sequence[str]) -> float 
     would decide.
 
     Args:
-        correct: of each image, as `correctness` says.
+        correct: of each image, as `are_right` says.
         groups: the name of each image's group.
     """
     return min((sum(own) / len(own) for own in _judged_groups(correct, groups)), default=None)

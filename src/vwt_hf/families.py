@@ -1,4 +1,5 @@
-"""The family table: what differs between architectures, as data. Adding a family is a row and a conformance test."""
+"""The family table: what differs between architectures, as data. A new family is a row here, with
+tiny models in tests/tiny.py."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from .forward import (
 )
 from .layout import join
 from .patches import Patches
-from .plans import DROPPED, Grouped, Kept
+from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
 from .stand_ins import StandIn
 
 ONE_GRAPH = torch.__version__ >= "2.11.0a0"
@@ -71,10 +71,10 @@ class TakeWords(Hook):
     """Whether the tower goes by a plan that is found while it runs."""
 
     def __call__(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if "patch_words" not in kwargs:
+        if PATCH_WORDS not in kwargs:
             return None
         kwargs = dict(kwargs)
-        patch_words = kwargs.pop("patch_words")
+        patch_words = kwargs.pop(PATCH_WORDS)
         if patch_words is not None:
             if not self.follows and torch.compiler.is_compiling():
                 self._refuse_in_graph()

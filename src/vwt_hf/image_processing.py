@@ -27,7 +27,7 @@ from .data_loading import as_tensor
 from .patches import Patches
 from .pictures import seen_pictures
 from .pixel_tables import are_levels, ends_with_values, look_up
-from .plans import DROPPED, Grouped, Kept
+from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
 from .printable import shown
 from .processors import config_beside, processor_statistics, saved_setting, stated_channels, stated_patch_size
 from .saved_words import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
@@ -35,8 +35,6 @@ from .shared_changes import SharedChange
 from .vocabulary import VisualVocabulary
 
 logger = logging.getLogger(__name__)
-NAME = "patch_words"
-"""The key of what a tokenizing image processor adds."""
 AT_ONCE = 8
 """Images that are tokenized together: few enough that what is made of them stays in a core's cache."""
 
@@ -217,7 +215,7 @@ class Tokenizing:
         made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
         if self.vwt is None:  # its class was called, and nothing gave it a setting
             return made
-        made[NAME] = self.tokenizer_of_patches.words(made)
+        made[PATCH_WORDS] = self.tokenizer_of_patches.words(made)
         return made
 
     def require_statistics(self, **given: Any) -> None:
@@ -322,7 +320,7 @@ def processor_subclass(plain: Any) -> type[BaseImageProcessor]:
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
-        "model_input_names": [*plain.model_input_names, NAME],
+        "model_input_names": [*plain.model_input_names, PATCH_WORDS],
     }
     return type(plain.__name__, (Tokenizing, plain), body)
 

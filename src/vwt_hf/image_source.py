@@ -199,7 +199,7 @@ def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = No
 
 
 def spread(count: int, limit: int | None) -> list[int]:
-    """Which of `count` things are taken where no more than `limit` are to be: spread evenly, the first among them.
+    """Indices of at most `limit` of `count` things, spread evenly, the first among them.
 
     >>> spread(5, 3)
     [0, 1, 3]

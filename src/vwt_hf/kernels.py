@@ -33,12 +33,7 @@ def try_out(device: torch.device) -> None:
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_bias: torch.Tensor,
-    layout: Layout,
-    scaling: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_bias: torch.Tensor, layout: Layout, scaling: float
 ) -> torch.Tensor:
     """Attention within each image of a batch, packed or padded, with a bias by key.
 

@@ -227,10 +227,7 @@ def _even_bounds(batch: int, length: int, device: torch.device) -> tuple[torch.T
 
 
 def regroup(
-    before: Layout,
-    into: torch.Tensor,
-    not_as: Collection[tuple[int, ...]] = (),
-    sources: torch.Tensor | None = None,
+    before: Layout, into: torch.Tensor, not_as: Collection[tuple[int, ...]] = (), sources: torch.Tensor | None = None
 ) -> tuple[Layout, torch.Tensor | None]:
     """A new layout after some tokens were joined with others of their image.
 

@@ -1,7 +1,8 @@
 """Patches that look like a patch beside them, which may stand for both: functions on tensors alone.
 
 A patch of odd row or column may be left to one of the eight beside it, and one of even row and column to one two
-patches away. Those of every fourth row and column always stay: each other one of even row and column has one around it.
+patches away. A patch whose row and column are multiples of four always stays, so that every other patch of even row and
+column has such a one two patches away.
 """
 
 from __future__ import annotations

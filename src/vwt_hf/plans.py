@@ -12,20 +12,11 @@ from typing import Any
 
 import torch
 
-from .layout import (
-    Layout,
-    attention_bias,
-    by_token,
-    expand,
-    lazy,
-    medoids,
-    pool,
-    pool_pairs,
-    regroup,
-    represent,
-)
+from .layout import Layout, attention_bias, by_token, expand, lazy, medoids, pool, pool_pairs, regroup, represent
 from .words import gather_pairs, gather_patches, with_prefix
 
+PATCH_WORDS = "patch_words"
+"""The key of the words of patches among what an image processor makes and a model takes."""
 DROPPED = -1
 """In `patch_words`: of a patch that is part of no token."""
 Rotations = tuple[torch.Tensor, torch.Tensor]

@@ -81,34 +81,21 @@ def saving(folder: Path) -> Iterator[Save]:
     # The lock comes before there is anything that another save could remove; what is written lies beside the files that
     # it replaces, since a rename is atomic within one file system alone.
     with (
-        _locking(folder) as (lock, is_alone),
+        sharing(folder) as (lock, is_alone),
         tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as new,
     ):
         yield Save(folder, Path(new), lock, is_alone)
 
 
 @contextlib.contextmanager
-def sharing(folder: Path, turn: float) -> Iterator[Callable[[], bool]]:
-    """Takes part in the lock on `folder`, made if need be, for a save of many steps; gives what tells if it is alone.
-
-    While it runs, no other save finds itself alone; once it was told that it is alone, no other begins before its end.
-
-    Args:
-        turn: seconds for which it waits until it is alone, so that two such saves come one after the other.
-    """
-    with _locking(folder, turn) as (_, is_alone):
-        yield is_alone
-
-
-@contextlib.contextmanager
-def _locking(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, Callable[[], bool]]]:
+def sharing(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, Callable[[], bool]]]:
     """Shares the lock on `folder`, which is made if need be, with other saves.
 
-    It gives the lock's descriptor, `None` on Windows, and a function that tells whether no other save runs. Where there
-    are no locks, that function says that none does.
+    It gives the lock's descriptor, `None` on Windows, and a function that tells whether no other save runs. Once it has
+    said so, no other begins before the end. Where there are no locks, that function always says so.
 
     Args:
-        turn: as for `sharing`.
+        turn: seconds to wait until no other save runs, so that two of many steps come one after the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = _open_folder(folder)

@@ -315,5 +315,5 @@ def require_one_block(card: ModelCard, task: str, name: str, split: str | None, 
 
 
 def _figure_of(result: EvalResult) -> tuple[Any, ...]:
-    """Which figure it is: one alone of a card has the same. huggingface_hub's identifier leaves out the metric."""
+    """What tells a figure from all others of a card; huggingface_hub's identifier leaves out the metric."""
     return (*result.unique_identifier, result.metric_type, result.metric_name)
