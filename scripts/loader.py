@@ -34,8 +34,8 @@ from compare_processor import SETTINGS
 from vwt_hf import compress, token_lengths
 from vwt_hf.evaluate_model import name_of
 from vwt_hf.evaluation import copy_sharing_weights, time_in_turn
-from vwt_hf.image_processing import NAME
 from vwt_hf.image_source import find_images, read_image
+from vwt_hf.plans import PATCH_WORDS
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers
 from vwt_hf.terminal import markdown, run_command
@@ -138,7 +138,7 @@ def padding(
     for name, processor, loader in zip(names, processors, loaders, strict=True):
         if processor.vwt is None:
             continue
-        lengths = token_lengths(torch.cat([batch[NAME] for batch in loader]))
+        lengths = token_lengths(torch.cat([batch[PATCH_WORDS] for batch in loader]))
         if len(set(lengths)) == 1:
             continue
         seeded = torch.Generator().manual_seed(0)

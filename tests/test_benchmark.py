@@ -389,7 +389,7 @@ def test_names_in_the_plot_are_text_whatever_matplotlib_makes_of_them(tmp_path):
     [
         ("--plot a.exe", r"--plot is a\.exe; expected"),
         ("--json .", "is a folder"),
-        ("--vwt 7", "vwt is 7; expected"),
+        ('--vwt "gradual"', "vwt is 'gradual', which as text would name a vocabulary"),
         (f"--groups {__file__}", r"test_benchmark\.py, which is no JSON"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from settings import FAST
 from tiny import answers, sample_pixel_values, tiny_model, traces
@@ -460,7 +461,7 @@ def test_what_cannot_be_asked_for_is_refused(classifier, images, processor, aske
 
 def test_words_of_the_image_processor_are_not_looked_for(checkpoint, classifier, images, monkeypatch):
     """Each setting finds its own."""
-    tokenizing = transformers.AutoImageProcessor.from_pretrained(checkpoint, vwt={"keep_ratio": 0.25})
+    tokenizing = AutoImageProcessor.from_pretrained(checkpoint, vwt={"keep_ratio": 0.25})
     plain = calibrate(classifier, images, tokens=60, **options(load_processor(str(checkpoint))))
     monkeypatch.setattr(HostTokenizer, "words", None)
     assert calibrate(classifier, images, tokens=60, **options(tokenizing)) == plain

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import vwt_hf
 from test_pipeline import tokenizer_with
@@ -97,7 +98,7 @@ def test_demo_shows_the_colours_of_the_photographs(fields, tmp_path, photographs
     """The model of an image processor that gives other values to white than 1, too."""
     model = transformers.ViTModel(transformers.ViTConfig(**VISION))
     checkpoint = save(model, tmp_path)
-    processor = transformers.AutoImageProcessor.from_pretrained(checkpoint)
+    processor = AutoImageProcessor.from_pretrained(checkpoint)
     for name, value in fields.items():
         setattr(processor, name, value)
     processor.save_pretrained(checkpoint)

@@ -20,6 +20,7 @@ import transformers
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from PIL import Image
 from tokenizers import pre_tokenizers
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import vwt_hf
 from test_generation import blip, built, llava
@@ -277,7 +278,7 @@ def test_words_of_the_image_processor_are_not_looked_for(tmp_path, dataset, monk
     model = loaded(folder, transformers.AutoModelForImageClassification)
     given = {"vwt": [HALF], "progress": False}
     plain = evaluate_model(model, dataset, image_processor=load_processor(str(folder)), **given)
-    tokenizing = transformers.AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.25})
+    tokenizing = AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.25})
     monkeypatch.setattr(HostTokenizer, "words", None)
     found = evaluate_model(model, dataset, image_processor=tokenizing, **given)
     assert [row.figures for row in found.rows] == [row.figures for row in plain.rows]
