@@ -417,6 +417,11 @@ def test_a_part_whose_config_the_whole_copies_for_its_decoder_is_loaded_with_it(
         assert torch.equal(loaded(**given).logits, model(**given).logits)
     assert loaded.clip.vision_model.config.vwt == model.clip.vision_model.config.vwt
     assert "vwt" not in loaded.decoder.layers[0].self_attn.config.to_dict()
+    for vwt in (VWTConfig(dropped="merge"), inter(), True):
+        config = CLIPSegConfig(vision_config=vision, text_config=text, **fields)
+        config.vision_config.vwt = vwt
+        made = CLIPSegForImageSegmentation._from_config(config)
+        assert made.clip.vision_model.config.vwt is not None and made.decoder.layers[0].self_attn.config.vwt is None
 
 
 def test_a_model_that_is_loaded_from_nowhere_asks_the_hub_for_nothing(hub):
@@ -426,7 +431,7 @@ def test_a_model_that_is_loaded_from_nowhere_asks_the_hub_for_nothing(hub):
     with pytest.raises(ValueError, match="this model was loaded from nowhere"):
         ViTModel.from_pretrained(None, config=config, state_dict=weights)
     made = ViTModel.from_pretrained(None, config=config, state_dict=weights, vwt={"keep_ratio": 0.5})
-    assert made.config.vwt["keep_ratio"] == 0.5 and made.name_or_path == ""
+    assert made.config.vwt["keep_ratio"] == 0.5 and made.name_or_path == made.config.name_or_path == ""
     assert hub.requests == []
 
 

@@ -122,11 +122,17 @@ def test_a_copy_is_compressed_and_independent(model, pixel_values, copied):
     assert torch.equal(answers(twin, pixel_values), expected)
 
 
+def _halved(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    return output / 2
+
+
 def test_hooks_of_a_model_from_another_process_stay_where_others_are_registered(pixel_values, monkeypatch):
     """Torch numbers hooks anew in each process, and a number that is taken names one hook no more."""
-    model = compress(tiny_model("vit"), SETTINGS["local"])
-    expected, data = answers(model, pixel_values), pickle.dumps(model)
     monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    model = compress(tiny_model("vit"), SETTINGS["local"])
+    model.layers[0].register_forward_hook(_halved)
+    expected, data = answers(model, pixel_values), pickle.dumps(model)
+    RemovableHandle.next_id = 0
     twin = pickle.loads(data)
     for module in twin.modules():
         for _ in range(3):

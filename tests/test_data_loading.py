@@ -189,7 +189,7 @@ def test_a_batch_of_no_images_is_refused():
 def test_words_of_one_image_alone_have_no_lengths(words):
     with pytest.raises(ValueError, match=r"of one image alone; expected \(batch, patches\)"):
         token_lengths(words)
-    assert token_lengths([]) == []
+    assert token_lengths([]) == [] and token_lengths([[], [1, 2]]) == [0, 2] and token_lengths(torch.empty(0, 4)) == []
 
 
 @pytest.mark.parametrize("words", [None, 5, {"patch_words": [[1, 2]]}, torch.rand(2, 3), np.ones((2, 3)), [[0.5, 1.0]]])

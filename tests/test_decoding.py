@@ -359,6 +359,11 @@ def test_what_a_data_set_says_is_printed_without_control_characters():
     assert str(refused.value).isprintable()
 
 
+def test_a_path_may_be_a_text_of_numpys(tmp_path):
+    PIL.Image.new("RGB", (4, 4), (200, 30, 90)).save(tmp_path / "a.png")
+    assert read_image(np.array([str(tmp_path / "a.png")])[0]).getcolors() == [(16, (200, 30, 90))]
+
+
 @pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4)], ids=["numpy", "torch"])
 def test_an_array_is_no_image_and_the_error_says_how_to_make_one(array):
     with pytest.raises(UnreadableImage, match=r"it is a (ndarray|Tensor); expected a PIL image, as"):

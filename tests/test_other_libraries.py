@@ -381,16 +381,17 @@ def test_what_has_the_same_number_of_tokens_of_every_image_can_be_traced(name, s
             torch.testing.assert_close(traced(images), model(images), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", [{}, {"pre_dispatch": True}], ids=str)
 @pytest.mark.parametrize("kind", ["local", "inter"])
-def test_what_make_fx_records_is_no_batch_of_images_with_their_own_numbers_of_tokens(kind):
+def test_what_make_fx_records_is_no_batch_of_images_with_their_own_numbers_of_tokens(kind, how):
     model = compress(tiny_model("vit"), SETTINGS[kind])
     with torch.no_grad():
         expected = model(sample_images())[0]
         with pytest.raises(ValueError, match="an exported or traced program cannot hold"):
-            make_fx(lambda images: model(images)[0])(sample_images())
+            make_fx(lambda images: model(images)[0], **how)(sample_images())
         assert torch.equal(model(sample_images())[0], expected)
         even = compress(tiny_model("vit"), SETTINGS["discard"])
-        recorded = make_fx(lambda images: even(images)[0])(sample_images())
+        recorded = make_fx(lambda images: even(images)[0], **how)(sample_images())
         torch.testing.assert_close(recorded(sample_images().flip(0)), even(sample_images().flip(0))[0])
 
 

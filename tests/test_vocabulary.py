@@ -691,7 +691,7 @@ def test_words_that_are_no_words_are_refused() -> None:
         VisualVocabulary(torch.rand(4, 3, 4, 4, device="meta"))
     with pytest.raises(ValueError, match=r"words are torch\.sparse_coo"):
         VisualVocabulary(torch.rand(4, 3, 4, 4).to_sparse())
-    with pytest.raises(ValueError, match=r"hold values from .* to 25\d.*; expected raw RGB, .* by 255"):
+    with pytest.warns(UserWarning, match=r"hold values from .* to 25\d.*; expected raw RGB, .* by 255"):
         VisualVocabulary(torch.rand(40, 3, 4, 4) * 255).require(4, channels=3)
     with pytest.raises(ValueError, match=r"4 of 4 words .* not finite"):
         VisualVocabulary(torch.full((4, 3, 4, 4), 1e300, dtype=torch.float64))

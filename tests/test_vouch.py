@@ -242,3 +242,22 @@ def test_what_a_model_of_a_user_answers_is_its_cls_token_or_the_mean_of_all(imag
         tokens = states(model, images)
         called, answers = named_answer(model, pixel_values=images)
         assert called == name and torch.equal(answers, tokens[:, 0] if name == "CLS token" else tokens.mean(dim=1))
+
+
+def test_a_model_that_is_quantised_while_it_runs_is_not_taken_for_one_whose_images_see_each_other(images):
+    """One scale for all images of a batch rounds an image otherwise than alone."""
+    model = tiny("Pixio", hidden_size=64, num_attention_heads=4, intermediate_size=128)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert states(compress(quantised, SETTINGS["discard"]), images).shape[1] == 32 + PREFIX["Pixio"]
+
+
+class OwnOfTexts(Own):
+    """Takes texts that it does without."""
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor | None = None, **kwargs: object) -> object:
+        return super().forward(pixel_values, **kwargs)
+
+
+def test_a_model_that_may_be_given_a_text_answers_without(images):
+    model = OwnOfTexts(OwnConfig(**TINY), add_pooling_layer=False).eval()
+    assert torch.equal(named_answer(model, pixel_values=images)[1], states(model, images)[:, 0])

@@ -137,7 +137,10 @@ def _loading(original: Any) -> Any:
             loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        named = "" if source is None else model.name_or_path  # transformers takes `None`, too, and makes "None" of it
+        named = "" if source is None else model.name_or_path
+        if source is None:  # of which transformers makes "None"
+            for config in configs_of(model):
+                config.name_or_path = ""
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
                 part.name_or_path = named  # a config.json can name any folder as that of a part
@@ -528,7 +531,7 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
     for config in configs_of(model):
         if config.vwt is None or _among(config, [part.config for part in parts]):
             continue
-        if any(config.vwt == vwt and type(config) == type(own) for own, vwt in asked):  # noqa: E721 (as above)
+        if any(_are_same(config.vwt, vwt) and type(config) == type(own) for own, vwt in asked):  # noqa: E721 (as above)
             config.vwt = None  # a copy that the model made of a tower's, as for layers of a decoder
         else:
             with _said_of(source):
@@ -536,6 +539,13 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
                     f"the setting is in a {type(config).__name__} that belongs to no model within this "
                     f"{type(model).__name__}; move it to the config of the whole or of its vision tower."
                 )
+
+
+def _are_same(vwt: Any, other: Any) -> bool:
+    """Whether two configs ask for the same setting; copies of a vocabulary are no equal objects."""
+    return vwt == other or (
+        type(vwt) is type(other) and isinstance(vwt, VWTConfig) and vwt.to_dict() == other.to_dict()
+    )
 
 
 def _apply(model: PreTrainedModel, setting: VWTConfig | None, hub_kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ import types
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
@@ -253,11 +252,6 @@ def _hook_in(
         )
     for holder in entered:
         holder.register_forward_hook(EndWords(follows), always_call=True)
-    for module in model.modules():
-        hooks: list[Any] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        for hook in hooks:
-            if isinstance(hook, Hook):
-                hook.numbered_below = RemovableHandle.next_id
 
 
 @functools.cache

@@ -321,7 +321,7 @@ class VWTConfig:
         if isinstance(value, str) and (value in METHODS or value.lower() in _MEANT) and not os.path.isdir(value):
             instead = _MEANT.get(value.lower(), {"method": value})
             raise ValueError(f"vwt is {shown(value)}, which as text would name a vocabulary; give {instead}.")
-        if isinstance(value, str) and value.lstrip().startswith("{"):
+        if isinstance(value, str) and value.lstrip().startswith("{") and not os.path.isdir(value):
             raise ValueError(f"vwt is {shown(value)}, a text; give the dict itself, as vwt={{'keep_ratio': 0.5}}.")
         if is_vocabulary(value):
             return VWTConfig(method="inter", vocabulary=value)

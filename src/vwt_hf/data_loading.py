@@ -122,7 +122,7 @@ def token_lengths(patch_words: Any) -> list[int]:
     if isinstance(patch_words, (list, tuple)):
         return [length for words in patch_words for length in token_lengths(as_tensor(words)[None])]
     words = as_tensor(patch_words)
-    if words.is_floating_point():
+    if words.numel() and words.is_floating_point():  # torch takes an empty list for floats
         raise TypeError(f"patch_words are {words.dtype}; expected integers (batch, patches).")
     words = words.long().sort(dim=-1).values
     real = words != DROPPED

@@ -97,7 +97,7 @@ def read_image(item: Any, name: str | None = None, formats: Sequence[str] = FORM
 def _upright(item: Any, formats: Sequence[str]) -> Any:
     if isinstance(item, PIL.Image.Image):
         return _in_eight_bits(_turned(item), item.format)
-    if hasattr(item, "__array__"):  # numpy's or torch's
+    if hasattr(item, "__array__") and not isinstance(item, (str, bytes)):  # numpy's or torch's, and no text of numpy's
         raise TypeError(
             f"it is a {type(item).__name__}; expected a PIL image, as PIL.Image.fromarray makes of an array"
         )

@@ -261,9 +261,13 @@ def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
 
 def named_answer(model: Any, **images: torch.Tensor) -> tuple[str, torch.Tensor]:
     """As `answer`, with what it is called."""
-    if "input_ids" in inspect.signature(type(model).forward).parameters and not hasattr(model, "get_image_features"):
-        raise _no_rows(model, "answers about a text beside the image")
-    output = getattr(model, "get_image_features", model)(**images)
+    try:
+        output = getattr(model, "get_image_features", model)(**images)
+    except Exception as error:  # whatever a model says of a text that it lacks
+        forward = getattr(type(model), "forward", None)
+        if forward is None or "input_ids" not in inspect.signature(forward).parameters:
+            raise
+        raise _no_rows(model, f"answers about a text beside the image ({type(error).__name__}: {error})") from error
     for name in ("logits", "image_embeds", "pooler_output"):
         if getattr(output, name, None) is not None:
             return name, _rows(model, getattr(output, name))

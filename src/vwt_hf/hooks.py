@@ -53,13 +53,14 @@ def is_even(setting: VWTConfig, family: Family) -> bool:
 class Hook:
     """A hook of ours; `restore` finds it by its type."""
 
-    numbered_below = 0
-    """The number of its model's next hook, as torch counted when the model was compressed."""
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"numbered_below": RemovableHandle.next_id}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # Each process counts from 0, and a new hook takes the place of one that came with its number from another.
-        RemovableHandle.next_id = max(RemovableHandle.next_id, self.numbered_below)
+        fields = dict(state)
+        # Torch numbers hooks from 0 in each process, and a new one takes the place of one that came with its number.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, fields.pop("numbered_below", 0))
+        self.__dict__.update(fields)
 
 
 @dataclasses.dataclass(eq=False)
@@ -173,7 +174,7 @@ class Begin(Hook):
         return args[len(names) :], kwargs | {"pixel_attention_mask": None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_members": None}
+        return super().__getstate__() | {"_members": None}
 
 
 class RefuseMask(Hook):

@@ -10,6 +10,7 @@ import os
 from types import ModuleType
 
 import torch
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 
 SWITCH = "VWT_HF_KERNELS"
@@ -37,7 +38,7 @@ def is_recorded() -> bool:
     """Whether a program is being made of what runs: by `torch.compile`, export, tracing or `make_fx`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    if torch._C._len_torch_dispatch_stack() == 0:  # without an import that takes long
+    if not _has_modes():  # without an import that takes long
         return False
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -49,7 +50,12 @@ def is_followed() -> bool:
     export, tracing, `vmap`, other ways to differentiate than autograd, and what counts or keeps operations."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
+    return torch._C._functorch.peek_interpreter_stack() is not None or _has_modes()
+
+
+def _has_modes() -> bool:
+    """Whether something sees each operation before torch does it, or before autograd does."""
+    return torch._C._len_torch_dispatch_stack() > 0 or _len_torch_dispatch_stack_pre_dispatch() > 0
 
 
 def _takes(tensor: torch.Tensor) -> bool:

@@ -60,7 +60,7 @@ class RaggedConfig(VWTConfig):
         if patches.device.type == "meta":
             raise ValueError(
                 f"method={self.method!r} gives every image as many tokens as it needs, which nobody knows of images on "
-                "the meta device. Take a setting with num_patches or keep_ratio, or 'gradual' with join_ratio, too."
+                "the meta device. Take a setting by which all have the same number, as method='local' with num_patches."
             )
         if patches.draws and self.layout == "packed":
             raise ValueError(

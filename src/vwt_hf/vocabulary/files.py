@@ -40,7 +40,7 @@ INFO_FILE = "vocabulary.json"
 LEGACY_FILE = "vocab.pt"
 LEGACY_SHAPE = (3, 16, 16)
 LARGEST_VALUE = 16.0
-"""Largest absolute value of a word that is read or used. Raw RGB is in [0, 1], and eight bits reach up to 255."""
+"""Largest absolute value of a word that is read. Raw RGB is in [0, 1]; eight bits reach up to 255."""
 LONGEST_TEXT = 1000
 """Characters of a name that `vocabulary.json` records."""
 _MOST_INFO_BYTES = 2**16

@@ -118,10 +118,12 @@ class VisualVocabulary:
         """Refuses a model that cuts other patches.
 
         Raises:
-            ValueError: its patch size or number of channels is another; the message says both. Or the words are no raw
-                RGB.
+            ValueError: its patch size or number of channels is another; the message says both.
         """
-        require_raw(self.words)
+        try:
+            require_raw(self.words)
+        except ValueError as error:  # as far as they have a direction they are used
+            warnings.warn(str(error), stacklevel=2)
         height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         named = f"{self.source}: " if self.source else ""
         if (height, width) != (self.patch_size, self.patch_size):
