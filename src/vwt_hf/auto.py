@@ -531,7 +531,7 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
     for config in configs_of(model):
         if config.vwt is None or _among(config, [part.config for part in parts]):
             continue
-        if any(_are_same(config.vwt, vwt) and type(config) == type(own) for own, vwt in asked):  # noqa: E721 (as above)
+        if any(_ask_alike(config.vwt, vwt) and type(config) == type(own) for own, vwt in asked):  # noqa: E721 (a subclass with a setting is equal)
             config.vwt = None  # a copy that the model made of a tower's, as for layers of a decoder
         else:
             with _said_of(source):
@@ -541,8 +541,8 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
                 )
 
 
-def _are_same(vwt: Any, other: Any) -> bool:
-    """Whether two configs ask for the same setting; copies of a vocabulary are no equal objects."""
+def _ask_alike(vwt: Any, other: Any) -> bool:
+    """Whether two values of `vwt` ask for the same setting, of which one may hold a copy of the other's vocabulary."""
     return vwt == other or (
         type(vwt) is type(other) and isinstance(vwt, VWTConfig) and vwt.to_dict() == other.to_dict()
     )

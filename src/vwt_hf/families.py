@@ -1,5 +1,7 @@
-"""The family table: what differs between architectures, as data. A new family is a row here, with
-tiny models in tests/tiny.py."""
+"""The family table: what differs between architectures, as data.
+
+A new family is a row here, with tiny models in tests/tiny.py.
+"""
 
 from __future__ import annotations
 
