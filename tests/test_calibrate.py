@@ -459,6 +459,13 @@ def test_what_cannot_be_asked_for_is_refused(classifier, images, processor, aske
         calibrate(classifier, images, **{"image_processor": processor, "progress": False, **asked})
 
 
+def test_a_model_can_be_trained_afterwards(images, processor):
+    """BEiT keeps the index of its relative positions, which no tensor of inference mode may be then."""
+    model = tiny_model("beit-classifier", num_labels=40)
+    calibrate(model, images, tokens=60, **options(processor))
+    model(pixel_values=processor(images[:2], return_tensors="pt")["pixel_values"]).logits.sum().backward()
+
+
 def test_words_of_the_image_processor_are_not_looked_for(checkpoint, classifier, images, monkeypatch):
     """Each setting finds its own."""
     tokenizing = AutoImageProcessor.from_pretrained(checkpoint, vwt={"keep_ratio": 0.25})

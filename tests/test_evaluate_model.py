@@ -272,6 +272,14 @@ def test_an_image_that_the_processor_refuses_is_called_by_its_name(tmp_path, dat
     assert result.unreadable == ["row 3 (50×40) is refused by Refuses: I do not like it"]
 
 
+def test_a_model_can_be_trained_afterwards(dataset):
+    """BEiT keeps the index of its relative positions, which no tensor of inference mode may be then."""
+    model = tiny_model("beit-classifier")
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    evaluate_model(model, dataset, vwt=[HALF], image_processor=processor, task="classification", progress=False)
+    model(pixel_values=torch.rand(2, 3, 32, 32)).logits.sum().backward()
+
+
 def test_words_of_the_image_processor_are_not_looked_for(tmp_path, dataset, monkeypatch):
     """Each setting finds its own."""
     folder = random_classifier(tmp_path)
