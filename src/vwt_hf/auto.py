@@ -491,7 +491,7 @@ def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTCon
     with _said_of(source):
         setting = VWTConfig.parse(vwt)
         if setting is not None:
-            require_supported(cls, setting.restores or not setting.shortens)
+            require_supported(cls, not setting.drops)
     return setting
 
 

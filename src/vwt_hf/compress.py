@@ -127,7 +127,7 @@ def compress_by(
     needs_all = why_every_patch(model, tower)
     if needs_all is not None and not setting.searches and setting.output is None:
         setting = dataclasses.replace(setting, output="full")  # words that leave patches out are refused
-    if needs_all is not None and setting.shortens and not setting.restores:
+    if needs_all is not None and setting.drops:
         refuse_to_drop(needs_all)
     for part in models_around(model, tower):
         refuse_masked(type(part))

@@ -177,6 +177,11 @@ class VWTConfig:
         """Whether `last_hidden_state` has a row for every patch of the image, not for every token alone."""
         return self.groups if self.output is None else self.output == "full"
 
+    @property
+    def drops(self) -> bool:
+        """Whether some patches have no row in `last_hidden_state`."""
+        return self.shortens and not self.restores
+
     def require_sane(self) -> None:
         """Refuses numbers that are valid and make no sense, such as a standard deviation of 1e-30.
 

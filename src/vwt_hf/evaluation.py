@@ -261,11 +261,11 @@ def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
 
 def named_answer(model: Any, **images: torch.Tensor) -> tuple[str, torch.Tensor]:
     """As `answer`, with what it is called."""
+    of_images, forward = getattr(model, "get_image_features", None), getattr(type(model), "forward", None)
     try:
-        output = getattr(model, "get_image_features", model)(**images)
+        output = (of_images or model)(**images)
     except Exception as error:  # whatever a model says of a text that it lacks
-        forward = getattr(type(model), "forward", None)
-        if forward is None or "input_ids" not in inspect.signature(forward).parameters:
+        if of_images or forward is None or "input_ids" not in inspect.signature(forward).parameters:
             raise
         raise _no_rows(model, f"answers about a text beside the image ({type(error).__name__}: {error})") from error
     for name in ("logits", "image_embeds", "pooler_output"):

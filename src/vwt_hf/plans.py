@@ -41,11 +41,9 @@ class Kept:
         return hidden_states
 
     def rotate(self, rotations: Rotations) -> Rotations:
-        """(patches, head size) → (keep, head size), or (batch, 1, keep, head size)."""
+        """(patches, head size) → (batch or 1, 1, keep, head size)."""
         kept = self.kept.to(rotations[0].device)
-        # What is traced with one image is for batches of any size.
-        same = not torch.jit.is_tracing() and kept.shape[0] == 1
-        cosine, sine = (part[kept[0]] if same else part[kept].unsqueeze(1) for part in rotations)
+        cosine, sine = (gather_patches(part[None], kept).unsqueeze(1) for part in rotations)
         return cosine, sine
 
     def bias(self, values: torch.Tensor) -> torch.Tensor:
