@@ -56,41 +56,23 @@ import peers
 import vwt_hf
 from energy import Meter, NoMeter, find_meter
 from vwt_hf import count_tokens
+from vwt_hf.answers import answer, are_finite, classifies, true_labels
 from vwt_hf.cli.evaluate import add_groups
 from vwt_hf.cli.loading import DTYPES, leave_out_random
 from vwt_hf.evaluate_model import fields_of, name_of
-from vwt_hf.evaluation import (
-    FEWEST_TURNS,
-    accuracy,
-    agreement,
-    answer,
-    are_finite,
-    are_right,
-    classifies,
-    compression_of,
-    copy_sharing_weights,
-    cosines,
-    count_flops,
-    cpu_name,
-    divergence,
-    first_answers,
-    stopwatch,
-    synchronize,
-    time_in_turn,
-    true_labels,
-    usable_device,
-    worst_group,
-)
 from vwt_hf.families import family_of, find_layers, find_tower
+from vwt_hf.figures import accuracy, agreement, are_right, cosines, divergence, first_answers, worst_group
 from vwt_hf.hooks import is_even
 from vwt_hf.image_source import described_files, find_images, pixel_batches
 from vwt_hf.labelled_images import groups_of
 from vwt_hf.on_gpu import has_kernels
 from vwt_hf.printable import printable
 from vwt_hf.processors import described_processor, load_processor, whole_images
+from vwt_hf.provenance import compression_of, cpu_name
 from vwt_hf.terminal import markdown, run_command, vwt_option
+from vwt_hf.timing import FEWEST_TURNS, count_flops, stopwatch, synchronize, time_in_turn, usable_device
 from vwt_hf.visualize import require_matplotlib
-from vwt_hf.weights import fingerprint_of
+from vwt_hf.weights import copy_sharing_weights, fingerprint_of
 from vwt_hf.whole_saves import require_writable, write_file
 
 MERGING: dict[str, tuple[str, str, Callable[[PreTrainedModel, Any], PreTrainedModel]]] = {
@@ -641,7 +623,7 @@ def judge(
 def judged(
     logits: torch.Tensor, expected: torch.Tensor, truth: Sequence[Collection[int]], groups: Sequence[str]
 ) -> dict[str, float | None]:
-    """Shares in [0, 1], and KL in nats; see `vwt_hf.evaluation`."""
+    """Shares in [0, 1], and KL in nats; see `vwt_hf.figures`."""
     correct = are_right(first_answers(logits).tolist(), truth)
     return {
         "agreement": agreement(logits, expected),

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageClassification, DINOv3ViTConfig, DINOv3ViTModel
 
 from vwt_hf import VisualVocabulary, VWTConfig, compress, count_tokens, restore
-from vwt_hf.evaluation import agreement, divergence
+from vwt_hf.figures import agreement, divergence
 from vwt_hf.image_source import open_images, pixel_batches
 from vwt_hf.layout import pool
 from vwt_hf.plans import Grouped

@@ -44,11 +44,11 @@ from tqdm import tqdm
 
 from serve import FIELD, Model, encoded, run
 from vwt_hf.evaluate_model import name_of
-from vwt_hf.evaluation import usable_device
 from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.printable import printable
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, run_command, vwt_option
+from vwt_hf.timing import usable_device
 from vwt_hf.whole_saves import require_writable, write_file
 
 SETTINGS: tuple[Any, ...] = (True, {"keep_ratio": 0.5})

@@ -33,12 +33,13 @@ from benchmark import Method, count
 from compare_processor import SETTINGS
 from vwt_hf import compress, token_lengths
 from vwt_hf.evaluate_model import name_of
-from vwt_hf.evaluation import copy_sharing_weights, time_in_turn
 from vwt_hf.image_source import find_images, read_image
 from vwt_hf.plans import PATCH_WORDS
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers
 from vwt_hf.terminal import markdown, run_command
+from vwt_hf.timing import time_in_turn
+from vwt_hf.weights import copy_sharing_weights
 from vwt_hf.whole_saves import require_writable, write_file
 
 

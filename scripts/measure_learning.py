@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from vwt_hf.evaluation import usable_device
 from vwt_hf.image_source import PatchBatch, open_images, patch_batches
 from vwt_hf.processes import joined, place
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, run_command
+from vwt_hf.timing import usable_device
 from vwt_hf.vocabulary.kmeans import MiniBatchKMeans
 from vwt_hf.vocabulary.learning import learn_step, steps_of
 

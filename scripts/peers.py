@@ -24,8 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from vwt_hf.compress import lexicon_of
-from vwt_hf.evaluation import TokenCount
 from vwt_hf.families import family_of, find_tower
+from vwt_hf.token_count import TokenCount
 
 ATTENTION = "token_merging"
 TPS_DEPTHS = (4 / 12, 7 / 12, 10 / 12)

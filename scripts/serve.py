@@ -45,24 +45,23 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from vwt_hf import image_source
-from vwt_hf.cli.loading import add_dtype, load_model
-from vwt_hf.decoding import UnreadableImage
-from vwt_hf.embedding import require_features
-from vwt_hf.evaluation import (
+from vwt_hf.answers import (
     answer,
     are_finite,
     classifies,
-    count_tokens,
     on_device,
     require_finite,
     require_label_names,
     require_labels,
-    return_memory,
-    usable_device,
 )
+from vwt_hf.cli.loading import add_dtype, load_model
+from vwt_hf.decoding import UnreadableImage
+from vwt_hf.embedding import require_features
 from vwt_hf.printable import LONGEST, printable, shown
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import run_command, vwt_option
+from vwt_hf.timing import return_memory, usable_device
+from vwt_hf.token_count import count_tokens
 
 FIELD = "image"
 SPACE = dict.fromkeys(b" \t\r\n")

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import benchmark
 from vwt_hf import VisualVocabulary, VWTConfig, compress
-from vwt_hf.evaluation import copy_sharing_weights, time_in_turn
 from vwt_hf.image_source import find_images
+from vwt_hf.timing import time_in_turn
+from vwt_hf.weights import copy_sharing_weights
 
 pytestmark = pytest.mark.newest
 

@@ -19,22 +19,17 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from settings import FAST
 from tiny import answers, sample_pixel_values, tiny_model, traces
 from vwt_hf import VWTConfig, calibrate, compress
+from vwt_hf.answers import answer, on_device
 from vwt_hf.calibrate import CHOICES, Calibration, Choice, Level
 from vwt_hf.cli import main
 from vwt_hf.compress import setting_of
-from vwt_hf.evaluation import (
-    agreement,
-    answer,
-    copy_sharing_weights,
-    cosines,
-    count_flops,
-    count_tokens,
-    on_device,
-    share_interval,
-)
+from vwt_hf.figures import agreement, cosines, share_interval
 from vwt_hf.image_processing import HostTokenizer
 from vwt_hf.image_source import UnreadableImage
 from vwt_hf.processors import load_processor
+from vwt_hf.timing import count_flops
+from vwt_hf.token_count import count_tokens
+from vwt_hf.weights import copy_sharing_weights
 
 # No step of it depends on the version of transformers.
 pytestmark = pytest.mark.newest

@@ -32,11 +32,12 @@ import vwt_hf.embedding
 from settings import FAST, ViTImageProcessor
 from tiny import TEXT, TINY, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, compress, embed, token_lengths
+from vwt_hf.answers import answer
 from vwt_hf.cli import main
 from vwt_hf.embedding import FORMATS, MANIFEST, Reader, Shard, Shards
-from vwt_hf.evaluation import answer, made_with
 from vwt_hf.image_source import UnreadableImage, find_images, image_rows, read_image
 from vwt_hf.processes import everywhere
+from vwt_hf.provenance import made_with
 
 pytestmark = pytest.mark.newest
 

@@ -30,8 +30,8 @@ from vwt_hf import VisualVocabulary, compress, count_tokens, evaluate_model, eva
 from vwt_hf.cli import evaluate, main
 from vwt_hf.compress import setting_of
 from vwt_hf.evaluate_model import _tokenizer_of, name_of
-from vwt_hf.evaluation import agreement, divergence, ranks, share_interval, token_f1
 from vwt_hf.evaluation_tasks import ZeroShot
+from vwt_hf.figures import agreement, divergence, ranks, share_interval, token_f1
 from vwt_hf.image_processing import HostTokenizer
 from vwt_hf.image_source import find_images, pixel_batches
 from vwt_hf.labelled_images import open_labelled

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vwt_hf import evaluation
+from vwt_hf import figures
 from vwt_hf.metrics import Accuracy, Agreement, Divergence, TokenF1, WorstGroup, compute
 
 pytestmark = pytest.mark.newest
@@ -36,8 +36,8 @@ def test_combined_and_fed_by_batches_they_give_the_packages_figures(tmp_path):
     assert metrics.compute() == pytest.approx(
         {
             "accuracy": sum(correct) / 40,
-            "agreement": evaluation.agreement(LOGITS, PLAIN),
-            "divergence": evaluation.divergence(LOGITS, PLAIN),
+            "agreement": figures.agreement(LOGITS, PLAIN),
+            "divergence": figures.divergence(LOGITS, PLAIN),
             "worst_group": min(sum(correct[at::3]) / len(correct[at::3]) for at in range(3)),
         }
     )
@@ -69,7 +69,7 @@ def test_two_processes_share_a_metric(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {0: {"agreement": pytest.approx(evaluation.agreement(LOGITS, PLAIN))}, 1: None}
+    assert found == {0: {"agreement": pytest.approx(figures.agreement(LOGITS, PLAIN))}, 1: None}
 
 
 def test_nothing_is_left_on_the_disk(tmp_path, monkeypatch):
@@ -87,10 +87,10 @@ def test_the_f1_of_texts_is_that_worked_out_by_hand():
         np.mean([1, 2 / 5, 1, 4 / 5])
     )
     # Boy and girl differ in a vowel sign, which Unicode does not call a letter; its full stop is punctuation.
-    assert (evaluation.token_f1("लड़का।", ["लड़की"]), evaluation.token_f1("लड़का।", ["लड़का"])) == (0, 1)
+    assert (figures.token_f1("लड़का।", ["लड़की"]), figures.token_f1("लड़का।", ["लड़का"])) == (0, 1)
     for same, as_that in (("5€ 30°", "5 30"), ("cat 🐱", "cat"), ("\u200fשלום", "שלום"), ("soft\u00adly", "softly")):
-        assert evaluation.token_f1(same, [as_that]) == 1
-    assert evaluation.token_f1("dog", [""]) == 0 and not math.isnan(evaluation.token_f1("", ["dog"]))
+        assert figures.token_f1(same, [as_that]) == 1
+    assert figures.token_f1("dog", [""]) == 0 and not math.isnan(figures.token_f1("", ["dog"]))
 
 
 def test_wrong_input_is_refused():

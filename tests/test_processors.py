@@ -12,8 +12,8 @@ from transformers import AutoModel, GPT2Config, VisionEncoderDecoderConfig, Visi
 from settings import ViTImageProcessor, inter
 from tiny import tiny_model
 from vwt_hf import compress, evaluate_model
-from vwt_hf.evaluation import copy_sharing_weights
 from vwt_hf.processors import processor_of
+from vwt_hf.weights import copy_sharing_weights
 
 
 @pytest.fixture

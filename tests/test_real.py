@@ -15,7 +15,7 @@ from names import COMMON
 from settings import FAST
 from tiny import MODELS, answers, tiny_model
 from vwt_hf import VisualVocabulary, compress, count_tokens
-from vwt_hf.evaluation import agreement, divergence
+from vwt_hf.figures import agreement, divergence
 from vwt_hf.processors import load_processor
 
 STATISTICS = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}

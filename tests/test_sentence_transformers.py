@@ -12,7 +12,7 @@ from PIL import Image
 
 from tiny import tiny_model
 from vwt_hf import count_tokens
-from vwt_hf.evaluation import answer
+from vwt_hf.answers import answer
 from vwt_hf.processors import load_processor
 
 sentence_transformers = pytest.importorskip("sentence_transformers")

@@ -11,7 +11,7 @@ import transformers
 from settings import SETTINGS, inter
 from tiny import TINY, sample_pixel_values, traces, watch_embeddings
 from vwt_hf import VWTConfig, compress, restore
-from vwt_hf.evaluation import named_answer
+from vwt_hf.answers import named_answer
 from vwt_hf.families import FAMILIES, HOLDERS
 
 BOTH = {"image_size": [32, 32], "patch_size": [4, 4]}

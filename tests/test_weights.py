@@ -12,9 +12,9 @@ from torch.distributed.tensor import distribute_module
 
 from tiny import sample_pixel_values, tiny_model
 from vwt_hf import compress
+from vwt_hf.answers import answer, on_device
 from vwt_hf.embedding import require_features
-from vwt_hf.evaluation import answer, copy_sharing_weights, on_device
-from vwt_hf.weights import device_of, fingerprint_of, parameter_of, require_unsharded
+from vwt_hf.weights import copy_sharing_weights, device_of, fingerprint_of, parameter_of, require_unsharded
 
 CPU = torch.device("cpu")
 
@@ -174,3 +174,13 @@ def test_weights_without_values_are_refused():
             ValueError, match=r"embeddings.cls_token of the ViTModel is on the device meta, where it has"
         ):
             look(model)
+
+
+def test_a_copy_shares_the_weights_and_takes_its_own_hooks():
+    model = tiny_model("vit")
+    copied = copy_sharing_weights(model)
+    for own, of_copy in zip(model.parameters(), copied.parameters(), strict=True):
+        assert own is of_copy
+    compress(copied, {"keep_ratio": 0.5})
+    assert model(pixel_values=sample_pixel_values()).last_hidden_state.shape[1] == 65
+    assert copied(pixel_values=sample_pixel_values()).last_hidden_state.shape[1] == 33

@@ -42,8 +42,8 @@ if not _is_the_command():
     from .data_loading import collate_images, token_lengths
     from .embedding import embed
     from .evaluate_model import evaluate_model
-    from .evaluation import count_tokens
     from .families import supported
+    from .token_count import count_tokens
     from .vocabulary import VisualVocabulary
     from .vocabulary import files as vocabulary_files
 

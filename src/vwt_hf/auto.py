@@ -44,8 +44,9 @@ from .families import family_of, find_tower, require_supported
 from .forward import GivenWords, call_with, words_to_generate_by
 from .model_configs import SETTING, is_typed, take_over
 from .printable import shown
-from .processors import configs_within, remember_load, saved_setting
+from .processors import configs_within, saved_setting
 from .saved_words import remove_other_words, require_same_words, seal_words, words_folder, write_words
+from .weights import remember_load
 from .whole_saves import sharing
 
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .evaluation import TokenCount
 from .labelled_images import Sample
 from .printable import difference
+from .token_count import TokenCount
 
 
 @dataclasses.dataclass

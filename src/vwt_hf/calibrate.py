@@ -19,36 +19,22 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .answers import answer, are_finite, classifies, on_device, require_finite, require_labels
 from .attention import is_slow_for_new_lengths
 from .checks import is_number, require_seed, require_whole
 from .compress import compress, restore
 from .config import VWTConfig
-from .evaluation import (
-    FEWEST_TURNS,
-    answer,
-    are_finite,
-    classifies,
-    copy_sharing_weights,
-    cosines,
-    count_flops,
-    count_tokens,
-    cpu_name,
-    first_answers,
-    made_with,
-    mean_interval,
-    on_device,
-    require_finite,
-    require_labels,
-    share_interval,
-    stopwatch,
-)
 from .families import family_of, find_tower, model_of
+from .figures import cosines, first_answers, mean_interval, share_interval
 from .image_processing import without_words
 from .image_source import one_batch, open_images, processed
 from .on_gpu import has_kernels
 from .printable import difference, shown
 from .processors import processor_of, processor_statistics
-from .weights import device_of, fingerprint_of
+from .provenance import cpu_name, made_with
+from .timing import FEWEST_TURNS, count_flops, stopwatch
+from .token_count import count_tokens
+from .weights import copy_sharing_weights, device_of, fingerprint_of
 from .whole_saves import require_writable, write_file
 
 

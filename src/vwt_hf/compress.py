@@ -50,9 +50,9 @@ from .hooks import (
     is_even,
 )
 from .model_configs import attend_by_plan, is_by_plan
-from .processors import loaded_by
 from .stand_ins import StandIn, class_forward, is_ours, own_forward, require_replaceable, slot_of
 from .vouch import may_change_rows, vouch, vouch_rows
+from .weights import loaded_by
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """What tells `from_pretrained` of transformers where to look."""

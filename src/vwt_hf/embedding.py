@@ -22,20 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .answers import answer, are_finite, classifies, on_device, require_finite
 from .checks import require_whole
 from .compress import require_whole_images, setting_of
 from .data_loading import token_lengths
-from .evaluation import (
-    answer,
-    are_finite,
-    classifies,
-    compression_of,
-    count_tokens,
-    made_with,
-    on_device,
-    require_finite,
-    return_memory,
-)
 from .families import family_of, find_tower, model_of
 from .forward import forward_within
 from .image_processing import HostTokenizer, without_words
@@ -44,6 +34,9 @@ from .plans import PATCH_WORDS
 from .printable import difference, shown
 from .processes import everywhere, gathered, in_main, join, place
 from .processors import described_processor, processor_of
+from .provenance import compression_of, made_with
+from .timing import return_memory
+from .token_count import count_tokens
 from .weights import fingerprint_of, require_unsharded
 from .whole_saves import require_folder, saving, write_files
 

@@ -17,21 +17,11 @@ from huggingface_hub import EvalResult
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
+from .answers import class_names, on_device, require_finite
 from .batch_log import Batch, BatchLog
 from .checks import require_seed, require_whole
 from .compress import compress_by, restore, setting_of
 from .config import RECOMMENDED, VWTConfig, is_vocabulary
-from .evaluation import (
-    TokenCount,
-    class_names,
-    compression_of,
-    copy_sharing_weights,
-    count_tokens,
-    made_with,
-    on_device,
-    require_finite,
-    stopwatch,
-)
 from .evaluation_tasks import (
     PROMPT,
     RECALLED,
@@ -50,8 +40,11 @@ from .image_source import UnreadableImage, one_batch, processed
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
 from .processes import gathered, join, place
-from .processors import described_processor, loaded_by, processor_of
-from .weights import device_of, fingerprint_of
+from .processors import described_processor, processor_of
+from .provenance import compression_of, made_with
+from .timing import stopwatch
+from .token_count import TokenCount, count_tokens
+from .weights import copy_sharing_weights, device_of, fingerprint_of, loaded_by
 
 FORMAT = 5
 """Of what is kept of a run that may be cut off."""

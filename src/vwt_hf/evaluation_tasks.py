@@ -19,25 +19,19 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from .evaluation import (
-    answer,
+from .answers import answer, are_finite, named_answer, require_finite, require_label_names, require_labels, true_labels
+from .families import HOLDERS
+from .figures import (
     are_alike,
-    are_finite,
     cosines,
     divergences,
     first_answers,
     mean_interval,
-    named_answer,
     ranks,
-    require_finite,
-    require_label_names,
-    require_labels,
     share_interval,
     token_f1,
-    true_labels,
     worst_group_interval,
 )
-from .families import HOLDERS
 from .labelled_images import LabelledImages
 from .printable import shown
 from .processes import gathered, place

@@ -314,7 +314,7 @@ def _may_hold(model_class: type[PreTrainedModel]) -> bool:
 def _general_family(model: PreTrainedModel) -> Family:
     """A row for a model whose type has none, by what its modules look like; `vouch` tries whether it holds.
 
-    Of its `prefix`, `evaluation.named_answer` alone reads whether there is a CLS token.
+    Of its `prefix`, `answers.named_answer` alone reads whether there is a CLS token.
     """
     for module in model.modules():
         # Of LoRA's and the like: they hold what they wrap as `base_layer`, beside layers of their own.

@@ -25,7 +25,7 @@ import datasets
 import evaluate
 import torch
 
-from .evaluation import accuracy, are_right, divergences, share_alike, token_f1, worst_group
+from .figures import accuracy, are_right, divergences, share_alike, token_f1, worst_group
 
 LABEL, TEXT = datasets.Value("int64"), datasets.Value("string")
 LOGITS = datasets.Sequence(datasets.Value("float32"))

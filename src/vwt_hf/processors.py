@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
@@ -17,28 +15,12 @@ from transformers.utils import logging
 
 from .checks import is_int
 from .shared_changes import SharedChange
+from .weights import loaded_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .config import ModelFacts
-
-
-_loaded_by: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
-"""Of models that were loaded with any of them: `revision`, `subfolder`, `token` and the like. Models stay as they are,
-so a copy of one does not have them."""
-
-
-def remember_load(model: nn.Module, hub_kwargs: dict[str, Any]) -> None:
-    """Keeps how a model was loaded, besides `name_or_path`, for what is read from there later."""
-    kept = {name: value for name, value in hub_kwargs.items() if value is not None and name != "force_download"}
-    if kept:
-        _loaded_by[model] = kept
-
-
-def loaded_by(model: nn.Module) -> dict[str, Any]:
-    """The keyword arguments by which what lies beside a model's weights is read: `revision`, `subfolder`, ..."""
-    return dict(_loaded_by.get(model, {}))
 
 
 def load_processor(checkpoint: str, **hub_kwargs: Any) -> Any:

@@ -1,9 +1,11 @@
-"""The weights of a model: where they are and what tells a model from others, in 8 bits or kept elsewhere as well."""
+"""The weights of a model: where they came from, where they are, and what tells a model from others."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,34 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .printable import printable
+
+_loaded_by: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""Of models that were loaded with any of them: `revision`, `subfolder`, `token` and the like. Models stay as they are,
+so a copy of one does not have them."""
+
+
+def remember_load(model: nn.Module, hub_kwargs: dict[str, Any]) -> None:
+    """Keeps how a model was loaded, besides `name_or_path`, for what is read from there later."""
+    kept = {name: value for name, value in hub_kwargs.items() if value is not None and name != "force_download"}
+    if kept:
+        _loaded_by[model] = kept
+
+
+def loaded_by(model: nn.Module) -> dict[str, Any]:
+    """The keyword arguments by which what lies beside a model's weights is read: `revision`, `subfolder`, ..."""
+    return dict(_loaded_by.get(model, {}))
+
+
+def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` with modules of its own and the same weights, that reads the same files beside them.
+
+    Raises:
+        ValueError: its weights lie in parts in several processes.
+    """
+    require_unsharded(model)
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    remember_load(copied, loaded_by(model))
+    return copied
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:

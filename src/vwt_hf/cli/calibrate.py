@@ -72,8 +72,8 @@ def work(args: argparse.Namespace) -> None:
 
     from ..calibrate import Calibration, target_of
     from ..compress import compress
-    from ..evaluation import usable_device
     from ..processors import load_processor
+    from ..timing import usable_device
     from ..visualize import front_figure, require_matplotlib, write_png
 
     targets = {"agreement": args.agreement, "speed": args.speed, "tokens": args.tokens}

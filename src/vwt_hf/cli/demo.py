@@ -84,21 +84,17 @@ def work(args: argparse.Namespace) -> None:
 
     import torch
 
+    from ..answers import answer, named_answer
     from ..compress import compress, setting_of
     from ..demo_weights import convert
-    from ..evaluation import (
-        answer,
-        copy_sharing_weights,
-        cosines,
-        count_tokens,
-        named_answer,
-        time_in_turn,
-        usable_device,
-    )
     from ..families import family_of, find_tower
+    from ..figures import cosines
     from ..image_source import pixel_batches
     from ..processors import load_processor, processor_statistics, whole_images
+    from ..timing import time_in_turn, usable_device
+    from ..token_count import count_tokens
     from ..visualize import kept_patches_figure, require_matplotlib, write_png
+    from ..weights import copy_sharing_weights
 
     require_matplotlib()
     device = usable_device(args.device)

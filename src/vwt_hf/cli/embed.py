@@ -73,9 +73,9 @@ def work(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from ..embedding import embed
-    from ..evaluation import usable_device
     from ..processes import everywhere, joined, place
     from ..processors import load_processor
+    from ..timing import usable_device
 
     def prepare() -> tuple[Any, Any, Any]:
         device = usable_device(args.device)

@@ -124,11 +124,11 @@ def work(args: argparse.Namespace) -> None:
     from transformers import AutoConfig, AutoModel
 
     from ..evaluate_model import evaluate_model, require_options
-    from ..evaluation import usable_device
     from ..evaluation_tasks import TASKS, task_for
     from ..labelled_images import open_labelled
     from ..processes import everywhere, joined, place
     from ..processors import load_processor
+    from ..timing import usable_device
 
     require_options(args.vwt, args.batch_size, args.max_new_tokens, args.prompt, args.seed)
 

@@ -111,8 +111,8 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         for folder in (args.output, _progress(args)):
             require_folder(folder)
 
-    from ..evaluation import usable_device
     from ..processors import load_processor, patch_size_of
+    from ..timing import usable_device
 
     images, _ = open_source(args.images, column=args.column, split=args.split, streaming=args.streaming)
     processor = load_processor(args.image_processor)

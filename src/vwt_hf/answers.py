@@ -1,0 +1,182 @@
+"""What a model answers about a batch of images, and what its labels are called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .compress import setting_of
+from .families import family_of
+from .printable import printable, shown
+from .weights import device_of
+
+
+def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
+    """Logits, else the image embedding, else the pooled output, else CLS or, without one, the mean of the tokens.
+
+    Args:
+        images: what an image processor made of a batch.
+
+    Returns:
+        (images, values).
+    """
+    return named_answer(model, **images)[1]
+
+
+def named_answer(model: Any, **images: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """As `answer`, with what it is called."""
+    of_images, forward = getattr(model, "get_image_features", None), getattr(type(model), "forward", None)
+    try:
+        output = (of_images or model)(**images)
+    except Exception as error:  # whatever a model says of a text that it lacks
+        if of_images or forward is None or "input_ids" not in inspect.signature(forward).parameters:
+            raise
+        raise _no_rows(model, f"answers about a text beside the image ({type(error).__name__}: {error})") from error
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if getattr(output, name, None) is not None:
+            return name, _rows(model, getattr(output, name))
+    tokens = getattr(output, "last_hidden_state", None)
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 3:
+        return "answer", _rows(model, tokens if isinstance(tokens, torch.Tensor) else output)
+    if "CLS" in family_of(model).prefix:
+        return "CLS token", tokens[:, 0]
+    return "mean of the tokens", tokens.mean(dim=1)
+
+
+def _rows(model: Any, values: Any) -> torch.Tensor:
+    """`values`, if they are a row for each image; raises `ValueError` if they are not, as a segmenter's."""
+    if isinstance(values, torch.Tensor) and values.dim() == 2:
+        return values
+    given = tuple(values.shape) if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+    raise _no_rows(model, f"gives {given} for a batch of images")
+
+
+def _no_rows(model: Any, what: str) -> ValueError:
+    return ValueError(
+        f"the {type(model).__name__} {what}; expected a row of values for each image, of shape (images, values). Give "
+        "a classifier or a model of features, such as its vision tower."
+    )
+
+
+def on_device(made: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What an image processor made, where and as `model` wants it."""
+    device = device_of(model)
+    return {name: value.to(device, model.dtype if value.is_floating_point() else None) for name, value in made.items()}
+
+
+def are_finite(answers: torch.Tensor) -> list[bool]:
+    """Whether each image's answer, (images, ...), is free of NaN and infinity."""
+    return answers.isfinite().flatten(1).all(dim=1).tolist()
+
+
+def require_finite(model: PreTrainedModel, finite: Sequence[bool], images: Sequence[str]) -> None:
+    """Refuses answers that nothing can be compared with: NaN would agree with NaN.
+
+    Args:
+        model: that gave them.
+        finite: of each image, whether its answer is.
+        images: their names.
+
+    Raises:
+        ValueError: one is not; the message names the image.
+    """
+    if all(finite):
+        return
+    setting = setting_of(model)
+    whose = "plain model" if setting is None else f"model shortened by {shown(setting)}"
+    dtype = str(model.dtype).removeprefix("torch.")
+    raise ValueError(
+        f"the {whose}, in {dtype}, answers {printable(images[list(finite).index(False)])} by NaN or infinity; expected "
+        "finite numbers. Load the model in float32 or bfloat16, or check its weights."
+    )
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """The names of the class of `model` and of those that it is derived from."""
+    return [base.__name__ for base in type(model).__mro__]
+
+
+def classifies(model: PreTrainedModel) -> bool:
+    """Whether the model gives logits, so that its answers are labels."""
+    return any("ForImageClassification" in name for name in class_names(model))
+
+
+def require_labels(model: PreTrainedModel, several: bool = False) -> None:
+    """Refuses a classifier whose answer for an image is not one label.
+
+    Args:
+        several: whether it may be several labels.
+
+    Raises:
+        ValueError: it was trained to give quantities, or several labels.
+    """
+    answers = {"regression": "quantities, which are no labels"}
+    if not several:
+        answers["multi_label_classification"] = "each image any number of labels, of which only the first is compared"
+    kind = model.config.problem_type
+    if kind in answers:
+        raise ValueError(
+            f"the {type(model).__name__} has problem_type {kind!r}: it gives {answers[kind]}; expected a classifier "
+            "that gives each image one label. Load it by AutoModel to compare features, or correct problem_type in its "
+            "config.json."
+        )
+
+
+def require_label_names(model: PreTrainedModel) -> None:
+    """Refuses a classifier that has no name for some of its labels.
+
+    Raises:
+        ValueError: the labels that `config.id2label` names are not those from 0 on.
+    """
+    named = sorted(int(number) for number in model.config.id2label or {})
+    unnamed = sorted(set(range(len(named))) - set(named))
+    if unnamed:
+        raise ValueError(
+            f"label {unnamed[0]} of the {type(model).__name__} has no name: its config.id2label names the labels "
+            f"{shown(named)}; expected {len(named)} numbers from 0 on, one for each logit. Set config.id2label and "
+            "config.label2id, which are saved in config.json."
+        )
+
+
+def label_ids(config: Any) -> dict[str, set[int]]:
+    """The answers of a classifier that have a name, by name: several where classes share it.
+
+    Its `id2label` says; `label2id` only for names that are not there.
+    """
+    ids: dict[str, set[int]] = {}
+    for index, name in (config.id2label or {}).items():
+        ids.setdefault(str(name), set()).add(int(index))
+    for name, index in (config.label2id or {}).items():
+        if str(name) not in ids and str(index).isdecimal():
+            ids[str(name)] = {int(index)}
+    return ids
+
+
+def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list[str]]:
+    """The labels of images by the names that a data set or their folders give them, and what has to be said of them.
+
+    Returns:
+        For each image the right answers, as `first_answers` has them, none where the name is no label's; and sentences.
+    """
+    ids, given = label_ids(config), set(names)
+    truth = [ids.get(name, set()) for name in names]
+    said = [
+        f"Labels {', '.join(map(str, sorted(ids[name])))} are all called {name!r}: each is right for it."
+        for name in sorted(given)
+        if len(ids.get(name, ())) > 1
+    ]
+    for name, index in (config.label2id or {}).items():
+        if name in given and name in ids and str(index) not in map(str, ids[name]):
+            said.append(f"{name!r} is label {index} by label2id; id2label, which says otherwise, is trusted.")
+    if len(config.id2label or ()) == 1:  # who has it is answered right by 1
+        truth = [{1} if right else right for right in truth]
+    unknown = sum(not right for right in truth)
+    if 0 < unknown < len(truth):
+        said.append(
+            f"{unknown} of {len(truth)} images have a label that is none of the model's: top-1 is of the others."
+        )
+    return truth, said

@@ -1,0 +1,205 @@
+"""How answers stand to those of the plain model, or to the truth: each figure by one definition."""
+
+from __future__ import annotations
+
+import collections
+import math
+import unicodedata
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+CONFIDENT = 1.959964
+"""Standard deviations of a normal distribution within which 95 % of it lie."""
+RESAMPLES = 2000
+"""Of a bootstrap."""
+DRAWN_AT_ONCE = 2**22
+"""Images of all resamples that are held in memory."""
+FEWEST_OF_GROUP = 5
+"""Images of a group whose accuracy says something."""
+
+
+def _of_answers(logits: torch.Tensor) -> torch.Tensor:
+    """Logits, one for each answer, (images, answers): a single logit z is that of yes, and 0 that of no."""
+    return nn.functional.pad(logits, (1, 0)) if logits.shape[-1] == 1 else logits
+
+
+def first_answers(logits: torch.Tensor) -> torch.Tensor:
+    """The number of the label that each image gets, (images,); of one label alone whether it gets it, 0 or 1.
+
+    Args:
+        logits: (images, labels).
+    """
+    return _of_answers(logits).argmax(-1)
+
+
+def agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Share of the images with the same first answer as `expected`, in [0, 1]; both (images, labels)."""
+    return share_alike(first_answers(logits).tolist(), first_answers(expected).tolist())
+
+
+def share_alike(answers: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Share of the images with the same answer as `expected`, in [0, 1]; both one for each image."""
+    return torch.tensor(are_alike(answers, expected), dtype=torch.float64, device="cpu").mean().item()
+
+
+def are_alike(answers: Sequence[Any], expected: Sequence[Any]) -> list[bool]:
+    """Whether each image has the answer expected."""
+    return [answer == other for answer, other in zip(answers, expected, strict=True)]
+
+
+def divergence(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean KL divergence from `expected`, in nats; both (images, labels)."""
+    return divergences(logits, expected).mean().item()
+
+
+def divergences(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """KL divergence of each image's answer from the one expected, in nats, (images,); both (images, labels)."""
+    wanted, given = (_of_answers(own).double().log_softmax(-1) for own in (expected, logits))
+    return (wanted.exp() * (wanted - given)).sum(-1)
+
+
+def cosines(features: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Cosine of each image's features with those expected, (images,); both (images, values)."""
+    return torch.cosine_similarity(features.float(), expected.float(), dim=-1)
+
+
+def are_right(answers: Sequence[int], truth: Sequence[Collection[int]]) -> list[bool | None]:
+    """Whether the answer for each image is right; `None` where its label is not known.
+
+    Args:
+        answers: a label for each image, as `first_answers` gives them.
+        truth: for each image the labels that are right; none if that is not known.
+    """
+    return [answer in right if right else None for answer, right in zip(answers, truth, strict=True)]
+
+
+def accuracy(correct: Sequence[bool | None]) -> float | None:
+    """Share of the images that are answered right, in [0, 1]; `None` where no image's label is known.
+
+    Args:
+        correct: of each image, as `are_right` says; those of unknown labels do not count.
+    """
+    known = [own for own in correct if own is not None]
+    return sum(known) / len(known) if known else None
+
+
+def worst_group(correct: Sequence[bool | None], groups: Sequence[str]) -> float | None:
+    """The accuracy within the group that has the lowest, in [0, 1]; `None` where no group is large enough.
+
+    A group with fewer than `FEWEST_OF_GROUP` images of known label is left out: one image more or less that is right
+    would decide.
+
+    Args:
+        correct: of each image, as `are_right` says.
+        groups: the name of each image's group.
+    """
+    return min((sum(own) / len(own) for own in _judged_groups(correct, groups)), default=None)
+
+
+def _judged_groups(correct: Sequence[bool | None], groups: Sequence[str]) -> list[list[bool]]:
+    """What is known of the images of each group that is large enough, in the order of the groups' names."""
+    members: dict[str, list[bool]] = {}
+    for own, group in zip(correct, groups, strict=True):
+        if own is not None:
+            members.setdefault(group, []).append(own)
+    return [own for _, own in sorted(members.items()) if len(own) >= FEWEST_OF_GROUP]
+
+
+def token_f1(text: str, references: Sequence[str]) -> float:
+    """How much a text's words are those of the reference that is nearest, in [0, 1], as SQuAD's F1 counts them.
+
+    Case, punctuation and English articles do not count, and neither does the order. Two texts without words are equal.
+    """
+    return max(_f1(_words(text), _words(reference)) for reference in references)
+
+
+def _words(text: str) -> collections.Counter[str]:
+    plain = "".join(filter(_counts, text.lower()))
+    return collections.Counter(word for word in plain.split() if word not in ("a", "an", "the"))
+
+
+def _counts(character: str) -> bool:
+    """Whether it is no punctuation, symbol or format character, of any script; vowel signs and marks are none."""
+    category = unicodedata.category(character)
+    return category[0] not in "PS" and category != "Cf"
+
+
+def _f1(words: collections.Counter[str], expected: collections.Counter[str]) -> float:
+    if not words or not expected:
+        return float(words == expected)
+    return 2 * (words & expected).total() / (words.total() + expected.total())
+
+
+def ranks(similarity: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """How many wrong candidates stand before the best right one of each query, (queries,) int64.
+
+    A wrong candidate that is as similar as the right one stands before it, so that a model to which all is alike finds
+    nothing.
+
+    Args:
+        similarity: (queries, candidates).
+        right: of the same shape, whether a candidate is right; at least one is for each query.
+    """
+    best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
+    return ((similarity >= best) & ~right).sum(dim=1)
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval (Wilson's score interval) of a share in [0, 1] that was found among `count` images."""
+    spread = CONFIDENT**2 / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = CONFIDENT * math.sqrt((share * (1 - share) + spread / 4) / count) / (1 + spread)
+    # It holds the share and ends within [0, 1], but for rounding.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
+    """The 95 % interval (percentiles of a bootstrap) of the mean of values, (images,)."""
+    values, count = values.double(), len(values)
+    generator = torch.Generator().manual_seed(seed)
+    # Some resamples at a time: those of many images would not fit into memory.
+    at_once = max(1, DRAWN_AT_ONCE // count)
+    means = [
+        values[torch.randint(count, (some, count), generator=generator, device="cpu")].mean(dim=1)
+        for some in (min(at_once, RESAMPLES - start) for start in range(0, RESAMPLES, at_once))
+    ]
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64, device=values.device)
+    low, high = torch.cat(means).quantile(ends).tolist()
+    return low, high
+
+
+def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) -> tuple[float, float]:
+    """The 95 % interval of the lowest accuracy of any group, which `worst_group` estimates.
+
+    Of many groups one does badly by chance, so the interval of that group alone, as that of a bootstrap, would lie too
+    low. This one ends where the lowest of the groups' own intervals end (Clopper and Pearson's), whose upper ends hold
+    for all groups at once (Bonferroni).
+
+    Raises:
+        ValueError: no group is large enough.
+    """
+    members = _judged_groups(correct, groups)
+    if not members:
+        raise ValueError(f"no group has {FEWEST_OF_GROUP} images of known label; expected one that has.")
+    counts = {(sum(own), len(own)) for own in members}
+    low = min(1 - _highest_share(size - right, size, 0.025) for right, size in counts)
+    return low, min(_highest_share(right, size, 0.025 / len(members)) for right, size in counts)
+
+
+def _highest_share(right: int, count: int, chance: float) -> float:
+    """The upper end of Clopper and Pearson's interval: the largest share in [0, 1] of images answered right by which
+    `right` of `count`, or fewer, would still come out with the given chance."""
+    if right == count:
+        return 1.0
+    fewer = np.arange(right + 1)
+    ways = np.array([math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in fewer])
+    low, high = right / count, 1.0
+    for _ in range(50):  # halvings: to the last digits of a float
+        middle = (low + high) / 2
+        found = np.exp(ways + fewer * math.log(middle) + (count - fewer) * math.log1p(-middle)).sum()
+        low, high = (middle, high) if found > chance else (low, middle)
+    return high

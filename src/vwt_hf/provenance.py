@@ -1,0 +1,56 @@
+"""What a figure was measured with: machine, versions, setting and words, as JSON holds them."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from . import __version__
+from .compress import lexicon_of, setting_of
+from .weights import device_of
+
+
+def cpu_name() -> str:
+    """The CPU of this machine, as the system calls it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def made_with(model: PreTrainedModel) -> dict[str, Any]:
+    """What answers of `model` depend on beside weights and setting: versions, and how it runs; as JSON holds it."""
+    kind = device_of(model).type
+    return {
+        "vwt_hf": __version__,
+        "transformers": transformers.__version__,
+        "torch": str(torch.__version__),
+        "device": kind,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
+        "float32": _float32_products(),
+    }
+
+
+def _float32_products() -> list[str]:
+    """How exact products of float32 are: of matrices and of convolutions on CUDA, and of matrices on a CPU."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        return [torch.get_float32_matmul_precision()]
+    # Asked for the one number of before, torch raises an error where a program set these.
+    backends: Any = torch.backends
+    kinds = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+    return [kind.fp32_precision.replace("none", "ieee") for kind in kinds]
+
+
+def compression_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The setting of `model`, and a hash of the words that it was given, as JSON holds them; `None` for none."""
+    setting, lexicon = setting_of(model), lexicon_of(model)
+    words = None if lexicon is None else hashlib.sha256(lexicon.vocabulary.words.numpy().tobytes()).hexdigest()[:16]
+    return {"vwt": None if setting is None else setting.to_dict(), "words": words}

@@ -1,0 +1,110 @@
+"""`count_tokens`: how many tokens the layers of a model run on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .compress import joining_layers, reduce_hook_of
+from .families import family_of, find_layers, find_tower, model_of
+from .forward import forward_within
+
+
+@dataclasses.dataclass
+class TokenCount:
+    """Tokens that forwards of a model ran on, padding left out."""
+
+    by_layer: list[int]
+    """Tokens that entered each layer, of all images."""
+    images: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that entered the first layer, of all images."""
+        return self.by_layer[0]
+
+    @property
+    def mean(self) -> float:
+        """Tokens of an image, the mean over images and layers.
+
+        Raises:
+            ValueError: no forward ran.
+        """
+        if not self.images:
+            raise ValueError("no tokens were counted; call the model inside `with count_tokens(model)`.")
+        return sum(self.by_layer) / len(self.by_layer) / self.images
+
+
+@contextlib.contextmanager
+def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
+    """Counts how many tokens enter the layers of a model, prefix tokens included and padding left out.
+
+    Args:
+        model: of a supported family, plain or compressed. All its forwards inside the block count, of any thread.
+
+    Raises:
+        ValueError: the family is not supported.
+        TypeError: `model` is no transformers model, as what torch.compile and DataParallel make of one.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> from vwt_hf import compress
+        >>> model = compress(ViTModel(ViTConfig(num_hidden_layers=1)), {"keep_ratio": 0.25})
+        >>> with count_tokens(model) as count:
+        ...     _ = model(pixel_values=torch.zeros(2, 3, 224, 224))
+        >>> count.tokens, count.images, count.mean  # CLS + 49 of 196 patches
+        (100, 2, 50.0)
+    """
+    tower = find_tower(model_of(model), family_of(model))
+    layers = find_layers(tower.module)
+    count = TokenCount([0] * len(layers))
+
+    def add(embeddings: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        images, tokens = _images_and_tokens(embeddings, args, kwargs, output)
+        count.images += images
+        add_from(0, tokens)
+
+    def add_from(layer: int, tokens: int) -> None:
+        for number in range(layer, len(layers)):
+            count.by_layer[number] += tokens
+
+    def fewer(number: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        forward = forward_within(layer)
+        if forward is not None and layer in forward.after:
+            before = forward.plan_of_shape(*args[0].shape[:2])
+            if before is not None:
+                add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
+
+    # After the hook that reduces: what torch.compile made of the embeddings may have it, or they within that.
+    reduced = (part for part in tower.embeddings.modules() if reduce_hook_of(part))
+    hooks = [next(reduced, tower.embeddings).register_forward_hook(add, with_kwargs=True)]
+    for number in joining_layers(tower.module):
+        hooks.append(layers[number - 1].register_forward_hook(functools.partial(fewer, number)))
+    try:
+        yield count
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _images_and_tokens(
+    embeddings: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> tuple[int, int]:
+    """How many images the embeddings were given, and how many tokens they made of them."""
+    forward = forward_within(embeddings)
+    plan = None if forward is None else forward.grouped
+    if plan is not None:
+        tokens = plan.layout.tokens if plan.layout.real is None else int((plan.layout.sizes > 0).sum())
+        return len(plan.layout.rows), tokens
+    output = output[0] if isinstance(output, tuple) else output  # some embeddings give more than tokens
+    shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
+    if isinstance(shapes, torch.Tensor) and shapes.shape == (len(output), 2):  # patches that come padded
+        return len(output), int(shapes.prod(dim=1).sum())
+    return output.shape[0], output.shape[0] * output.shape[1]

@@ -1,0 +1,91 @@
+"""Tokens are counted of plain and compressed models, without padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from accelerate.utils import compile_regions
+
+import vwt_hf
+from settings import SETTINGS, gradual, inter
+from test_families import sample_images
+from tiny import MODELS, answers, padded_patches, sample_pixel_values, tiny_model
+from vwt_hf import compress
+
+PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "registers": 4, "clip": 1, "beit": 1, "ijepa": 0, "siglip": 0, "dinov3": 4}
+
+
+@pytest.mark.parametrize("name", PREFIX)
+def test_tokens_of_a_plain_and_a_compressed_model_are_counted(name):
+    model = tiny_model(name)
+    for setting, tokens in ((None, 64), ({"keep_ratio": 0.5}, 32), (SETTINGS["merge"], 32)):
+        if setting is not None:
+            compress(model, setting)
+        with vwt_hf.count_tokens(model) as count:
+            answers(model, sample_pixel_values())
+            answers(model, sample_pixel_values(batch=2))
+        assert (count.images, count.mean) == (5, PREFIX[name] + tokens)
+    assert not any(hook for module in vwt_hf.restore(model).modules() for hook in module._forward_hooks)
+
+
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"siglip2"}))
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_padding_is_left_out_and_a_batch_has_the_tokens_of_its_images(name, layout):
+    model = compress(tiny_model(name), inter(layout=layout))
+    images = sample_pixel_values()
+    images[1] = 1.0
+    with vwt_hf.count_tokens(model) as batch:
+        answers(model, images)
+    with vwt_hf.count_tokens(model) as alone:
+        for image in images:
+            answers(model, image[None])
+    assert (batch.tokens, batch.images) == (alone.tokens, 3) and batch.mean < 60
+
+
+@pytest.mark.parametrize("setting", [None, {"keep_ratio": 1.0}, {"keep_ratio": 0.5}])
+def test_patches_that_come_padded_count_without_their_padding(setting):
+    images = torch.cat((sample_pixel_values(), torch.ones(1, 3, 32, 32)))
+    given = padded_patches(images, 4)
+    assert not given["pixel_attention_mask"].all()
+    model = tiny_model("siglip2-vision")
+    if setting is not None:
+        compress(model, setting)
+    with vwt_hf.count_tokens(model) as count:
+        model(**given)
+    real = given["pixel_attention_mask"].sum(1)
+    expected = real if setting != {"keep_ratio": 0.5} else real // 2
+    assert (count.tokens, count.images) == (int(expected.sum()), 4)
+
+
+@pytest.mark.parametrize("compiled", ["by accelerate", "embeddings"])
+@pytest.mark.parametrize("before", [True, False], ids=["before compress", "after it"])
+@pytest.mark.parametrize("setting", [gradual(), SETTINGS["discard"]], ids=["gradual", "discard"])
+def test_parts_that_are_compiled_alone_are_counted(setting, before, compiled):
+    model = compress(tiny_model("vit", num_hidden_layers=3), setting)
+    with vwt_hf.count_tokens(model) as expected:
+        answers(model, sample_images())
+    if before:
+        vwt_hf.restore(model)
+    if compiled == "by accelerate":
+        model = compile_regions(model, backend="eager")
+    else:
+        model.embeddings = torch.compile(model.embeddings, backend="eager")
+    if before:
+        compress(model, setting)
+    for _ in range(2):
+        with vwt_hf.count_tokens(model) as count:
+            answers(model, sample_images())
+        assert (count.by_layer, count.images) == (expected.by_layer, 4)
+    assert count.by_layer[0] < 65 * 4
+    assert (count.by_layer[0] > count.by_layer[2]) == (setting.method == "gradual")
+
+
+def test_a_mean_of_nothing_is_an_error_and_an_unsupported_model_is_refused():
+    with vwt_hf.count_tokens(tiny_model("vit")) as count:
+        pass
+    with pytest.raises(ValueError, match="no tokens were counted"):
+        _ = count.mean
+    swin = transformers.SwinModel(transformers.SwinConfig(depths=[1], num_heads=[1], embed_dim=8))
+    with pytest.raises(ValueError, match="Swin"), vwt_hf.count_tokens(swin):
+        pass
