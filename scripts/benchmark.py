@@ -63,10 +63,11 @@ from vwt_hf.evaluate_model import fields_of, name_of
 from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.figures import accuracy, agreement, are_right, cosines, divergence, first_answers, worst_group
 from vwt_hf.hooks import is_even
-from vwt_hf.image_source import described_files, find_images, pixel_batches
+from vwt_hf.image_source import described_files, find_images
 from vwt_hf.labelled_images import groups_of
 from vwt_hf.on_gpu import has_kernels
 from vwt_hf.printable import printable
+from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import described_processor, load_processor, whole_images
 from vwt_hf.provenance import compression_of, cpu_name
 from vwt_hf.terminal import markdown, run_command, vwt_option

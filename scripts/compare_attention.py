@@ -22,9 +22,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vwt_hf import VisualVocabulary
 from vwt_hf.attention import _by_layout
-from vwt_hf.image_source import find_images, pixel_batches
+from vwt_hf.image_source import find_images
 from vwt_hf.layout import Layout, attention_bias, group
 from vwt_hf.plans import Grouped
+from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor, processor_statistics, whole_images
 from vwt_hf.terminal import markdown, run_command
 from vwt_hf.timing import time_in_turn

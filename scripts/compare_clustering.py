@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from sklearn.cluster import MiniBatchKMeans as ScikitLearn
 
-from vwt_hf.image_source import open_images, patch_batches
+from vwt_hf.image_source import open_images
+from vwt_hf.processed_images import patch_batches
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, run_command
 from vwt_hf.vocabulary.kmeans import MiniBatchKMeans, statistics

@@ -25,9 +25,10 @@ import transformers
 from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from vwt_hf.decoding import read_image
 from vwt_hf.evaluate_model import name_of
 from vwt_hf.hooks import Reduce
-from vwt_hf.image_source import find_images, read_image
+from vwt_hf.image_source import find_images
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers
 from vwt_hf.terminal import markdown, run_command

@@ -26,9 +26,10 @@ from transformers import AutoModelForImageClassification, DINOv3ViTConfig, DINOv
 
 from vwt_hf import VisualVocabulary, VWTConfig, compress, count_tokens, restore
 from vwt_hf.figures import agreement, divergence
-from vwt_hf.image_source import open_images, pixel_batches
+from vwt_hf.image_source import open_images
 from vwt_hf.layout import pool
 from vwt_hf.plans import Grouped
+from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor, whole_images
 from vwt_hf.terminal import markdown, run_command
 from vwt_hf.whole_saves import require_writable, write_file

@@ -44,8 +44,9 @@ from tqdm import tqdm
 
 from serve import FIELD, Model, encoded, run
 from vwt_hf.evaluate_model import name_of
-from vwt_hf.image_source import find_images, pixel_batches
+from vwt_hf.image_source import find_images
 from vwt_hf.printable import printable
+from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, run_command, vwt_option
 from vwt_hf.timing import usable_device

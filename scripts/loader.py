@@ -32,8 +32,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from benchmark import Method, count
 from compare_processor import SETTINGS
 from vwt_hf import compress, token_lengths
+from vwt_hf.decoding import read_image
 from vwt_hf.evaluate_model import name_of
-from vwt_hf.image_source import find_images, read_image
+from vwt_hf.image_source import find_images
 from vwt_hf.plans import PATCH_WORDS
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from vwt_hf.image_source import PatchBatch, open_images, patch_batches
+from vwt_hf.image_source import open_images
+from vwt_hf.processed_images import PatchBatch, patch_batches
 from vwt_hf.processes import joined, place
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, run_command

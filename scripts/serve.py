@@ -44,7 +44,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from vwt_hf import image_source
+from vwt_hf import processed_images
 from vwt_hf.answers import (
     answer,
     are_finite,
@@ -241,7 +241,7 @@ def require_every_shape(model: Any, image_processor: Any) -> int:
     """
 
     def made_of(*size: int) -> dict[str, torch.Tensor]:
-        return image_source.processed(Image.new("RGB", size, "grey"), image_processor)
+        return processed_images.processed(Image.new("RGB", size, "grey"), image_processor)
 
     for size in ((320, 240), (240, 320)):
         made = made_of(*size)
@@ -349,7 +349,7 @@ async def processed(request: Request) -> dict[str, np.ndarray]:
 
 
 def _process(encoded: dict[str, Any], image_processor: Any, most_values: int) -> dict[str, np.ndarray]:
-    made = image_source.processed(encoded, image_processor, formats=SERVED)
+    made = processed_images.processed(encoded, image_processor, formats=SERVED)
     if made["pixel_values"].numel() > most_values:
         raise UnreadableImage(
             f"The image becomes {tuple(made['pixel_values'].shape)}; expected {most_values:,} values at most. Crop it."

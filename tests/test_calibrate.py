@@ -23,9 +23,9 @@ from vwt_hf.answers import answer, on_device
 from vwt_hf.calibrate import CHOICES, Calibration, Choice, Level
 from vwt_hf.cli import main
 from vwt_hf.compress import setting_of
+from vwt_hf.decoding import UnreadableImage
 from vwt_hf.figures import agreement, cosines, share_interval
 from vwt_hf.image_processing import HostTokenizer
-from vwt_hf.image_source import UnreadableImage
 from vwt_hf.processors import load_processor
 from vwt_hf.timing import count_flops
 from vwt_hf.token_count import count_tokens

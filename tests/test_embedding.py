@@ -34,8 +34,10 @@ from tiny import TEXT, TINY, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, compress, embed, token_lengths
 from vwt_hf.answers import answer
 from vwt_hf.cli import main
-from vwt_hf.embedding import FORMATS, MANIFEST, Reader, Shard, Shards
-from vwt_hf.image_source import UnreadableImage, find_images, image_rows, read_image
+from vwt_hf.decoding import UnreadableImage, read_image
+from vwt_hf.embedded_files import FORMATS, MANIFEST, Shard, Shards
+from vwt_hf.embedding import Reader
+from vwt_hf.image_source import find_images, image_rows
 from vwt_hf.processes import everywhere
 from vwt_hf.provenance import made_with
 
@@ -448,13 +450,13 @@ def test_what_is_missing_is_shared_out_and_not_the_files(tmp_path, monkeypatch):
         lists.append(work())
         return lists[0]
 
-    monkeypatch.setattr(vwt_hf.embedding, "in_main", of_main)
+    monkeypatch.setattr(vwt_hf.embedded_files, "in_main", of_main)
     shards = Shards(tmp_path, "parquet", images=8, size=1)
     for number in (1, 3, 5, 7):
         shards.write(number, NOTHING)
     shares = []
     for index in range(2):
-        monkeypatch.setattr(vwt_hf.embedding, "place", lambda index=index: (index, 2))
+        monkeypatch.setattr(vwt_hf.embedded_files, "place", lambda index=index: (index, 2))
         shares.append(shards.missing(bool))
         shards.write(shares[-1][0], NOTHING)
     assert shares == [[0, 4], [2, 6]]
@@ -462,7 +464,7 @@ def test_what_is_missing_is_shared_out_and_not_the_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_main_process_warns_where_others_have_nothing_to_do(index, tmp_path, monkeypatch, recwarn):
-    monkeypatch.setattr(vwt_hf.embedding, "place", lambda: (index, 3))
+    monkeypatch.setattr(vwt_hf.embedded_files, "place", lambda: (index, 3))
     shards = Shards(tmp_path, "parquet", images=11, size=10)
     assert shards.missing(bool) == [index]
     said = ["11 images make 2 files of up to 10, fewer than the 3 processes, of which the others have nothing to do"]
@@ -836,7 +838,7 @@ KILLED = """
 import os, signal, sys
 from accelerate import PartialState
 from vwt_hf.cli import main
-from vwt_hf.embedding import Shards
+from vwt_hf.embedded_files import Shards
 
 write, written = Shards.write, []
 

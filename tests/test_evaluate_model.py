@@ -33,8 +33,9 @@ from vwt_hf.evaluate_model import _tokenizer_of, name_of
 from vwt_hf.evaluation_tasks import ZeroShot
 from vwt_hf.figures import agreement, divergence, ranks, share_interval, token_f1
 from vwt_hf.image_processing import HostTokenizer
-from vwt_hf.image_source import find_images, pixel_batches
+from vwt_hf.image_source import find_images
 from vwt_hf.labelled_images import open_labelled
+from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor
 
 AUTO = transformers.AutoModelForImageClassification

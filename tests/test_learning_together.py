@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from settings import ViTImageProcessor
-from vwt_hf import VisualVocabulary, image_source
+from vwt_hf import VisualVocabulary, processed_images
 from vwt_hf.processes import everywhere, gathered, in_main, joined, place, summed
 from vwt_hf.vocabulary import kmeans, learning
 
@@ -388,7 +388,7 @@ def test_a_killed_process_ends_the_others_and_resume_goes_on_to_the_same_words(
         "stream": [stored(folder).to_iterable_dataset()] * 2,
         "different folders": [folder, write(tmp_path / "other", 10, seed=1)],
     }[kind]
-    read = image_source.patch_batches
+    read = processed_images.patch_batches
 
     def work(index: int, kill: bool, resume: bool) -> Any:
         def killed(*args: Any) -> Iterator[Any]:

@@ -28,7 +28,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import vwt_hf
-from vwt_hf import cli, image_source
+from vwt_hf import cli, image_source, processed_images
 from vwt_hf.cli import vocab
 from vwt_hf.vocabulary import VisualVocabulary, card, files, learning
 from vwt_hf.vocabulary.files import VocabularyInfo
@@ -199,7 +199,7 @@ def test_a_killed_run_resumes_to_the_same_words(
         "stream": stored(folder).to_iterable_dataset(),
         "iterable": [*photographs(13), "broken.png", *photographs(11, seed=1)],
     }[kind]
-    read = image_source.patch_batches
+    read = processed_images.patch_batches
 
     def killed(*args: Any) -> Iterator[Any]:
         for number, batch in enumerate(read(*args)):

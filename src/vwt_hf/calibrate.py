@@ -27,9 +27,10 @@ from .config import VWTConfig
 from .families import family_of, find_tower, model_of
 from .figures import cosines, first_answers, mean_interval, share_interval
 from .image_processing import without_words
-from .image_source import one_batch, open_images, processed
+from .image_source import open_images
 from .on_gpu import has_kernels
 from .printable import difference, shown
+from .processed_images import one_batch, processed
 from .processors import processor_of, processor_statistics
 from .provenance import cpu_name, made_with
 from .timing import FEWEST_TURNS, count_flops, stopwatch

@@ -9,8 +9,7 @@ import itertools
 import json
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,29 +25,25 @@ from .answers import answer, are_finite, classifies, on_device, require_finite
 from .checks import require_whole
 from .compress import require_whole_images, setting_of
 from .data_loading import token_lengths
+from .decoding import UnreadableImage, read_image
+from .embedded_files import AGAIN, FORMATS, Shard, Shards
 from .families import family_of, find_tower, model_of
 from .forward import forward_within
 from .image_processing import HostTokenizer, without_words
-from .image_source import ImageRows, UnreadableImage, image_rows, one_batch, processed, read_image
+from .image_source import ImageRows, image_rows
 from .plans import PATCH_WORDS
-from .printable import difference, shown
-from .processes import everywhere, gathered, in_main, join, place
+from .printable import shown
+from .processed_images import one_batch, processed
+from .processes import everywhere, gathered, join, place
 from .processors import described_processor, processor_of
 from .provenance import compression_of, made_with
 from .timing import return_memory
 from .token_count import count_tokens
 from .weights import fingerprint_of, require_unsharded
-from .whole_saves import require_folder, saving, write_files
+from .whole_saves import require_folder
 
-MANIFEST = "embed.json"
-KEY = "vwt_hf"
-"""The key in a file's metadata under which JSON says how many images it has, which could not be read and, in
-safetensors, the names of all."""
 FORMAT = 4
 """Of the manifest and the files."""
-AGAIN = "again"
-"""Key in the list of unreadable images: this one was out of reach, as on a drive that was gone, and a later run tries
-it again."""
 MOST_AGAIN = 16
 """A file is not made if all its images are out of reach and they are at least so many."""
 WINDOW = 16
@@ -198,7 +193,28 @@ def embed(
             )
 
     everywhere(make)
-    return shards.end(of, run, trial.values)
+    return _embedded(shards, *shards.end(of, trial.values), trial.values, run)
+
+
+def _embedded(shards: Shards, images: int, unreadable: list[dict[str, Any]], values: int, run: _Run) -> Embedded:
+    """What lies in the folder, and what all processes took."""
+    own: Any = (run.images, run.embedded, run.tokens, run.seconds)
+    runs = gathered(lambda: own)
+    made, embedded, tokens = (sum(own[part] for own in runs) for part in range(3))
+    times = [own[3] for own in runs]
+    return Embedded(
+        images,
+        unreadable,
+        values,
+        shards.files,
+        made,
+        embedded,
+        tokens / embedded if embedded else None,
+        len(runs),
+        max(own["total"] for own in times),
+        max(own["total"] - own["waiting"] for own in times),
+        {what: sum(own[what] for own in times) for what in run.seconds},
+    )
 
 
 class ReadBatch(NamedTuple):
@@ -249,16 +265,6 @@ def _alike(made: Sequence[Batch], size: int, image_processor: Any) -> Iterator[B
     for _, same in itertools.groupby(images, key=lambda image: image[0]):
         while some := list(itertools.islice(same, size)):
             yield [image[2] for image in some], one_batch([image[3] for image in some], image_processor)
-
-
-class Shard(NamedTuple):
-    """What a file holds."""
-
-    names: list[str]
-    rows: list[int]
-    features: torch.Tensor
-    """(images, values) float32."""
-    unreadable: list[dict[str, Any]]
 
 
 class _Run:
@@ -358,210 +364,6 @@ def _is_in_reach(rows: ImageRows, row: int) -> bool:
 
 def _as_it_is(read: Any) -> Any:
     return read
-
-
-def _to_parquet(shard: Shard) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    flat = pa.array(shard.features.flatten().numpy())
-    columns = {
-        "name": pa.array(shard.names, pa.string()),
-        "row": pa.array(shard.rows, pa.int64()),
-        "embedding": pa.FixedSizeListArray.from_arrays(flat, shard.features.shape[1]),
-    }
-    said = {"images": len(shard.rows), "unreadable": shard.unreadable}
-    table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(said)})
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, use_dictionary=False) as writer:
-        if shard.rows:  # `datasets` refuses a group without rows, which is what no rows would make
-            writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def _said_in_parquet(file: Path) -> dict[str, Any]:
-    import pyarrow.parquet as pq
-
-    return json.loads(pq.read_schema(file).metadata[KEY.encode()])
-
-
-def _to_safetensors(shard: Shard) -> bytes:
-    from safetensors.torch import save
-
-    said = {"images": len(shard.rows), "unreadable": shard.unreadable, "names": shard.names}
-    tensors = {"embedding": shard.features, "row": torch.tensor(shard.rows, dtype=torch.int64, device="cpu")}
-    return save(tensors, {KEY: json.dumps(said)})  # one entry, since entries come in any order
-
-
-def _said_in_safetensors(file: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        return json.loads(opened.metadata()[KEY])
-
-
-FORMATS: dict[str, tuple[Callable[[Shard], bytes], Callable[[Path], dict[str, Any]]]] = {
-    "parquet": (_to_parquet, _said_in_parquet),
-    "safetensors": (_to_safetensors, _said_in_safetensors),
-}
-"""What files of features may be, by their ending: what makes one, and what reads how many `images` a file says that it
-has, and which are `unreadable`."""
-
-
-class Shards:
-    """The files of one collection: which images each is of, which are there, and the manifest beside them."""
-
-    def __init__(self, folder: Path, format: str, images: int, size: int) -> None:
-        self._folder, self._images, self._size = folder, images, size
-        self._to_bytes, self._metadata_of = FORMATS[format]
-        count = -(-images // size)
-        # So called, `datasets` takes them for the split "train", and nothing else in the folder.
-        self.files = [folder / f"train-{number:05}-of-{count:05}.{format}" for number in range(count)]
-
-    def rows(self, number: int) -> range:
-        """The numbers of the images of a file."""
-        return range(number * self._size, min((number + 1) * self._size, self._images))
-
-    def missing(self, is_in_reach: Callable[[int], bool]) -> list[int]:
-        """This process's share of the files that are not there, whichever process made those that are, and of those
-        that lack images which were out of reach and are not now.
-
-        Args:
-            is_in_reach: tells of a row whether its image can be read.
-        """
-        index, processes = place()
-
-        def is_missing(file: Path) -> bool:
-            if not file.exists():
-                return True
-            return any(AGAIN in image and is_in_reach(image["row"]) for image in self._said_in(file)[1])
-
-        # The main process looks, so that all share out the same list, while some write files already.
-        missing = in_main(lambda: [number for number, file in enumerate(self.files) if is_missing(file)])
-        if missing and len(self.files) < processes and index == 0:
-            warnings.warn(
-                f"{self._images} images make {len(self.files)} files of up to {self._size}, fewer than the {processes} "
-                "processes, of which the others have nothing to do; a smaller shard_size makes more.",
-                stacklevel=3,
-            )
-        return missing[index::processes]
-
-    def write(self, number: int, shard: Shard) -> None:
-        """Writes a file, whole or not at all. One that is there and has more images stays, with a warning."""
-        file = self.files[number]
-        if file.exists() and (before := self._said_in(file)[0]) > len(shard.rows):
-            warnings.warn(
-                f"{file} stays as it is: it has {before} images, of which {len(shard.rows)} alone could be had now.",
-                stacklevel=4,
-            )
-            return
-        write_files(self._folder, {file.name: self._to_bytes(shard)})
-
-    def begin(self, of: dict[str, Any]) -> None:
-        """Writes the manifest, or compares it with what an earlier run wrote.
-
-        Raises:
-            ValueError: the folder holds something else, or processes see different images or models.
-        """
-        others = gathered(lambda: of)
-        everywhere(lambda: self._require_same(of, others))
-        everywhere(lambda: self._require_own(of))
-        in_main(lambda: self._claim(of))  # no file without a manifest
-
-    def _claim(self, of: dict[str, Any]) -> None:
-        """Writes the manifest where there is none; another run may have since this one looked."""
-        with saving(self._folder) as save:
-            save.write({MANIFEST: _encoded({"of": of})})
-            is_new = save.place_new(MANIFEST)
-        self._require_own(of)
-        if not is_new and not all(file.exists() for file in self.files):
-            self._write_manifest({"of": of})  # that of a run that had ended tells of files which are gone
-
-    @staticmethod
-    def _require_same(of: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
-        for process, other in enumerate(others):
-            if other != of:
-                raise ValueError(
-                    f"process {process} has another run ({difference(other, of)}); expected the same for all."
-                )
-
-    def _require_own(self, of: dict[str, Any]) -> None:
-        manifest = self._folder / MANIFEST
-        if not manifest.exists():
-            if any(self._folder.glob("train-*")):
-                raise ValueError(f"{self._folder} holds train-* files and no {MANIFEST}; name another folder.")
-            return
-        found = _read_manifest(manifest)
-        if found != of:
-            raise ValueError(
-                f"{self._folder} holds features of another run ({difference(found, of)}); name another folder, or "
-                "delete it."
-            )
-
-    def _read_all(self) -> tuple[int, list[dict[str, Any]]]:
-        """How many images all files have together, and which could not be read."""
-        missing = [file.name for file in self.files if not file.exists()]
-        if missing:
-            raise FileNotFoundError(
-                f"{self._folder} lacks {len(missing)} of {len(self.files)} files, such as {missing[0]}, which other "
-                "processes should have written; expected one folder that all see."
-            )
-        said = [self._said_in(file) for file in self.files]
-        return sum(images for images, _ in said), [image for _, unreadable in said for image in unreadable]
-
-    def _said_in(self, file: Path) -> tuple[int, list[dict[str, Any]]]:
-        try:
-            said = self._metadata_of(file)
-            return said["images"], said["unreadable"]
-        except Exception as error:  # of a damaged file libraries raise nearly anything
-            raise ValueError(
-                f"{file} does not say what `embed` writes into its metadata, as if it was damaged or written anew by "
-                f"something else ({type(error).__name__}: {error}); delete it, and the same call makes it again."
-            ) from error
-
-    def end(self, of: dict[str, Any], run: _Run, values: int) -> Embedded:
-        """Writes into the manifest what came of it, once all files are there.
-
-        Raises:
-            OSError: some are not, as where machines have a folder of this name each.
-        """
-        (images, unreadable), _ = everywhere(self._read_all)
-        everywhere(lambda: self._require_own(of))
-        in_main(lambda: self._write_manifest({"of": of, "images": images, "values": values, "unreadable": unreadable}))
-        own: Any = (run.images, run.embedded, run.tokens, run.seconds)
-        runs = gathered(lambda: own)
-        made, embedded, tokens = (sum(own[part] for own in runs) for part in range(3))
-        times = [own[3] for own in runs]
-        return Embedded(
-            images,
-            unreadable,
-            values,
-            self.files,
-            made,
-            embedded,
-            tokens / embedded if embedded else None,
-            len(runs),
-            max(own["total"] for own in times),
-            max(own["total"] - own["waiting"] for own in times),
-            {what: sum(own[what] for own in times) for what in run.seconds},
-        )
-
-    def _write_manifest(self, content: dict[str, Any]) -> None:
-        write_files(self._folder, {MANIFEST: _encoded(content)})
-
-
-def _encoded(manifest: dict[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=1, sort_keys=True).encode()
-
-
-def _read_manifest(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))["of"]
-        if not isinstance(found, dict):
-            raise TypeError(f"`of` is a {type(found).__name__}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no manifest of features ({error}); name another folder.") from error
-    return found
 
 
 class Trial(NamedTuple):

@@ -22,6 +22,7 @@ from .batch_log import Batch, BatchLog
 from .checks import require_seed, require_whole
 from .compress import compress_by, restore, setting_of
 from .config import RECOMMENDED, VWTConfig, is_vocabulary
+from .decoding import UnreadableImage
 from .evaluation_tasks import (
     PROMPT,
     RECALLED,
@@ -36,9 +37,9 @@ from .evaluation_tasks import (
     task_for,
 )
 from .image_processing import without_words
-from .image_source import UnreadableImage, one_batch, processed
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
+from .processed_images import one_batch, processed
 from .processes import gathered, join, place
 from .processors import described_processor, processor_of
 from .provenance import compression_of, made_with

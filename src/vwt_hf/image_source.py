@@ -1,26 +1,21 @@
-"""Whatever holds a user's images: found, read, resized as for the model, a batch at a time."""
+"""Whatever holds a user's images: a folder, a data set or an iterable, without reading any."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import itertools
-import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL.Image
 import torch
 
-from .decoding import FORMATS, UnreadableImage, read_image
+from .decoding import FORMATS
+from .decoding import read_image as read_image  # programs import it by the name that it had here
 from .printable import printable, shown
-from .processors import whole_images
-from .words import patchify
 
 SHUFFLED = 1000
 """Images among which a streaming data set is shuffled; they are held encoded."""
@@ -62,17 +57,6 @@ class ImageSource:
             ValueError: while the images are iterated over: a stream or iterable has fewer than `skip`.
         """
         return self.cut(index, number, skip, max_images)
-
-
-class PatchBatch(NamedTuple):
-    """The patches of one batch of images, and the images that could not be read."""
-
-    patches: torch.Tensor
-    """(patches, channels · patch height · patch width) float32, raw RGB in [0, 1]."""
-    lengths: list[int]
-    """Patches of each image, 0 where it could not be read."""
-    unreadable: list[str]
-    """Name and reason of each image that was not read."""
 
 
 def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> ImageSource:
@@ -452,191 +436,3 @@ def find_image_column(features: Mapping[str, Any], column: str | None) -> str:
         f"the data set has {asked}; its columns are {', '.join(map(printable, features))}, those with images: "
         f"{', '.join(map(printable, found)) or 'none'}. Cast one with dataset.cast_column(name, datasets.Image())."
     )
-
-
-def pixel_batches(items: Sequence[Any], image_processor: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """What an image processor makes of images, each of its tensors (images, ...), a batch at a time.
-
-    One image is decoded at a time, so memory does not grow with their number.
-
-    Args:
-        items: each as `read_image` takes it.
-
-    Raises:
-        UnreadableImage: one cannot be read, or the processor cannot take it.
-        ValueError: the processor gives images of a batch different sizes.
-    """
-    for start in range(0, len(items), batch_size):
-        made = [processed(item, image_processor) for item in items[start : start + batch_size]]
-        yield one_batch(made, image_processor)
-
-
-def one_batch(made: Sequence[dict[str, torch.Tensor]], image_processor: Any) -> dict[str, torch.Tensor]:
-    """Joins what an image processor made of images, each of its tensors (images, ...).
-
-    Raises:
-        ValueError: the images have different sizes.
-    """
-    sizes = sorted({tuple(one["pixel_values"].shape[1:]) for one in made})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{type(image_processor).__name__} gives pixel_values of shapes {sizes[0]} and {sizes[-1]}; expected one "
-            "for all images of a batch. Use batches of one image, or another image processor."
-        )
-    return {name: torch.cat([one[name] for one in made]) for name in made[0]}
-
-
-def processed(
-    item: Any, image_processor: Any, name: str | None = None, formats: Sequence[str] = FORMATS
-) -> dict[str, torch.Tensor]:
-    """What an image processor makes of one image, each of its tensors (1, ...).
-
-    Args:
-        item, formats: as `read_image` takes them.
-        name: what an error calls it.
-
-    Raises:
-        UnreadableImage: it cannot be read, or the processor cannot take it.
-    """
-    image = read_image(item, name, formats)
-    try:
-        require_room(image, image_processor)
-        with torch.device("cpu"):  # whatever torch's default is
-            return dict(image_processor(images=[image], return_tensors="pt"))
-    except Exception as error:
-        name = name or (os.fspath(item) if isinstance(item, (str, os.PathLike)) else "an image")
-        called = f"{printable(name)} ({image.width}×{image.height})"
-        raise UnreadableImage(f"{called} is refused by {type(image_processor).__name__}: {printable(error)}") from error
-
-
-def require_room(image: Any, image_processor: Any) -> None:
-    """Refuses an image that a processor makes far larger on its way: a file of a few bytes could take all memory.
-
-    Raises:
-        ValueError: it would have more pixels than Pillow decodes without a warning (`PIL.Image.MAX_IMAGE_PIXELS`).
-    """
-    most, pixels = PIL.Image.MAX_IMAGE_PIXELS, _pixels_between(image, image_processor)
-    if most is not None and pixels > most:
-        raise ValueError(
-            f"it would have {pixels:,} pixels on its way through the image processor; expected at most {most:,}. Crop "
-            "it if it is narrow, or give another processor"
-        )
-
-
-def _pixels_between(image: Any, image_processor: Any) -> int:
-    """How many pixels an image processor makes of an image at most, by the sizes that it states; 0: it states none."""
-
-    def stated(field: str, asked: str, name: str) -> int:
-        sizes = getattr(image_processor, field, None) if getattr(image_processor, asked, False) else None
-        number: Any = sizes.get(name) if sizes is not None and hasattr(sizes, "get") else None
-        return int(number or 0)
-
-    longer, shorter = max(image.size), min(image.size)
-    area = stated("size", "do_resize", "height") * stated("size", "do_resize", "width")
-    by_shortest = stated("size", "do_resize", "shortest_edge") ** 2 * longer // shorter
-    by_longest = stated("size", "do_resize", "longest_edge") ** 2
-    found = [min(by_shortest, by_longest) if by_shortest and by_longest else by_shortest or by_longest]
-    if hasattr(image_processor, "temporal_patch_size"):  # Qwen2-VL's and those like it state numbers of pixels there
-        found = [stated("size", "do_resize", "longest_edge")]
-    # Some resize to more, of which they crop this share.
-    share = min(1, max(_numbers(getattr(image_processor, "crop_pct", None)), default=1))
-    found = [round(max(*found, area) / max(share, 1e-6) ** 2)]
-    for field, asked, height, width in (
-        ("size", "do_resize", "max_height", "max_width"),
-        ("crop_size", "do_center_crop", "height", "width"),
-        ("pad_size", "do_pad", "height", "width"),
-    ):
-        found.append(stated(field, asked, height) * stated(field, asked, width))
-    if stated("size", "do_pad", "height"):  # to a square, as OWLv2's does
-        found.append(longer**2)
-    # Images are resized to the one of these that fits best, and cut into tiles.
-    found += [
-        int(height) * int(width) for height, width in getattr(image_processor, "image_grid_pinpoints", None) or ()
-    ]
-    if type(image_processor).__name__.startswith("Perceiver"):  # which crops first, to a share of the shorter side
-        found.append(shorter**2 * area // max(1, stated("crop_size", "do_center_crop", "height")) ** 2)
-    patch = max(_numbers(getattr(image_processor, "patch_size", None)), default=0)
-    for name, value in vars(image_processor).items():
-        most = int(max(_numbers(value), default=0))
-        if _COUNTS.search(name):
-            found.append(most * (area or int(patch) ** 2))
-        elif _MULTIPLES.search(name):
-            found.append(most * max(most, longer))
-        elif _SIDES.search(name) and name not in ("size", "crop_size", "pad_size"):
-            found.append(most**2)
-    return max(found)
-
-
-_SIDES = re.compile("size|resolution")
-_MULTIPLES = re.compile("divisor|multiple")
-_COUNTS = re.compile("patches|tiles|slice|tokens")
-"""Names of an image processor's fields that say how long a side becomes, of what it is made a multiple, and of how many
-patches or tiles an image is made."""
-
-
-def _numbers(value: Any) -> list[float]:
-    """The finite numbers in a field of an image processor, also in lists and tables."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return [value] if math.isfinite(value) else []
-    if isinstance(value, Mapping) or hasattr(value, "longest_edge"):  # transformers' own tables of sizes
-        return _numbers([value[name] for name in dict(value)])
-    return [number for one in value for number in _numbers(one)] if isinstance(value, (list, tuple)) else []
-
-
-def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Tensor:
-    """The patches of one PIL image as the model would see them, but in raw RGB.
-
-    Returns:
-        (patches, channels · p · p) float32 in [0, 1].
-
-    Raises:
-        ValueError: the image is too narrow, or what the processor returns has other values, or is smaller than a patch.
-    """
-    require_room(image, image_processor)
-    # Raw RGB for any processor, whatever its own rescale factor and statistics are.
-    with torch.device("cpu"):  # whatever torch's default is
-        made = image_processor(
-            images=[image], do_normalize=False, do_rescale=True, rescale_factor=1 / 255, return_tensors="pt"
-        )
-    pixels = whole_images(made).float()
-    low, high = pixels.aminmax()
-    # Resizing in floating point overshoots a little.
-    if low < -0.1 or high > 1.1:
-        raise ValueError(
-            f"{type(image_processor).__name__} returned values in [{low:.3g}, {high:.3g}] with do_normalize=False; "
-            "expected raw RGB in [0, 1]."
-        )
-    return patchify(pixels.clamp(0, 1), (patch_size, patch_size)).flatten(0, 1)
-
-
-def patch_batches(
-    items: Iterator[tuple[str, Any]], image_processor: Any, patch_size: int, batch_size: int
-) -> Iterator[PatchBatch]:
-    """Reads images in threads, a few batches ahead, and yields the patches of each batch, in order."""
-
-    def make(batch: list[tuple[str, Any]]) -> PatchBatch:
-        patches, lengths, unreadable = [], [], []
-        for name, item in batch:
-            lengths.append(0)
-            try:
-                patches.append(image_patches(read_image(item, name), image_processor, patch_size))
-                lengths[-1] = len(patches[-1])
-            except UnreadableImage as error:  # one is no reason to lose a run of hours
-                unreadable.append(str(error))
-            except Exception as error:
-                unreadable.append(f"{printable(name)} ({type(error).__name__}: {printable(error)})")
-        none = torch.zeros(0, 3 * patch_size**2, dtype=torch.float32, device="cpu")
-        return PatchBatch(torch.cat(patches) if patches else none, lengths, unreadable)
-
-    workers = min(4, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="vwt-images")
-    ahead: collections.deque[Future[PatchBatch]] = collections.deque()
-    try:
-        while batch := list(itertools.islice(items, batch_size)):
-            ahead.append(pool.submit(make, batch))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

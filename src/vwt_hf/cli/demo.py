@@ -89,7 +89,7 @@ def work(args: argparse.Namespace) -> None:
     from ..demo_weights import convert
     from ..families import family_of, find_tower
     from ..figures import cosines
-    from ..image_source import pixel_batches
+    from ..processed_images import pixel_batches
     from ..processors import load_processor, processor_statistics, whole_images
     from ..timing import time_in_turn, usable_device
     from ..token_count import count_tokens

@@ -76,8 +76,9 @@ def work(args: argparse.Namespace) -> None:
 
     import torch
 
-    from ..image_source import find_images, pixel_batches
+    from ..image_source import find_images
     from ..patches import Patches
+    from ..processed_images import pixel_batches
     from ..processors import load_processor, patch_size_of, processor_statistics, whole_images
     from ..visualize import (
         group_by_words,
@@ -153,7 +154,7 @@ def default_pixel_values(
     import torch
     from PIL import Image, ImageOps
 
-    from ..image_source import read_image
+    from ..decoding import read_image
 
     side = max(1, round(SIDE / patch_size)) * patch_size
     squares = [ImageOps.fit(read_image(path), (side, side), Image.Resampling.BICUBIC) for path in paths]

@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..checks import is_int, require_whole
-from ..image_source import ImagePart, ImageSource, PatchBatch, open_images, patch_batches
+from ..image_source import ImagePart, ImageSource, open_images
 from ..printable import shown
+from ..processed_images import PatchBatch, patch_batches
 from ..processes import everywhere, gathered, in_main, join, place, summed, together
 from ..processors import processor_statistics, white_of
 from ..whole_saves import require_folder, write_files
