@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, AutoProcessor, AutoTok
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-import vwt_hf.auto
+import vwt_hf.model_saving
 from settings import SETTINGS, WORDS, ViTImageProcessor, inter
 from test_pipeline import LLAVA, PHOTOGRAPHS, image_processor_class, tokenizer_with
 from tiny import MODELS, TINY, inputs, tiny_model
@@ -201,7 +201,7 @@ def test_saves_at_once_into_one_folder_leave_an_image_processor_that_loads(folde
 
 
 def test_a_save_beside_another_that_goes_on_removes_none_of_its_words(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(vwt_hf.auto, "_TURN", 0.05)
+    monkeypatch.setattr(vwt_hf.model_saving, "_TURN", 0.05)
     processor = AutoImageProcessor.from_pretrained(folder, vwt=inter())
     processor.save_pretrained(tmp_path)
     with sharing(tmp_path):

@@ -28,7 +28,7 @@ import transformers
 
 from settings import STATISTICS
 from tiny import tiny_model
-from vwt_hf import VisualVocabulary, VWTConfig, compress
+from vwt_hf import VisualVocabulary, VWTConfig, compress, model_saving
 from vwt_hf.compress import lexicon_of
 from vwt_hf.vocabulary.files import VocabularyInfo
 from vwt_hf.vocabulary.kmeans import MiniBatchKMeans
@@ -351,8 +351,8 @@ def test_two_that_save_at_once_leave_what_one_of_them_saved(save: Save, tmp_path
 
 def test_the_seal_of_a_model_tells_of_the_weights_that_its_own_save_wrote(tmp_path: Path, monkeypatch) -> None:
     """Another save into the folder, which begins before it is sealed, waits for its turn."""
-    folder, auto = tmp_path / "folder", sys.modules["vwt_hf.auto"]
-    seal, weights, others = auto.seal_words, [], []
+    folder = tmp_path / "folder"
+    seal, weights, others = model_saving.seal_words, [], []
 
     def sealed_late(*of: Any) -> None:
         if not others:
@@ -362,7 +362,7 @@ def test_the_seal_of_a_model_tells_of_the_weights_that_its_own_save_wrote(tmp_pa
             weights.append((folder / "model.safetensors").read_bytes())
         seal(*of)
 
-    monkeypatch.setattr(auto, "seal_words", sealed_late)
+    monkeypatch.setattr(model_saving, "seal_words", sealed_late)
     write_model(folder, "new")
     others[0].join()
     monkeypatch.undo()

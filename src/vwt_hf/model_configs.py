@@ -113,3 +113,8 @@ def is_typed(vwt: Any) -> bool:
 
 
 SETTING = property(_read_setting, _write_setting, doc="What `vwt` asks for: a setting as JSON, or `None`.")
+
+
+def is_among(config: PreTrainedConfig, configs: list[PreTrainedConfig]) -> bool:
+    """Whether `configs` has this very object; others of the same values are equal to it."""
+    return any(config is other for other in configs)

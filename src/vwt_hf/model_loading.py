@@ -1,0 +1,214 @@
+"""Loading by `vwt`: what is asked for, or what a config holds, becomes the setting of a model or an image processor."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from . import image_processing
+from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of, restore
+from .config import VWTConfig
+from .families import require_supported
+from .model_configs import is_among, is_typed
+from .processors import configs_within, saved_setting
+from .weights import remember_load
+
+NOT_GIVEN: Any = object()
+_building: contextvars.ContextVar[bool] = contextvars.ContextVar("vwt_hf building", default=False)
+"""True while a model is loaded or built: models built within it stay plain, and it compresses its parts afterwards."""
+
+
+def reading_configs(original: Any) -> Any:
+    """`PreTrainedConfig.from_dict` that takes `vwt`, and hands it on to the model where one is loaded."""
+
+    @functools.wraps(original)
+    def from_dict(cls: Any, config_dict: dict[str, Any], vwt: Any = NOT_GIVEN, **kwargs: Any) -> Any:
+        made = original(cls, config_dict, **kwargs)
+        if vwt is NOT_GIVEN:
+            return made
+        if isinstance(made, tuple):
+            return made[0], made[1] | {"vwt": vwt}
+        setting = VWTConfig.parse(vwt)
+        for _, config in configs_within(made):
+            config.vwt = None
+        made.vwt = setting
+        return made
+
+    return from_dict
+
+
+def loading_models(original: Any) -> Any:
+    """`PreTrainedModel.from_pretrained` that takes `vwt`, or else follows the settings in the config."""
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type[PreTrainedModel], *args: Any, vwt: Any = NOT_GIVEN, **kwargs: Any) -> Any:
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if vwt is not NOT_GIVEN:
+            setting = _setting(cls, vwt)
+        else:
+            # With no config given there is none to look at before the weights are read.
+            _setting(cls, getattr(kwargs.get("config"), "vwt", None), source)
+        with _parts_stay_plain():
+            loaded = original(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        named = "" if source is None else model.name_or_path
+        if source is None:  # of which transformers makes "None"
+            for config in configs_of(model):
+                config.name_or_path = ""
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.name_or_path = named  # a config.json can name any folder as that of a part
+                remember_load(part, hub_kwargs)
+        if vwt is NOT_GIVEN:
+            _follow(model, named or source, hub_kwargs)  # of an adapter's folder: that of its base
+        else:
+            _apply(model, setting, hub_kwargs)
+        return loaded
+
+    return from_pretrained
+
+
+def building_models(original: Any) -> Any:
+    """`_from_config`, which is behind `AutoModel.from_config`, that takes `vwt`, or else follows the config's."""
+
+    @functools.wraps(original)
+    def _from_config(cls: type[PreTrainedModel], config: Any, *, vwt: Any = NOT_GIVEN, **kwargs: Any) -> Any:
+        inner = _building.get()
+        if vwt is not NOT_GIVEN:
+            setting = _setting(cls, vwt)
+            config = copy.deepcopy(config)
+        elif not inner:
+            _setting(cls, config.vwt)
+        with _parts_stay_plain():
+            model = original(cls, config, **kwargs)
+        if vwt is not NOT_GIVEN:
+            _apply(model, setting, {})
+        elif not inner:
+            _follow(model, None, {})
+        return model
+
+    return _from_config
+
+
+@contextlib.contextmanager
+def _parts_stay_plain() -> Iterator[None]:
+    token = _building.set(True)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
+def loading_processors(original: Any) -> Any:
+    """`from_pretrained` of image processors that takes `vwt`, or else follows the setting in the processor's file."""
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, *args: Any, vwt: Any = NOT_GIVEN, **kwargs: Any) -> Any:
+        loaded = original(cls, *args, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        if vwt is NOT_GIVEN:
+            image_processing.follow(processor, source, hub_kwargs)
+        else:
+            image_processing.apply(processor, vwt, source, hub_kwargs)
+        return loaded
+
+    return from_pretrained
+
+
+def loading_tokenizers(original: Any) -> Any:
+    """`from_pretrained` of text tokenizers, without `vwt`: pipelines hand them the model's keyword arguments, which
+    they keep and save."""
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, *args: Any, vwt: Any = None, **kwargs: Any) -> Any:
+        return original(cls, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTConfig | None:
+    """What `vwt` asks for, refused where it is not valid, or where a model of this class cannot have it.
+
+    Args:
+        source: the repository or folder whose config may be where `vwt` comes from.
+    """
+    with _said_of(source):
+        setting = VWTConfig.parse(vwt)
+        if setting is not None:
+            require_supported(cls, not setting.drops)
+    return setting
+
+
+@contextlib.contextmanager
+def _said_of(source: Any) -> Iterator[None]:
+    """Makes errors name the repository or folder `source` whose config.json holds the setting; `None` for none."""
+    try:
+        yield
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        if source is None:
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"`vwt` in config.json of {source}: {error} `vwt=False` loads the plain model.") from error
+
+
+def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> None:
+    """Compresses a model that was just made, or those of its parts, whose configs hold a setting.
+
+    Args:
+        source: where the model was loaded from; `None` for nowhere. Then a setting that a user typed may go by where
+            its config is from, and no other: a config.json can name any folder as that.
+    """
+    parts = parts_of(model)
+    if parts:
+        own_config(model)
+    asked = [(part.config, part.config.vwt) for part in parts]
+    for part in parts:
+        vwt = part.config.vwt
+        setting = _setting(type(part), vwt, source)
+        if setting is None:
+            part.config.vwt = None
+            continue
+        with _said_of(source):
+            typed = is_typed(vwt)
+            named = "" if source is None and not typed else source
+            compress_by(part, setting, trusted=typed, source=named, **hub_kwargs)
+    for config in configs_of(model):
+        if config.vwt is None or is_among(config, [part.config for part in parts]):
+            continue
+        if any(_ask_alike(config.vwt, vwt) and type(config) == type(own) for own, vwt in asked):  # noqa: E721 (a subclass with a setting is equal)
+            config.vwt = None  # a copy that the model made of a tower's, as for layers of a decoder
+        else:
+            with _said_of(source):
+                raise ValueError(
+                    f"the setting is in a {type(config).__name__} that belongs to no model within this "
+                    f"{type(model).__name__}; move it to the config of the whole or of its vision tower."
+                )
+
+
+def _ask_alike(vwt: Any, other: Any) -> bool:
+    """Whether two values of `vwt` ask for the same setting, of which one may hold a copy of the other's vocabulary."""
+    return vwt == other or (
+        type(vwt) is type(other) and isinstance(vwt, VWTConfig) and vwt.to_dict() == other.to_dict()
+    )
+
+
+def _apply(model: PreTrainedModel, setting: VWTConfig | None, hub_kwargs: dict[str, Any]) -> None:
+    """Gives a model that was just made the setting that a user asks for, whatever its config says."""
+    saved = saved_setting(model.config)
+    if setting is not None and saved is not None:
+        setting = setting.with_saved(saved)
+    for config in configs_of(model):
+        config.vwt = None
+    if setting is None:
+        restore(model)
+    else:
+        compress_by(model, setting, trusted=True, source=model.name_or_path or None, **hub_kwargs)

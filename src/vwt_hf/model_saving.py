@@ -1,0 +1,230 @@
+"""Saving what has a setting: configs that name it, words beside the weights, evidence in the card."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from . import image_processing
+from .compress import own_config, require_same_layers, setting_of
+from .evidence import write_section
+from .families import family_of, find_tower
+from .model_configs import is_among, take_over
+from .processors import configs_within
+from .saved_words import remove_other_words, require_same_words, seal_words, words_folder, write_words
+from .whole_saves import sharing
+
+PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+_TURN = 60.0
+"""Seconds for which a save with words waits for another into its folder. Not for ever: processes that save together
+may wait for each other within it."""
+_saving_one = threading.RLock()
+"""Held while a compressed model is saved, whose config names the words of that save meanwhile."""
+
+
+def saving_models(original: Any) -> Any:
+    """`PreTrainedModel.save_pretrained` that writes the settings of parts to config.json, and words beside the weights.
+
+    Words lie in a new folder of their own, which config.json names. It is sealed when all is written, so a save that
+    was killed leaves what was there before, or what a load notices (`saved_words.py`).
+    """
+
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, save_directory, *args, **kwargs)
+        call.apply_defaults()
+        # Threads that save one model write into one config what is to be saved of it.
+        turn = contextlib.nullcontext() if setting_of(self) is None else _saving_one
+        with turn, _parts_to_save(self) as parts:
+            return save_parts(self, call, parts)
+
+    def save_parts(self: PreTrainedModel, call: Any, parts: list[PreTrainedModel]) -> Any:
+        words = {}
+        for part in parts:
+            setting = setting_of(part)
+            require_same_layers(part)
+            if setting is not None and not setting.is_saved_as(part.config.vwt):
+                part.config.vwt = setting.to_dict()  # it was changed in the config, and the model runs by the setting
+            vocabulary = None if setting is None else setting.words_to_save()
+            if vocabulary is not None:
+                words[part] = vocabulary
+        folder = Path(call.arguments["save_directory"])
+        # Every process of a distributed save comes here. The one that writes config.json, which names the words, writes
+        # them, too, and removes what killed saves left; with adapters of transformers' own none writes config.json.
+        writes = self.should_save_on_this_rank(call.arguments["is_main_process"]) and not folder.is_file()
+        writes = writes and not getattr(self, "_hf_peft_config_loaded", False)
+        turn = _TURN if words else 0
+        with sharing(folder, turn) if writes else contextlib.nullcontext((None, lambda: False)) as (_, is_alone):
+            saved_as = []
+            if writes:
+                for part, vocabulary in words.items():
+                    saved_as.append(write_words(folder, vocabulary))
+                    part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
+                require_same_words(folder, saved_as, call.arguments["variant"])
+            saved = _save_sealed(self, call, original, folder, saved_as)
+            if writes:
+                seal_words(folder, saved_as)
+                if is_alone():
+                    remove_other_words(folder, saved_as)
+            return saved
+
+    return save_pretrained
+
+
+@contextlib.contextmanager
+def _parts_to_save(model: PreTrainedModel) -> Iterator[list[PreTrainedModel]]:
+    """The models in whose configs a setting stands that is to be saved with `model`."""
+    parts = _compressed_parts(model)
+    _gather_settings(model, parts)
+    setting = None if parts else setting_of(model)
+    if setting is None:
+        yield parts
+        return
+    model.config.vwt = setting.to_dict()  # it is part of a model in whose config alone the setting stands
+    try:
+        yield [model]
+    finally:
+        model.config.vwt = None
+
+
+def _save_sealed(model: PreTrainedModel, call: Any, original: Any, folder: Path, saved_as: list[str]) -> Any:
+    """What `original` gives, called as `call` says; where it uploads what it wrote, the words go along, sealed."""
+    if not saved_as:
+        return original(*call.args, **call.kwargs)
+    upload = model._upload_modified_files
+
+    def upload_sealed(working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any) -> Any:
+        """What the original calls when all is written, to upload what was not there before it began."""
+        seal_words(folder, saved_as)
+        own = set(map(words_folder, saved_as))
+        before = {name: time for name, time in files_timestamps.items() if name not in own}
+        return upload(working_dir, repo_id, before, **kwargs)
+
+    model.__dict__["_upload_modified_files"] = upload_sealed
+    try:
+        return original(*call.args, **call.kwargs)
+    finally:
+        model.__dict__.pop("_upload_modified_files", None)
+
+
+def uploading_models(original: Any) -> Any:
+    """`_upload_modified_files`, by which all ways of pushing a model end, with evidence for its setting in its card."""
+
+    @functools.wraps(original)
+    def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = map(setting_of, _compressed_parts(self))
+        write_section(Path(working_dir), [setting.evidence for setting in settings if setting and setting.evidence])
+        return original(self, working_dir, *args, **kwargs)
+
+    return _upload_modified_files
+
+
+def saving_processors(original: Any) -> Any:
+    """`save_pretrained` of image processors, and of processors that hold one, that writes its words below the folder.
+
+    They are written first and found by the name that the processor's file gives, so that a save which was killed leaves
+    what was there before.
+    """
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        processor = self if isinstance(self, ImageProcessingMixin) else getattr(self, "image_processor", None)
+        folder = Path(save_directory)
+        left = folder.glob(f"{image_processing.PROCESSOR_FOLDER}-*")  # words of one that was saved here before
+        if getattr(processor, "vwt", None) is None and next(left, None) is None:
+            return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
+        if folder.is_file():
+            return original(self, save_directory, **kwargs)
+        if isinstance(processor, image_processing.Tokenizing):
+            processor.require_statistics()
+        options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
+        # Every process of a distributed run may come here: each leaves the words that it named.
+        with sharing(folder, _TURN if image_processing.words_of(processor) else 0) as (_, is_alone):
+            saved_as = image_processing.write_words_of(processor, folder)
+            saved = original(self, save_directory, **kwargs)
+            if is_alone():
+                in_use = saved_as + image_processing.words_named_in(folder)
+                remove_other_words(folder, in_use, image_processing.PROCESSOR_FOLDER)
+        if push_to_hub:  # the original uploads what it wrote itself
+            self.push_to_hub(options.pop("repo_id", folder.name), token=kwargs.get("token"), **options)
+        return saved
+
+    return save_pretrained
+
+
+def _compressed_parts(model: nn.Module) -> list[PreTrainedModel]:
+    """The models in whose config the setting stands that is followed: `model`, or else those of its parts."""
+    inner = list(dict.fromkeys(part for child in model.children() for part in _compressed_parts(child)))
+    if not isinstance(model, PreTrainedModel) or model.config.vwt is None:
+        return inner
+    setting = setting_of(model)
+    # A part may have been compressed anew by itself, and then the whole's setting is none that is followed.
+    return [model] if setting is not None and (setting.is_saved_as(model.config.vwt) or not inner) else inner
+
+
+def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
+    """Has the config of `model` hold the settings of those of its `parts` that are compressed, and no other.
+
+    Raises:
+        ValueError: a part was compressed alone, and which config within the model's is the part's cannot be told.
+    """
+    held = [config for _, config in configs_within(model.config)]
+    mine = [part.config for part in parts]
+    if all(is_among(config, held) for config in mine) and all(c.vwt is None or is_among(c, mine) for c in held):
+        return
+    own_config(model)
+    for part in parts:
+        if is_among(part.config, [config for _, config in configs_within(model.config)]):
+            continue
+        alike = [
+            (path, config) for path, config in configs_within(model.config) if _same_but_setting(config, part.config)
+        ]
+        if len(alike) != 1 or not _is_of_part_alone(alike[0][1], model, part):
+            raise ValueError(
+                f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and which of the "
+                f"configs within its own is that of this part alone cannot be told: {len(alike)} of them could be, and "
+                "other parts may go by them. Save the part by itself, vwt_hf.restore(part), or vwt_hf.compress the "
+                "whole, if its family is supported."
+            )
+        (path, config), *_ = alike
+        if path:
+            *holders, name = path.split(".")
+            setattr(functools.reduce(getattr, holders, model.config), name, part.config)
+            continue
+        own = part.config
+        take_over(config, own)
+        for module in part.modules():
+            if module.__dict__.get("config") is own:
+                module.__dict__["config"] = config
+    mine = [part.config for part in parts]
+    for _, config in list(configs_within(model.config)):
+        if not is_among(config, mine):
+            config.vwt = None
+
+
+def _is_of_part_alone(config: PreTrainedConfig, model: PreTrainedModel, part: PreTrainedModel) -> bool:
+    """Whether a part that is loaded by `config`, within that of `model`, is `part` and no other."""
+    if config is model.config:
+        return find_tower(model, family_of(model)).module in part.modules()
+    inside = set(part.modules())
+    return not any(module.__dict__.get("config") is config for module in model.modules() if module not in inside)
+
+
+def _same_but_setting(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    def fields(config: PreTrainedConfig) -> dict[str, Any]:
+        # What differs between a config on its own and the same one within another says nothing of the model.
+        left_out = ("vwt", "dtype", "architectures", "transformers_version", "problem_type")
+        return {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}
+
+    return type(one) == type(other) and fields(one) == fields(other)  # noqa: E721 (a subclass with a setting is equal)
