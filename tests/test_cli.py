@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -21,11 +20,8 @@ from test_pipeline import tokenizer_with
 from tiny import tiny_model
 from vwt_hf import visualize
 from vwt_hf.cli import main
-from vwt_hf.cli.evaluate import write_card
 from vwt_hf.cli.loading import features_class
 from vwt_hf.cli.show import default_pixel_values
-from vwt_hf.evaluate_model import Evaluation, Row
-from vwt_hf.evaluation_tasks import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -262,51 +258,6 @@ def test_no_command_runs_or_asks_to_run_code_of_a_repository(with_code, photogra
     with pytest.raises(ValueError, match="trust_remote_code"):
         benchmark.load(checkpoint)
     assert not came and not (tmp_path / "ran").exists()
-
-
-CARD = """---
-model-index:
-- name: first
-  results:
-  - task: {type: image-classification}
-    dataset: {type: own, name: own}
-    metrics:
-    - {type: f1, value: 0.9}
-    - {type: accuracy, name: of the author, value: 0.8}
-    - {type: accuracy, name: accuracy (uncompressed), value: 0.1}
----
-# Mine
-"""
-
-
-def evaluation(model: str) -> Evaluation:
-    row = Row("uncompressed", None, 17.0, 1.0, {"accuracy": Figure(0.5, None)})
-    return Evaluation(model, "classification", "own", 10, [], [], [row], {})
-
-
-def test_a_card_keeps_all_figures_but_those_of_the_same_name(tmp_path):
-    card = tmp_path / "README.md"
-    card.write_text(CARD)
-    write_card(card, evaluation("me/model"), None, None)
-    data = huggingface_hub.ModelCard(card.read_text()).data
-    found = {(one.metric_type, one.metric_name): one.metric_value for one in data.eval_results}
-    author = {("f1", None): 0.9, ("accuracy", "of the author"): 0.8}
-    assert data.model_name == "first" and found == author | {("accuracy", "accuracy (uncompressed)"): 0.5}
-
-
-def test_a_card_of_several_models_is_refused_before_anything_is_read(tmp_path, capsys):
-    card = tmp_path / "README.md"
-    card.write_text(CARD.replace("---\n# Mine", "- name: second\n  results: []\n---\n# Mine"))
-    before = card.read_text()
-    assert main(["evaluate", "nowhere/at-all", "--dataset", "nowhere", "--card", str(card)]) == 2
-    assert "figures of 2 models in its model-index, ['first', 'second']; expected one" in capsys.readouterr().err
-    assert card.read_text() == before
-
-
-def test_the_card_of_a_folder_whose_name_is_no_text_has_escapes(tmp_path):
-    write_card(tmp_path / "README.md", evaluation(f"models/{os.fsdecode(b'mod' + bytes([0xE9]) + b'l')}"), None, None)
-    card = huggingface_hub.ModelCard((tmp_path / "README.md").read_text(encoding="utf-8"))
-    assert card.data.model_name == "mod\\udce9l" and "# mod\\udce9l" in card.text
 
 
 @pytest.fixture

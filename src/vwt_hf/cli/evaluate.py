@@ -7,15 +7,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..printable import printable, shown
+from ..printable import printable
 from ..terminal import markdown, vwt_option
 from ..whole_saves import require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, features_class, load
 from .sources import open_source
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCard
-
     from ..evaluate_model import Evaluation
 
 HELP = "measure what shortening changes in a model's answers, on a data set or folder"
@@ -119,6 +117,8 @@ def work(args: argparse.Namespace) -> None:
     if args.resume is not None:
         require_folder(args.resume)
     if args.card is not None:
+        from .model_card import read_card, require_same_images, write_card
+
         read_card(Path(args.card), args.model)  # refused before hours are spent on what goes in
 
     from transformers import AutoConfig, AutoModel
@@ -162,7 +162,6 @@ def work(args: argparse.Namespace) -> None:
         if args.card is not None:
             own = read_card(Path(args.card), args.model)
             require_same_images(own, printable(name), split, args.config, images.total, hasattr(images.data, "__len__"))
-            require_one_block(own, TASKS[task].hub_name, printable(name), split, args.config)
         result = evaluate_model(
             model,
             images,
@@ -197,123 +196,3 @@ def report(result: Evaluation) -> None:
         for name in result.unreadable:
             print(f"  {printable(name)}")
     print(f"\n{markdown(result.table())}", end="")
-
-
-def read_card(file: Path, model: str) -> ModelCard:
-    """A model card, with a name for its figures; a new one where there is no file.
-
-    Args:
-        model: Hub id or folder, of which it is.
-
-    Raises:
-        ValueError: the file is no model card, or one of several models.
-        OSError: it cannot be read.
-    """
-    from huggingface_hub import ModelCard, metadata_load
-
-    name = printable(Path(model).name) or "model"
-    if file.exists():
-        try:
-            with file.open(encoding="utf-8-sig", newline="") as opened:  # with its line ends
-                card = ModelCard(opened.read())
-            models = [entry["name"] for entry in (metadata_load(file) or {}).get("model-index") or []]
-        except OSError:
-            raise
-        except Exception as error:  # YAML has errors of its own
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{file} is no model card ({reason}); mend what stands between its lines of ---, or name another file."
-            ) from error
-        if len(models) > 1:  # which huggingface_hub would make one of
-            raise ValueError(
-                f"{file} has figures of {len(models)} models in its model-index, {shown(models)}; expected one model. "
-                "Name another file."
-            )
-    else:
-        card = ModelCard(f"---\nlibrary_name: vwt-hf\n---\n\n# {name}\n")
-    data: Any = card.data
-    data.model_name = data.model_name or name
-    return card
-
-
-def write_card(file: Path, result: Evaluation, split: str | None, config: str | None) -> None:
-    """Puts the figures into the `model-index` of a model card, in place of those of the same task, data set and name.
-
-    Args:
-        split, config: of the data set.
-
-    Raises:
-        ValueError: the file is no model card, or one of several models, or has figures that would be replaced by those
-            of other images or whose names and source would be taken for one another's.
-        OSError: it cannot be written.
-    """
-    from ..evaluation_tasks import TASKS
-
-    card = read_card(file, result.model)
-    total = result.images + len(result.unreadable)
-    require_same_images(card, printable(result.dataset), split, config, total, exact=True)
-    new = result.eval_results(split=split, config=config)
-    require_one_block(card, TASKS[result.task].hub_name, printable(result.dataset), split, config)
-    replaced = {_figure_of(own) for own in new}
-    data: Any = card.data
-    data.eval_results = [own for own in data.eval_results or [] if _figure_of(own) not in replaced] + new
-    write_file(file, str(card))
-
-
-def require_same_images(
-    card: ModelCard, name: str, split: str | None, config: str | None, total: int | None, exact: bool
-) -> None:
-    """Refuses a card with figures of another number of images under one name, which would be replaced.
-
-    Args:
-        name: of the data set, as figures are to have it.
-        total: how many images there are; `None` if that is not known.
-        exact: whether there are as many; else no more, as of a stream, which may end before its limit.
-
-    Raises:
-        ValueError: it has such figures.
-    """
-    data: Any = card.data
-    for own in data.eval_results or []:
-        args = own.metric_args if isinstance(own.metric_args, dict) else {}
-        known: Any = args.get("images")
-        before: int = known + args.get("unreadable", 0) if isinstance(known, int) else total or 0
-        is_of = (own.dataset_name, own.dataset_split, own.dataset_config) == (name, split, config)
-        if is_of and total is not None and (before != total if exact else before > total):
-            raise ValueError(
-                f"the card has figures of {before} images of {shown(name)}, and there are {total} now: the old figures "
-                "would be replaced. Give the new ones another name by --dataset-name, or remove the old ones."
-            )
-
-
-def require_one_block(card: ModelCard, task: str, name: str, split: str | None, config: str | None) -> None:
-    """Refuses a card with figures of one data set under several names or sources: only the first would be kept.
-
-    `huggingface_hub` writes all figures of a task, data set, configuration, split and revision as one block.
-
-    Args:
-        task, name: of the figures that are to come, as the Hub calls them.
-
-    Raises:
-        ValueError: there are such figures, or would be.
-    """
-    from huggingface_hub import EvalResult
-
-    new = EvalResult(task, name, name, "", 0, dataset_config=config, dataset_split=split)
-    data: Any = card.data
-    first: dict[tuple[Any, ...], EvalResult] = {}
-    for own in [*(data.eval_results or []), new]:
-        other = first.setdefault(own.unique_identifier, own)
-        for field in ("task_name", "dataset_name", "dataset_args", "source_name", "source_url"):
-            one, two = getattr(other, field), getattr(own, field)
-            if one != two:
-                advice = "Give the new ones another name by --dataset-name." if own is new else "Name another file."
-                raise ValueError(
-                    f"figures of {shown(own.dataset_type)} in the card have {shown(one)} as {field.replace('_', ' ')}, "
-                    f"and others {shown(two)}: huggingface_hub would write all of them under the first. {advice}"
-                )
-
-
-def _figure_of(result: EvalResult) -> tuple[Any, ...]:
-    """What tells a figure from all others of a card; huggingface_hub's identifier leaves out the metric."""
-    return (*result.unique_identifier, result.metric_type, result.metric_name)

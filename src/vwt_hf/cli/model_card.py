@@ -1,0 +1,190 @@
+"""Figures in the `model-index` of a model card, of which all else stays as it was written, to the byte."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
+from ..checks import is_int
+from ..printable import printable, shown
+from ..whole_saves import write_file
+
+if TYPE_CHECKING:
+    from ..evaluate_model import Evaluation
+
+_METADATA = re.compile(r"(\s*---(?:\r\n|\r|\n))(.*?)((?:\r\n|\r|\n)---[ \t]*(?:[\r\n].*|\Z))", re.DOTALL)
+"""A card, where huggingface_hub finds its metadata: what is before that, the metadata, and the rest."""
+_INDEX = re.compile("(['\"]?)model-index\\1[ \t]*:")
+_MARK = "\ufeff"
+"""A byte order mark."""
+
+
+@dataclasses.dataclass
+class ModelCard:
+    """A model card: its text in three parts, and what its `model-index` says."""
+
+    before: str
+    metadata: str
+    after: str
+    entry: dict[str, Any]
+    """The one entry of the `model-index`: `name` of the model, and `results`."""
+
+    def with_results(self, results: list[dict[str, Any]]) -> str:
+        """The text of the card with these results in its `model-index`.
+
+        Raises:
+            ValueError: the metadata is written in a way in which its `model-index` alone cannot be replaced.
+        """
+        line_end = "\r\n" if "\r\n" in self.before else "\n"
+        index = [self.entry | {"results": results}]
+        written = _dumped({"model-index": index}).rstrip("\n").replace("\n", line_end)
+        begin, end = _place_of_index(self.metadata)
+        if begin == end and begin:
+            written = line_end + written
+        metadata = self.metadata[:begin] + written + self.metadata[end:]
+        found = yaml.safe_load(metadata)
+        if _all_but_index(metadata) != _all_but_index(self.metadata) or _dumped(found["model-index"]) != _dumped(index):
+            raise ValueError("its model-index is no block of lines, which alone could be replaced")
+        return self.before + metadata + self.after
+
+
+def read_card(file: Path, model: str) -> ModelCard:
+    """A model card; a new one where there is no file.
+
+    Args:
+        model: Hub id or folder, of which it is.
+
+    Raises:
+        ValueError: the file is no model card, or one of several models.
+        OSError: it cannot be read.
+    """
+    name = printable(Path(model).name) or "model"
+    if not file.exists():
+        return ModelCard("---\n", "library_name: vwt-hf", f"\n---\n\n# {name}\n", {"name": name, "results": []})
+    text = file.read_bytes().decode("utf-8", "surrogateescape")  # what is not ours may be in any encoding
+    mark, text = text[: text.startswith(_MARK)], text.removeprefix(_MARK)
+    parts = _METADATA.fullmatch(text)
+    before, metadata, after = parts.groups() if parts else ("---\n", "", f"\n---\n{text}")
+    try:
+        known = yaml.safe_load(metadata) or {}
+        if not isinstance(known, dict):
+            raise ValueError(f"its metadata is a {type(known).__name__}; expected names with values")
+        models = known.get("model-index") or [{"name": name, "results": []}]
+        card = ModelCard(mark + before, metadata, after, models[0])
+        if len(models) == 1:
+            _, results = model_index_to_eval_results(models)
+            hash(tuple((result.metric_type, result.metric_name) for result in results))
+            card.with_results(card.entry["results"])
+    except Exception as error:  # YAML has errors of its own
+        reason = printable(" ".join(str(error).split()))
+        raise ValueError(
+            f"{file} is no model card ({reason}); mend what stands between its lines of ---, or name another file."
+        ) from error
+    if len(models) > 1:  # of which one is this
+        raise ValueError(
+            f"{file} has figures of {len(models)} models in its model-index, {shown([one['name'] for one in models])}; "
+            "expected one model. Name another file."
+        )
+    return card
+
+
+def write_card(file: Path, result: Evaluation, split: str | None, config: str | None) -> None:
+    """Puts the figures into the `model-index` of a model card, in place of those of the same task, data set and name.
+
+    Args:
+        split, config: of the data set.
+
+    Raises:
+        ValueError: the file is no model card, or one of several models, or has figures that would be replaced by those
+            of other images.
+        OSError: it cannot be written.
+    """
+    card = read_card(file, result.model)
+    total = result.images + len(result.unreadable)
+    require_same_images(card, printable(result.dataset), split, config, total, exact=True)
+    results = copy.deepcopy(card.entry["results"])
+    (made,) = eval_results_to_model_index(card.entry["name"], result.eval_results(split=split, config=config))
+    for new in made["results"]:
+        replaced = {_name_of(figure) for figure in new["metrics"]}
+        alike = [own for own in results if _subject(own) == _subject(new)]
+        for own in alike:
+            own["metrics"] = [figure for figure in own["metrics"] if _name_of(figure) not in replaced]
+        if alike:
+            alike[0]["metrics"] += new["metrics"]
+        else:
+            results.append(new)
+    text = card.with_results([own for own in results if own["metrics"]])
+    write_file(file, text.encode("utf-8", "surrogateescape"))
+
+
+def require_same_images(
+    card: ModelCard, name: str, split: str | None, config: str | None, total: int | None, exact: bool
+) -> None:
+    """Refuses a card with figures of another number of images under one name, which would be replaced.
+
+    Args:
+        name: of the data set, as figures are to have it.
+        total: how many images there are; `None` if that is not known.
+        exact: whether there are as many; else no more, as of a stream, which may end before its limit.
+
+    Raises:
+        ValueError: it has such figures.
+    """
+    for own in card.entry["results"]:
+        dataset = own["dataset"]
+        if total is None or (dataset["name"], dataset.get("split"), dataset.get("config")) != (name, split, config):
+            continue
+        for figure in own["metrics"]:
+            args = figure.get("args")
+            if not isinstance(args, dict) or not is_int(args.get("images")):
+                continue
+            unreadable = args.get("unreadable")
+            before = args["images"] + (unreadable if is_int(unreadable) else 0)
+            if before != total if exact else before > total:
+                raise ValueError(
+                    f"the card has figures of {before} images of {shown(name)}, and there are {total} now: the old "
+                    "figures would be replaced. Give the new ones another name by --dataset-name, or remove the old "
+                    "ones."
+                )
+
+
+def _dumped(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _place_of_index(metadata: str) -> tuple[int, int]:
+    """Where the lines of `model-index` begin and end; both are the end of the metadata where there is none."""
+    begin, end, at = None, len(metadata), 0
+    for line in metadata.splitlines(keepends=True):
+        is_within = line[0] in " \t-" and bool(line.strip())  # a list may begin where its name does
+        if begin is None and _INDEX.match(line):
+            begin, is_within = at, True
+        elif begin is not None and not is_within and line[0] not in "#\r\n":
+            break
+        at += len(line)
+        if begin is not None and is_within:
+            end = at - (len(line) - len(line.rstrip("\r\n")))
+    return (end, end) if begin is None else (begin, end)
+
+
+def _all_but_index(metadata: str) -> dict[str, Any]:
+    """What metadata says beside its `model-index`, as texts: a number or date may be written in many ways."""
+    found = yaml.load(metadata, Loader=yaml.BaseLoader) or {}
+    return {name: value for name, value in found.items() if name != "model-index"}
+
+
+def _subject(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What the figures of a result are of, and who says so."""
+    task, dataset = result["task"], result["dataset"]
+    fields = ("type", "name", "config", "split", "revision", "args")
+    return (task["type"], task.get("name"), *map(dataset.get, fields), result.get("source"))
+
+
+def _name_of(figure: dict[str, Any]) -> tuple[str, str | None]:
+    return figure["type"], figure.get("name")

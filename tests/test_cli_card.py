@@ -1,0 +1,139 @@
+"""Figures go into a model card's `model-index`, and nothing else in the card changes."""
+
+from __future__ import annotations
+
+import os
+
+import huggingface_hub
+import pytest
+import yaml
+
+from vwt_hf.cli import main
+from vwt_hf.cli.model_card import read_card, write_card
+from vwt_hf.evaluate_model import Evaluation, Row
+from vwt_hf.evaluation_tasks import Figure
+
+CARD = """---
+model-index:
+- name: first
+  results:
+  - task: {type: image-classification}
+    dataset: {type: own, name: own}
+    metrics:
+    - {type: f1, value: 0.9}
+    - {type: accuracy, name: of the author, value: 0.8}
+    - {type: accuracy, name: accuracy (uncompressed), value: 0.1}
+---
+# Mine
+"""
+
+
+def evaluation(model: str) -> Evaluation:
+    row = Row("uncompressed", None, 17.0, 1.0, {"accuracy": Figure(0.5, None)})
+    return Evaluation(model, "classification", "own", 10, [], [], [row], {})
+
+
+def test_a_card_keeps_all_figures_but_those_of_the_same_name(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(CARD)
+    write_card(card, evaluation("me/model"), None, None)
+    data = huggingface_hub.ModelCard(card.read_text()).data
+    found = {(one.metric_type, one.metric_name): one.metric_value for one in data.eval_results}
+    author = {("f1", None): 0.9, ("accuracy", "of the author"): 0.8}
+    assert data.model_name == "first" and found == author | {("accuracy", "accuracy (uncompressed)"): 0.5}
+
+
+def test_a_card_of_several_models_is_refused_before_anything_is_read(tmp_path, capsys):
+    card = tmp_path / "README.md"
+    card.write_text(CARD.replace("---\n# Mine", "- name: second\n  results: []\n---\n# Mine"))
+    before = card.read_text()
+    assert main(["evaluate", "nowhere/at-all", "--dataset", "nowhere", "--card", str(card)]) == 2
+    assert "figures of 2 models in its model-index, ['first', 'second']; expected one" in capsys.readouterr().err
+    assert card.read_text() == before
+
+
+def test_the_card_of_a_folder_whose_name_is_no_text_has_escapes(tmp_path):
+    write_card(tmp_path / "README.md", evaluation(f"models/{os.fsdecode(b'mod' + bytes([0xE9]) + b'l')}"), None, None)
+    card = huggingface_hub.ModelCard((tmp_path / "README.md").read_text(encoding="utf-8"))
+    assert card.data.model_name == "mod\\udce9l" and "# mod\\udce9l" in card.text
+
+
+OTHERS = """language: [no, en]  # Norwegian, which YAML 1.1 reads as False
+paper: 2304.07190
+version: 1.10
+build: 0010
+time: 12:30:45
+widget:
+  - src: a.jpg
+    example_title: "A 'cat'"
+"""
+INDEX = """model-index:
+- name: mine
+  results:
+  - task: {type: image-classification, name: Image Classification}
+    dataset: {type: other, name: Other, version: first}
+    metrics: [{type: accuracy, value: 0.5, mine: kept}]
+    notes: kept
+"""
+INDENTED = INDEX.replace("\n", "\n  ").rstrip(" ")
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "metadata",
+    [OTHERS + INDEX, INDEX + OTHERS, OTHERS, INDENTED + "# last\n" + OTHERS],
+    ids=["last", "first", "none", "indented"],
+)
+def test_all_but_the_figures_stays_to_the_byte(metadata, line_end, tmp_path):
+    card = tmp_path / "README.md"
+    written = f"---\n{metadata}---\n# Mine\n\n---\nmodel-index: of the text\n"
+    card.write_bytes(written.replace("\n", line_end).encode() + b"\xff\n")
+    write_card(card, evaluation("me/model"), None, None)
+    after = card.read_bytes()
+    for kept in (OTHERS, "---\n# Mine\n\n---\nmodel-index: of the text\n"):
+        assert after.count(kept.replace("\n", line_end).encode()) == 1
+    assert after.endswith(b"\xff\n") and (b"# last" in metadata.encode()) == (b"# last" in after)
+    if line_end == "\r\n":
+        assert after.count(b"\n") == after.count(b"\r\n") + 1  # the one that was so
+    ((entry,),) = [yaml.safe_load(after.split(b"---")[1])["model-index"]]
+    theirs = yaml.safe_load(INDEX)["model-index"][0]["results"] if "model-index" in metadata else []
+    assert entry["results"][:-1] == theirs and entry["results"][-1]["metrics"][0]["name"] == "accuracy (uncompressed)"
+    again = card.read_bytes()
+    write_card(card, evaluation("me/model"), None, None)
+    assert card.read_bytes() == again
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ("{license: mit, model-index: []}", "no model card"),
+        ("license: &mine mit\nmodel-index:\n- &it {name: a, results: []}\nmore: *it", "no model card"),
+        ("model-index:\n- name: a\n  results: [{task: {type: t}}]", "no model card"),
+        (
+            "model-index:\n- name: a\n  results:\n  - task: {type: t}\n    dataset: {type: d, name: d}\n"
+            "    metrics: [{type: m, value: 1, name: [1]}]",
+            "no model card .*unhashable",
+        ),
+        ("model-index: 3", "no model card"),
+        ("[a]", "its metadata is a list; expected names with values"),
+    ],
+)
+def test_a_card_in_which_the_figures_alone_cannot_be_replaced_is_refused(metadata, reason, tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(f"---\n{metadata}\n---\n")
+    with pytest.raises(ValueError, match=reason):
+        read_card(card, "me/model")
+    assert card.read_text() == f"---\n{metadata}\n---\n"
+
+
+def test_a_text_without_metadata_gets_some_and_a_number_of_images_that_is_none_says_nothing(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_bytes("\ufeff# Mine\n".encode())
+    write_card(card, evaluation("me/model"), None, None)
+    assert card.read_text(encoding="utf-8").startswith("\ufeff---\nmodel-index:") and card.read_text().endswith(
+        "# Mine\n"
+    )
+    card.write_text(card.read_text().replace("unreadable: 0", "unreadable: none").replace("images: 10", "images: ten"))
+    write_card(card, evaluation("me/model"), None, None)
+    (figure,) = yaml.safe_load(card.read_text().split("---")[1])["model-index"][0]["results"][0]["metrics"]
+    assert figure["args"]["images"] == 10
