@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -286,6 +287,20 @@ def test_calibrate_saves_the_whole_model_in_its_own_data_type_and_what_lies_besi
     assert config["architectures"] == [type(own).__name__] and (output / "preprocessor_config.json").exists()
     assert type(own).from_pretrained(output).config.vwt["method"] == "gradual"
     assert (output / "tokenizer.json").exists() == (name == "clip")
+
+
+def test_a_report_of_calibrate_that_cannot_be_written_costs_nothing_else(
+    many, tmp_path, checkpoint, capsys, monkeypatch
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "rows.json")
+
+    monkeypatch.setattr(sys.modules["vwt_hf.cli.calibrate"], "write_file", full)
+    given = ["--tokens", "64", "--by", "flops", "--device", "cpu", "--json", str(tmp_path / "rows.json")]
+    assert main(["calibrate", checkpoint, str(many), *given, "--output", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert "→" in printed.out and "No space left on device: 'rows.json'" in printed.err
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").vwt["method"] == "gradual"
 
 
 def test_calibrate_saves_no_model_of_a_class_that_transformers_lacks(many, tmp_path, checkpoint, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import re
@@ -944,6 +945,21 @@ def test_a_card_that_cannot_be_written_costs_nothing_that_was_measured(tmp_path,
     printed = capsys.readouterr()
     assert "| keep ratio 0.5 |" in printed.out and len(json.loads(measured.read_text())["rows"]) == 2
     assert "README.md is no model card (" in printed.err and card.read_text() == "---\n[a: b\n---\n"
+
+
+def test_a_report_that_cannot_be_written_costs_neither_the_table_nor_the_card(
+    tmp_path, photographs, capsys, monkeypatch
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "rows.json")
+
+    folder, card = random_classifier(tmp_path), tmp_path / "README.md"
+    monkeypatch.setattr(evaluate, "write_file", full)
+    given = ["--vwt", json.dumps(HALF), "--json", str(tmp_path / "rows.json"), "--card", str(card)]
+    assert main(["evaluate", str(folder), "--dataset", str(photographs), *given]) == 2
+    printed = capsys.readouterr()
+    assert "| keep ratio 0.5 |" in printed.out and "No space left on device: 'rows.json'" in printed.err
+    assert huggingface_hub.ModelCard.load(card).data.eval_results
 
 
 def test_images_that_are_opened_already_are_taken_as_they_are(tmp_path, photographs, monkeypatch):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from vwt_hf import whole_saves
 from vwt_hf.whole_saves import require_folder, require_writable, write_file
 
 
@@ -35,6 +39,72 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path):
     write_file(pipe, b"rows")
     assert os.read(reader, 10) == b"rows" and pipe.is_fifo()
     os.close(reader)
+
+
+def test_pipes_and_devices_are_writable_wherever_they_lie(tmp_path, monkeypatch):
+    def refused(folder: object) -> None:
+        raise PermissionError(f"{folder} cannot be written into")
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr(whole_saves, "require_folder", refused)
+    require_writable(pipe, "/dev/null", "/dev/null")
+    with pytest.raises(PermissionError, match="cannot be written into"):
+        require_writable(tmp_path / "rows.json")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match=r"/dev/null cannot be written to; expected a file, pipe or device"):
+        require_writable("/dev/null")
+
+
+def test_what_is_printed_into_a_file_stays_before_and_after_what_is_written_there(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("earlier\n")
+    program = """
+import sys, types
+sys.modules["vwt_hf"] = package = types.ModuleType("vwt_hf")  # without torch, which takes seconds
+package.__path__ = [sys.argv[1]]
+from vwt_hf.whole_saves import require_writable, write_file
+require_writable(sys.argv[2])
+print("before")
+write_file(sys.argv[2], "written\\n")
+print("after")
+"""
+    for number, name in enumerate(("/dev/stdout", str(log)), start=1):
+        with log.open("a") as opened:
+            given = [sys.executable, "-c", program, str(Path(whole_saves.__file__).parent), name]
+            subprocess.run(given, stdout=opened, check=True)
+        assert log.read_text() == "earlier\n" + "before\nwritten\nafter\n" * number
+
+
+def test_a_file_keeps_its_permissions(tmp_path):
+    file = tmp_path / "rows.json"
+    file.touch(0o600)
+    write_file(file, "private")
+    assert file.stat().st_mode & 0o777 == 0o600 and file.read_text() == "private"
+
+
+def test_a_file_that_is_mounted_by_itself_is_refused_before(tmp_path, monkeypatch):
+    file = tmp_path / "a card.md"
+    file.touch()
+    mounts = tmp_path / "mountinfo"
+    monkeypatch.setattr(whole_saves, "_MOUNTS", mounts)
+    require_writable(file)  # where there is no such list
+    mounts.write_text(f"36 35 98:0 / {tmp_path}/a\\040card.md rw - ext4 /dev/root rw\n")
+    require_writable(tmp_path / "a")
+    with pytest.raises(
+        OSError, match=r"card\.md is mounted by itself, so that no new file .*mount its folder, or name"
+    ):
+        require_writable(file)
+
+
+def test_a_disk_that_is_full_is_said_with_the_file(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device, while it was written: .*rows\.json") as raised:
+        write_file(tmp_path / "rows.json", "rows")
+    assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_is_named_and_one_that_can_is_left_as_it_is(tmp_path):

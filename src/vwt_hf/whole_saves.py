@@ -13,14 +13,19 @@ import contextlib
 import os
 import re
 import shutil
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 _PREFIX = ".vwt-save-"
 _LEFT_OVER = re.compile(re.escape(_PREFIX) + "[a-z0-9_]{8}")
 """The folder of one save, as `tempfile` names it."""
+_MOUNTS = Path("/proc/self/mountinfo")
+"""Where Linux lists what is mounted: also single files, as containers have them."""
 _PATIENCE = 2.0
 """Seconds for which a save asks for its share of the lock, which another has for the milliseconds of tidying up."""
 
@@ -37,14 +42,18 @@ class Save:
     def write(self, contents: dict[str, bytes]) -> None:
         """Writes files where nobody looks for them yet, down to the disk."""
         for name, content in contents.items():
-            with open(self.new / name, "wb") as file:
+            with _naming(self.folder / name), open(self.new / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
 
     def place(self, name: str) -> None:
-        """Puts a file that `write` wrote into the folder, in place of an older one."""
-        os.replace(self.new / name, self.folder / name)
+        """Puts a file that `write` wrote into the folder, in place of an older one, whose permissions it gets."""
+        new, old = self.new / name, self.folder / name
+        with contextlib.suppress(OSError):  # there is none, or the file system has no permissions
+            os.chmod(new, stat.S_IMODE(os.stat(old).st_mode))
+        with _naming(old):
+            os.replace(new, old)
         self._flush()
 
     def place_new(self, name: str) -> bool:
@@ -73,6 +82,15 @@ class Save:
         """Folders that other saves write in. If `is_alone` is true afterwards, all of them are of killed saves."""
         found = [path for path in self.folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
         return [path for path in found if path != self.new and path.is_dir() and not path.is_symlink()]
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Has errors of the system name this file, where they name none or one that nobody knows."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}, while it was written", os.fspath(file)) from error
 
 
 @contextlib.contextmanager
@@ -126,15 +144,22 @@ def write_files(folder: Path, contents: dict[str, bytes]) -> None:
 def write_file(file: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file, whole or not at all: one that was there stays as it was until then. Makes its folder.
 
+    What is printed into the file, as into /dev/stdout, stays in it, and so does what goes into a pipe or a device.
+
     Raises:
         OSError: it cannot be written.
     """
     path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    if path.exists() and not path.is_file():  # a pipe or device, which no file may take the place of
+    if stream := _stream_into(path):
+        stream.flush()
+        with open(stream.fileno(), "wb", closefd=False) as opened:
+            opened.write(data)
+        return
+    if _takes_all(path):
         path.write_bytes(data)
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     path = path.resolve()  # a link stays one
     write_files(path.parent, {path.name: data})
 
@@ -153,14 +178,48 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
     for file in (Path(file) for file in files if file is not None):
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder; expected the name of a file to write.")
+        if _takes_all(file) or _stream_into(file):
+            if not os.access(file, os.W_OK):
+                raise PermissionError(f"{file} cannot be written to; expected a file, pipe or device that can.")
+            continue
         require_folder(file.parent)
+        if _is_mounted(file):
+            raise OSError(
+                f"{file} is mounted by itself, so that no new file can take its place; mount its folder, or name "
+                "another file."
+            )
         with contextlib.suppress(FileNotFoundError):
             file.lstat()
         if file.is_file():
             file.open("ab").close()
         same = own.setdefault(os.path.realpath(file), file)
-        if same is not file and (file.is_file() or not file.exists()):  # a device or a pipe takes all
+        if same is not file:
             raise ValueError(f"{file} and {same} are one file; expected a name of its own for each output.")
+
+
+def _takes_all(file: Path) -> bool:
+    """Whether it is a pipe or a device, which no file may take the place of."""
+    return file.exists() and not file.is_file()
+
+
+def _stream_into(file: Path) -> TextIO | None:
+    """What prints into this very file, as where it is /dev/stdout or the log that a shell sends all output to."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, of no descriptor, or none
+            if os.path.samestat(os.stat(file), os.fstat(stream.fileno())):
+                return stream
+    return None
+
+
+def _is_mounted(file: Path) -> bool:
+    """Whether a file is a mount of its own."""
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:  # there is no such list here
+        return False
+    escapes = {byte: f"\\{byte:03o}".encode() for byte in b" \t\n\\"}
+    own = b"".join(escapes.get(byte, bytes([byte])) for byte in os.fsencode(os.path.realpath(file)))
+    return any(line.split(b" ")[4:5] == [own] for line in lines)
 
 
 def require_folder(folder: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -15,6 +16,8 @@ from .loading import add_device, add_dtype, load_model, load_whole, tokenizer_be
 from .sources import IMAGES, open_source
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..calibrate import Level
 
 HELP = "find how far a model may be shortened on your own images, without labels"
@@ -98,21 +101,29 @@ def work(args: argparse.Namespace) -> None:
     setting = search.find(**targets)
 
     chosen: Any = setting.to_dict()
-    if args.json is not None:
-        levels = [dataclasses.asdict(level) for level in search.tried]
-        write_file(args.json, json.dumps({"vwt": chosen, "tried": levels}, indent=1))
-    if args.plot is not None:
-        title = f"{Path(args.model).name}, {search.images} images"
-        write_png(front_figure(search.tried, search.measure, title), Path(args.plot))
-    print(f"{type(model).__name__} from {printable(args.model)}, {search.images} images\n")
-    print(aligned(table(search.tried, search.measure, setting), right=True))
-    print(f"\nvwt={json.dumps({name: chosen[name] for name in ('method', 'tolerance', 'similarity')})}")
-    if whole is not None:
+
+    def save(whole: PreTrainedModel) -> None:
         compress(whole, setting).save_pretrained(args.output)
         for beside in (processor, tokenizer_beside(args.model)):
             if beside is not None:
                 beside.save_pretrained(args.output)
         print(f"saved with it: {printable(args.output)}")
+
+    def report() -> None:
+        print(f"{type(model).__name__} from {printable(args.model)}, {search.images} images\n")
+        print(aligned(table(search.tried, search.measure, setting), right=True))
+        print(f"\nvwt={json.dumps({name: chosen[name] for name in ('method', 'tolerance', 'similarity')})}")
+
+    with contextlib.ExitStack() as outputs:  # the last first, each whatever becomes of the others
+        if whole is not None:
+            outputs.callback(save, whole)
+        outputs.callback(report)
+        if args.plot is not None:
+            title = f"{Path(args.model).name}, {search.images} images"
+            outputs.callback(write_png, front_figure(search.tried, search.measure, title), Path(args.plot))
+        if args.json is not None:
+            levels = [dataclasses.asdict(level) for level in search.tried]
+            outputs.callback(write_file, args.json, json.dumps({"vwt": chosen, "tried": levels}, indent=1))
 
 
 def table(levels: list[Level], measure: str, setting: Any) -> list[tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,13 +177,12 @@ def work(args: argparse.Namespace) -> None:
         )
         result.dataset = name
         if place()[0] == 0:
-            if args.json is not None:  # before what is printed, which nobody may read to its end
-                write_file(args.json, json.dumps(result.to_dict(), indent=1))
-            try:
-                report(result)
-            finally:
+            with contextlib.ExitStack() as outputs:  # the last first, each whatever becomes of the others
                 if args.card is not None:
-                    write_card(Path(args.card), result, split, args.config)
+                    outputs.callback(write_card, Path(args.card), result, split, args.config)
+                outputs.callback(report, result)  # which nobody may read to its end
+                if args.json is not None:
+                    outputs.callback(write_file, args.json, json.dumps(result.to_dict(), indent=1))
 
 
 def report(result: Evaluation) -> None:
