@@ -13,7 +13,7 @@ from settings import SETTINGS, fixed, gradual, inter, local
 from test_families import assert_near, sample_images
 from tiny import MODELS, answers, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, count_tokens, restore
-from vwt_hf.families import family_of, find_layers, find_stack, find_tower
+from vwt_hf.families import family_of, find_layers, find_stacks, find_tower
 from vwt_hf.forward import current_forward
 from vwt_hf.layout import _rounded
 from vwt_hf.patches import Patches
@@ -81,7 +81,7 @@ def test_a_model_whose_layers_were_taken_out_is_saved_once_it_is_compressed_by_t
     """Loaded, it would join its tokens after other layers, or after none that it has."""
     model = compress(tiny_model(name, num_hidden_layers=4), gradual(layers=layers))
     tower = find_tower(model, family_of(model)).module
-    parent, stack = find_stack(tower)
+    ((parent, stack),) = find_stacks(tower)
     (attribute,) = (key for key, child in parent.named_children() if list(child.children()) == stack)
     setattr(parent, attribute, torch.nn.ModuleList(stack[:3]))
     tower.config.num_hidden_layers = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 
@@ -14,10 +15,10 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from settings import SETTINGS, coarse, fixed, local
+from settings import SETTINGS, coarse, fixed, gradual, local
 from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
-from vwt_hf import VWTConfig, compress, restore
-from vwt_hf.families import FAMILIES, find_layers
+from vwt_hf import VWTConfig, compress, count_tokens, restore
+from vwt_hf.families import FAMILIES, family_of, find_layers, find_tower
 
 
 def family_name(model_class: type[transformers.PreTrainedModel]) -> str:
@@ -457,6 +458,51 @@ def test_a_copy_of_the_embeddings_that_peft_trains_is_what_tokens_are_of(setting
     assert (short - plain).abs().max() > 1e-5
     restore(adapted.get_base_model())
     torch.testing.assert_close(answers(adapted, images), plain)
+
+
+@pytest.mark.parametrize("first", ["peft", "compress"])
+@pytest.mark.parametrize(
+    ("name", "copied"),
+    [(name, copied) for name in ("dinov2-classifier", "clip", "dinov3") for copied in ("all", "first", "last")]
+    + [("beit", "first"), ("beit", "last")],  # whose tower runs its layers itself
+)
+def test_layers_that_peft_copies_join_tokens_where_the_tower_does(name, copied, first):
+    """The copies begin as what they are of, and only one of the two runs."""
+    peft = pytest.importorskip("peft")
+    setting, images = gradual(layers=(1, 3)), sample_images()
+    expected = compress(tiny_model(name, num_hidden_layers=4), setting)
+    with count_tokens(expected) as right:
+        short = answers(expected, images)
+    model = tiny_model(name, num_hidden_layers=4)
+    tower = find_tower(model, family_of(model)).module
+    listed = next(part for part in tower.modules() if isinstance(part, torch.nn.ModuleList))
+    whole = next(part for part in tower.modules() if listed in part.children())
+    part = {"all": whole, "first": listed[0], "last": listed[-1]}[copied]
+    path = next(path for path, module in model.named_modules() if module is part)
+    projection = next(path for path, module in model.named_modules() if isinstance(module, torch.nn.Conv2d))
+    if first == "compress":
+        compress(model, setting)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=[projection], modules_to_save=[path]))
+    if first == "peft":
+        compress(model, setting)
+    with count_tokens(model) as count:
+        torch.testing.assert_close(answers(adapted.eval(), images), short)
+    assert count.by_layer == right.by_layer and count.by_layer[3] < count.by_layer[1] < count.by_layer[0]
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(answers(merged, images), short)
+    with count_tokens(merged) as count:
+        answers(merged, images)
+    assert count.by_layer == right.by_layer
+    torch.testing.assert_close(answers(restore(merged), images), answers(restore(expected), images))
+
+
+def test_a_second_encoder_that_a_user_keeps_in_the_tower_is_none_of_its_layers():
+    model, images = tiny_model("dinov2", num_hidden_layers=4), sample_images()
+    model.momentum = copy.deepcopy(model.encoder)
+    expected = compress(tiny_model("dinov2", num_hidden_layers=4), gradual())
+    with count_tokens(expected) as right, count_tokens(compress(model, gradual())) as count:
+        torch.testing.assert_close(answers(model, images), answers(expected, images))
+    assert count.by_layer == right.by_layer and len(count.by_layer) == 4
 
 
 SHARDED = (("vit-classifier", "discard"), ("dinov2-classifier", "merge"), ("vit-classifier", "inter"))

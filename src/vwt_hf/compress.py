@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 import types
 from typing import Any
 
@@ -20,7 +21,8 @@ from .families import (
     Tower,
     family_of,
     find_layers,
-    find_stack,
+    find_places,
+    find_stacks,
     find_tower,
     is_of,
     model_of,
@@ -194,7 +196,7 @@ def _hook_in(
             replaces its forward.
     """
     follows = setting.shortens and (by_sizes or bool(relative))
-    layers = find_layers(tower.module)
+    places, stacks = find_places(tower.module), [stack for stack, _ in find_stacks(tower.module)]
     entered = models_around(model, tower)
     for holder in entered:
         holder.register_forward_pre_hook(TakeWords(follows), with_kwargs=True)
@@ -211,8 +213,8 @@ def _hook_in(
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     if setting.shortens and not by_sizes:
         tower.module.register_forward_pre_hook(RefuseMask(), with_kwargs=True)
-    stack = find_stack(tower.module)[0]
-    own_rows = any(not type(part).forward.__module__.startswith("transformers.") for part in (tower.module, stack))
+    runs: list[Any] = [tower.module, *stacks]
+    own_rows = any(not type(part).forward.__module__.startswith("transformers.") for part in runs)
     reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows, own_rows)
     if setting.shortens and setting.repaints:
         tower.embeddings.register_forward_pre_hook(Repaint(reduce), with_kwargs=True)
@@ -235,20 +237,21 @@ def _hook_in(
             setattr(module, slot_of(module), StandIn(stand_in, module))
         for number, wanted in joins.items():
             # The first hook: what transformers records as the layer's hidden states is the same whenever it began to.
-            layers[number - 1].register_forward_hook(Join(setting, wanted), prepend=True)
+            for layer in places[number - 1]:
+                layer.register_forward_hook(Join(setting, wanted), prepend=True)
         if joins and family.rotary is not None:
-            for layer in layers[min(joins) :]:
+            for layer in itertools.chain(*places[min(joins) :]):
                 layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
         if setting.restores:
-            expanding = dict.fromkeys((layers[-1], stack, tower.module))
-            if isinstance(tower.module, BackboneMixin) and len(expanding) == 3:
+            expanding = dict.fromkeys((*places[-1], *stacks, tower.module))
+            if isinstance(tower.module, BackboneMixin) and tower.module not in stacks:
                 # Its maps are of what the stack gave, expanded, less prefix tokens: they may have the shape of a plan.
                 expanding.popitem()
             for module in expanding:
                 module.register_forward_hook(Expand())
     if follows:
         tower.module.register_forward_hook(
-            End(len(attending_layers(tower.module)) if by_sizes else 0), always_call=True
+            End(len(attending_layers(tower.module)[0]) if by_sizes else 0), always_call=True
         )
     for holder in entered:
         holder.register_forward_hook(EndWords(follows), always_call=True)
@@ -424,13 +427,13 @@ def own_config(model: PreTrainedModel) -> None:
 
 def _require_each_once(tower: Tower) -> None:
     """Raises `ValueError` where a tower runs one layer in several places, which hooks of it could not tell apart."""
-    run = find_stack(tower.module)[1]
-    for place, layer in enumerate(run):
-        if layer in run[:place] and any(True for _ in layer.parameters()):
-            raise ValueError(
-                f"{type(tower.module).__name__} runs its layer {run.index(layer) + 1} again as layer {place + 1}; "
-                "expected each once. Give it copies (copy.deepcopy) before you compress it."
-            )
+    for _, run in find_stacks(tower.module):
+        for place, layer in enumerate(run):
+            if layer in run[:place] and any(True for _ in layer.parameters()):
+                raise ValueError(
+                    f"{type(tower.module).__name__} runs its layer {run.index(layer) + 1} again as layer {place + 1}; "
+                    "expected each once. Give it copies (copy.deepcopy) before you compress it."
+                )
 
 
 def require_whole_images(tower: Tower, family: Family) -> None:
@@ -448,8 +451,8 @@ def joining_layers(tower: nn.Module) -> list[int]:
     """After which of its layers, 1 for the first, a compressed tower joins tokens."""
     return [
         number
-        for number, layer in enumerate(find_layers(tower), 1)
-        if any(isinstance(hook, Join) for hook in layer._forward_hooks.values())
+        for number, copies in enumerate(find_places(tower), 1)
+        if any(isinstance(hook, Join) for layer in copies for hook in layer._forward_hooks.values())
     ]
 
 

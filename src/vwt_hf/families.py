@@ -6,6 +6,7 @@ A new family is a row here, with tiny models in tests/tiny.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn, cast
 
@@ -404,23 +405,55 @@ def _patch_shape(config: Any) -> tuple[tuple[int, int], int]:
 
 
 def find_layers(tower: nn.Module) -> list[nn.Module]:
-    """The transformer layers of a vision tower, in order."""
-    return [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The transformer layers of a vision tower, in order; of copies the first."""
+    return [copies[0] for copies in find_places(tower)]
 
 
-def find_stack(tower: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+def find_places(tower: nn.Module) -> list[list[nn.Module]]:
+    """The modules of each transformer layer of a vision tower, in order.
+
+    More than one where a layer, or what holds it, was copied, as PEFT does with modules to save: of these one runs.
+    """
+    within = [places for child in tower.children() if (places := _places(child))]
+    stated = getattr(getattr(tower, "config", None), "num_hidden_layers", None)
+    if len(within) > 1 and len(within[0]) == stated:
+        return within[0]  # what else has layers was put there beside the tower's own, as a momentum encoder
+    return list({place[0]: place for places in within for place in places}.values())  # each once
+
+
+def _places(module: nn.Module) -> list[list[nn.Module]]:
+    if isinstance(module, GradientCheckpointingLayer):
+        return [[module]]
+    copied = [_places(copy) for copy in _copies(module)]
+    if copied and len({len(places) for places in copied}) == 1:
+        return [[*itertools.chain(*place)] for place in zip(*copied, strict=True)]
+    return [place for child in module.children() for place in _places(child)]
+
+
+def _copies(module: nn.Module) -> list[nn.Module]:
+    """What a wrapper of PEFT's runs one of: the module that it was put around, and the copies that are trained."""
+    original, trained = getattr(module, "original_module", None), getattr(module, "modules_to_save", None)
+    if not isinstance(original, nn.Module) or not isinstance(trained, nn.ModuleDict):
+        return []
+    return [original, *trained.values()]
+
+
+def find_stacks(tower: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     """The module of a vision tower that runs its layers, which may be the tower itself, and what it runs, in order.
 
-    Beside transformers' layers these are others that a user put among them.
+    Beside transformers' layers these are others that a user put among them. There are several where it was copied, of
+    which one runs.
     """
-    layers = find_layers(tower)
+    places = find_places(tower)
     parents = {child: module for module in tower.modules() for child in module.children()}
-    listed = parents.get(layers[-1]) if layers else None
-    while listed is not None and not isinstance(listed, (nn.ModuleList, nn.Sequential)):
-        listed = parents.get(listed)  # it wraps the layer, as torch.compile's does
-    if listed is None:  # layers with names of their own
-        return tower, layers
-    return parents[listed], list(listed._modules.values())  # type: ignore[arg-type]
+    stacks: dict[nn.Module, list[nn.Module]] = {}
+    for layer in places[-1] if places else []:
+        listed = parents.get(layer)
+        while listed is not None and not isinstance(listed, (nn.ModuleList, nn.Sequential)):
+            listed = parents.get(listed)  # it wraps the layer, as torch.compile's does
+        if listed is not None:  # else layers have names of their own
+            stacks[parents[listed]] = list(listed._modules.values())  # type: ignore[arg-type]
+    return list(stacks.items()) or [(tower, [copies[0] for copies in places])]
 
 
 def model_of(model: object) -> PreTrainedModel:

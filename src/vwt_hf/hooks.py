@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import attention
 from .config import VWTConfig
-from .families import Family, find_stack
+from .families import Family, find_stacks
 from .forward import (
     Forward,
     GivenWords,
@@ -443,8 +443,11 @@ def _needs_attention(plan: Grouped) -> bool:
     return (plan.layout.packed and plan.layout.rows.shape[0] > 1) or plan.key_bias is not None
 
 
-def attending_layers(tower: nn.Module) -> list[nn.Module]:
-    """What a tower runs as layers and is to attend: transformers' layers, and others that hold an attention."""
+def attending_layers(tower: nn.Module) -> list[list[nn.Module]]:
+    """What a tower runs as layers and is to attend: transformers' layers, and others that hold an attention.
+
+    More than one list where what holds the layers was copied, of which one runs.
+    """
 
     def attends(layer: nn.Module) -> bool:
         return any(
@@ -452,7 +455,7 @@ def attending_layers(tower: nn.Module) -> list[nn.Module]:
             for part in layer.modules()
         )
 
-    return [layer for layer in find_stack(tower)[1] if attends(layer)]
+    return [[layer for layer in run if attends(layer)] for _, run in find_stacks(tower)]
 
 
 def _form(layer: nn.Module) -> list[tuple[type, bool]]:
@@ -468,14 +471,15 @@ def _require_attention(tower: Any, forward: Forward) -> None:
 
     Those that are like one which did attend did not run, as where a forward ends early or leaves layers out.
     """
-    layers = attending_layers(tower)  # some may have been taken out since it was compressed
+    stacks = attending_layers(tower)  # some may have been taken out since it was compressed
+    layers = [layer for stack in stacks for layer in stack]
     by_plan = [layer for layer in layers if any(id(part) in forward.by_plan for part in layer.modules())]
     forms = [_form(layer) for layer in by_plan]
     others = [layer for layer in layers if layer not in by_plan and _form(layer) not in forms]
     if others and (by_plan or not forward.attended):
         raise ValueError(
-            f"{len(others)} of the {len(layers)} layers of the {type(tower).__name__} did not attend by the tokens of "
-            "each image: attention that was replaced, or a layer of another kind, does not go through transformers' "
+            f"{len(others)} of the {len(stacks[0])} layers of the {type(tower).__name__} did not attend by the tokens "
+            "of each image: attention that was replaced, or a layer of another kind, does not go through transformers' "
             "AttentionInterface, and would mix the images of a batch. Call vwt_hf.restore(model), or give it attention "
             "that does."
         )

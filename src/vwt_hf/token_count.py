@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .compress import joining_layers, reduce_hook_of
-from .families import family_of, find_layers, find_tower, model_of
+from .families import family_of, find_places, find_tower, model_of
 from .forward import forward_within
 
 
@@ -63,8 +63,8 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
         (100, 2, 50.0)
     """
     tower = find_tower(model_of(model), family_of(model))
-    layers = find_layers(tower.module)
-    count = TokenCount([0] * len(layers))
+    places = find_places(tower.module)
+    count = TokenCount([0] * len(places))
 
     def add(embeddings: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         images, tokens = _images_and_tokens(embeddings, args, kwargs, output)
@@ -72,7 +72,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
         add_from(0, tokens)
 
     def add_from(layer: int, tokens: int) -> None:
-        for number in range(layer, len(layers)):
+        for number in range(layer, len(places)):
             count.by_layer[number] += tokens
 
     def fewer(number: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -86,7 +86,8 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
     reduced = (part for part in tower.embeddings.modules() if reduce_hook_of(part))
     hooks = [next(reduced, tower.embeddings).register_forward_hook(add, with_kwargs=True)]
     for number in joining_layers(tower.module):
-        hooks.append(layers[number - 1].register_forward_hook(functools.partial(fewer, number)))
+        for layer in places[number - 1]:
+            hooks.append(layer.register_forward_hook(functools.partial(fewer, number)))
     try:
         yield count
     finally:
