@@ -327,7 +327,7 @@ def _image_in_json(content: bytes) -> bytes:
 
 
 def _wants(what: str, names: Sequence[str], value: object) -> str:
-    if value is not None:
+    if value is not None or FIELD in names:
         return f"{FIELD!r} is a {type(value).__name__}; expected {what}. URLs are not fetched."
     found = ", ".join(shown(name[:LONGEST]) for name in names[:3]) or "nothing"
     return f"There is no {FIELD!r}, only {found}; expected it to be {what}."

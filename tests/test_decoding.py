@@ -9,6 +9,7 @@ import threading
 import tracemalloc
 import zipfile
 import zlib
+from typing import Any
 
 import datasets
 import numpy as np
@@ -51,6 +52,46 @@ def test_grey_of_more_than_eight_bits_keeps_its_shades(tmp_path, values, name):
     for item in (tmp_path / name, {"bytes": (tmp_path / name).read_bytes(), "path": None}):
         found = read_image(item)
         assert found.mode == "RGB" and np.abs(np.asarray(found) - expected).max() <= 1
+
+
+def tiff(bits: int, data: bytes, photometric: int, sample_format: int) -> dict[str, Any]:
+    """A TIFF of grey, as large as `RAMP`, that Pillow writes none of."""
+    height, width = RAMP.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 10 * 12 + 4, 277: 1, 278: height}
+    entries = tags | {279: len(data), 339: sample_format}
+    written = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    return {"bytes": struct.pack("<4sIH", b"II*\0", 8, len(entries)) + written + bytes(4) + data, "path": None}
+
+
+def in_twelve_bits(values: np.ndarray) -> bytes:
+    pairs = values.astype(int).reshape(-1, 2)
+    return b"".join(int(first << 12 | second).to_bytes(3, "big") for first, second in pairs)
+
+
+@pytest.mark.parametrize(
+    ("item", "is_inverted"),
+    [
+        (tiff(12, in_twelve_bits(RAMP * 4095), 1, 1), False),
+        (tiff(32, (RAMP * (2.0**32 - 1)).astype("<u4").tobytes(), 1, 1), False),
+        (tiff(32, (RAMP * 65535).astype("<u4").tobytes(), 1, 1), False),
+        (tiff(16, (RAMP * 65535).astype("<u2").tobytes(), 0, 1), True),
+        (tiff(32, RAMP.astype("<f4").tobytes(), 0, 3), True),
+        (tiff(8, (RAMP * 255).astype(np.uint8).tobytes(), 0, 1), True),
+    ],
+    ids=[
+        "12 bits",
+        "32 bits without a sign",
+        "of 16",
+        "16 bits, white is 0",
+        "floats, white is 0",
+        "8 bits, white is 0",
+    ],
+)
+def test_grey_tiffs_are_read_by_their_tags(item, is_inverted):
+    expected = grey(1 - RAMP if is_inverted else RAMP)
+    with PIL.Image.open(io.BytesIO(item["bytes"])) as opened:
+        for found in (read_image(item), read_image(opened)):
+            assert np.abs(np.asarray(found).astype(int) - expected).max() <= 1
 
 
 def test_a_dark_scan_of_16_bits_stays_dark(tmp_path):

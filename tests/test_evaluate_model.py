@@ -1247,6 +1247,18 @@ def test_what_was_measured_of_something_else_is_refused_and_says_what_differs(tm
             ValueError, match=f"evaluate-0.jsonl holds no batches of this evaluation .*{reason}.*name another folder"
         ):
             evaluate_model(one, images, **of | more)
+    whole = (resume / "evaluate-0.jsonl").read_text()
+    for field, value in (
+        ("answers", []), ("answers", [{}]), ("counts", []), ("seconds", []), ("seconds", ["x", "y"]),
+        ("unreadable", None), ("samples", []), ("number", "0"),
+    ):  # fmt: skip
+        lines = [json.loads(line) for line in whole.splitlines()]
+        for line in lines:
+            line |= {field: value} if field in line else {}
+        (resume / "evaluate-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(ValueError, match=r"holds no batches of this evaluation \((?!it is of another)"):
+            evaluate_model(model, photographs, vwt=[HALF], **of)
+    (resume / "evaluate-0.jsonl").write_text(whole)
     with (photographs / "cat" / "00.png").open("ab") as file:
         file.write(b" ")
     with pytest.raises(ValueError, match=r"images 'a folder of 17 .* there, 'a folder of 17 .* here"):

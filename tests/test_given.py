@@ -103,7 +103,7 @@ def test_a_model_that_only_goes_by_words_answers_as_the_one_that_found_them(name
     by_words = GIVEN | {"tokens": "representatives" if representatives else "means"}
     model = compress(tiny_model(name), by_words)
     if family_of(model).padded is not None and getattr(setting, "dropped", None) == "discard":
-        with pytest.raises(ValueError, match=r"the word -1; expected the number of a word"):
+        with pytest.raises(ValueError, match=r"leave patches out, and the images come as padded patches"):
             answers(model, images, patch_words=words)
         return
     torch.testing.assert_close(answered(model, images, patch_words=words), found, atol=1e-5, rtol=1e-5)
@@ -189,6 +189,17 @@ def test_padded_patches_that_are_all_kept_take_no_words_that_group():
     assert torch.equal(model(**given, patch_words=own)[0], model(**given)[0])
     with pytest.raises(ValueError, match=r"leave 1 tokens of \d+ patches, and the setting of the model keeps all"):
         model(**given, patch_words=own.clamp(max=0))
+
+
+def test_words_that_leave_out_padded_patches_are_refused_with_what_to_do():
+    model, given = tiny_model("siglip2-vision"), inputs(tiny_model("siglip2-vision"), sample_images())
+    real = given["pixel_attention_mask"].bool()
+    own = torch.arange(real.shape[1]).expand(real.shape).masked_fill(~real, -1)
+    compress(model, {"method": "given"})
+    model(**given, patch_words=own)
+    own[:, 1] = -1
+    with pytest.raises(ValueError, match=r"leave patches out, and the images come as padded patches .*Load the model"):
+        model(**given, patch_words=own)
 
 
 @pytest.mark.parametrize("name", ["vit", "clip", "blip-vision"])

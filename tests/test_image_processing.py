@@ -632,6 +632,35 @@ def test_the_class_of_an_image_processor_with_a_setting_makes_plain_ones(folder)
         assert made.vwt is None and set(made([Image.new("RGB", (32, 32))], return_tensors="pt")) == {"pixel_values"}
 
 
+def test_a_class_that_a_user_derives_from_that_of_an_image_processor_with_a_setting_is_one_of_its_own(folder):
+    tokenizing = AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.5})
+    own = type("Mine", (type(tokenizing),), {"__module__": __name__, "mine": True})
+    expected = tokenizing(PHOTOGRAPHS[:1], return_tensors="pt")
+    for made in (own.from_pretrained(folder), own.from_pretrained(folder, vwt=False)):
+        assert type(made) is own and made.vwt is None and "vwt" not in made.to_dict()
+        assert torch.equal(made(PHOTOGRAPHS[:1], return_tensors="pt")["pixel_values"], expected["pixel_values"])
+    made = own.from_pretrained(folder, vwt={"keep_ratio": 0.5})
+    for each in (made, copy.deepcopy(made)):
+        assert type(each) is own and each.mine
+        assert torch.equal(each(PHOTOGRAPHS[:1], return_tensors="pt")[NAME], expected[NAME])
+    made.save_pretrained(folder / "saved")
+    assert own.from_pretrained(folder / "saved").vwt == tokenizing.vwt
+
+
+def test_words_are_of_the_pixels_that_a_users_own_call_returns(folder):
+    class Mirrored(image_processor_class("vit")):
+        def __call__(self, images, **kwargs):
+            made = super().__call__(images, **kwargs)
+            made["pixel_values"] = made["pixel_values"].flip(-1)
+            return made
+
+    plain, own = (Mirrored.from_pretrained(folder, vwt=vwt) for vwt in (False, {"keep_ratio": 0.5}))
+    found = own(PHOTOGRAPHS[:2], return_tensors="pt")
+    assert torch.equal(found["pixel_values"], plain(PHOTOGRAPHS[:2], return_tensors="pt")["pixel_values"])
+    patches = Patches.of_images(found["pixel_values"], (4, 4))
+    assert torch.equal(found[NAME], VWTConfig(keep_ratio=0.5).patch_words(patches))
+
+
 def test_no_images_have_no_words(folder):
     processor = AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.5})
     made = processor([], return_tensors="pt")

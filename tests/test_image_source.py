@@ -75,6 +75,27 @@ def test_links_are_followed_to_each_folder_once_and_one_to_nothing_is_an_unreada
     assert open_images(inside).part().total == 7
 
 
+def test_what_is_hidden_is_no_image_and_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a.png", "b/.a.png", "b/c.png"):
+        (tmp_path / ".photographs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".photographs" / name).touch()
+    folder = tmp_path / ".photographs"  # itself may be hidden
+    assert [path.relative_to(folder).as_posix() for path in find_images([folder])] == ["a.png", "b/c.png"]
+    assert len(image_rows(folder)) == 2
+    scan = os.scandir
+
+    def locked(path):
+        if os.fspath(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(
+        PermissionError, match=r"photographs/b cannot be searched for images \(Permission denied\); make"
+    ):
+        find_images([folder])
+
+
 def test_where_a_limit_divides_every_nth_is_taken_and_else_they_are_as_even_as_can_be():
     for count in range(40):
         assert spread(count, None) == list(range(count))

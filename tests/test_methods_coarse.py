@@ -157,6 +157,13 @@ def test_a_number_of_tokens_that_similarity_changes_is_not_exported_and_says_why
         torch.export.export(model, (), {"pixel_values": images}, strict=False)
 
 
+def test_a_model_in_float64_shows_halves_in_it(images):
+    """Else the least change of a pixel, by which derivatives are checked, would be lost."""
+    wide = images.double() + 1e-12
+    assert halve(wide).dtype == torch.float64 and halve(images).dtype == torch.float32
+    assert (halve(wide) - halve(images.double())).sub(1e-12).abs().max() < 1e-14
+
+
 def test_images_of_another_number_of_channels_are_refused_as_by_the_plain_model():
     model = compress(tiny_model("vit"), coarse())
     with pytest.raises(ValueError, match="channel dimension"):

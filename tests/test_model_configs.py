@@ -40,6 +40,23 @@ def test_a_config_with_a_setting_is_of_a_subclass_and_one_without_of_the_plain_c
         assert type(made) is transformers.ViTConfig and made.to_dict() == plain
 
 
+class Mine(type(AutoConfig.for_model("vit", vwt=HALF))):  # type: ignore[misc]
+    """Of a user, derived from what the class of a config with a setting happens to be."""
+
+    mine = True
+
+
+def test_a_class_that_a_user_derives_from_that_of_a_config_with_a_setting_is_one_of_its_own():
+    made = Mine(**TINY)
+    assert type(made) is Mine and made.vwt is None and "vwt" not in made.to_dict()
+    assert Mine != transformers.ViTConfig and type(pickle.loads(pickle.dumps(made))) is Mine
+    made.vwt = HALF
+    assert isinstance(made, Mine) and made.mine and made.to_dict()["vwt"] == HALF
+    assert isinstance(pickle.loads(pickle.dumps(made)), Mine)
+    made.vwt = None
+    assert type(made) is Mine
+
+
 def test_restore_leaves_the_config_as_it_was_before(model):
     before, kind = model.config.to_json_string(), type(model.config)
     vwt_hf.restore(vwt_hf.compress(vwt_hf.compress(model, HALF), {"dropped": "merge"}))

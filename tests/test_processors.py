@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from PIL import Image
 from transformers import AutoModel, GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 from settings import ViTImageProcessor, inter
 from tiny import tiny_model
 from vwt_hf import compress, evaluate_model
-from vwt_hf.processors import processor_of
+from vwt_hf.processors import processor_of, stated_channels, stated_patch_size
 from vwt_hf.weights import copy_sharing_weights
 
 
@@ -70,3 +71,17 @@ def test_a_part_goes_by_what_lies_beside_its_whole_whatever_the_config_says_of_i
     assert compress(encoder, {"method": "local"}).config.vwt["image_std"] == [0.25] * 3
     with pytest.raises(ValueError, match="words that come with the package"):  # there are none for these patches
         compress(encoder, {"method": "inter"})
+
+
+@pytest.mark.parametrize("patch_size", [16, None])
+def test_a_model_around_a_backbone_has_the_patches_of_that(patch_size):
+    backbone = transformers.Dinov2Config(patch_size=4, num_channels=1)
+    config = transformers.DPTConfig(backbone_config=backbone, patch_size=16)
+    config.patch_size = patch_size
+    assert stated_patch_size(config) == (4, 4) and stated_channels(config) == 1
+    assert stated_patch_size(transformers.DPTConfig(patch_size=8)) == (8, 8)  # without one
+
+
+def test_a_backbone_of_convolutions_states_no_patches():
+    config = transformers.DPTConfig(backbone_config=transformers.BitConfig(), patch_size=16)
+    assert stated_patch_size(config) == (16, 16)

@@ -110,6 +110,18 @@ def test_weights_or_words_of_another_save_are_noticed(what, tmp_path):
     assert load(tmp_path / "0", vwt=inter(words(3))).config.vwt["method"] == "inter"
 
 
+def test_a_model_whose_embeddings_were_replaced_since_is_not_saved_as_a_plain_one(tmp_path):
+    model = compress(tiny_model("vit-classifier"), {"keep_ratio": 0.5})
+    model.vit.embeddings = tiny_model("vit-classifier").vit.embeddings
+    with pytest.raises(ValueError, match=r"embeddings of the ViT\w+ were replaced after it was compressed"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    restore(model).save_pretrained(tmp_path / "plain")
+    compress(model, {"keep_ratio": 0.5}).save_pretrained(tmp_path / "short")
+    plain, short = (transformers.AutoConfig.from_pretrained(tmp_path / name).vwt for name in ("plain", "short"))
+    assert plain is None and short["keep_ratio"] == 0.5
+
+
 # Shards without a variant would replace those with one: transformers removes them.
 @pytest.mark.parametrize(("first", "shards"), [(None, "1GB"), ("ft", "1GB"), (None, "30KB")])
 def test_weights_of_another_variant_do_not_meet_other_words(first, shards, pixel_values, tmp_path):

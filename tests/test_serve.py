@@ -246,6 +246,7 @@ def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
         (server.ask("POST", "/predict", b'{"x": [' + b"[]," * 10**6 + b"0]}", js), 400, "no JSON of an image"),
         (server.send({"\U0010ffff" * 10**6: 1}), 400, "only '"),
         (server.send([]), 400, "no 'image'"),
+        (server.send({"image": None}), 400, "'image' is a NoneType; expected a string of base64"),
         (server.send({"images": "eA=="}), 400, "only 'images'"),
         (server.send({"image": 7}), 400, "'image' is a int; expected a string of base64"),
         (server.send({"image": "eA=!"}), 400, "no base64"),

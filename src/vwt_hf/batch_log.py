@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .checks import is_int, is_number
 from .labelled_images import Sample
-from .printable import difference
+from .printable import difference, shown
 from .token_count import TokenCount
 
 
@@ -92,7 +93,7 @@ def _read(file: Path, of: dict[str, Any]) -> Iterator[Batch]:
             if not known:
                 raise ValueError("it does not say what its batches are of")
             yield _batch(content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"{file} holds no batches of this evaluation ({error}); name another folder, or delete {file.parent}."
             ) from error
@@ -103,7 +104,13 @@ def _batch(content: dict[str, Any]) -> Batch:
     samples = [sample._replace(captions=tuple(sample.captions)) for sample in samples]
     answers = [{name: _from_json(values) for name, values in own.items()} for own in content["answers"]]
     counts = [TokenCount(**count) for count in content["counts"]]
-    return Batch(**content | {"samples": samples, "answers": answers, "counts": counts})
+    batch = Batch(**content | {"samples": samples, "answers": answers, "counts": counts})
+    of_each_image = [values for own in answers for values in own.values()]
+    if not len(answers) == len(counts) == len(batch.seconds) or any(len(own) != len(samples) for own in of_each_image):
+        raise ValueError(f"batch {shown(batch.number)} has no answer of each model for each image")
+    if not is_int(batch.number) or not all(map(is_number, batch.seconds)) or not isinstance(batch.unreadable, list):
+        raise ValueError(f"batch {shown(batch.number)} has values that can be none")
+    return batch
 
 
 def _to_json(values: Any) -> Any:

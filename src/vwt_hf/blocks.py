@@ -21,10 +21,10 @@ def halve(images: torch.Tensor) -> torch.Tensor:
         images: (batch, channels, height, width); an odd last row or column is left out.
 
     Returns:
-        (batch, channels, height // 2, width // 2), float32.
+        (batch, channels, height // 2, width // 2), float32, or float64 if they are.
     """
     first, *others = _quarters(images)
-    total = first.float()
+    total = first.to(torch.promote_types(first.dtype, torch.float32))
     for other in others:
         total = total + other
     return total / 4

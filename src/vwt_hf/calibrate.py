@@ -430,10 +430,20 @@ def _read(file: Path, of: dict[str, Any]) -> list[Level]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         found = content["of"]
-        levels = [Level(**row | {"interval": tuple(row["interval"])}) for row in content["levels"]]
+        levels = [_level(row) for row in content["levels"]]
         different = difference({name: found.get(name) for name in of}, of)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no file of a search ({error}); name another file, or delete it.") from error
     if different:
         raise ValueError(f"{file} is of another search ({different}); name another file, or delete it to start again.")
     return levels
+
+
+def _level(row: dict[str, Any]) -> Level:
+    """A setting that was tried, as JSON holds it; raises `ValueError` where its figures can be none."""
+    level = Level(**row | {"interval": tuple(row["interval"])})
+    numbers = (level.tokens, level.of_tokens, level.speed, level.tolerance, *level.interval, level.value)
+    are_numbers = len(level.interval) == 2 and all(map(is_number, numbers))
+    if not are_numbers or min(numbers[:3]) <= 0 or abs(level.value) > 1.001:
+        raise ValueError(f"it has figures that can be none of a setting: {shown(row)}")
+    return level

@@ -8,6 +8,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,9 @@ _OUT_OF_REACH = (MemoryError, ConnectionError, TimeoutError, FileNotFoundError)
 
 _AS_BYTES = (1, 2, 7)
 """Types of values of TIFF that Pillow keeps as they are, and makes no list of."""
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+"""Tags of TIFF."""
+_WHITE_IS_ZERO = 0
 _ORIENTATION = 0x0112
 _TURNS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -96,7 +100,7 @@ def read_image(item: Any, name: str | None = None, formats: Sequence[str] = FORM
 
 def _upright(item: Any, formats: Sequence[str]) -> Any:
     if isinstance(item, PIL.Image.Image):
-        return _in_eight_bits(_turned(item), item.format)
+        return _in_eight_bits(_turned(item), item.format, getattr(item, "tag_v2", {}))
     if hasattr(item, "__array__") and not isinstance(item, (str, bytes)):  # numpy's or torch's, and no text of numpy's
         raise TypeError(
             f"it is a {type(item).__name__}; expected a PIL image, as PIL.Image.fromarray makes of an array"
@@ -107,7 +111,7 @@ def _upright(item: Any, formats: Sequence[str]) -> Any:
         _require_few_values(file)
         with PIL.Image.open(file, formats=known) as image:
             _require_little_work(image)
-            return _in_eight_bits(_turned(image), image.format)
+            return _in_eight_bits(_turned(image), image.format, getattr(image, "tag_v2", {}))
 
 
 def _require_little_work(image: Any) -> None:
@@ -192,11 +196,12 @@ def _turned(image: Any) -> Any:
     return image if turn is None else image.transpose(turn)
 
 
-def _in_eight_bits(image: Any, kind: str | None) -> Any:
+def _in_eight_bits(image: Any, kind: str | None, tags: Mapping[int, Any] = MappingProxyType({})) -> Any:
     """`image` in RGB and without EXIF; Pillow itself would make all that is above 255 white.
 
     Args:
         kind: the file's format, of which some have whole numbers of 16 bits alone.
+        tags: of a TIFF. By them grey of 12 bits lies in 16, and may be black at its largest value.
     """
     mode = image.mode[:4]  # I;16B is I;16 of another byte order
     if mode not in WHITE:
@@ -206,12 +211,19 @@ def _in_eight_bits(image: Any, kind: str | None) -> Any:
         image.info = {}  # by which it would be turned once more
         return image
     whites = (65535,) if mode == "I" and kind in ("PNG", "PPM") else WHITE[mode]
+    bits, sample_format = (np.ravel(tags.get(tag, default))[0] for tag, default in ((_BITS, 0), (_SAMPLE_FORMAT, 1)))
+    unsigned = mode == "I" and bits == 32 and sample_format == 1  # which Pillow takes for numbers with a sign
+    if unsigned:
+        whites = (*whites, 2**32 - 1)
+    if mode == "I;16" and 8 < bits < 16:
+        whites = (2 ** int(bits) - 1,)
     rows = max(1, 2**20 // max(1, image.width))  # at a time, as numbers take four times as much as pixels
 
     def strips() -> Any:
         for first in range(0, image.height, rows):
             strip = image.crop((0, first, image.width, min(first + rows, image.height)))
-            yield first, np.asarray(strip).astype(np.float32)
+            values = np.asarray(strip)
+            yield first, (values.view(np.uint32) if unsigned else values).astype(np.float32)
 
     top = max((values.max(initial=0, where=np.isfinite(values)) for _, values in strips()), default=0)
     white = next((white for white in whites if top <= 1.1 * white), top)
@@ -219,6 +231,8 @@ def _in_eight_bits(image: Any, kind: str | None) -> Any:
     for first, values in strips():
         scaled = np.nan_to_num(values.clip(0, white, out=values), copy=False)
         scaled *= 255 / white
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            np.subtract(255, scaled, out=scaled)
         grey.paste(PIL.Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8)), (0, first))
     return grey.convert("RGB")
 

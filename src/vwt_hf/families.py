@@ -463,5 +463,6 @@ def model_of(model: object) -> PreTrainedModel:
         TypeError: it is not.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}; expected a transformers.PreTrainedModel.")
+        wrapped = "; give its get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise TypeError(f"model is a {type(model).__name__}; expected a transformers.PreTrainedModel{wrapped}.")
     return model

@@ -155,6 +155,7 @@ _one_thread = SharedChange(_use_one_thread)
 """In a process that was forked the threads of its parent are not there, and torch would wait for them forever."""
 
 
+_PLAIN = "_vwt_plain_class"
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
 _STATISTICS = ("image_mean", "image_std")
 _NORMALISING = (*_STATISTICS, "do_normalize", "do_rescale")
@@ -174,7 +175,7 @@ def _write_setting(processor: Any, vwt: Any) -> None:
         processor.__class__ = plain
     else:
         processor.__dict__["vwt"] = vwt
-        processor.__class__ = processor_subclass(plain)
+        processor.__class__ = _class_with_setting(plain)
 
 
 SETTING = property(_read_setting, _write_setting, doc="By what `processor(images)` makes `patch_words`; `None` if not.")
@@ -186,7 +187,12 @@ def _reads_videos(processor_class: type) -> bool:
 
 
 def _plain_class(processor_class: type) -> type:
-    return processor_class.__mro__[2] if issubclass(processor_class, Tokenizing) else processor_class
+    """The class that `processor_subclass` made this of; one that a user derived from such a class is its own."""
+    return vars(processor_class).get(_PLAIN, processor_class)
+
+
+def _class_with_setting(plain: Any) -> Any:
+    return plain if issubclass(plain, Tokenizing) else processor_subclass(plain)
 
 
 class Tokenizing:
@@ -208,6 +214,14 @@ class Tokenizing:
                 "with from_pretrained(..., vwt=...)."
             )
         return held
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `preprocess`; of a class whose own `__call__` may change pixels after that, with words of those."""
+        made = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        own: Any = super().__call__  # type: ignore[misc]
+        if isinstance(made, Mapping) and PATCH_WORDS in made and not own.__module__.startswith("transformers."):
+            made[PATCH_WORDS] = self.tokenizer_of_patches.words(made)  # type: ignore[index]
+        return made
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """As the image processor without `vwt`, with `patch_words` beside `pixel_values`."""
@@ -307,7 +321,8 @@ class Tokenizing:
 
     def to_dict(self) -> dict[str, Any]:
         """As the image processor without `vwt`, with the setting."""
-        return super().to_dict() | {"vwt": self.vwt}  # type: ignore[misc]
+        fields = super().to_dict()  # type: ignore[misc]
+        return fields if self.vwt is None else fields | {"vwt": self.vwt}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (_plain_class(type(self)),), self.__dict__
@@ -321,13 +336,14 @@ def processor_subclass(plain: Any) -> type[BaseImageProcessor]:
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
         "model_input_names": [*plain.model_input_names, PATCH_WORDS],
+        _PLAIN: plain,
     }
     return type(plain.__name__, (Tokenizing, plain), body)
 
 
 def _empty(plain: Any) -> BaseImageProcessor:
     """An image processor without any field: what `pickle` and `copy` start from."""
-    processor_class = processor_subclass(plain)
+    processor_class = _class_with_setting(plain)
     return processor_class.__new__(processor_class)
 
 

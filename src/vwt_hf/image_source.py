@@ -159,7 +159,8 @@ def described_files(folder: Path, files: Iterable[Path]) -> str:
 def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = None) -> list[Path]:
     """Image files: those named, and for a folder those in it, searched through all levels, in the order of their names.
 
-    Links are followed, so that each folder is searched once; a link to nothing is an image that cannot be read.
+    Links are followed, so that each folder is searched once; a link to nothing is an image that cannot be read. Hidden
+    files and folders, whose names begin with a dot, are left out.
 
     Args:
         limit: take no more than these, spread evenly.
@@ -201,8 +202,8 @@ def _image_names(folder: Path) -> Iterator[str]:
     """The image files in a folder and all below it, in the order of their paths, which are within `folder`, with /.
 
     Links are followed. A folder that several lead to is searched once: where it lies if that is below `folder`, else
-    where the first link is. A link to nothing is among the files, so that it is named where it cannot be read. The
-    picture of a vocabulary's words, beside it, is none of them.
+    where the first link is. A link to nothing is among the files, so that it is named where it cannot be read. What is
+    hidden, by a name that begins with a dot, is none of them, nor is the picture of a vocabulary's words beside it.
     """
     endings = {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
     top = os.path.realpath(folder)
@@ -210,8 +211,14 @@ def _image_names(folder: Path) -> Iterator[str]:
 
     def within(path: str, below: str) -> Iterator[str]:
         searched.add(os.path.realpath(path))
-        with os.scandir(path) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        try:
+            with os.scandir(path) as found:
+                entries = sorted((entry for entry in found if entry.name[0] != "."), key=lambda entry: entry.name)
+        except PermissionError as error:
+            raise PermissionError(
+                f"{printable(path)} cannot be searched for images ({error.strerror}); make it readable, or name "
+                "folders that are."
+            ) from error
         if any(entry.name == "vocabulary.json" for entry in entries):
             entries = [entry for entry in entries if entry.name != "words.png"]
         for entry in entries:

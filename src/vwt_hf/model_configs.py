@@ -18,6 +18,7 @@ from .config import VWTConfig
 from .forward import current_forward
 from .vocabulary import VisualVocabulary
 
+_PLAIN = "_vwt_plain_class"
 BY_PLAN = "vwt_"
 """Begins the names of this package's attention implementations: `vwt_sdpa` is sdpa by the plan of the forward."""
 
@@ -54,7 +55,8 @@ def is_by_plan(config: PreTrainedConfig) -> bool:
 
 
 def _plain_class(config_class: type) -> type:
-    return config_class.__mro__[1] if isinstance(config_class, _StandsFor) else config_class
+    """The class that `config_subclass` made this of; one that a user derived from such a class is its own."""
+    return vars(config_class).get(_PLAIN, config_class)
 
 
 class _StandsFor(type):
@@ -64,7 +66,8 @@ class _StandsFor(type):
         return isinstance(other, type) and _plain_class(other) is _plain_class(cls)
 
     def __hash__(cls) -> int:
-        return hash(_plain_class(cls))
+        plain = _plain_class(cls)
+        return super().__hash__() if plain is cls else hash(plain)
 
 
 @functools.cache
@@ -92,8 +95,10 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
             return value  # else attention looks whether it is of that forward: a layer may have a copy of the config
         return BY_PLAN + (value or "eager")
 
-    metaclass = type("_ConfigWithSetting", (_StandsFor, type(plain)), {})
+    kinds = (type(plain),) if isinstance(plain, _StandsFor) else (_StandsFor, type(plain))
+    metaclass = type("_ConfigWithSetting", kinds, {})
     body = {
+        _PLAIN: plain,
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,  # where transformers finds example checkpoints
@@ -103,7 +108,9 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
         # Configs of transformers have a `__getattribute__`, and of such classes torch before 2.13 traces no properties.
         body["__getattribute__"] = read
     # By its name `pickle` would find the plain class.
-    copyreg.pickle(metaclass, lambda _: (config_subclass, (plain, by_plan)))
+    copyreg.pickle(
+        metaclass, lambda own: (config_subclass, (plain, by_plan)) if _PLAIN in vars(own) else own.__qualname__
+    )
     return metaclass(plain.__name__, (plain,), body)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from . import image_processing
-from .compress import own_config, require_same_layers, setting_of
+from .compress import own_config, require_same_layers, setting_of, takes_words
 from .evidence import write_section
 from .families import family_of, find_tower
 from .model_configs import is_among, take_over
@@ -85,6 +85,12 @@ def saving_models(original: Any) -> Any:
 @contextlib.contextmanager
 def _parts_to_save(model: PreTrainedModel) -> Iterator[list[PreTrainedModel]]:
     """The models in whose configs a setting stands that is to be saved with `model`."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and takes_words(part) and setting_of(part) is None:
+            raise ValueError(
+                f"the embeddings of the {type(part).__name__} were replaced after it was compressed, so that it runs "
+                "as the plain model does. Call vwt_hf.restore on it and, if it is to be short, vwt_hf.compress."
+            )
     parts = _compressed_parts(model)
     _gather_settings(model, parts)
     setting = None if parts else setting_of(model)

@@ -118,8 +118,11 @@ def stated_channels(config: Any) -> int | None:
 
 def _of_images(config: Any) -> Any:
     """The part of a config that is about images."""
-    for inner in ("vision_config", "encoder"):  # CLIP and its like, and models of an image encoder and a text decoder
-        config = getattr(config, inner, None) or config
+    # CLIP and its like, models of an image encoder and a text decoder, and those of maps around a backbone.
+    for inner in ("vision_config", "encoder", "backbone_config"):
+        part = getattr(config, inner, None)
+        if part is not None and (inner != "backbone_config" or hasattr(part, "patch_size")):
+            config = part
     return config
 
 

@@ -47,7 +47,14 @@ class GivenConfig(RaggedConfig):
         )
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
-        if patches.real is None and self.output is None and bool((words == DROPPED).any()):
+        left_out = words == DROPPED if patches.real is None else (words == DROPPED) & patches.real
+        if self.output is None and bool(left_out.any()):
+            if patches.real is not None:
+                raise ValueError(
+                    "patch_words leave patches out, and the images come as padded patches (SigLIP 2 NaFlex), of which "
+                    "method='given' takes words that groups share. Load the model with the `vwt` of the image "
+                    "processor that made them."
+                )
             return patches.kept_by(words)
         if self.tokens == "representatives":
             return patches.led_by(words, self.packs(patches), self.size_exponent)
