@@ -107,6 +107,11 @@ def test_all_but_the_figures_stays_to_the_byte(metadata, line_end, tmp_path):
     ("metadata", "reason"),
     [
         ("{license: mit, model-index: []}", "no model card"),
+        (
+            "model-index: []\nlicense: mit\nmodel-index:\n- {name: a, results: []}",
+            "its model-index is no block of lines",
+        ),
+        ('"model\\x2dindex": []\nlicense: mit', "its model-index is no block of lines"),
         ("license: &mine mit\nmodel-index:\n- &it {name: a, results: []}\nmore: *it", "no model card"),
         ("model-index:\n- name: a\n  results: [{task: {type: t}}]", "no model card"),
         (

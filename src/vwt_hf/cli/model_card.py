@@ -45,11 +45,13 @@ class ModelCard:
         index = [self.entry | {"results": results}]
         written = _dumped({"model-index": index}).rstrip("\n").replace("\n", line_end)
         begin, end = _place_of_index(self.metadata)
-        if begin == end and begin:
+        is_new = begin == end
+        if is_new and begin:
             written = line_end + written
         metadata = self.metadata[:begin] + written + self.metadata[end:]
-        found = yaml.safe_load(metadata)
-        if _all_but_index(metadata) != _all_but_index(self.metadata) or _dumped(found["model-index"]) != _dumped(index):
+        found, before = yaml.safe_load(metadata), yaml.safe_load(self.metadata) or {}
+        is_whole = _all_but_index(metadata) == _all_but_index(self.metadata) and is_new == ("model-index" not in before)
+        if not is_whole or _dumped(found["model-index"]) != _dumped(index):
             raise ValueError("its model-index is no block of lines, which alone could be replaced")
         return self.before + metadata + self.after
 
@@ -80,7 +82,7 @@ def read_card(file: Path, model: str) -> ModelCard:
         if len(models) == 1:
             _, results = model_index_to_eval_results(models)
             hash(tuple((result.metric_type, result.metric_name) for result in results))
-            card.with_results(card.entry["results"])
+            card.with_results([{}])  # with others than it has
     except Exception as error:  # YAML has errors of its own
         reason = printable(" ".join(str(error).split()))
         raise ValueError(

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-IMAGES = "a folder of images, searched recursively but for what is hidden, a data set saved to disk, or the Hub id of one"
+IMAGES = (
+    "a folder of images, searched recursively but for what is hidden, a data set saved to disk, or the Hub id of one"
+)
 """Help of an option or argument that names them."""
 
 
