@@ -106,12 +106,13 @@ def test_all_but_the_figures_stays_to_the_byte(metadata, line_end, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ("{license: mit, model-index: []}", "no model card"),
+        ("{license: mit, model-index: []}", "the model-index alone cannot be replaced; write one name a line"),
+        ("  license: mit", "the model-index alone cannot be replaced; write one name a line"),
         (
             "model-index: []\nlicense: mit\nmodel-index:\n- {name: a, results: []}",
-            "its model-index is no block of lines",
+            "model-index alone cannot be replaced",
         ),
-        ('"model\\x2dindex": []\nlicense: mit', "its model-index is no block of lines"),
+        ('"model\\x2dindex": []\nlicense: mit', "model-index alone cannot be replaced"),
         ("license: &mine mit\nmodel-index:\n- &it {name: a, results: []}\nmore: *it", "no model card"),
         ("model-index:\n- name: a\n  results: [{task: {type: t}}]", "no model card"),
         (
@@ -129,6 +130,37 @@ def test_a_card_in_which_the_figures_alone_cannot_be_replaced_is_refused(metadat
     with pytest.raises(ValueError, match=reason):
         read_card(card, "me/model")
     assert card.read_text() == f"---\n{metadata}\n---\n"
+
+
+@pytest.mark.parametrize(
+    "metadata", ["{}", "null", "text: |\n  a", "text: >-\n  a", "model-index: []", "# nothing yet"]
+)
+def test_metadata_that_ends_in_any_way_gets_figures(metadata, tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(f"---\n{metadata}\n---\n# Mine\n")
+    write_card(card, evaluation("me/model"), None, None)
+    found = yaml.safe_load(card.read_text().split("---")[1])
+    assert found.pop("model-index")[0]["results"][0]["metrics"] and found.get("text", "a").strip() == "a"
+    assert card.read_text().endswith("\n---\n# Mine\n")
+
+
+def test_figures_of_another_source_stay_whatever_they_are_of(tmp_path):
+    card = tmp_path / "README.md"
+    theirs = """model-index:
+- name: mine
+  results:
+  - task: {type: image-classification}
+    dataset: {type: own, name: own}
+    metrics: [{type: accuracy, name: accuracy (uncompressed), value: 0.1, args: {images: 3}}]
+    source: {name: a, url: "https://a"}
+  - task: {type: object-detection}
+    dataset: {type: own, name: own}
+    metrics: []
+"""
+    card.write_text(f"---\n{theirs}---\n")
+    write_card(card, evaluation("me/model"), None, None)
+    results = yaml.safe_load(card.read_text().split("---")[1])["model-index"][0]["results"]
+    assert results[:2] == yaml.safe_load(theirs)["model-index"][0]["results"] and len(results) == 3
 
 
 def test_a_text_without_metadata_gets_some_and_a_number_of_images_that_is_none_says_nothing(tmp_path):

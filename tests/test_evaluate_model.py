@@ -29,7 +29,7 @@ from test_generation import blip, built, llava
 from test_pipeline import tokenizer_with
 from tiny import tiny_model
 from vwt_hf import VisualVocabulary, compress, count_tokens, evaluate_model, evaluation_tasks
-from vwt_hf.cli import evaluate, main
+from vwt_hf.cli import evaluate, main, model_card
 from vwt_hf.compress import setting_of
 from vwt_hf.evaluate_model import _tokenizer_of, name_of
 from vwt_hf.evaluation_tasks import ZeroShot
@@ -960,6 +960,32 @@ def test_a_report_that_cannot_be_written_costs_neither_the_table_nor_the_card(
     printed = capsys.readouterr()
     assert "| keep ratio 0.5 |" in printed.out and "No space left on device: 'rows.json'" in printed.err
     assert huggingface_hub.ModelCard.load(card).data.eval_results
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_run_with_a_batch_of_which_no_image_could_be_read_is_gone_on_with(tmp_path, photographs, batch_size):
+    model = tiny_model("vit-classifier")
+    for path in sorted(photographs.rglob("*.png"))[-4:]:
+        path.write_bytes(b"broken")
+    of = {"vwt": [HALF], "batch_size": batch_size, "progress": False, "resume": tmp_path / "measured"}
+    of["image_processor"] = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    first, second = (evaluate_model(model, photographs, **of) for _ in range(2))
+    assert len(first.unreadable) == 4 and first.images == 13
+    assert [row.figures for row in first.rows] == [row.figures for row in second.rows]
+
+
+def test_of_two_outputs_that_cannot_be_written_both_are_named(tmp_path, photographs, capsys, monkeypatch):
+    def full(file: object, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", os.fspath(file))
+
+    for module in (evaluate, model_card):
+        monkeypatch.setattr(module, "write_file", full)
+    given = ["--vwt", json.dumps(HALF), "--json", str(tmp_path / "rows.json"), "--card", str(tmp_path / "README.md")]
+    assert main(["evaluate", str(random_classifier(tmp_path)), "--dataset", str(photographs), *given]) == 2
+    printed = capsys.readouterr()
+    assert "| keep ratio 0.5 |" in printed.out
+    assert "warning: [Errno 28] No space left on device" in printed.err and "README.md" in printed.err
+    assert printed.err.splitlines()[-1].endswith("rows.json'")
 
 
 def test_images_that_are_opened_already_are_taken_as_they_are(tmp_path, photographs, monkeypatch):

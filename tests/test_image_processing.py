@@ -661,6 +661,16 @@ def test_words_are_of_the_pixels_that_a_users_own_call_returns(folder):
     assert torch.equal(found[NAME], VWTConfig(keep_ratio=0.5).patch_words(patches))
 
 
+def test_a_users_own_call_may_return_another_form(folder):
+    class OfOne(image_processor_class("vit")):
+        def __call__(self, images, **kwargs):
+            return {name: value[0] for name, value in super().__call__(images, **kwargs).items()}
+
+    found = OfOne.from_pretrained(folder, vwt={"keep_ratio": 0.5})(PHOTOGRAPHS[:1], return_tensors="pt")
+    own = AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.5})(PHOTOGRAPHS[:1], return_tensors="pt")
+    assert all(torch.equal(value, own[name][0]) for name, value in found.items()) and len(found) == 2
+
+
 def test_no_images_have_no_words(folder):
     processor = AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.5})
     made = processor([], return_tensors="pt")

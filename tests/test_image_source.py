@@ -82,6 +82,9 @@ def test_what_is_hidden_is_no_image_and_a_folder_that_cannot_be_read_is_named(tm
     folder = tmp_path / ".photographs"  # itself may be hidden
     assert [path.relative_to(folder).as_posix() for path in find_images([folder])] == ["a.png", "b/c.png"]
     assert len(image_rows(folder)) == 2
+    (folder / "linked").symlink_to(folder / ".ipynb_checkpoints")  # by a name that is not hidden
+    assert [path.parent.name for path in find_images([folder])] == [".photographs", "b", "linked"]
+    (folder / "linked").unlink()
     scan = os.scandir
 
     def locked(path):

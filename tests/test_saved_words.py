@@ -122,6 +122,19 @@ def test_a_model_whose_embeddings_were_replaced_since_is_not_saved_as_a_plain_on
     assert plain is None and short["keep_ratio"] == 0.5
 
 
+@pytest.mark.parametrize("name", ["vit-classifier", "clip"])
+def test_a_model_whose_tower_was_restored_or_replaced_since_is_saved_as_the_plain_one_that_it_is(name, tmp_path):
+    whole = compress(tiny_model(name), {"keep_ratio": 0.5})
+    tower = "vit" if name == "vit-classifier" else "vision_model"
+    restore(getattr(whole, tower))
+    whole.save_pretrained(tmp_path / "restored")
+    other = compress(tiny_model(name), {"keep_ratio": 0.5})
+    setattr(other, tower, getattr(tiny_model(name), tower))
+    other.save_pretrained(tmp_path / "replaced")
+    for saved in ("restored", "replaced"):
+        assert transformers.AutoConfig.from_pretrained(tmp_path / saved).vwt is None
+
+
 # Shards without a variant would replace those with one: transformers removes them.
 @pytest.mark.parametrize(("first", "shards"), [(None, "1GB"), ("ft", "1GB"), (None, "30KB")])
 def test_weights_of_another_variant_do_not_meet_other_words(first, shards, pixel_values, tmp_path):

@@ -28,7 +28,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import vwt_hf
-from vwt_hf import cli, image_source, processed_images
+from vwt_hf import cli, decoding, image_source, processed_images
 from vwt_hf.cli import vocab
 from vwt_hf.vocabulary import VisualVocabulary, card, files, learning
 from vwt_hf.vocabulary.files import VocabularyInfo
@@ -456,6 +456,8 @@ def test_the_modules_that_programs_import_by_former_names_are_the_same_objects()
     for former, module in {"vocabulary_files": files, "image_source": image_source}.items():
         assert importlib.import_module(f"vwt_hf.{former}") is module
         assert getattr(vwt_hf, former) is module
+    assert image_source.read_image is decoding.read_image
+    assert image_source.UnreadableImage is decoding.UnreadableImage
 
 
 def edit(saved: Path, **changes: Any) -> None:

@@ -79,8 +79,34 @@ print("after")
 def test_a_file_keeps_its_permissions(tmp_path):
     file = tmp_path / "rows.json"
     file.touch(0o600)
+    file.chmod(0o4600)
     write_file(file, "private")
-    assert file.stat().st_mode & 0o777 == 0o600 and file.read_text() == "private"
+    assert file.stat().st_mode & 0o7777 == 0o600 and file.read_text() == "private"
+
+
+def test_links_are_writable_where_they_lead_and_not_where_they_lie(tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match="loop is a link that leads to itself; name another file"):
+        require_writable(tmp_path / "loop")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "rows.json")
+    asked = []
+    monkeypatch.setattr(whole_saves, "require_folder", asked.append)
+    require_writable(tmp_path / "link")
+    assert asked == [tmp_path / "there"]
+
+
+def test_a_file_of_another_user_where_users_replace_their_own_alone_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "rows.json"
+    file.touch()
+    owner = file.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    require_writable(file)
+    tmp_path.chmod(0o1777)
+    with pytest.raises(PermissionError, match=r"rows.json belongs to another user, in a folder in which none but its"):
+        require_writable(file)
+    monkeypatch.setattr(os, "geteuid", lambda: owner)
+    require_writable(file)
 
 
 def test_a_file_that_is_mounted_by_itself_is_refused_before(tmp_path, monkeypatch):

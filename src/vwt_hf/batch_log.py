@@ -106,7 +106,12 @@ def _batch(content: dict[str, Any]) -> Batch:
     counts = [TokenCount(**count) for count in content["counts"]]
     batch = Batch(**content | {"samples": samples, "answers": answers, "counts": counts})
     of_each_image = [values for own in answers for values in own.values()]
-    if not len(answers) == len(counts) == len(batch.seconds) or any(len(own) != len(samples) for own in of_each_image):
+    models = len(counts) if samples else 0  # of no image there are no answers
+    if (
+        len(counts) != len(batch.seconds)
+        or len(answers) != models
+        or any(len(own) != len(samples) for own in of_each_image)
+    ):
         raise ValueError(f"batch {shown(batch.number)} has no answer of each model for each image")
     if not is_int(batch.number) or not all(map(is_number, batch.seconds)) or not isinstance(batch.unreadable, list):
         raise ValueError(f"batch {shown(batch.number)} has values that can be none")

@@ -471,14 +471,14 @@ def _require_attention(tower: Any, forward: Forward) -> None:
 
     Those that are like one which did attend did not run, as where a forward ends early or leaves layers out.
     """
-    stacks = attending_layers(tower)  # some may have been taken out since it was compressed
-    layers = [layer for stack in stacks for layer in stack]
+    # Some may have been taken out since it was compressed.
+    layers = [layer for stack in attending_layers(tower) for layer in stack]
     by_plan = [layer for layer in layers if any(id(part) in forward.by_plan for part in layer.modules())]
     forms = [_form(layer) for layer in by_plan]
     others = [layer for layer in layers if layer not in by_plan and _form(layer) not in forms]
     if others and (by_plan or not forward.attended):
         raise ValueError(
-            f"{len(others)} of the {len(stacks[0])} layers of the {type(tower).__name__} did not attend by the tokens "
+            f"{len(others)} of the {len(layers)} layers of the {type(tower).__name__} did not attend by the tokens "
             "of each image: attention that was replaced, or a layer of another kind, does not go through transformers' "
             "AttentionInterface, and would mix the images of a batch. Call vwt_hf.restore(model), or give it attention "
             "that does."

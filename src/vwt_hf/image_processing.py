@@ -7,6 +7,7 @@ its class, of the same name, which finds what becomes of the patches of each ima
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import functools
@@ -195,6 +196,16 @@ def _class_with_setting(plain: Any) -> Any:
     return plain if issubclass(plain, Tokenizing) else processor_subclass(plain)
 
 
+_tokenized: contextvars.ContextVar[Any] = contextvars.ContextVar("vwt_hf tokenized", default=None)
+"""`_form` of the pixels that words were made of, within a call of an image processor."""
+
+
+def _form(values: Any) -> Any:
+    """What pixels have in common with those that only their values differ from: their type and shapes."""
+    parts = values if isinstance(values, (list, tuple)) else [values]
+    return type(values), [np.shape(part) for part in parts]
+
+
 class Tokenizing:
     """What an image processor with a setting does beside its class's own: makes `patch_words` and draws them."""
 
@@ -207,7 +218,7 @@ class Tokenizing:
         Raises:
             ValueError: it was made from a dict, which names no folder that words could lie in.
         """
-        held = self.__dict__["vwt"]
+        held = self.__dict__.get("vwt")
         if not isinstance(held, HostTokenizer):
             raise ValueError(
                 f"This {type(self).__name__} has the setting {shown(held)} and was not made ready for it. Load it "
@@ -217,10 +228,17 @@ class Tokenizing:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `preprocess`; of a class whose own `__call__` may change pixels after that, with words of those."""
-        made = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        own: Any = super().__call__  # type: ignore[misc]
-        if isinstance(made, Mapping) and PATCH_WORDS in made and not own.__module__.startswith("transformers."):
-            made[PATCH_WORDS] = self.tokenizer_of_patches.words(made)  # type: ignore[index]
+        call: Any = super().__call__  # type: ignore[misc]
+        if call.__module__.startswith("transformers."):  # which calls `preprocess` and no more
+            return call(*args, **kwargs)
+        before = _tokenized.set(None)
+        try:
+            made = call(*args, **kwargs)
+            # In another form, or under another name, they are no pixels that words are made of.
+            if PATCH_WORDS in made and _form(made.get("pixel_values")) == _tokenized.get():
+                made[PATCH_WORDS] = self.tokenizer_of_patches.words(made)
+        finally:
+            _tokenized.reset(before)
         return made
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
@@ -230,6 +248,7 @@ class Tokenizing:
         if self.vwt is None:  # its class was called, and nothing gave it a setting
             return made
         made[PATCH_WORDS] = self.tokenizer_of_patches.words(made)
+        _tokenized.set(_form(made["pixel_values"]))
         return made
 
     def require_statistics(self, **given: Any) -> None:

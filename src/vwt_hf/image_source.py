@@ -14,7 +14,8 @@ import PIL.Image
 import torch
 
 from .decoding import FORMATS
-from .decoding import read_image as read_image  # programs import it by the name that it had here
+from .decoding import UnreadableImage as UnreadableImage  # programs import both by the names that they had here
+from .decoding import read_image as read_image
 from .printable import printable, shown
 
 SHUFFLED = 1000
@@ -195,7 +196,7 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 def _no_images(folder: Path) -> str:
     some = ", ".join((".jpg", ".png", ".webp", ".tiff", ".gif", ".bmp"))
-    return f"{folder} holds no image files; expected some that end in {some} and so on."
+    return f"{folder} holds no image files; expected some that end in {some} and so on, and are not hidden."
 
 
 def _image_names(folder: Path) -> Iterator[str]:
@@ -224,13 +225,19 @@ def _image_names(folder: Path) -> Iterator[str]:
         for entry in entries:
             if _is_folder(entry):
                 real = os.path.realpath(entry.path)
-                lies_elsewhere = entry.is_symlink() and os.path.join(real, "").startswith(os.path.join(top, ""))
+                lies_elsewhere = entry.is_symlink() and _is_searched(real, top)
                 if real not in searched and not lies_elsewhere:
                     yield from within(entry.path, f"{below}{entry.name}/")
             elif os.path.splitext(entry.name)[1].lower() in endings and _is_file(entry):
                 yield below + entry.name
 
     return within(os.fspath(folder), "")
+
+
+def _is_searched(folder: str, top: str) -> bool:
+    """Whether a folder lies below `top`, and not in what is hidden there."""
+    within = os.path.join(folder, "").startswith(os.path.join(top, ""))
+    return within and not any(part.startswith(".") for part in os.path.relpath(folder, top).split(os.sep))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from . import image_processing
-from .compress import own_config, require_same_layers, setting_of, takes_words
+from .compress import configs_of, own_config, require_same_layers, setting_of, takes_words
 from .evidence import write_section
 from .families import family_of, find_tower
 from .model_configs import is_among, take_over
@@ -85,12 +85,8 @@ def saving_models(original: Any) -> Any:
 @contextlib.contextmanager
 def _parts_to_save(model: PreTrainedModel) -> Iterator[list[PreTrainedModel]]:
     """The models in whose configs a setting stands that is to be saved with `model`."""
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and takes_words(part) and setting_of(part) is None:
-            raise ValueError(
-                f"the embeddings of the {type(part).__name__} were replaced after it was compressed, so that it runs "
-                "as the plain model does. Call vwt_hf.restore on it and, if it is to be short, vwt_hf.compress."
-            )
+    if any(config.vwt for config in configs_of(model)):
+        _require_embeddings(model)
     parts = _compressed_parts(model)
     _gather_settings(model, parts)
     setting = None if parts else setting_of(model)
@@ -102,6 +98,22 @@ def _parts_to_save(model: PreTrainedModel) -> Iterator[list[PreTrainedModel]]:
         yield [model]
     finally:
         model.config.vwt = None
+
+
+def _require_embeddings(model: PreTrainedModel) -> None:
+    """Raises `ValueError` where a tower was compressed and its embeddings are others since."""
+    replaced = (
+        part
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel) and takes_words(part) and setting_of(part) is None
+    )
+    for part in replaced:
+        # One that holds others holds a tower that was restored, or another than was compressed.
+        if not any(isinstance(inner, PreTrainedModel) for inner in part.modules() if inner is not part):
+            raise ValueError(
+                f"the embeddings of the {type(part).__name__} were replaced after it was compressed, so that it runs "
+                "as the plain model does. Call vwt_hf.restore on the model and, if it is to be short, vwt_hf.compress."
+            )
 
 
 def _save_sealed(model: PreTrainedModel, call: Any, original: Any, folder: Path, saved_as: list[str]) -> Any:

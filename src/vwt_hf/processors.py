@@ -121,7 +121,7 @@ def _of_images(config: Any) -> Any:
     # CLIP and its like, models of an image encoder and a text decoder, and those of maps around a backbone.
     for inner in ("vision_config", "encoder", "backbone_config"):
         part = getattr(config, inner, None)
-        if part is not None and (inner != "backbone_config" or hasattr(part, "patch_size")):
+        if part and (inner != "backbone_config" or hasattr(part, "patch_size")):
             config = part
     return config
 

@@ -67,6 +67,21 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
     return 0
 
 
+def do_all(*steps: Callable[[], object]) -> None:
+    """Does each step, also where one before it failed, and raises the first error; others are warnings."""
+    errors: list[BaseException] = []
+    for step in steps:
+        try:
+            step()
+        except (Exception, KeyboardInterrupt) as error:
+            errors.append(error)
+    for later in errors[1:]:
+        if not isinstance(later, (BrokenPipeError, KeyboardInterrupt)):
+            warnings.warn(str(later), stacklevel=2)
+    if errors:
+        raise errors[0]
+
+
 def _was_interrupted(error: BaseException) -> bool:
     """Whether an error came of Ctrl-C, as where transformers was being imported, which hides what stopped it."""
     seen: BaseException | None = error

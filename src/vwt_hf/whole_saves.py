@@ -51,7 +51,7 @@ class Save:
         """Puts a file that `write` wrote into the folder, in place of an older one, whose permissions it gets."""
         new, old = self.new / name, self.folder / name
         with contextlib.suppress(OSError):  # there is none, or the file system has no permissions
-            os.chmod(new, stat.S_IMODE(os.stat(old).st_mode))
+            os.chmod(new, os.stat(old).st_mode & 0o777)
         with _naming(old):
             os.replace(new, old)
         self._flush()
@@ -178,11 +178,21 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
     for file in (Path(file) for file in files if file is not None):
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder; expected the name of a file to write.")
-        if _takes_all(file) or _stream_into(file):
-            if not os.access(file, os.W_OK):
+        if _stream_into(file):
+            continue
+        if _takes_all(file):
+            if file.is_socket() or not os.access(file, os.W_OK):
                 raise PermissionError(f"{file} cannot be written to; expected a file, pipe or device that can.")
             continue
-        require_folder(file.parent)
+        place = Path(os.path.realpath(file))  # a link stays one
+        if place.is_symlink():
+            raise OSError(f"{file} is a link that leads to itself; name another file.")
+        require_folder(place.parent)
+        if _is_kept(place):
+            raise PermissionError(
+                f"{file} belongs to another user, in a folder in which none but its owner may replace it; name another "
+                "file."
+            )
         if _is_mounted(file):
             raise OSError(
                 f"{file} is mounted by itself, so that no new file can take its place; mount its folder, or name "
@@ -209,6 +219,14 @@ def _stream_into(file: Path) -> TextIO | None:
             if os.path.samestat(os.stat(file), os.fstat(stream.fileno())):
                 return stream
     return None
+
+
+def _is_kept(file: Path) -> bool:
+    """Whether a file is another user's in a folder such as /tmp, in which users replace none but their own."""
+    if not hasattr(os, "geteuid") or os.geteuid() == 0 or not file.exists():
+        return False
+    folder = os.stat(file.parent)
+    return bool(folder.st_mode & stat.S_ISVTX) and os.geteuid() not in (folder.st_uid, os.stat(file).st_uid)
 
 
 def _is_mounted(file: Path) -> bool:

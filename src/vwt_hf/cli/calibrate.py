@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned, png_file
+from ..terminal import aligned, do_all, png_file
 from ..whole_saves import require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, load_model, load_whole, tokenizer_beside
 from .sources import IMAGES, open_source
@@ -114,16 +115,17 @@ def work(args: argparse.Namespace) -> None:
         print(aligned(table(search.tried, search.measure, setting), right=True))
         print(f"\nvwt={json.dumps({name: chosen[name] for name in ('method', 'tolerance', 'similarity')})}")
 
-    with contextlib.ExitStack() as outputs:  # the last first, each whatever becomes of the others
-        if whole is not None:
-            outputs.callback(save, whole)
-        outputs.callback(report)
-        if args.plot is not None:
-            title = f"{Path(args.model).name}, {search.images} images"
-            outputs.callback(write_png, front_figure(search.tried, search.measure, title), Path(args.plot))
-        if args.json is not None:
-            levels = [dataclasses.asdict(level) for level in search.tried]
-            outputs.callback(write_file, args.json, json.dumps({"vwt": chosen, "tried": levels}, indent=1))
+    outputs: list[Callable[[], object]] = []
+    if args.json is not None:
+        levels = [dataclasses.asdict(level) for level in search.tried]
+        outputs.append(lambda: write_file(args.json, json.dumps({"vwt": chosen, "tried": levels}, indent=1)))
+    if args.plot is not None:
+        title = f"{Path(args.model).name}, {search.images} images"
+        outputs.append(lambda: write_png(front_figure(search.tried, search.measure, title), Path(args.plot)))
+    outputs.append(report)
+    if whole is not None:
+        outputs.append(functools.partial(save, whole))
+    do_all(*outputs)
 
 
 def table(levels: list[Level], measure: str, setting: Any) -> list[tuple[str, ...]]:

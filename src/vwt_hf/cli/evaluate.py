@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import markdown, vwt_option
+from ..terminal import do_all, markdown, vwt_option
 from ..whole_saves import require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, features_class, load
 from .sources import open_source
@@ -118,7 +118,7 @@ def work(args: argparse.Namespace) -> None:
     if args.resume is not None:
         require_folder(args.resume)
     if args.card is not None:
-        from .model_card import read_card, require_same_images, write_card
+        from .model_card import read_card, require_same_images, subject_of, write_card
 
         read_card(Path(args.card), args.model)  # refused before hours are spent on what goes in
 
@@ -162,7 +162,8 @@ def work(args: argparse.Namespace) -> None:
         name = args.dataset_name or (Path(args.dataset).resolve().name if is_here else args.dataset)
         if args.card is not None:
             own = read_card(Path(args.card), args.model)
-            require_same_images(own, printable(name), split, args.config, images.total, hasattr(images.data, "__len__"))
+            subject = subject_of(TASKS[task].hub_name, printable(name), split, args.config)
+            require_same_images(own, subject, images.total, exact=hasattr(images.data, "__len__"))
         result = evaluate_model(
             model,
             images,
@@ -177,12 +178,12 @@ def work(args: argparse.Namespace) -> None:
         )
         result.dataset = name
         if place()[0] == 0:
-            with contextlib.ExitStack() as outputs:  # the last first, each whatever becomes of the others
-                if args.card is not None:
-                    outputs.callback(write_card, Path(args.card), result, split, args.config)
-                outputs.callback(report, result)  # which nobody may read to its end
-                if args.json is not None:
-                    outputs.callback(write_file, args.json, json.dumps(result.to_dict(), indent=1))
+            outputs: list[Callable[[], object]] = [lambda: report(result)]
+            if args.json is not None:  # before what is printed, which nobody may read to its end
+                outputs.insert(0, lambda: write_file(args.json, json.dumps(result.to_dict(), indent=1)))
+            if args.card is not None:
+                outputs.append(lambda: write_card(Path(args.card), result, split, args.config))
+            do_all(*outputs)
 
 
 def report(result: Evaluation) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index, model_index_to_eval_results
 
 from ..checks import is_int
 from ..printable import printable, shown
@@ -49,10 +49,16 @@ class ModelCard:
         if is_new and begin:
             written = line_end + written
         metadata = self.metadata[:begin] + written + self.metadata[end:]
-        found, before = yaml.safe_load(metadata), yaml.safe_load(self.metadata) or {}
-        is_whole = _all_but_index(metadata) == _all_but_index(self.metadata) and is_new == ("model-index" not in before)
-        if not is_whole or _dumped(found["model-index"]) != _dumped(index):
-            raise ValueError("its model-index is no block of lines, which alone could be replaced")
+        try:
+            found, before = yaml.safe_load(metadata), yaml.safe_load(self.metadata) or {}
+            is_whole = _all_but_index(metadata) == _all_but_index(self.metadata)
+        except yaml.YAMLError:
+            is_whole = False
+        if not is_whole or is_new != ("model-index" not in before) or _dumped(found["model-index"]) != _dumped(index):
+            raise ValueError(
+                "its metadata is written so that the model-index alone cannot be replaced; write one name a line, "
+                "beginning at the left margin"
+            )
         return self.before + metadata + self.after
 
 
@@ -75,6 +81,8 @@ def read_card(file: Path, model: str) -> ModelCard:
     before, metadata, after = parts.groups() if parts else ("---\n", "", f"\n---\n{text}")
     try:
         known = yaml.safe_load(metadata) or {}
+        if metadata.strip() in ("{}", "null", "~"):
+            metadata = ""
         if not isinstance(known, dict):
             raise ValueError(f"its metadata is a {type(known).__name__}; expected names with values")
         models = known.get("model-index") or [{"name": name, "results": []}]
@@ -109,51 +117,51 @@ def write_card(file: Path, result: Evaluation, split: str | None, config: str | 
     """
     card = read_card(file, result.model)
     total = result.images + len(result.unreadable)
-    require_same_images(card, printable(result.dataset), split, config, total, exact=True)
-    results = copy.deepcopy(card.entry["results"])
     (made,) = eval_results_to_model_index(card.entry["name"], result.eval_results(split=split, config=config))
-    for new in made["results"]:
-        replaced = {_name_of(figure) for figure in new["metrics"]}
-        alike = [own for own in results if _subject(own) == _subject(new)]
-        for own in alike:
-            own["metrics"] = [figure for figure in own["metrics"] if _name_of(figure) not in replaced]
-        if alike:
-            alike[0]["metrics"] += new["metrics"]
-        else:
-            results.append(new)
-    text = card.with_results([own for own in results if own["metrics"]])
+    (new,) = made["results"]
+    require_same_images(card, _subject(new), total, exact=True)
+    results = copy.deepcopy(card.entry["results"])
+    alike = [own for own in results if _subject(own) == _subject(new)]
+    replaced = {_name_of(figure) for figure in new["metrics"]}
+    for own in alike:
+        own["metrics"] = [figure for figure in own["metrics"] if _name_of(figure) not in replaced]
+    if alike:
+        alike[0]["metrics"] += new["metrics"]
+    else:
+        results.append(new)
+    text = card.with_results(results)
     write_file(file, text.encode("utf-8", "surrogateescape"))
 
 
-def require_same_images(
-    card: ModelCard, name: str, split: str | None, config: str | None, total: int | None, exact: bool
-) -> None:
-    """Refuses a card with figures of another number of images under one name, which would be replaced.
+def require_same_images(card: ModelCard, subject: tuple[Any, ...], total: int | None, exact: bool) -> None:
+    """Refuses a card with figures of the same subject and another number of images, which would be replaced.
 
     Args:
-        name: of the data set, as figures are to have it.
+        subject: what `subject_of` gives.
         total: how many images there are; `None` if that is not known.
         exact: whether there are as many; else no more, as of a stream, which may end before its limit.
 
     Raises:
         ValueError: it has such figures.
     """
-    for own in card.entry["results"]:
-        dataset = own["dataset"]
-        if total is None or (dataset["name"], dataset.get("split"), dataset.get("config")) != (name, split, config):
+    for figure in [figure for own in card.entry["results"] if _subject(own) == subject for figure in own["metrics"]]:
+        args = figure.get("args")
+        if total is None or not isinstance(args, dict) or not is_int(args.get("images")):
             continue
-        for figure in own["metrics"]:
-            args = figure.get("args")
-            if not isinstance(args, dict) or not is_int(args.get("images")):
-                continue
-            unreadable = args.get("unreadable")
-            before = args["images"] + (unreadable if is_int(unreadable) else 0)
-            if before != total if exact else before > total:
-                raise ValueError(
-                    f"the card has figures of {before} images of {shown(name)}, and there are {total} now: the old "
-                    "figures would be replaced. Give the new ones another name by --dataset-name, or remove the old "
-                    "ones."
-                )
+        unreadable = args.get("unreadable")
+        before = args["images"] + (unreadable if is_int(unreadable) else 0)
+        if before != total if exact else before > total:
+            raise ValueError(
+                f"the card has figures of {before} images of {shown(subject[2])}, and there are {total} now: the old "
+                "figures would be replaced. Give the new ones another name by --dataset-name, or remove the old ones."
+            )
+
+
+def subject_of(task: str, dataset: str, split: str | None, config: str | None) -> tuple[Any, ...]:
+    """What `evaluate` says that its figures are of: the task as the Hub calls it, and a data set."""
+    result = EvalResult(task, dataset, dataset, "", 0, dataset_config=config, dataset_split=split)
+    (made,) = eval_results_to_model_index("", [result])
+    return _subject(made["results"][0])
 
 
 def _dumped(value: Any) -> str:
@@ -177,7 +185,8 @@ def _place_of_index(metadata: str) -> tuple[int, int]:
 
 def _all_but_index(metadata: str) -> dict[str, Any]:
     """What metadata says beside its `model-index`, as texts: a number or date may be written in many ways."""
-    found = yaml.load(metadata, Loader=yaml.BaseLoader) or {}
+    # With a line end, which a text in its last line may have or lack.
+    found = yaml.load(f"{metadata}\n", Loader=yaml.BaseLoader) or {}
     return {name: value for name, value in found.items() if name != "model-index"}
 
 
