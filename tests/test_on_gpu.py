@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
+from settings import gradual, local
 from tiny import answers, sample_pixel_values, tiny_model
 from vwt_hf import compress, on_gpu
 
@@ -108,3 +111,52 @@ def test_other_ways_to_differentiate_graphs_and_counters_go_by_operations_of_tor
 def test_on_a_cpu_none_is_imported(monkeypatch):
     monkeypatch.setattr(on_gpu, "_kernels", lambda device: pytest.fail("asked for kernels"))
     answers(compress(tiny_model("vit-classifier"), {"method": "gradual"}), sample_pixel_values())
+
+
+@pytest.mark.parametrize("made", ["exported", "compiled"])
+def test_while_another_thread_makes_a_program_calls_are_what_they_are(made):
+    images, entered, answered = sample_pixel_values(), threading.Event(), threading.Event()
+    images[:, :, :16] = 0.7
+    models = [compress(tiny_model("vit"), setting) for setting in (local(), gradual(), {"keep_ratio": 0.5})]
+    first = torch.arange(32).expand(len(images), -1)
+    words = torch.full((len(images), 64), -1).scatter(1, first, first)  # not those that vary most
+    expected = [answers(model, images) for model in models]
+    by_words = answers(models[2], images, patch_words=words)
+    assert (expected[2] - by_words).abs().max() > 1e-3
+    other, seen = compress(tiny_model("dinov2"), {"keep_ratio": 0.5}), []
+
+    def stop(program: Any, *_: Any) -> Any:
+        seen.append((torch.compiler.is_compiling(), on_gpu.is_compiling()))
+        entered.set()
+        assert answered.wait(60)
+        return program
+
+    def make() -> None:
+        with torch.no_grad():
+            if made == "compiled":
+                torch.compile(other, backend=stop)(pixel_values=images)
+            else:
+                other.layernorm.register_forward_pre_hook(lambda *_: stop(None))
+                torch.export.export(other, (), {"pixel_values": images}, strict=False)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    try:
+        assert entered.wait(60) and torch.compiler.is_compiling()
+        assert not on_gpu.is_compiling() and not on_gpu.is_recorded() and not on_gpu.is_followed()
+        for model, right in zip(models, expected, strict=True):
+            torch.testing.assert_close(answers(model, images), right)
+        torch.testing.assert_close(answers(models[2], images, patch_words=words), by_words)
+    finally:
+        answered.set()
+        thread.join()
+    assert seen[0] == (True, True)
+
+
+def test_the_exporter_that_makes_no_valid_program_of_groups_is_refused(tmp_path):
+    model = compress(tiny_model("vit"), local(num_patches=30))
+    with pytest.raises(
+        ValueError, match=r"makes no program that onnxruntime takes of a model that groups patches; leave"
+    ):
+        torch.onnx.export(model, (sample_pixel_values(),), tmp_path / "model.onnx", dynamo=False)
+    assert not list(tmp_path.iterdir())

@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .forward import Forward, current_forward, forward_of, forward_within, run_within, traced_within
 from .model_configs import BY_PLAN, is_by_plan
-from .on_gpu import kernels_for
+from .on_gpu import is_compiling, kernels_for
 from .plans import Grouped
 
 try:
@@ -216,7 +216,7 @@ def _plan_and_pairs(
     forward = forward_of(module)
     plan = forward.plan_of_shape(query.shape[0], query.shape[2])
     forward.attended += 1
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         forward.by_plan.add(id(module))
     if plan is None:
         raise RuntimeError(

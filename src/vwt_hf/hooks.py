@@ -35,6 +35,7 @@ from .forward import (
     words_are_given,
 )
 from .layout import join
+from .on_gpu import is_compiling
 from .patches import Patches
 from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
 from .stand_ins import StandIn
@@ -77,7 +78,7 @@ class TakeWords(Hook):
         kwargs = dict(kwargs)
         patch_words = kwargs.pop(PATCH_WORDS)
         if patch_words is not None:
-            if not self.follows and torch.compiler.is_compiling():
+            if not self.follows and is_compiling():
                 self._refuse_in_graph()
             self._begin(model, patch_words)
         return args, kwargs
@@ -103,7 +104,7 @@ class EndWords(Hook):
     follows: bool
 
     def __call__(self, model: Any, args: Any, output: Any) -> None:
-        if words_are_given() and (self.follows or not torch.compiler.is_compiling()):
+        if words_are_given() and (self.follows or not is_compiling()):
             self._end(model, output)
 
     @torch.compiler.disable
@@ -156,6 +157,11 @@ class Begin(Hook):
         if self.by_sizes:
             # `set_attn_implementation` and `unregister` may have come after `compress`.
             attention.require_usable(tower, self.strips_mask)
+            if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+                raise ValueError(
+                    "torch.onnx.export(..., dynamo=False) makes no program that onnxruntime takes of a model that "
+                    "groups patches; leave out dynamo, or give dynamo=True."
+                )
         if self.by_interface:
             attention.require_registered(tower)
         if torch.is_grad_enabled():
@@ -181,7 +187,7 @@ class RefuseMask(Hook):
     """Forward pre-hook of a tower that leaves patches out: refuses a mask of some of them, which is of whole images."""
 
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():  # no graph can ask what a mask holds
+        if is_compiling():  # no graph can ask what a mask holds
             return None
         return args, attention.without_mask(kwargs)
 
@@ -211,7 +217,7 @@ class Reduce(Hook):
             )
         if self.follows:
             return self._reduce_and_store(module, args, kwargs, output)
-        given = None if torch.compiler.is_compiling() else given_words(module)
+        given = None if is_compiling() else given_words(module)
         patches = self.patches(output, args, kwargs)
         plan = self.plan(patches, given and given.take(patches.pixel_values))
         return output if plan is None else self.family.reduces(output, plan)
@@ -245,7 +251,7 @@ class Reduce(Hook):
 
     def _require_alone(self, module: nn.Module, output: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Refuses words by which patches are no tokens of their own."""
-        given = None if torch.compiler.is_compiling() else given_words(module)
+        given = None if is_compiling() else given_words(module)
         if given is None:
             return
         patches = self.patches(output, args, kwargs)
@@ -316,7 +322,7 @@ class Rotate(Hook):
             return self._rotate_as_stored(rotary, output)
         pixel_values = args[0] if args else kwargs["pixel_values"]
         patches = Patches.of_images(pixel_values, self.reduce.patch_size, output[0].shape[0])
-        plan = self.reduce.plan(patches, None if torch.compiler.is_compiling() else given_words(rotary))
+        plan = self.reduce.plan(patches, None if is_compiling() else given_words(rotary))
         return output if plan is None else plan.rotate(output)
 
     @traced_within

@@ -10,6 +10,7 @@ import os
 from types import ModuleType
 
 import torch
+from torch._guards import TracingContext
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 
@@ -34,9 +35,19 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _kernels(device) is not None
 
 
+def is_compiling() -> bool:
+    """Whether `torch.compile` or `torch.export` traces what runs here.
+
+    `torch.compiler.is_compiling()` by itself is true in all threads of a process while one of them compiles.
+    """
+    if torch.compiler.is_dynamo_compiling() or not torch.compiler.is_compiling():
+        return torch.compiler.is_dynamo_compiling()
+    return torch._C._len_torch_dispatch_stack() > 0 or TracingContext.try_get() is not None
+
+
 def is_recorded() -> bool:
     """Whether a program is being made of what runs: by `torch.compile`, export, tracing or `make_fx`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_compiling() or torch.jit.is_tracing():
         return True
     if not _has_modes():  # without an import that takes long
         return False
@@ -48,14 +59,17 @@ def is_recorded() -> bool:
 def is_followed() -> bool:
     """Whether all must be done by torch's own operations, because something records or replaces them: `torch.compile`,
     export, tracing, `vmap`, other ways to differentiate than autograd, and what counts or keeps operations."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+    if is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None or _has_modes()
 
 
 def _has_modes() -> bool:
     """Whether something sees each operation before torch does it, or before autograd does."""
-    return torch._C._len_torch_dispatch_stack() > 0 or _len_torch_dispatch_stack_pre_dispatch() > 0
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    # What sees them before autograd is of all threads; while one of them exports, it is that one's.
+    return _len_torch_dispatch_stack_pre_dispatch() > 0 and not torch.compiler.is_compiling()
 
 
 def _takes(tensor: torch.Tensor) -> bool:
