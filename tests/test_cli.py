@@ -314,6 +314,18 @@ def test_calibrate_saves_no_model_of_a_class_that_transformers_lacks(many, tmp_p
     assert main(["calibrate", checkpoint, str(many), *given]) == 0
 
 
+def test_a_model_that_lies_nowhere_is_named(photographs, tmp_path, capsys):
+    nowhere = str(tmp_path / "nowhere")
+    for given in (
+        ["calibrate", nowhere, str(photographs), "--tokens", "64"],
+        ["evaluate", nowhere, "--dataset", str(photographs)],
+        ["embed", str(photographs), "--model", nowhere, "--output", str(tmp_path / "features")],
+        ["show", str(photographs), "--keep-ratio", "0.5", "--model", nowhere, "--output", str(tmp_path / "a.png")],
+    ):
+        assert main(given) == 2
+        assert f"{nowhere} does not exist; expected the folder of a model, or its Hub id." in capsys.readouterr().err
+
+
 def test_a_program_that_unregistered_stays_so_after_a_command(checkpoint, photographs, tmp_path):
     given = ["show", str(photographs), "--keep-ratio", "0.5", "--output", str(tmp_path / "kept.png")]
     vwt_hf.unregister()

@@ -125,9 +125,9 @@ def calibrate(
             it is to run in.
         images: from 50 images on, like those that the model is for: a folder, a `datasets` data set, or PIL images or
             paths.
-        agreement: the fastest setting by which at least this share of the images, in (0, 1], has the plain model's
-            first answer; for a model without a classifier: by which the mean cosine of its output (the image embedding,
-            else the pooled output, else CLS or the mean of the tokens) is at least that.
+        agreement: the heaviest setting, of those that it tries, by which at least this share of the images, in (0, 1],
+            has the plain model's first answer; for a model without a classifier: by which the mean cosine of its output
+            (the image embedding, else the pooled output, else CLS or the mean of the tokens) is at least that.
         speed: the setting of most agreement that is at least so many times as fast as the plain model.
         tokens: the setting of most agreement with at most so many tokens of an image, mean over images and layers,
             prefix tokens included.
@@ -433,7 +433,9 @@ def _read(file: Path, of: dict[str, Any]) -> list[Level]:
         levels = [_level(row) for row in content["levels"]]
         different = difference({name: found.get(name) for name in of}, of)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is no file of a search ({error}); name another file, or delete it.") from error
+        raise ValueError(
+            f"{file} is no file of a search ({error}), which `resume` alone writes; name another file, or delete it."
+        ) from error
     if different:
         raise ValueError(f"{file} is of another search ({different}); name another file, or delete it to start again.")
     return levels

@@ -145,8 +145,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def vwt_option(text: str) -> Any:
     """A setting as the option `--vwt` of a command gives it, as JSON."""
-    wanted = "expected true, false, or fields, as '{\"keep_ratio\": 0.5}'; a vocabulary stands in quotes, as "
-    wanted += "'\"me/my-words\"'"
+    wanted = 'expected true, false, or fields, as \'{"method": "local", "keep_ratio": 0.7}\'; a vocabulary stands '
+    wanted += "in quotes, as '\"me/my-words\"'"
     try:
         found = json.loads(text)
     except ValueError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..printable import printable
 from ..terminal import aligned, do_all, png_file
 from ..whole_saves import require_folder, require_writable, write_file
-from .loading import add_device, add_dtype, load_model, load_whole, tokenizer_beside
+from .loading import add_device, add_dtype, load_model, load_whole, require_checkpoint, tokenizer_beside
 from .sources import IMAGES, open_source
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def work(args: argparse.Namespace) -> None:
     target_of(**targets)
     if args.plot is not None:
         require_matplotlib()
+    require_checkpoint(args.model)
     device = usable_device(args.device)
     source, _ = open_source(args.images, split=args.split)
     processor = load_processor(args.model)

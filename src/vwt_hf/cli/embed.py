@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..printable import printable
 from ..terminal import aligned, vwt_option
 from ..whole_saves import require_folder
-from .loading import add_device, add_dtype, features_class, load
+from .loading import add_device, add_dtype, features_class, load, require_checkpoint
 from .sources import IMAGES, open_source
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def work(args: argparse.Namespace) -> None:
     from ..timing import usable_device
 
     def prepare() -> tuple[Any, Any, Any]:
+        require_checkpoint(args.model)
         device = usable_device(args.device)
         source, _ = open_source(args.images, column=args.column, split=args.split)
         auto = features_class(AutoConfig.from_pretrained(args.model, trust_remote_code=False))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..printable import printable
 from ..terminal import do_all, markdown, vwt_option
 from ..whole_saves import require_folder, require_writable, write_file
-from .loading import add_device, add_dtype, features_class, load
+from .loading import add_device, add_dtype, features_class, load, require_checkpoint
 from .sources import open_source
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def work(args: argparse.Namespace) -> None:
     require_options(args.vwt, args.batch_size, args.max_new_tokens, args.prompt, args.seed)
 
     def prepare() -> tuple[Any, ...]:
+        require_checkpoint(args.model)
         device = usable_device(args.device)
         data, split = open_source(
             args.dataset, config=args.config, split=args.split, usual=SPLITS, streaming=args.streaming, described=True

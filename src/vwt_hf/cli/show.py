@@ -13,6 +13,7 @@ from ..printable import printable
 from ..terminal import png_file
 from ..whole_saves import require_writable
 from .demo import ROWS
+from .loading import require_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 HELP = "draw what the tokenizer does to photographs: same word, same colour"
 DESCRIPTION = """\
-Draws each photograph as a model sees it, and beside it what becomes of its patches.
+Draws each photograph as a model sees it by one of the paper's two rules, and beside it what becomes of its patches; the
+picture of `vwt-hf demo` shows vwt=True.
 
 With --vocabulary: patches that share a word, and so become one token, are tinted in the word's colour, the same in all
 photographs, and those that stay alone are untouched; the last column shows each patch as its token does.
@@ -109,6 +111,7 @@ def work(args: argparse.Namespace) -> None:
         mean, std = default_statistics(words)
         pixel_values = default_pixel_values(drawn, patch_size, mean, std)
     else:
+        require_checkpoint(args.model)
         processor = load_processor(args.model)
         patch_size = patch_size_of(args.model)
         mean, std = processor_statistics(processor, channels=3)
