@@ -52,6 +52,19 @@ def model(request: pytest.FixtureRequest) -> transformers.PreTrainedModel:
 
 
 @pytest.fixture
+def noise_images(tmp_path: Path) -> list[Path]:
+    """Five images of noise, 50 × 40 pixels, in the test's folder."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.random.default_rng(0).integers(0, 255, (5, 40, 50, 3), dtype=np.uint8)
+    paths = [tmp_path / f"{index}.png" for index in range(5)]
+    for path, pixels in zip(paths, values, strict=True):
+        Image.fromarray(pixels).save(path)
+    return paths
+
+
+@pytest.fixture
 def pixel_values() -> torch.Tensor:
     from tiny import sample_pixel_values
 

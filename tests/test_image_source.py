@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -124,8 +123,8 @@ def test_what_holds_no_images_is_refused_in_the_same_words(opened, tmp_path):
 
 
 @pytest.mark.parametrize("opened", [open_images, image_rows, open_labelled])
-def test_a_data_set_that_changes_its_images_as_it_decodes_them_is_refused(opened, photographs):
-    rows = {"photo": [str(path) for path in photographs], "label": [0, 1, 0, 1, 0]}
+def test_a_data_set_that_changes_its_images_as_it_decodes_them_is_refused(opened, noise_images):
+    rows = {"photo": [str(path) for path in noise_images], "label": [0, 1, 0, 1, 0]}
     data = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())
     with pytest.raises(ValueError, match=r"has a transform .* of its column 'photo', which is not applied here;"):
         opened(data.with_transform(lambda batch: batch))
@@ -144,9 +143,9 @@ def test_a_data_set_that_changes_its_images_as_it_decodes_them_is_refused(opened
 
 
 @pytest.mark.parametrize("opened", [open_images, open_labelled])
-def test_a_stream_that_says_nothing_is_asked_for_its_first_row(opened, photographs):
+def test_a_stream_that_says_nothing_is_asked_for_its_first_row(opened, noise_images):
     def rows():
-        for number, path in enumerate(photographs):
+        for number, path in enumerate(noise_images):
             yield {"id": number, "photo": PIL.Image.open(path)}
 
     stream = datasets.IterableDataset.from_generator(rows)
@@ -163,13 +162,13 @@ def test_a_stream_that_says_nothing_is_asked_for_its_first_row(opened, photograp
         opened(datasets.IterableDataset.from_generator(lambda: iter(())))
 
 
-def test_torchs_defaults_change_neither_the_order_nor_the_patches(photographs, tmp_path):
+def test_torchs_defaults_change_neither_the_order_nor_the_patches(noise_images, tmp_path):
     processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
 
     def found() -> tuple[list[str], torch.Tensor, list[dict[str, torch.Tensor]]]:
         items = list(open_images(tmp_path).part().items)
         (batch,) = patch_batches(iter(items), processor, 16, 5)
-        return [name for name, _ in items], batch.patches, list(pixel_batches(photographs, processor, 5))
+        return [name for name, _ in items], batch.patches, list(pixel_batches(noise_images, processor, 5))
 
     names, patches, made = found()
     torch.set_default_device("meta")
@@ -181,12 +180,3 @@ def test_torchs_defaults_change_neither_the_order_nor_the_patches(photographs, t
         torch.set_default_device(None)
     assert again[0] == names and torch.equal(again[1], patches)
     assert torch.equal(again[2][0]["pixel_values"], made[0]["pixel_values"])
-
-
-@pytest.fixture
-def photographs(tmp_path) -> list[Path]:
-    values = np.random.default_rng(0).integers(0, 255, (5, 40, 50, 3), dtype=np.uint8)
-    paths = [tmp_path / f"{index}.png" for index in range(5)]
-    for path, pixels in zip(paths, values, strict=True):
-        PIL.Image.fromarray(pixels).save(path)
-    return paths

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -102,23 +100,14 @@ def test_an_image_processor_as_transformers_makes_it_is_refused_for_no_size():
     assert len(made) > 40
 
 
-@pytest.fixture
-def photographs(tmp_path) -> list[Path]:
-    values = np.random.default_rng(0).integers(0, 255, (5, 40, 50, 3), dtype=np.uint8)
-    paths = [tmp_path / f"{index}.png" for index in range(5)]
-    for path, pixels in zip(paths, values, strict=True):
-        PIL.Image.fromarray(pixels).save(path)
-    return paths
-
-
-def test_a_batch_is_what_the_processor_makes_of_all_of_its_images(photographs):
+def test_a_batch_is_what_the_processor_makes_of_all_of_its_images(noise_images):
     processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
-    whole = processor([read_image(path) for path in photographs], return_tensors="pt")["pixel_values"]
-    batches = [made["pixel_values"] for made in pixel_batches(photographs, processor, 2)]
+    whole = processor([read_image(path) for path in noise_images], return_tensors="pt")["pixel_values"]
+    batches = [made["pixel_values"] for made in pixel_batches(noise_images, processor, 2)]
     assert [len(batch) for batch in batches] == [2, 2, 1] and torch.equal(torch.cat(batches), whole)
 
 
-def test_one_image_is_decoded_at_a_time(photographs, monkeypatch):
+def test_one_image_is_decoded_at_a_time(noise_images, monkeypatch):
     """Photographs of many megapixels would fill memory else."""
     alive = peak = 0
 
@@ -139,16 +128,16 @@ def test_one_image_is_decoded_at_a_time(photographs, monkeypatch):
         return counted
 
     monkeypatch.setattr("vwt_hf.processed_images.read_image", read)
-    for made in pixel_batches(photographs, transformers.ViTImageProcessorPil(), 5):
+    for made in pixel_batches(noise_images, transformers.ViTImageProcessorPil(), 5):
         assert len(made["pixel_values"]) == 5
     assert peak == 1
 
 
-def test_an_image_that_the_processor_refuses_is_named_and_so_are_sizes_that_differ(photographs, tmp_path):
+def test_an_image_that_the_processor_refuses_is_named_and_so_are_sizes_that_differ(noise_images, tmp_path):
     PIL.Image.new("RGB", (50, 20)).save(tmp_path / "flat.png")
     uncropped = transformers.ViTImageProcessorPil(do_resize=False)
     with pytest.raises(ValueError, match=r"shapes \(3, 20, 50\) and \(3, 40, 50\)"):
-        list(pixel_batches([*photographs, tmp_path / "flat.png"], uncropped, 6))
+        list(pixel_batches([*noise_images, tmp_path / "flat.png"], uncropped, 6))
 
     def refuses(**_: object) -> None:
         raise RuntimeError("too flat")

@@ -76,7 +76,7 @@ def read_card(file: Path, model: str) -> ModelCard:
     if not file.exists():
         return ModelCard("---\n", "library_name: vwt-hf", f"\n---\n\n# {name}\n", {"name": name, "results": []})
     text = file.read_bytes().decode("utf-8", "surrogateescape")  # what is not ours may be in any encoding
-    mark, text = text[: text.startswith(_MARK)], text.removeprefix(_MARK)
+    text = text.removeprefix(_MARK)  # behind which some versions of huggingface_hub find no metadata
     parts = _METADATA.fullmatch(text)
     before, metadata, after = parts.groups() if parts else ("---\n", "", f"\n---\n{text}")
     try:
@@ -86,7 +86,7 @@ def read_card(file: Path, model: str) -> ModelCard:
         if not isinstance(known, dict):
             raise ValueError(f"its metadata is a {type(known).__name__}; expected names with values")
         models = known.get("model-index") or [{"name": name, "results": []}]
-        card = ModelCard(mark + before, metadata, after, models[0])
+        card = ModelCard(before, metadata, after, models[0])
         if len(models) == 1:
             _, results = model_index_to_eval_results(models)
             hash(tuple((result.metric_type, result.metric_name) for result in results))
