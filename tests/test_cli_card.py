@@ -167,9 +167,7 @@ def test_a_text_without_metadata_gets_some_and_a_number_of_images_that_is_none_s
     card = tmp_path / "README.md"
     card.write_bytes("\ufeff# Mine\n".encode())
     write_card(card, evaluation("me/model"), None, None)
-    assert card.read_text(encoding="utf-8").startswith("\ufeff---\nmodel-index:") and card.read_text().endswith(
-        "# Mine\n"
-    )
+    assert card.read_text(encoding="utf-8").startswith("---\nmodel-index:") and card.read_text().endswith("# Mine\n")
     card.write_text(card.read_text().replace("unreadable: 0", "unreadable: none").replace("images: 10", "images: ten"))
     write_card(card, evaluation("me/model"), None, None)
     (figure,) = yaml.safe_load(card.read_text().split("---")[1])["model-index"][0]["results"][0]["metrics"]
