@@ -296,13 +296,13 @@ def test_what_another_search_left_is_refused_and_named(classifier, images, proce
     "changed",
     [{"value": 7}, {"value": None}, {"speed": -1}, {"tokens": []}, {"tolerance": [1]}, {"interval": [0, 1, 1]}],
 )
-def test_figures_that_can_be_none_of_a_setting_are_not_gone_on_with(changed, classifier, images, processor, tmp_path):
+def test_what_are_no_figures_of_a_setting_is_not_gone_on_with(changed, classifier, images, processor, tmp_path):
     file = tmp_path / "search.json"
     calibrate(classifier, images, tokens=60, **options(processor, resume=file))
     content = json.loads(file.read_text())
     content["levels"][0] |= changed
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"search.json is no file of a search \(it has figures that can be none"):
+    with pytest.raises(ValueError, match=r"search.json is no file of a search \(these are no figures of a setting: {"):
         calibrate(classifier, images, tokens=60, **options(processor, resume=file))
 
 

@@ -114,7 +114,7 @@ def _batch(content: dict[str, Any]) -> Batch:
     ):
         raise ValueError(f"batch {shown(batch.number)} has no answer of each model for each image")
     if not is_int(batch.number) or not all(map(is_number, batch.seconds)) or not isinstance(batch.unreadable, list):
-        raise ValueError(f"batch {shown(batch.number)} has values that can be none")
+        raise ValueError(f"batch {shown(batch.number)} has a number, seconds or names of another type than are written")
     return batch
 
 

@@ -442,10 +442,10 @@ def _read(file: Path, of: dict[str, Any]) -> list[Level]:
 
 
 def _level(row: dict[str, Any]) -> Level:
-    """A setting that was tried, as JSON holds it; raises `ValueError` where its figures can be none."""
+    """A setting that was tried, as JSON holds it; raises `ValueError` where its figures are none of a setting."""
     level = Level(**row | {"interval": tuple(row["interval"])})
     numbers = (level.tokens, level.of_tokens, level.speed, level.tolerance, *level.interval, level.value)
     are_numbers = len(level.interval) == 2 and all(map(is_number, numbers))
     if not are_numbers or min(numbers[:3]) <= 0 or abs(level.value) > 1.001:
-        raise ValueError(f"it has figures that can be none of a setting: {shown(row)}")
+        raise ValueError(f"these are no figures of a setting: {shown(row)}")
     return level

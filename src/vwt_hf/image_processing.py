@@ -25,6 +25,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
+from .model_configs import PLAIN, plain_class
 from .patches import Patches
 from .pictures import seen_pictures
 from .pixel_tables import are_levels, ends_with_values, look_up
@@ -156,7 +157,6 @@ _one_thread = SharedChange(_use_one_thread)
 """In a process that was forked the threads of its parent are not there, and torch would wait for them forever."""
 
 
-_PLAIN = "_vwt_plain_class"
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
 _STATISTICS = ("image_mean", "image_std")
 _NORMALISING = (*_STATISTICS, "do_normalize", "do_rescale")
@@ -169,7 +169,7 @@ def _read_setting(processor: Any) -> Any:
 
 def _write_setting(processor: Any, vwt: Any) -> None:
     processor.__dict__.pop("vwt", None)
-    plain = _plain_class(type(processor))
+    plain = plain_class(type(processor))
     if _reads_videos(plain):  # a model finds the words of videos itself
         return
     if vwt is None or vwt is False:
@@ -185,11 +185,6 @@ SETTING = property(_read_setting, _write_setting, doc="By what `processor(images
 
 def _reads_videos(processor_class: type) -> bool:
     return any(kind.__name__ == "BaseVideoProcessor" for kind in processor_class.__mro__)
-
-
-def _plain_class(processor_class: type) -> type:
-    """The class that `processor_subclass` made this of; one that a user derived from such a class is its own."""
-    return vars(processor_class).get(_PLAIN, processor_class)
 
 
 def _class_with_setting(plain: Any) -> Any:
@@ -275,7 +270,7 @@ class Tokenizing:
     def _preprocess(self, *args: Any, **steps: Any) -> Any:
         """As the image processor without `vwt`; the values of pixels are looked up where that gives the same."""
         preprocess = super()._preprocess  # type: ignore[misc]
-        if len(args) == 1 and ends_with_values(_plain_class(type(self)), steps) and are_levels(args[0]):
+        if len(args) == 1 and ends_with_values(plain_class(type(self)), steps) and are_levels(args[0]):
             of_levels = {"do_rescale": False, "do_normalize": False, "return_tensors": None}
             made = preprocess(*args, **steps | of_levels)
             if are_levels(made["pixel_values"]):
@@ -344,7 +339,7 @@ class Tokenizing:
         return fields if self.vwt is None else fields | {"vwt": self.vwt}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _empty, (_plain_class(type(self)),), self.__dict__
+        return _empty, (plain_class(type(self)),), self.__dict__
 
 
 @functools.cache
@@ -355,7 +350,7 @@ def processor_subclass(plain: Any) -> type[BaseImageProcessor]:
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
         "model_input_names": [*plain.model_input_names, PATCH_WORDS],
-        _PLAIN: plain,
+        PLAIN: plain,
     }
     return type(plain.__name__, (Tokenizing, plain), body)
 
@@ -453,7 +448,7 @@ def _prepare(
     made = processor.model_input_names
     if "pixel_values" not in made or "image_grid_thw" in made:
         raise ValueError(
-            f"the {_plain_class(type(processor)).__name__} makes {', '.join(made)}; expected pixel_values of whole "
+            f"the {plain_class(type(processor)).__name__} makes {', '.join(made)}; expected pixel_values of whole "
             "images, of which patches can be cut. Load it without `vwt`."
         )
     patch_size = patch_size or stated_patch_size(model_config) or stated_patch_size(processor)

@@ -18,7 +18,8 @@ from .config import VWTConfig
 from .forward import current_forward
 from .vocabulary import VisualVocabulary
 
-_PLAIN = "_vwt_plain_class"
+PLAIN = "_vwt_plain_class"
+"""Where a class that stands for another while there is a setting, of a config or an image processor, names that one."""
 BY_PLAN = "vwt_"
 """Begins the names of this package's attention implementations: `vwt_sdpa` is sdpa by the plan of the forward."""
 
@@ -39,7 +40,7 @@ def attend_by_plan(config: PreTrainedConfig, by_plan: bool = True) -> None:
 
     It lasts whatever becomes of `config.vwt`: the model may still be shortened.
     """
-    plain = _plain_class(type(config))
+    plain = plain_class(type(config))
     config.__class__ = config_subclass(plain, by_plan) if by_plan or "vwt" in config.__dict__ else plain
 
 
@@ -54,19 +55,19 @@ def is_by_plan(config: PreTrainedConfig) -> bool:
     return isinstance(type(config), _StandsFor) and "__getattribute__" in vars(type(config))
 
 
-def _plain_class(config_class: type) -> type:
-    """The class that `config_subclass` made this of; one that a user derived from such a class is its own."""
-    return vars(config_class).get(_PLAIN, config_class)
+def plain_class(made: type) -> type:
+    """The class that this one stands for; one that a user derived from such a class is its own."""
+    return vars(made).get(PLAIN, made)
 
 
 class _StandsFor(type):
     """Metaclass of classes that are equal to their parent, so that Auto classes find the parent's models for them."""
 
     def __eq__(cls, other: object) -> bool:
-        return isinstance(other, type) and _plain_class(other) is _plain_class(cls)
+        return isinstance(other, type) and plain_class(other) is plain_class(cls)
 
     def __hash__(cls) -> int:
-        plain = _plain_class(cls)
+        plain = plain_class(cls)
         return super().__hash__() if plain is cls else hash(plain)
 
 
@@ -98,7 +99,7 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     kinds = (type(plain),) if isinstance(plain, _StandsFor) else (_StandsFor, type(plain))
     metaclass = type("_ConfigWithSetting", kinds, {})
     body = {
-        _PLAIN: plain,
+        PLAIN: plain,
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,  # where transformers finds example checkpoints
@@ -109,7 +110,7 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
         body["__getattribute__"] = read
     # By its name `pickle` would find the plain class.
     copyreg.pickle(
-        metaclass, lambda own: (config_subclass, (plain, by_plan)) if _PLAIN in vars(own) else own.__qualname__
+        metaclass, lambda own: (config_subclass, (plain, by_plan)) if PLAIN in vars(own) else own.__qualname__
     )
     return metaclass(plain.__name__, (plain,), body)
 

@@ -179,9 +179,10 @@ def work(args: argparse.Namespace) -> None:
         )
         result.dataset = name
         if place()[0] == 0:
-            outputs: list[Callable[[], object]] = [lambda: report(result)]
+            outputs: list[Callable[[], object]] = []
             if args.json is not None:  # before what is printed, which nobody may read to its end
-                outputs.insert(0, lambda: write_file(args.json, json.dumps(result.to_dict(), indent=1)))
+                outputs.append(lambda: write_file(args.json, json.dumps(result.to_dict(), indent=1)))
+            outputs.append(lambda: report(result))
             if args.card is not None:
                 outputs.append(lambda: write_card(Path(args.card), result, split, args.config))
             do_all(*outputs)
