@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .vocabulary import VisualVocabulary, load_vocabulary
-from .vocabulary.files import INFO_FILE, present_info
+from .vocabulary.files import INFO_FILE, download_if_there, present_info
 from .whole_saves import write_files
 
 FOLDER = "visual_words"
@@ -131,20 +130,11 @@ def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any], na
     vocabulary = load_vocabulary(source, trusted=True, pickles=False, **own)
     if saved_as is not None:
         folder = Path(source, own["subfolder"])
-        if not os.path.isdir(source):
-            folder = _downloaded(source, own)
+        if not os.path.isdir(source):  # a repository, whose files are in huggingface_hub's cache
+            seal = download_if_there(repo_id=source, filename=SEAL, **own)
+            folder = Path(seal or hf_hub_download(source, INFO_FILE, **own)).parent
         require_sealed(folder)
     return vocabulary
-
-
-def _downloaded(source: str, own: dict[str, Any]) -> Path:
-    """The folder of words in huggingface_hub's cache, with its seal if the repository has one."""
-    try:
-        return Path(hf_hub_download(source, SEAL, **own)).parent
-    except LocalEntryNotFoundError:  # which leaves open whether it is there
-        raise
-    except EntryNotFoundError:
-        return Path(hf_hub_download(source, INFO_FILE, **own)).parent
 
 
 def require_sealed(words: Path) -> None:

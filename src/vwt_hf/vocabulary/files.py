@@ -185,6 +185,16 @@ def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None
     _refuse(located, INFO_FILE, "it is being replaced all the time; load it once nobody saves into the folder")
 
 
+def download_if_there(**of: Any) -> Path | None:
+    """A file on the Hub, `of` what `hf_hub_download` takes; `None` where the repository was asked and has none."""
+    try:
+        return Path(hf_hub_download(**of))
+    except LocalEntryNotFoundError:  # which leaves open whether it is there
+        raise
+    except EntryNotFoundError:
+        return None
+
+
 def _identity(file: Path) -> tuple[int, int]:
     """What tells a file from another that took its place, also if that holds the same."""
     status = os.stat(file)
@@ -206,11 +216,7 @@ def _read_words(located: Located, fields: dict[str, Any]) -> tuple[torch.Tensor,
         _refuse(located, INFO_FILE, str(error))
     path = located.file.parent / name
     if located.download is not None:
-        try:
-            path = Path(hf_hub_download(filename=name, **located.download))
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
-                raise
+        path = download_if_there(filename=name, **located.download) or path
     if not path.is_file():
         _refuse(located, name, f"it is missing, and {INFO_FILE} names it; save or download the vocabulary again")
     _require_inside(located, path)
