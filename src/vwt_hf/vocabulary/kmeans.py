@@ -198,8 +198,8 @@ class MiniBatchKMeans:
         """The words and how many patches were assigned to each, most frequent first. Learning may go on afterwards.
 
         Returns:
-            (words, values) float32 and (words,) int64. There are fewer than `size` words where there are fewer distinct
-            patches.
+            (words, values) float32 and (words,) int64, on the CPU. There are fewer than `size` words where there are
+            fewer distinct patches.
 
         Raises:
             ValueError: fewer patches were seen than words are wanted.
@@ -208,18 +208,17 @@ class MiniBatchKMeans:
             self._seed_words()
         assert self.words is not None
         order = self.counts.argsort(descending=True, stable=True)[: int((self.counts > 0).sum())]
-        return self.words[order], self.counts[order]
+        return self.words[order].cpu(), self.counts[order].cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs to go on as if never interrupted: tensors and plain numbers."""
-        words = (
-            torch.zeros(0, self.values, device=self.device, dtype=torch.float32) if self.words is None else self.words
-        )
+        none = torch.zeros(0, self.values, device=self.device, dtype=torch.float32)
+        words = none if self.words is None else self.words
         return {
             "words": words,
             "weights": self.weights,
             "counts": self.counts,
-            "buffer": torch.cat((words.new_zeros(0, self.values), *self._buffer)),
+            "buffer": torch.cat((none, *self._buffer)),
             "generator": self._generator.get_state(),
             "seen": self.seen,
             "inertia": self.inertia,

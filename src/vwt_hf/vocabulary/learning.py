@@ -196,7 +196,7 @@ def learn_words(
             f"first: {'; '.join(done.first_unreadable)}.",
             stacklevel=3,
         )
-    words, counts, seen, inertia = in_main(lambda: _finished(kmeans))
+    words, counts, seen, inertia = in_main(lambda: (*kmeans.finish(), kmeans.seen, kmeans.inertia))
     if len(words) < size and index == 0:
         warnings.warn(
             f"{size} words were asked for, but the images have only {len(words)} patches that differ: the vocabulary "
@@ -341,23 +341,14 @@ def _hand_out(kmeans: MiniBatchKMeans, learn: Callable[[], None] = lambda: None)
     So they are the same in all, also where machines round differently.
     """
 
-    def state() -> dict[str, Any] | None:
+    def state() -> dict[str, Any]:
         learn()
-        return None if kmeans.words is None else _on_cpu(kmeans.state_dict())
+        held = {} if kmeans.words is None else kmeans.state_dict()
+        return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in held.items()}
 
     handed = in_main(state)
-    if handed is not None and place()[0] > 0:
+    if handed and place()[0] > 0:
         kmeans.load_state_dict(handed)
-
-
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-
-
-def _finished(kmeans: MiniBatchKMeans) -> tuple[torch.Tensor, torch.Tensor, int, float]:
-    """Words, how often each was met, how many patches were seen, and their inertia."""
-    words, counts = kmeans.finish()
-    return words.cpu(), counts.cpu(), kmeans.seen, kmeans.inertia
 
 
 def _require_images(done: Progress) -> None:
@@ -405,13 +396,10 @@ def load_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any
             # Copies are aligned as what they were saved from, without which products may round otherwise.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (it is no dict)
             header = json.loads(opened.metadata()["state"])
-            version = header.get("format", 1)
-            if version == CHECKPOINT_FORMAT:
-                learned_by, numbers, done = (
-                    dict(header["settings"]),
-                    dict(header["numbers"]),
-                    Progress(**header["done"]),
-                )
+        version = header.get("format", 1)
+        if version == CHECKPOINT_FORMAT:
+            learned_by, numbers = dict(header["settings"]), dict(header["numbers"])
+            done = Progress(**header["done"])
     except Exception as error:
         raise ValueError(f"{file} cannot be read ({error}); delete it to start again.") from error
     if version != CHECKPOINT_FORMAT:
