@@ -34,7 +34,6 @@ def render_card(
     repo_id: str,
     shape: tuple[int, ...],
     info: VocabularyInfo,
-    picture: str,
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> bytes:
@@ -43,7 +42,6 @@ def render_card(
     Args:
         repo_id: what the usage snippet loads: a Hub id or a folder.
         shape: (size, channels, p, p) of the words.
-        picture: file name of the picture of the words, which lies beside it.
         revision, subfolder: where in the repository they are.
     """
     where = {"revision": revision, "subfolder": subfolder}
@@ -65,7 +63,7 @@ def render_card(
         patch_size=shape[-1],
         info=info,
         code=_code,
-        picture=picture,
+        picture=PICTURE_FILE,
     )
     return str(made).encode()
 

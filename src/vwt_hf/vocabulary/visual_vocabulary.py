@@ -284,7 +284,7 @@ class VisualVocabulary:
 
     def _card(self, repo_id: str, **of: str | None) -> dict[str, bytes]:
         """The files of the card, by their names."""
-        card = render_card(repo_id, tuple(self.words.shape), self.info, picture=PICTURE_FILE, **of)
+        card = render_card(repo_id, tuple(self.words.shape), self.info, **of)
         return {CARD_FILE: card, PICTURE_FILE: render_words(self.words.detach().float(), self.frequencies)}
 
     @classmethod
