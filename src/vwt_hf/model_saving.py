@@ -21,6 +21,7 @@ from .families import family_of, find_tower
 from .model_configs import is_among, take_over
 from .processors import configs_within
 from .saved_words import remove_other_words, require_same_words, seal_words, words_folder, write_words
+from .weights import lasting
 from .whole_saves import sharing
 
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
@@ -203,11 +204,10 @@ def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> No
         return
     own_config(model)
     for part in parts:
-        if is_among(part.config, [config for _, config in configs_within(model.config)]):
+        within = list(configs_within(model.config))
+        if is_among(part.config, [config for _, config in within]):
             continue
-        alike = [
-            (path, config) for path, config in configs_within(model.config) if _same_but_setting(config, part.config)
-        ]
+        alike = [(path, config) for path, config in within if _same_but_setting(config, part.config)]
         if len(alike) != 1 or not _is_of_part_alone(alike[0][1], model, part):
             raise ValueError(
                 f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and which of the "
@@ -240,9 +240,5 @@ def _is_of_part_alone(config: PreTrainedConfig, model: PreTrainedModel, part: Pr
 
 
 def _same_but_setting(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
-    def fields(config: PreTrainedConfig) -> dict[str, Any]:
-        # What differs between a config on its own and the same one within another says nothing of the model.
-        left_out = ("vwt", "dtype", "architectures", "transformers_version", "problem_type")
-        return {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("_")}
-
-    return type(one) == type(other) and fields(one) == fields(other)  # noqa: E721 (a subclass with a setting is equal)
+    is_same_class = type(one) == type(other)  # noqa: E721 (a subclass with a setting is equal)
+    return is_same_class and lasting(one.to_dict()) == lasting(other.to_dict())

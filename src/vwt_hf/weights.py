@@ -49,7 +49,7 @@ def fingerprint_of(model: PreTrainedModel) -> str:
 
     Another training has another, and so have the same weights by another activation. Every weight is read.
     """
-    own = hashlib.sha256(json.dumps(_lasting(model.config.to_dict()), sort_keys=True).encode())
+    own = hashlib.sha256(json.dumps(lasting(model.config.to_dict()), sort_keys=True).encode())
     for name, value in model.state_dict().items():
         own.update(name.encode())
         _hash_value(own, _fetched(model, name, value))
@@ -69,16 +69,16 @@ _PASSING = {"architectures", "dtype", "problem_type", "torch_dtype", "transforme
 """Fields of configs that change as a model is loaded, saved, trained or compressed."""
 
 
-def _lasting(value: Any) -> Any:
+def lasting(value: Any) -> Any:
     """What a config's dict says of how its model computes, as JSON holds it."""
     if isinstance(value, Mapping):
         return {
-            str(name): _lasting(own)
+            str(name): lasting(own)
             for name, own in value.items()
             if name not in _PASSING and not str(name).startswith("_")
         }
     if isinstance(value, (list, tuple)):
-        return [_lasting(own) for own in value]
+        return [lasting(own) for own in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
