@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+with contextlib.suppress(ImportError):  # Windows has none, and opens no folder to lock
+    import fcntl
+
 _PREFIX = ".vwt-save-"
 _LEFT_OVER = re.compile(re.escape(_PREFIX) + "[a-z0-9_]{8}")
 """The folder of one save, as `tempfile` names it."""
@@ -116,14 +119,18 @@ def sharing(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, Callabl
         turn: seconds to wait until no other save runs, so that two of many steps come one after the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _open_folder(folder)
+    lock: int | None = None
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        lock = os.open(folder, os.O_RDONLY)
     has_turn = turn > 0 and lock is not None and _locked_soon(lock, alone=True, patience=turn)
     try:
         shares = lock is None or has_turn or _locked_soon(lock)
         yield lock, lambda: shares and (lock is None or _locked(lock, alone=True))
     finally:
         if lock is not None:
-            _unlock(lock)
+            # A process forked meanwhile has the descriptor too, with which closing alone would leave it locked.
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
 
 
@@ -266,14 +273,6 @@ def remove(paths: Iterable[Path]) -> None:
                 path.unlink()
 
 
-def _open_folder(folder: Path) -> int | None:
-    """A descriptor of the folder to lock and to flush; `None` on Windows, which has none."""
-    try:
-        return os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        return None
-
-
 def _locked_soon(descriptor: int, *, alone: bool = False, patience: float = _PATIENCE) -> bool:
     end = time.monotonic() + patience
     while not _locked(descriptor, alone=alone):
@@ -286,21 +285,7 @@ def _locked_soon(descriptor: int, *, alone: bool = False, patience: float = _PAT
 def _locked(descriptor: int, *, alone: bool) -> bool:
     """Locks a folder without waiting. `True` also where its file system has no locks."""
     try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
     return True
-
-
-def _unlock(descriptor: int) -> None:
-    """A process forked meanwhile has the descriptor too, with which closing alone would leave it locked."""
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
