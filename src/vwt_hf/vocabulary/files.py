@@ -223,29 +223,23 @@ def _read_words(located: Located, fields: dict[str, Any]) -> tuple[torch.Tensor,
     size, channels, patch_size = (fields.get(key) for key in ("size", "channels", "patch_size"))
     try:
         words, frequencies = read_safetensors(path, (size, channels, patch_size, patch_size), sha256)
-        _require_raw(words)
+        require_raw(words)
     except ValueError as error:
         _refuse(located, name, str(error))
     return words, frequencies, info
 
 
-def _require_raw(words: torch.Tensor) -> None:
-    if (reason := why_not_raw(words)) is not None:
-        raise ValueError(reason)
-
-
-def why_not_raw(words: torch.Tensor) -> str | None:
-    """Why words can be no raw RGB in [0, 1], as those of eight bits cannot; `None` if they can."""
+def require_raw(words: torch.Tensor) -> None:
+    """Raises `ValueError` where words can be no raw RGB in [0, 1], as those of eight bits cannot."""
     if not words.numel():
-        return None
+        return
     low, high = (float(value) for value in words.aminmax())
     # What is not finite is refused by VisualVocabulary, which counts it.
     if math.isfinite(low) and math.isfinite(high) and max(-low, high) > LARGEST_VALUE:
-        return (
+        raise ValueError(
             f"words hold values from {low:.4g} to {high:.4g}; expected raw RGB, which is in [0, 1], and nothing beyond "
             f"±{LARGEST_VALUE:g}. Divide values of eight bits by 255."
         )
-    return None
 
 
 def _require_inside(located: Located, path: Path) -> None:
@@ -312,7 +306,7 @@ def _read_legacy(located: Located) -> tuple[torch.Tensor, torch.Tensor | None, V
     std = torch.tensor(OPENAI_CLIP_STD, dtype=torch.float64, device="cpu").view(-1, 1, 1)
     try:
         words = read_bare_tensor(located.file, LEGACY_SHAPE, scale=std, shift=mean)
-        _require_raw(words)
+        require_raw(words)
     except ValueError as error:
         _refuse(located, LEGACY_FILE, str(error))
     warnings.warn(
@@ -339,7 +333,7 @@ def vocabulary_files(words: torch.Tensor, frequencies: torch.Tensor | None, info
     """
     if 4 * words.numel() > MOST_BYTES:
         raise ValueError(f"{len(words):,} words take {4 * words.numel():,} bytes; expected {MOST_BYTES:,} at most.")
-    _require_raw(words)
+    require_raw(words)
     tensors = {"words": words} if frequencies is None else {"words": words, "frequencies": frequencies}
     content = tensor_bytes(tensors, {"format": "pt"})
     size, channels, patch_size, _ = words.shape

@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from ..hub_names import check_hub_id, check_revision, check_subfolder, require_private
 from ..printable import shown
 from .card import CARD_FILE, PICTURE_FILE, is_card_of_words, render_card, render_words
-from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, vocabulary_files, why_not_raw, write_vocabulary
+from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, require_raw, vocabulary_files, write_vocabulary
 from .learning import learn_words
 
 LARGEST_MAPPED = 1e15
@@ -120,8 +120,10 @@ class VisualVocabulary:
         Raises:
             ValueError: its patch size or number of channels is another; the message says both.
         """
-        if (reason := why_not_raw(self.words)) is not None:  # they are used as far as they have a direction
-            warnings.warn(reason, stacklevel=2)
+        try:
+            require_raw(self.words)
+        except ValueError as error:  # they are used as far as they have a direction
+            warnings.warn(str(error), stacklevel=2)
         height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         named = f"{self.source}: " if self.source else ""
         if (height, width) != (self.patch_size, self.patch_size):
