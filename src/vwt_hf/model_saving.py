@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from . import image_processing
 from .compress import configs_of, own_config, require_same_layers, setting_of, takes_words
+from .config import VWTConfig
 from .evidence import write_section
 from .families import family_of, find_tower
 from .model_configs import is_among, take_over
@@ -50,15 +51,13 @@ def saving_models(original: Any) -> Any:
         with turn, _parts_to_save(self) as parts:
             return save_parts(self, call, parts)
 
-    def save_parts(self: PreTrainedModel, call: Any, parts: list[PreTrainedModel]) -> Any:
+    def save_parts(self: PreTrainedModel, call: Any, parts: dict[PreTrainedModel, VWTConfig]) -> Any:
         words = {}
-        for part in parts:
-            setting = setting_of(part)
+        for part, setting in parts.items():
             require_same_layers(part)
-            if setting is not None and not setting.is_saved_as(part.config.vwt):
+            if not setting.is_saved_as(part.config.vwt):
                 part.config.vwt = setting.to_dict()  # it was changed in the config, and the model runs by the setting
-            vocabulary = None if setting is None else setting.words_to_save()
-            if vocabulary is not None:
+            if (vocabulary := setting.words_to_save()) is not None:
                 words[part] = vocabulary
         folder = Path(call.arguments["save_directory"])
         # Every process of a distributed save comes here. The one that writes config.json, which names the words, writes
@@ -84,8 +83,8 @@ def saving_models(original: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _parts_to_save(model: PreTrainedModel) -> Iterator[list[PreTrainedModel]]:
-    """The models in whose configs a setting stands that is to be saved with `model`."""
+def _parts_to_save(model: PreTrainedModel) -> Iterator[dict[PreTrainedModel, VWTConfig]]:
+    """The models in whose configs a setting stands that is to be saved with `model`, each with its setting."""
     if any(config.vwt for config in configs_of(model)):
         _require_embeddings(model)
     parts = _compressed_parts(model)
@@ -96,7 +95,7 @@ def _parts_to_save(model: PreTrainedModel) -> Iterator[list[PreTrainedModel]]:
         return
     model.config.vwt = setting.to_dict()  # it is part of a model in whose config alone the setting stands
     try:
-        yield [model]
+        yield {model: setting}
     finally:
         model.config.vwt = None
 
@@ -142,8 +141,8 @@ def uploading_models(original: Any) -> Any:
 
     @functools.wraps(original)
     def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = map(setting_of, _compressed_parts(self))
-        write_section(Path(working_dir), [setting.evidence for setting in settings if setting and setting.evidence])
+        settings = _compressed_parts(self).values()
+        write_section(Path(working_dir), [setting.evidence for setting in settings if setting.evidence])
         return original(self, working_dir, *args, **kwargs)
 
     return _upload_modified_files
@@ -182,17 +181,17 @@ def saving_processors(original: Any) -> Any:
     return save_pretrained
 
 
-def _compressed_parts(model: nn.Module) -> list[PreTrainedModel]:
-    """The models in whose config the setting stands that is followed: `model`, or else those of its parts."""
-    inner = list(dict.fromkeys(part for child in model.children() for part in _compressed_parts(child)))
+def _compressed_parts(model: nn.Module) -> dict[PreTrainedModel, VWTConfig]:
+    """The models in whose config the setting stands that is followed, and it: `model`, or else those of its parts."""
+    inner = {part: own for child in model.children() for part, own in _compressed_parts(child).items()}
     if not isinstance(model, PreTrainedModel) or model.config.vwt is None:
         return inner
     setting = setting_of(model)
     # A part may have been compressed anew by itself, and then the whole's setting is none that is followed.
-    return [model] if setting is not None and (setting.is_saved_as(model.config.vwt) or not inner) else inner
+    return {model: setting} if setting is not None and (setting.is_saved_as(model.config.vwt) or not inner) else inner
 
 
-def _gather_settings(model: PreTrainedModel, parts: list[PreTrainedModel]) -> None:
+def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel]) -> None:
     """Has the config of `model` hold the settings of those of its `parts` that are compressed, and no other.
 
     Raises:
