@@ -106,7 +106,6 @@ def _calling(original: Any) -> Any:
 @torch.compiler.disable
 def _with_words_for_a_part(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
     """Calls a model of which a part alone is compressed, to which its forward may not hand what it was called with."""
-    kwargs = dict(kwargs)
     with call_with(model, GivenWords(kwargs.pop("patch_words"))):
         return model(*args, **kwargs)
 

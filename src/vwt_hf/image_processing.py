@@ -295,13 +295,10 @@ class Tokenizing:
         """
         from PIL import Image
 
-        if not isinstance(images, Mapping):
-            if isinstance(images, (list, tuple)) and not images:
-                return []
-            if _are_values(images):
-                images = {"pixel_values": images}
-            else:
-                images = super().preprocess(images, return_tensors="pt")  # type: ignore[misc]
+        if not isinstance(images, Mapping) and _are_values(images):
+            images = {"pixel_values": images}
+        elif not isinstance(images, Mapping):
+            images = super().preprocess(images, return_tensors="pt")  # type: ignore[misc]
         values = images["pixel_values"]
         if not len(values):
             return []
@@ -517,10 +514,10 @@ def _has_statistics(setting: VWTConfig, processor: Any) -> bool:
 def _are_values(images: Any) -> bool:
     """Whether they are `pixel_values`, in whichever form an image processor gives them, and not images.
 
-    Arrays of floating-point numbers with channels first are.
+    Arrays of floating-point numbers with channels first are, and so are no images at all.
     """
     listed = list(images) if isinstance(images, (list, tuple)) else [images]
-    if not listed or not all(isinstance(one, (torch.Tensor, np.ndarray)) for one in listed):
+    if not all(isinstance(one, (torch.Tensor, np.ndarray)) for one in listed):
         return False
     tensors = map(as_tensor, listed)
     return all(one.is_floating_point() and one.dim() > 2 and one.shape[-3] in (1, 3, 4) for one in tensors)

@@ -20,12 +20,10 @@ import torch
 from .on_gpu import is_followed
 from .screening import TINY, Screen, make_screen, screened_cosines
 
-_PRODUCTS = 2**24
-"""Inner products held at once (64 MiB), which bounds memory for large vocabularies."""
 _ROWS = 1024
 """Patches whose inner products a CPU makes at once: few enough that they are in its cache when they are looked at."""
 _DISTANCES = 2**24
-"""Distances of an image's patches to others that are held at once (64 MiB)."""
+"""Distances of patches to others, or inner products with words, that are held at once (64 MiB)."""
 _SAME = 1e-5
 """Cosines that differ by no more than this count as equal: matrix products round by up to 6·10⁻⁶, and differently for
 other batch shapes, so that a patch could otherwise get another word in another batch."""
@@ -451,7 +449,7 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
         return own
     lengths = torch.linalg.vector_norm(patches, dim=2).flatten()
     least = 1 - threshold - _SAME
-    at_once = max(1, _PRODUCTS // len(index.words))
+    at_once = max(1, _DISTANCES // len(index.words))
     at_once = min(at_once, _ROWS) if patches.is_cpu else at_once
     parts = zip(patches.flatten(0, 1).split(at_once), lengths.split(at_once), strict=True)
     with without_autocast(patches.device):  # which would search in half precision
