@@ -173,12 +173,9 @@ def backbone_tensors(graph: Any) -> dict[str, torch.Tensor]:
         if node.op_type == "Add":  # a linear layer: the sum of a named bias and a product with an unnamed weight
             for bias, other in (node.input, reversed(node.input)):
                 product = producers.get(other)
-                if (
-                    bias.startswith(PREFIX)
-                    and product
-                    and product.op_type == "MatMul"
-                    and product.input[1] in constants
-                ):
+                if not product or product.op_type != "MatMul" or product.input[1] not in constants:
+                    continue
+                if bias.startswith(PREFIX):
                     weight = bias.removeprefix(PREFIX).removesuffix("bias") + "weight"
                     found[weight] = tensor(product.input[1]).T.contiguous()
         elif node.op_type == "Concat" and node.input[0] in constants:  # position of CLS, then of the resized grid

@@ -204,8 +204,8 @@ def learn_words(
             stacklevel=3,
         )
     info = VocabularyInfo(
-        image_mean=settings["image_mean"] and tuple(settings["image_mean"]),
-        image_std=settings["image_std"] and tuple(settings["image_std"]),
+        image_mean=settings["image_mean"],
+        image_std=settings["image_std"],
         dataset=dataset or peers[0].name,
         base_model=base_model,
         patches=seen,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import posixpath
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -267,10 +268,7 @@ class VisualVocabulary:
         # One commit of all files: `upload_folder` may make several, of which an interruption leaves some.
         commit = api.create_commit(
             repo_id,
-            [
-                CommitOperationAdd("/".join(filter(None, (subfolder, name))), content)
-                for name, content in contents.items()
-            ],
+            [CommitOperationAdd(posixpath.join(subfolder or "", name), own) for name, own in contents.items()],
             revision=revision,
             commit_message=commit_message,
             create_pr=create_pr,

@@ -72,13 +72,8 @@ def read_safetensors(
         words, counts = _described_tensors(header, shape)
         if sha256 is not None:
             _require_content(file, sha256)
-        read = torch.empty(words["shape"], dtype=torch.float32, device="cpu")
-        _read_values(file, start + words["data_offsets"][0], _DTYPES[words["dtype"]], into=read)
-        if counts is None:
-            return read, None
-        numbers = torch.empty(counts["shape"], dtype=torch.int64, device="cpu")
-        _read_values(file, start + counts["data_offsets"][0], torch.int64, into=numbers)
-        return read, numbers
+        read = _values(file, start, words, _DTYPES[words["dtype"]], torch.float32)
+        return read, None if counts is None else _values(file, start, counts, torch.int64, torch.int64)
 
 
 def _header(file: io.BufferedReader) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -150,12 +145,16 @@ def _require_content(file: io.BufferedReader, sha256: str) -> None:
         )
 
 
-def _read_values(file: io.BufferedReader, start: int, dtype: torch.dtype, into: torch.Tensor) -> None:
-    """Fills a tensor with the values at `start` of a file, piece by piece."""
-    file.seek(start)
-    for part in into.view(-1).split(_PIECE):
+def _values(
+    file: io.BufferedReader, start: int, told: dict[str, Any], stored: torch.dtype, dtype: torch.dtype
+) -> torch.Tensor:
+    """A tensor as the header of its file has `told`, read piece by piece; all tensors begin at `start`."""
+    file.seek(start + told["data_offsets"][0])
+    read = torch.empty(told["shape"], dtype=dtype, device="cpu")
+    for part in read.view(-1).split(_PIECE):
         if len(part):
-            part.copy_(torch.frombuffer(bytearray(_exactly(file, len(part) * dtype.itemsize)), dtype=dtype))
+            part.copy_(torch.frombuffer(bytearray(_exactly(file, len(part) * stored.itemsize)), dtype=stored))
+    return read
 
 
 def _listed(names: list[str]) -> str:
