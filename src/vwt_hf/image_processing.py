@@ -435,7 +435,7 @@ def _prepare(
     folder: str,
     *,
     trusted: bool,
-    model_config: Any = None,
+    model_config: Any,
 ) -> None:
     if not setting.searches:
         raise ValueError(

@@ -324,20 +324,18 @@ def nearest_kept(
         of_kept = [gather_patches(part, kept) for part in parts]
         # Many patches are gone through in pieces, twice, as the means come first.
         step = max(1, _DISTANCES // kept.shape[1])
-        is_cut = places.shape[1] > step
-        pieces = list(zip(*(part.split(step, dim=1) for part in parts), strict=True)) if is_cut else [parts]
-        marks = [None] * len(pieces) if real is None else real.split(step, dim=1) if is_cut else [real]
+        pieces = list(zip(*(part.split(step, dim=1) for part in parts), strict=True))
+        marks = [None] * len(pieces) if real is None else real.split(step, dim=1)
         sums = []
         for piece, mark in zip(pieces, marks, strict=True):
             found = _distances(piece, of_kept)
             sums.append(_sums(found, None if mark is None or stays is None else mark.unsqueeze(2) & stays.unsqueeze(1)))
         look, place, number = (functools.reduce(operator.add, each) for each in zip(*sums, strict=True))
         means = [(total / number).clamp(min=1e-6) for total in (look, place)]
-        if is_cut:
-            some = [_nearest(_distances(piece, of_kept), means, stays) for piece in pieces]
-            nearest = torch.cat(some, dim=1)
-        else:
+        if len(pieces) == 1:
             nearest = _nearest(found, means, stays)
+        else:
+            nearest = torch.cat([_nearest(_distances(piece, of_kept), means, stays) for piece in pieces], dim=1)
         kept = kept.expand(nearest.shape[0], -1)
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         if stays is not None:

@@ -317,7 +317,7 @@ def _read_legacy(located: Located) -> tuple[torch.Tensor, torch.Tensor | None, V
     return words, None, VocabularyInfo(image_mean=tuple(OPENAI_CLIP_MEAN), image_std=tuple(OPENAI_CLIP_STD))
 
 
-def tensor_bytes(tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None) -> bytes:
+def tensor_bytes(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> bytes:
     """A safetensors file."""
     return safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, header)
 
