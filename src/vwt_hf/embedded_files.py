@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from .printable import difference
-from .processes import everywhere, gathered, in_main, place
+from .processes import everywhere, gathered, in_main, place, require_same
 from .whole_saves import saving, write_files
 
 MANIFEST = "embed.json"
@@ -136,8 +136,8 @@ class Shards:
         Raises:
             ValueError: the folder holds something else, or processes see different images or models.
         """
-        others = gathered(lambda: of)
-        everywhere(lambda: self._require_same(of, others))
+        all_of = gathered(lambda: of)
+        everywhere(lambda: require_same(all_of))
         everywhere(lambda: self._require_own(of))
         in_main(lambda: self._claim(of))  # no file without a manifest
 
@@ -149,14 +149,6 @@ class Shards:
         self._require_own(of)
         if not is_new and not all(file.exists() for file in self.files):
             self._write_manifest({"of": of})  # that of a run that had ended tells of files which are gone
-
-    @staticmethod
-    def _require_same(of: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
-        for process, other in enumerate(others):
-            if other != of:
-                raise ValueError(
-                    f"process {process} has another run ({difference(other, of)}); expected the same for all."
-                )
 
     def _require_own(self, of: dict[str, Any]) -> None:
         manifest = self._folder / MANIFEST

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -120,34 +120,34 @@ def everywhere(work: Callable[[], Made], tell: Callable[[Made], Any] = lambda ma
     Returns:
         What `work` gave in this process, and what all told, in the order of their numbers.
     """
-    _, number = place()
-    if number == 1:
+    if not together():
         made = work()
         return made, [tell(made)]
     from accelerate.utils import gather_object
 
-    failed: Exception | None = None
-    told = None
-    try:
-        made = work()
-        told = tell(made)
-    except Exception as error:
-        failed = error
-    outcomes = _exchanged(lambda: gather_object([(told, failed and _described(failed))]), failed)
-    for other, (_, description) in enumerate(outcomes):
-        if description is not None:
-            raise _again(other, number, *description)
-    return made, [told for told, _ in outcomes]
+    own: list[Made] = []
+
+    def told() -> Any:
+        own.append(work())
+        return tell(own[0])
+
+    others = _exchanged(told, gather_object)
+    return own[0], others
 
 
-def _exchanged(exchange: Callable[[], Made], failed: Exception | None) -> Made:
-    """What `exchange` gives, by which processes tell each other; raises `failed`, what went wrong in this one.
+def _exchanged(work: Callable[[], Any], exchange: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """What `work` gave in the processes, as `exchange` hands it on; where it failed in one, all raise an error.
 
     An error of this process's own is not lost with another process.
     """
+    told, failed = None, None
+    try:
+        told = work()
+    except Exception as error:
+        failed = error
     try:
         with _talking():
-            made = exchange()
+            outcomes = exchange([(told, failed and _described(failed))])
     except ProcessLost:
         if failed is None:
             raise
@@ -155,7 +155,10 @@ def _exchanged(exchange: Callable[[], Made], failed: Exception | None) -> Made:
         _mark_known(failed)
     if failed is not None:
         raise failed
-    return made
+    for other, (_, description) in enumerate(outcomes):
+        if description is not None:
+            raise _again(other, *description)
+    return [told for told, _ in outcomes]
 
 
 def gathered(work: Callable[[], Made]) -> list[Made]:
@@ -177,23 +180,26 @@ def in_main(work: Callable[[], Made]) -> Made:
     Args:
         work: run by the main process alone; what it gives is pickled.
     """
-    index, number = place()
-    if number == 1:
+    if not together():
         return work()
     from accelerate.utils import broadcast_object_list
 
-    failed: Exception | None = None
-    outcome: list[Any] = [(None, None)]
-    if index == 0:
-        try:
-            outcome = [(work(), None)]
-        except Exception as error:
-            failed = error
-            outcome = [(None, _described(error))]
-    made, description = _exchanged(lambda: broadcast_object_list(outcome), failed)[0]
-    if description is not None:
-        raise _again(0, number, *description)
-    return made
+    return _exchanged(work if place()[0] == 0 else lambda: None, broadcast_object_list)[0]
+
+
+def require_same(settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `ValueError` where processes have different settings.
+
+    Args:
+        settings: those of each, in the order of their numbers.
+    """
+    for number, own in enumerate(settings):
+        for name, value in settings[0].items():
+            if own[name] != value:
+                raise ValueError(
+                    f"process {number} has {name}={own[name]!r}, process 0 has {name}={value!r}; give all processes "
+                    "the same."
+                )
 
 
 def summed(values: Made) -> Made:
@@ -234,10 +240,10 @@ def _described(error: Exception) -> tuple[str, str]:
     return kind, str(error) if kind and str(error) else f"{type(error).__name__}: {error}"
 
 
-def _again(index: int, number: int, kind: str, message: str) -> Exception:
+def _again(index: int, kind: str, message: str) -> Exception:
     """The error of process `index`, for another."""
     raised = {one.__name__: one for one in RAISED_AGAIN}.get(kind, RuntimeError)
-    error = raised(f"process {index} of {number}: {message}")
+    error = raised(f"process {index} of {place()[1]}: {message}")
     _mark_known(error)
     return error
 

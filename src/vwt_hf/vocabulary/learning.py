@@ -27,7 +27,7 @@ from ..checks import is_int, require_whole
 from ..image_source import ImagePart, ImageSource, open_images
 from ..printable import shown
 from ..processed_images import PatchBatch, patch_batches
-from ..processes import everywhere, gathered, in_main, join, place, summed, together
+from ..processes import everywhere, gathered, in_main, join, place, require_same, summed, together
 from ..processors import processor_statistics, white_of
 from ..whole_saves import require_folder, write_files
 from .files import VocabularyInfo, tensor_bytes
@@ -150,7 +150,7 @@ def learn_words(
         return kmeans, settings, open_images(images, column=column, seed=seed)
 
     (kmeans, settings, source), peers = everywhere(begin, lambda begun: Peer(begun[2].order, begun[2].name, begun[1]))
-    everywhere(lambda: _require_same_settings(peers))
+    everywhere(lambda: require_same([peer.settings for peer in peers]))
     orders = [peer.order for peer in peers]
     file = None
     if checkpoint is not None:
@@ -232,16 +232,6 @@ def _default_device() -> torch.device | str:
 
         return PartialState().device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _require_same_settings(peers: Sequence[Peer]) -> None:
-    for number, peer in enumerate(peers):
-        for name, value in peers[0].settings.items():
-            if peer.settings[name] != value:
-                raise ValueError(
-                    f"process {number} has {name}={peer.settings[name]!r}, process 0 has {name}={value!r}; give all "
-                    "processes the same."
-                )
 
 
 def _begin(
