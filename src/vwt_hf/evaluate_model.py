@@ -327,12 +327,12 @@ def _measured(
     index, processes = place()
     before = {} if log is None else log.before
     known, found = None if log is None else {number: batch.samples for number, batch in before.items()}, []
-    with contextlib.ExitStack() as stack:
-        if log is not None:
-            stack.callback(log.close)
-        total = None if images.total is None else -(-images.total // processes)
-        hidden = not progress or index > 0
-        bar = stack.enter_context(tqdm(total=total, desc="Images", unit="image", disable=hidden, leave=False))
+    total = None if images.total is None else -(-images.total // processes)
+    hidden = not progress or index > 0
+    with (
+        contextlib.nullcontext() if log is None else contextlib.closing(log),
+        tqdm(total=total, desc="Images", unit="image", disable=hidden, leave=False) as bar,
+    ):
         for number, samples in images.batches(index, processes, batch_size, known):
             batch = before[number] if samples is None else _batch(task, models, number, samples, processor)
             found.append(batch)

@@ -252,23 +252,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     return entry.is_file()
 
 
-class ImageRows:
-    """Images that are had one by one by their number, in a fixed order. Made by `image_rows`.
-
-    `rows[i]` is the name of image `i`, and what `read_image` takes; names of files that are no text have escapes.
-    """
-
-    order: str
-    """What they are: other images, or others in number or order, differ in it."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitem__(self, row: int) -> tuple[str, Any]:
-        raise NotImplementedError
-
-
-class _FolderRows(ImageRows):
+class _FolderRows:
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa
 
@@ -290,7 +274,7 @@ class _FolderRows(ImageRows):
         return name.encode("utf-8", "backslashreplace").decode(), self._folder / name
 
 
-class _DatasetRows(ImageRows):
+class _DatasetRows:
     KEY = "__key__"
     """The column in which WebDataset keeps the name of each sample."""
 
@@ -311,6 +295,14 @@ class _DatasetRows(ImageRows):
         item = found[self._column]
         name = found.get(self.KEY) if self._column != self.KEY else None
         return name or (item and item["path"]) or f"row {row}", item
+
+
+ImageRows = _FolderRows | _DatasetRows
+"""Images that are had one by one by their number, in a fixed order. Made by `image_rows`.
+
+`rows[i]` is the name of image `i`, and what `read_image` takes; names of files that are no text have escapes. `order`
+says what they are: other images, or others in number or order, differ in it.
+"""
 
 
 def image_rows(images: Any, column: str | None = None) -> ImageRows:

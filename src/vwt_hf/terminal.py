@@ -49,15 +49,12 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print goes nowhere
             return 141
-        except KeyboardInterrupt:
-            _print_line(prog, "interrupted")
-            return 130
         except SystemExit as end:
             if not isinstance(end.code, str):
                 raise
             _print_line(prog, end.code)
             return 2
-        except Exception as error:  # libraries raise nearly anything for bad input
+        except (Exception, KeyboardInterrupt) as error:  # libraries raise nearly anything for bad input
             if _was_interrupted(error):
                 _print_line(prog, "interrupted")
                 return 130

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from .config import VWTConfig
@@ -217,8 +218,7 @@ def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = canvas.buffer_rgba()
-    picture = Image.frombuffer("RGBA", canvas.get_width_height(), pixels, "raw", "RGBA", 0, 1).convert("RGB")
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     if small:
         # The octree keeps rare hues that median cut, Pillow's default, merges away; Pillow dithers to a given palette
         # only.

@@ -120,7 +120,7 @@ def work(args: argparse.Namespace) -> None:
     if args.card is not None:
         from .model_card import read_card, require_same_images, subject_of, write_card
 
-        read_card(Path(args.card), args.model)  # refused before hours are spent on what goes in
+        card = read_card(Path(args.card), args.model)  # refused before hours are spent on what goes in
 
     from transformers import AutoConfig, AutoModel
 
@@ -162,9 +162,8 @@ def work(args: argparse.Namespace) -> None:
         is_here = Path(args.dataset).exists()
         name = args.dataset_name or (Path(args.dataset).resolve().name if is_here else args.dataset)
         if args.card is not None:
-            own = read_card(Path(args.card), args.model)
             subject = subject_of(TASKS[task].hub_name, printable(name), split, args.config)
-            require_same_images(own, subject, images.total, exact=hasattr(images.data, "__len__"))
+            require_same_images(card, subject, images.total, exact=hasattr(images.data, "__len__"))
         result = evaluate_model(
             model,
             images,

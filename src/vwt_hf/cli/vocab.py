@@ -62,11 +62,11 @@ def facts(vocabulary: VisualVocabulary) -> list[tuple[str, str]]:
         ("image processor of", printable(info.base_model or UNKNOWN)),
         ("its mean", _numbers(info.image_mean)),
         ("its standard deviation", _numbers(info.image_std)),
-        ("patches", _number(info.patches)),
-        ("images", _number(info.images)),
-        ("unreadable images", _number(info.unreadable)),
-        ("inertia", UNKNOWN if info.inertia is None else f"{info.inertia:.4g}"),
-        ("seed", UNKNOWN if info.seed is None else str(info.seed)),
+        ("patches", _known(info.patches, ",")),
+        ("images", _known(info.images, ",")),
+        ("unreadable images", _known(info.unreadable, ",")),
+        ("inertia", _known(info.inertia, ".4g")),
+        ("seed", _known(info.seed, "d")),
         ("ten most frequent words", _top_share(vocabulary)),
         ("vwt-hf", printable(info.library_version or UNKNOWN)),
         ("source", printable(vocabulary.source or UNKNOWN)),
@@ -84,8 +84,8 @@ def _top_share(vocabulary: VisualVocabulary) -> str:
     return f"{100 * float(top / counts.sum()):.1f} % of the patches"
 
 
-def _number(value: int | None) -> str:
-    return UNKNOWN if value is None else f"{value:,}"
+def _known(value: float | None, form: str) -> str:
+    return UNKNOWN if value is None else format(value, form)
 
 
 def _numbers(values: Sequence[float] | None) -> str:
