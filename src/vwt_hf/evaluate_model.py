@@ -238,7 +238,7 @@ def evaluate_model(
     processor = without_words(processor_of(model, image_processor))  # each setting finds its own
     if task_class in (ZeroShot, Retrieval):
         require_texts(model)  # before a tokenizer is looked for, which such a model has none of
-    settings = list(vwt) if vwt is not None else [setting_of(model) or True]
+    settings = [setting_of(model) or True] if vwt is None else vwt
     # Copies, so that the user's model stays as it is, whatever happens.
     plain = restore(copy_sharing_weights(model)).eval()
     models = [plain]
@@ -267,7 +267,7 @@ def evaluate_model(
     rows = [
         Row(
             setting=name,
-            vwt=json_of(setting),
+            vwt=json.loads(json.dumps(setting, default=_in_json)),
             tokens=_total([batch.counts[index] for part in parts for batch in part]).mean,
             seconds=max(sum(batch.seconds[index] for batch in part) for part in parts),
             figures=figures[index],
@@ -497,12 +497,6 @@ def name_of(setting: Any) -> str:
     )
 
 
-def json_of(setting: Any) -> Any:
-    """A setting, or a value in one, as JSON holds it."""
-    if isinstance(setting, VWTConfig):
-        return setting.to_dict()
-    if isinstance(setting, Mapping):
-        return {name: json_of(value) for name, value in setting.items()}
-    if isinstance(setting, (list, tuple)):
-        return [json_of(value) for value in setting]
-    return setting if setting is None or isinstance(setting, (bool, int, float)) else str(setting)
+def _in_json(value: Any) -> Any:
+    """A setting, or a value in one, that JSON has no type for."""
+    return value.to_dict() if isinstance(value, VWTConfig) else str(value)

@@ -457,11 +457,9 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Ten
 def _longest(model: Any) -> int:
     """Tokens of a text that the model has positions for."""
     config = model.config.text_config
+    is_roberta = "roberta" in config.model_type or config.model_type == "altclip_text_model"
     # RoBERTa's positions start after that of padding.
-    first = (
-        config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "altclip_text_model" else 0
-    )
-    return config.max_position_embeddings - first
+    return config.max_position_embeddings - (config.pad_token_id + 1 if is_roberta else 0)
 
 
 def ranks_of(queries: torch.Tensor, candidates: torch.Tensor, right: Sequence[Sequence[int]]) -> torch.Tensor:
