@@ -140,6 +140,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return line(iter(columns)) + "|" + "---|" * len(columns) + "\n" + "".join(below)
 
 
+def options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What options of a command hold, for a function that has arguments of the same names."""
+    return {name: getattr(args, name) for name in names}
+
+
 def vwt_option(text: str) -> Any:
     """A setting as the option `--vwt` of a command gives it, as JSON."""
     wanted = 'expected true, false, or fields, as \'{"method": "local", "keep_ratio": 0.7}\'; a vocabulary stands '

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned, do_all, png_file
+from ..terminal import aligned, do_all, options, png_file
 from ..whole_saves import require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, load_model, load_whole, require_checkpoint, tokenizer_beside
 from .sources import IMAGES, open_source
@@ -80,7 +80,7 @@ def work(args: argparse.Namespace) -> None:
     from ..timing import usable_device
     from ..visualize import front_figure, require_matplotlib, write_png
 
-    targets = {"agreement": args.agreement, "speed": args.speed, "tokens": args.tokens}
+    targets = options(args, "agreement", "speed", "tokens")
     target_of(**targets)
     if args.plot is not None:
         require_matplotlib()
@@ -94,11 +94,7 @@ def work(args: argparse.Namespace) -> None:
         model,
         source,
         image_processor=processor,
-        batch_size=args.batch_size,
-        by=args.by,
-        seed=args.seed,
-        max_images=args.max_images,
-        resume=args.resume,
+        **options(args, "batch_size", "by", "seed", "max_images", "resume"),
     )
     setting = search.find(**targets)
 

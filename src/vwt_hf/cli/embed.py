@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned, vwt_option
+from ..terminal import aligned, options, vwt_option
 from ..whole_saves import require_folder
 from .loading import add_device, add_dtype, features_class, load, require_checkpoint
 from .sources import IMAGES, open_source
@@ -92,11 +92,7 @@ def work(args: argparse.Namespace) -> None:
             source,
             args.output,
             image_processor=processor,
-            column=args.column,
-            batch_size=args.batch_size,
-            shard_size=args.shard_size,
-            format=args.format,
-            workers=args.workers,
+            **options(args, "column", "batch_size", "shard_size", "format", "workers"),
         )
         if place()[0] > 0:
             return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import do_all, markdown, vwt_option
+from ..terminal import do_all, markdown, options, vwt_option
 from ..whole_saves import require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, features_class, load, require_checkpoint
 from .sources import open_source
@@ -139,15 +139,8 @@ def work(args: argparse.Namespace) -> None:
         data, split = open_source(
             args.dataset, config=args.config, split=args.split, usual=SPLITS, streaming=args.streaming, described=True
         )
-        images = open_labelled(
-            data,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            caption_column=args.caption_column,
-            group_column=args.group_column,
-            groups=args.groups,
-            limit=args.limit,
-        )
+        columns = options(args, "image_column", "label_column", "caption_column", "group_column")
+        images = open_labelled(data, **columns, groups=args.groups, limit=args.limit)
         images.source = args.dataset
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
         task = args.task or task_for(config.architectures or [], config.model_type, images)
@@ -167,14 +160,9 @@ def work(args: argparse.Namespace) -> None:
         result = evaluate_model(
             model,
             images,
-            vwt=args.vwt,
             task=task,
             image_processor=processor,
-            batch_size=args.batch_size,
-            prompt=args.prompt,
-            max_new_tokens=args.max_new_tokens,
-            seed=args.seed,
-            resume=args.resume,
+            **options(args, "vwt", "batch_size", "prompt", "max_new_tokens", "seed", "resume"),
         )
         result.dataset = name
         if place()[0] == 0:

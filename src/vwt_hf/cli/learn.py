@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned
+from ..terminal import aligned, options
 from ..whole_saves import require_folder
 from .loading import add_device
 from .sources import IMAGES, open_source
@@ -82,14 +82,14 @@ def work(args: argparse.Namespace) -> None:
     from ..processes import everywhere, in_main, joined
 
     with joined(args.device):
-        (images, options), _ = everywhere(lambda: _prepared(args))
+        (images, how), _ = everywhere(lambda: _prepared(args))
 
         from ..vocabulary import VisualVocabulary
 
         progress = _progress(args)
         started = time.monotonic()
         try:
-            vocabulary = VisualVocabulary.learn(images, **options, checkpoint=progress, resume=args.resume)
+            vocabulary = VisualVocabulary.learn(images, **how, checkpoint=progress, resume=args.resume)
         except FileExistsError as error:
             raise FileExistsError(
                 f"{progress} holds the progress of an earlier run; add --resume to go on with it, by the "
@@ -122,12 +122,8 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         _require_hub(args.push_to_hub, args.private)
     return images, {
         "image_processor": processor,
-        "size": args.size,
+        **options(args, "size", "seed", "batch_size", "column", "max_images"),
         "patch_size": patch_size,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "column": args.column,
-        "max_images": args.max_images,
         "device": device,
         "dataset": None if Path(args.images).exists() else args.images,
         "base_model": None if Path(args.image_processor).exists() else args.image_processor,

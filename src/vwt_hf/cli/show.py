@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import CRITERIA, VWTConfig
 from ..printable import printable
-from ..terminal import png_file
+from ..terminal import options, png_file
 from ..whole_saves import require_writable
 from .demo import ROWS
 from .loading import require_checkpoint
@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def work(args: argparse.Namespace) -> None:
     """Writes a picture of which patches share a word, or of which ones are kept, and prints their numbers."""
-    names = ("vocabulary", "revision", "threshold", "keep_ratio", "criterion")
-    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    fields = options(args, "vocabulary", "revision", "threshold", "keep_ratio", "criterion")
+    given = {name: value for name, value in fields.items() if value is not None}
     setting = VWTConfig(method="intra" if args.vocabulary is None else "inter", **given)
     require_writable(args.output)
 
