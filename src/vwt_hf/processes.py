@@ -234,16 +234,15 @@ def _talking() -> Iterator[None]:
         ) from error
 
 
-def _described(error: Exception) -> tuple[str, str]:
+def _described(error: Exception) -> tuple[type[Exception], str]:
     """Kind and message: an error itself cannot always be pickled."""
-    kind = next((kind.__name__ for kind in RAISED_AGAIN if isinstance(error, kind)), "")
-    return kind, str(error) if kind and str(error) else f"{type(error).__name__}: {error}"
+    kind = next((kind for kind in RAISED_AGAIN if isinstance(error, kind)), None)
+    return kind or RuntimeError, str(error) if kind and str(error) else f"{type(error).__name__}: {error}"
 
 
-def _again(index: int, kind: str, message: str) -> Exception:
+def _again(index: int, kind: type[Exception], message: str) -> Exception:
     """The error of process `index`, for another."""
-    raised = {one.__name__: one for one in RAISED_AGAIN}.get(kind, RuntimeError)
-    error = raised(f"process {index} of {place()[1]}: {message}")
+    error = kind(f"process {index} of {place()[1]}: {message}")
     _mark_known(error)
     return error
 
