@@ -41,11 +41,11 @@ from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
 from .processed_images import one_batch, processed
 from .processes import gathered, join, place
-from .processors import described_processor, processor_of
+from .processors import described_processor, load_beside, processor_of
 from .provenance import compression_of, made_with
 from .timing import stopwatch
 from .token_count import TokenCount, count_tokens
-from .weights import copy_sharing_weights, device_of, fingerprint_of, loaded_by
+from .weights import copy_sharing_weights, device_of, fingerprint_of
 
 FORMAT = 5
 """Of what is kept of a run that may be cut off."""
@@ -246,7 +246,8 @@ def evaluate_model(
         own: Any = VWTConfig.parse(setting)
         models.append(compress_by(copy_sharing_weights(plain), own, trusted=True, image_processor=processor))
     if tokenizer is None and task_class in (ZeroShot, Retrieval, Captions):
-        tokenizer = _tokenizer_beside(model)
+        load = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+        tokenizer = load_beside(model, load, "text tokenizer", "tokenizer=AutoTokenizer")
     names = _names([None, *settings], models)
     chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
 
@@ -393,19 +394,6 @@ def _fingerprint(
         "batch_size": batch_size,
     }
     return json.loads(json.dumps(of))
-
-
-def _tokenizer_beside(model: PreTrainedModel) -> Any:
-    """The text tokenizer of the checkpoint that a model was loaded from."""
-    try:
-        if not model.name_or_path:
-            raise ValueError("it was loaded from nowhere")
-        return AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False, **loaded_by(model))
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"the {type(model).__name__} has no text tokenizer that can be loaded ({str(error)[:200]}); give one as "
-            "tokenizer=AutoTokenizer.from_pretrained(...)."
-        ) from error
 
 
 def _tokenizer_of(task: Task) -> str | None:

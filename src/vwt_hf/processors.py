@@ -14,6 +14,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from .checks import is_int
+from .printable import LONGEST
 from .shared_changes import SharedChange
 from .weights import loaded_by
 
@@ -45,14 +46,27 @@ def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
     """
     if image_processor is not None:
         return getattr(image_processor, "image_processor", image_processor)
+    return load_beside(model, load_processor, "image processor", "image_processor=AutoImageProcessor")
+
+
+def load_beside(model: PreTrainedModel, load: Callable[..., Any], what: str, instead: str) -> Any:
+    """What `load` finds beside the weights of a model.
+
+    Args:
+        what: an error calls it.
+        instead: how a caller gives it, up to `.from_pretrained`.
+
+    Raises:
+        ValueError: `model` was loaded from nowhere, or from where there is none.
+    """
     try:
         if not model.name_or_path:
             raise ValueError("it was loaded from nowhere")
-        return load_processor(model.name_or_path, **loaded_by(model))
+        return load(model.name_or_path, **loaded_by(model))
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
-            f"the {type(model).__name__} has no image processor that can be loaded ({error}); give one as "
-            "image_processor=AutoImageProcessor.from_pretrained(...)."
+            f"the {type(model).__name__} has no {what} that can be loaded ({str(error)[:LONGEST]}); give one as "
+            f"{instead}.from_pretrained(...)."
         ) from error
 
 
