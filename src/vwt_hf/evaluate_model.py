@@ -262,7 +262,7 @@ def evaluate_model(
 
     parts = gathered(measure)
     kept, unreadable = _merged([batch for part in parts for batch in part], len(models))
-    if not kept.labels:
+    if not kept.samples:
         raise ValueError(f"no image can be read of {len(unreadable)}: {'; '.join(unreadable[:3]) or 'there are none'}.")
     figures, said = chosen.figures(kept)
     rows = [
@@ -277,7 +277,7 @@ def evaluate_model(
     ]
     machine = _machine(model, len(parts))
     source = model.name_or_path or ""
-    return Evaluation(source, task_class.name, opened.name, len(kept.labels), unreadable, said, rows, machine)
+    return Evaluation(source, task_class.name, opened.name, len(kept.samples), unreadable, said, rows, machine)
 
 
 def _listed(vwt: Any) -> list[Any] | None:
@@ -417,13 +417,7 @@ def _merged(batches: Sequence[Batch], models: int) -> tuple[Answers, list[str]]:
     batches = sorted(batches, key=lambda batch: batch.number)
     samples = [sample for batch in batches for sample in batch.samples]
     answers = [_joined([batch.answers[index] for batch in batches if batch.samples]) for index in range(models)]
-    kept = Answers(
-        [sample.label for sample in samples],
-        [sample.group for sample in samples],
-        [sample.captions for sample in samples],
-        answers,
-    )
-    return kept, [said for batch in batches for said in batch.unreadable]
+    return Answers(samples, answers), [said for batch in batches for said in batch.unreadable]
 
 
 def _joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

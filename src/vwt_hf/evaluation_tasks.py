@@ -6,6 +6,7 @@ A task says what a model answers to a batch of images, what of the answers is ke
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -32,7 +33,7 @@ from .figures import (
     token_f1,
     worst_group_interval,
 )
-from .labelled_images import LabelledImages
+from .labelled_images import LabelledImages, Sample
 from .printable import shown
 from .processes import gathered, place
 from .weights import device_of, parameter_of
@@ -60,9 +61,7 @@ class Figure:
 class Answers:
     """What is kept of images: what is known of them, and what each model answered."""
 
-    labels: list[str | int | None]
-    groups: list[str]
-    captions: list[tuple[str, ...]]
+    samples: list[Sample]
     answers: list[dict[str, Any]]
     """For each model, by name, a list or a tensor with an entry for each image; the plain model comes first."""
 
@@ -159,8 +158,9 @@ class Classification(Task):
         }
 
     def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
-        truth, said = self.truth(kept.labels)
-        return [self._right(answers["answer"].tolist(), truth, kept.groups) for answers in kept.answers], said
+        truth, said = self.truth([sample.label for sample in kept.samples])
+        groups = [sample.group for sample in kept.samples]
+        return [self._right(answers["answer"].tolist(), truth, groups) for answers in kept.answers], said
 
     def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
         """The right answers for each image, none where that is not known; and what has to be said of them."""
@@ -274,15 +274,16 @@ class Retrieval(Task):
         return {"features": found, "cosine": cosines(found, plain)}
 
     def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
-        captioned = [image for image, captions in enumerate(kept.captions) if captions]
+        captions = [sample.captions for sample in kept.samples]
+        captioned = [image for image, own in enumerate(captions) if own]
         if not captioned:
             raise ValueError(
-                f"none of {len(kept.captions)} images has a caption, which {self.name} is about; expected a column "
+                f"none of {len(captions)} images has a caption, which {self.name} is about; expected a column "
                 "with a text, or a list of texts, about each image: name it."
             )
-        texts = sorted({caption for captions in kept.captions for caption in captions})
+        texts = sorted(set(itertools.chain(*captions)))
         numbers = {text: number for number, text in enumerate(texts)}
-        of_images = [[numbers[caption] for caption in kept.captions[image]] for image in captioned]
+        of_images = [[numbers[caption] for caption in captions[image]] for image in captioned]
         of_texts: list[list[int]] = [[] for _ in texts]
         for image, own in enumerate(of_images):
             for text in own:
@@ -294,7 +295,7 @@ class Retrieval(Task):
             return text_features(self.model, self.tokenizer, own) if own else torch.zeros(0, 1, device="cpu")
 
         features = torch.cat([own for own in gathered(encoded) if len(own)])
-        said = _left_out(kept.captions, "without a caption are left out")
+        said = _left_out(captions, "without a caption are left out")
         recalls = []
         for answers in kept.answers:
             images = answers["features"][captioned]
@@ -350,12 +351,13 @@ class Captions(Task):
         return {"text": found}
 
     def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
-        captioned = [image for image, captions in enumerate(kept.captions) if captions]
+        captions = [sample.captions for sample in kept.samples]
+        captioned = [image for image, own in enumerate(captions) if own]
         if not captioned:
             return super().own(kept)
-        references = [kept.captions[image] for image in captioned]
+        references = [captions[image] for image in captioned]
         texts = [[answers["text"][image] for image in captioned] for answers in kept.answers]
-        said = _left_out(kept.captions, "without a caption are left out of token_f1")
+        said = _left_out(captions, "without a caption are left out of token_f1")
         return [{"token_f1": self._f1(written, references)} for written in texts], said
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
