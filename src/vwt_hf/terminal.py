@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
-import functools
 import io
 import json
 import os
@@ -39,7 +38,8 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
         SystemExit: `work` did, as argparse does after help.
     """
     with _forgiving(sys.stdout), _forgiving(sys.stderr), warnings.catch_warnings():
-        warnings.showwarning = functools.partial(_print_warning, prog)
+        # Without the line of code that `warnings` shows, which is of no use on a terminal.
+        warnings.showwarning = lambda message, *where: _print_line(prog, f"warning: {message}")
         try:
             try:
                 work()
@@ -114,11 +114,6 @@ codecs.register_error("vwt_hf", _in_plain)
 def _print_line(prog: str, message: object) -> None:
     # Some of transformers' messages run over many lines.
     print(f"{prog}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
-
-
-def _print_warning(prog: str, message: Warning | str, *where: Any) -> None:
-    """Without the line of code that `warnings` shows, which is of no use on a terminal."""
-    _print_line(prog, f"warning: {message}")
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
