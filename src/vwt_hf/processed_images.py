@@ -64,13 +64,14 @@ def one_batch(made: Sequence[dict[str, torch.Tensor]], image_processor: Any) -> 
 
 
 def processed(
-    item: Any, image_processor: Any, name: str | None = None, formats: Sequence[str] = FORMATS
+    item: Any, image_processor: Any, name: str | None = None, formats: Sequence[str] = FORMATS, **options: Any
 ) -> dict[str, torch.Tensor]:
     """What an image processor makes of one image, each of its tensors (1, ...).
 
     Args:
         item, formats: as `read_image` takes them.
         name: what an error calls it.
+        options: of the image processor, in place of its own.
 
     Raises:
         UnreadableImage: it cannot be read, or the processor cannot take it.
@@ -79,7 +80,7 @@ def processed(
     try:
         require_room(image, image_processor)
         with torch.device("cpu"):  # whatever torch's default is
-            return dict(image_processor(images=[image], return_tensors="pt"))
+            return dict(image_processor(images=[image], return_tensors="pt", **options))
     except Exception as error:
         name = name or (os.fspath(item) if isinstance(item, (str, os.PathLike)) else "an image")
         called = f"{printable(name)} ({image.width}×{image.height})"
@@ -160,21 +161,18 @@ def _numbers(value: Any) -> list[float]:
     return [number for one in value for number in _numbers(one)] if isinstance(value, (list, tuple)) else []
 
 
-def image_patches(image: Any, image_processor: Any, patch_size: int) -> torch.Tensor:
-    """The patches of one PIL image as the model would see them, but in raw RGB.
+def image_patches(item: Any, image_processor: Any, name: str, patch_size: int) -> torch.Tensor:
+    """The patches of one image, given as to `processed`, as the model would see them, but in raw RGB.
 
     Returns:
         (patches, channels · p · p) float32 in [0, 1].
 
     Raises:
-        ValueError: the image is too narrow, or what the processor returns has other values, or is smaller than a patch.
+        UnreadableImage: it cannot be read, or the processor cannot take it.
+        ValueError: what the processor returns has other values, or is smaller than a patch.
     """
-    require_room(image, image_processor)
     # Raw RGB for any processor, whatever its own rescale factor and statistics are.
-    with torch.device("cpu"):  # whatever torch's default is
-        made = image_processor(
-            images=[image], do_normalize=False, do_rescale=True, rescale_factor=1 / 255, return_tensors="pt"
-        )
+    made = processed(item, image_processor, name, do_normalize=False, do_rescale=True, rescale_factor=1 / 255)
     pixels = whole_images(made).float()
     low, high = pixels.aminmax()
     # Resizing in floating point overshoots a little.
@@ -196,7 +194,7 @@ def patch_batches(
         for name, item in batch:
             lengths.append(0)
             try:
-                patches.append(image_patches(read_image(item, name), image_processor, patch_size))
+                patches.append(image_patches(item, image_processor, name, patch_size))
                 lengths[-1] = len(patches[-1])
             except UnreadableImage as error:  # one is no reason to lose a run of hours
                 unreadable.append(str(error))
