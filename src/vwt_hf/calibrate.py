@@ -225,8 +225,7 @@ class Calibration:
         self._of = self._fingerprint()
         self._tried: dict[Choice, Level] = {}
         if self._file is not None and self._file.exists():
-            levels = _read(self._file, self._of)
-            self._tried = {level.choice: level for level in levels}
+            self._tried = {level.choice: level for level in _read(self._file, self._of)}
 
     @property
     def tried(self) -> list[Level]:

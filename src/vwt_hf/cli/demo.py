@@ -143,11 +143,8 @@ def work(args: argparse.Namespace) -> None:
 
     height, width = shown.shape[-2:]
     print(f"{type(plain).__name__} from {printable(checkpoint)}")
-    print(
-        f"{len(paths)} photographs at {height}×{width}, batch size {args.batch_size}, criterion {args.criterion}, ",
-        end="",
-    )
-    print(f"{feature}\n")
+    photographs = f"{len(paths)} photographs at {height}×{width}"
+    print(f"{photographs}, batch size {args.batch_size}, criterion {args.criterion}, {feature}\n")
     rows = [("setting", "tokens", "ms per image", "time ratio", "cosine mean", "cosine min")]
     for i, name in enumerate(settings, start=1):
         before, after = (1000 * statistics.median(seconds[model].tolist()) / len(paths) for model in (0, i))
