@@ -84,15 +84,12 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
 
     # After the hook that reduces: what torch.compile made of the embeddings may have it, or they within that.
     reduced = (part for part in tower.embeddings.modules() if reduce_hook_of(part))
-    hooks = [next(reduced, tower.embeddings).register_forward_hook(add, with_kwargs=True)]
-    for number in joining_layers(tower.module):
-        for layer in places[number - 1]:
-            hooks.append(layer.register_forward_hook(functools.partial(fewer, number)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(next(reduced, tower.embeddings).register_forward_hook(add, with_kwargs=True))
+        for number in joining_layers(tower.module):
+            for layer in places[number - 1]:
+                hooks.enter_context(layer.register_forward_hook(functools.partial(fewer, number)))
         yield count
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _images_and_tokens(
