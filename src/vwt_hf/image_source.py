@@ -91,12 +91,9 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
         )
 
     def cut(_index: int, _number: int, skip: int, max_images: int | None) -> ImagePart:
-        total = len(images) if hasattr(images, "__len__") else None
+        total = len(range(len(images))[:max_images]) if hasattr(images, "__len__") else None
         numbered = ((f"image {i}", image) for i, image in enumerate(images))
-        return ImagePart(
-            _after(skip, itertools.islice(numbered, max_images)),
-            total if total is None or max_images is None else min(total, max_images),
-        )
+        return ImagePart(_after(skip, itertools.islice(numbered, max_images)), total)
 
     return ImageSource(None, "images in their own order", cut, divides=False)
 

@@ -106,12 +106,10 @@ class LabelledImages:
         """
         hashes, known = known is not None, known or {}
         if hasattr(self.data, "__len__"):
-            for start in range(process * batch_size, len(self.data), processes * batch_size):
-                if start // batch_size in known:
-                    yield start // batch_size, None
-                    continue
-                numbers = range(start, min(start + batch_size, len(self.data)))
-                yield start // batch_size, [self._sample(number, self.data[number]) for number in numbers]
+            images = range(len(self.data))
+            for number in range(process, -(-len(images) // batch_size), processes):
+                own = images[number * batch_size : (number + 1) * batch_size]
+                yield number, None if number in known else [self._sample(index, self.data[index]) for index in own]
             return
 
         from datasets.distributed import split_dataset_by_node

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -120,7 +119,7 @@ def write_card(file: Path, result: Evaluation, split: str | None, config: str | 
     (made,) = eval_results_to_model_index(card.entry["name"], result.eval_results(split=split, config=config))
     (new,) = made["results"]
     require_same_images(card, _subject(new), total, exact=True)
-    results = copy.deepcopy(card.entry["results"])
+    results = card.entry["results"]
     alike = [own for own in results if _subject(own) == _subject(new)]
     replaced = {_name_of(figure) for figure in new["metrics"]}
     for own in alike:
