@@ -9,40 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .on_gpu import kernels_for
 from .words import patch_places, with_prefix
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from functools import cached_property as lazy
+else:
 
+    class lazy:
+        """A property that is computed once and kept; while torch.compile traces it, it is computed each time.
 
-class lazy(Generic[T]):
-    """A property that is computed once and kept; while torch.compile traces it, it is computed each time.
+        `functools.cached_property` takes a lock before Python 3.12, which no graph can hold.
+        """
 
-    `functools.cached_property` takes a lock before Python 3.12, which no graph can hold.
-    """
+        def __init__(self, function: Callable[[Any], Any]) -> None:
+            functools.update_wrapper(self, function)
+            self.function = function
 
-    def __init__(self, function: Callable[[Any], T]) -> None:
-        functools.update_wrapper(cast(Any, self), function)
-        self.function = function
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> lazy[T]: ...
-    @overload
-    def __get__(self, instance: object, owner: type | None = None) -> T: ...
-    def __get__(self, instance: object | None, owner: type | None = None) -> Any:
-        if instance is None:
-            return self
-        found = self.function(instance)
-        if not torch.compiler.is_dynamo_compiling():
-            instance.__dict__[self.function.__name__] = found
-        return found
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            if instance is None:
+                return self
+            found = self.function(instance)
+            if not torch.compiler.is_dynamo_compiling():
+                instance.__dict__[self.function.__name__] = found
+            return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +170,11 @@ def group(
         patch_words = torch.where(real, patch_words, patch_words[:, :1])
     token_of_patch, lengths = _tokens(patch_words, by_index)
     counted = (lengths + prefix).tolist()  # the one synchronisation with the device
-    shape, starts, packed = _places(counted, prefix + patch_words.shape[1], packed, not_as, rounds)
-    bounds = _bounds(starts, counted, patch_words.device)
+    whole, device = prefix + patch_words.shape[1], patch_words.device
+    shape, runs, packed, bounds = _places(counted, whole, packed, not_as, rounds, device)
     rows = with_prefix(token_of_patch, prefix) + bounds[0].unsqueeze(1)
-    return _of_rows(rows, prefix, bounds, shape, _runs(counted), packed, real, rounds and packed)
+    sizes = _sizes(rows, prefix, shape, real)
+    return Layout(rows, sizes, prefix, runs, packed, bounds, real, rounds and packed)
 
 
 def lead(
@@ -197,10 +194,9 @@ def lead(
     if real is None and (kernels := kernels_for(leaders)):
         first, place, counts = kernels.number_words(leaders, _even_bounds(batch, patches, leaders.device), patches)
         counted = [prefix + count for count in counts.tolist()]  # the one synchronisation with the device
-        shape, starts, packed = _places(counted, prefix + patches, packed, (), rounds)
-        bounds = _bounds(starts, counted, leaders.device)
+        shape, runs, packed, bounds = _places(counted, prefix + patches, packed, (), rounds, leaders.device)
         rows, sizes, sources = kernels.rows_of_patches(leaders, first, place, bounds[0], shape, prefix)
-        return Layout(rows, sizes, prefix, _runs(counted), packed, bounds, None, rounds and packed), sources
+        return Layout(rows, sizes, prefix, runs, packed, bounds, None, rounds and packed), sources
     layout = group(leaders, prefix, packed, real, rounds=rounds, by_index=True)
     return layout, by_token(whole_rows(leaders, batch, prefix, patches), layout)
 
@@ -262,26 +258,26 @@ def regroup(
     counted = counts.tolist()  # the one synchronisation with the device
     if sum(counted) == before.tokens:
         return before, sources
-    shape, starts, packed = _places(counted, before.rows.shape[1], before.packed, not_as, before.rounds)
-    bounds, runs = _bounds(starts, counted, before.rows.device), _runs(counted)
+    whole, device = before.rows.shape[1], before.rows.device
+    shape, runs, packed, bounds = _places(counted, whole, before.packed, not_as, before.rounds, device)
     rest = before.prefix, runs, packed, bounds, before.real, before.rounds
     if kernels and before.real is None:
         rows, sizes, sources = kernels.rows_of(into, lead, place, bounds[0], shape, before.rows, sources)
         return Layout(rows, sizes, *rest), sources
     rows = place[lead][before.rows] + (bounds[0] - begin).unsqueeze(1)
-    layout = _of_rows(rows, before.prefix, bounds, shape, runs, packed, before.real, before.rounds)
+    layout = Layout(rows, _sizes(rows, before.prefix, shape, before.real), *rest)
     return layout, None if sources is None else by_token(sources.flatten()[into[before.rows]], layout)
 
 
-def _runs(counted: list[int]) -> tuple[tuple[int, int], ...]:
-    """`Layout.runs` of images of so many tokens each, prefix tokens included."""
-    return tuple(sorted(Counter(counted).items()))
-
-
 def _places(
-    counted: list[int], whole: int, packed: bool, not_as: Collection[tuple[int, ...]], rounds: bool
-) -> tuple[tuple[int, int], list[int], bool]:
-    """Where images of so many tokens lie: the shape of their batch, the row that each starts in, whether it is packed.
+    counted: list[int],
+    whole: int,
+    packed: bool,
+    not_as: Collection[tuple[int, ...]],
+    rounds: bool,
+    device: torch.device,
+) -> tuple[tuple[int, int], tuple[tuple[int, int], ...], bool, tuple[torch.Tensor, torch.Tensor]]:
+    """Where images of so many tokens lie: the shape of their batch, and `runs`, `packed` and `bounds` of its layout.
 
     Args:
         counted: tokens of each image, prefix tokens included.
@@ -289,35 +285,32 @@ def _places(
         packed, not_as, rounds: as for `group`.
     """
     batch = len(counted)
-    if packed and batch:  # a sequence of no tokens is none that a convolution takes
-        order = sorted(range(batch), key=counted.__getitem__)
-        ends = list(itertools.accumulate(counted[image] for image in order))
-        starts = [0] * batch
-        for image, end in zip(order, ends, strict=True):
-            starts[image] = end - counted[image]
-        rows = _rounded(ends[-1]) if rounds else ends[-1]
-        if rows > ends[-1] and ((1, rows) in not_as or (batch, rows) == (1, whole)):
-            rows = ends[-1]
-        return (1, rows), starts, True
-    longest = max(counted, default=1)
-    # Longer where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
-    while longest == whole or (batch, longest) in not_as:
-        longest += 1
-    return (batch, longest), [image * longest for image in range(batch)], False
+    packed = packed and batch > 0  # a sequence of no tokens is none that a convolution takes
+    if packed:
+        filled, starts = 0, [0] * batch
+        for image in sorted(range(batch), key=counted.__getitem__):
+            starts[image] = filled
+            filled += counted[image]
+        rows = _rounded(filled) if rounds else filled
+        if (1, rows) in not_as or (batch, rows) == (1, whole):
+            rows = filled
+        shape = 1, rows
+    else:
+        longest = max(counted, default=1)
+        # Longer where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
+        while longest == whole or (batch, longest) in not_as:
+            longest += 1
+        shape, starts = (batch, longest), [image * longest for image in range(batch)]
+    ends = [start + count for start, count in zip(starts, counted, strict=True)]
+    both = torch.tensor([starts, ends], dtype=torch.int64, device="cpu")
+    first, after = both.to(device, non_blocking=device.type == "cuda")
+    return shape, tuple(sorted(Counter(counted).items())), packed, (first, after)
 
 
 def _rounded(rows: int) -> int:
     """The next of 16 numbers from one power of two to the next, which is 6 % more at most."""
     step = 1 << max(rows.bit_length() - 5, 0)
     return -(-rows // step) * step
-
-
-def _bounds(starts: list[int], counted: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Layout.bounds` of images of so many tokens that start in these rows."""
-    ends = [start + count for start, count in zip(starts, counted, strict=True)]
-    both = torch.tensor([starts, ends], dtype=torch.int64, device="cpu")
-    first, after = both.to(device, non_blocking=device.type == "cuda")
-    return first, after
 
 
 def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: torch.Tensor | None = None) -> Layout:
@@ -332,25 +325,15 @@ def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: 
     batch, length = token_of_patch.shape[0], prefix + tokens
     bounds, runs = _even_bounds(batch, length, token_of_patch.device), ((length, batch),) if batch else ()
     rows = with_prefix(token_of_patch, prefix) + bounds[0].unsqueeze(1)
-    return _of_rows(rows, prefix, bounds, (batch, length), runs, False, real)
+    return Layout(rows, _sizes(rows, prefix, (batch, length), real), prefix, runs, False, bounds, real)
 
 
-def _of_rows(
-    rows: torch.Tensor,
-    prefix: int,
-    bounds: tuple[torch.Tensor, torch.Tensor],
-    shape: tuple[int, int],
-    runs: tuple[tuple[int, int], ...],
-    packed: bool,
-    real: torch.Tensor | None,
-    rounds: bool = False,
-) -> Layout:
-    """A layout whose prefix tokens and patches, (batch, prefix + patches), are in these rows."""
+def _sizes(rows: torch.Tensor, prefix: int, shape: tuple[int, int], real: torch.Tensor | None) -> torch.Tensor:
+    """`Layout.sizes`, of this shape, where prefix tokens and patches, (batch, prefix + patches), are in these rows."""
     counts = torch.ones(rows.shape, device=rows.device, dtype=torch.float32)
     if real is not None:
         counts[:, prefix:] = real
-    sizes = counts.new_zeros(shape[0] * shape[1]).scatter_add_(0, rows.flatten(), counts.flatten())
-    return Layout(rows, sizes.view(shape), prefix, runs, packed, bounds, real, rounds)
+    return counts.new_zeros(shape[0] * shape[1]).scatter_add_(0, rows.flatten(), counts.flatten()).view(shape)
 
 
 def _tokens(patch_words: torch.Tensor, by_index: bool) -> tuple[torch.Tensor, torch.Tensor]:
