@@ -155,7 +155,6 @@ def compress_by(
         image_processor=image_processor,
     )
     setting = setting.prepared(facts)
-    relative = [module for module in tower.module.modules() if is_of(module, family.relative)]
     attentions = [
         (module, stand_in)
         for module in tower.module.modules()
@@ -172,7 +171,7 @@ def compress_by(
             require_replaceable(module)
         _require_each_once(tower)
     _take_out(model)  # nothing is refused from here on: a model keeps the setting that it has
-    _hook_in(model, tower, family, setting, by_sizes, joins, relative, attentions)
+    _hook_in(model, tower, family, setting, by_sizes, joins, attentions)
     model.config.vwt = setting.to_dict()
     return model
 
@@ -184,18 +183,17 @@ def _hook_in(
     setting: VWTConfig,
     by_sizes: bool,
     joins: dict[int, float],
-    relative: list[nn.Module],
     attentions: list[tuple[nn.Module, Any]],
 ) -> None:
     """Registers what a compressed tower needs.
 
     Args:
         by_sizes: whether tokens stand for different numbers of patches, so that attention needs the plan.
-        relative: the modules that give attention a bias by where patches lie to each other.
         attentions: attention modules that do not use transformers' `AttentionInterface`, each with the function that
             replaces its forward.
     """
-    follows = setting.shortens and (by_sizes or bool(relative))
+    relative = any(is_of(module, family.relative) for module in tower.module.modules())
+    follows = by_sizes or (setting.shortens and relative)
     places, stacks = find_places(tower.module), [stack for stack, _ in find_stacks(tower.module)]
     entered = models_around(model, tower)
     for holder in entered:
@@ -203,13 +201,12 @@ def _hook_in(
     model_class: Any = type(model)
     for name in _methods_for_images(model_class):
         if name not in vars(model):
-            setattr(model, name, _stand_in_for(model, name))
+            setattr(model, name, _stand_in_for(model, name, _call_by_words, name))
     if own_forward(model) is None:
         model.forward = _forward_with_words(model, begins=follows and model is tower.module)
     if follows:
-        strips_mask = by_sizes and family.padded is not None
         by_interface = by_sizes and not attentions
-        begin = Begin(bool(relative), by_sizes, strips_mask, by_interface, even=is_even(setting, family))
+        begin = Begin(relative, by_sizes, family.padded is not None, by_interface, is_even(setting, family))
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     if setting.shortens and not by_sizes:
         tower.module.register_forward_pre_hook(RefuseMask(), with_kwargs=True)
@@ -224,8 +221,7 @@ def _hook_in(
             module.register_forward_hook(Rotate(reduce), with_kwargs=True)
         if by_sizes and is_of(module, family.padded):
             module.register_forward_pre_hook(MaskPadding())
-    if follows:
-        for module in relative:
+        if follows and is_of(module, family.relative):
             module.register_forward_pre_hook(OfWholeImage(), with_kwargs=True)
             module.register_forward_hook(Bias())
     if by_sizes:
@@ -270,8 +266,9 @@ def _methods_for_images(model_class: type) -> tuple[str, ...]:
     )
 
 
-def _stand_in_for(model: PreTrainedModel, name: str) -> StandIn:
-    stand_in = StandIn(_call_by_words, model, name)
+def _stand_in_for(model: PreTrainedModel, name: str, function: Any, *given: Any) -> StandIn:
+    """`function(model, *given, ...)` in place of a method of the class of `model`, with the signature of that."""
+    stand_in = StandIn(function, model, *given)
     method = getattr(type(model), name)
     functools.update_wrapper(stand_in, method)
     stand_in.__signature__ = inspect.signature(method.__get__(model))  # type: ignore[attr-defined]
@@ -286,10 +283,8 @@ def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
     Args:
         begins: whether `model` is a tower that goes by a plan, which is found within a call alone.
     """
-    forward = type(model).forward
-    stand_in = StandIn(_forward_within_a_call if begins else _forward_by_words, model)
-    functools.update_wrapper(stand_in, forward)
-    signature = inspect.signature(forward.__get__(model))
+    stand_in = _stand_in_for(model, "forward", _forward_within_a_call if begins else _forward_by_words)
+    signature = stand_in.__signature__  # type: ignore[attr-defined]
     words = inspect.Parameter(
         "patch_words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="torch.Tensor | None"
     )

@@ -331,6 +331,7 @@ def words_are_given() -> bool:
     return _in_thread.graphs.words
 
 
+@torch.compiler.disable
 def begin_call(model: nn.Module, patch_words: torch.Tensor) -> None:
     """Begins a call of `model` with words, within what is under way."""
     given = GivenWords(patch_words, model=model)

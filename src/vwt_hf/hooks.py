@@ -80,7 +80,7 @@ class TakeWords(Hook):
         if patch_words is not None:
             if not self.follows and is_compiling():
                 self._refuse_in_graph()
-            self._begin(model, patch_words)
+            begin_call(model, patch_words)
         return args, kwargs
 
     # An error that is raised while a graph is traced sends the call the usual way, of which parts are compiled again.
@@ -90,10 +90,6 @@ class TakeWords(Hook):
             "patch_words were given to a compiled or exported model that chooses patches by itself, within its one "
             'graph. Leave them out, or compress it by vwt_hf.compress(model, {"method": "given"}).'
         )
-
-    @torch.compiler.disable
-    def _begin(self, model: Any, patch_words: Any) -> None:
-        begin_call(model, patch_words)
 
 
 @dataclasses.dataclass(eq=False)
@@ -127,7 +123,7 @@ class Begin(Hook):
     not patches, and stored in the `Forward` for the head."""
     by_interface: bool
     """Whether its attention is this package's by transformers' `AttentionInterface`."""
-    even: bool = False
+    even: bool
     """What `is_even` says."""
     _members: weakref.WeakSet[nn.Module] | None = None
 
@@ -320,8 +316,7 @@ class Rotate(Hook):
             return output
         if self.reduce.follows:
             return self._rotate_as_stored(rotary, output)
-        pixel_values = args[0] if args else kwargs["pixel_values"]
-        patches = Patches.of_images(pixel_values, self.reduce.patch_size, output[0].shape[0])
+        patches = self.reduce.patches(None, args, kwargs)  # a rotation is of a patch, so prefix tokens do not matter
         plan = self.reduce.plan(patches, None if is_compiling() else given_words(rotary))
         return output if plan is None else plan.rotate(output)
 
