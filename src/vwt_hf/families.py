@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -391,17 +391,14 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
             f"one. Compress each by itself, as by vwt_hf.compress(model.{names[0]})."
         )
     ((tower, embeddings),) = found.items()
-    return Tower(tower, embeddings, *_patch_shape(cast(Any, tower).config))
+    config: Any = tower.config
+    size = config.patch_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return Tower(tower, embeddings, (height, width), getattr(config, "num_channels", 3))
 
 
 def _is_transformers(module: nn.Module) -> bool:
     return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
-
-
-def _patch_shape(config: Any) -> tuple[tuple[int, int], int]:
-    size = config.patch_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return (height, width), getattr(config, "num_channels", 3)
 
 
 def find_layers(tower: nn.Module) -> list[nn.Module]:

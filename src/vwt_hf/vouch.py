@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -86,8 +86,7 @@ def vouch_rows(model: PreTrainedModel, tower: Tower) -> None:
         return
     try:
         with _evaluating(tower.embeddings):
-            pixel_values = _noise(tower)
-            _require_rows(tower, pixel_values, _embedded(tower, pixel_values), most=None)
+            _require_rows(tower, _noise(tower), most=None)
     except NotVouched as error:
         raise not_vouched(model, error) from error
     except Exception:  # whatever a model says of noise
@@ -104,19 +103,12 @@ def _noise(tower: Tower) -> torch.Tensor:
     return noise.to(weight.device, weight.dtype)
 
 
-def _require_rows(
-    tower: Tower, pixel_values: torch.Tensor, embedded: torch.Tensor, most: int | None = MOST_PREFIX
-) -> int:
-    """How many rows of the embeddings of a tower come before the patches.
-
-    Args:
-        embedded: what the embeddings make of `pixel_values`.
-
-    Raises:
-        NotVouched: they are more than `most`, or a patch is more or another than one row.
-    """
+def _require_rows(tower: Tower, pixel_values: torch.Tensor, most: int | None) -> tuple[torch.Tensor, int]:
+    """What the embeddings of a tower make of images, and how many rows of it come before the patches. Refuses more than
+    `most`, and a patch that is more or another than one row."""
     rows, columns = (side // patch for side, patch in zip(pixel_values.shape[2:], tower.patch_size, strict=True))
     patches, row, column = rows * columns, rows // 2, columns // 2
+    embedded = _embedded(tower, pixel_values)
     prefix = embedded.shape[1] - patches
     if prefix < 0 or (most is not None and prefix > most):
         raise NotVouched(f"makes {embedded.shape[1]} rows of {patches} patches")
@@ -127,13 +119,13 @@ def _require_rows(
     middle = row * columns + column
     if changed != [prefix + middle]:
         raise NotVouched(f"changes rows {changed[:5]} with patch {middle}, which should be row {prefix + middle}")
-    return prefix
+    return embedded, prefix
 
 
 def _try(tower: Tower) -> None:
     pixel_values = _noise(tower)
-    embedded, plain = _run(tower, pixel_values, lambda tokens: tokens)
-    prefix = _require_rows(tower, pixel_values, embedded)
+    plain = _run(tower, pixel_values, lambda tokens: tokens)
+    embedded, prefix = _require_rows(tower, pixel_values, MOST_PREFIX)
     patches = embedded.shape[1] - prefix
     if plain.shape != embedded.shape:
         raise NotVouched(f"makes {embedded.shape[1]} rows of {patches} patches and gives {tuple(plain.shape)} out")
@@ -141,9 +133,9 @@ def _try(tower: Tower) -> None:
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.randperm(patches, generator=generator, device="cpu")
     order = torch.cat((torch.arange(prefix, device="cpu"), prefix + shuffled))
-    _, moved = _run(tower, pixel_values, lambda tokens: tokens[:, order])
+    moved = _run(tower, pixel_values, lambda tokens: tokens[:, order])
     near = max(NEAR, ROUNDINGS * torch.finfo(plain.dtype).eps)
-    _, alone = _run(tower, pixel_values[:1], lambda tokens: tokens)
+    alone = _run(tower, pixel_values[:1], lambda tokens: tokens)
     if alone.shape != plain[:1].shape or (alone - plain[:1]).abs().max() > APART * plain.abs().max():
         raise NotVouched("answers of an image by what else is in the batch, as of the frames of a video")
     if (moved - plain[:, order]).abs().max() > near * plain.abs().max():
@@ -152,7 +144,7 @@ def _try(tower: Tower) -> None:
             "too coarsely to tell, as quantised models may, which are compressed before they are quantised)"
         )
     kept = prefix + patches // 2
-    _, short = _run(tower, pixel_values, lambda tokens: tokens[:, :kept])
+    short = _run(tower, pixel_values, lambda tokens: tokens[:, :kept])
     if short.shape[1] != kept:
         raise NotVouched(f"gives {short.shape[1]} hidden states of {kept} tokens")
 
@@ -175,16 +167,13 @@ def _embedded(tower: Tower, pixel_values: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("The embeddings of the tower did not run.")
 
 
-def _run(tower: Tower, pixel_values: torch.Tensor, change: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output of the embeddings, and that of the tower when its layers get `change(output of the embeddings)`."""
-    taken = []
+def _run(tower: Tower, pixel_values: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The output of a tower when its layers get `change(output of the embeddings)`."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, torch.Tensor):
             raise NotVouched("has embeddings that give more than tokens")
-        taken.append(output)
         return change(output)
 
     with tower.embeddings.register_forward_hook(hook):
-        output = tower.module(pixel_values)
-    return taken[0], output[0]
+        return tower.module(pixel_values)[0]
