@@ -114,7 +114,6 @@ class InterConfig(RaggedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        # A vocabulary that is no Hub id is saved beside the model's weights.
         fields["vocabulary"] = self.vocabulary if isinstance(self.vocabulary, str) else None
         return fields
 
@@ -136,8 +135,7 @@ class InterConfig(RaggedConfig):
 
     def prepared(self, model: ModelFacts) -> InterConfig:
         setting, vocabulary = self, self.vocabulary
-        own = model.hub_kwargs
-        elsewhere = {name: value for name, value in own.items() if name not in ("revision", "subfolder")}
+        elsewhere = {name: value for name, value in model.hub_kwargs.items() if name not in ("revision", "subfolder")}
         if isinstance(vocabulary, (str, os.PathLike)):
             vocabulary = load_vocabulary(vocabulary, trusted=model.trusted, revision=self.revision, **elsewhere)
         elif vocabulary is None and isinstance(model.present, InterConfig) and model.present.words is not None:
@@ -158,20 +156,20 @@ class InterConfig(RaggedConfig):
                 f"VWTConfig.revision is {shown(self.revision)}, and vocabulary is {shown(self.vocabulary)}; expected a "
                 "Hub id, which alone has revisions, or no revision."
             )
+        mean, std = setting.image_mean, setting.image_std
+        if mean is None or std is None:
+            wanted = 'VWTConfig(method="inter", image_mean=..., image_std=...)'
+            usual_mean, usual_std = model_statistics(model, vocabulary.channels, wanted)
+            mean, std = mean or usual_mean, std or usual_std
         on_hub = vocabulary.is_on_hub  # other words are saved beside the weights
         setting = dataclasses.replace(
             setting,
             vocabulary=vocabulary.source if on_hub else vocabulary,
             revision=vocabulary.revision if on_hub else None,
+            image_mean=mean,
+            image_std=std,
         )
-        if setting.image_mean is None or setting.image_std is None:
-            wanted = 'VWTConfig(method="inter", image_mean=..., image_std=...)'
-            mean, std = model_statistics(model, vocabulary.channels, wanted)
-            setting = dataclasses.replace(
-                setting, image_mean=setting.image_mean or mean, image_std=setting.image_std or std
-            )
-        assert setting.image_mean is not None and setting.image_std is not None
-        return dataclasses.replace(setting, words=ReadyWords(vocabulary, setting.image_mean, setting.image_std))
+        return dataclasses.replace(setting, words=ReadyWords(vocabulary, mean, std))
 
     def _as_saved(self, model: ModelFacts) -> InterConfig:
         """The setting with what the config.json of a user's checkpoint says of words that lie there."""
