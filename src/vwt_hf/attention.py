@@ -208,11 +208,8 @@ def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
 def _plan_and_pairs(
     module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[Grouped, Pairs]:
-    """The plan of the forward under way, and the bias for pairs of tokens that a family gives as `attention_mask`.
-
-    Args:
-        query: (sequences, heads, tokens, head size), which must be of a plan's tokens.
-    """
+    """The plan of the forward under way that has the tokens of `query`, (sequences, heads, tokens, head size), and the
+    bias for pairs of them that a family gives as `attention_mask`."""
     forward = forward_of(module)
     plan = forward.plan_of_shape(query.shape[0], query.shape[2])
     forward.attended += 1
@@ -418,16 +415,14 @@ def _by_layout(
     key: torch.Tensor,
     value: torch.Tensor,
     plan: Grouped,
-    pairs: Pairs = None,
+    pairs: Pairs,
 ) -> torch.Tensor:
-    """Calls `attend` on the batch if it is padded, else on the images of each length.
+    """What `attend` gives of the batch if it is padded, else of the images of each length: (sequences, tokens, heads,
+    head size).
 
     Args:
         attend: takes query, key and value (images, heads, tokens, head size) and a bias (images, 1, 1, tokens),
             (images or 1, heads, tokens, tokens) or `None`, and gives (images, tokens, heads, head size).
-
-    Returns:
-        (sequences, tokens, heads, head size).
     """
     bias = None if plan.key_bias is None else plan.key_bias.to(query)
     layout = plan.layout
@@ -470,14 +465,12 @@ def _by_boundaries(
     plan: Grouped,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Calls `attend`, a kernel for sequences of different lengths, on a batch without padding.
+    """What a kernel for sequences of different lengths gives of a batch without padding: (sequences, tokens, heads,
+    head size).
 
     Args:
         attend: takes query, key and value (tokens, heads, head size), for the first and the others where each image
             starts (images + 1,) and the tokens of the longest, and `scale`; gives (tokens, heads, head size).
-
-    Returns:
-        (sequences, tokens, heads, head size).
     """
     head_size = query.shape[-1]
     scaling = head_size**-0.5 if scaling is None else scaling

@@ -24,10 +24,7 @@ def halve(images: torch.Tensor) -> torch.Tensor:
         (batch, channels, height // 2, width // 2), float32, or float64 if they are.
     """
     first, *others = _quarters(images)
-    total = first.to(torch.promote_types(first.dtype, torch.float32))
-    for other in others:
-        total = total + other
-    return total / 4
+    return sum(others, first.to(torch.promote_types(first.dtype, torch.float32))) / 4
 
 
 def detail_lost(

@@ -143,8 +143,8 @@ class VWTConfig:
     @property
     def choice(self) -> dict[str, Any]:
         """The method and the fields by which patches get their words: settings of the same choice find the same."""
-        fields = {name: value for name, value in self.to_dict().items() if value is not None}
-        chosen_by = {name: value for name, value in fields.items() if name not in self.beside_choice}
+        fields = self.to_dict().items()
+        chosen_by = {name: value for name, value in fields if value is not None and name not in self.beside_choice}
         return chosen_by | {"method": self.chooses_as or self.method}
 
     @property
@@ -353,11 +353,7 @@ def _field_names(method_class: type[VWTConfig]) -> list[str]:
 
 
 def _without_numpy(value: Any, depth: int = 0) -> Any:
-    """Numbers of numpy, also in a list or a tuple, as Python's, which JSON can hold.
-
-    Raises:
-        ValueError: a list lies within more lists than any field takes.
-    """
+    """Numbers of numpy, also in a list or a tuple, as Python's, which JSON can hold."""
     if type(value).__module__ == "numpy":  # which takes long to import
         return value.tolist()
     if type(value) not in (list, tuple):

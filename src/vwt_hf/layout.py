@@ -478,11 +478,8 @@ def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
     least = torch.full_like(layout.sizes.flatten(), torch.inf).scatter_reduce(0, rows, distance.flatten(), "amin")
     index = torch.arange(patches, device=patch_rows.device).expand_as(patch_rows)
     nearest = torch.where(distance == least[patch_rows], index, patches).flatten()
-    return (
-        torch.full_like(least, patches, dtype=torch.int64)
-        .scatter_reduce(0, rows, nearest, "amin")
-        .view_as(layout.sizes)
-    )
+    none = torch.full_like(least, patches, dtype=torch.int64)
+    return none.scatter_reduce(0, rows, nearest, "amin").view_as(layout.sizes)
 
 
 def expand(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -219,10 +219,10 @@ class Patches:
             raise TypeError(f"patch_words is a {kind}; expected a tensor of integers (batch, patches).")
         batch, given = len(self.pixel_values), tuple(patch_words.shape)
         own = f"{self.count}" if self.grid is None else f"{self.count} ({self.grid[0]} × {self.grid[1]})"
+        wanted = f"({batch}, {self.count}). Make them with an image processor for this model, from the same images."
         if patch_words.dim() < 2 or given[-1] != self.count:
             raise ValueError(
-                f"patch_words are {given}, and the model cuts {batch} images into {own} patches each: expected "
-                f"({batch}, {self.count}). Make them with an image processor for this model, from the same images."
+                f"patch_words are {given}, and the model cuts {batch} images into {own} patches each: expected {wanted}"
             )
         images = int((patch_words != DROPPED).any(dim=-1).sum())
         if repeats > 1 and images * repeats == batch:
@@ -233,7 +233,7 @@ class Patches:
         if len(words) != batch:
             raise ValueError(
                 f"patch_words are {given}, of {len(words)} images, and the model is given {batch} images: expected "
-                f"({batch}, {self.count}). Make them with an image processor for this model, from the same images."
+                f"{wanted}"
             )
         return words
 
@@ -281,11 +281,8 @@ class Patches:
         return self.lead(target, packed, exponent)
 
     def _require_leaders(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each patch's own index, and that of the patch that stands for it; both (batch, patches).
-
-        Raises:
-            ValueError: a patch is said to stand for others and not for itself.
-        """
+        """Each patch's own index, and that of the patch that stands for it; both (batch, patches). Refuses words by
+        which a patch stands for others and not for itself."""
         own = torch.arange(self.count, device=words.device).expand_as(words)
         stays = words == own if self.real is None else (words == own) & self.real
         target = words.clamp(0, self.count - 1)
@@ -327,11 +324,8 @@ class Patches:
         return int(leads.sum(dim=1).amax()) if len(words) else self.count
 
     def _required(self, stays: torch.Tensor) -> torch.Tensor:
-        """Which patches are tokens of their own, none of them padding.
-
-        Raises:
-            ValueError: the images of a batch have different numbers of them, and are not padded.
-        """
+        """Which patches are tokens of their own, none of them padding. Refuses images that are not padded and have
+        different numbers of them."""
         if self.real is not None:
             return stays & self.real
         counts = stays.sum(dim=1)

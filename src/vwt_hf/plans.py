@@ -51,12 +51,7 @@ class Kept:
         return gather_pairs(values, with_prefix(self.kept, self.prefix).to(values.device))
 
     def patch_words(self, batch: int, patches: int) -> torch.Tensor:
-        """The plan as a caller may give it, (batch, patches) int64: a kept patch has its own index, others have −1.
-
-        Args:
-            batch: images.
-            patches: of each image.
-        """
+        """The plan as a caller may give it, (batch, patches) int64: a kept patch has its own index, others have −1."""
         kept = self.kept.expand(batch, -1)
         return torch.full((batch, patches), DROPPED, device=kept.device).scatter_(1, kept, kept)
 
@@ -178,12 +173,7 @@ class Grouped:
 
     def patch_words(self, batch: int, patches: int) -> torch.Tensor:
         """The plan as a caller may give it, (batch, patches) int64: the word of each patch, or the index of the patch
-        that stands for it; −1 for one that no token stands for.
-
-        Args:
-            batch: images, as many as the plan has.
-            patches: of each image, as many as the plan has.
-        """
+        that stands for it; −1 for one that no token stands for. The plan has as many images and patches."""
         layout = self.layout
         if self.sources is None:
             assert self.words is not None  # `Patches.group` made the plan

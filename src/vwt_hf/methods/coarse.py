@@ -79,13 +79,7 @@ class CoarseConfig(GradualConfig):
         self, patches: Patches, members: torch.Tensor, images: torch.Tensor, halves: torch.Tensor
     ) -> torch.Tensor:
         """The word of each patch, (batch, patches) int64: its own index, or that of the first of a block that becomes
-        one token.
-
-        Args:
-            members: the patches of each block.
-            images: those that blocks lie in, or one of each block where images are padded.
-            halves: what `blocks.halve` makes of them.
-        """
+        one token."""
         assert self.image_std is not None  # `prepared` came before
         batch = patches.pixel_values.shape[0]
         if not _has_blocks(patches, members):

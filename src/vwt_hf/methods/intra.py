@@ -138,11 +138,7 @@ class IntraConfig(VWTConfig):
         return patches.kept_by(words, tokens)
 
     def _choose(self, patches: Patches, values: Centred | None, keep: int) -> torch.Tensor:
-        """Indices of the patches that stay, ascending, (batch, keep), or (1, keep): the same for all images.
-
-        Args:
-            values: of the patches, if the criterion looks at them.
-        """
+        """Indices of the patches that stay, ascending, (batch, keep), or (1, keep): the same for all images."""
         if self.criterion == "variance":
             assert values is not None
             return highest(values.variance, keep)
@@ -153,9 +149,6 @@ class IntraConfig(VWTConfig):
 
     def _choose_real(self, patches: Patches, values: Centred | None, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Chooses patches where images are padded: `keep_ratio` of each image's real patches stay, at least one.
-
-        Args:
-            values: as for `_choose`.
 
         Returns:
             Indices of patches, (batch, keep), ascending, and which of them stay, (batch, keep) bool.
