@@ -124,9 +124,8 @@ class Patches:
         # Tokens are padding where their patch is; those that do not stay count nowhere.
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         token_of_patch = torch.zeros_like(self.real, dtype=torch.int64).scatter_(1, kept, own)
-        layout = represent(
-            token_of_patch, kept.shape[1], self.prefix, torch.zeros_like(self.real).scatter_(1, kept, stays)
-        )
+        counts = torch.zeros_like(self.real).scatter_(1, kept, stays)
+        layout = represent(token_of_patch, kept.shape[1], self.prefix, counts)
         sources = whole_rows(kept, self.pixel_values.shape[0], self.prefix, self.count)
         return Grouped(layout, 0, self.grid, sources, stays)
 
