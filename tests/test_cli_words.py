@@ -306,6 +306,36 @@ def test_show_draws_the_kept_patches(photographs, checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("vwt", "with_model", "kept"),
+    [
+        ('{"method": "local", "keep_ratio": 0.5}', True, PATCHES // 2),
+        ('{"method": "gradual", "num_patches": 24, "join_ratio": 0.2}', True, 24),
+        ('{"method": "coarse", "keep_ratio": 0.5}', False, 97),
+        ('{"criterion": "grid", "dropped": "merge"}', False, 98),
+        ('{"keep_ratio": 1.0}', False, 196),
+    ],
+)
+def test_show_draws_what_is_left_by_any_setting(photographs, checkpoint, tmp_path, capsys, vwt, with_model, kept):
+    model = ["--model", str(checkpoint)] if with_model else []
+    picture = tmp_path / "left.png"
+    assert main(["show", str(photographs), "--vwt", vwt, "--output", str(picture), *model]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and printed.out.count(f"{kept} of {PATCHES if with_model else 196} patches") == IMAGES
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+
+
+def test_show_by_words_draws_as_many_tokens_as_a_model_has(photographs, words, checkpoint, tmp_path, capsys):
+    vwt = json.dumps({"method": "inter", "vocabulary": str(words), "threshold": 0.3})
+    asked = ["show", str(photographs), "--model", str(checkpoint), "--output", str(tmp_path / "left.png")]
+    assert main([*asked, "--vwt", vwt]) == 0
+    shown = [line.split(": ")[1].split()[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert main([*asked, "--vocabulary", str(words), "--threshold", "0.3"]) == 0
+    by_words = [line.split(" → ")[1].split()[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert shown == by_words and len(shown) == IMAGES and int(shown[0]) < PATCHES
+
+
+@pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (
@@ -325,6 +355,9 @@ def test_show_draws_the_kept_patches(photographs, checkpoint, tmp_path, capsys):
         ("show {photographs} --vocabulary {words} --criterion grid", "criterion is 'grid', but method is 'inter'"),
         ("show {photographs} --keep-ratio 0.5 --threshold 0.2", "threshold is 0.2, but method is 'intra'"),
         ("show nowhere.png --vocabulary {words}", "nowhere.png does not exist"),
+        ("show {photographs} --vwt false", "--vwt is False, by which nothing is left out"),
+        ('show {photographs} --vwt {{"method":"given"}}', "by which nothing is left out; expected a setting"),
+        ("show {photographs} --vwt true --threshold 0.2", "--threshold is given beside --vwt; expected all fields"),
     ],
 )
 def test_what_cannot_be_done_is_status_2_and_one_line(

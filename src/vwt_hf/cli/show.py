@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import CRITERIA, VWTConfig
-from ..printable import printable
-from ..terminal import options, png_file
+from ..printable import printable, shown
+from ..terminal import options, png_file, vwt_option
 from ..whole_saves import require_writable
 from .demo import ROWS
-from .loading import require_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
     from ..vocabulary import VisualVocabulary
 
-HELP = "draw what the tokenizer does to photographs: same word, same colour"
+HELP = "draw what the tokenizer does to photographs"
 DESCRIPTION = """\
-Draws each photograph as a model sees it by one of the paper's two rules, and beside it what becomes of its patches; the
-picture of `vwt-hf demo` shows vwt=True.
+Draws each photograph as a model sees it, and beside it what is left of its patches before the model's first layer.
 
+With --vwt: by any setting; dropped patches are faded, others show the patch that stands for them, their word's mean, or
+their block at half the size. What --vwt true joins later, within the model, is not drawn: `vwt-hf demo` counts it.
+With --keep-ratio: by the paper's rule, which drops the others.
 With --vocabulary: patches that share a word, and so become one token, are tinted in the word's colour, the same in all
 photographs, and those that stay alone are untouched; the last column shows each patch as its token does.
-With --keep-ratio: the patches that are dropped are faded.
 
 Loads no weights. Without --model, photographs are cropped to a square of 224 pixels (or the multiple of the patch size
-that is nearest) and normalised as the vocabulary records, else by 0.5; with --keep-ratio, patches are 16×16."""
+that is nearest) and normalised as the vocabulary records, else by 0.5; without --vocabulary, patches are 16×16."""
 EXAMPLES = """\
 examples:
+  vwt-hf show cat.jpg dog.jpg --vwt true --model facebook/dinov2-small
+  vwt-hf show cat.jpg --vwt '{"method": "local", "keep_ratio": 0.5}'
   vwt-hf show cat.jpg dog.jpg --vocabulary vwt-words
   vwt-hf show holiday/ --vocabulary me/words-p14 --threshold 0.05 --model facebook/dinov2-small
   vwt-hf show cat.jpg --keep-ratio 0.5 --criterion grid --output kept.png"""
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments to its parser."""
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="photographs, or folders of them")
     what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--vwt", type=vwt_option, metavar="JSON", help="a setting: draw what is left by it")
     what.add_argument("--vocabulary", metavar="WORDS", help="Hub id or folder of a vocabulary: draw who shares a word")
     what.add_argument(
         "--keep-ratio", type=float, metavar="RATIO", help="share of the patches that stay, in (0, 1]: draw which"
@@ -73,11 +77,15 @@ def work(args: argparse.Namespace) -> None:
     """Writes a picture of which patches share a word, or of which ones are kept, and prints their numbers."""
     fields = options(args, "vocabulary", "revision", "threshold", "keep_ratio", "criterion")
     given = {name: value for name, value in fields.items() if value is not None}
-    setting = VWTConfig(method="intra" if args.vocabulary is None else "inter", **given)
+    if args.vwt is not None:
+        setting = asked_setting(args.vwt, given)
+    else:
+        setting = VWTConfig(method="intra" if args.vocabulary is None else "inter", **given)
     require_writable(args.output)
 
     import torch
 
+    from ..config import ModelFacts
     from ..image_source import find_images
     from ..patches import Patches
     from ..processed_images import pixel_batches
@@ -111,7 +119,6 @@ def work(args: argparse.Namespace) -> None:
         mean, std = default_statistics(words)
         pixel_values = default_pixel_values(drawn, patch_size, mean, std)
     else:
-        require_checkpoint(args.model)
         processor = load_processor(args.model)
         patch_size = patch_size_of(args.model)
         mean, std = processor_statistics(processor, channels=3)
@@ -121,9 +128,14 @@ def work(args: argparse.Namespace) -> None:
 
     if words is None:
         patches = Patches.of_images(pixel_values, size)
+        normalised: dict[str, Any] = {"image_mean": mean, "image_std": std}
+        unknown = {name: normalised[name] for name in setting.statistics if getattr(setting, name) is None}
+        setting = dataclasses.replace(setting, **unknown).prepared(ModelFacts(args.model or "", size, channels=3))
         captions = [f"{kept} of {patches.count} patches" for kept in token_counts(patches, setting.plan(patches))]
-        columns: Any = {f"keep_ratio={setting.keep_ratio:g}": setting}
-        figure = kept_patches_figure(pixel_values, size, columns, names=titles, image_mean=mean, image_std=std)
+        heading = f"keep_ratio={args.keep_ratio:g}" if args.vwt is None else f"method={setting.method}"
+        figure = kept_patches_figure(
+            pixel_values, size, {heading: setting}, names=titles, image_mean=mean, image_std=std
+        )
     else:
         words.require(size, channels=pixel_values.shape[1])
         patches, plan = group_by_words(pixel_values, size, words.normalized(mean, std), setting.threshold)
@@ -135,6 +147,25 @@ def work(args: argparse.Namespace) -> None:
         print(f"{printable(path)}: {caption}")
     more = f" (the first {ROWS} of {len(paths)} photographs)" if len(paths) > ROWS else ""
     print(f"picture: {printable(args.output)}{more}")
+
+
+def asked_setting(vwt: Any, beside: Mapping[str, Any]) -> VWTConfig:
+    """The setting that the option `--vwt` names.
+
+    Args:
+        beside: the options given, too, that are fields of other settings.
+
+    Raises:
+        ValueError: it is none that can be drawn, or fields are given beside it.
+    """
+    setting = VWTConfig.parse(vwt)
+    if beside:
+        raise ValueError(
+            f"--{next(iter(beside)).replace('_', '-')} is given beside --vwt; expected all fields within --vwt."
+        )
+    if setting is None or not setting.searches:
+        raise ValueError(f"--vwt is {shown(vwt)}, by which nothing is left out; expected a setting that shortens.")
+    return setting
 
 
 def default_statistics(words: VisualVocabulary | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
