@@ -321,6 +321,8 @@ def test_a_model_that_lies_nowhere_is_named(photographs, tmp_path, capsys):
         ["evaluate", nowhere, "--dataset", str(photographs)],
         ["embed", str(photographs), "--model", nowhere, "--output", str(tmp_path / "features")],
         ["show", str(photographs), "--keep-ratio", "0.5", "--model", nowhere, "--output", str(tmp_path / "a.png")],
+        ["demo", "--images", str(photographs), "--model", nowhere, "--output", str(tmp_path / "demo")],
+        ["learn", str(photographs), "--image-processor", nowhere, "--output", str(tmp_path / "words")],
     ):
         assert main(given) == 2
         assert f"{nowhere} does not exist; expected the folder of a model, or its Hub id." in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
     from .config import ModelFacts
 
 
+def require_checkpoint(checkpoint: str) -> None:
+    """Refuses a path at which nothing lies, which the Hub's client would say nothing of use about.
+
+    Raises:
+        FileNotFoundError: it is one, and no Hub id.
+    """
+    is_path = Path(checkpoint).is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") > 1
+    if is_path and not Path(checkpoint).exists():
+        raise FileNotFoundError(f"{checkpoint} does not exist; expected the folder of a model, or its Hub id.")
+
+
 def load_processor(checkpoint: str, **hub_kwargs: Any) -> Any:
     """The image processor of a Hub id or folder.
 
@@ -34,6 +46,7 @@ def load_processor(checkpoint: str, **hub_kwargs: Any) -> Any:
         OSError: there is no such checkpoint, or it has no image processor.
         ValueError: its image processor is of a kind that transformers does not know.
     """
+    require_checkpoint(checkpoint)
     with quiet_transformers():
         return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False, vwt=False, **hub_kwargs)
 

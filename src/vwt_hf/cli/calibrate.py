@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..printable import printable
 from ..terminal import aligned, do_all, options, png_file
 from ..whole_saves import require_folder, require_writable, write_file
-from .loading import add_device, add_dtype, load_model, load_whole, require_checkpoint, tokenizer_beside
+from .loading import add_device, add_dtype, load_model, load_whole, tokenizer_beside
 from .sources import IMAGES, open_source
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def work(args: argparse.Namespace) -> None:
 
     from ..calibrate import Calibration, target_of
     from ..compress import compress
-    from ..processors import load_processor
+    from ..processors import load_processor, require_checkpoint
     from ..timing import usable_device
     from ..visualize import front_figure, require_matplotlib, write_png
 

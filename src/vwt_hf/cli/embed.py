@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..printable import printable
 from ..terminal import aligned, options, vwt_option
 from ..whole_saves import require_folder
-from .loading import add_device, add_dtype, features_class, load, require_checkpoint
+from .loading import add_device, add_dtype, features_class, load
 from .sources import IMAGES, open_source
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def work(args: argparse.Namespace) -> None:
 
     from ..embedding import embed
     from ..processes import everywhere, joined, place
-    from ..processors import load_processor
+    from ..processors import load_processor, require_checkpoint
     from ..timing import usable_device
 
     def prepare() -> tuple[Any, Any, Any]:

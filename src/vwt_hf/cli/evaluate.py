@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..printable import printable
 from ..terminal import do_all, markdown, options, vwt_option
 from ..whole_saves import require_folder, require_writable, write_file
-from .loading import add_device, add_dtype, features_class, load, require_checkpoint
+from .loading import add_device, add_dtype, features_class, load
 from .sources import open_source
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def work(args: argparse.Namespace) -> None:
     from ..evaluation_tasks import TASKS, task_for
     from ..labelled_images import open_labelled
     from ..processes import everywhere, joined, place
-    from ..processors import load_processor
+    from ..processors import load_processor, require_checkpoint
     from ..timing import usable_device
 
     require_options(args.vwt, args.batch_size, args.max_new_tokens, args.prompt, args.seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import shown
@@ -46,17 +45,6 @@ def features_class(config: Any) -> Any:
 
     own = own_class(config)
     return own if own is not None and own.__name__.endswith(("Model", "WithProjection")) else AutoModel
-
-
-def require_checkpoint(checkpoint: str) -> None:
-    """Refuses a path at which nothing lies, which the Hub's client would say nothing of use about.
-
-    Raises:
-        FileNotFoundError: it is one, and no Hub id.
-    """
-    is_path = Path(checkpoint).is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") > 1
-    if is_path and not Path(checkpoint).exists():
-        raise FileNotFoundError(f"{checkpoint} does not exist; expected the folder of a model, or its Hub id.")
 
 
 def load(
