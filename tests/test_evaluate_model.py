@@ -417,6 +417,11 @@ def test_labels_of_a_data_set_go_by_name_and_by_number_only_where_they_have_none
         ({"method": "inter", "vocabulary": "me/words", "threshold": 0.1}, "inter, me/words, threshold 0.1"),
         ("me/words", "me/words"),
         (vwt_hf.VWTConfig(method="local", tolerance=0.048), "local, tolerance 0.048"),
+        (vwt_hf.VWTConfig(method="gradual", layers=(3, 5), image_std=(0.2, 0.2, 0.3)), "gradual, layers 3 5"),
+        (
+            {"tolerance": 0.1, "image_std": [0.2, 0.2, 0.3], "method": "local"},
+            "local, tolerance 0.1, image std 0.2 0.2 0.3",
+        ),
     ],
 )
 def test_a_setting_is_named_by_its_words_and_by_its_numbers_with_their_fields(setting, name):

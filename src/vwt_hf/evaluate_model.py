@@ -300,14 +300,19 @@ def _opened(images: Any, of: dict[str, Any]) -> LabelledImages:
     return images
 
 
-def require_options(vwt: Sequence[Any] | None, batch_size: Any, max_new_tokens: Any, prompt: Any, seed: Any) -> None:
-    """Refuses with an error what `evaluate_model` cannot work with, whatever the model and the images are."""
-    for setting in vwt or ():
+def require_shortening(vwt: Sequence[Any]) -> None:
+    """Raises `ValueError` where a setting that is to be measured beside the plain model is none."""
+    for setting in vwt:
         if VWTConfig.parse(setting) is None:
             raise ValueError(
                 f"vwt holds {shown(setting)}, which leaves the model plain; leave it out: the plain model is measured "
                 "in any case."
             )
+
+
+def require_options(vwt: Sequence[Any] | None, batch_size: Any, max_new_tokens: Any, prompt: Any, seed: Any) -> None:
+    """Refuses with an error what `evaluate_model` cannot work with, whatever the model and the images are."""
+    require_shortening(vwt or ())
     for name, number in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
         require_whole(name, number)
     require_seed(seed)
@@ -440,15 +445,20 @@ def _machine(model: PreTrainedModel, processes: int) -> dict[str, Any]:
 
 
 def fields_of(setting: Any) -> dict[str, Any]:
-    """The fields that a setting gives a value; of a `VWTConfig` those that differ from the method's defaults."""
+    """The fields that a setting gives a value, `method` first.
+
+    Of a `VWTConfig` those that differ from the method's defaults; not mean and deviation, which a model's own setting
+    has from its image processor.
+    """
     if setting is True:
         return {"method": RECOMMENDED}
     if isinstance(setting, VWTConfig):
         usual = VWTConfig(setting.method).to_dict()
-        own = {name: value for name, value in setting.to_dict().items() if name != "evidence" and value != usual[name]}
-        return {"method": setting.method} | own
+        told = {k: value for k, value in setting.to_dict().items() if k not in ("evidence", *setting.statistics)}
+        return {"method": setting.method} | {name: value for name, value in told.items() if value != usual[name]}
     if isinstance(setting, dict):
-        return setting or {"method": VWTConfig().method}
+        method = setting.get("method", None if setting else VWTConfig().method)
+        return setting if method is None else {"method": method} | setting
     return {"vocabulary": str(setting)}
 
 
@@ -473,10 +483,14 @@ def name_of(setting: Any) -> str:
     """A setting as a table shows it: words speak for themselves, numbers come after the name of their field."""
     if setting is None:
         return "uncompressed"
-    return ", ".join(
-        value if isinstance(value, str) else f"{name.replace('_', ' ')} {value}"
-        for name, value in fields_of(setting).items()
-    )
+
+    def said(name: str, value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        several = isinstance(value, (list, tuple))
+        return " ".join((name.replace("_", " "), *map(str, value if several else [value])))
+
+    return ", ".join(said(name, value) for name, value in fields_of(setting).items())
 
 
 def _in_json(value: Any) -> Any:

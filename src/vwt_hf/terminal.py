@@ -147,7 +147,8 @@ def vwt_option(text: str) -> Any:
     try:
         found = json.loads(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON; {wanted}") from None
+        named = f', and a method as \'{{"method": "{text}"}}\'' if text.isidentifier() else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON; {wanted}{named}") from None
     if found is not None and not isinstance(found, (bool, dict, str)):
         raise argparse.ArgumentTypeError(f"{text!r} is no setting; {wanted}")
     return found
