@@ -31,7 +31,7 @@ from vwt_hf.hooks import Reduce
 from vwt_hf.image_source import find_images
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers
-from vwt_hf.terminal import markdown, run_command
+from vwt_hf.terminal import markdown, run_command, vwt_option
 from vwt_hf.whole_saves import require_writable, write_file
 
 SETTINGS: list[dict[str, Any]] = [
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, action="append", help="Hub id or folder; may be given several times")
     parser.add_argument("--images", required=True, type=Path, help="folder of images, searched through all levels")
-    parser.add_argument("--vwt", action="append", type=json.loads, help="a setting as JSON; may be given several times")
+    parser.add_argument("--vwt", action="append", type=vwt_option, help="a setting as JSON; may be given several times")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="use the first so many images, spread evenly over the folder")
     parser.add_argument("--json", type=Path, help="also write the rows here, after each setting")

@@ -32,13 +32,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from benchmark import Method, count
 from compare_processor import SETTINGS
 from vwt_hf import compress, token_lengths
+from vwt_hf.checks import require_whole
 from vwt_hf.decoding import read_image
-from vwt_hf.evaluate_model import name_of
+from vwt_hf.evaluate_model import name_of, require_shortening
 from vwt_hf.image_source import find_images
 from vwt_hf.plans import PATCH_WORDS
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers
-from vwt_hf.terminal import markdown, run_command
+from vwt_hf.terminal import markdown, run_command, vwt_option
 from vwt_hf.timing import time_in_turn
 from vwt_hf.weights import copy_sharing_weights
 from vwt_hf.whole_saves import require_writable, write_file
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hub id or folder of a model with its image processor")
     parser.add_argument("--images", required=True, type=Path, help="folder of images, searched through all levels")
-    parser.add_argument("--vwt", action="append", type=json.loads, help="a setting as JSON; may be given several times")
+    parser.add_argument("--vwt", action="append", type=vwt_option, help="a setting as JSON; may be given several times")
     parser.add_argument("--workers", type=int, default=2, help="processes that load (default: 2)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, default=256, help="images (default: 256), spread evenly over the folder")
@@ -56,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args(arguments)
     require_writable(options.json)
+    for name in ("batch_size", "limit", "turns"):
+        require_whole(f"--{name.replace('_', '-')}", getattr(options, name))
+    require_whole("--workers", options.workers, least=0)
     settings = options.vwt or SETTINGS
+    require_shortening(settings)
     paths = find_images([options.images], options.limit)
     print(
         f"{printable(options.model)}, {len(paths)} images, batch {options.batch_size}, {options.workers} workers, "
@@ -78,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batches = [next(iter(loader)) for loader in loaders]
     rows["forward"] = forwards(options.model, names, settings, batches, options.turns)
     rows["padding"] = padding(names, processors, loaders, options.batch_size)
-    for table in rows.values():
-        print(markdown(table))
     if options.json:
         write_file(options.json, json.dumps(rows, indent=1))
+    for table in filter(None, rows.values()):  # there is no padding where all images have the same number of tokens
+        print(markdown(table))
 
 
 def processed(processor: Any, paths: Sequence[Path]) -> Any:

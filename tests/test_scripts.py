@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +56,37 @@ def test_words_of_image_processor_and_model_are_compared_over_a_folder(tmp_path,
     assert len(rows[1:]) == len(asked)
     for row in rows[1:]:
         assert [int(cell) for cell in row[3:6]] == [len(PHOTOGRAPHS), 0, 0]
+
+
+@pytest.fixture
+def loader(tmp_path) -> tuple[Any, list[str]]:
+    """The script, and arguments of a model and a few images for it."""
+    write(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    for number, photograph in enumerate(PHOTOGRAPHS):
+        photograph.save(tmp_path / "images" / f"{number}.png")
+    given = ["--model", str(tmp_path / "model"), "--images", str(tmp_path / "images"), "--turns", "1"]
+    return importlib.import_module("loader"), [*given, "--workers", "0"]
+
+
+def test_what_a_loader_costs_is_kept_also_where_all_images_have_the_same_number_of_tokens(loader, tmp_path, capsys):
+    script, given = loader
+    script.main([*given, "--vwt", '{"keep_ratio": 0.5}', "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["setting"] for row in rows["loader"]] == ["plain", "keep ratio 0.5"] and rows["padding"] == []
+    printed = capsys.readouterr().out
+    assert printed.count("keep ratio 0.5") == 3 and "any order" not in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--vwt", "false"], "vwt holds False, which leaves the model plain"),
+        (["--vwt", "true", "--limit", "0"], "--limit is 0; expected a whole number of at least 1"),
+        (["--vwt", "true", "--turns", "0"], "--turns is 0; expected a whole number of at least 1"),
+    ],
+)
+def test_a_loader_is_not_measured_by_what_makes_no_sense(loader, more, reason):
+    script, given = loader
+    with pytest.raises(ValueError, match=reason):
+        script.main([*given, *more])
