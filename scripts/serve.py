@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -64,6 +65,8 @@ from vwt_hf.timing import return_memory, usable_device
 from vwt_hf.token_count import count_tokens
 
 FIELD = "image"
+DATA_URL = re.compile(r"data:[\w.+/-]*;base64,")
+"""What stands before the base64 of an image that a browser read."""
 SPACE = dict.fromkeys(b" \t\r\n")
 """White space that programs put into base64, for `str.translate` to take out."""
 LARGEST = 32 * 2**20
@@ -321,7 +324,7 @@ def _image_in_json(content: bytes) -> bytes:
     if not isinstance(value, str):
         raise HTTPException(400, _wants("a string of base64", list(body) if isinstance(body, dict) else [], value))
     try:
-        return base64.b64decode(value.translate(SPACE), validate=True)
+        return base64.b64decode(DATA_URL.sub("", value, count=1).translate(SPACE), validate=True)
     except ValueError as error:
         raise HTTPException(400, f"{FIELD!r} is no base64 ({error}); URLs are not fetched.") from error
 
@@ -329,8 +332,8 @@ def _image_in_json(content: bytes) -> bytes:
 def _wants(what: str, names: Sequence[str], value: object) -> str:
     if value is not None or FIELD in names:
         return f"{FIELD!r} is a {type(value).__name__}; expected {what}. URLs are not fetched."
-    found = ", ".join(shown(name[:LONGEST]) for name in names[:3]) or "nothing"
-    return f"There is no {FIELD!r}, only {found}; expected it to be {what}."
+    found = ", ".join(shown(name[:LONGEST]) for name in names[:3])
+    return f"There is no {FIELD!r}{found and f', only {found}'}; expected it to be {what}."
 
 
 async def processed(request: Request) -> dict[str, np.ndarray]:

@@ -160,6 +160,8 @@ def test_an_upload_and_base64_are_answered_as_the_image_alone(server: Running):
     require_answer(server.upload(file(image)), server, image)
     require_answer(server.send({"image": base64.b64encode(file(image)).decode()}), server, image)
     require_answer(server.send({"image": base64.encodebytes(file(image)).decode()}), server, image)  # in lines
+    by_browser = "data:image/png;base64," + base64.b64encode(file(image)).decode()
+    require_answer(server.send({"image": by_browser}), server, image)
     labels = server.upload(file(image)).body["labels"]
     assert {label["label"] for label in labels} == {"LABEL_0", "LABEL_1"}
     assert sum(label["score"] for label in labels) == pytest.approx(1)
@@ -234,7 +236,7 @@ def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
     wrong: list[tuple[Reply, int, str]] = [
         (server.upload(whole, field="photo"), 400, "no 'image', only 'photo'"),
         (server.upload(whole, parts=2), 400, "Too many files"),
-        (server.ask("POST", "/predict", b"--x--\r\n", form), 400, "no 'image', only nothing"),
+        (server.ask("POST", "/predict", b"--x--\r\n", form), 400, "There is no 'image'; expected it to be"),
         (server.ask("POST", "/predict", odd, charset), 400, "The form cannot be read"),
         (server.ask("POST", "/predict", odd.replace(b"\xff", b""), charset), 400, ""),
         (server.ask("POST", "/predict", text, form), 400, "URLs are not fetched"),
@@ -251,6 +253,7 @@ def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
         (server.send({"image": 7}), 400, "'image' is a int; expected a string of base64"),
         (server.send({"image": "eA=!"}), 400, "no base64"),
         (server.send({"image": "http://127.0.0.1:1/a.png"}), 400, "URLs are not fetched"),
+        (server.send({"image": "data:image/png,x"}), 400, "no base64"),
         (server.ask("GET", "/predict"), 405, "Not Allowed"),
     ]
     for reply, status, reason in wrong:
