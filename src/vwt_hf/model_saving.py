@@ -208,11 +208,11 @@ def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel])
             continue
         alike = [(path, config) for path, config in within if _same_but_setting(config, part.config)]
         if len(alike) != 1 or not _is_of_part_alone(alike[0][1], model, part):
+            found = "the one like it is that of other parts, too" if len(alike) == 1 else f"{len(alike)} could be"
             raise ValueError(
                 f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and which of the "
-                f"configs within its own is that of this part alone cannot be told: {len(alike)} of them could be, and "
-                "other parts may go by them. Save the part by itself, vwt_hf.restore(part), or vwt_hf.compress the "
-                "whole, if its family is supported."
+                f"configs within its own is that of this part alone cannot be told: {found}. Save the part by itself, "
+                "vwt_hf.restore(part), or vwt_hf.compress what is around it, if that is supported."
             )
         (path, config), *_ = alike
         if path:
