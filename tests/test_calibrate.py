@@ -526,6 +526,14 @@ def test_the_command_prints_the_front_and_saves_the_model_by_the_setting(checkpo
     assert loaded.config.vwt == written["vwt"] and (output / "preprocessor_config.json").exists()
 
 
+def test_the_command_calibrates_and_saves_a_checkpoint_that_has_a_setting(checkpoint, folder, tmp_path):
+    short, again = tmp_path / "short", tmp_path / "again"
+    assert run(checkpoint, folder, "--tokens", "55", "--output", str(short)) == 0
+    assert run(short, folder, "--tokens", "50", "--output", str(again)) == 0
+    settings = [transformers.AutoConfig.from_pretrained(output).vwt for output in (short, again)]
+    assert settings[0] != settings[1] and settings[1]["method"] == "gradual"
+
+
 def test_the_command_takes_a_model_without_a_classifier_or_a_pooler(checkpoint, folder, processor, tmp_path, capsys):
     tiny_model("vit").base_model.save_pretrained(tmp_path / "features")
     model = transformers.ViTModel(tiny_model("vit").config, add_pooling_layer=False)

@@ -228,6 +228,13 @@ def test_a_photograph_that_cannot_be_read_is_named(checkpoint, photographs, tmp_
     assert "broken.jpg cannot be read" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("given", [["demo", "--images", ""], ["show", "", "--keep-ratio", "0.5"]])
+def test_an_empty_name_is_no_photograph_nor_the_folder_that_one_is_in(given, photographs, monkeypatch, capsys):
+    monkeypatch.chdir(photographs)
+    assert main(given) == 2
+    assert "An image is named by an empty text; expected its path" in capsys.readouterr().err
+
+
 def test_photographs_of_different_sizes_are_refused(photographs, tmp_path, capsys):
     checkpoint = save(transformers.ViTModel(transformers.ViTConfig(**VISION)), tmp_path)
     transformers.ViTImageProcessorPil(do_resize=False).save_pretrained(checkpoint)
@@ -353,8 +360,11 @@ def test_features_are_of_the_class_that_the_checkpoint_names_unless_it_has_a_hea
     name, expected, tmp_path
 ):
     checkpoint = save(tiny_model(name), tmp_path)
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
-    assert type(features_class(config).from_pretrained(checkpoint)).__name__ == expected
+    compressed = tmp_path / "compressed"
+    vwt_hf.compress(tiny_model(name), {"method": "local", "image_std": [0.2, 0.2, 0.2]}).save_pretrained(compressed)
+    for folder in (checkpoint, compressed):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        assert type(features_class(config).from_pretrained(folder)).__name__ == expected
 
 
 def test_torchs_defaults_change_no_photograph_that_show_draws(photographs):

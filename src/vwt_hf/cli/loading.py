@@ -31,8 +31,10 @@ def own_class(config: Any) -> Any:
     """The class of transformers that a checkpoint's config says its model is of; `None` where transformers has none."""
     import transformers
 
+    from ..model_configs import plain_class
+
     found = [getattr(transformers, name, None) for name in config.architectures or []]
-    return next((own for own in found if getattr(own, "config_class", None) is type(config)), None)
+    return next((own for own in found if getattr(own, "config_class", None) is plain_class(type(config))), None)
 
 
 def features_class(config: Any) -> Any:
