@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import vwt_hf
 from vwt_hf import cli, decoding, image_source, processed_images
@@ -81,6 +82,16 @@ def test_learning_sees_what_the_model_sees_in_raw_rgb(processor: Any) -> None:
     # As many words as patches: each patch is a word.
     distances = torch.cdist(patches, words.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
     assert distances.min(dim=1).values.max() < 1e-4
+
+
+def test_words_are_learned_by_an_image_processor_that_has_words_itself(processor: Any, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    transformers.CLIPVisionConfig(patch_size=8, image_size=32).save_pretrained(tmp_path)
+    expected = make(photographs(9), processor)
+    for vwt in (True, {"method": "inter", "vocabulary": VisualVocabulary(torch.rand(6, 3, 8, 8))}, {"keep_ratio": 0.5}):
+        tokenizing = AutoImageProcessor.from_pretrained(tmp_path, vwt=vwt)
+        assert torch.equal(make(photographs(9), tokenizing).words, expected.words)
+        assert tokenizing.vwt is not None
 
 
 def test_learning_records_how_the_words_came_about(folder: Path, processor: Any) -> None:

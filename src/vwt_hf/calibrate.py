@@ -26,12 +26,11 @@ from .compress import compress, restore
 from .config import VWTConfig
 from .families import family_of, find_tower, model_of
 from .figures import cosines, first_answers, mean_interval, share_interval
-from .image_processing import without_words
 from .image_source import open_images
 from .on_gpu import has_kernels
 from .printable import difference, shown
 from .processed_images import one_batch, processed
-from .processors import processor_of, processor_statistics
+from .processors import processor_of, processor_statistics, without_words
 from .provenance import cpu_name, made_with
 from .timing import FEWEST_TURNS, count_flops, stopwatch
 from .token_count import count_tokens

@@ -29,13 +29,13 @@ from .decoding import UnreadableImage, read_image
 from .embedded_files import AGAIN, FORMATS, Shard, Shards
 from .families import family_of, find_tower, model_of
 from .forward import forward_within
-from .image_processing import HostTokenizer, without_words
+from .image_processing import HostTokenizer
 from .image_source import ImageRows, image_rows
 from .plans import PATCH_WORDS
 from .printable import shown
 from .processed_images import one_batch, processed
 from .processes import everywhere, gathered, join, place
-from .processors import described_processor, processor_of
+from .processors import described_processor, processor_of, without_words
 from .provenance import compression_of, made_with
 from .timing import return_memory
 from .token_count import count_tokens

@@ -36,12 +36,11 @@ from .evaluation_tasks import (
     require_texts,
     task_for,
 )
-from .image_processing import without_words
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
 from .processed_images import one_batch, processed
 from .processes import gathered, join, place
-from .processors import described_processor, load_beside, processor_of
+from .processors import described_processor, load_beside, processor_of, without_words
 from .provenance import compression_of, made_with
 from .timing import stopwatch
 from .token_count import TokenCount, count_tokens

@@ -547,15 +547,6 @@ def words_named_in(folder: Path) -> list[str]:
     return [name for text in texts for name in re.findall(rf'"saved_as": "({SAVED_AS.pattern})"', text)]
 
 
-def without_words(image_processor: Any) -> Any:
-    """An image processor that finds no words of patches: as it is, or a copy of one that does."""
-    if getattr(image_processor, "vwt", None) is None:
-        return image_processor
-    own = copy.deepcopy(image_processor)
-    own.vwt = None
-    return own
-
-
 def words_of(processor: Any) -> VisualVocabulary | None:
     """The words that an image processor is saved with; `None` if there are none, or they are on the Hub."""
     held = getattr(processor, "__dict__", {}).get("vwt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,15 @@ def load_beside(model: PreTrainedModel, load: Callable[..., Any], what: str, ins
             f"the {type(model).__name__} has no {what} that can be loaded ({str(error)[:LONGEST]}); give one as "
             f"{instead}.from_pretrained(...)."
         ) from error
+
+
+def without_words(image_processor: Any) -> Any:
+    """An image processor that finds no words of patches: as it is, or a copy of one that does."""
+    if getattr(image_processor, "vwt", None) is None:
+        return image_processor
+    own = copy.deepcopy(image_processor)
+    own.vwt = None
+    return own
 
 
 def patch_size_of(checkpoint: str) -> int:

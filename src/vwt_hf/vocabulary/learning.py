@@ -28,7 +28,7 @@ from ..image_source import ImagePart, ImageSource, open_images
 from ..printable import shown
 from ..processed_images import PatchBatch, patch_batches
 from ..processes import everywhere, gathered, in_main, join, place, require_same, summed, together
-from ..processors import processor_statistics, white_of
+from ..processors import processor_statistics, white_of, without_words
 from ..whole_saves import require_folder, write_files
 from .files import VocabularyInfo, tensor_bytes
 from .kmeans import MiniBatchKMeans, statistics
@@ -118,7 +118,7 @@ def learn_words(
         # Where a process was forked, as by accelerate's notebook_launcher, torch makes a new pool of threads with this
         # call. The threads that read images would make it, too, and where two meet, torch raises an error in one.
         torch.set_num_threads(torch.get_num_threads())
-    image_processor = getattr(image_processor, "image_processor", image_processor)
+    image_processor = without_words(getattr(image_processor, "image_processor", image_processor))
     # The channels are RGB's: images are read as such.
     channels = 3
 
