@@ -303,7 +303,7 @@ class Results:
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 different = self._different(found)
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise SystemExit(
                     f"{path} is no file of this benchmark ({error}); delete it or name another file."
                 ) from error

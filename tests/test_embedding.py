@@ -583,9 +583,10 @@ def test_a_folder_that_holds_something_else_is_refused(run, tmp_path):
     (tmp_path / "out" / "train-00000-of-00001.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds train-\* files and no embed.json"):
         run()
-    (tmp_path / "out" / MANIFEST).write_text("[]")
-    with pytest.raises(ValueError, match="no manifest of features"):
-        run()
+    for content in ("[]", "[" * 100_000):
+        (tmp_path / "out" / MANIFEST).write_text(content)
+        with pytest.raises(ValueError, match="no manifest of features"):
+            run()
 
 
 @pytest.mark.parametrize(
@@ -818,6 +819,8 @@ def test_the_command_loads_the_class_of_the_checkpoint_and_of_a_classifier_what_
     ("more", "reason"),
     [
         (["--vwt", "{keep_ratio: 0.5}"], "is no JSON; expected true, false, or fields"),
+        (["--vwt", "[" * 100_000], "… is no JSON; expected true, false, or fields"),
+        (["--vwt", "gradual"], """, and a method as '{"method": "gradual"}'"""),
         (["--vwt", "[]"], "'[]' is no setting; expected true, false, or fields"),
         (["--vwt", "1"], "'1' is no setting; expected true, false, or fields"),
         (["--vwt", '{"keep": 0.5}'], "keep"),

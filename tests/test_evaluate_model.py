@@ -1294,7 +1294,7 @@ def test_what_was_measured_of_something_else_is_refused_and_says_what_differs(tm
         file.write(b" ")
     with pytest.raises(ValueError, match=r"images 'a folder of 17 .* there, 'a folder of 17 .* here"):
         evaluate_model(model, photographs, vwt=[HALF], **of)
-    for content in ('{"number": 0}', '{"of": 1}', "[1]", '{"of": {}, "number": 0}'):
+    for content in ('{"number": 0}', '{"of": 1}', "[1]", '{"of": {}, "number": 0}', "[" * 100_000):
         (resume / "evaluate-0.jsonl").write_text(content + "\n")
         with pytest.raises(ValueError, match="holds no batches of this evaluation"):
             evaluate_model(model, photographs, vwt=[HALF], **of)
@@ -1327,6 +1327,7 @@ def test_what_was_measured_of_another_stream_is_refused(tmp_path, dataset, capsy
             "list.md is no model card (its metadata is a list; expected names",
         ),
         (["--seed", "-1"], "seed is -1; expected a whole number in [0, 2**63)"),
+        (["--groups", "{model}/deep.json"], "deep.json, which is no JSON (maximum recursion depth"),
         (["--dataset", ""], "no images are named, but an empty text; expected a folder of images"),
         (["--vwt", "false"], "vwt holds False, which leaves the model plain; leave it out"),
         (["--vwt", '{{"keep_ratio": 2}}'], "keep_ratio is 2; expected a number in (0, 1]"),
@@ -1349,6 +1350,7 @@ def test_what_was_measured_of_another_stream_is_refused(tmp_path, dataset, capsy
 def test_what_cannot_be_done_is_one_line(tmp_path, photographs, dataset, capsys, monkeypatch, options, reason):
     folder = classifier(tmp_path, {0: "cat", 1: "dogs"})
     (folder / "list.json").write_text("[1]")
+    (folder / "deep.json").write_text("[" * 100_000)
     (folder / "broken.md").write_text("---\n[a: b\n---\n")
     (folder / "list.md").write_text("---\n- a\n---\n")
     (tmp_path / "nothing").mkdir()

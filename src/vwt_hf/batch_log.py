@@ -81,10 +81,10 @@ def _read(file: Path, of: dict[str, Any]) -> Iterator[Batch]:
     known = False
     for line in file.read_bytes().splitlines():
         try:
-            content = json.loads(line)
-        except ValueError:  # cut short by a kill
-            continue
-        try:
+            try:
+                content = json.loads(line)
+            except ValueError:  # cut short by a kill
+                continue
             if "of" in content:
                 if content["of"] != of:
                     raise ValueError(f"it is of another evaluation: {difference(content['of'], of)}")
@@ -93,7 +93,7 @@ def _read(file: Path, of: dict[str, Any]) -> Iterator[Batch]:
             if not known:
                 raise ValueError("it does not say what its batches are of")
             yield _batch(content)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(
                 f"{file} holds no batches of this evaluation ({error}); name another folder, or delete {file.parent}."
             ) from error

@@ -211,6 +211,6 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))["of"]
         if not isinstance(found, dict):
             raise TypeError(f"`of` is a {type(found).__name__}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is no manifest of features ({error}); name another folder.") from error
     return found

@@ -168,7 +168,10 @@ def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = No
         FileNotFoundError: a path does not exist.
     """
     files: list[Path] = []
-    for place in map(Path, places):
+    for given in places:
+        if not os.fspath(given):  # which would be the folder that one is in
+            raise ValueError("An image is named by an empty text; expected its path, or that of a folder of images.")
+        place = Path(given)
         if place.is_dir():
             within = [place / name for name in _image_names(place)]
             if not within:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .printable import printable
+from .printable import printable, shown
 
 PLAIN = {"→": "->", "×": "x", "−": "-", "·": "*", "≤": "<=", "≥": ">=", "Δ": "delta", "…": "..."}
 """What stands for a character where the output's encoding lacks it; else its code does."""
@@ -146,11 +146,11 @@ def vwt_option(text: str) -> Any:
     wanted += "in quotes, as '\"me/my-words\"'"
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         named = f', and a method as \'{{"method": "{text}"}}\'' if text.isidentifier() else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON; {wanted}{named}") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON; {wanted}{named}") from None
     if found is not None and not isinstance(found, (bool, dict, str)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no setting; {wanted}")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no setting; {wanted}")
     return found
 
 
