@@ -24,8 +24,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from settings import ViTImageProcessor
 from test_generation import llava
 from test_pipeline import PHOTOGRAPHS
-from tiny import answers, sample_pixel_values, tiny_model
-from vwt_hf import VisualVocabulary, VWTConfig, collate_images, compress, restore, token_lengths
+from tiny import TINY, answers, sample_pixel_values, tiny_model
+from vwt_hf import VisualVocabulary, VWTConfig, collate_images, compress, count_tokens, restore, token_lengths
 from vwt_hf.compress import setting_of
 from vwt_hf.forward import current_forward
 from vwt_hf.image_processing import HostTokenizer
@@ -332,6 +332,73 @@ def test_one_of_two_parts_that_are_made_by_one_config_is_not_saved_as_both(tmp_p
         model.save_pretrained(tmp_path)
     restore(model.student)
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("order", [("student", "teacher"), ("teacher", "student")])
+def test_a_part_that_was_restored_is_not_compressed_by_the_config_of_another(tmp_path, order):
+    model = Two(tiny_model("clip").config)
+    for name in order:
+        compress(getattr(model, name), {"keep_ratio": 0.5})
+    restore(model.teacher)
+    with pytest.raises(ValueError, match=r"the one like it is that of other parts, too.*Save the part by itself"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "reason"),
+    [
+        (lambda: transformers.ViTForMaskedImageModeling(tiny_model("vit").config), "vit", "cannot be compressed"),
+        (
+            lambda: transformers.BeitForSemanticSegmentation(
+                transformers.BeitConfig(**TINY | {"num_hidden_layers": 4}, out_indices=[1, 2, 3, 4])
+            ),
+            "beit",
+            "no patch may be dropped",
+        ),
+    ],
+    ids=["masked", "segmentation"],
+)
+def test_a_whole_that_could_not_be_loaded_by_the_setting_of_its_part_is_not_saved(tmp_path, whole, part, reason):
+    model = whole()
+    compress(getattr(model, part), {"keep_ratio": 0.5})
+    with pytest.raises(ValueError, match=rf"is that of the whole.* {reason}.*Save the part by itself"):
+        model.save_pretrained(tmp_path)
+    restore(getattr(model, part))
+    model.save_pretrained(tmp_path)
+
+
+def test_restore_leaves_the_config_that_other_models_are_built_from(tmp_path):
+    whole = llava()
+    compress(whole.model.vision_tower, {"keep_ratio": 0.5, "dropped": "merge"})
+    whole.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    first, second = (type(whole)(config) for _ in range(2))
+    assert restore(first).config.vision_config.vwt is None
+    assert config.vision_config.vwt == second.model.vision_tower.config.vwt is not None
+    assert type(whole)(config).model.vision_tower.config.vwt is not None
+
+
+class Holder(transformers.PreTrainedModel):
+    """A model of no family with a tower of one."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self) -> None:
+        super().__init__(transformers.LlamaConfig())
+        self.tower = tiny_model("vit")
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.tower(pixel_values)[0]
+
+
+def test_tokens_are_counted_of_the_part_of_a_whole_that_was_compressed_alone(pixel_values):
+    model = Holder().eval()
+    with pytest.raises(ValueError, match="cannot be compressed"), count_tokens(model):
+        pass
+    compress(model.tower, {"keep_ratio": 0.25})
+    with count_tokens(model) as count, torch.no_grad():
+        model(pixel_values)
+    assert count.mean == 17
 
 
 @pytest.mark.parametrize("name", ["vit", "clip-vision"])

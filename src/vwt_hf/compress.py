@@ -337,8 +337,10 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         TypeError: `model` is no transformers model.
     """
     model = model_of(model)
-    if setting_of(model) is None and any(config.vwt is not None or is_by_plan(config) for config in configs_of(model)):
-        own_config(model)  # which it may share with a compressed one
+    held = {id(module.__dict__.get("config")) for module in model.modules()}
+    told = [config for config in configs_of(model) if config.vwt is not None or is_by_plan(config)]
+    if any(setting_of(model) is None or id(config) not in held for config in told):
+        own_config(model)  # others may go by these, or be built from them
     _take_out(model)
     return model
 

@@ -178,7 +178,7 @@ the `model_type` of their configs."""
 UNFIT: tuple[Unfit, ...] = (
     Unfit(
         "Swin",
-        ("swin", "swinv2", "donut-swin"),
+        ("swin", "swinv2"),
         "attends within windows of the whole grid and merges neighbours between stages",
     ),
     Unfit("SegFormer", ("segformer",), "shortens keys by convolutions over the whole grid"),

@@ -18,7 +18,7 @@ from . import image_processing
 from .compress import configs_of, own_config, require_same_layers, setting_of, takes_words
 from .config import VWTConfig
 from .evidence import write_section
-from .families import family_of, find_tower
+from .families import family_of, find_tower, why_every_patch
 from .model_configs import is_among, take_over
 from .processors import configs_within
 from .saved_words import remove_other_words, require_same_words, seal_words, words_folder, write_words
@@ -207,12 +207,12 @@ def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel])
         if is_among(part.config, [config for _, config in within]):
             continue
         alike = [(path, config) for path, config in within if _same_but_setting(config, part.config)]
-        if len(alike) != 1 or not _is_of_part_alone(alike[0][1], model, part):
-            found = "the one like it is that of other parts, too" if len(alike) == 1 else f"{len(alike)} could be"
+        why_not = _why_not_of_part(alike[0][1], model, part) if len(alike) == 1 else f"{len(alike)} could be"
+        if why_not is not None:
             raise ValueError(
                 f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and which of the "
-                f"configs within its own is that of this part alone cannot be told: {found}. Save the part by itself, "
-                "vwt_hf.restore(part), or vwt_hf.compress what is around it, if that is supported."
+                f"configs within its own is that of this part alone cannot be told: {why_not}. Save the part by "
+                "itself, vwt_hf.restore(part), or vwt_hf.compress what is around it, if that is supported."
             )
         (path, config), *_ = alike
         if path:
@@ -230,12 +230,25 @@ def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel])
             config.vwt = None
 
 
-def _is_of_part_alone(config: PreTrainedConfig, model: PreTrainedModel, part: PreTrainedModel) -> bool:
-    """Whether a part that is loaded by `config`, within that of `model`, is `part` and no other."""
+def _why_not_of_part(config: PreTrainedConfig, model: PreTrainedModel, part: PreTrainedModel) -> str | None:
+    """Why what is loaded by `config`, within that of `model`, is not `part` alone; `None` if it is."""
     if config is model.config:
-        return find_tower(model, family_of(model)).module in part.modules()
+        try:
+            tower = find_tower(model, family_of(model))
+        except ValueError:
+            return "the one like it is that of the whole, which cannot be compressed"
+        setting = setting_of(part)
+        if setting is not None and setting.drops and why_every_patch(model, tower) is not None:
+            return "the one like it is that of the whole, of which no patch may be dropped"
+        return None if tower.module in part.modules() else "the one like it is that of the whole"
     inside = set(part.modules())
-    return not any(module.__dict__.get("config") is config for module in model.modules() if module not in inside)
+    others = {
+        id(own): own for module in model.modules() if module not in inside for own in [module.__dict__.get("config")]
+    }
+    # What was compressed and restored has a copy of its config, by which it is not loaded.
+    if any(isinstance(own, PreTrainedConfig) and _same_but_setting(config, own) for own in others.values()):
+        return "the one like it is that of other parts, too"
+    return None
 
 
 def _same_but_setting(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .compress import joining_layers, reduce_hook_of
+from .compress import joining_layers, parts_of, reduce_hook_of
 from .families import family_of, find_places, find_tower, model_of
 from .forward import forward_within
 
@@ -62,7 +62,10 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
         >>> count.tokens, count.images, count.mean  # CLS + 49 of 196 patches
         (100, 2, 50.0)
     """
-    tower = find_tower(model_of(model), family_of(model))
+    model = model_of(model)
+    compressed = parts_of(model)  # alone, in a whole that may be of no family
+    part = compressed[0] if len(compressed) == 1 else model
+    tower = find_tower(part, family_of(part))
     places = find_places(tower.module)
     count = TokenCount([0] * len(places))
 
