@@ -407,6 +407,12 @@ def test_the_deviation_of_a_models_image_processor_is_used_and_saved(tmp_path, i
     assert again.config.vwt["image_std"] == [0.2, 0.4, 0.8]
 
 
+def test_the_deviation_of_the_setting_that_a_model_has_is_that_of_the_next():
+    model = compress(tiny_model("vit"), local(image_std=[0.2, 0.4, 0.8]))
+    compress(model, {"method": "gradual", "tolerance": 0.1})
+    assert model.config.vwt["method"] == "gradual" and model.config.vwt["image_std"] == [0.2, 0.4, 0.8]
+
+
 def test_a_tolerance_means_the_same_however_images_are_normalised(images):
     raw = images * 0.2 + 0.5
     counts = []
