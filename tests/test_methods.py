@@ -174,6 +174,14 @@ def test_padding_never_enters(fields, lengths, images):
         torch.testing.assert_close(model(**padded | {"pixel_values": noise}).pooler_output, found, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("criterion", ["variance", "grid", "random"])
+def test_of_padded_patches_as_many_stay_as_a_number_says_or_an_image_has(criterion, images):
+    model = compress(tiny_model("siglip2-vision"), {"num_patches": 40, "keep_ratio": 0.1, "criterion": criterion})
+    taken = watch_embeddings(model)
+    answers(model, images)
+    assert (taken[0][1].layout.sizes > 0).sum(1).tolist() == [30, 40, 30, 40]
+
+
 def test_a_masked_autoencoder_says_which_patches_were_dropped(images):
     given = inputs(tiny_model("vit-mae"), images)
     output = compress(tiny_model("vit-mae"), FIELDS["every-other"])(**given)
