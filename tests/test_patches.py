@@ -66,6 +66,15 @@ def test_some_that_are_kept_may_not_stay():
     assert first == [[kept[0][0], kept[0][2]], [6 + kept[-1][0]]]  # what stays comes first, in its order
 
 
+@pytest.mark.parametrize(("tokens", "width"), [(None, 3), (4, 4), (1, 3)])
+def test_words_of_padded_images_make_as_many_tokens_as_are_asked_for_or_the_longest_has(tokens, width):
+    own, stays = torch.arange(6), torch.tensor([[True, False, True, False, True, False]])
+    kept = padded().kept_by(torch.where(stays, own, -1).expand(2, -1), tokens)
+    led = padded().represented_by(own.div(2, rounding_mode="floor").mul(2).expand(2, -1), 1.0, tokens)
+    for plan in (kept, led):
+        assert plan.stays.shape == (2, width) and plan.stays.sum(dim=1).tolist() == [3, 1]
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_groups_are_means_of_real_patches(packed):
     plan = padded().group(torch.tensor([[0, 0, 1, 1, 2, 2]] * 2), packed, True)
