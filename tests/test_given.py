@@ -261,6 +261,8 @@ def test_words_that_no_images_were_given_with_are_refused():
     lava = compress(built(llava), SETTINGS["inter"])
     with pytest.raises(ValueError, match="given to a call that embeds no images by them"):
         lava(**text, patch_words=torch.zeros(1, 64, dtype=torch.int64))
+    with pytest.raises(ValueError, match="given to a call that embeds no images by them"):
+        lava.generate(**text, patch_words=torch.zeros(1, 64, dtype=torch.int64), max_new_tokens=2)
     assert current_forward() is None
 
 
