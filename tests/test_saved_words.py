@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import types
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from settings import STATISTICS, ViTImageProcessor, inter
 from tiny import answers, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, evaluate_model, restore
 from vwt_hf.compress import lexicon_of
+from vwt_hf.whole_saves import sharing
 
 
 def words(seed: int) -> VisualVocabulary:
@@ -52,6 +53,18 @@ def test_threads_that_save_a_tower_of_a_compressed_whole_leave_it_compressed(tmp
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(tower.save_pretrained, folders))
     assert all(json.loads((folder / "config.json").read_text())["vwt"]["method"] == "local" for folder in folders)
+
+
+def test_a_save_with_words_waits_for_another_into_its_folder_and_one_without_does_not(tmp_path):
+    with ThreadPoolExecutor(1) as thread:
+        with sharing(tmp_path):
+            thread.submit(compress(tiny_model("vit"), {"keep_ratio": 0.5}).save_pretrained, tmp_path).result(30)
+            before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+            save = thread.submit(model(0).save_pretrained, tmp_path)
+            assert not wait([save], 0.5).done
+            assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
+        save.result()
+    assert load(tmp_path).config.vwt["method"] == "inter"
 
 
 class Killed(BaseException):
