@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vwt_hf import whole_saves
-from vwt_hf.whole_saves import require_folder, require_writable, write_file
+from vwt_hf.whole_saves import require_folder, require_writable, saving, sharing, write_file
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
@@ -30,6 +31,31 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     assert file.read_text(encoding="utf-8") == "→" and list(file.parent.iterdir()) == [file]
     write_file(tmp_path / "link", b"other")
     assert (tmp_path / "link").is_symlink() and file.read_bytes() == b"other"
+
+
+def test_each_file_is_in_its_folder_on_the_disk_before_the_next(tmp_path, monkeypatch):
+    done = []
+    for name in ("link", "replace", "fsync"):
+        step = getattr(os, name)
+
+        def noted(*given, name=name, step=step):
+            done.append(name if name != "fsync" or not stat.S_ISDIR(os.fstat(given[0]).st_mode) else "folder")
+            return step(*given)
+
+        monkeypatch.setattr(os, name, noted)
+    with saving(tmp_path) as save:
+        save.write({"rows": b"1", "manifest": b"2"})
+        assert save.place_new("manifest")
+        save.place("rows")
+    assert done == ["fsync", "fsync", "link", "folder", "replace", "folder"]
+
+
+def test_a_lock_ends_with_its_save_though_a_child_process_still_holds_its_descriptor(tmp_path):
+    with sharing(tmp_path) as (lock, _):
+        child = os.dup(lock)  # one open file, as what a fork inherits
+    with sharing(tmp_path) as (_, is_alone):
+        assert is_alone()
+    os.close(child)
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path):
