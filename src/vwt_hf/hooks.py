@@ -460,11 +460,8 @@ def attending_layers(tower: nn.Module) -> list[list[nn.Module]]:
 
 
 def _form(layer: nn.Module) -> list[tuple[type, bool]]:
-    """What layers that compute alike have in common: the classes of their modules, and which forwards are replaced."""
-    return [
-        (type(part), not isinstance(part.__dict__.get("forward", None), (StandIn, type(None))))
-        for part in layer.modules()
-    ]
+    """What layers that compute alike have in common: the classes of their modules, and which run by their class."""
+    return [(type(part), isinstance(part.__dict__.get("forward"), (StandIn, type(None)))) for part in layer.modules()]
 
 
 def _require_attention(tower: Any, forward: Forward) -> None:
@@ -476,7 +473,7 @@ def _require_attention(tower: Any, forward: Forward) -> None:
     layers = [layer for stack in attending_layers(tower) for layer in stack]
     by_plan = [layer for layer in layers if any(id(part) in forward.by_plan for part in layer.modules())]
     forms = [_form(layer) for layer in by_plan]
-    others = [layer for layer in layers if layer not in by_plan and _form(layer) not in forms]
+    others = [layer for layer in layers if _form(layer) not in forms]
     if others and (by_plan or not forward.attended):
         raise ValueError(
             f"{len(others)} of the {len(layers)} layers of the {type(tower).__name__} did not attend by the tokens "
