@@ -76,6 +76,21 @@ class Encoder(nn.TransformerEncoderLayer):
         return super().forward(hidden_states)
 
 
+class MixingAttention(Mixer):
+    """Is known for an attention by its name alone."""
+
+
+class Block(nn.Module):
+    """A layer that somebody wrote, with an attention of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = MixingAttention()
+
+    def forward(self, hidden_states: torch.Tensor, *_, **__):
+        return self.mixing(hidden_states)
+
+
 def patched(attention: nn.Module) -> None:
     def forward(self, hidden_states: torch.Tensor, *_, **__):
         return Mixer(None)(hidden_states)
@@ -84,7 +99,7 @@ def patched(attention: nn.Module) -> None:
 
 
 @groups
-@pytest.mark.parametrize("how", ["attention", "forward", "layer"])
+@pytest.mark.parametrize("how", ["attention", "forward", "layer", "own layer"])
 def test_attention_that_goes_by_no_plan_is_an_error(how, setting):
     model = tiny_model("vit", num_hidden_layers=3)
     layer = model.layers[1]
@@ -93,7 +108,7 @@ def test_attention_that_goes_by_no_plan_is_an_error(how, setting):
     elif how == "forward":
         patched(layer.attention)
     else:
-        model.layers[1] = Encoder().eval()
+        model.layers[1] = (Encoder() if how == "layer" else Block()).eval()
     plain = states(model, images())
     compress(model, setting)
     with pytest.raises(ValueError, match="1 of the 3 layers of the ViTModel did not attend by the tokens of each"):
