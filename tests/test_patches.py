@@ -75,6 +75,15 @@ def test_words_of_padded_images_make_as_many_tokens_as_are_asked_for_or_the_long
         assert plan.stays.shape == (2, width) and plan.stays.sum(dim=1).tolist() == [3, 1]
 
 
+def test_words_are_repeated_where_images_come_oftener_and_tiles_that_are_none_have_none():
+    own = torch.arange(6).view(1, 6)
+    with_padding = torch.stack((own, torch.full_like(own, -1)), dim=1)
+    for words in (own, with_padding):
+        assert torch.equal(whole().of_words(words, 2), own.expand(2, -1))
+    two = torch.cat((own, own.clamp(max=3)))
+    assert torch.equal(whole().of_words(two, 2), two)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_groups_are_means_of_real_patches(packed):
     plan = padded().group(torch.tensor([[0, 0, 1, 1, 2, 2]] * 2), packed, True)
