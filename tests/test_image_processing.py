@@ -755,6 +755,16 @@ def test_an_image_processor_that_says_nothing_of_statistics_takes_a_setting_that
     assert processor([Image.new("RGB", (32, 32))], return_tensors="pt")[NAME].shape == (1, 64)
 
 
+class BaseVideoProcessor(OldStyle):
+    """What reads videos, by the name that transformers gives it where there is torchvision."""
+
+
+def test_what_reads_videos_stays_plain_as_the_model_finds_their_words_itself():
+    processor = BaseVideoProcessor()
+    processor.vwt = {"keep_ratio": 0.5}
+    assert type(processor) is BaseVideoProcessor and processor.vwt is None
+
+
 def test_a_setting_without_statistics_takes_images_of_any(folder):
     processor = AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.5})
     assert processor(Image.new("RGB", (32, 32)), image_std=[0.3] * 3, return_tensors="pt")[NAME].shape == (1, 64)
