@@ -734,8 +734,14 @@ def test_statistics_that_change_after_the_setting_was_made_ready_are_refused(vwt
     assert torch.equal(processor(image, return_tensors="pt")[NAME], expected[NAME])
 
 
-def test_a_setting_with_statistics_of_its_own_takes_images_of_any(folder):
-    own = {"method": "local", "tolerance": 0.1, "image_std": [0.2, 0.3, 0.4]}
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"method": "local", "tolerance": 0.1, "image_std": [0.2, 0.3, 0.4]},
+        {"method": "inter", "vocabulary": WORDS, "image_mean": [0.2, 0.3, 0.4]},
+    ],
+)
+def test_a_setting_with_statistics_of_its_own_takes_images_of_any(own, folder):
     processor = AutoImageProcessor.from_pretrained(folder, vwt=own)
     assert processor(Image.new("RGB", (32, 32)), image_std=[0.3] * 3, return_tensors="pt")[NAME].shape == (1, 64)
 
