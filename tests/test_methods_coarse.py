@@ -91,6 +91,14 @@ def test_a_grid_with_an_odd_side_keeps_its_last_row_and_column():
     assert torch.equal(last[:, 8], own[8].expand(2, -1)) and torch.equal(last[..., 6], own[:, 6].expand(2, -1))
 
 
+@pytest.mark.parametrize("fields", [{"tolerance": 1.0}, {"num_patches": 1}], ids=["tolerance", "number"])
+@pytest.mark.parametrize("name", ["dinov3", "siglip2-vision"])
+def test_images_of_one_row_of_patches_have_no_blocks_and_the_answers_of_the_plain_model(name, fields):
+    row = sample_pixel_values(2, 4, 32)
+    expected = answers(tiny_model(name), row)
+    torch.testing.assert_close(answers(compress(tiny_model(name), coarse(**fields)), row), expected)
+
+
 def test_what_a_token_is_and_how_much_attention_it_draws_by_hand(images):
     """The mean of the embeddings of an image that has the block at half the size in all four places."""
     model, plain = compress(tiny_model("vit"), coarse(num_patches=40)), tiny_model("vit")
