@@ -824,6 +824,37 @@ def test_a_vocab_pt_that_torch_would_not_write_is_refused(tmp_path: Path, name: 
         VisualVocabulary.from_pretrained(packed(tmp_path, ZIPS[name]))
 
 
+def test_a_vocab_pt_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    torch.save(torch.rand(5, 768), tmp_path / "elsewhere.pt")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "vocab.pt").symlink_to(tmp_path / "elsewhere.pt")
+    with pytest.raises(ValueError, match=r"vocab\.pt: it is a link that leads out of the folder"):
+        VisualVocabulary.from_pretrained(tmp_path / "words")
+
+
+def with_longer_record(content: bytes) -> bytes:
+    """A zip in whose list of records the longest has a gigabyte."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        size = max(record.file_size for record in archive.infolist()).to_bytes(4, "little")
+    head, listed = content[: content.index(b"PK\1\2")], content[content.index(b"PK\1\2") :]
+    return head + listed.replace(size + size, (2**30).to_bytes(4, "little") * 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content[:-30], "does not end as a file that torch.save wrote"),
+        (lambda content: content + b"more", "does not end as a file that torch.save wrote"),
+        (with_longer_record, "data/0' claims more bytes than the file has"),
+    ],
+)
+def test_a_vocab_pt_whose_list_of_records_is_damaged_says_how(tmp_path: Path, change: Any, said: str) -> None:
+    file = packed(tmp_path, lambda new, at, content: new.writestr(at, content)) / "vocab.pt"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"vocab\.pt: .*{said}.*; expected one float tensor"):
+        VisualVocabulary.from_pretrained(tmp_path)
+
+
 PEAK = """
 import re, sys, warnings, torch
 from vwt_hf import VisualVocabulary
