@@ -647,6 +647,20 @@ def test_a_model_that_gives_several_features_for_an_image_is_refused(run):
         run(model=transformers.LlavaModel(config).eval())
 
 
+class Twofold(transformers.ViTModel):
+    """A model that gives two rows for an image."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.pooler_output = output.pooler_output.repeat(2, 1)
+        return output
+
+
+def test_a_model_that_gives_several_rows_for_an_image_is_refused(run):
+    with pytest.raises(ValueError, match=r"the Twofold gives \(2, 32\) for an image; expected features of shape"):
+        run(model=Twofold(tiny_model("vit").config).eval())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_of_nan_or_infinity_are_refused_with_the_image_and_not_written(value, run, tmp_path):
     own = tiny_model("dinov2").requires_grad_(False)
