@@ -761,6 +761,13 @@ def test_an_image_processor_that_says_nothing_of_statistics_takes_a_setting_that
     assert processor([Image.new("RGB", (32, 32))], return_tensors="pt")[NAME].shape == (1, 64)
 
 
+def test_an_image_processor_that_was_not_made_ready_for_its_setting_says_how_it_is():
+    processor = ViTImageProcessor()
+    processor.vwt = {"keep_ratio": 0.5}
+    with pytest.raises(ValueError, match=r"was not made ready for it\. Load it with from_pretrained\(\.\.\., vwt"):
+        processor(Image.new("RGB", (32, 32)))
+
+
 class BaseVideoProcessor(OldStyle):
     """What reads videos, by the name that transformers gives it where there is torchvision."""
 
