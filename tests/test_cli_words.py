@@ -292,6 +292,11 @@ def test_pictures_that_an_earlier_run_left_among_the_photographs_are_none_of_the
     assert (folder / "shown.png").exists() and (folder / "words" / "words.png").exists()
     assert main(["show", "--keep-ratio=1", str(folder / "shown.png"), "--output", str(folder / "shown.png")]) == 2
     assert "is a photograph to draw, and to be written; name another output" in capsys.readouterr().err
+    (tmp_path / "drawn").mkdir()
+    shutil.copy(folder / "shown.png", tmp_path / "drawn")
+    drawn = [str(tmp_path / "drawn"), "--output", str(tmp_path / "drawn" / "shown.png")]
+    assert main(["show", "--keep-ratio=1", *drawn]) == 2
+    assert "shown.png is the only image, and to be written; name photographs" in capsys.readouterr().err
     for name in ("--output", "--checkpoint"):
         assert run_learn(folder, checkpoint, tmp_path / "more", name, "") == 2
         assert "No folder is named, but an empty text" in capsys.readouterr().err
