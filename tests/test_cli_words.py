@@ -170,6 +170,13 @@ def test_learn_refuses_a_public_repository_for_private_words_before_it_learns(
     assert "me/words is public; expected a private repository" in capsys.readouterr().err
 
 
+def test_learn_asks_who_pushes_before_it_learns(photographs, checkpoint, tmp_path, hub, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    monkeypatch.setattr(VisualVocabulary, "learn", lambda *_, **__: pytest.fail("learned"))
+    assert run_learn(photographs, checkpoint, tmp_path / "words", "--push-to-hub", "me/words") == 2
+    assert "is invalid" in capsys.readouterr().err
+
+
 def test_learn_pushes_where_it_is_asked_to(photographs, checkpoint, tmp_path, hub, capsys):
     assert run_learn(photographs, checkpoint, tmp_path / "words", "--push-to-hub", "me/words", "--private") == 0
     on_hub = VisualVocabulary.from_pretrained("me/words")
