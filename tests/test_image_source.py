@@ -44,10 +44,22 @@ def test_folders_are_searched_through_all_levels_for_what_pillow_decodes_itself(
         tmp_path / name for name in ("c.tif", "b/1.png", "b/2.JPG")
     ]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no image"):
-        find_images([tmp_path / "empty"])
+    for find in (lambda folder: find_images([folder]), image_rows, open_images, open_labelled):
+        with pytest.raises(ValueError, match="empty holds no image"):
+            find(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png does not exist"):
         find_images([tmp_path / "nowhere.png"])
+
+
+def test_what_holds_no_images_is_refused_by_its_type():
+    for images, expected in ((datasets.Image(), "a Dataset or an IterableDataset"), (7, "a data set, a folder")):
+        with pytest.raises(TypeError, match=rf"images is a {type(images).__name__}; expected {expected}"):
+            open_images(images)
+    for images in (datasets.Image(), 7):
+        with pytest.raises(TypeError, match=rf"images is a {type(images).__name__}; expected a folder or a data set"):
+            open_labelled(images)
+    with pytest.raises(ValueError, match="file of groups is for folders of images"):
+        open_labelled(datasets.Dataset.from_dict({}), groups="groups.json")
 
 
 def test_links_are_followed_to_each_folder_once_and_one_to_nothing_is_an_unreadable_image(tmp_path):

@@ -335,6 +335,8 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
     import datasets
     from datasets.distributed import split_dataset_by_node
 
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        raise TypeError(f"images is a {type(dataset).__name__}; expected a Dataset or an IterableDataset.")
     name = getattr(dataset.info, "dataset_name", None)
     of = "".join(f"{known}, " for known in (name, dataset.info.config_name, dataset.split) if known)
     if isinstance(dataset, datasets.Dataset):
@@ -344,8 +346,6 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
         ends = [encoded[i] for i in sorted({0, len(dataset) - 1})] if len(dataset) else []
         of += f"first and last: {described_images(ends, column)}"
         return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows ({of})", cut_rows)
-    if not isinstance(dataset, datasets.IterableDataset):
-        raise TypeError(f"images is a {type(dataset).__name__}; expected a Dataset or an IterableDataset.")
     column = find_image_column(features_of(dataset), column)
     encoded = undecoded(dataset, column)
     # Streams of files have the same name, whichever the files are.

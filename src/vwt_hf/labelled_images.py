@@ -199,7 +199,9 @@ def open_labelled(
         return _of_folder(folder, groups, limit)
     if groups is not None:
         raise ValueError("a file of groups is for folders of images; name a data set's column of groups instead.")
-    if type(images).__module__.split(".")[0] != "datasets":
+    import datasets
+
+    if not isinstance(images, (datasets.Dataset, datasets.IterableDataset)):
         raise TypeError(f"images is a {type(images).__name__}; expected a folder or a data set of `datasets`.")
     return _of_dataset(images, columns, limit)
 
