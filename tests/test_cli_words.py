@@ -192,7 +192,7 @@ def test_vocab_prints_the_facts_and_writes_the_sheet(words, tmp_path, capsys):
     assert facts["size"] == f"{SIZE} words" and facts["patch size"] == f"{PATCH_SIZE}×{PATCH_SIZE} pixels"
     assert facts["its mean"] == "0.5, 0.5, 0.5" and facts["images"] == f"{IMAGES}" and facts["seed"] == "0"
     assert facts["source"] == str(words) and facts["ten most frequent words"].endswith("% of the patches")
-    assert printed.err == ""
+    assert printed.err == "" and f"the {SIZE} most frequent, row by row" in printed.out
     with Image.open(picture) as sheet:
         assert sheet.format == "PNG"
 
@@ -200,7 +200,9 @@ def test_vocab_prints_the_facts_and_writes_the_sheet(words, tmp_path, capsys):
 def test_vocab_says_what_a_vocabulary_does_not_record(tmp_path, capsys):
     VisualVocabulary(torch.rand(3, 1, 4, 4)).save_pretrained(tmp_path / "bare", card=False)
     assert main(["vocab", str(tmp_path / "bare"), "--output", str(tmp_path / "sheet.png")]) == 0
-    facts = facts_of(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "(the first words, row by row)" in printed
+    facts = facts_of(printed)
     assert facts["inertia"] == facts["ten most frequent words"] == facts["its mean"] == "not recorded"
 
 
