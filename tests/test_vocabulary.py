@@ -824,6 +824,11 @@ def test_a_vocab_pt_that_torch_would_not_write_is_refused(tmp_path: Path, name: 
         VisualVocabulary.from_pretrained(packed(tmp_path, ZIPS[name]))
 
 
+def test_a_vocab_pt_with_a_long_list_of_records_is_refused_before_that_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vocab\.pt: its list of records takes \d+,\d+ bytes"):
+        VisualVocabulary.from_pretrained(packed(tmp_path, ZIPS["more records than a list holds"]))
+
+
 def test_a_vocab_pt_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:
     torch.save(torch.rand(5, 768), tmp_path / "elsewhere.pt")
     (tmp_path / "words").mkdir()
