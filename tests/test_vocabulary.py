@@ -189,6 +189,13 @@ def test_what_cannot_be_learned_from_is_refused(folder: Path, tmp_path: Path, pr
         make(folder, "openai/clip-vit-base-patch16")
 
 
+def test_what_could_not_be_recorded_at_the_end_is_refused_before_images_are_read(processor: Any) -> None:
+    images = (pytest.fail("read") for _ in range(3))
+    for wrong in ({"dataset": 7}, {"base_model": 7}):
+        with pytest.raises(ValueError, match=r"is 7; expected a string"):
+            make(images, processor, **wrong)
+
+
 def test_fewer_distinct_patches_than_words_give_a_smaller_vocabulary(processor: Any) -> None:
     white = [PIL.Image.new("RGB", (40, 40), colour) for colour in ("white", "black") * 3]
     with pytest.warns(UserWarning, match="only 2 patches that differ"):
