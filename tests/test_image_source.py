@@ -51,7 +51,7 @@ def test_folders_are_searched_through_all_levels_for_what_pillow_decodes_itself(
         find_images([tmp_path / "nowhere.png"])
 
 
-def test_what_holds_no_images_is_refused_by_its_type():
+def test_what_is_neither_a_folder_nor_a_data_set_is_refused_by_its_type():
     for images, expected in ((datasets.Image(), "a Dataset or an IterableDataset"), (7, "a data set, a folder")):
         with pytest.raises(TypeError, match=rf"images is a {type(images).__name__}; expected {expected}"):
             open_images(images)
@@ -192,3 +192,16 @@ def test_torchs_defaults_change_neither_the_order_nor_the_patches(noise_images, 
         torch.set_default_device(None)
     assert again[0] == names and torch.equal(again[1], patches)
     assert torch.equal(again[2][0]["pixel_values"], made[0]["pixel_values"])
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, [[0, 1, 2], [3, 4, 5]]), (4, [[0, 2], [1, 3]])])
+def test_processes_share_a_stream_by_its_shards_and_one_with_a_limit_row_by_row(limit, expected):
+    def rows(starts):
+        for start in starts:
+            yield from ({"image": PIL.Image.new("RGB", (1, 1), (start + number, 0, 0))} for number in range(3))
+
+    features = datasets.Features({"image": datasets.Image()})
+    stream = datasets.IterableDataset.from_generator(rows, features, gen_kwargs={"starts": [0, 3]})
+    images = open_labelled(stream, limit=limit)
+    batches = [[sample for _, batch in images.batches(process, 2, 8) for sample in batch] for process in range(2)]
+    assert [[read_image(sample.item).getpixel((0, 0))[0] for sample in batch] for batch in batches] == expected
