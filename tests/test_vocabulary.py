@@ -831,6 +831,16 @@ def test_a_vocab_pt_that_torch_would_not_write_is_refused(tmp_path: Path, name: 
         VisualVocabulary.from_pretrained(packed(tmp_path, ZIPS[name]))
 
 
+def test_words_of_more_bytes_than_are_taken_are_refused(
+    tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(torch.rand(5, 768), tmp_path / "vocab.pt")
+    monkeypatch.setattr("vwt_hf.vocabulary.word_files.MOST_BYTES", 1000)
+    for folder, takes in ((saved, "1,152"), (tmp_path, "15,360")):
+        with pytest.raises(ValueError, match=rf"its words take {takes} bytes in float32; expected 1,000 at most"):
+            VisualVocabulary.from_pretrained(folder)
+
+
 def test_a_vocab_pt_with_a_long_list_of_records_is_refused_before_that_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vocab\.pt: its list of records takes \d+,\d+ bytes"):
         VisualVocabulary.from_pretrained(packed(tmp_path, ZIPS["more records than a list holds"]))
