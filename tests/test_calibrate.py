@@ -294,7 +294,15 @@ def test_what_another_search_left_is_refused_and_named(classifier, images, proce
 
 @pytest.mark.parametrize(
     "changed",
-    [{"value": 7}, {"value": None}, {"speed": -1}, {"tokens": []}, {"tolerance": [1]}, {"interval": [0, 1, 1]}],
+    [
+        {"value": 7},
+        {"value": None},
+        {"speed": -1},
+        {"tokens": 0},
+        {"tokens": []},
+        {"tolerance": [1]},
+        {"interval": [0, 1, 1]},
+    ],
 )
 def test_what_are_no_figures_of_a_setting_is_not_gone_on_with(changed, classifier, images, processor, tmp_path):
     file = tmp_path / "search.json"
