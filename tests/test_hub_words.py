@@ -252,7 +252,7 @@ def test_a_name_that_is_not_trusted_is_a_hub_id_before_anything_is_asked_of_the_
         monkeypatch.setattr(os.path, function, lambda *at, **_: asked.append(at))
     for function in ("stat", "lstat", "open", "scandir"):
         monkeypatch.setattr(os, function, lambda *at, **_: asked.append(at))
-    with pytest.raises(ValueError, match="is no Hub id; expected 'name' or 'owner/name'") as refusal:
+    with pytest.raises(ValueError, match=r"is no Hub id; expected 'name' or 'owner/name'.*pass it yourself") as refusal:
         load_vocabulary(name, trusted=False)
     monkeypatch.undo()
     assert not asked and not hub.requests and str(refusal.value).isprintable()
