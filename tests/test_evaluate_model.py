@@ -1289,6 +1289,9 @@ def test_what_was_measured_of_something_else_is_refused_and_says_what_differs(tm
         (resume / "evaluate-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.raises(ValueError, match=r"holds no batches of this evaluation \((?!it is of another)"):
             evaluate_model(model, photographs, vwt=[HALF], **of)
+    (resume / "evaluate-0.jsonl").write_text(whole.partition("\n")[2])
+    with pytest.raises(ValueError, match="it does not say what its batches are of"):
+        evaluate_model(model, photographs, vwt=[HALF], **of)
     (resume / "evaluate-0.jsonl").write_text(whole)
     with (photographs / "cat" / "00.png").open("ab") as file:
         file.write(b" ")
