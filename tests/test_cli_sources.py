@@ -119,3 +119,11 @@ def test_a_pooler_that_the_checkpoint_does_not_hold_is_left_out(checkpoint):
     pixels = transformers.ViTImageProcessorPil(size=SIZE)([Image.new("RGB", (32, 32))], return_tensors="pt")
     found = answer(model, **pixels)
     assert (found == model(**pixels).last_hidden_state[:, 0]).all()
+
+
+def test_a_checkpoint_that_lacks_other_weights_is_refused_with_their_names(tmp_path):
+    model = tiny_model("vit")
+    lacking = {name: weight for name, weight in model.state_dict().items() if not name.startswith("layers.1")}
+    model.save_pretrained(tmp_path, state_dict=lacking)
+    with pytest.raises(ValueError, match=r"lacks weights of ViTModel, .*: .*layers?\.1\..* and \d+ more\. Expected a"):
+        load(str(tmp_path), usable_device("cpu"))
