@@ -196,8 +196,10 @@ def test_a_tiff_of_very_many_values_is_refused_before_lists_are_made_of_them(ord
     assert read_image({"bytes": strips(300, order, big), "path": None}).getcolors() == [(300, (128, 128, 128))]
     many = strips(1 if more else 2**18 + 1, order, big, of, more)
     (tmp_path / "many.tif").write_bytes(many)
+    read = io.BytesIO(many)
+    read.seek(0, io.SEEK_END)
     tracemalloc.start()
-    for item in ({"bytes": many, "path": None}, tmp_path / "many.tif"):
+    for item in ({"bytes": many, "path": None}, tmp_path / "many.tif", read):
         with pytest.raises(UnreadableImage, match=r"it is a TIFF of 262,1\d\d tags, or values of one; expected"):
             read_image(item)
     assert tracemalloc.get_traced_memory()[1] < 2**24
