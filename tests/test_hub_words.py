@@ -22,6 +22,7 @@ from tiny import answers, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress
 from vwt_hf.compress import lexicon_of
 from vwt_hf.vocabulary import load_vocabulary
+from vwt_hf.vocabulary.files import download_if_there
 
 STATISTICS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
@@ -256,6 +257,14 @@ def test_a_name_that_is_not_trusted_is_a_hub_id_before_anything_is_asked_of_the_
         load_vocabulary(name, trusted=False)
     monkeypatch.undo()
     assert not asked and not hub.requests and str(refusal.value).isprintable()
+
+
+def test_a_file_that_the_hub_could_not_be_asked_for_is_not_taken_for_missing(hub):
+    hub.put("me/words", {"README.md": b"words"})
+    with pytest.raises(LocalEntryNotFoundError):
+        download_if_there(repo_id="me/words", filename="README.md", local_files_only=True)
+    assert download_if_there(repo_id="me/words", filename="README.md").read_bytes() == b"words"
+    assert download_if_there(repo_id="me/words", filename="sealed.json") is None
 
 
 def test_a_name_that_is_not_trusted_is_never_a_folder(hub, files, vocabulary, tmp_path, monkeypatch):
