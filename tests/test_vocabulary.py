@@ -371,7 +371,9 @@ def test_words_are_mapped_exactly_to_any_models_pixel_space() -> None:
     in_clip_space = ((patches - clip_mean) / clip_std).mean(dim=0, keepdim=True)
     words = VisualVocabulary(in_clip_space * clip_std + clip_mean)
     half = ((patches - 0.5) / 0.5).mean(dim=0, keepdim=True).flatten(1)
-    torch.testing.assert_close(words.normalized(0.5, (0.5, 0.5, 0.5)).double(), half, rtol=0, atol=2e-7)
+    found = words.normalized(0.5, (0.5, 0.5, 0.5))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), half, rtol=0, atol=2e-7)
     torch.testing.assert_close(
         words.normalized(CLIP_MEAN, CLIP_STD).double(), in_clip_space.flatten(1), rtol=0, atol=5e-7
     )
