@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import types
@@ -65,6 +66,12 @@ def test_a_save_with_words_waits_for_another_into_its_folder_and_one_without_doe
             assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
         save.result()
     assert load(tmp_path).config.vwt["method"] == "inter"
+
+
+def test_what_saves_still_tells_its_arguments_and_what_it_does():
+    assert "max_shard_size" in inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters
+    for kind in (transformers.PreTrainedModel, ViTImageProcessor, transformers.ProcessorMixin):
+        assert "save_directory" in kind.save_pretrained.__doc__
 
 
 class Killed(BaseException):
