@@ -443,17 +443,18 @@ def _machine(model: PreTrainedModel, processes: int) -> dict[str, Any]:
     return {name: known[name] for name in names}
 
 
-def fields_of(setting: Any) -> dict[str, Any]:
+def fields_of(setting: Any, *, statistics: bool = False) -> dict[str, Any]:
     """The fields that a setting gives a value, `method` first.
 
-    Of a `VWTConfig` those that differ from the method's defaults; not mean and deviation, which a model's own setting
-    has from its image processor.
+    Of a `VWTConfig` those that differ from the method's defaults; mean and deviation, which a model's own setting has
+    from its image processor, only if `statistics` says so.
     """
     if setting is True:
         return {"method": RECOMMENDED}
     if isinstance(setting, VWTConfig):
         usual = VWTConfig(setting.method).to_dict()
-        told = {k: value for k, value in setting.to_dict().items() if k not in ("evidence", *setting.statistics)}
+        left_out = {"evidence"} if statistics else {"evidence", *setting.statistics}
+        told = {name: value for name, value in setting.to_dict().items() if name not in left_out}
         return {"method": setting.method} | {name: value for name, value in told.items() if value != usual[name]}
     if isinstance(setting, dict):
         method = setting.get("method", None if setting else VWTConfig().method)
@@ -462,12 +463,15 @@ def fields_of(setting: Any) -> dict[str, Any]:
 
 
 def _names(settings: Sequence[Any], models: Sequence[PreTrainedModel]) -> list[str]:
-    """Settings as a table shows them, with a hash of a model's words where only they tell two apart.
+    """Settings as a table shows them, with mean and deviation, or a hash of a model's words, where only these tell two
+    apart.
 
     Raises:
         ValueError: two are the same.
     """
-    names = [name_of(setting) for setting in settings]
+    short = [name_of(setting) for setting in settings]
+    whole = [name_of(setting, statistics=True) for setting in settings]
+    names = [name if short.count(name) == 1 else longer for name, longer in zip(short, whole, strict=True)]
     words = [compression_of(model)["words"] for model in models]
     told = [
         f"{name}, words {of}" if of and names.count(name) > 1 else name for name, of in zip(names, words, strict=True)
@@ -478,7 +482,7 @@ def _names(settings: Sequence[Any], models: Sequence[PreTrainedModel]) -> list[s
     return told
 
 
-def name_of(setting: Any) -> str:
+def name_of(setting: Any, *, statistics: bool = False) -> str:
     """A setting as a table shows it: words speak for themselves, numbers come after the name of their field."""
     if setting is None:
         return "uncompressed"
@@ -489,7 +493,7 @@ def name_of(setting: Any) -> str:
         several = isinstance(value, (list, tuple))
         return " ".join((name.replace("_", " "), *map(str, value if several else [value])))
 
-    return ", ".join(said(name, value) for name, value in fields_of(setting).items())
+    return ", ".join(said(name, value) for name, value in fields_of(setting, statistics=statistics).items())
 
 
 def _in_json(value: Any) -> Any:
