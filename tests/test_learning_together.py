@@ -300,7 +300,10 @@ def test_an_error_in_one_process_is_raised_in_all(folder: Path, processor: Any, 
             "OSError: {}the disk is gone",
             lambda index: learn(broken() if index else photographs(30), processor),
         ),
-        ("ValueError: process 1 has batch_size=7", lambda index: learn(folder, processor, batch_size=8 - index)),
+        (
+            r"ValueError: process 1 has other settings than process 0 \(batch_size 7 there, 8 here\)",
+            lambda index: learn(folder, processor, batch_size=8 - index),
+        ),
         ("ValueError: .*1000 words were asked for, but", lambda _: learn(folder, processor, size=1000)),
         ("ValueError: images holds no images", lambda _: learn([], processor)),
     ]

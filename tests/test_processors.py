@@ -13,7 +13,7 @@ from transformers import AutoModel, GPT2Config, VisionEncoderDecoderConfig, Visi
 from settings import ViTImageProcessor, inter
 from tiny import tiny_model
 from vwt_hf import compress, evaluate_model
-from vwt_hf.processors import processor_of, stated_channels, stated_patch_size
+from vwt_hf.processors import load_processor, processor_of, stated_channels, stated_patch_size
 from vwt_hf.weights import copy_sharing_weights
 
 
@@ -85,3 +85,17 @@ def test_a_model_around_a_backbone_has_the_patches_of_that(patch_size):
 def test_a_backbone_of_convolutions_states_no_patches():
     config = transformers.DPTConfig(backbone_config=transformers.BitConfig(), patch_size=16)
     assert stated_patch_size(config) == (16, 16)
+
+
+def test_a_model_without_an_image_processor_beside_it_is_told_what_is_missing(tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path / "bare")
+    model = type(tiny_model("vit")).from_pretrained(tmp_path / "bare")
+    with pytest.raises(
+        ValueError, match=r"preprocessor_config\.json.*; give one as image_processor=AutoImageProcessor"
+    ):
+        processor_of(model)
+
+
+def test_a_path_object_of_a_checkpoint_is_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing does not exist; expected the folder of a model"):
+        load_processor(tmp_path / "nothing")

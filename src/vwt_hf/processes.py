@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+
+from .printable import difference
 
 Made = TypeVar("Made")
 
@@ -187,19 +189,18 @@ def in_main(work: Callable[[], Made]) -> Made:
     return _exchanged(work if place()[0] == 0 else lambda: None, broadcast_object_list)[0]
 
 
-def require_same(settings: Sequence[Mapping[str, Any]]) -> None:
+def require_same(settings: Sequence[dict[str, Any]]) -> None:
     """Raises `ValueError` where processes have different settings.
 
     Args:
         settings: those of each, in the order of their numbers.
     """
-    for number, own in enumerate(settings):
-        for name, value in settings[0].items():
-            if own[name] != value:
-                raise ValueError(
-                    f"process {number} has {name}={own[name]!r}, process 0 has {name}={value!r}; give all processes "
-                    "the same."
-                )
+    first, *others = settings
+    for number, own in enumerate(others, start=1):
+        if own != first:
+            raise ValueError(
+                f"process {number} has other settings than process 0 ({difference(own, first)}); give all the same."
+            )
 
 
 def summed(values: Made) -> Made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from .checks import is_int
-from .printable import LONGEST
 from .shared_changes import SharedChange
 from .weights import loaded_by
 
@@ -32,6 +32,7 @@ def require_checkpoint(checkpoint: str) -> None:
     Raises:
         FileNotFoundError: it is one, and no Hub id.
     """
+    checkpoint = os.fspath(checkpoint)
     is_path = Path(checkpoint).is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") > 1
     if is_path and not Path(checkpoint).exists():
         raise FileNotFoundError(f"{checkpoint} does not exist; expected the folder of a model, or its Hub id.")
@@ -79,7 +80,7 @@ def load_beside(model: PreTrainedModel, load: Callable[..., Any], what: str, ins
         return load(model.name_or_path, **loaded_by(model))
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
-            f"the {type(model).__name__} has no {what} that can be loaded ({str(error)[:LONGEST]}); give one as "
+            f"the {type(model).__name__} has no {what} that can be loaded ({error}); give one as "
             f"{instead}.from_pretrained(...)."
         ) from error
 
