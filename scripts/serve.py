@@ -65,7 +65,7 @@ from vwt_hf.timing import return_memory, usable_device
 from vwt_hf.token_count import count_tokens
 
 FIELD = "image"
-DATA_URL = re.compile(r"data:[\w.+/-]*;base64,")
+DATA_URL = re.compile(r"\s*data:[^,]*;base64,", re.IGNORECASE)
 """What stands before the base64 of an image that a browser read."""
 SPACE = dict.fromkeys(b" \t\r\n")
 """White space that programs put into base64, for `str.translate` to take out."""
@@ -324,7 +324,8 @@ def _image_in_json(content: bytes) -> bytes:
     if not isinstance(value, str):
         raise HTTPException(400, _wants("a string of base64", list(body) if isinstance(body, dict) else [], value))
     try:
-        return base64.b64decode(DATA_URL.sub("", value, count=1).translate(SPACE), validate=True)
+        head = DATA_URL.match(value)
+        return base64.b64decode(value[head.end() if head else 0 :].translate(SPACE), validate=True)
     except ValueError as error:
         raise HTTPException(400, f"{FIELD!r} is no base64 ({error}); URLs are not fetched.") from error
 

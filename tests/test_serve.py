@@ -160,8 +160,8 @@ def test_an_upload_and_base64_are_answered_as_the_image_alone(server: Running):
     require_answer(server.upload(file(image)), server, image)
     require_answer(server.send({"image": base64.b64encode(file(image)).decode()}), server, image)
     require_answer(server.send({"image": base64.encodebytes(file(image)).decode()}), server, image)  # in lines
-    by_browser = "data:image/png;base64," + base64.b64encode(file(image)).decode()
-    require_answer(server.send({"image": by_browser}), server, image)
+    for head in ("data:image/png;base64,", "data:;base64,", "DATA:image/png;name=a.png;charset=utf-8;BASE64,"):
+        require_answer(server.send({"image": head + base64.b64encode(file(image)).decode()}), server, image)
     labels = server.upload(file(image)).body["labels"]
     assert {label["label"] for label in labels} == {"LABEL_0", "LABEL_1"}
     assert sum(label["score"] for label in labels) == pytest.approx(1)
@@ -254,6 +254,7 @@ def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
         (server.send({"image": "eA=!"}), 400, "no base64"),
         (server.send({"image": "http://127.0.0.1:1/a.png"}), 400, "URLs are not fetched"),
         (server.send({"image": "data:image/png,x"}), 400, "no base64"),
+        (server.send({"image": "eA==data:;base64,eA=="}), 400, "no base64"),
         (server.ask("GET", "/predict"), 405, "Not Allowed"),
     ]
     for reply, status, reason in wrong:
