@@ -26,7 +26,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vwt_hf.decoding import read_image
-from vwt_hf.evaluate_model import name_of
+from vwt_hf.evaluate_model import name_of, require_shortening
 from vwt_hf.hooks import Reduce
 from vwt_hf.image_source import find_images
 from vwt_hf.printable import printable
@@ -56,12 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here, after each setting")
     options = parser.parse_args(arguments)
     require_writable(options.json)
+    settings = options.vwt or SETTINGS
+    require_shortening(settings)
     paths = find_images([options.images], options.limit)
     images = [read_image(path) for path in paths]
     print(f"{len(images)} images of {printable(options.images)}, transformers {transformers.__version__}, float32")
     rows: list[dict[str, Any]] = []
     for model in options.model:
-        for setting in options.vwt or SETTINGS:
+        for setting in settings:
             rows.append({"model": Path(model).name, "setting": name_of(setting)})
             rows[-1] |= compare(model, setting, images, options.batch_size)
             if options.json:

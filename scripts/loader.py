@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -33,12 +32,12 @@ from benchmark import Method, count
 from compare_processor import SETTINGS
 from vwt_hf import compress, token_lengths
 from vwt_hf.checks import require_whole
+from vwt_hf.cli.loading import load_model
 from vwt_hf.decoding import read_image
 from vwt_hf.evaluate_model import name_of, require_shortening
 from vwt_hf.image_source import find_images
 from vwt_hf.plans import PATCH_WORDS
 from vwt_hf.printable import printable
-from vwt_hf.processors import quiet_transformers
 from vwt_hf.terminal import markdown, run_command, vwt_option
 from vwt_hf.timing import time_in_turn
 from vwt_hf.weights import copy_sharing_weights
@@ -111,8 +110,7 @@ def forwards(
     source: str, names: Sequence[str], settings: Sequence[Any], batches: Sequence[Any], turns: int
 ) -> list[dict[str, Any]]:
     """Rows of the plain model, and of each setting by words that the model searches and by words that it is given."""
-    with quiet_transformers():
-        plain = AutoModel.from_pretrained(source, vwt=False, dtype=torch.float32).eval()
+    plain = load_model(source, torch.device("cpu"), "float32")
     pixels = batches[0]["pixel_values"]
     runs: list[tuple[str, str, Any, Callable[[], object]]] = [
         (names[0], "", plain, functools.partial(plain, pixel_values=pixels))

@@ -78,6 +78,12 @@ def test_what_a_loader_costs_is_kept_also_where_all_images_have_the_same_number_
     assert printed.count("keep ratio 0.5") == 3 and "any order" not in printed
 
 
+def test_words_are_not_compared_of_a_plain_model(loader):
+    _, given = loader
+    with pytest.raises(ValueError, match="vwt holds False, which leaves the model plain"):
+        importlib.import_module("compare_processor").main([*given[:4], "--vwt", "false"])
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
