@@ -328,7 +328,7 @@ class Two(transformers.PreTrainedModel):
 def test_one_of_two_parts_that_are_made_by_one_config_is_not_saved_as_both(tmp_path):
     model = Two(tiny_model("clip").config)
     compress(model.student, {"keep_ratio": 0.5})
-    with pytest.raises(ValueError, match="of this part alone cannot be told"):
+    with pytest.raises(ValueError, match="is that of this part alone: the one like it"):
         model.save_pretrained(tmp_path)
     restore(model.student)
     model.save_pretrained(tmp_path)

@@ -96,8 +96,8 @@ def _calling(original: Any) -> Any:
                 return _with_words_for_a_part(self, args, kwargs)
             raise ValueError(
                 f"patch_words were given to a {type(self).__name__} that is not compressed. Load it with the `vwt` of "
-                'the image processor that made them, or call vwt_hf.compress(model, {"method": "given"}), of its '
-                "vision tower where the whole cannot be compressed."
+                'the image processor that made them, or call vwt_hf.compress(model, {"method": "given"}); where '
+                "the whole cannot be compressed, call it for the vision tower."
             )
         return super(PreTrainedModel, self).__call__(*args, **kwargs)
 

@@ -176,11 +176,7 @@ HOLDERS = {
 """Names of models that hold a vision tower of one of the families and give a language model a token for every patch, by
 the `model_type` of their configs."""
 UNFIT: tuple[Unfit, ...] = (
-    Unfit(
-        "Swin",
-        ("swin", "swinv2"),
-        "attends within windows of the whole grid and merges neighbours between stages",
-    ),
+    Unfit("Swin", ("swin", "swinv2"), "attends within windows of the whole grid and merges neighbours between stages"),
     Unfit("SegFormer", ("segformer",), "shortens keys by convolutions over the whole grid"),
     Unfit("PVT", ("pvt", "pvt_v2"), "shortens keys by convolutions over the whole grid"),
     Unfit("SAM", ("sam", "sam_vision_model"), "attends within windows of the whole grid and gives out feature maps"),

@@ -210,9 +210,9 @@ def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel])
         why_not = _why_not_of_part(alike[0][1], model, part) if len(alike) == 1 else f"{len(alike)} could be"
         if why_not is not None:
             raise ValueError(
-                f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and which of the "
-                f"configs within its own is that of this part alone cannot be told: {why_not}. Save the part by "
-                "itself, vwt_hf.restore(part), or vwt_hf.compress what is around it, if that is supported."
+                f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and no config "
+                f"within its own is that of this part alone: {why_not}. Save the part by itself, vwt_hf.restore(part), "
+                "or, if that is supported, vwt_hf.compress what is around it."
             )
         (path, config), *_ = alike
         if path:

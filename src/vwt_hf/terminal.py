@@ -147,7 +147,8 @@ def vwt_option(text: str) -> Any:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        named = f', and a method as \'{{"method": "{text}"}}\'' if text.isidentifier() else ""
+        is_word = text.isidentifier() and text not in ("True", "False", "None")
+        named = f', and a method as \'{{"method": "{text}"}}\', if it is one' if is_word else ""
         raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON; {wanted}{named}") from None
     if found is not None and not isinstance(found, (bool, dict, str)):
         raise argparse.ArgumentTypeError(f"{shown(text)} is no setting; {wanted}")

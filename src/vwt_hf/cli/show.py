@@ -31,7 +31,7 @@ With --vocabulary: patches that share a word, and so become one token, are tinte
 photographs, and those that stay alone are untouched; the last column shows each patch as its token does.
 
 Loads no weights. Without --model, photographs are cropped to a square of 224 pixels (or the multiple of the patch size
-that is nearest) and normalised as the vocabulary records, else by 0.5; without --vocabulary, patches are 16×16."""
+that is nearest) and normalised as --vocabulary records; without that by 0.5, and patches are 16×16."""
 EXAMPLES = """\
 examples:
   vwt-hf show cat.jpg dog.jpg --vwt true --model facebook/dinov2-small
