@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel
@@ -100,3 +101,35 @@ def test_nothing_of_a_forward_is_left_in_a_config(pixel_values):
     vwt_hf.restore(model)
     answers(model, pixel_values)
     assert seen.pop() == plain
+
+
+def test_configs_are_equal_as_those_of_plain_models_are_and_by_their_settings(tmp_path):
+    model = vwt_hf.compress(tiny_model("vit"), HALF)
+    model.save_pretrained(tmp_path)
+    ours, read, other, plain = model.config, *(AutoConfig.from_pretrained(tmp_path) for _ in range(3))
+    other.vwt, plain.vwt = {"method": "local"}, None
+    assert ours == read and read == ours
+    for one in (other, plain, copy.deepcopy(read), 7):
+        assert (ours == one) is (one == ours) is (isinstance(one, type(read)) and one.vwt == ours.vwt)
+    read.hidden_size += 1
+    assert ours != read
+
+
+@pytest.mark.parametrize("library", ["cloudpickle", "dill"])
+def test_what_ships_models_to_other_processes_writes_no_class_of_theirs(library, tmp_path, pixel_values):
+    """Ray, Spark and datasets do so by these; a class that came along would be none that pickle finds."""
+    ships = pytest.importorskip(library)
+    model = vwt_hf.compress(tiny_model("vit-classifier"), HALF)
+    (tmp_path / "model").write_bytes(ships.dumps(model))
+    torch.save((pixel_values, answers(model, pixel_values)), tmp_path / "expected")
+    script = f"""
+import pickle, torch, {library}
+with open({str(tmp_path / "model")!r}, "rb") as file:
+    model = {library}.load(file)
+pixel_values, expected = torch.load({str(tmp_path / "expected")!r})
+for one in (model, pickle.loads(pickle.dumps(model))):
+    assert one.config.vwt["keep_ratio"] == 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(one(pixel_values=pixel_values).logits, expected)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -8,6 +8,7 @@ forward groups patches they read this package's. Nothing about a forward is ever
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import functools
 import os
 from typing import Any
@@ -96,14 +97,30 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
             return value  # else attention looks whether it is of that forward: a layer may have a copy of the config
         return BY_PLAN + (value or "eager")
 
+    def reduce(self: PreTrainedConfig, protocol: Any) -> Any:
+        made, given, *state = plain.__reduce_ex__(self, protocol)
+        if made is not copyreg.__newobj__ or vars(type(self)).get(PLAIN) is not plain:  # type: ignore[attr-defined]
+            return made, given, *state
+        return _new_config, (plain, by_plan), *state  # cloudpickle and dill would write the class itself
+
+    def equal(self: PreTrainedConfig, other: Any) -> Any:
+        if plain_class(type(self)) is not plain_class(type(other)):
+            return NotImplemented
+        names = ["vwt", *(field.name for field in dataclasses.fields(plain) if field.compare)]
+        one, two = self.to_dict(), other.to_dict()
+        return all(one.get(name) == two.get(name) for name in names)
+
     kinds = (type(plain),) if isinstance(plain, _StandsFor) else (_StandsFor, type(plain))
     metaclass = type("_ConfigWithSetting", kinds, {})
-    body = {
+    body: dict[str, Any] = {
         PLAIN: plain,
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,  # where transformers finds example checkpoints
         "to_dict": to_dict,
+        "__reduce_ex__": reduce,
+        "__eq__": equal,
+        "__hash__": plain.__hash__,
     }
     if by_plan:
         # Configs of transformers have a `__getattribute__`, and of such classes torch before 2.13 traces no properties.
@@ -113,6 +130,12 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
         metaclass, lambda own: (config_subclass, (plain, by_plan)) if PLAIN in vars(own) else own.__qualname__
     )
     return metaclass(plain.__name__, (plain,), body)
+
+
+def _new_config(plain: Any, by_plan: bool) -> PreTrainedConfig:
+    """An empty instance of `config_subclass`, of which a pickle sets the fields."""
+    own = config_subclass(plain, by_plan)
+    return own.__new__(own)
 
 
 def is_typed(vwt: Any) -> bool:
