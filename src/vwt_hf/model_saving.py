@@ -207,7 +207,7 @@ def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel])
         if is_among(part.config, [config for _, config in within]):
             continue
         alike = [(path, config) for path, config in within if _same_but_setting(config, part.config)]
-        why_not = _why_not_of_part(alike[0][1], model, part) if len(alike) == 1 else f"{len(alike)} could be"
+        why_not = _why_not_of_part(alike[0][1], model, part) if len(alike) == 1 else f"{len(alike)} are like it"
         if why_not is not None:
             raise ValueError(
                 f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and no config "
