@@ -339,6 +339,13 @@ def test_show_draws_what_is_left_by_any_setting(photographs, checkpoint, tmp_pat
         assert image.format == "PNG"
 
 
+@pytest.mark.parametrize("vwt", ['{"method": "inter"}', "true"])
+def test_without_a_model_a_setting_is_drawn_by_the_usual_mean_and_deviation(vwt, photographs, tmp_path, capsys, caplog):
+    assert main(["show", str(photographs), "--vwt", vwt, "--output", str(tmp_path / "left.png")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and not caplog.records and printed.out.count(" of 196 patches") == IMAGES
+
+
 def test_show_by_words_draws_as_many_tokens_as_a_model_has(photographs, words, checkpoint, tmp_path, capsys):
     vwt = json.dumps({"method": "inter", "vocabulary": str(words), "threshold": 0.3})
     asked = ["show", str(photographs), "--model", str(checkpoint), "--output", str(tmp_path / "left.png")]

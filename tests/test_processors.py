@@ -96,6 +96,8 @@ def test_a_model_without_an_image_processor_beside_it_is_told_what_is_missing(tm
         processor_of(model)
 
 
-def test_a_path_object_of_a_checkpoint_is_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing does not exist; expected the folder of a model"):
-        load_processor(tmp_path / "nothing")
+def test_a_path_object_of_a_checkpoint_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for nowhere in (tmp_path / "nothing", Path("nothing/at/all")):
+        with pytest.raises(FileNotFoundError, match=rf"{nowhere} does not exist; expected the folder of a model"):
+            load_processor(nowhere)
