@@ -337,9 +337,10 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         TypeError: `model` is no transformers model.
     """
     model = model_of(model)
+    is_plain = setting_of(model) is None
     held = {id(module.__dict__.get("config")) for module in model.modules()}
     told = [config for config in configs_of(model) if config.vwt is not None or is_by_plan(config)]
-    if any(setting_of(model) is None or id(config) not in held for config in told):
+    if any(is_plain or id(config) not in held for config in told):
         own_config(model)  # others may go by these, or be built from them
     _take_out(model)
     return model

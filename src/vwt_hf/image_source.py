@@ -164,7 +164,7 @@ def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = No
         limit: take no more than these, spread evenly.
 
     Raises:
-        ValueError: a folder holds no image.
+        ValueError: a folder holds no image, or a place is an empty text.
         FileNotFoundError: a path does not exist.
     """
     files: list[Path] = []

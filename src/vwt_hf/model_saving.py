@@ -195,7 +195,7 @@ def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel])
     """Has the config of `model` hold the settings of those of its `parts` that are compressed, and no other.
 
     Raises:
-        ValueError: a part was compressed alone, and which config within the model's is the part's cannot be told.
+        ValueError: a part was compressed alone, and no config within the model's is the part's alone.
     """
     held = [config for _, config in configs_within(model.config)]
     mine = [part.config for part in parts]
@@ -242,11 +242,10 @@ def _why_not_of_part(config: PreTrainedConfig, model: PreTrainedModel, part: Pre
             return "the one like it is that of the whole, of which no patch may be dropped"
         return None if tower.module in part.modules() else "the one like it is that of the whole"
     inside = set(part.modules())
-    others = {
-        id(own): own for module in model.modules() if module not in inside for own in [module.__dict__.get("config")]
-    }
+    held = (module.__dict__.get("config") for module in model.modules() if module not in inside)
+    others = {id(own): own for own in held if isinstance(own, PreTrainedConfig)}
     # What was compressed and restored has a copy of its config, by which it is not loaded.
-    if any(isinstance(own, PreTrainedConfig) and _same_but_setting(config, own) for own in others.values()):
+    if any(_same_but_setting(config, own) for own in others.values()):
         return "the one like it is that of other parts, too"
     return None
 

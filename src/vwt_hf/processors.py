@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .config import ModelFacts
 
 
-def require_checkpoint(checkpoint: str) -> None:
+def require_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
     """Refuses a path at which nothing lies, which the Hub's client would say nothing of use about.
 
     Raises:
@@ -38,7 +38,7 @@ def require_checkpoint(checkpoint: str) -> None:
         raise FileNotFoundError(f"{checkpoint} does not exist; expected the folder of a model, or its Hub id.")
 
 
-def load_processor(checkpoint: str, **hub_kwargs: Any) -> Any:
+def load_processor(checkpoint: str | os.PathLike[str], **hub_kwargs: Any) -> Any:
     """The image processor of a Hub id or folder.
 
     Args:

@@ -47,7 +47,8 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
     """Counts how many tokens enter the layers of a model, prefix tokens included and padding left out.
 
     Args:
-        model: of a supported family, plain or compressed. All its forwards inside the block count, of any thread.
+        model: of a supported family, plain or compressed; or any that holds one part which was compressed alone. All
+            its forwards inside the block count, of any thread.
 
     Raises:
         ValueError: the family is not supported.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import CRITERIA, VWTConfig
+from ..config import CRITERIA, ModelFacts, VWTConfig
 from ..printable import printable, shown
 from ..terminal import options, png_file, vwt_option
 from ..whole_saves import require_writable
@@ -85,7 +85,6 @@ def work(args: argparse.Namespace) -> None:
 
     import torch
 
-    from ..config import ModelFacts
     from ..image_source import find_images
     from ..patches import Patches
     from ..processed_images import pixel_batches
