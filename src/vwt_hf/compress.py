@@ -1,4 +1,4 @@
-"""`compress` and `restore`: hooks into a model that is in memory, and out again."""
+"""`compress` puts the hooks of a setting into a model in memory, and `restore` takes them out again."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ from .vouch import may_change_rows, vouch, vouch_rows
 from .weights import loaded_by
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""What tells `from_pretrained` of transformers where to look."""
+"""Keyword arguments of transformers' `from_pretrained` that say where files are read from."""
 
 
 def compress(model: PreTrainedModel, config: Any = True, **hub_kwargs: Any) -> PreTrainedModel:
     """Makes `model` group or drop patches before its first layer or also later, in place, without changing a weight.
 
     A model that is compressed already gets the new setting instead of the old one. `model.config.vwt` holds the setting
-    (a JSON-ready dict) until `restore`, and `save_pretrained` writes it. No other thread may run the model meanwhile,
-    and gradients of its last forward should have been taken.
+    (a JSON-ready dict) until `restore`, and `save_pretrained` writes it. Do not call it while another thread runs the
+    model, nor between a forward and its backward.
 
     Args:
         model: a transformers model of a supported family (`vwt_hf.supported()`).
@@ -116,7 +116,7 @@ def compress_by(
     image_processor: Any = None,
     **hub_kwargs: Any,
 ) -> PreTrainedModel:
-    """As `compress`, of a model that shares its config with no other.
+    """`compress` by a setting that is read already, of a model that shares its config with no other.
 
     Args:
         trusted: whether a user wrote `setting`. One from a config.json names words on the Hub alone, no folder.
@@ -134,83 +134,106 @@ def compress_by(
     for part in models_around(model, tower):
         refuse_masked(type(part))
     require_whole_images(tower, family)
-    if setting_of(model) is None:
-        if any(isinstance(hook, Hook) for part in tower.module.modules() for hook in part._forward_hooks.values()):
-            raise ValueError(
-                f"Layers of the {type(tower.module).__name__} belong to another vision tower, too, which is "
-                "compressed. Call vwt_hf.restore on that model first, or give each tower layers of its own "
-                "(copy.deepcopy)."
-            )
-        if family.tried:
-            vouch(model, tower)
-        elif family.padded is None and not family.masks and may_change_rows(tower):
-            vouch_rows(model, tower)
+    present = setting_of(model)
+    if present is None:
+        _require_usual(model, tower, family)
     facts = ModelFacts(
         str((model.name_or_path or "") if source is None else source),
         tower.patch_size,
         tower.channels,
-        setting_of(model),
+        present,
         trusted,
         loaded_by(model) | hub_kwargs,
         image_processor=image_processor,
     )
     setting = setting.prepared(facts)
-    attentions = [
+    if _attends_by_sizes(setting, family):
+        setting.joins(len(find_layers(tower.module)))  # refuses layers that the model lacks
+        _require_attention(tower, family)
+    _take_out(model)  # nothing is refused from here on: a model keeps the setting that it has
+    _hook_in(model, tower, family, setting)
+    model.config.vwt = setting.to_dict()
+    return model
+
+
+def _require_usual(model: PreTrainedModel, tower: Tower, family: Family) -> None:
+    """Raises `ValueError` where a plain model shares layers with a compressed one, or does not pass its trial."""
+    if any(isinstance(hook, Hook) for part in tower.module.modules() for hook in part._forward_hooks.values()):
+        raise ValueError(
+            f"Layers of the {type(tower.module).__name__} belong to another vision tower, too, which is compressed. "
+            "Call vwt_hf.restore on that model first, or give each tower layers of its own (copy.deepcopy)."
+        )
+    if family.tried:
+        vouch(model, tower)
+    elif family.padded is None and not family.masks and may_change_rows(tower):
+        vouch_rows(model, tower)
+
+
+def _attends_by_sizes(setting: VWTConfig, family: Family) -> bool:
+    """Whether tokens stand for different numbers of patches, so that attention needs the plan."""
+    return setting.shortens and (setting.groups or family.padded is not None)
+
+
+def _replaced_attentions(tower: Tower, family: Family) -> list[tuple[nn.Module, Any]]:
+    """Attention modules that do not use transformers' `AttentionInterface`, each with the function that replaces its
+    forward."""
+    return [
         (module, stand_in)
         for module in tower.module.modules()
         for name, stand_in in family.attentions.items()
         if is_of(module, name)
     ]
-    by_sizes = setting.shortens and (setting.groups or family.padded is not None)
-    joins = setting.joins(len(find_layers(tower.module))) if by_sizes else {}
-    if by_sizes:
-        attention.require_usable(tower.module, family.padded is not None)
-        if not attentions:
-            attention.require_registered(tower.module)
-        for module, _ in attentions:
-            require_replaceable(module)
-        _require_each_once(tower)
-    _take_out(model)  # nothing is refused from here on: a model keeps the setting that it has
-    _hook_in(model, tower, family, setting, by_sizes, joins, attentions)
-    model.config.vwt = setting.to_dict()
-    return model
 
 
-def _hook_in(
-    model: PreTrainedModel,
-    tower: Tower,
-    family: Family,
-    setting: VWTConfig,
-    by_sizes: bool,
-    joins: dict[int, float],
-    attentions: list[tuple[nn.Module, Any]],
-) -> None:
-    """Registers what a compressed tower needs.
+def _require_attention(tower: Tower, family: Family) -> None:
+    """Refuses a tower whose attention cannot go by a plan, or which runs one layer twice."""
+    attention.require_usable(tower.module, family.padded is not None)
+    replaced = _replaced_attentions(tower, family)
+    if not replaced:
+        attention.require_registered(tower.module)
+    for module, _ in replaced:
+        require_replaceable(module)
+    _require_each_once(tower)
 
-    Args:
-        by_sizes: whether tokens stand for different numbers of patches, so that attention needs the plan.
-        attentions: attention modules that do not use transformers' `AttentionInterface`, each with the function that
-            replaces its forward.
-    """
+
+def _hook_in(model: PreTrainedModel, tower: Tower, family: Family, setting: VWTConfig) -> None:
+    """Puts everything into a plain model by which it runs compressed."""
+    by_sizes = _attends_by_sizes(setting, family)
     relative = any(is_of(module, family.relative) for module in tower.module.modules())
     follows = by_sizes or (setting.shortens and relative)
-    places, stacks = find_places(tower.module), [stack for stack, _ in find_stacks(tower.module)]
     entered = models_around(model, tower)
     for holder in entered:
         holder.register_forward_pre_hook(TakeWords(follows), with_kwargs=True)
-    model_class: Any = type(model)
-    for name in _methods_for_images(model_class):
-        if name not in vars(model):
-            setattr(model, name, _stand_in_for(model, name, _call_by_words, name))
-    if own_forward(model) is None:
-        model.forward = _forward_with_words(model, begins=follows and model is tower.module)
+    _replace_methods(model, begins=follows and model is tower.module)
     if follows:
-        by_interface = by_sizes and not attentions
+        by_interface = by_sizes and not _replaced_attentions(tower, family)
         begin = Begin(relative, by_sizes, family.padded is not None, by_interface, is_even(setting, family))
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     if setting.shortens and not by_sizes:
         tower.module.register_forward_pre_hook(RefuseMask(), with_kwargs=True)
-    runs: list[Any] = [tower.module, *stacks]
+    _hook_embeddings(tower, family, setting, follows)
+    for module in tower.module.modules():
+        if by_sizes and is_of(module, family.padded):
+            module.register_forward_pre_hook(MaskPadding())
+        if follows and is_of(module, family.relative):
+            module.register_forward_pre_hook(OfWholeImage(), with_kwargs=True)
+            module.register_forward_hook(Bias())
+    if by_sizes:
+        _hook_layers(tower, family, setting)
+    if follows:
+        layers = len(attending_layers(tower.module)[0]) if by_sizes else 0
+        tower.module.register_forward_hook(End(layers), always_call=True)
+    for holder in entered:
+        holder.register_forward_hook(EndWords(follows), always_call=True)
+
+
+def _hook_embeddings(tower: Tower, family: Family, setting: VWTConfig, follows: bool) -> None:
+    """Has the embeddings of a tower make tokens, and its rotary positions follow.
+
+    Args:
+        follows: as for `Reduce`.
+    """
+    runs: list[Any] = [tower.module, *(stack for stack, _ in find_stacks(tower.module))]
     own_rows = any(not type(part).forward.__module__.startswith("transformers.") for part in runs)
     reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows, own_rows)
     if setting.shortens and setting.repaints:
@@ -219,47 +242,54 @@ def _hook_in(
     for module in tower.module.modules():
         if is_of(module, family.rotary):
             module.register_forward_hook(Rotate(reduce), with_kwargs=True)
-        if by_sizes and is_of(module, family.padded):
-            module.register_forward_pre_hook(MaskPadding())
-        if follows and is_of(module, family.relative):
-            module.register_forward_pre_hook(OfWholeImage(), with_kwargs=True)
-            module.register_forward_hook(Bias())
-    if by_sizes:
-        # More than one where a part is a copy, as PEFT's modules to save are.
-        for config in [module.__dict__.get("config") for module in tower.module.modules()]:
-            if isinstance(config, PreTrainedConfig):
-                attend_by_plan(config)
-        for module, stand_in in attentions:
-            setattr(module, slot_of(module), StandIn(stand_in, module))
-        for number, wanted in joins.items():
-            # The first hook: what transformers records as the layer's hidden states is the same whenever it began to.
-            for layer in places[number - 1]:
-                layer.register_forward_hook(Join(setting, wanted), prepend=True)
-        if joins and family.rotary is not None:
-            for layer in itertools.chain(*places[min(joins) :]):
-                layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
-        if setting.restores:
-            expanding = dict.fromkeys((*places[-1], *stacks, tower.module))
-            if isinstance(tower.module, BackboneMixin) and tower.module not in stacks:
-                # Its maps are of what the stack gave, expanded, less prefix tokens: they may have the shape of a plan.
-                expanding.popitem()
-            for module in expanding:
-                module.register_forward_hook(Expand())
-    if follows:
-        tower.module.register_forward_hook(
-            End(len(attending_layers(tower.module)[0]) if by_sizes else 0), always_call=True
-        )
-    for holder in entered:
-        holder.register_forward_hook(EndWords(follows), always_call=True)
+
+
+def _hook_layers(tower: Tower, family: Family, setting: VWTConfig) -> None:
+    """Has the layers of a tower attend by the plan and join tokens, and what comes after them see every patch."""
+    # More than one config where a part is a copy, as PEFT's modules to save are.
+    for config in [module.__dict__.get("config") for module in tower.module.modules()]:
+        if isinstance(config, PreTrainedConfig):
+            attend_by_plan(config)
+    for module, stand_in in _replaced_attentions(tower, family):
+        setattr(module, slot_of(module), StandIn(stand_in, module))
+    places = find_places(tower.module)
+    joins = setting.joins(len(places))
+    for number, wanted in joins.items():
+        # The first hook: what transformers records as the layer's hidden states is the same whenever it began to.
+        for layer in places[number - 1]:
+            layer.register_forward_hook(Join(setting, wanted), prepend=True)
+    if joins and family.rotary is not None:
+        for layer in itertools.chain(*places[min(joins) :]):
+            layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
+    if setting.restores:
+        expanding = [*places[-1], *(stack for stack, _ in find_stacks(tower.module))]
+        # A backbone's maps are of what the stack gave, expanded, less prefix tokens: they may have the shape of a plan.
+        if not isinstance(tower.module, BackboneMixin):
+            expanding.append(tower.module)
+        for module in dict.fromkeys(expanding):
+            module.register_forward_hook(Expand())
+
+
+def _replace_methods(model: PreTrainedModel, begins: bool) -> None:
+    """Gives `model` methods that take `patch_words` in place of those by which a user gives it images.
+
+    Args:
+        begins: as for `_forward_with_words`.
+    """
+    model_class: Any = type(model)
+    for name in _methods_for_images(model_class):
+        if name not in vars(model):
+            setattr(model, name, _stand_in_for(model, name, _call_by_words, name))
+    if own_forward(model) is None:
+        model.forward = _forward_with_words(model, begins)
 
 
 @functools.cache
 def _methods_for_images(model_class: type) -> tuple[str, ...]:
     """Names of the methods beside `forward` by which a user gives images to a model of that class."""
-    methods = inspect.getmembers(model_class, inspect.isfunction)
     return tuple(
         name
-        for name, method in methods
+        for name, method in inspect.getmembers(model_class, inspect.isfunction)
         if not name.startswith(("_", "prepare_"))
         and name != "forward"
         and "pixel_values" in inspect.signature(method).parameters
@@ -267,7 +297,7 @@ def _methods_for_images(model_class: type) -> tuple[str, ...]:
 
 
 def _stand_in_for(model: PreTrainedModel, name: str, function: Any, *given: Any) -> StandIn:
-    """`function(model, *given, ...)` in place of a method of the class of `model`, with the signature of that."""
+    """What calls `function(model, *given, ...)` under the name and signature of a method of the class of `model`."""
     stand_in = StandIn(function, model, *given)
     method = getattr(type(model), name)
     functools.update_wrapper(stand_in, method)
@@ -276,9 +306,8 @@ def _stand_in_for(model: PreTrainedModel, name: str, function: Any, *given: Any)
 
 
 def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
-    """The forward of `model`, whose signature has `patch_words`, which `TakeWords` takes from every call before it.
-
-    `Trainer` drops the columns of a data set that this signature does not have.
+    """A forward for `model` with `patch_words` in its signature: `Trainer` drops the columns of a data set that the
+    signature lacks. In a call of the model `TakeWords` takes the words out before.
 
     Args:
         begins: whether `model` is a tower that goes by a plan, which is found within a call alone.
@@ -295,16 +324,16 @@ def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
 
 
 def _forward_by_words(model: PreTrainedModel, /, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
-    """The forward of the class of `model`: by itself and with words, which it does not know, it becomes a call."""
+    """The forward of the class of `model`. Where it is called by itself and with words, the model is called instead."""
     if patch_words is None:
         return type(model).forward(model, *args, **kwargs)
     return model(*args, patch_words=patch_words, **kwargs)
 
 
 def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the class of `model`: by itself, as sentence-transformers runs it, it becomes a call.
+    """The forward of the class of `model`. Where it is called by itself, as by sentence-transformers, the model is.
 
-    It may be left after `restore`, in what somebody wrapped `model.forward` in.
+    A wrapper that somebody put around `model.forward` may still call this after `restore`.
     """
     if _runs(model) or not any(isinstance(hook, Begin) for hook in model._forward_pre_hooks.values()):
         return type(model).forward(model, *args, **kwargs)
@@ -313,6 +342,7 @@ def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any)
 
 @traced_within
 def _runs(tower: PreTrainedModel) -> bool:
+    """Whether a call of `tower` is under way, and its embeddings have not run yet."""
     forward = current_forward()
     return forward is not None and forward.tower is tower and forward.plan is None
 
@@ -351,7 +381,7 @@ _KEPT_BY_ACCELERATE = ("_old_forward", "_original_forward")
 
 
 def _take_out(model: PreTrainedModel) -> None:
-    """As `restore`, of a model that shares its config with no other."""
+    """`restore` for a model that shares its config with no other."""
     for module in model.modules():
         for name in [name for name, value in vars(module).items() if is_ours(value)]:
             if name in _KEPT_BY_ACCELERATE:
@@ -385,7 +415,7 @@ def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def parts_of(model: nn.Module) -> list[PreTrainedModel]:
-    """`model` if its config holds a setting, else the models within it whose own configs do: parts compressed alone."""
+    """`model` if its config holds a setting, else the models within it whose configs do: parts compressed alone."""
     if isinstance(model, PreTrainedModel) and model.config.vwt is not None:
         return [model]
     return list(dict.fromkeys(part for child in model.children() for part in parts_of(child)))
