@@ -149,7 +149,7 @@ def compress_by(
     setting = setting.prepared(facts)
     if _attends_by_sizes(setting, family):
         setting.joins(len(find_layers(tower.module)))  # refuses layers that the model lacks
-        _require_attention(tower, family)
+        _require_usable_attention(tower, family)
     _take_out(model)  # nothing is refused from here on: a model keeps the setting that it has
     _hook_in(model, tower, family, setting)
     model.config.vwt = setting.to_dict()
@@ -185,7 +185,7 @@ def _replaced_attentions(tower: Tower, family: Family) -> list[tuple[nn.Module, 
     ]
 
 
-def _require_attention(tower: Tower, family: Family) -> None:
+def _require_usable_attention(tower: Tower, family: Family) -> None:
     """Refuses a tower whose attention cannot go by a plan, or which runs one layer twice."""
     attention.require_usable(tower.module, family.padded is not None)
     replaced = _replaced_attentions(tower, family)

@@ -32,24 +32,24 @@ from .plans import Grouped, Kept
 
 @dataclasses.dataclass(eq=False)
 class GivenWords:
-    """The `patch_words` of one call, which wait for the embeddings of the images that they are of."""
+    """The `patch_words` of one call, until the embeddings of the call use them."""
 
     words: torch.Tensor
-    """(..., patches), integers: what `patch_words` was."""
+    """(..., patches), integers, as the caller gave them."""
     repeats: int = 1
     """How many times in a row each image may come, as `generate` repeats them for beams."""
     generates: bool = False
-    """Whether the call is `generate`, which embeds its images at every step where it has no cache."""
+    """Whether the call is `generate`, which without a cache embeds its images anew at every step."""
     embedded: torch.Tensor | None = None
-    """What embeddings have gone by them with, as `pixel_values`; `None` if none have."""
+    """The `pixel_values` that they were used for; `None` until embeddings use them."""
     model: nn.Module | None = None
     """The model that is called with them; `None` until the call begins."""
 
     def are_for(self, module: nn.Module) -> bool:
-        """Whether a module is a part of the model that is called, and not of one that a hook runs within the call."""
+        """Whether a module is a part of the called model, and not of another that a hook runs within the call."""
         if self.model is None:
             return True
-        # The forward of a shallow copy is that of the model that it was copied from.
+        # A shallow copy has the forward of the model that it was copied from.
         copied_from = getattr(self.model.__dict__.get("forward"), "args", ())
         return any(part is module for part in (*copied_from, *self.model.modules()))
 
@@ -68,7 +68,7 @@ class GivenWords:
         return self
 
     def require_taken(self) -> None:
-        """Raises `ValueError` if no embeddings went by the words."""
+        """Raises `ValueError` if no embeddings used the words."""
         if self.embedded is None:
             raise ValueError(
                 f"patch_words {tuple(self.words.shape)} were given to a call that embeds no images by them. Give "
@@ -83,9 +83,9 @@ class Forward:
     tower: Any
     """The vision tower that runs."""
     relative: bool
-    """Whether its attention takes a bias by where patches lie to each other, handed over as its mask."""
+    """Whether its attention takes, as its mask, a bias that depends on where patches lie relative to each other."""
     members: weakref.WeakSet[nn.Module] = dataclasses.field(default_factory=weakref.WeakSet)
-    """The modules of the tower that are known."""
+    """Modules that are known to be parts of the tower."""
     outer: Forward | None = None
     """The ordinary, untraced forward that this one runs inside; it is current again when this one ends. `None` if there
     is none, or this one is traced."""
@@ -94,24 +94,25 @@ class Forward:
     begun_in: _InGraphs | None = None
     """`_in_thread.graphs` of the thread that it began in; `None` if it is traced."""
     given: GivenWords | None = None
-    """The words of the call that this is, or runs within; `None` if there are none."""
+    """The `patch_words` of the call that this is, or runs within; `None` if it was given none."""
     words: torch.Tensor | None = None
-    """(batch, patches), int64: what becomes of the patches, where that was chosen before they were embedded."""
+    """(batch, patches), int64: set by `hooks.Repaint` where the setting chooses words before patches are embedded."""
     plan: Kept | Grouped | None = None
     """Which tokens the patches became; `None` before the embeddings ran, and where all patches stay as they are."""
     real: torch.Tensor | None = None
     """(batch, rows), bool, where images are padded: which rows of the tower's output are no padding. Until the
     embeddings have run it is the caller's `pixel_attention_mask`, (batch, patches), or `None`."""
     called_by: types.FrameType | None = None
-    """The call of the tower, while it runs; `None` once it has ended."""
+    """The stack frame that calls the tower; `None` once the call has ended."""
     plans: list[Grouped] = dataclasses.field(default_factory=list)
-    """The plans of groups that it has run by; each gives tokens another shape (sequences, tokens)."""
+    """All plans of groups so far, the first before the first layer and one more after each join. Each gives tokens
+    another shape (sequences, tokens)."""
     attended: int = 0
     """How many times attention has gone by one of them."""
     by_plan: set[int] = dataclasses.field(default_factory=set)
     """The numbers (`id`) of the attention modules that did; of a traced forward it stays empty."""
     after: dict[nn.Module, Grouped] = dataclasses.field(default_factory=dict)
-    """The plan that holds after a layer that tokens were grouped behind, by the layer."""
+    """By each layer after which tokens were to be joined: the plan from there on."""
     rotations: Any = None
     """Cosine and sine of rotary positions, (patches, head size) each; `None` where the tower has none."""
 
@@ -121,15 +122,15 @@ class Forward:
         return self.plan if isinstance(self.plan, Grouped) else None
 
     def go_by(self, plan: Kept | Grouped) -> None:
-        """Has the layers that are still to run go by a plan."""
+        """Makes a plan that of the layers still to run."""
         self.plan = plan
         if isinstance(plan, Grouped):
             self.plans.append(plan)
 
     def begin_again(self) -> Forward:
-        """Has what follows run by plans of its own, as the tower embeds images for a second time, and returns that.
+        """Begins a forward in place of this one and returns it, as the tower embeds images for a second time.
 
-        Layers that ran before may be repeated for their gradients, within this one.
+        Layers that ran before may still be repeated for their gradients, within this one.
         """
         again = dataclasses.replace(self, plan=None, plans=[], after={}, attended=0, by_plan=set())
         if _in_thread.graphs.traced is self:
@@ -142,21 +143,20 @@ class Forward:
     def plan_of_shape(self, sequences: int, tokens: int) -> Grouped | None:
         """The plan that gave tokens this shape; `None` if none did.
 
-        While a layer is repeated for its gradient it is not the last one.
+        It need not be the last one, as a layer may be repeated for its gradient.
         """
-        # The first: a layer that is repeated may add one anew.
         return next((plan for plan in self.plans if plan.shape == (sequences, tokens)), None)
 
     @property
     def draws_by_sequence(self) -> bool:
         """Whether layers draw random numbers for each sequence, as stochastic depth does in training."""
-        # Rates are those by which the layers were made, whatever the config says since.
+        # Asked of the layers, as the config may have changed since they were made.
         layers = (part for part in self.tower.modules() if type(part).__name__.endswith("DropPath"))
         return any(layer.training and (getattr(layer, "drop_prob", None) or 0) > 0 for layer in layers)
 
     @property
     def left(self) -> bool:
-        """Whether the call of the tower is over and no hook was told, as by an interrupt (`KeyboardInterrupt`)."""
+        """Whether the call of the tower was cut off so that no hook heard of it, as by `KeyboardInterrupt`."""
         if self.called_by is None:
             return False
         try:
@@ -165,7 +165,7 @@ class Forward:
             return False
         return True
 
-    @torch.compiler.disable  # of layers that are compiled one by one: it sees these and what wraps them
+    @torch.compiler.disable  # where layers are compiled one by one, it must see them and their wrappers as they are
     def holds(self, module: nn.Module) -> bool:
         """Whether `module` is a part of the tower, also one that was put into it after it first ran."""
         if module not in self.members and any(module is part for part in self.tower.modules()):
@@ -175,13 +175,13 @@ class Forward:
 
 @dataclasses.dataclass(eq=False)
 class Call(Forward):
-    """A call with `patch_words` under way, of a model that is or holds a vision tower: `tower` is that model."""
+    """A call with `patch_words` under way; `tower` is the called model, which is or holds a vision tower."""
 
     by_context: bool = False
-    """Whether `call_with` began it, which ends it."""
+    """Whether `call_with` began it, and ends it."""
 
     def holds(self, module: nn.Module) -> bool:
-        """No module runs by a plan of the call, as it has none."""
+        """False: a call has no plan that a module could run by."""
         return False
 
 
@@ -207,7 +207,7 @@ def _numbers(module: nn.Module) -> list[int]:
 
 
 class _InGraphs:
-    """The state of one thread, where torch.compile can trace it."""
+    """What one thread is within, in attributes that torch.compile can trace."""
 
     def __init__(self) -> None:
         self.traced: Traced | None = None
@@ -218,7 +218,7 @@ class _InGraphs:
 
 class _InThread(threading.local):
     def __init__(self) -> None:
-        # In an object of its own: where a graph breaks, torch loses what was set on a `threading.local` itself.
+        # An object of its own, as torch loses what is set on a `threading.local` itself where a graph breaks.
         self.graphs = _InGraphs()
 
 
@@ -262,13 +262,12 @@ def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relativ
     """Begins a forward of `tower`, within the one that is under way if there is one."""
     forward = Forward(tower, relative, members, called_by=_calling_frame())
     _enter(forward)
-    given = None if forward.outer is None else forward.outer.given
-    forward.given = given if given is not None and given.are_for(tower) else None
+    forward.given = _given_in(forward.outer, tower)
     return forward
 
 
 def begin_traced(tower: nn.Module, relative: bool) -> None:
-    """As `begin_forward`, while torch.compile traces the call of `tower`."""
+    """`begin_forward` while torch.compile traces the call of `tower`."""
     _in_thread.graphs.traced = Traced(tower, relative, _numbers(tower), within=_in_thread.graphs.traced)
 
 
@@ -310,7 +309,7 @@ def _enter(forward: Forward) -> None:
 
 
 def _leave(forward: Forward) -> None:
-    """Makes the one that it ran within the current one."""
+    """Makes the forward that this one ran within the current one."""
     _current.set(forward.outer)
     _in_thread.graphs.traced = forward.within
     forward.called_by = None  # a frame holds what its call was given
@@ -318,9 +317,13 @@ def _leave(forward: Forward) -> None:
 
 def given_words(module: nn.Module | None = None) -> GivenWords | None:
     """The `patch_words` of the call that this code runs in; `None` if it was given none, or none for `module`."""
-    forward = current_forward()
+    return _given_in(current_forward(), module)
+
+
+def _given_in(forward: Forward | None, module: nn.Module | None) -> GivenWords | None:
+    """The words of a forward, if there are any, and for `module` if one is named."""
     given = None if forward is None else forward.given
-    return None if given is None or (module is not None and not given.are_for(module)) else given
+    return given if given is None or module is None or given.are_for(module) else None
 
 
 def words_are_given() -> bool:
@@ -333,7 +336,7 @@ def words_are_given() -> bool:
 
 @torch.compiler.disable
 def begin_call(model: nn.Module, patch_words: torch.Tensor) -> None:
-    """Begins a call of `model` with words, within what is under way."""
+    """Begins a call of `model` with words, within the forward that is under way if there is one."""
     given = GivenWords(patch_words, model=model)
     _enter(Call(model, False, given=given, called_by=_calling_frame()))
     _in_thread.graphs.words = True
@@ -351,10 +354,10 @@ def end_call(model: nn.Module) -> GivenWords | None:
 
 @contextlib.contextmanager
 def call_with(model: nn.Module, given: GivenWords) -> Iterator[None]:
-    """What runs in this context is a call of `model` with words.
+    """Within this context, what runs is a call of `model` with words.
 
     Raises:
-        ValueError: nothing went by them.
+        ValueError: no embeddings used them.
     """
     given.model = model
     call = Call(model, False, given=given, by_context=True)
@@ -369,10 +372,10 @@ def call_with(model: nn.Module, given: GivenWords) -> Iterator[None]:
 
 
 def words_to_generate_by(model: Any, patch_words: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> GivenWords:
-    """The words of a call of `model.generate(*args, **kwargs)`."""
+    """`patch_words` for a call of `model.generate(*args, **kwargs)`, which repeats each image for beams or answers."""
     configs = (*args[1:2], kwargs.get("generation_config"), getattr(model, "generation_config", None))
 
-    def number(name: str) -> int:  # as transformers takes it: of what is not given the next one counts
+    def number(name: str) -> int:  # the first that is given counts, as in transformers
         given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return next((one for one in given if one is not None), 1)
 
@@ -380,7 +383,7 @@ def words_to_generate_by(model: Any, patch_words: torch.Tensor, args: Any, kwarg
 
 
 def _calling_frame() -> types.FrameType | None:
-    """Where torch calls the module whose hook this is called from."""
+    """The frame of torch's that calls the module whose hook this function is called from."""
     frame: types.FrameType | None = sys._getframe()
     while frame is not None and frame.f_globals is not nn.modules.module.__dict__:
         frame = frame.f_back
@@ -388,7 +391,7 @@ def _calling_frame() -> types.FrameType | None:
 
 
 def run_within(forward: Forward | None, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls a function as if it ran in that forward."""
+    """Calls a function with `forward` as the current one."""
     graphs = _in_thread.graphs
     token, (traced, graphs.traced) = _current.set(forward), (graphs.traced, None)
     try:
@@ -405,10 +408,10 @@ def forward_within(module: nn.Module) -> Forward | None:
 
 
 def forward_of(module: nn.Module) -> Forward:
-    """As `forward_within`, of a part that runs in a forward alone.
+    """`forward_within` for a module that never runs outside a forward.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: it did.
     """
     forward = forward_within(module)
     if forward is None:

@@ -41,18 +41,17 @@ from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
 from .stand_ins import StandIn
 
 ONE_GRAPH = torch.__version__ >= "2.11.0a0"
-"""Whether one graph of torch.compile can hold a forward. With an older torch graphs break in transformers anyway, so
-forwards run natively between them."""
+"""Whether this torch compiles a whole forward into one graph. An older one breaks graphs within transformers anyway, so
+there forwards run natively between them."""
 
 
 def is_even(setting: VWTConfig, family: Family) -> bool:
-    """Whether all images of a batch have the same number of tokens in every layer, so that one graph of torch.compile
-    can hold a forward."""
+    """Whether all images of a batch have the same number of tokens in every layer, so that one graph can hold them."""
     return setting.even and family.padded is None
 
 
 class Hook:
-    """A hook of ours; `restore` finds it by its type."""
+    """Base of this package's hooks."""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"numbered_below": RemovableHandle.next_id}
@@ -70,7 +69,7 @@ class TakeWords(Hook):
     transformers' forwards do not know them, and keeps them for the embeddings."""
 
     follows: bool
-    """Whether the tower goes by a plan that is found while it runs."""
+    """Whether the tower runs within a `Forward` (`Begin`), from which the embeddings take the words."""
 
     def __call__(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if PATCH_WORDS not in kwargs:
@@ -83,7 +82,7 @@ class TakeWords(Hook):
             begin_call(model, patch_words)
         return args, kwargs
 
-    # An error that is raised while a graph is traced sends the call the usual way, of which parts are compiled again.
+    # Of an error that is raised while it traces, torch makes a call without this graph, and compiles parts of it again.
     @torch.compiler.disable
     def _refuse_in_graph(self) -> None:
         raise ValueError(
@@ -94,10 +93,11 @@ class TakeWords(Hook):
 
 @dataclasses.dataclass(eq=False)
 class EndWords(Hook):
-    """Forward hook of the models that have `TakeWords`: ends the words of a call, and refuses those that no embeddings
+    """Forward hook of the models that have `TakeWords`: ends a call with words, and refuses words that no embeddings
     used."""
 
     follows: bool
+    """As for `TakeWords`."""
 
     def __call__(self, model: Any, args: Any, output: Any) -> None:
         if words_are_given() and (self.follows or not is_compiling()):
@@ -115,17 +115,18 @@ class Begin(Hook):
     """Forward pre-hook of a vision tower: begins the `Forward` that its embeddings, attention and heads share."""
 
     relative: bool
-    """Whether its attention is given a bias by where patches lie to each other."""
+    """Whether its attention takes a bias that depends on where patches lie relative to each other."""
     by_sizes: bool
     """Whether tokens stand for different numbers of patches, so that attention needs the plan."""
     strips_mask: bool
     """Whether images come as padded patches. Then `pixel_attention_mask` is kept from the layers, which see tokens and
     not patches, and stored in the `Forward` for the head."""
     by_interface: bool
-    """Whether its attention is this package's by transformers' `AttentionInterface`."""
+    """Whether its attention reaches this package's through transformers' `AttentionInterface`."""
     even: bool
-    """What `is_even` says."""
+    """What `is_even` says of the setting."""
     _members: weakref.WeakSet[nn.Module] | None = None
+    """The modules of the tower, found at its first forward."""
 
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_dynamo_compiling() and self._is_for_one_graph(tower):
@@ -180,7 +181,7 @@ class Begin(Hook):
 
 
 class RefuseMask(Hook):
-    """Forward pre-hook of a tower that leaves patches out: refuses a mask of some of them, which is of whole images."""
+    """Forward pre-hook of a tower that leaves patches out: refuses an `attention_mask`, which is of whole images."""
 
     def __call__(self, tower: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if is_compiling():  # no graph can ask what a mask holds
@@ -190,17 +191,17 @@ class RefuseMask(Hook):
 
 @dataclasses.dataclass(eq=False)
 class Reduce(Hook):
-    """Forward hook of the embeddings: patches become tokens by the plan that the setting makes of them."""
+    """Forward hook of the embeddings: makes tokens of patches, by the plan that the setting makes of the images."""
 
     setting: VWTConfig
     family: Family
     patch_size: tuple[int, int]
     channels: int
     follows: bool
-    """Whether modules that run after the embeddings need the plan, so that it is stored in the `Forward`."""
+    """Whether the tower runs within a `Forward`, which keeps the plan for modules that run after the embeddings."""
     own_rows: bool = False
-    """Whether each image is to have a row of its own: what runs the layers is not transformers', and may read CLS
-    between them."""
+    """Whether batches must not be packed: what runs the layers is not transformers', and may read the CLS token of each
+    image between them."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.setting.shortens:
@@ -213,8 +214,7 @@ class Reduce(Hook):
             )
         if self.follows:
             return self._reduce_and_store(module, args, kwargs, output)
-        given = None if is_compiling() else given_words(module)
-        patches = self.patches(output, args, kwargs)
+        given, patches = _words_for(module), self.patches(output, args, kwargs)
         plan = self.plan(patches, given and given.take(patches.pixel_values))
         return output if plan is None else self.family.reduces(output, plan)
 
@@ -225,8 +225,8 @@ class Reduce(Hook):
         if forward.plan is not None:
             forward = forward.begin_again()
         if not is_even(self.setting, self.family):
-            packs = attention.packs(forward, not self.family.attentions, tokens.device, tokens.dtype)
-            packs = packs and not self.own_rows
+            by_interface = not self.family.attentions
+            packs = not self.own_rows and attention.packs(forward, by_interface, tokens.device, tokens.dtype)
             rounds = attention.is_slow_for_new_lengths(tokens.device, tokens.dtype)
             patches = dataclasses.replace(patches, packs=packs, rounds=rounds, draws=forward.draws_by_sequence)
         plan = self.plan(patches, forward.given and forward.given.take(patches.pixel_values), forward.words)
@@ -234,20 +234,26 @@ class Reduce(Hook):
             return output
         forward.go_by(plan)
         if patches.real is not None:
-            forward.real = patches.real if self.setting.restores else plan.stays if isinstance(plan, Grouped) else None
+            assert isinstance(plan, Grouped)  # as every plan of padded images
+            forward.real = patches.real if self.setting.restores else plan.stays
         return self.family.reduces(output, plan)
 
     def plan(
         self, patches: Patches, given: GivenWords | None, words: torch.Tensor | None = None
     ) -> Kept | Grouped | None:
-        """What becomes of the patches: as the caller's words say, if there are any, or those that `Repaint` chose."""
-        if given is None:
-            return self.setting.plan(patches) if words is None else self.setting.plan_repainted(patches, words)
-        return self.setting.plan_of(patches, patches.of_words(given.words, given.repeats))
+        """What becomes of the patches; `None`: all stay as they are.
+
+        Args:
+            given: the caller's words, which come first.
+            words: those that `Repaint` chose, which come second. Without either, the setting chooses.
+        """
+        if given is not None:
+            return self.setting.plan_of(patches, patches.of_words(given.words, given.repeats))
+        return self.setting.plan(patches) if words is None else self.setting.plan_repainted(patches, words)
 
     def _require_alone(self, module: nn.Module, output: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Refuses words by which patches are no tokens of their own."""
-        given = None if is_compiling() else given_words(module)
+        """Refuses words of a caller by which some patch would not be a token of its own."""
+        given = _words_for(module)
         if given is None:
             return
         patches = self.patches(output, args, kwargs)
@@ -261,10 +267,10 @@ class Reduce(Hook):
                 )
 
     def patches(self, output: Any, args: Any, kwargs: dict[str, Any], mask: torch.Tensor | None = None) -> Patches:
-        """The patches of a batch that embeddings were called with.
+        """The patches of the images that the embeddings are called with.
 
         Args:
-            output: what the embeddings made of it; `None` before they did, when nobody knows their prefix tokens.
+            output: what the embeddings gave; `None` before they ran, when the number of prefix tokens is unknown.
             args, kwargs: what they were called with.
             mask: (batch, patches), which of padded patches the caller takes for real; `None`: all but padding.
         """
@@ -278,8 +284,8 @@ class Reduce(Hook):
 
 @dataclasses.dataclass(eq=False)
 class Repaint(Hook):
-    """Forward pre-hook of the embeddings: has them embed what the setting shows in place of the images, and keeps for
-    `Reduce` what is to become of the patches."""
+    """Forward pre-hook of the embeddings: gives them the images as the setting changes them, and stores the words by
+    which it did for `Reduce`."""
 
     reduce: Reduce
 
@@ -301,13 +307,18 @@ class Repaint(Hook):
 
 
 def _tokens_of(output: Any) -> torch.Tensor:
-    """(batch, prefix + patches, hidden): what embeddings give, or the first of it."""
+    """The tokens in the output of embeddings or of a layer, (sequences, tokens, hidden): all of it, or its first."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def _words_for(module: nn.Module) -> GivenWords | None:
+    """The `patch_words` of the call for a module that runs without a `Forward`; `None` in a graph, which gets none."""
+    return None if is_compiling() else given_words(module)
 
 
 @dataclasses.dataclass(eq=False)
 class Rotate(Hook):
-    """Forward hook of rotary positions: the rotations of patches become those of tokens."""
+    """Forward hook of rotary positions: makes rotations of tokens of those of patches."""
 
     reduce: Reduce
 
@@ -317,7 +328,7 @@ class Rotate(Hook):
         if self.reduce.follows:
             return self._rotate_as_stored(rotary, output)
         patches = self.reduce.patches(None, args, kwargs)  # a rotation is of a patch, so prefix tokens do not matter
-        plan = self.reduce.plan(patches, None if is_compiling() else given_words(rotary))
+        plan = self.reduce.plan(patches, _words_for(rotary))
         return output if plan is None else plan.rotate(output)
 
     @traced_within
@@ -330,7 +341,7 @@ class Rotate(Hook):
 
 
 class RotateTokens(Hook):
-    """Forward pre-hook of a layer after one that tokens are grouped behind: hands it the rotations of its tokens."""
+    """Forward pre-hook of the layers after the first join: hands each the rotations of the tokens that it gets."""
 
     @traced_within
     def __call__(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -344,11 +355,11 @@ class RotateTokens(Hook):
 
 @dataclasses.dataclass(eq=False)
 class Join(Hook):
-    """Forward hook of a layer: its output becomes fewer tokens, as some have become alike."""
+    """Forward hook of a layer: joins those tokens of its output that have become alike."""
 
     setting: VWTConfig
     wanted: float
-    """What `VWTConfig.joins` says of the layer."""
+    """What `VWTConfig.joins` says of the layer: a similarity, or a share of the tokens."""
 
     @traced_within
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
@@ -357,12 +368,14 @@ class Join(Hook):
             return output
         tokens = _tokens_of(output)
         before = forward.plan_of_shape(tokens.shape[0], tokens.shape[1])
+        if before is None:
+            return output
         after = forward.after.get(layer)
-        if before is not None and after is None:  # else the layer is repeated for its gradient
+        if after is None:  # else the layer is repeated for its gradient
             found = self.setting.seek(before, tokens.detach(), self.wanted)
             after = before if found is None else before.joined(*found, [plan.shape for plan in forward.plans])
             forward.after[layer] = after
-        if before is None or after is None or after is before:
+        if after is before:
             return output
         forward.go_by(after)
         joined = join(tokens, before.layout, after.layout)
@@ -377,7 +390,7 @@ class OfWholeImage(Hook):
 
 
 class Bias(Hook):
-    """Forward hook of a relative position bias: that between patches becomes that between tokens."""
+    """Forward hook of a relative position bias: makes the bias between tokens of that between patches."""
 
     @traced_within
     def __call__(self, bias: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -386,7 +399,7 @@ class Bias(Hook):
 
 
 class MaskPadding(Hook):
-    """Forward pre-hook of a head that takes a mask of padded patches: gives it the mask of the rows that it gets."""
+    """Forward pre-hook of a head that takes a mask of padded patches: gives it that of the rows that there are."""
 
     @torch.compiler.disable
     def __call__(self, head: nn.Module, args: Any) -> Any:
@@ -395,8 +408,8 @@ class MaskPadding(Hook):
 
 
 class Expand(Hook):
-    """Forward hook of a tower's last layer, of what holds the layers, and of the tower: what comes after sees every
-    patch, with its token's hidden state."""
+    """Forward hook of a tower's last layer, of what holds the layers, and of the tower: gives every patch in the output
+    the hidden state of its token."""
 
     @traced_within
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -415,11 +428,11 @@ class Expand(Hook):
 
 @dataclasses.dataclass(eq=False)
 class End(Hook):
-    """Forward hook of a vision tower: ends its `Forward`, and refuses layers that attended by no plan, and attention
-    weights, which grouped patches lack."""
+    """Forward hook of a vision tower: ends its `Forward`. Refuses layers that attended without the plan, and
+    `output_attentions`, as grouped patches have no attention weights."""
 
     layers: int
-    """How many of its layers must attend by a plan of groups, if there is one."""
+    """How many of its layers must attend by the plan, if its tokens are groups."""
 
     @traced_within
     def __call__(self, tower: nn.Module, args: Any, output: Any) -> None:
@@ -440,14 +453,14 @@ class End(Hook):
 
 
 def _needs_attention(plan: Grouped) -> bool:
-    """Whether attention that knows nothing of the plan would answer otherwise than by it."""
+    """Whether attention that does not know the plan would give other answers."""
     return (plan.layout.packed and plan.layout.rows.shape[0] > 1) or plan.key_bias is not None
 
 
 def attending_layers(tower: nn.Module) -> list[list[nn.Module]]:
-    """What a tower runs as layers and is to attend: transformers' layers, and others that hold an attention.
+    """The layers of a tower that attend: transformers' own, and any that a user put there and that hold an attention.
 
-    More than one list where what holds the layers was copied, of which one runs.
+    One list, or where PEFT copied what holds the layers, one for each copy, of which one runs.
     """
 
     def attends(layer: nn.Module) -> bool:
@@ -460,14 +473,14 @@ def attending_layers(tower: nn.Module) -> list[list[nn.Module]]:
 
 
 def _form(layer: nn.Module) -> list[tuple[type, bool]]:
-    """What layers that compute alike have in common: the classes of their modules, and which run by their class."""
+    """The kind of a layer: of each of its modules the class, and whether nobody but us replaced its forward."""
     return [(type(part), isinstance(part.__dict__.get("forward"), (StandIn, type(None)))) for part in layer.modules()]
 
 
 def _require_attention(tower: Any, forward: Forward) -> None:
-    """Raises `ValueError` where layers of a tower attended by no plan of a forward.
+    """Raises `ValueError` where layers of a tower attended without the plan of a forward.
 
-    Those that are like one which did attend did not run, as where a forward ends early or leaves layers out.
+    A layer of the same kind as one that went by the plan is taken not to have run, as where a forward ends early.
     """
     # Some may have been taken out since it was compressed.
     layers = [layer for stack in attending_layers(tower) for layer in stack]
