@@ -1,11 +1,10 @@
 """Attention over ragged batches, reached through transformers' `AttentionInterface`.
 
-The config of a compressed tower names these functions while a forward of it runs by a plan of groups, which they find
-in the forward's own state.
+The config of a compressed tower names these functions while its `Forward` has a plan of groups, which they go by.
 
 On a GPU in half precision a kernel of our own attends, which knows where images end and how many patches each token
-stands for; where gradients are taken, variable-length flash attention. Else a padded batch attends under a bias that
-hides the padding, and a packed one length by length: images of one length lie side by side and are a view of the
+stands for; where gradients are taken, variable-length flash attention. Elsewhere a padded batch attends under a bias
+that hides the padding, and a packed one length by length: images of one length lie side by side and are a view of the
 sequence, so nothing is copied and no image is padded.
 """
 
@@ -16,6 +15,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -39,6 +39,7 @@ except ImportError:  # torch before 2.10
     VARLEN_SCALES = False
 
 BASES = ("eager", "sdpa", "flash_attention_2")
+"""The attention implementations of transformers that this package has a counterpart of."""
 CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Where layers of transformers, and torch's wrappers around them (`checkpoint_wrapper`), keep what checkpoints them."""
 Pairs = tuple[torch.Tensor, ...] | None
@@ -67,11 +68,11 @@ def unregister() -> None:
 
 
 def _given_mask(base: Callable[..., Any], *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    """The mask that a caller gave, if one did: models make one of their own while they are exported."""
+    """The mask for a caller's `attention_mask`; `None` without one, as models make their own in export."""
     if attention_mask is None:
         return None
     forward = current_forward()
-    if forward is not None and forward.relative:  # attention could not tell it from the bias that it is added to
+    if forward is not None and forward.relative:  # it would be added to the bias, and attention could not tell
         refuse_mask(attention_mask)
     return base(*args, attention_mask=attention_mask, **kwargs)
 
@@ -85,15 +86,15 @@ def refuse_mask(attention_mask: torch.Tensor) -> NoReturn:
 
 
 def without_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a tower was called with, less an `attention_mask` that hides nothing.
+    """The keyword arguments of a tower, less an `attention_mask` that hides nothing.
 
     Raises:
-        ValueError: it hides patches, of which tokens have taken the place.
+        ValueError: the mask hides patches, whose place tokens have taken.
     """
     mask = kwargs.get("attention_mask")
     if mask is None:
         return kwargs
-    # Of one value for each patch or, in floating point, for each pair of patches, to be added.
+    # It has a value for each patch or, in floating point, one to add for each pair of patches.
     hides = mask < 0 if mask.is_floating_point() and mask.dim() > 2 else mask == 0
     if hides.any():
         refuse_mask(mask)
@@ -101,7 +102,7 @@ def without_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base_of(tower: Any) -> str:
-    """The attention implementation that a tower was given, also while it attends by a plan."""
+    """The attention implementation of transformers that a tower was given, also while it attends by a plan."""
     return (tower.config._attn_implementation or "eager").removeprefix(BY_PLAN)
 
 
@@ -140,7 +141,7 @@ def checkpoints(tower: nn.Module) -> bool:
 
 
 def carry_through_checkpoints(tower: nn.Module) -> None:
-    """Makes gradient checkpointing, where it is on, repeat each layer within the `Forward` that it first ran in."""
+    """Has gradient checkpointing, where it is on, repeat each layer within the `Forward` that it first ran in."""
     for module in tower.modules():
         for name in CHECKPOINTS:
             checkpoint: Any = module.__dict__.get(name)
@@ -172,24 +173,26 @@ def _run_again(forward: Forward | None, layer: Callable[..., Any], *args: Any, *
 
 
 def packs(forward: Forward, knows_interface: bool, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a tower attends to packed batches as fast as it can to padded ones.
+    """Whether a tower attends to packed batches as fast as to padded ones.
 
     On a CPU it does, length by length. On other devices a call for each length would leave the device waiting for the
-    host, so it takes a kernel that knows where images end, and such a kernel takes no bias for pairs of tokens.
+    host. There only a kernel that knows where images end is as fast, and it takes no bias for pairs of tokens.
 
     Args:
         knows_interface: whether its attention goes through transformers' `AttentionInterface`; else it is by sdpa.
     """
-    if device.type == "cpu" or forward.relative:
-        return device.type == "cpu"
+    if device.type == "cpu":
+        return True
+    if forward.relative:
+        return False
     implementation = _base_of(forward.tower) if knows_interface else "sdpa"
     return implementation == "flash_attention_2" or (implementation == "sdpa" and _has_flash(device, dtype))
 
 
 def is_slow_for_new_lengths(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether layers take longer for a number of rows that they have not seen before.
+    """Whether layers are slow for each number of rows that they meet for the first time.
 
-    For half precision on a CPU, torch's matrix products are those of oneDNN, which writes a kernel for each number.
+    In half precision on a CPU they are: torch's matrix products are oneDNN's, which writes a kernel for each number.
     """
     if device.type != "cpu":
         return False
@@ -228,7 +231,7 @@ def _plan_and_pairs(
 
 
 def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., Any]:
-    """`by_plan`; for a model that shares the config of the tower whose forward is under way, the attention `base`."""
+    """`by_plan` in modules of the tower that runs, and transformers' own `base` in others that share its config."""
 
     @functools.wraps(by_plan)
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -256,32 +259,28 @@ def sdpa(
     plan, pairs = _plan_and_pairs(module, query, attention_mask)
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
-    if (
-        pairs is None
-        and plan.key_bias is not None
-        and not dropout
-        and query.dtype in HALF
-        and all((one.shape, one.dtype) == (query.shape, query.dtype) for one in (key, value))
-        and head_size <= 256
-        and (kernels := kernels_for(query, key, value))
-    ):
-        scale = head_size**-0.5 if scaling is None else scaling
-        return kernels.attend(query, key, value, plan.key_bias.to(query.device), plan.layout, scale), None
-    if (
-        plan.layout.packed
-        and plan.layout.rows.shape[0] > 1  # one image takes a bias, which is fewer operations than folding it
-        and pairs is None
-        and not dropout
-        and _has_flash(query.device, query.dtype)
-        and head_size % 8 == 0
-        and head_size + FOLDED <= 256
-    ):
-        return _by_boundaries(varlen_attn, query, key, value, plan, scaling), None
+    if pairs is None and not dropout:  # which no kernel takes
+        if plan.key_bias is not None and (kernels := _kernels_that_attend(query, key, value)):
+            scale = head_size**-0.5 if scaling is None else scaling
+            return kernels.attend(query, key, value, plan.key_bias.to(query.device), plan.layout, scale), None
+        # One image takes a bias, which is fewer operations than folding it.
+        is_packed = plan.layout.packed and plan.layout.rows.shape[0] > 1
+        fits = head_size % 8 == 0 and head_size + FOLDED <= 256
+        if is_packed and fits and _has_flash(query.device, query.dtype):
+            return _by_boundaries(varlen_attn, query, key, value, plan, scaling), None
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return sdpa_attention_forward(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)[0]
 
     return _by_layout(attend, query, key, value, plan, pairs), None
+
+
+def _kernels_that_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> ModuleType | None:
+    """The kernels of our own, if they take these: of one shape and one half precision, with heads of 256 at most."""
+    if query.dtype not in HALF or query.shape[-1] > 256:
+        return None
+    alike = all((one.shape, one.dtype) == (query.shape, query.dtype) for one in (key, value))
+    return kernels_for(query, key, value) if alike else None
 
 
 @traced_within
@@ -348,7 +347,7 @@ def flash_attention_2(
 
 
 def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands in for the forward of an attention with one `qkv` projection that knows no interface (BLIP).
+    """Replaces the forward of an attention module with one `qkv` projection that uses no interface (BLIP).
 
     Args:
         module: the attention, whose parameters are used.
@@ -370,15 +369,15 @@ def separate(
     interpolate_pos_encoding: bool = False,
     resolution: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Stands in for the forward of an attention with `query`, `key` and `value` projections and a relative position
-    bias that knows no interface (Data2Vec-vision).
+    """Replaces the forward of an attention module with `query`, `key` and `value` projections and a relative position
+    bias that uses no interface (Data2Vec-vision).
 
     Args:
         module: the attention, whose parameters are used.
         hidden_states: (sequences, tokens, hidden).
-        output_attentions: whether to give what stands for attention weights, too, which `compress` refuses.
+        output_attentions: whether to return what stands for attention weights, too; `hooks.End` refuses them.
         relative_position_bias: as the modules that `Family.relative` names give it, if layers share one.
-        interpolate_pos_encoding: without effect, as a bias is of the size of its image.
+        interpolate_pos_encoding: without effect, as the bias is always made for the size of the image.
         resolution: height and width of the images.
     """
     if not _has_plan(module):
@@ -405,7 +404,7 @@ def _has_plan(module: nn.Module) -> bool:
 
 
 def _no_weights(query: torch.Tensor) -> torch.Tensor:
-    """What stands for attention weights where no one tensor holds them; `compress` refuses to give it out."""
+    """Zeros in place of attention weights, which no one tensor holds; `hooks.End` refuses to return them."""
     return query.new_zeros(()).expand(*query.shape[:3], query.shape[2])
 
 
@@ -417,7 +416,7 @@ def _by_layout(
     plan: Grouped,
     pairs: Pairs,
 ) -> torch.Tensor:
-    """What `attend` gives of the batch if it is padded, else of the images of each length: (sequences, tokens, heads,
+    """Attends to a padded batch at once, and to a packed one for each length of images: (sequences, tokens, heads,
     head size).
 
     Args:
@@ -426,7 +425,7 @@ def _by_layout(
     """
     bias = None if plan.key_bias is None else plan.key_bias.to(query)
     layout = plan.layout
-    if not layout.runs:  # no images, of which an interface may not tell the shape
+    if not layout.runs:  # no images, of which an interface may not give the right shape
         return value.transpose(1, 2)
     padding = layout.sizes.numel() - layout.tokens
     if not layout.packed or (layout.rows.shape[0] == 1 and not padding):
@@ -450,7 +449,7 @@ def _by_layout(
 
 
 def _sum(query: torch.Tensor, bias: torch.Tensor | None, pairs: torch.Tensor | None) -> torch.Tensor | None:
-    """What is added to logits: a bias by key (images, tokens) and one for pairs of tokens, if there are any."""
+    """What is added to the logits of `query`: a bias by key, (images, tokens), and one for pairs of tokens."""
     by_key = None if bias is None else bias[:, None, None]
     if pairs is None:
         return by_key
@@ -465,12 +464,12 @@ def _by_boundaries(
     plan: Grouped,
     scaling: float | None,
 ) -> torch.Tensor:
-    """What a kernel for sequences of different lengths gives of a batch without padding: (sequences, tokens, heads,
+    """Attends to a batch without padding by a kernel for sequences of different lengths: (sequences, tokens, heads,
     head size).
 
     Args:
-        attend: takes query, key and value (tokens, heads, head size), for the first and the others where each image
-            starts (images + 1,) and the tokens of the longest, and `scale`; gives (tokens, heads, head size).
+        attend: takes query, key and value, (tokens, heads, head size); where images start, (images + 1,), for queries
+            and for keys; the tokens of the longest image, for both; and `scale`. Gives (tokens, heads, head size).
     """
     head_size = query.shape[-1]
     scaling = head_size**-0.5 if scaling is None else scaling
@@ -492,13 +491,13 @@ def fold_bias(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Folds a bias by key into further dimensions of the heads, for kernels that take none.
 
-    With 1 for the query and b / scaling for the key, their product grows by b / scaling, which scaling makes b. A
-    second pair of dimensions carries what half precision loses of the first.
+    One dimension is 1 in the query and b / scaling in the key, which adds b to their scaled product. A second one
+    carries what half precision loses of the first.
 
     Args:
         query, key, value: (sequences, heads, tokens, head size).
         key_bias: (sequences, tokens), added to the attention logits by key.
-        folded: keeps what is added (`Grouped.folded`).
+        folded: a cache of the added dimensions, by data type, device and scaling (`Grouped.folded`).
         scaling: what the kernel multiplies products by.
 
     Returns:
@@ -506,7 +505,7 @@ def fold_bias(
     """
     form = (key.dtype, key.device, scaling)
     if form not in folded:
-        # Of padding it is infinite, of which the second pair would make what is no number.
+        # That of padding is infinite, which would make the second dimension NaN.
         wanted = (key_bias.to(key.device) / scaling).clamp(min=-HIDDEN)
         of_query, of_key = key.new_zeros(FOLDED), key.new_zeros(*wanted.shape, FOLDED)
         of_query[:2] = 1

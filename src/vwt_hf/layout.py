@@ -1,8 +1,8 @@
 """Ragged batches: which patches of an image share a token, where the tokens of a batch lie, and the way back.
 
-Pure tensors. The tokens of a batch lie in rows, image by image. Packed, they are one sequence without padding between
-images, the image with the fewest tokens first, so that images of equal length lie side by side. Padded, each image is a
-sequence, as long as the longest of them.
+Functions on tensors alone. The tokens of a batch lie in rows, image by image. Packed, they are one sequence without
+padding between images, the image with the fewest tokens first, so that images of equal length lie side by side. Padded,
+each image is a sequence, as long as the longest of them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 else:
 
     class lazy:
-        """A property that is computed once and kept; while torch.compile traces it, it is computed each time.
+        """`functools.cached_property` that torch.compile can trace: while it traces, the value is computed each time.
 
-        `functools.cached_property` takes a lock before Python 3.12, which no graph can hold.
+        Before Python 3.12 that of functools takes a lock, which no graph can hold.
         """
 
         def __init__(self, function: Callable[[Any], Any]) -> None:
@@ -61,7 +61,7 @@ class Layout:
     """(batch, patches), bool: which patches count; `None` if all do. The others, padding and what a caller left out,
     are assigned to a token, too, so that each gets a hidden state, but add nothing to its mean and size."""
     rounds: bool = False
-    """Whether padding follows the last image of a packed batch, which makes its rows one of few numbers."""
+    """Whether a packed batch ends with padding, so that its number of rows is one of few (`_rounded`)."""
 
     @property
     def tokens(self) -> int:
@@ -70,12 +70,12 @@ class Layout:
 
     @lazy
     def dense(self) -> bool:
-        """Whether there is no padding, and no token that stands for nothing."""
+        """Whether every row is a token that stands for something, as without padding."""
         return self.tokens == self.sizes.numel() and self.real is None
 
     @property
     def gapless(self) -> bool:
-        """Whether no padding lies between images, and no token stands for nothing; padding may follow the last one."""
+        """Whether every row up to the end of the last image is a token that stands for something."""
         return self.dense or (self.packed and self.real is None)
 
     @property
@@ -93,20 +93,20 @@ class Layout:
         """The patches of the batch in the order of their rows, (batch · patches,), and where those of each row start,
         (rows,)."""
         patch_rows, rows = self.rows[:, self.prefix :].flatten(), self.sizes.numel()
-        if self.real is not None:  # those that do not count lie in a last row, which is none
+        if self.real is not None:  # those that do not count go to a row after the last
             patch_rows, rows = torch.where(self.real.flatten(), patch_rows, rows), rows + 1
         return _bags(patch_rows, rows)
 
     @lazy
     def whole_bags(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `bags`, of prefix tokens and patches."""
+        """`bags` of prefix tokens and patches."""
         return _bags(self.rows.flatten(), self.sizes.numel())
 
     @lazy
     def shares(self) -> tuple[torch.Tensor, ...]:
         """How much each prefix token or patch counts in each token: 1 / size of the token that it is in, else 0.
 
-        (images, prefix + patches, tokens) for each run if packed, else for all images; images in the order of
+        (images, prefix + patches, tokens) for each run if packed, else once for all images. Images are in the order of
         their rows.
         """
         starts = self.rows[:, :1]
@@ -120,7 +120,7 @@ class Layout:
         return tuple(part[..., :length] for part, length in zip(parts, lengths, strict=True))
 
     def by_run(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """For each run if packed, else for all images: (images, tokens) of (sequences, tokens)."""
+        """(sequences, tokens) → (images, tokens), for each run if packed, else once for all images."""
         if not self.packed:
             return (values,)
         parts = values[0, : self.tokens].split([length * images for length, images in self.runs])
@@ -133,13 +133,14 @@ class Layout:
         return torch.nn.functional.pad(starts, (0, 1), value=self.tokens).to(torch.int32)
 
 
-def _bags(of: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order that puts values side by side that go to one of so many `rows`, and where those of each row start."""
+def _bags(row_of: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of values by the row that each goes to, of so many `rows`, and where in it those of each row start."""
     if torch.onnx.is_in_onnx_export():  # which knows neither a stable sort nor searchsorted
-        held = torch.zeros(rows, dtype=torch.int64, device=of.device).scatter_add_(0, of, torch.ones_like(of))
-        return of.topk(of.shape[0], largest=False).indices, held.cumsum(0) - held
-    ordered, order = of.sort(stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(rows, device=of.device))
+        held = torch.zeros(rows, dtype=torch.int64, device=row_of.device)
+        held.scatter_add_(0, row_of, torch.ones_like(row_of))
+        return row_of.topk(row_of.shape[0], largest=False).indices, held.cumsum(0) - held
+    ordered, order = row_of.sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(rows, device=row_of.device))
 
 
 def group(
@@ -162,16 +163,16 @@ def group(
             image. A batch without images is padded.
         real: (batch, patches), bool: which patches are no padding, the first of each image among them; `None` if all
             are.
-        not_as: shapes (sequences, tokens) that a batch with padding must not have.
-        rounds: whether a packed batch ends with padding that makes its rows one of few numbers.
+        not_as: shapes (sequences, tokens) that the batch must not have, where padding can make it another.
+        rounds: as `Layout.rounds`, if the batch is packed.
         by_index: whether the words are indices of patches, in [0, patches).
     """
     if real is not None:
         patch_words = torch.where(real, patch_words, patch_words[:, :1])
-    token_of_patch, lengths = _tokens(patch_words, by_index)
+    token_of_patch, lengths = _number_tokens(patch_words, by_index)
     counted = (lengths + prefix).tolist()  # the one synchronisation with the device
     whole, device = prefix + patch_words.shape[1], patch_words.device
-    shape, runs, packed, bounds = _places(counted, whole, packed, not_as, rounds, device)
+    shape, runs, packed, bounds = _lay_out(counted, whole, packed, not_as, rounds, device)
     rows = with_prefix(token_of_patch, prefix) + bounds[0].unsqueeze(1)
     sizes = _sizes(rows, prefix, shape, real)
     return Layout(rows, sizes, prefix, runs, packed, bounds, real, rounds and packed)
@@ -180,21 +181,21 @@ def group(
 def lead(
     leaders: torch.Tensor, prefix: int, packed: bool, real: torch.Tensor | None = None, rounds: bool = False
 ) -> tuple[Layout, torch.Tensor]:
-    """Lays patches out as tokens where one patch of each group, as it is, stands for the others.
+    """Lays patches out as tokens, each of which is one patch of a group, which stands for all of the group.
 
     Args:
         leaders: (batch, patches), int64: the index of the patch that stands for each, its own if it stays.
         prefix, packed, real, rounds: as for `group`.
 
     Returns:
-        The layout, and which row each token was in before: (sequences, prefix + tokens), int64, counted over all
-        images; 0 for padding.
+        The layout, and the row of each token before any patch was left out: (sequences, prefix + tokens), int64,
+        counted over all images; 0 for padding.
     """
     batch, patches = leaders.shape
     if real is None and (kernels := kernels_for(leaders)):
         first, place, counts = kernels.number_words(leaders, _even_bounds(batch, patches, leaders.device), patches)
         counted = [prefix + count for count in counts.tolist()]  # the one synchronisation with the device
-        shape, runs, packed, bounds = _places(counted, prefix + patches, packed, (), rounds, leaders.device)
+        shape, runs, packed, bounds = _lay_out(counted, prefix + patches, packed, (), rounds, leaders.device)
         rows, sizes, sources = kernels.rows_of_patches(leaders, first, place, bounds[0], shape, prefix)
         return Layout(rows, sizes, prefix, runs, packed, bounds, None, rounds and packed), sources
     layout = group(leaders, prefix, packed, real, rounds=rounds, by_index=True)
@@ -217,7 +218,7 @@ def whole_rows(kept: torch.Tensor, batch: int, prefix: int, patches: int) -> tor
 
 
 def _even_bounds(batch: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The row in which each image starts, and the one after its last, of images that all have so many rows."""
+    """`Layout.bounds` of images that all have `length` rows."""
     first = torch.arange(batch, device=device) * length
     return first, first + length
 
@@ -227,49 +228,49 @@ def regroup(
 ) -> tuple[Layout, torch.Tensor | None]:
     """A new layout after some tokens were joined with others of their image.
 
-    Tokens are in the order of the first of those that each was joined from.
+    Each new token takes the place of the first of those that it was joined from.
 
     Args:
-        before: how they lay.
+        before: the layout until then.
         into: (sequences, prefix + tokens), int64, on the device of `before`: the row of the token that each becomes
             part of, its own if it stays.
         not_as: as for `group`.
-        sources: (sequences, prefix + tokens), int64: a number of each.
+        sources: (sequences, prefix + tokens), int64: any number for each token.
 
     Returns:
-        `before` itself and `sources`, if all stay. Else the new layout, and the numbers of those that others became
-        part of; 0 for padding.
+        The new layout, and the numbers of the tokens that stayed, 0 for padding. `before` and `sources` themselves if
+        all tokens stay.
     """
     into, kernels = into.flatten(), kernels_for(into)
-    # For each row the first of those that become one with it, and for a first row the number of its token.
+    # `first`: for each row the first of those joined with it. `place`: for such a first row the number of its token.
     if kernels:
-        lead, place, counts = kernels.number_words(into, before.bounds, before.longest)
-        begin: torch.Tensor | int = 0  # of each image: there, every image has numbers of its own
+        first, place, counts = kernels.number_words(into, before.bounds, before.longest)
+        begin: torch.Tensor | int = 0  # each image's tokens are numbered from 0, and below through all images
     else:
         own = torch.arange(into.numel(), device=into.device)
-        lead = own.scatter_reduce(0, into, own, "amin")[into]
-        leads = lead == own
-        if not before.dense:  # rows of padding are none
+        first = own.scatter_reduce(0, into, own, "amin")[into]
+        leads = first == own
+        if not before.dense:  # rows of padding are no tokens
             leads = leads & (before.sizes.flatten() > 0)
         place = leads.cumsum(0) - 1
-        first, ends = before.bounds
-        begin = place[first]
+        starts, ends = before.bounds
+        begin = place[starts]
         counts = place[ends - 1] - begin + 1
     counted = counts.tolist()  # the one synchronisation with the device
     if sum(counted) == before.tokens:
         return before, sources
     whole, device = before.rows.shape[1], before.rows.device
-    shape, runs, packed, bounds = _places(counted, whole, before.packed, not_as, before.rounds, device)
+    shape, runs, packed, bounds = _lay_out(counted, whole, before.packed, not_as, before.rounds, device)
     rest = before.prefix, runs, packed, bounds, before.real, before.rounds
     if kernels and before.real is None:
-        rows, sizes, sources = kernels.rows_of(into, lead, place, bounds[0], shape, before.rows, sources)
+        rows, sizes, sources = kernels.rows_of(into, first, place, bounds[0], shape, before.rows, sources)
         return Layout(rows, sizes, *rest), sources
-    rows = place[lead][before.rows] + (bounds[0] - begin).unsqueeze(1)
+    rows = place[first][before.rows] + (bounds[0] - begin).unsqueeze(1)
     layout = Layout(rows, _sizes(rows, before.prefix, shape, before.real), *rest)
     return layout, None if sources is None else by_token(sources.flatten()[into[before.rows]], layout)
 
 
-def _places(
+def _lay_out(
     counted: list[int],
     whole: int,
     packed: bool,
@@ -277,7 +278,7 @@ def _places(
     rounds: bool,
     device: torch.device,
 ) -> tuple[tuple[int, int], tuple[tuple[int, int], ...], bool, tuple[torch.Tensor, torch.Tensor]]:
-    """Where images of so many tokens lie: the shape of their batch, and `runs`, `packed` and `bounds` of its layout.
+    """Decides where images lie: the shape (sequences, tokens) of their batch, and `Layout.runs`, `packed` and `bounds`.
 
     Args:
         counted: tokens of each image, prefix tokens included.
@@ -285,7 +286,7 @@ def _places(
         packed, not_as, rounds: as for `group`.
     """
     batch = len(counted)
-    packed = packed and batch > 0  # a sequence of no tokens is none that a convolution takes
+    packed = packed and batch > 0  # convolutions take no sequence of length 0
     if packed:
         filled, starts = 0, [0] * batch
         for image in sorted(range(batch), key=counted.__getitem__):
@@ -297,7 +298,7 @@ def _places(
         shape = 1, rows
     else:
         longest = max(counted, default=1)
-        # Longer where it would be as long as the patches: then a shape tells tokens from what `expand` gives.
+        # Never as long as the patches, so that a shape tells tokens from what `expand` gives.
         while longest == whole or (batch, longest) in not_as:
             longest += 1
         shape, starts = (batch, longest), [image * longest for image in range(batch)]
@@ -308,7 +309,7 @@ def _places(
 
 
 def _rounded(rows: int) -> int:
-    """The next of 16 numbers from one power of two to the next, which is 6 % more at most."""
+    """`rows` rounded up, by 6 % at most: to one of 16 numbers between two powers of two."""
     step = 1 << max(rows.bit_length() - 5, 0)
     return -(-rows // step) * step
 
@@ -320,7 +321,7 @@ def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: 
         token_of_patch: (batch, patches), int64 in [0, tokens): the token that each patch is part of.
         tokens: of each image, prefix tokens left out.
         prefix: prefix tokens of each image, which come before its patches.
-        real: (batch, patches), bool: which patches count; `None` if all do. A token of none is padding.
+        real: (batch, patches), bool: which patches count; `None` if all do. A token whose patches do not is padding.
     """
     batch, length = token_of_patch.shape[0], prefix + tokens
     bounds, runs = _even_bounds(batch, length, token_of_patch.device), ((length, batch),) if batch else ()
@@ -329,22 +330,22 @@ def represent(token_of_patch: torch.Tensor, tokens: int, prefix: int = 0, real: 
 
 
 def _sizes(rows: torch.Tensor, prefix: int, shape: tuple[int, int], real: torch.Tensor | None) -> torch.Tensor:
-    """`Layout.sizes`, of this shape, where prefix tokens and patches, (batch, prefix + patches), are in these rows."""
+    """`Layout.sizes`, of this shape, by `Layout.rows`."""
     counts = torch.ones(rows.shape, device=rows.device, dtype=torch.float32)
     if real is not None:
         counts[:, prefix:] = real
     return counts.new_zeros(shape[0] * shape[1]).scatter_add_(0, rows.flatten(), counts.flatten()).view(shape)
 
 
-def _tokens(patch_words: torch.Tensor, by_index: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token of each patch, (batch, patches), and how many tokens each image has, (batch,)."""
+def _number_tokens(patch_words: torch.Tensor, by_index: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of each patch's token within its image, (batch, patches), and how many each image has, (batch,)."""
     batch, patches = patch_words.shape
     if kernels := kernels_for(patch_words):
         bounds = _even_bounds(batch, patches, patch_words.device)
         first, place, counts = kernels.number_words(patch_words.long(), bounds, patches)
         return place[first].view(batch, patches), counts
     place = torch.arange(patches, device=patch_words.device).expand_as(patch_words)
-    # The first patch in the image that has the same word.
+    # `first` is the first patch of the image that has the same word.
     if by_index:
         first = place.scatter_reduce(1, patch_words, place, "amin", include_self=False).gather(1, patch_words)
     else:
@@ -359,7 +360,7 @@ def _tokens(patch_words: torch.Tensor, by_index: bool) -> tuple[torch.Tensor, to
 
 
 def pool(values: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The mean of each token's patches, summed in float32, or in float64 if they are.
+    """The mean of each token's patches, summed in float32, or in float64 if `values` are.
 
     Args:
         values: (batch, patches, channels).
@@ -380,8 +381,8 @@ def _at_least_single(values: torch.Tensor) -> torch.Tensor:
 
 
 def _means(order: torch.Tensor, table: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """The mean of the rows of `table` in each bag, as `_bags` gives them; 0 of none: (bags, channels)."""
-    # A bag for each row: read once, summed in place, in parallel. index_add takes two to four times as long.
+    """The mean of the rows of `table` in each bag that `_bags` gives, 0 in an empty one: (bags, channels)."""
+    # It reads each row once, in parallel. index_add takes two to four times as long.
     if not torch.onnx.is_in_onnx_export():
         return torch.nn.functional.embedding_bag(order, table, starts, mode="mean")
     # onnxruntime 1.32 crashes as it loads what the mean becomes.
@@ -390,7 +391,7 @@ def _means(order: torch.Tensor, table: torch.Tensor, starts: torch.Tensor) -> to
 
 
 def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
-    """The mean over the patches of one token and those of another, for every two tokens of an image.
+    """The mean over all pairs of a patch of one token and a patch of another, for every two tokens of an image.
 
     Args:
         values: (1, channels, prefix + patches, prefix + patches), shared by all images.
@@ -414,10 +415,10 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
 
 
 def by_token(values: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """One whole number for each token, taken from its patches, which must all have the same.
+    """The number of each token, of a number for each patch that all patches of a token share.
 
     Args:
-        values: (batch, prefix tokens + patches), int64: the same for all that are in one token.
+        values: (batch, prefix tokens + patches), int64.
 
     Returns:
         (sequences, tokens), int64; 0 for padding.
@@ -429,7 +430,7 @@ def by_token(values: torch.Tensor, layout: Layout) -> torch.Tensor:
 def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     """Averages the tokens that become one, weighted by how many patches each stands for, in float32 or float64.
 
-    The average of vectors that point different ways is shorter than they are, so it is scaled to their mean length.
+    The average is scaled to their mean length, as that of vectors which point different ways is shorter.
 
     Args:
         values: (sequences, tokens, hidden), of `before`.
@@ -444,7 +445,7 @@ def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     if kernels := kernels_for(values):
         return kernels.join(values, into, before, after)
     sizes = after.sizes.flatten().clamp(min=1)
-    if not before.dense:  # padding becomes part of a last row, which is none
+    if not before.dense:  # padding goes to a row after the last
         sizes = torch.nn.functional.pad(sizes, (0, 1), value=1.0)
     order, starts = _bags(into, sizes.numel())
     table = _at_least_single(values.flatten(0, 1))
@@ -461,13 +462,13 @@ def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
 
 
 def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
-    """The patch of each token that lies nearest to the mean place of its patches.
+    """For each token, which of its patches lies nearest to the mean of their places.
 
     Args:
         grid: rows and columns of patches.
 
     Returns:
-        (sequences, tokens), int64; the number of patches for prefix tokens and padding, which have none.
+        (sequences, tokens), int64: the index of a patch; the number of patches for prefix tokens and padding.
     """
     patch_rows = layout.rows[:, layout.prefix :]
     patches = patch_rows.shape[1]
@@ -483,7 +484,7 @@ def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def expand(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Gives each patch its token's hidden state: the way back to one value a patch, and to the order of the images.
+    """Gives each patch its token's hidden state, in the order of the images.
 
     Args:
         hidden_states: (sequences, tokens, hidden).
@@ -497,7 +498,7 @@ def expand(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
 def attention_bias(layout: Layout, exponent: float) -> torch.Tensor | None:
     """What is added to attention logits: −inf on padding, and `exponent` times log s on a token of s patches.
 
-    With 1 it draws as much attention as its s patches would together (proportional attention), with 0 as one patch.
+    With 1 a token draws as much attention as its patches would together (proportional attention), with 0 as one patch.
 
     Returns:
         (sequences, tokens), float32; `None` if there is nothing to add.
@@ -505,6 +506,6 @@ def attention_bias(layout: Layout, exponent: float) -> torch.Tensor | None:
     if exponent:
         bias = layout.sizes.log()
         return bias if exponent == 1 else bias * exponent
-    if layout.gapless:  # attention leaves out what follows the last image
+    if layout.gapless:  # attention does not look at what follows the last image
         return None
     return torch.where(layout.sizes > 0, 0.0, -torch.inf)

@@ -1,4 +1,4 @@
-"""Whether kernels of our own, or numpy, may run in place of torch's operations."""
+"""Whether kernels of our own, or numpy, may do what torch's operations would do."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
-    """`vwt_hf.kernels`, where it takes these tensors; `None` where torch's operations do.
+    """`vwt_hf.kernels`, if it may be used on these tensors, else `None`.
 
-    It takes plain tensors on an NVIDIA GPU that no gradient is taken of, outside of what is compiled, exported or
-    traced, if Triton is there, which torch for CUDA brings along, and finds a C compiler and Python's headers.
+    They must be plain tensors on an NVIDIA GPU, that no gradient is taken of, outside of what is compiled, exported or
+    traced. It needs Triton, which torch for CUDA brings along, a C compiler and Python's headers.
     """
     if not all(_takes(tensor) for tensor in tensors) or is_followed():
         return None
@@ -40,16 +40,18 @@ def is_compiling() -> bool:
 
     `torch.compiler.is_compiling()` by itself is true in all threads of a process while one of them compiles.
     """
-    if torch.compiler.is_dynamo_compiling() or not torch.compiler.is_compiling():
-        return torch.compiler.is_dynamo_compiling()
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    if not torch.compiler.is_compiling():
+        return False
     return torch._C._len_torch_dispatch_stack() > 0 or TracingContext.try_get() is not None
 
 
 def is_recorded() -> bool:
-    """Whether a program is being made of what runs: by `torch.compile`, export, tracing or `make_fx`."""
+    """Whether what runs is recorded as a program: by `torch.compile`, export, tracing or `make_fx`."""
     if is_compiling() or torch.jit.is_tracing():
         return True
-    if not _has_modes():  # without an import that takes long
+    if not _has_modes():  # which spares the import below, that takes long
         return False
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -57,18 +59,18 @@ def is_recorded() -> bool:
 
 
 def is_followed() -> bool:
-    """Whether all must be done by torch's own operations, because something records or replaces them: `torch.compile`,
-    export, tracing, `vmap`, other ways to differentiate than autograd, and what counts or keeps operations."""
+    """Whether only torch's own operations may run, because something records or replaces them: `torch.compile`, export,
+    tracing, `vmap`, other ways to differentiate than autograd, and modes that count or keep operations."""
     if is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None or _has_modes()
 
 
 def _has_modes() -> bool:
-    """Whether something sees each operation before torch does it, or before autograd does."""
+    """Whether a dispatch mode sees each operation before torch does it, or before autograd does."""
     if torch._C._len_torch_dispatch_stack() > 0:
         return True
-    # What sees them before autograd is of all threads; while one of them exports, it is that one's.
+    # Those before autograd are shared by all threads. While one thread exports, they are taken for its own.
     return _len_torch_dispatch_stack_pre_dispatch() > 0 and not torch.compiler.is_compiling()
 
 

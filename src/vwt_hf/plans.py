@@ -1,7 +1,7 @@
 """A plan says which tokens the patches of a batch become, and shortens any tensor that has a row for each patch.
 
-There are two kinds. `Kept`: some patches of each image stay, as many of every image. `Grouped`: each token stands for
-several patches or, where images are padded, for none.
+There are two kinds. `Kept`: some patches of each image stay, the same number of every image. `Grouped`: each token
+stands for one or more patches or, where images are padded, for none.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .layout import Layout, attention_bias, by_token, expand, lazy, medoids, poo
 from .words import gather_pairs, gather_patches, with_prefix
 
 PATCH_WORDS = "patch_words"
-"""The key of the words of patches among what an image processor makes and a model takes."""
+"""The key under which an image processor gives, and a model takes, what becomes of each patch."""
 DROPPED = -1
-"""In `patch_words`: of a patch that is part of no token."""
+"""The word, in `patch_words`, of a patch that is part of no token."""
 Rotations = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine of the angles by which rotary positions turn queries and keys."""
 
@@ -47,7 +47,8 @@ class Kept:
         return cosine, sine
 
     def bias(self, values: torch.Tensor) -> torch.Tensor:
-        """(1, heads, prefix + patches, prefix + patches) → (batch or 1, heads, prefix + keep, prefix + keep)."""
+        """A bias between patches, (1, heads, prefix + patches, prefix + patches) → (batch or 1, heads, prefix + keep,
+        prefix + keep)."""
         return gather_pairs(values, with_prefix(self.kept, self.prefix).to(values.device))
 
     def patch_words(self, batch: int, patches: int) -> torch.Tensor:
@@ -63,22 +64,22 @@ class Grouped:
     layout: Layout
     """Which token each patch is part of, and where the tokens of a batch lie."""
     exponent: float
-    """A token of s patches draws as much attention as s to this power."""
+    """A token of s patches draws s to this power as much attention as a token of one."""
     grid: tuple[int, int] | None
     """Rows and columns of patches; `None` where images are padded, and differ in them."""
     sources: torch.Tensor | None = None
-    """(sequences, prefix + tokens), int64: where each token is one patch, its row in what the embeddings gave, counted
-    over all images; `None` where tokens are means."""
+    """(sequences, prefix + tokens), int64: if each token is one patch as it is, its row in the output of the
+    embeddings, counted over all images; `None` if tokens are means."""
     stays: torch.Tensor | None = None
     """(batch, tokens), bool: which tokens count, where images are padded; `None` if all do."""
     words: torch.Tensor | None = None
-    """(batch, patches), int64: the numbers of the words that patches were grouped by, if tokens are means."""
+    """(batch, patches), int64: the words that patches were grouped by, if tokens are means."""
     folded: dict[Any, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict, compare=False)
-    """What `attention.fold_bias` adds to queries and keys, which is the same in every layer of this plan."""
+    """Cache of what `attention.fold_bias` adds to queries and keys, the same in every layer that goes by this plan."""
 
     @lazy
     def key_bias(self) -> torch.Tensor | None:
-        """(sequences, tokens), float32: added to the attention logits of a layer, by key; `None` for nothing."""
+        """(sequences, tokens), float32: added to the attention logits of every key; `None` for nothing."""
         return attention_bias(self.layout, self.exponent)
 
     @property
@@ -92,14 +93,14 @@ class Grouped:
             rows = tokens.flatten(0, 1)[self.sources.to(tokens.device)]
             if self.layout.gapless:
                 return rows
-            # Else padding has what the first image shows, which a mask does not hide where that is no number.
+            # Padding got the first image's first row. If that holds NaN, no mask would hide it.
             return rows.masked_fill((self.layout.sizes == 0).unsqueeze(-1).to(rows.device), 0)
         prefix = self.layout.prefix
         means = pool(tokens[:, prefix:], self.layout)
         if not prefix:
             return means
         rows = self.layout.rows[:, :prefix].flatten().to(means.device)
-        # Not in place: of a view that was written to, torch makes the gradient anew, and under FSDP it crashes there.
+        # Not in place: torch makes the gradient of a view anew once that was written to, and crashes there under FSDP.
         return means.flatten(0, 1).index_copy(0, rows, tokens[:, :prefix].flatten(0, 1)).view_as(means)
 
     def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -109,27 +110,27 @@ class Grouped:
     def rotate(self, rotations: Rotations) -> Rotations:
         """(patches, head size) → (sequences, 1, prefix + tokens, head size).
 
-        A token that is a mean has the rotation of the patch nearest to the mean of its places, which is a rotation that
-        the model knows, jittered in training as the others are. The rotation of the mean of the coordinates agrees less
-        with the plain model (scripts/compare_rotary.py).
+        A token that is a mean has the rotation of that of its patches which is nearest to the mean of their places, as
+        the model knows this rotation, and jitters it in training. The rotation of the mean of the coordinates agrees
+        less with the plain model (scripts/compare_rotary.py).
         """
         if self.sources is not None:
             place = self.places_in_image() - self.layout.prefix
         else:
-            assert self.grid is not None  # images that are padded have no rotations
+            assert self.grid is not None  # no family has both padded images and rotations
             place = medoids(self.layout, self.grid)
-        # A last row for tokens without a place: cosine 1 and sine 0 leave them as they are.
+        # Tokens without a place get a row after the last, of cosine 1 and sine 0, which leaves them as they are.
         still = (torch.ones_like(rotations[0][:1]), torch.zeros_like(rotations[1][:1]))
         place = torch.where(place < 0, len(rotations[0]), place).to(rotations[0].device)
         cosine, sine = (torch.cat(pair)[place].unsqueeze(1) for pair in zip(rotations, still, strict=True))
         return cosine, sine
 
     def bias(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns them unchanged: `pairs` makes of them what each layer adds."""
+        """Returns them unchanged: each layer makes of them what it adds, by `pairs`."""
         return values
 
     def pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What is added to attention logits, of (1, heads, prefix + patches, prefix + patches).
+        """A bias between patches, (1, heads, prefix + patches, prefix + patches), as one between tokens.
 
         Returns:
             For each run of a packed batch, or for the whole of a padded one: (images, heads, tokens, tokens).
@@ -140,7 +141,7 @@ class Grouped:
         return tuple(gather_pairs(values, run) for run in rows)
 
     def places_in_image(self) -> torch.Tensor:
-        """(sequences, prefix + tokens): which row of its own image each token is, where tokens are no means."""
+        """(sequences, prefix + tokens), where tokens are no means: the row of each among those of its own image."""
         assert self.sources is not None
         return self.sources % self.layout.rows.shape[1]
 
@@ -152,8 +153,8 @@ class Grouped:
         Those that stay keep their order.
 
         Args:
-            into: (sequences, prefix + tokens), int64: the row, of all sequences one after another, of the token that
-                each becomes part of; its own if it stays.
+            into: (sequences, prefix + tokens), int64: the row of the token that each becomes part of, its own if it
+                stays; rows are counted over all sequences.
             number: how many tokens of each image become part of others; `None` where images differ in that.
             not_as: shapes of plans of the same forward, which this one must not have.
         """
@@ -173,7 +174,7 @@ class Grouped:
 
     def patch_words(self, batch: int, patches: int) -> torch.Tensor:
         """The plan as a caller may give it, (batch, patches) int64: the word of each patch, or the index of the patch
-        that stands for it; −1 for one that no token stands for. The plan has as many images and patches."""
+        that stands for it; −1 for one that no token stands for. `batch` and `patches` are those of the plan."""
         layout = self.layout
         if self.sources is None:
             assert self.words is not None  # `Patches.group` made the plan
