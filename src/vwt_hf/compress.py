@@ -136,7 +136,11 @@ def compress_by(
     require_whole_images(tower, family)
     present = setting_of(model)
     if present is None:
-        _require_usual(model, tower, family)
+        _require_own_layers(tower)
+        if family.tried:
+            vouch(model, tower)
+        elif family.padded is None and not family.masks and may_change_rows(tower):
+            vouch_rows(model, tower)
     facts = ModelFacts(
         str((model.name_or_path or "") if source is None else source),
         tower.patch_size,
@@ -156,17 +160,13 @@ def compress_by(
     return model
 
 
-def _require_usual(model: PreTrainedModel, tower: Tower, family: Family) -> None:
-    """Raises `ValueError` where a plain model shares layers with a compressed one, or does not pass its trial."""
+def _require_own_layers(tower: Tower) -> None:
+    """Raises `ValueError` where a plain tower shares layers with a compressed one."""
     if any(isinstance(hook, Hook) for part in tower.module.modules() for hook in part._forward_hooks.values()):
         raise ValueError(
             f"Layers of the {type(tower.module).__name__} belong to another vision tower, too, which is compressed. "
             "Call vwt_hf.restore on that model first, or give each tower layers of its own (copy.deepcopy)."
         )
-    if family.tried:
-        vouch(model, tower)
-    elif family.padded is None and not family.masks and may_change_rows(tower):
-        vouch_rows(model, tower)
 
 
 def _attends_by_sizes(setting: VWTConfig, family: Family) -> bool:

@@ -1,4 +1,4 @@
-"""What a user asks for: `VWTConfig`, validated on creation, to and from JSON."""
+"""`VWTConfig`, the setting that a user asks for: validated when it is made, written to JSON and read from it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ OUTPUTS = ("compressed", "full")
 RECOMMENDED = "gradual"
 """The method that `vwt=True` stands for, with its defaults."""
 _MEANT = {"true": True, "false": False, "none": None}
-"""What is meant by texts that are no vocabulary's name."""
+"""Texts that name no vocabulary, and what their writer meant by each."""
+_DEEPEST = 8
+"""How many lists within each other a field may hold."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What a method may ask about the model that it is to shorten the sequences of."""
+    """What a method may ask about the model whose sequences it will shorten."""
 
     source: str
     """Hub id or folder that the model was loaded from; empty if from nowhere."""
@@ -44,7 +46,7 @@ class ModelFacts:
     hub_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How `source` is read: `token`, `cache_dir`, `local_files_only`, and its `revision` and `subfolder`."""
     words_folder: str | None = None
-    """Where words lie beside what `source` holds, if not where a model's do."""
+    """The name of the folder in `source` that holds the words; `None` for that of a model's words."""
     image_processor: Any = None
     """The image processor that makes the model's images; `None`: the one that lies in `source`."""
 
@@ -70,8 +72,9 @@ class VWTConfig:
             prefix + kept patches. Default: `"compressed"` for intra with `dropped="discard"`, else `"full"`. A value
             that the setting cannot have is refused.
         proportional_attention (`bool`, default `True`):
-            Whether a token that stands for s patches gets + log s on its attention logits, so that it draws as much
-            attention as its patches would; under `"gradual"` nine tenths of that, and under `"coarse"` two thirds.
+            Whether log s is added to the attention logits of a token that stands for s patches, so that it draws as
+            much attention as its patches would; under `"gradual"` nine tenths of log s, and under `"coarse"` two
+            thirds.
         evidence (`dict`, *optional*):
             Written by `vwt_hf.calibrate`: on how many images the setting was chosen, and what was measured there. It
             says nothing of a setting that is changed afterwards.
@@ -85,11 +88,11 @@ class VWTConfig:
     """
 
     usual_exponent: ClassVar[float] = 1
-    """What `size_exponent` is with `proportional_attention`."""
+    """`size_exponent` with `proportional_attention`; without, it is 0."""
     chooses_as: ClassVar[str | None] = None
-    """The method that finds the same words by the same fields, if another does."""
+    """The name of another method that finds the same words by the same fields; `None` if none does."""
     beside_choice: ClassVar[frozenset[str]] = frozenset({"evidence", "output", "proportional_attention"})
-    """Fields that say nothing of which words patches have."""
+    """Fields that have no part in which words patches get."""
 
     statistics: ClassVar[dict[str, bool]] = {}
     """Fields that hold a number for each channel, or `None`, and whether these must be positive."""
@@ -142,24 +145,24 @@ class VWTConfig:
 
     @property
     def choice(self) -> dict[str, Any]:
-        """The method and the fields by which patches get their words: settings of the same choice find the same."""
+        """The method and the fields that decide which words patches get: settings of one choice find the same."""
         fields = self.to_dict().items()
         chosen_by = {name: value for name, value in fields if value is not None and name not in self.beside_choice}
         return chosen_by | {"method": self.chooses_as or self.method}
 
     @property
     def size_exponent(self) -> float:
-        """A token of s patches draws as much attention as s to this power."""
+        """A token of s patches draws s to this power as much attention as a token of one."""
         return self.usual_exponent if self.proportional_attention else 0
 
     @property
     def groups(self) -> bool:
-        """Whether every patch is part of a token, so tokens stand for different numbers of patches."""
+        """Whether no patch is left out: each is part of a token, and tokens stand for different numbers of patches."""
         raise NotImplementedError
 
     @property
     def shortens(self) -> bool:
-        """Whether any image gets fewer tokens; if not, the model is the plain one."""
+        """Whether any image may get fewer tokens; if not, the model runs as the plain one."""
         return True
 
     @property
@@ -169,7 +172,7 @@ class VWTConfig:
 
     @property
     def searches(self) -> bool:
-        """Whether it finds out by itself what becomes of the patches of an image, so an image processor may do it."""
+        """Whether it decides by itself what becomes of the patches, so that an image processor may do so."""
         return True
 
     @property
@@ -183,9 +186,9 @@ class VWTConfig:
         return self.shortens and not self.restores
 
     def require_sane(self) -> None:
-        """Refuses numbers that are valid and make no sense, such as a standard deviation of 1e-30.
+        """Refuses numbers that are valid but make no sense, such as a standard deviation of 1e-30.
 
-        Called for a setting that is given as a dict, as a config.json holds it.
+        It is called for a setting that is given as a dict, as by a config.json.
 
         Raises:
             ValueError: the message names the field, the value and what is expected.
@@ -195,7 +198,7 @@ class VWTConfig:
                 checked_statistics(f"VWTConfig.{name}", getattr(self, name), positive=positive)
 
     def prepared(self, model: ModelFacts) -> VWTConfig:
-        """The setting with all that it needs for `model`, such as words that are read from the Hub.
+        """The setting with everything it needs to run `model`, such as words that are read from the Hub.
 
         Raises:
             ValueError: it cannot serve this model.
@@ -204,13 +207,13 @@ class VWTConfig:
         return self
 
     def plan(self, patches: Patches) -> Kept | Grouped | None:
-        """Decides for a batch which patches stay, or which of them become one token; `None`: all stay as they are."""
+        """Decides which patches of a batch stay, or which become one token; `None`: all stay as they are."""
         raise NotImplementedError
 
     def patch_words(self, patches: Patches) -> torch.Tensor | None:
         """The word of each patch, as an image processor gives it; `None`: all patches stay as they are.
 
-        It is what `patch_words` of the plan says. Methods find it themselves where that takes no layout of tokens.
+        The same as `patch_words` of the plan. Methods override it where it can be found without a layout of tokens.
 
         Returns:
             (batch, patches), int64: as `Kept.patch_words` or `Grouped.patch_words`.
@@ -219,13 +222,13 @@ class VWTConfig:
         return None if plan is None else plan.patch_words(len(patches.pixel_values), patches.count)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Kept | Grouped:
-        """The plan that `plan` makes, of the words by which a caller tells it (`Kept.patch_words`).
+        """The plan that is told by words of a caller, as `Kept.patch_words` or `Grouped.patch_words` gives them.
 
         Args:
             words: (batch, patches) int64, −1 for a patch that is left out.
 
         Raises:
-            ValueError: they tell of another kind of plan.
+            ValueError: no plan of this setting has such words.
         """
         raise NotImplementedError
 
@@ -233,32 +236,32 @@ class VWTConfig:
     def repaints(self) -> bool:
         """Whether the setting changes what some patches show, before they are embedded.
 
-        Then it chooses before that, too. Only a setting that `groups` may.
+        Such a setting also chooses words before patches are embedded (`repainted`), and it `groups`.
         """
         return False
 
     def repainted(
         self, patches: Patches, words: torch.Tensor | None = None, enlarged: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chooses the words of the patches and changes the pixels that the model will embed; if the setting `repaints`.
+        """Chooses the words of the patches and changes the pixels that the model will embed, if the setting `repaints`.
 
         Args:
-            words: (batch, patches) int64, if a caller has told what becomes of them.
+            words: (batch, patches) int64: what a caller said becomes of the patches; `None`: the setting chooses.
             enlarged: whether a block is shown at its full size, as for a picture, and not in each of its patches, as
                 for the model.
 
         Returns:
-            The words by which `plan_repainted` makes the plan, (batch, patches) int64; and what is shown, of the shape
-            and dtype of `patches.pixel_values`.
+            The words, (batch, patches) int64, for `plan_repainted`; and the changed `patches.pixel_values`, of the
+            same shape and dtype.
         """
         raise NotImplementedError
 
     def plan_repainted(self, patches: Patches, words: torch.Tensor) -> Grouped:
-        """The plan that `plan` makes, of the words of `repainted`; if it `repaints`."""
+        """The plan that is told by the words of `repainted`, if the setting `repaints`."""
         raise NotImplementedError
 
     def seen(self, patches: Patches, plan: Kept | Grouped) -> torch.Tensor:
-        """What is left of each patch, for a person to look at: (batch, patches, channels · patch height · patch width).
+        """What is left of each patch, for pictures: (batch, patches, channels · patch height · patch width).
 
         Args:
             plan: one that this setting made of these patches.
@@ -266,21 +269,23 @@ class VWTConfig:
         return patches.seen(plan)
 
     def joins(self, layers: int) -> dict[int, float]:
-        """After which of a model's layers tokens are grouped again, ascending, and what `seek` is told of each.
+        """After which layers of a model tokens are joined, ascending, and for each the `wanted` of `seek`.
 
         Args:
-            layers: how many the model has. The first is 1, and the last is none after which tokens are grouped.
+            layers: how many the model has. They are counted from 1, and after the last one no tokens are joined.
         """
         return {}
 
     def seek(self, plan: Grouped, hidden_states: torch.Tensor, wanted: float) -> tuple[torch.Tensor, int | None] | None:
-        """Which tokens become part of others after a layer of `joins`: `into` and `number` of `Grouped.joined`; `None`
-        if none does.
+        """Decides which tokens become part of others after a layer of `joins`; `None`: none does.
 
         Args:
-            plan: the one that holds within the layer.
+            plan: the one by which the layer ran.
             hidden_states: (sequences, tokens, hidden): what the layer gave.
             wanted: what `joins` says of the layer.
+
+        Returns:
+            `into` and `number`, as `Grouped.joined` takes them.
         """
         raise NotImplementedError
 
@@ -293,7 +298,7 @@ class VWTConfig:
         return isinstance(vwt, dict) and vwt | {"saved_as": None} == self.to_dict() | {"saved_as": None}
 
     def with_saved(self, saved: dict[str, Any]) -> VWTConfig:
-        """This setting, given by a user, with what it lacks of the setting that the checkpoint was saved with.
+        """This setting of a user, with the fields that it leaves open taken from what the checkpoint was saved with.
 
         Args:
             saved: the checkpoint's setting, as `to_dict` made it.
@@ -338,8 +343,8 @@ class VWTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The setting as a JSON-ready dict; `VWTConfig.parse` reads it back.
 
-        A vocabulary that is no Hub id becomes `None`: it is saved beside the model's weights. Without evidence there is
-        no such field.
+        A vocabulary that is no Hub id becomes `None`: it is saved beside the model's weights. `evidence` is left out
+        where there is none.
         """
         fields = {name: getattr(self, name) for name in _field_names(type(self))}
         if self.evidence is None:
@@ -348,23 +353,19 @@ class VWTConfig:
 
 
 def _field_names(method_class: type[VWTConfig]) -> list[str]:
-    """The fields that a user gives, and config.json holds."""
+    """The names of the fields that a user gives, and config.json holds."""
     return [field.name for field in dataclasses.fields(method_class) if field.compare]
 
 
 def _without_numpy(value: Any, depth: int = 0) -> Any:
-    """Numbers of numpy, also in a list or a tuple, as Python's, which JSON can hold."""
-    if type(value).__module__ == "numpy":  # which takes long to import
+    """`value` with numbers of numpy, also within lists and tuples, as Python's, which JSON can hold."""
+    if type(value).__module__ == "numpy":  # asked by name, as importing numpy takes long
         return value.tolist()
     if type(value) not in (list, tuple):
         return value
     if depth > _DEEPEST:
         raise ValueError(f"a field of VWTConfig holds lists within {depth} lists; expected numbers, or a list of them.")
     return type(value)(_without_numpy(one, depth + 1) for one in value)
-
-
-_DEEPEST = 8
-"""Lists within each other in a field that are looked into."""
 
 
 def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str, Any]) -> None:
@@ -399,7 +400,7 @@ def require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def per_channel(field: str, values: object, *, positive: bool) -> tuple[float, ...]:
-    """The numbers of `VWTConfig.field`, one for each colour channel, as floats; refuses what are none."""
+    """The value of `VWTConfig.field`, one number for each colour channel, as floats; refuses anything else."""
     least = sys.float_info.min if positive else -sys.float_info.max
     if not isinstance(values, (list, tuple)) or not values or not all(is_number(value, least) for value in values):
         kind = "positive numbers" if positive else "numbers"
@@ -408,6 +409,6 @@ def per_channel(field: str, values: object, *, positive: bool) -> tuple[float, .
 
 
 def nearest_hint(given: object, allowed: Any) -> str:
-    """A sentence that names the allowed word that is most like what was given, if one is."""
+    """The sentence "Did you mean ...?" with the allowed word most like the one given; empty if none is like it."""
     near = difflib.get_close_matches(given[:LONGEST], allowed, 1) if isinstance(given, str) else []
     return f" Did you mean {near[0]!r}?" if near else ""

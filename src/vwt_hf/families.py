@@ -1,6 +1,6 @@
 """The family table: what differs between architectures, as data.
 
-A new family is a row here, with tiny models in tests/tiny.py.
+A new family is a row here and tiny models in tests/tiny.py.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from .plans import Grouped, Kept
 from .words import gather_patches, with_prefix
 
 HEADS = ("Model", "ForImageClassification")
-"""Endings of the names of model classes that the general rule takes: they give out hidden states, or classify by CLS or
-a mean of the tokens."""
+"""How the names of model classes end that the general rule takes: they return hidden states, or classify by CLS or a
+mean of the tokens."""
 
 
 def reduce_first(output: Any, plan: Kept | Grouped) -> Any:
-    """The output of embeddings that give tokens, or a tuple of which they are the first."""
+    """Shortens the output of embeddings: tokens, or a tuple whose first they are."""
     return (plan.reduce(output[0]), *output[1:]) if isinstance(output, tuple) else plan.reduce(output)
 
 
 def reduce_masked_autoencoder(output: Any, plan: Kept | Grouped) -> Any:
-    """The output of ViT-MAE's embeddings: tokens, mask (1: dropped) and where patches went, both (batch, patches).
+    """Shortens the output of ViT-MAE's embeddings: tokens, mask (1: dropped) and the place of each patch among the
+    tokens, both (batch, patches).
 
-    They shuffle the patches; the tokens of a plan keep the order of the image, and what it drops is as if masked.
+    These embeddings shuffle the patches. Here tokens are put in the order of the image again, and patches that the plan
+    leaves out are marked as masked ones are.
     """
     tokens, mask, restore = output
     patches = mask.shape[1]
@@ -43,7 +45,7 @@ def reduce_masked_autoencoder(output: Any, plan: Kept | Grouped) -> Any:
     if isinstance(plan, Kept):
         mask = torch.ones_like(mask).scatter_(1, plan.kept.expand(mask.shape[0], -1), 0.0)
     dropped = mask.long()
-    # The kept ones first, in their order, and then the others; counted, for ONNX has no stable sort.
+    # The kept ones first, in their order, then the others. By counting, as ONNX has no stable sort.
     behind = (1 - dropped).sum(dim=1, keepdim=True) + dropped.cumsum(dim=1)
     restore = torch.where(mask > 0, behind, (1 - dropped).cumsum(dim=1)) - 1
     return plan.reduce(ordered), mask, restore
@@ -82,18 +84,18 @@ class Family:
     masks: str | None = None
     """Field of its config that says which share of the patches its embeddings drop at random, for training."""
     padded: str | None = None
-    """Class name of the head that is told which patches are padding, in families whose `pixel_values` are patches of
-    images of many sizes, as their image processor cuts and pads them."""
+    """In families whose image processor cuts images of many sizes into patches and pads these: class name of the head
+    that is told which patches are padding."""
     tried: bool = False
-    """Whether the general rule made this row for a model type that the table lacks: then each model is tried when it is
+    """Whether the general rule made this row for a model type that the table lacks. Such a model is tried when it is
     compressed (`vouch.py`)."""
     reduces: Callable[[Any, Kept | Grouped], Any] = reduce_first
-    """Shortens the output of its embeddings by a plan; another function where that output holds more than tokens."""
+    """Shortens the output of its embeddings by a plan."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unfit:
-    """A family that is asked for and cannot be compressed."""
+    """A family that users ask for and that cannot be compressed."""
 
     name: str
     """Name in messages and tables."""
@@ -173,8 +175,8 @@ HOLDERS = {
     "llava_onevision": "LLaVA-OneVision",
     "paligemma": "PaliGemma",
 }
-"""Names of models that hold a vision tower of one of the families and give a language model a token for every patch, by
-the `model_type` of their configs."""
+"""Models that hold a vision tower of one of the families and give a language model a token for every patch: their names
+by the `model_type` of their configs."""
 UNFIT: tuple[Unfit, ...] = (
     Unfit("Swin", ("swin", "swinv2"), "attends within windows of the whole grid and merges neighbours between stages"),
     Unfit("SegFormer", ("segformer",), "shortens keys by convolutions over the whole grid"),
@@ -204,11 +206,11 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
     """Refuses a model class that cannot be compressed.
 
     Args:
-        restores: whether its tower gives out a hidden state for every patch.
+        restores: whether its tower will return a hidden state for every patch.
 
     Raises:
-        ValueError: its family has no row, or it reads a hidden state for every patch and would not get one; the message
-            says what is supported.
+        ValueError: its family is not supported, it predicts masked patches, or it needs a hidden state for every patch
+            and would not get one.
     """
     name = model_class.__name__
     row, model_type = _row_of(model_class), _model_type(model_class)
@@ -270,15 +272,15 @@ def why_every_patch(model: PreTrainedModel, tower: Tower) -> str | None:
 
 
 def _is_one_of(model_class: type, names: Collection[str]) -> bool:
-    """Whether a class has one of these names, or a parent of it, as of one of a user's."""
+    """Whether a class or a parent of it has one of these names: a user's own class may have another."""
     return any(kind.__name__ in names for kind in model_class.__mro__)
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The row of the table that the vision tower of `model` belongs to, or one that the general rule makes.
+    """The row of the table for the vision tower of `model`, or one that the general rule makes.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: it has none, and the general rule does not hold.
     """
     require_supported(type(model), restores=True)
     row = _row_of(type(model))
@@ -289,11 +291,11 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 class NotVouched(ValueError):
-    """The general rule does not hold for a model whose type has no row. The message goes on after "it"."""
+    """The general rule does not hold for a model. The message is what follows "it" in that of `not_vouched`."""
 
 
 def not_vouched(model: PreTrainedModel, reason: NotVouched) -> NotVouched:
-    """The error to raise: `reason` in a whole sentence that names `model` and says what to do."""
+    """`reason` as a whole sentence that names `model` and says what to do."""
     return NotVouched(
         f"{type(model).__name__} (model type {_model_type(type(model))!r}) cannot be compressed: it {reason}. Load it "
         "without `vwt`."
@@ -301,7 +303,8 @@ def not_vouched(model: PreTrainedModel, reason: NotVouched) -> NotVouched:
 
 
 def _may_hold(model_class: type[PreTrainedModel]) -> bool:
-    """Whether the general rule could hold for a class: it sees images alone and gives out hidden states or classes."""
+    """Whether the general rule could hold for a class: it takes nothing but images, and returns hidden states or
+    logits."""
     config_class = getattr(model_class, "config_class", None)
     names = [parent.__name__ for parent in model_class.__mro__]  # a user's class has a name of its own
     return (
@@ -313,12 +316,12 @@ def _may_hold(model_class: type[PreTrainedModel]) -> bool:
 
 
 def _general_family(model: PreTrainedModel) -> Family:
-    """A row for a model whose type has none, by what its modules look like; `vouch` tries whether it holds.
+    """A row for a model whose type has none, made by what its modules look like; `vouch` tries whether it holds.
 
-    Of its `prefix`, `answers.named_answer` alone reads whether there is a CLS token.
+    Its `prefix` says no more than whether there is a CLS token, which `answers.named_answer` asks.
     """
     for module in model.modules():
-        # Of LoRA's and the like: they hold what they wrap as `base_layer`, beside layers of their own.
+        # LoRA's modules and the like hold the one that they wrap as `base_layer`, beside layers that they add.
         wrapping = [part for part in module.modules() if hasattr(part, "base_layer")]
         added = {part for wrapper in wrapping for part in wrapper.modules()} - {one.base_layer for one in wrapping}
         convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d) and part not in added]
@@ -340,8 +343,10 @@ def _model_type(model_class: type[PreTrainedModel]) -> str:
 
 
 def is_of(module: nn.Module, name: str | None) -> bool:
-    """Whether `module` is of transformers' class of that name, or of a subclass that a wrapper made of it."""
-    # Another library's class of the same name may compute something else.
+    """Whether `module` is of transformers' class of that name, or of a subclass, as some wrappers make.
+
+    Another library's class of the same name may compute something else.
+    """
     return name is not None and any(
         kind.__name__ == name and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
     )
@@ -352,9 +357,9 @@ class Tower:
     """A vision tower within a model."""
 
     module: Any
-    """What runs embeddings and layers."""
+    """The module that runs the embeddings and the layers; it has a `config`."""
     embeddings: nn.Module
-    """The child of it that turns `pixel_values` into `hidden_states`: its own, or a wrapper around it."""
+    """The child of it that turns `pixel_values` into `hidden_states`: transformers' own, or a wrapper around that."""
     patch_size: tuple[int, int]
     """Height and width of a patch, in pixels."""
     channels: int
@@ -373,8 +378,8 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
         above.update((child, module) for child in module.children() if child not in above)
         if is_of(module, family.embeddings):
             embeddings, tower = module, above.get(module)
-            # A wrapper (PEFT's of modules to save, FSDP's) is not transformers', and other embeddings may hold these;
-            # the tower, which has a config, calls the outermost.
+            # These may lie within a wrapper (PEFT's of modules to save, FSDP's), which is not transformers', or within
+            # other embeddings. The tower calls the outermost, and is the first of transformers' that has a config.
             while tower is not None and not (_is_transformers(tower) and hasattr(tower, "config")):
                 embeddings, tower = tower, above.get(tower)
             if tower is not None:
@@ -402,19 +407,19 @@ def _is_transformers(module: nn.Module) -> bool:
 
 
 def find_layers(tower: nn.Module) -> list[nn.Module]:
-    """The transformer layers of a vision tower, in order; of copies the first."""
+    """The transformer layers of a vision tower, in order; of a layer that PEFT copied, the first copy."""
     return [copies[0] for copies in find_places(tower)]
 
 
 def find_places(tower: nn.Module) -> list[list[nn.Module]]:
-    """The modules of each transformer layer of a vision tower, in order.
+    """The transformer layers of a vision tower, in order, each as a list of its copies.
 
-    More than one where a layer, or what holds it, was copied, as PEFT does with modules to save: of these one runs.
+    There is more than one copy where a layer, or what holds it, is among PEFT's modules to save: of these one runs.
     """
     within = [places for child in tower.children() if (places := _places(child))]
     stated = getattr(getattr(tower, "config", None), "num_hidden_layers", None)
     if len(within) > 1 and len(within[0]) == stated:
-        return within[0]  # what else has layers was put there beside the tower's own, as a momentum encoder
+        return within[0]  # what else has layers was put beside the tower's own, as a momentum encoder
     return list({place[0]: place for places in within for place in places}.values())  # each once
 
 
@@ -428,7 +433,7 @@ def _places(module: nn.Module) -> list[list[nn.Module]]:
 
 
 def _copies(module: nn.Module) -> list[nn.Module]:
-    """What a wrapper of PEFT's runs one of: the module that it was put around, and the copies that are trained."""
+    """The modules of which a wrapper of PEFT's runs one: the one that it wraps, and the copies that are trained."""
     original, trained = getattr(module, "original_module", None), getattr(module, "modules_to_save", None)
     if not isinstance(original, nn.Module) or not isinstance(trained, nn.ModuleDict):
         return []
@@ -436,10 +441,10 @@ def _copies(module: nn.Module) -> list[nn.Module]:
 
 
 def find_stacks(tower: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """The module of a vision tower that runs its layers, which may be the tower itself, and what it runs, in order.
+    """The module of a vision tower that runs its layers, which may be the tower itself, and all that it runs, in order:
+    transformers' layers, and others that a user put among them.
 
-    Beside transformers' layers these are others that a user put among them. There are several where it was copied, of
-    which one runs.
+    There are several such pairs where PEFT copied the module, of which one runs.
     """
     places = find_places(tower)
     parents = {child: module for module in tower.modules() for child in module.children()}
@@ -447,8 +452,8 @@ def find_stacks(tower: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
     for layer in places[-1] if places else []:
         listed = parents.get(layer)
         while listed is not None and not isinstance(listed, (nn.ModuleList, nn.Sequential)):
-            listed = parents.get(listed)  # it wraps the layer, as torch.compile's does
-        if listed is not None:  # else layers have names of their own
+            listed = parents.get(listed)  # a wrapper of the layer, such as torch.compile's
+        if listed is not None:  # else layers are attributes of the tower
             stacks[parents[listed]] = list(listed._modules.values())  # type: ignore[arg-type]
     return list(stacks.items()) or [(tower, [copies[0] for copies in places])]
 

@@ -1,4 +1,4 @@
-"""The general rule: a vision transformer whose model type has no row in the family table is tried before it is used."""
+"""The trial of a vision transformer whose model type has no row in the family table, before it is compressed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ MOST_PREFIX = 16
 """The most prefix tokens that a model is taken to have; more rows than that beside the patches are something else."""
 NEAR = 1e-3
 """Outputs that differ by no more than this share of the largest value are taken to differ by rounding alone."""
-APART = 0.1
-"""Outputs of an image alone and in a batch that differ by more of the largest value do not by rounding: models that are
-quantised while they run round a batch together."""
 ROUNDINGS = 8
-"""Or, in half precision, by no more than so many times what two values next to each other do."""
+"""In half precision that share is this many times the distance from 1 to the next number."""
+APART = 0.1
+"""Outputs of an image alone and in a batch may differ by this share of the largest value: models that are quantised
+while they run round all images of a batch together."""
 
 
 @torch.no_grad()
 def vouch(model: PreTrainedModel, tower: Tower) -> None:
-    """Tries on noise what the general rule rests on: each patch is one row, layers do not ask where a row lies, and
-    images do not change each other's answers.
+    """Tries on noise what the general rule rests on: each patch is one row, layers treat rows alike wherever they lie,
+    and images do not change each other's answers.
 
     Raises:
-        NotVouched: it does not hold, or it cannot be tried.
+        NotVouched: one of these does not hold, or the model cannot be tried.
     """
     try:
         _require_usual(tower)
@@ -37,12 +37,13 @@ def vouch(model: PreTrainedModel, tower: Tower) -> None:
             _try(tower)
     except NotVouched as error:
         raise not_vouched(model, error) from error
-    except Exception as error:  # whatever a model says of it
+    except Exception as error:  # a model may raise anything
         reason = NotVouched(f"cannot be tried on an image ({type(error).__name__}: {str(error)[:200]})")
         raise not_vouched(model, reason) from error
 
 
 def _require_usual(tower: Tower) -> None:
+    """Raises `NotVouched` where the modules of a tower show that it cannot be tried."""
     if not find_layers(tower.module):
         raise NotVouched("has no layers of a kind that transformers checkpoints")
     if not getattr(tower.module, "_supports_attention_backend", False):
@@ -53,7 +54,7 @@ def _require_usual(tower: Tower) -> None:
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """What runs in this context finds `module` in evaluation, and what of it was in training is so again."""
+    """Puts `module` into evaluation mode, and at the end those of its modules back that were in training."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -64,8 +65,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def may_change_rows(tower: Tower) -> bool:
-    """Whether the embeddings of a tower hold modules that are not transformers' or torch's, hooks, or patches that
-    overlap."""
+    """Whether the embeddings of a tower may give other rows than one for each patch: they hold modules that are neither
+    transformers' nor torch's, hooks, or a convolution whose patches overlap."""
     return any(
         not type(part).__module__.startswith(("torch.", "transformers."))
         or part._forward_hooks
@@ -76,11 +77,12 @@ def may_change_rows(tower: Tower) -> bool:
 
 @torch.no_grad()
 def vouch_rows(model: PreTrainedModel, tower: Tower) -> None:
-    """Tries on noise that each patch is one row, and that rows come after those of prefix tokens.
+    """Tries on noise that each patch is one row, and that these rows come after those of prefix tokens.
+
+    A model that cannot be tried, as its weights are elsewhere or it fails on noise, is let through.
 
     Raises:
-        NotVouched: it does not hold. A model that cannot be tried is let through: its weights are elsewhere, or it
-            fails on noise.
+        NotVouched: it does not hold.
     """
     if any(parameter.is_meta for parameter in tower.embeddings.parameters()):
         return
@@ -89,7 +91,7 @@ def vouch_rows(model: PreTrainedModel, tower: Tower) -> None:
             _require_rows(tower, _noise(tower), most=None)
     except NotVouched as error:
         raise not_vouched(model, error) from error
-    except Exception:  # whatever a model says of noise
+    except Exception:  # a model may raise anything
         return
 
 
@@ -104,8 +106,11 @@ def _noise(tower: Tower) -> torch.Tensor:
 
 
 def _require_rows(tower: Tower, pixel_values: torch.Tensor, most: int | None) -> tuple[torch.Tensor, int]:
-    """What the embeddings of a tower make of images, and how many rows of it come before the patches. Refuses more than
-    `most`, and a patch that is more or another than one row."""
+    """Requires that each patch is one row in the output of a tower's embeddings, after at most `most` prefix tokens.
+
+    Returns:
+        That output, (batch, prefix + patches, hidden), and the number of prefix tokens.
+    """
     rows, columns = (side // patch for side, patch in zip(pixel_values.shape[2:], tower.patch_size, strict=True))
     patches, row, column = rows * columns, rows // 2, columns // 2
     embedded = _embedded(tower, pixel_values)
@@ -123,13 +128,14 @@ def _require_rows(tower: Tower, pixel_values: torch.Tensor, most: int | None) ->
 
 
 def _try(tower: Tower) -> None:
+    """Raises `NotVouched` where the general rule does not hold for a tower."""
     pixel_values = _noise(tower)
     plain = _run(tower, pixel_values, lambda tokens: tokens)
     embedded, prefix = _require_rows(tower, pixel_values, MOST_PREFIX)
     patches = embedded.shape[1] - prefix
     if plain.shape != embedded.shape:
         raise NotVouched(f"makes {embedded.shape[1]} rows of {patches} patches and gives {tuple(plain.shape)} out")
-    # On the CPU, from where it indexes tensors of every device: a tower may lie on several.
+    # On the CPU, from where it indexes tensors on any device: a tower may lie on several.
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.randperm(patches, generator=generator, device="cpu")
     order = torch.cat((torch.arange(prefix, device="cpu"), prefix + shuffled))
@@ -150,11 +156,11 @@ def _try(tower: Tower) -> None:
 
 
 class _Embedded(Exception):
-    """Ends a forward where its embeddings have run; holds what they gave."""
+    """Ends a forward once its embeddings have run; its argument is their output."""
 
 
 def _embedded(tower: Tower, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The output of the embeddings, or the first of it, of a forward that ends there."""
+    """What the embeddings of a tower make of images: all of their output, or its first."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         raise _Embedded(output[0] if isinstance(output, tuple) else output)
@@ -168,7 +174,7 @@ def _embedded(tower: Tower, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def _run(tower: Tower, pixel_values: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The output of a tower when its layers get `change(output of the embeddings)`."""
+    """The output of a tower whose layers get `change(output of the embeddings)`."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, torch.Tensor):

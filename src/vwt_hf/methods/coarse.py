@@ -32,8 +32,8 @@ class CoarseConfig(GradualConfig):
     With rotary positions it has that of the first. A block loses the root mean square of the differences between its
     pixels and those at half the size, in raw RGB from 0 to 1.
 
-    A token of s patches, also of joined ones, draws as much attention as s to the power of 2/3. With s it would draw
-    too much, with 1 too little.
+    A token of s patches, joined ones too, draws s to the power of 2/3 as much attention as a token of one patch. With s
+    it would draw too much, with 1 too little.
 
     Args:
         tolerance (`float`, *optional*):
@@ -78,35 +78,40 @@ class CoarseConfig(GradualConfig):
     def _choose(
         self, patches: Patches, members: torch.Tensor, images: torch.Tensor, halves: torch.Tensor
     ) -> torch.Tensor:
-        """The word of each patch, (batch, patches) int64: its own index, or that of the first of a block that becomes
-        one token."""
+        """The word of each patch, (batch, patches) int64: its own index, or where its block becomes one token that of
+        the block's first patch."""
         assert self.image_std is not None  # `prepared` came before
         batch = patches.pixel_values.shape[0]
         if not _has_blocks(patches, members):
             return torch.arange(patches.count, device=patches.device).repeat(batch, 1)
-        found = detail_lost(images, halves, patches.patch_size, self.image_std).view(batch, members.shape[1])
-        there = members[:, :, 0] < patches.count
+        lost = detail_lost(images, halves, patches.patch_size, self.image_std).view(batch, members.shape[1])
+        exists = members[:, :, 0] < patches.count
         if self.tolerance is not None:
-            chosen = (found < self.tolerance**2) & there
+            chosen = (lost < self.tolerance**2) & exists
         elif patches.grid is None:
-            chosen = self._choose_padded(patches, found.masked_fill(~there, torch.inf), there)
+            chosen = self._choose_padded(patches, lost.masked_fill(~exists, torch.inf), exists)
         else:
-            number = self._blocks_of(*patches.grid)
-            chosen = marked(highest(-found, number), found.shape[1])
+            number = self._number_of_blocks(*patches.grid)
+            chosen = marked(highest(-lost, number), lost.shape[1])
         return words_of(chosen, members, patches.count)
 
-    def _blocks_of(self, rows: int, columns: int) -> int:
-        """How many blocks of an image of so many rows and columns of patches become one token."""
+    def _number_of_blocks(self, rows: int, columns: int) -> int:
+        """How many blocks of an image of so many rows and columns of patches become one token; each saves three."""
         count = rows * columns
         return min(max(-(-(count - self._wanted(count)) // 3), 0), (rows // 2) * (columns // 2))
 
-    def _choose_padded(self, patches: Patches, found: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-        """As many blocks of each image as it is to be shortened by: (batch, blocks), bool."""
+    def _choose_padded(self, patches: Patches, lost: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+        """Which blocks of padded images become one token, (batch, blocks) bool: those that lose least.
+
+        Args:
+            lost: (batch, blocks): what each loses; infinite where there is no block.
+            exists: (batch, blocks), bool: where there is one.
+        """
         assert patches.real is not None
         counts = patches.real.sum(dim=1)
         numbers = (counts - self._wanted(counts) + 2).div(3, rounding_mode="floor").clamp(min=0)
-        order = found.argsort(dim=1, stable=True).argsort(dim=1)
-        return (order < numbers.unsqueeze(1)) & there
+        order = lost.argsort(dim=1, stable=True).argsort(dim=1)
+        return (order < numbers.unsqueeze(1)) & exists
 
     def plan(self, patches: Patches) -> Grouped:
         return self.plan_repainted(patches, self._find(patches))
@@ -115,7 +120,7 @@ class CoarseConfig(GradualConfig):
         return patches.without_padding(self._find(patches))
 
     def _find(self, patches: Patches) -> torch.Tensor:
-        """The index of the first patch of its block, or its own: (batch, patches)."""
+        """The words that the setting chooses: as `_choose` gives them."""
         members = _members(patches)
         with without_autocast(patches.device), torch.no_grad():
             images = _images(patches, members)
@@ -123,7 +128,7 @@ class CoarseConfig(GradualConfig):
 
     def plan_repainted(self, patches: Patches, words: torch.Tensor) -> Grouped:
         if self.even and patches.grid is not None:
-            tokens = patches.count - 3 * self._blocks_of(*patches.grid)
+            tokens = patches.count - 3 * self._number_of_blocks(*patches.grid)
             return patches.group_evenly(words, tokens, self.size_exponent)
         return patches.group(words, self.packs(patches), self.size_exponent, by_index=True)
 
@@ -155,7 +160,7 @@ def _has_blocks(patches: Patches, members: torch.Tensor) -> bool:
 
 
 def _images(patches: Patches, members: torch.Tensor) -> torch.Tensor:
-    """The images that blocks lie in, or one of each block where images are padded."""
+    """The images that blocks are part of; where these are padded, an image of each block."""
     if patches.grid is not None or not _has_blocks(patches, members):
         return patches.pixel_values
     return cut_blocks(patches.pixel_values, members, patches.patch_size)

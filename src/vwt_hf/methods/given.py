@@ -18,8 +18,8 @@ TOKENS = ("means", "representatives")
 class GivenConfig(RaggedConfig):
     """Go by the `patch_words` that each call of the model is given, (batch, patches) integers; search nothing.
 
-    Words with −1 tell which patches are left out: those that stay have their own index, as many of each image. All
-    other words tell which patches share a token. Those of method="coarse" do so, too, but no block is shown at half the
+    Words among which is −1 leave patches out: a patch that stays has its own index, and as many stay of each image. All
+    other words say which patches share a token. Those of method="coarse" do so, too, but no block is shown at half the
     size.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,11 +29,11 @@ class GradualConfig(LocalConfig):
     other. So two tokens of a patch each are 1 alike if they are the same, and 0 if they differ as two of the image do
     on average.
 
-    A token of s patches draws as much attention as s to the power of 0.9.
+    A token of s patches draws s to the power of 0.9 as much attention as a token of one patch.
 
     Args:
         similarity (`float` or sequence of `float`, default 0.61):
-            From how alike on two tokens are joined, a number in [-1, 1]: one for each layer, or one for all.
+            How alike two tokens must be to be joined, a number in [-1, 1]: one for each layer, or one for all.
         join_ratio (`float` or sequence of `float`, *optional*):
             In place of `similarity`: the share of an image's tokens that become part of others, in [0, 0.5], those that
             are most alike; one for each layer, or one number for all. With `keep_ratio` or `num_patches` all images of
@@ -60,13 +60,7 @@ class GradualConfig(LocalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers is not None:
-            listed = isinstance(self.layers, (list, tuple)) and 0 < len(self.layers) < 2**10
-            if not listed or not all(is_int(layer) and 0 < layer < 2**15 for layer in self.layers):
-                raise ValueError(
-                    f"VWTConfig.layers is {shown(self.layers)}; expected None or numbers of layers, 1 for the first."
-                )
-            if list(self.layers) != sorted(set(self.layers)):
-                raise ValueError(f"VWTConfig.layers is {shown(self.layers)}; expected each once, ascending.")
+            self._require_layers(self.layers)
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.similarity is not None and self.join_ratio is not None:
             raise ValueError(
@@ -86,8 +80,24 @@ class GradualConfig(LocalConfig):
                 "are joined after them; expected one of the two, or no layers."
             )
 
+    @staticmethod
+    def _require_layers(layers: Any) -> None:
+        """Refuses `layers` that are not numbers of layers, ascending."""
+        listed = isinstance(layers, (list, tuple)) and 0 < len(layers) < 2**10
+        if not listed or not all(is_int(layer) and 0 < layer < 2**15 for layer in layers):
+            raise ValueError(
+                f"VWTConfig.layers is {shown(layers)}; expected None or numbers of layers, 1 for the first."
+            )
+        if list(layers) != sorted(set(layers)):
+            raise ValueError(f"VWTConfig.layers is {shown(layers)}; expected each once, ascending.")
+
     def _require_for_layers(self, field: str, least: float, most: float, kind: str) -> None:
-        """Refuses a field that is neither a number nor one for each layer, and makes a tuple of a list."""
+        """Refuses a field that is neither a number nor one for each layer; of a list it makes a tuple.
+
+        Args:
+            least, most: what each number is at least, and at most.
+            kind: says in the message what such a number is.
+        """
         value, wanted = getattr(self, field), len(DEPTHS if self.layers is None else self.layers)
         given = tuple(value) if isinstance(value, (list, tuple)) else (value,) * wanted
         if len(given) != wanted or not all(is_number(one, least, most) for one in given):

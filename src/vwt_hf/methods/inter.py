@@ -134,21 +134,7 @@ class InterConfig(RaggedConfig):
         return setting
 
     def prepared(self, model: ModelFacts) -> InterConfig:
-        setting, vocabulary = self, self.vocabulary
-        elsewhere = {name: value for name, value in model.hub_kwargs.items() if name not in ("revision", "subfolder")}
-        if isinstance(vocabulary, (str, os.PathLike)):
-            vocabulary = load_vocabulary(vocabulary, trusted=model.trusted, revision=self.revision, **elsewhere)
-        elif vocabulary is None and isinstance(model.present, InterConfig) and model.present.words is not None:
-            words = model.present.words
-            vocabulary = words.vocabulary
-            setting = dataclasses.replace(
-                self, image_mean=self.image_mean or words.image_mean, image_std=self.image_std or words.image_std
-            )
-        elif vocabulary is None:
-            setting = self._as_saved(model)
-            vocabulary = setting._saved_or_packaged(model)
-        else:
-            vocabulary = vocabulary.copy()  # the model is saved with the words that it runs by
+        setting, vocabulary = self._with_vocabulary(model)
         vocabulary.require(model.patch_size, model.channels)
         named = isinstance(self.vocabulary, (str, os.PathLike))
         if self.revision is not None and not (named and vocabulary.revision is not None):
@@ -171,14 +157,30 @@ class InterConfig(RaggedConfig):
         )
         return dataclasses.replace(setting, words=ReadyWords(vocabulary, mean, std))
 
+    def _with_vocabulary(self, model: ModelFacts) -> tuple[InterConfig, VisualVocabulary]:
+        """The vocabulary to go by, and the setting with what was saved beside it."""
+        if isinstance(self.vocabulary, (str, os.PathLike)):
+            hub_kwargs = model.hub_kwargs.items()
+            elsewhere = {name: value for name, value in hub_kwargs if name not in ("revision", "subfolder")}
+            return self, load_vocabulary(self.vocabulary, trusted=model.trusted, revision=self.revision, **elsewhere)
+        if self.vocabulary is not None:
+            return self, self.vocabulary.copy()  # the model is saved with the words that it runs by
+        if isinstance(model.present, InterConfig) and model.present.words is not None:
+            words = model.present.words
+            mean, std = self.image_mean or words.image_mean, self.image_std or words.image_std
+            return dataclasses.replace(self, image_mean=mean, image_std=std), words.vocabulary
+        setting = self._as_saved(model)
+        return setting, setting._saved_or_packaged(model)
+
     def _as_saved(self, model: ModelFacts) -> InterConfig:
-        """The setting with what the config.json of a user's checkpoint says of words that lie there."""
+        """The setting with what the config.json of the model's checkpoint says of words that lie beside it."""
         if self.saved_as is not None or not (model.trusted and model.source):
             return self
         saved = saved_setting(config_beside(model.source, **model.hub_kwargs))
         return self if saved is None else self.with_saved(saved)
 
     def _saved_or_packaged(self, model: ModelFacts) -> VisualVocabulary:
+        """The words that lie beside the model's weights or, if a user's setting finds none there, the package's."""
         if not model.source and not model.trusted:
             raise ValueError(
                 "VWTConfig.vocabulary is None, as of a model whose words are saved beside its weights, and this model "
@@ -203,6 +205,7 @@ class InterConfig(RaggedConfig):
         return patches.without_padding(self._nearest(patches)) if self.shortens else None
 
     def _nearest(self, patches: Patches) -> torch.Tensor:
+        """As `nearest_words`, (batch, patches) int64."""
         assert self.words is not None  # `prepared` came before
         pixels = patches.pixels_as_words().float()
         return nearest_words(pixels, self.words.on(pixels.device), self.threshold)

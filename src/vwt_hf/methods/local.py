@@ -153,7 +153,7 @@ class LocalConfig(RaggedConfig):
         return leaders(neighbours, stays)
 
     def _looks(self, patches: Patches) -> torch.Tensor:
-        """What `describe` gives of all patches."""
+        """What all patches look like: as `describe` gives it."""
         assert self.image_std is not None  # `prepared` came before
         return describe(patches.pixels_as_words().float(), patches.patch_size, self.image_std)
 
@@ -187,18 +187,21 @@ class LocalConfig(RaggedConfig):
         return patches.led_by(words, self.packs(patches), self.size_exponent)
 
     def _number(self, rows: int, columns: int) -> int:
-        """How many patches of an image of so many stay."""
+        """How many patches of an image of so many rows and columns stay."""
         count, fewest = rows * columns, -(-rows // 4) * -(-columns // 4)
         return min(max(self._wanted(count), fewest), count)
 
     def _numbers(self, patches: Patches) -> torch.Tensor:
-        """As `_number`, for each image of a padded batch: (batch,)."""
+        """How many patches of each image of a padded batch stay: (batch,)."""
         assert patches.real is not None
         counts = patches.real.sum(dim=1)
         always = (patches.places.long() % 4 == 0).all(dim=-1) & patches.real
         return always.sum(dim=1).clamp(min=self._wanted(counts)).minimum(counts)
 
     def _wanted(self, count: Any) -> Any:
-        """How many tokens `num_patches` or `keep_ratio` asks for, of an image of so many patches, or of each of several
-        (int64); a number given by itself is the same for all."""
+        """How many patches `num_patches` or `keep_ratio` asks for.
+
+        Args:
+            count: patches of an image, or (batch,), int64, of each of several.
+        """
         return whole_share(count, self.keep_ratio) if self.keep_ratio is not None else self.num_patches or 0

@@ -1,4 +1,4 @@
-"""What methods share that give each image of a batch its own number of tokens."""
+"""The base of methods that may give each image of a batch its own number of tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ class RaggedConfig(VWTConfig):
     Args:
         layout (`str`, default `"auto"`):
             How such a batch is run. `"packed"`: as one sequence, of which only attention knows where images end.
-            `"padded"`: each image as long as the longest. `"auto"`: packed where attention takes packed tokens as they
-            are (on a CPU; on CUDA in half precision by flash_attention_2 or, from compute capability 8.0 and torch 2.11
-            on, by sdpa), else padded, as are BEiT and Data2Vec there, and training with stochastic depth. The answers
-            are the same.
+            `"padded"`: each image as long as the longest. `"auto"`: packed on a CPU, and on CUDA in half precision by
+            flash_attention_2 or, from compute capability 8.0 and torch 2.11 on, by sdpa; else padded, as BEiT and
+            Data2Vec are there, and training with stochastic depth. The answers are the same.
     """
 
     beside_choice: ClassVar[frozenset[str]] = VWTConfig.beside_choice | {"layout"}
@@ -41,8 +40,8 @@ class RaggedConfig(VWTConfig):
     groups = True
 
     def require_untraced(self) -> None:
-        """Raises `ValueError` where a program is exported or traced, which cannot hold images of different lengths."""
-        if is_recorded():  # torch.compile leaves this out of its graphs
+        """Raises `ValueError` while a program is exported or traced, which cannot hold images of different lengths."""
+        if is_recorded():  # not by torch.compile, which leaves this out of its graphs
             raise ValueError(
                 f"method={self.method!r} gives every image its own number of tokens, which an exported or traced "
                 "program cannot hold. Export a model compressed with method='intra', 'local' or 'coarse' with "
@@ -54,7 +53,8 @@ class RaggedConfig(VWTConfig):
         """Whether a batch becomes one sequence.
 
         Raises:
-            ValueError: neither an exported program nor this training can hold such a batch, or there are no pixels.
+            ValueError: an exported program cannot hold such a batch, this training cannot pack it, or the images are on
+                the meta device.
         """
         self.require_untraced()
         if patches.device.type == "meta":
