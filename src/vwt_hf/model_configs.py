@@ -1,8 +1,8 @@
 """The field `vwt` of transformers' configs, and the class of a config that has a setting.
 
 A config without a setting is of its plain class. One that is given a setting becomes an instance of a subclass of the
-same name. So does the config of a compressed vision tower: its layers read there which attention to use, and while a
-forward groups patches they read this package's. Nothing about a forward is ever stored in a config.
+same name. So does every config of a compressed vision tower: layers read there which attention to use, and while a
+forward groups patches they read the name of this package's. Nothing about a forward is ever stored in a config.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .forward import current_forward
 from .vocabulary import VisualVocabulary
 
 PLAIN = "_vwt_plain_class"
-"""Where a class that stands for another while there is a setting, of a config or an image processor, names that one."""
+"""The attribute of a subclass, of a config or an image processor that has a setting, which holds the plain class."""
 BY_PLAN = "vwt_"
-"""Begins the names of this package's attention implementations: `vwt_sdpa` is sdpa by the plan of the forward."""
+"""Prefix of the names of this package's attention implementations: `vwt_sdpa` is sdpa by the plan of the forward."""
 
 
 def _read_setting(config: PreTrainedConfig) -> Any:
@@ -37,32 +37,32 @@ def _write_setting(config: PreTrainedConfig, vwt: Any) -> None:
 
 
 def attend_by_plan(config: PreTrainedConfig, by_plan: bool = True) -> None:
-    """Has layers that read `config` use this package's attention in forwards that group patches, or no longer.
+    """Has layers that read `config` use this package's attention in forwards that group patches, or ends that.
 
-    It lasts whatever becomes of `config.vwt`: the model may still be shortened.
+    It does not depend on `config.vwt`, which a user may delete while the model is still compressed.
     """
     plain = plain_class(type(config))
     config.__class__ = config_subclass(plain, by_plan) if by_plan or "vwt" in config.__dict__ else plain
 
 
 def take_over(config: PreTrainedConfig, part: PreTrainedConfig) -> None:
-    """Makes `config` stand for `part`, the config of a compressed part that is like it: it gets its setting."""
+    """Gives `config` the setting of `part`, the config of a compressed part that is equal but for it."""
     config.vwt = part.vwt  # type: ignore[attr-defined]
     attend_by_plan(config, is_by_plan(part))
 
 
 def is_by_plan(config: PreTrainedConfig) -> bool:
-    """Whether `attend_by_plan` holds for a config."""
+    """Whether `attend_by_plan` was called for a config and not ended."""
     return isinstance(type(config), _StandsFor) and "__getattribute__" in vars(type(config))
 
 
 def plain_class(made: type) -> type:
-    """The class that this one stands for; one that a user derived from such a class is its own."""
+    """The plain class of a subclass that this package made; any other class itself."""
     return vars(made).get(PLAIN, made)
 
 
 class _StandsFor(type):
-    """Metaclass of classes that are equal to their parent, so that Auto classes find the parent's models for them."""
+    """Metaclass of the subclasses: they are equal to their plain class, so that Auto classes find its models."""
 
     def __eq__(cls, other: object) -> bool:
         return isinstance(other, type) and plain_class(other) is plain_class(cls)
@@ -77,8 +77,8 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     """The subclass of a config class, of the same name, whose instances have a setting and write it to config.json.
 
     Args:
-        by_plan: whether layers that read it use this package's attention in forwards that group patches. Reading such a
-            config breaks the graph of a compiled model where no forward is traced, so others are not of this kind.
+        by_plan: whether layers that read such a config use this package's attention in forwards that group patches.
+            Not for every config, as reading one breaks the graph of a compiled model where no forward is traced.
     """
 
     def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
             return value
         forward = current_forward()
         if forward is None or forward.grouped is None:
-            return value  # else attention looks whether it is of that forward: a layer may have a copy of the config
+            return value  # else this package's attention asks whether it is of that forward: configs may be shared
         return BY_PLAN + (value or "eager")
 
     def reduce(self: PreTrainedConfig, protocol: Any) -> Any:
@@ -133,13 +133,13 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
 
 
 def _new_config(plain: Any, by_plan: bool) -> PreTrainedConfig:
-    """An empty instance of `config_subclass`, of which a pickle sets the fields."""
+    """An instance of `config_subclass` without fields, which unpickling sets."""
     own = config_subclass(plain, by_plan)
     return own.__new__(own)
 
 
 def is_typed(vwt: Any) -> bool:
-    """Whether a user made this value of `vwt`: what a config.json gives is never of these types."""
+    """Whether a user's own code set this value of `vwt`: a config.json gives none of these types."""
     return isinstance(vwt, (VWTConfig, VisualVocabulary, os.PathLike))
 
 
@@ -147,5 +147,5 @@ SETTING = property(_read_setting, _write_setting, doc="What `vwt` asks for: a se
 
 
 def is_among(config: PreTrainedConfig, configs: list[PreTrainedConfig]) -> bool:
-    """Whether `configs` has this very object; others of the same values are equal to it."""
+    """Whether `configs` holds this very object: `in` would find others of the same values."""
     return any(config is other for other in configs)

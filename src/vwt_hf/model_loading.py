@@ -1,4 +1,5 @@
-"""Loading by `vwt`: what is asked for, or what a config holds, becomes the setting of a model or an image processor."""
+"""Loading: the `vwt` that a user gives, or else the one that a file holds, becomes the setting of a model or an image
+processor."""
 
 from __future__ import annotations
 
@@ -20,12 +21,13 @@ from .processors import configs_within, saved_setting
 from .weights import remember_load
 
 NOT_GIVEN: Any = object()
+"""The default of `vwt`, as `None` asks for the plain model."""
 _building: contextvars.ContextVar[bool] = contextvars.ContextVar("vwt_hf building", default=False)
-"""True while a model is loaded or built: models built within it stay plain, and it compresses its parts afterwards."""
+"""True while a model is loaded or built: models that are built within it stay plain until all of it is there."""
 
 
 def reading_configs(original: Any) -> Any:
-    """`PreTrainedConfig.from_dict` that takes `vwt`, and hands it on to the model where one is loaded."""
+    """`PreTrainedConfig.from_dict` that takes `vwt`, and hands it on to the model that is being loaded, if one is."""
 
     @functools.wraps(original)
     def from_dict(cls: Any, config_dict: dict[str, Any], vwt: Any = NOT_GIVEN, **kwargs: Any) -> Any:
@@ -52,14 +54,14 @@ def loading_models(original: Any) -> Any:
         if vwt is not NOT_GIVEN:
             setting = _setting(cls, vwt)
         else:
-            # With no config given there is none to look at before the weights are read.
+            # Without a config given there is none to refuse before the weights are read.
             _setting(cls, getattr(kwargs.get("config"), "vwt", None), source)
         with _parts_stay_plain():
             loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         named = "" if source is None else model.name_or_path
-        if source is None:  # of which transformers makes "None"
+        if source is None:  # transformers names such a model "None"
             for config in configs_of(model):
                 config.name_or_path = ""
         for part in model.modules():
@@ -99,6 +101,7 @@ def building_models(original: Any) -> Any:
 
 @contextlib.contextmanager
 def _parts_stay_plain() -> Iterator[None]:
+    """Within this context `_building` is true."""
     token = _building.set(True)
     try:
         yield
@@ -125,8 +128,8 @@ def loading_processors(original: Any) -> Any:
 
 
 def loading_tokenizers(original: Any) -> Any:
-    """`from_pretrained` of text tokenizers, without `vwt`: pipelines hand them the model's keyword arguments, which
-    they keep and save."""
+    """`from_pretrained` of text tokenizers that ignores `vwt`: a pipeline hands them the model's keyword arguments, and
+    they would keep and save it."""
 
     @functools.wraps(original)
     def from_pretrained(cls: Any, *args: Any, vwt: Any = None, **kwargs: Any) -> Any:
@@ -136,10 +139,10 @@ def loading_tokenizers(original: Any) -> Any:
 
 
 def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTConfig | None:
-    """What `vwt` asks for, refused where it is not valid, or where a model of this class cannot have it.
+    """Reads `vwt`, and refuses a setting that is not valid or that a model of this class cannot have.
 
     Args:
-        source: the repository or folder whose config may be where `vwt` comes from.
+        source: the repository or folder whose config holds `vwt`, for the message; `None` if a user gave it.
     """
     with _said_of(source):
         setting = VWTConfig.parse(vwt)
@@ -150,7 +153,7 @@ def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTCon
 
 @contextlib.contextmanager
 def _said_of(source: Any) -> Iterator[None]:
-    """Makes errors name the repository or folder `source` whose config.json holds the setting; `None` for none."""
+    """Has errors name `source`, the repository or folder whose config.json holds the setting; `None` changes none."""
     try:
         yield
     except (FileNotFoundError, TypeError, ValueError) as error:
@@ -161,11 +164,11 @@ def _said_of(source: Any) -> Iterator[None]:
 
 
 def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> None:
-    """Compresses a model that was just made, or those of its parts, whose configs hold a setting.
+    """Compresses a model that was just made, or its parts, if their configs hold a setting.
 
     Args:
-        source: where the model was loaded from; `None` for nowhere. Then a setting that a user typed may go by where
-            its config is from, and no other: a config.json can name any folder as that.
+        source: where the model was loaded from; `None` for nowhere. In that case only a setting that a user typed may
+            read files from where its config says that it is from: a config.json can name any folder there.
     """
     parts = parts_of(model)
     if parts:
@@ -195,14 +198,14 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
 
 
 def _ask_alike(vwt: Any, other: Any) -> bool:
-    """Whether two values of `vwt` ask for the same setting, of which one may hold a copy of the other's vocabulary."""
+    """Whether two values of `vwt` ask for the same setting, also where one holds a copy of the other's vocabulary."""
     return vwt == other or (
         type(vwt) is type(other) and isinstance(vwt, VWTConfig) and vwt.to_dict() == other.to_dict()
     )
 
 
 def _apply(model: PreTrainedModel, setting: VWTConfig | None, hub_kwargs: dict[str, Any]) -> None:
-    """Gives a model that was just made the setting that a user asks for, whatever its config says."""
+    """Gives a model that was just made a user's setting, in place of any in its config; `None`: the plain model."""
     saved = saved_setting(model.config)
     if setting is not None and saved is not None:
         setting = setting.with_saved(saved)

@@ -1,4 +1,5 @@
-"""Saving what has a setting: configs that name it, words beside the weights, evidence in the card."""
+"""Saving models and image processors that have a setting: it goes into config.json, its words beside the weights, and
+its evidence into the card."""
 
 from __future__ import annotations
 
@@ -26,18 +27,19 @@ from .weights import lasting
 from .whole_saves import sharing
 
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+"""Keyword arguments of `save_pretrained` that are for the upload alone."""
 _TURN = 60.0
-"""Seconds for which a save with words waits for another into its folder. Not for ever: processes that save together
-may wait for each other within it."""
+"""For how many seconds a save with words waits until no other save into its folder runs. Not for ever, as processes
+that save together may wait for each other meanwhile."""
 _saving_one = threading.RLock()
-"""Held while a compressed model is saved, whose config names the words of that save meanwhile."""
+"""Held while a compressed model is saved, as its config names the words of that save meanwhile."""
 
 
 def saving_models(original: Any) -> Any:
     """`PreTrainedModel.save_pretrained` that writes the settings of parts to config.json, and words beside the weights.
 
-    Words lie in a new folder of their own, which config.json names. It is sealed when all is written, so a save that
-    was killed leaves what was there before, or what a load notices (`saved_words.py`).
+    Each save writes words into a new folder, which config.json names, and seals it when all is written. So a save that
+    is killed leaves either what was there before, or a folder without a seal, which a load refuses (`saved_words.py`).
     """
 
     signature = inspect.signature(original)
@@ -46,7 +48,7 @@ def saving_models(original: Any) -> Any:
     def save_pretrained(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, save_directory, *args, **kwargs)
         call.apply_defaults()
-        # Threads that save one model write into one config what is to be saved of it.
+        # Threads that save one model would write into its one config at once.
         turn = contextlib.nullcontext() if setting_of(self) is None else _saving_one
         with turn, _parts_to_save(self) as parts:
             return save_parts(self, call, parts)
@@ -56,27 +58,25 @@ def saving_models(original: Any) -> Any:
         for part, setting in parts.items():
             require_same_layers(part)
             if not setting.is_saved_as(part.config.vwt):
-                part.config.vwt = setting.to_dict()  # it was changed in the config, and the model runs by the setting
+                part.config.vwt = setting.to_dict()  # a user changed the config, and the model runs by the setting
             if (vocabulary := setting.words_to_save()) is not None:
                 words[part] = vocabulary
         folder = Path(call.arguments["save_directory"])
-        # Every process of a distributed save comes here. The one that writes config.json, which names the words, writes
-        # them, too, and removes what killed saves left; with adapters of transformers' own none writes config.json.
+        # Every process of a distributed save comes here. That which writes config.json, where words are named, writes
+        # the words, too, and removes what killed saves left. With adapters of transformers' own none does.
         writes = self.should_save_on_this_rank(call.arguments["is_main_process"]) and not folder.is_file()
-        writes = writes and not getattr(self, "_hf_peft_config_loaded", False)
-        turn = _TURN if words else 0
-        with sharing(folder, turn) if writes else contextlib.nullcontext((None, lambda: False)) as (_, is_alone):
+        if not writes or getattr(self, "_hf_peft_config_loaded", False):
+            return original(*call.args, **call.kwargs)
+        with sharing(folder, _TURN if words else 0) as (_, is_alone):
             saved_as = []
-            if writes:
-                for part, vocabulary in words.items():
-                    saved_as.append(write_words(folder, vocabulary))
-                    part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
-                require_same_words(folder, saved_as, call.arguments["variant"])
+            for part, vocabulary in words.items():
+                saved_as.append(write_words(folder, vocabulary))
+                part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
+            require_same_words(folder, saved_as, call.arguments["variant"])
             saved = _save_sealed(self, call, original, folder, saved_as)
-            if writes:
-                seal_words(folder, saved_as)
-                if is_alone():
-                    remove_other_words(folder, saved_as)
+            seal_words(folder, saved_as)
+            if is_alone():
+                remove_other_words(folder, saved_as)
             return saved
 
     return save_pretrained
@@ -84,7 +84,10 @@ def saving_models(original: Any) -> Any:
 
 @contextlib.contextmanager
 def _parts_to_save(model: PreTrainedModel) -> Iterator[dict[PreTrainedModel, VWTConfig]]:
-    """The models in whose configs a setting stands that is to be saved with `model`, each with its setting."""
+    """Yields the models whose configs hold a setting to save with `model`, each with that setting.
+
+    `model` may be part of another model whose config alone holds the setting: then its own holds it meanwhile.
+    """
     if any(config.vwt for config in configs_of(model)):
         _require_embeddings(model)
     parts = _compressed_parts(model)
@@ -93,7 +96,7 @@ def _parts_to_save(model: PreTrainedModel) -> Iterator[dict[PreTrainedModel, VWT
     if setting is None:
         yield parts
         return
-    model.config.vwt = setting.to_dict()  # it is part of a model in whose config alone the setting stands
+    model.config.vwt = setting.to_dict()
     try:
         yield {model: setting}
     finally:
@@ -101,14 +104,14 @@ def _parts_to_save(model: PreTrainedModel) -> Iterator[dict[PreTrainedModel, VWT
 
 
 def _require_embeddings(model: PreTrainedModel) -> None:
-    """Raises `ValueError` where a tower was compressed and its embeddings are others since."""
+    """Raises `ValueError` where the embeddings of a tower were replaced after it was compressed."""
     replaced = (
         part
         for part in model.modules()
         if isinstance(part, PreTrainedModel) and takes_words(part) and setting_of(part) is None
     )
     for part in replaced:
-        # One that holds others holds a tower that was restored, or another than was compressed.
+        # If it holds other models, one of these is a tower that was restored or replaced, which is no mistake.
         if not any(isinstance(inner, PreTrainedModel) for inner in part.modules() if inner is not part):
             raise ValueError(
                 f"the embeddings of the {type(part).__name__} were replaced after it was compressed, so that it runs "
@@ -117,13 +120,13 @@ def _require_embeddings(model: PreTrainedModel) -> None:
 
 
 def _save_sealed(model: PreTrainedModel, call: Any, original: Any, folder: Path, saved_as: list[str]) -> Any:
-    """What `original` gives, called as `call` says; where it uploads what it wrote, the words go along, sealed."""
+    """Calls `original` as `call` says, and if that uploads what it wrote, uploads the words with it, sealed."""
     if not saved_as:
         return original(*call.args, **call.kwargs)
     upload = model._upload_modified_files
 
     def upload_sealed(working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any) -> Any:
-        """What the original calls when all is written, to upload what was not there before it began."""
+        """Called by `original` when all is written: uploads what was not there before it began."""
         seal_words(folder, saved_as)
         own = set(map(words_folder, saved_as))
         before = {name: time for name, time in files_timestamps.items() if name not in own}
@@ -137,7 +140,7 @@ def _save_sealed(model: PreTrainedModel, call: Any, original: Any, folder: Path,
 
 
 def uploading_models(original: Any) -> Any:
-    """`_upload_modified_files`, by which all ways of pushing a model end, with evidence for its setting in its card."""
+    """`_upload_modified_files`, which every way of pushing a model calls last, that writes evidence into its card."""
 
     @functools.wraps(original)
     def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,9 +152,9 @@ def uploading_models(original: Any) -> Any:
 
 
 def saving_processors(original: Any) -> Any:
-    """`save_pretrained` of image processors, and of processors that hold one, that writes its words below the folder.
+    """`save_pretrained` of image processors, and of processors that hold one, that writes words into their own folder.
 
-    They are written first and found by the name that the processor's file gives, so that a save which was killed leaves
+    Words are written first, and the processor's file, which names their folder, last. So a save that is killed leaves
     what was there before.
     """
 
@@ -159,7 +162,7 @@ def saving_processors(original: Any) -> Any:
     def save_pretrained(self: Any, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         processor = self if isinstance(self, ImageProcessingMixin) else getattr(self, "image_processor", None)
         folder = Path(save_directory)
-        left = folder.glob(f"{image_processing.PROCESSOR_FOLDER}-*")  # words of one that was saved here before
+        left = folder.glob(f"{image_processing.PROCESSOR_FOLDER}-*")  # words of earlier saves
         if getattr(processor, "vwt", None) is None and next(left, None) is None:
             return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
         if folder.is_file():
@@ -167,7 +170,7 @@ def saving_processors(original: Any) -> Any:
         if isinstance(processor, image_processing.Tokenizing):
             processor.require_statistics()
         options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
-        # Every process of a distributed run may come here: each leaves the words that it named.
+        # Every process of a distributed run may come here. None removes the words that another's file names.
         with sharing(folder, _TURN if image_processing.words_of(processor) else 0) as (_, is_alone):
             saved_as = image_processing.write_words_of(processor, folder)
             saved = original(self, save_directory, **kwargs)
@@ -182,20 +185,22 @@ def saving_processors(original: Any) -> Any:
 
 
 def _compressed_parts(model: nn.Module) -> dict[PreTrainedModel, VWTConfig]:
-    """The models in whose config the setting stands that is followed, and it: `model`, or else those of its parts."""
+    """The models that run by the setting in their config, each with it: `model`, or else those of its parts that do."""
     inner = {part: own for child in model.children() for part, own in _compressed_parts(child).items()}
     if not isinstance(model, PreTrainedModel) or model.config.vwt is None:
         return inner
     setting = setting_of(model)
-    # A part may have been compressed anew by itself, and then the whole's setting is none that is followed.
-    return {model: setting} if setting is not None and (setting.is_saved_as(model.config.vwt) or not inner) else inner
+    # A part may have been compressed anew by itself, and then nothing runs by the setting of the whole.
+    if setting is not None and (setting.is_saved_as(model.config.vwt) or not inner):
+        return {model: setting}
+    return inner
 
 
 def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel]) -> None:
-    """Has the config of `model` hold the settings of those of its `parts` that are compressed, and no other.
+    """Makes the config of `model` hold the settings of its compressed `parts`, and no other.
 
     Raises:
-        ValueError: a part was compressed alone, and no config within the model's is the part's alone.
+        ValueError: a part was compressed alone, and no config within that of `model` belongs to it alone.
     """
     held = [config for _, config in configs_within(model.config)]
     mine = [part.config for part in parts]
@@ -203,35 +208,42 @@ def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel])
         return
     own_config(model)
     for part in parts:
-        within = list(configs_within(model.config))
-        if is_among(part.config, [config for _, config in within]):
-            continue
-        alike = [(path, config) for path, config in within if _same_but_setting(config, part.config)]
-        why_not = _why_not_of_part(alike[0][1], model, part) if len(alike) == 1 else f"{len(alike)} are like it"
-        if why_not is not None:
-            raise ValueError(
-                f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and no config "
-                f"within its own is that of this part alone: {why_not}. Save the part by itself, vwt_hf.restore(part), "
-                "or, if that is supported, vwt_hf.compress what is around it."
-            )
-        (path, config), *_ = alike
-        if path:
-            *holders, name = path.split(".")
-            setattr(functools.reduce(getattr, holders, model.config), name, part.config)
-            continue
-        own = part.config
-        take_over(config, own)
-        for module in part.modules():
-            if module.__dict__.get("config") is own:
-                module.__dict__["config"] = config
+        if not is_among(part.config, [config for _, config in configs_within(model.config)]):
+            _take_setting_of(part, model)
     mine = [part.config for part in parts]
     for _, config in list(configs_within(model.config)):
         if not is_among(config, mine):
             config.vwt = None
 
 
+def _take_setting_of(part: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Makes the config within that of `model` which is like that of `part` hold its setting.
+
+    Raises:
+        ValueError: no config is that of `part` alone.
+    """
+    own = part.config
+    alike = [(path, config) for path, config in configs_within(model.config) if _same_but_setting(config, own)]
+    why_not = _why_not_of_part(alike[0][1], model, part) if len(alike) == 1 else f"{len(alike)} are like it"
+    if why_not is not None:
+        raise ValueError(
+            f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and no config "
+            f"within its own is that of this part alone: {why_not}. Save the part by itself, vwt_hf.restore(part), "
+            "or, if that is supported, vwt_hf.compress what is around it."
+        )
+    ((path, config),) = alike
+    if path:
+        *holders, name = path.split(".")
+        setattr(functools.reduce(getattr, holders, model.config), name, own)
+        return
+    take_over(config, own)
+    for module in part.modules():
+        if module.__dict__.get("config") is own:
+            module.__dict__["config"] = config
+
+
 def _why_not_of_part(config: PreTrainedConfig, model: PreTrainedModel, part: PreTrainedModel) -> str | None:
-    """Why what is loaded by `config`, within that of `model`, is not `part` alone; `None` if it is."""
+    """Why a setting in `config`, which is within that of `model`, would not be `part`'s alone; `None` if it would."""
     if config is model.config:
         try:
             tower = find_tower(model, family_of(model))
@@ -244,7 +256,7 @@ def _why_not_of_part(config: PreTrainedConfig, model: PreTrainedModel, part: Pre
     inside = set(part.modules())
     held = (module.__dict__.get("config") for module in model.modules() if module not in inside)
     others = {id(own): own for own in held if isinstance(own, PreTrainedConfig)}
-    # What was compressed and restored has a copy of its config, by which it is not loaded.
+    # By value: a part that was compressed and restored holds a copy of its config.
     if any(_same_but_setting(config, own) for own in others.values()):
         return "the one like it is that of other parts, too"
     return None
