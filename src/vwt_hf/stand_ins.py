@@ -1,4 +1,4 @@
-"""What stands in place of a module's forward, or of another of its methods, and how `restore` knows it."""
+"""`StandIn`: what replaces a module's forward, or another of its methods, and how `restore` finds it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers import PreTrainedModel
 
 
 class StandIn(functools.partial):
-    """A function of ours in place of a module's forward; `restore` finds it by its type."""
+    """A function of ours that replaces a method of a module; `restore` finds it by its type."""
 
     @property
     def __code__(self) -> types.CodeType:
-        """The code of that function, which torch.export of torch 2.6 reads of every forward."""
+        """The code of the function, which torch.export of torch 2.6 reads of every forward."""
         return self.func.__code__
 
     def __reduce__(self) -> Any:
         state: Any = super().__reduce__()
         made, given, (func, args, kwargs, fields) = state
-        if "__func__" in (fields or {}):  # a function that `pickle` does not find by its name
+        if "__func__" in (fields or {}):  # made by `class_forward`: `pickle` does not find it by its name
             fields = fields | {"__func__": None}
         return made, given, (func, args, kwargs, fields)
 
@@ -33,10 +33,10 @@ class StandIn(functools.partial):
 
 
 def class_forward(signature: inspect.Signature) -> Any:
-    """The forward of a model's class as a function with `patch_words` in its signature; `is_ours` finds it.
+    """A plain function that calls the forward of the class of a model, and shows this signature; `is_ours` finds it.
 
-    accelerate makes a method of it where it wraps and unwraps a forward for mixed precision. A function and no other
-    object, as torch.compile and torch.export read the code of every forward.
+    accelerate makes a method of it where it wraps and unwraps a forward for mixed precision. It is a function because
+    torch.compile and torch.export read the code of every forward.
     """
 
     def forward(self: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +49,7 @@ def class_forward(signature: inspect.Signature) -> Any:
 
 
 def is_ours(value: Any) -> bool:
-    """Whether an attribute of a module is a forward or method of ours, or what accelerate left of one."""
+    """Whether an attribute of a module is a stand-in of ours, or the method that accelerate made of one."""
     return isinstance(value, StandIn) or (isinstance(value, types.MethodType) and _is_class_forward(value.__func__))
 
 
@@ -58,12 +58,15 @@ def _is_class_forward(function: Any) -> bool:
 
 
 def slot_of(module: nn.Module) -> str:
-    """The attribute that holds the forward of `module`: accelerate (`device_map`) moves it to another and wraps it."""
+    """The attribute that holds the forward of `module`: another where accelerate (`device_map`) wrapped it."""
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
 def own_forward(module: nn.Module) -> Any:
-    """The forward that `module` has in place of its class's; accelerate leaves that in it when hooks are removed."""
+    """What replaces the forward of its class in `module`; `None` if nothing does.
+
+    accelerate leaves the class's own forward in the module where it removed its hooks.
+    """
     present = module.__dict__.get("forward")
     function = getattr(present, "__func__", None)
     return None if function is type(module).forward or _is_class_forward(function) else present

@@ -1,4 +1,4 @@
-"""The weights of a model: where they came from, where they are, and what tells a model from others."""
+"""The weights of a model: where they were loaded from, on which device they are, and a fingerprint of them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from .printable import printable
 
 _loaded_by: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
-"""Of models that were loaded with any of them: `revision`, `subfolder`, `token` and the like. Models stay as they are,
-so a copy of one does not have them."""
+"""The `revision`, `subfolder`, `token` and the like that a model was loaded with, if there were any. They are not
+attributes of the model, so a copy of it does not have them."""
 
 
 def remember_load(model: nn.Module, hub_kwargs: dict[str, Any]) -> None:
-    """Keeps how a model was loaded, besides `name_or_path`, for what is read from there later."""
+    """Keeps the keyword arguments by which a model was loaded, to read what lies beside its weights later."""
     kept = {name: value for name, value in hub_kwargs.items() if value is not None and name != "force_download"}
     if kept:
         _loaded_by[model] = kept
@@ -33,7 +33,7 @@ def loaded_by(model: nn.Module) -> dict[str, Any]:
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` with modules of its own and the same weights, that reads the same files beside them.
+    """A copy of `model` with modules of its own and the very same weights, which `loaded_by` knows, too.
 
     Raises:
         ValueError: its weights lie in parts in several processes.
@@ -47,7 +47,7 @@ def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
 def fingerprint_of(model: PreTrainedModel) -> str:
     """The class of `model` and a hash of its config, of all that its state dict holds and of which adapters are on.
 
-    Another training has another, and so have the same weights by another activation. Every weight is read.
+    It changes with training, and with any field of the config that changes answers. Every weight is read.
     """
     own = hashlib.sha256(json.dumps(lasting(model.config.to_dict()), sort_keys=True).encode())
     for name, value in model.state_dict().items():
@@ -58,7 +58,7 @@ def fingerprint_of(model: PreTrainedModel) -> str:
 
 
 def _adapters_of(model: nn.Module) -> Iterator[Any]:
-    """What PEFT's layers have of adapters beside their weights: whether these are on, which, and how strongly."""
+    """What layers with PEFT's adapters hold beside weights: whether adapters are on, which, and how strongly."""
     for name, module in model.named_modules():
         if hasattr(module, "merged_adapters"):
             state = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
@@ -70,7 +70,7 @@ _PASSING = {"architectures", "dtype", "problem_type", "torch_dtype", "transforme
 
 
 def lasting(value: Any) -> Any:
-    """What a config's dict says of how its model computes, as JSON holds it."""
+    """The part of a config's dict that says how its model computes, as JSON holds it."""
     if isinstance(value, Mapping):
         return {
             str(name): lasting(own)
@@ -83,9 +83,9 @@ def lasting(value: Any) -> Any:
 
 
 def _hash_value(digest: Any, value: Any) -> None:
-    """Adds an entry of a state dict to `digest`: shape, data type and all numbers; of what holds none, its type."""
+    """Adds an entry of a state dict to `digest`: of a tensor the shape, data type and all numbers."""
     if isinstance(value, torch.Tensor):
-        if hasattr(value, "__tensor_flatten__"):  # tensors in one, such as torchao's of 8 bits
+        if hasattr(value, "__tensor_flatten__"):  # it is made of other tensors, such as torchao's of 8 bits
             _hash_value(digest, {name: getattr(value, name) for name in value.__tensor_flatten__()[0]})
             return
         if value.is_quantized:
@@ -106,7 +106,7 @@ def _hash_value(digest: Any, value: Any) -> None:
 
 
 _MARKS = ("_is_flat_param", "_fsdp_flattened", "ds_id")
-"""Attributes by which the first FSDP and DeepSpeed mark parameters that they may hold in parts."""
+"""Attributes by which FSDP 1 and DeepSpeed mark parameters of which a process may hold a part."""
 
 
 def require_unsharded(model: PreTrainedModel) -> None:
@@ -125,7 +125,7 @@ def require_unsharded(model: PreTrainedModel) -> None:
 
 
 def parameter_of(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """A parameter of `model`, also where accelerate keeps its values elsewhere until they are used.
+    """A parameter of `model`, fetched where accelerate keeps its values elsewhere until they are used.
 
     Raises:
         ValueError: it has no values.
@@ -134,11 +134,11 @@ def parameter_of(model: PreTrainedModel, name: str) -> torch.Tensor:
 
 
 def _fetched(model: PreTrainedModel, name: str, value: Any) -> Any:
-    """An entry of the state dict of `model`, as `parameter_of` gives it."""
+    """An entry of the state dict of `model`, fetched where accelerate keeps its values elsewhere."""
     if not isinstance(value, torch.Tensor) or not value.is_meta:
         return value
     parts = name.split(".")
-    for depth in reversed(range(len(parts))):  # the hook of a module may fetch what its own modules have
+    for depth in reversed(range(len(parts))):  # the hook of a module may hold values of modules within it
         for hook in _hooks_of(model.get_submodule(".".join(parts[:depth]))):
             weights = getattr(hook, "weights_map", None)
             if weights is not None:
@@ -149,7 +149,7 @@ def _fetched(model: PreTrainedModel, name: str, value: Any) -> Any:
 def _hooks_of(module: nn.Module) -> Sequence[Any]:
     """accelerate's hooks of a module."""
     hook = getattr(module, "_hf_hook", None)
-    return getattr(hook, "hooks", (hook,))  # one holds several
+    return getattr(hook, "hooks", (hook,))  # a `SequentialHook` holds several
 
 
 def _no_values(model: PreTrainedModel, name: str) -> str:
@@ -160,7 +160,8 @@ def _no_values(model: PreTrainedModel, name: str) -> str:
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where `model` takes its images: where its weights are or, of those kept elsewhere, where accelerate runs it.
+    """The device on which `model` takes its images: that of its weights or, where these are kept elsewhere, that on
+    which accelerate runs it.
 
     Raises:
         ValueError: its weights have no values.

@@ -1,10 +1,11 @@
 """Files that are written whole or not at all, whenever the process that writes them ends.
 
-Every file is written and flushed beside its place and then renamed into it. Saves into one folder share a lock for as
-long as they run, which ends with their process: what an earlier save left behind is removed by a later one only while
-no other runs. No save waits for another to end, but those that transformers writes file by file, which take turns as
-long as that does not take too long. Where a file system has no such locks (Windows, some that are shared over a
-network) files are as whole, but two saves at once into one folder may remove each other's files.
+Every file is written and flushed beside its place and then renamed into it.
+
+Saves into one folder share a lock on it while they run, which ends with their process. A save that finds that no other
+runs removes what killed ones left behind. No save waits for others to end, except those that transformers writes file
+by file, which wait for a while. Where a file system has no such locks (Windows, some that are shared over a network)
+files are as whole, but two saves at once into one folder may remove each other's files.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ _PREFIX = ".vwt-save-"
 _LEFT_OVER = re.compile(re.escape(_PREFIX) + "[a-z0-9_]{8}")
 """The folder of one save, as `tempfile` names it."""
 _MOUNTS = Path("/proc/self/mountinfo")
-"""Where Linux lists what is mounted: also single files, as containers have them."""
+"""Where Linux lists what is mounted, which may be single files, as in containers."""
 _PATIENCE = 2.0
-"""Seconds for which a save asks for its share of the lock, which another has for the milliseconds of tidying up."""
+"""For how many seconds a save tries to share the lock, which another holds alone for milliseconds, to tidy up."""
 
 
 class Save:
-    """A save that is going on. Made by `saving`."""
+    """A save into a folder that is under way; `saving` makes it."""
 
     def __init__(self, folder: Path, new: Path, lock: int | None, is_alone: Callable[[], bool]) -> None:
         self.folder, self.new = folder, new
         self._lock = lock
         self.is_alone = is_alone
-        """Whether no other save into the folder runs, nor begins before this one ends."""
+        """Tells whether no other save into the folder runs. If so, none begins before this one ends."""
 
     def write(self, contents: dict[str, bytes]) -> None:
-        """Writes files where nobody looks for them yet, down to the disk."""
+        """Writes files, down to the disk, into a folder where nobody looks for them yet."""
         for name, content in contents.items():
             with _naming(self.folder / name), open(self.new / name, "wb") as file:
                 file.write(content)
@@ -51,7 +52,7 @@ class Save:
                 os.fsync(file.fileno())
 
     def place(self, name: str) -> None:
-        """Puts a file that `write` wrote into the folder, in place of an older one, whose permissions it gets."""
+        """Moves a file that `write` wrote into the folder, in place of an older one, whose permissions it gets."""
         new, old = self.new / name, self.folder / name
         with contextlib.suppress(OSError):  # there is none, or the file system has no permissions
             os.chmod(new, os.stat(old).st_mode & 0o777)
@@ -60,9 +61,9 @@ class Save:
         self._flush()
 
     def place_new(self, name: str) -> bool:
-        """Puts a file that `write` wrote into the folder if there is none of its name; returns whether it did.
+        """Puts a file that `write` wrote into the folder if there is none of its name, and returns whether it did.
 
-        Of two saves that do so at once one does.
+        Of two saves that try at once only one does.
         """
         try:
             os.link(self.new / name, self.folder / name)
@@ -76,20 +77,20 @@ class Save:
         return True
 
     def _flush(self) -> None:
-        # A rename must not reach the disk before one that came earlier. Not every file system can tell.
+        # Renames must reach the disk in their order. Not every file system can flush a folder.
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._lock)
 
     def left_overs(self) -> list[Path]:
-        """Folders that other saves write in. If `is_alone` is true afterwards, all of them are of killed saves."""
+        """Folders that other saves write in. If `is_alone()` is true afterwards, all of them are of killed saves."""
         found = [path for path in self.folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
         return [path for path in found if path != self.new and path.is_dir() and not path.is_symlink()]
 
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Has errors of the system name this file, where they name none or one that nobody knows."""
+    """Has errors of the system name this file, where they name none or a temporary one."""
     try:
         yield
     except OSError as error:
@@ -99,8 +100,8 @@ def _naming(file: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def saving(folder: Path) -> Iterator[Save]:
     """Begins a save into `folder`, made if need be; what was written and not placed is removed at the end."""
-    # The lock comes before there is anything that another save could remove; what is written lies beside the files that
-    # it replaces, since a rename is atomic within one file system alone.
+    # The lock comes first, before there is anything that another save could remove. New files lie within the folder, as
+    # a rename is atomic within one file system alone.
     with (
         sharing(folder) as (lock, is_alone),
         tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder, ignore_cleanup_errors=True) as new,
@@ -112,11 +113,11 @@ def saving(folder: Path) -> Iterator[Save]:
 def sharing(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, Callable[[], bool]]]:
     """Shares the lock on `folder`, which is made if need be, with other saves.
 
-    It gives the lock's descriptor, `None` on Windows, and a function that tells whether no other save runs. Once it has
-    said so, no other begins before the end. Where there are no locks, that function always says so.
+    It yields the lock's descriptor, `None` on Windows, and a function that tells whether no other save runs. Once that
+    has returned true, no other save begins before the end. Where there are no locks, it always returns true.
 
     Args:
-        turn: seconds to wait until no other save runs, so that two of many steps come one after the other.
+        turn: for how many seconds to wait until no other save runs, so that saves of many steps take turns.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock: int | None = None
@@ -135,9 +136,9 @@ def sharing(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, Callabl
 
 
 def write_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Writes files into `folder`, made if need be; one that cannot be written leaves all old ones as they were.
+    """Writes files into `folder`, made if need be. If one cannot be written, all old ones stay as they were.
 
-    Each file is whole at any time. Files that belong together are the old ones or the new ones only if they are one.
+    Each file is whole at any time. A process that is killed may leave some new files beside old ones.
     """
     with saving(folder) as save:
         save.write(contents)
@@ -149,9 +150,9 @@ def write_files(folder: Path, contents: dict[str, bytes]) -> None:
 
 
 def write_file(file: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file, whole or not at all: one that was there stays as it was until then. Makes its folder.
+    """Writes a file, whole or not at all; one that is there stays as it is until then. Makes its folder.
 
-    What is printed into the file, as into /dev/stdout, stays in it, and so does what goes into a pipe or a device.
+    A pipe, a device, and a file that this process prints into (/dev/stdout) are written into and not replaced.
 
     Raises:
         OSError: it cannot be written.
@@ -175,13 +176,13 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
     """Raises where a file could not be written, before work is spent on what goes in; makes nothing.
 
     Args:
-        files: one whose folder is not there counts as writable if that can be made; `None` is no file.
+        files: if the folder of one does not exist, it is enough that it can be made. `None` is skipped.
 
     Raises:
         OSError: one cannot; the message names it.
         ValueError: two of them are one file.
     """
-    own: dict[str, Path] = {}
+    own: dict[Path, Path] = {}
     for file in (Path(file) for file in files if file is not None):
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder; expected the name of a file to write.")
@@ -209,20 +210,20 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
             file.lstat()
         if file.is_file():
             file.open("ab").close()
-        same = own.setdefault(os.path.realpath(file), file)
+        same = own.setdefault(place, file)
         if same is not file:
             raise ValueError(f"{file} and {same} are one file; expected a name of its own for each output.")
 
 
 def _takes_all(file: Path) -> bool:
-    """Whether it is a pipe or a device, which no file may take the place of."""
+    """Whether `file` is a pipe or a device, which is written into and not replaced."""
     return file.exists() and not file.is_file()
 
 
 def _stream_into(file: Path) -> TextIO | None:
-    """What prints into this very file, as where it is /dev/stdout or the log that a shell sends all output to."""
+    """The stream that prints into this very file: it is /dev/stdout, or the log that a shell sends all output to."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, of no descriptor, or none
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, has no descriptor, or is None
             if os.path.samestat(os.stat(file), os.fstat(stream.fileno())):
                 return stream
     return None
@@ -264,7 +265,7 @@ def require_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Removes files and folders, as far as they can be: what stays is removed by a later save."""
+    """Removes files and folders. What cannot be removed stays for a later save to remove."""
     for path in paths:
         with contextlib.suppress(OSError):
             if path.is_dir() and not path.is_symlink():
@@ -274,6 +275,7 @@ def remove(paths: Iterable[Path]) -> None:
 
 
 def _locked_soon(descriptor: int, *, alone: bool = False, patience: float = _PATIENCE) -> bool:
+    """Tries `_locked` until it succeeds, for at most `patience` seconds."""
     end = time.monotonic() + patience
     while not _locked(descriptor, alone=alone):
         if time.monotonic() > end:
@@ -283,7 +285,7 @@ def _locked_soon(descriptor: int, *, alone: bool = False, patience: float = _PAT
 
 
 def _locked(descriptor: int, *, alone: bool) -> bool:
-    """Locks a folder without waiting. `True` also where its file system has no locks."""
+    """Locks a folder without waiting, `alone` or shared, and returns whether it did; true where there are no locks."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
