@@ -1,9 +1,9 @@
 """Which tokens of an image are alike, so that one may stand for both: functions on tensors alone.
 
 Every second token of an image may become part of one of the others. How alike the two are is
-1 − √s · (1 − c) / (1 − m): c is the cosine of their hidden states, and m the mean of these cosines over all such pairs
+1 − √s · (1 − c) / (1 − m). c is the cosine of their hidden states, and m the mean of these cosines over all such pairs
 of the image, as tokens are much more alike in some models and layers than in others. s is how many patches the token
-stands for that may become part of the other: the more, the more alike the two must be, as in Ward's clustering.
+stands for that would become part of the other: the more, the closer the two must be, as in Ward's clustering.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from .on_gpu import kernels_for
 from .words import best, marked, whole_share, without_autocast
 
 EARLIER, PLACES = 1e-4, 128
-"""Tie-break where a token's most alike one is chosen: candidate i counts as `EARLIER` · min(i, `PLACES`) less alike.
-Of many that are equal but for rounding, as in a plain background, the first is taken, in any batch."""
+"""Where the token most like another is chosen, candidate i counts as `EARLIER` · min(i, `PLACES`) less alike. So of
+many that are equal but for rounding, as in a plain background, the first is taken in every batch."""
 FLAT = 0.01
-"""1 − m counts as no less than this, so that rounding does not tell apart tokens that are all the same."""
+"""1 − m counts as no less than this: where all tokens are the same, it would be nothing but rounding."""
 
 
 class Pairs(NamedTuple):
     """Every second token of each image, and the token among the others that is most like it."""
 
     tokens: torch.Tensor
-    """(images, pairs), int64: the row of each second token, counted over all sequences; an image with fewer pairs has
-    its first row there."""
+    """(images, pairs), int64: the row of each second token, counted over all sequences. An image with fewer pairs than
+    others has its first row in place of those that it lacks."""
     others: torch.Tensor
-    """(images, pairs), int64: rows; of pairs that an image does not have they say nothing."""
+    """(images, pairs), int64: the row of the other token; any row for pairs that an image lacks."""
     alike: torch.Tensor
-    """(images, pairs), float32: how alike the two are; −inf where an image has no such token."""
+    """(images, pairs), float32: how alike the two are; −inf for pairs that an image lacks."""
 
     def into(self, joins: torch.Tensor, layout: Layout) -> torch.Tensor:
         """The row of the token that each becomes part of, its own if it stays: (sequences, prefix + tokens), int64.
 
         Args:
-            joins: (images, pairs), bool: which of `tokens` become part of their other.
+            joins: (images, pairs), bool: which of `tokens` become part of the other of their pair.
         """
         own = torch.arange(layout.sizes.numel(), device=joins.device)
         targets = torch.where(joins, self.others, self.tokens)
@@ -89,7 +89,7 @@ def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float) -> tor
 
     Args:
         hidden_states, layout: as for `find_pairs`.
-        least: how alike tokens are from which on they are joined.
+        least: how alike two tokens must be.
 
     Returns:
         As `Pairs.into`.
@@ -101,13 +101,13 @@ def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float) -> tor
 
 
 def join_share(hidden_states: torch.Tensor, layout: Layout, share: float) -> torch.Tensor:
-    """As `join_alike`, for a share of each image's tokens: of every second one those that are most like another.
+    """As `join_alike`, but joins a given share of each image's tokens: those that are most like another.
 
     Args:
-        share: of the tokens that are no prefix tokens, in [0, 0.5], rounded down.
+        share: of the tokens that are no prefix tokens, in [0, 0.5]; their number is rounded down.
     """
     pairs = find_pairs(hidden_states, layout)
-    # The most alike first, the earlier of equals first: as many of each image as it is to lose.
+    # The most alike first, of equals the earlier first.
     order = best(pairs.alike, pairs.alike.shape[1])
     if (number := number_to_join(layout, share)) is not None:
         joins = marked(order[:, :number], pairs.tokens.shape[1])

@@ -1,7 +1,7 @@
 """Blocks of 2 × 2 patches, and how they look at half the size: functions on tensors alone.
 
-Blocks do not overlap: the first patch of each lies in an even row and column. Blocks of padded patches are cut out, and
-are images of one block each.
+Blocks do not overlap: the first patch of each lies in an even row and column. Where images are padded, each block is
+cut out and is an image of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def halve(images: torch.Tensor) -> torch.Tensor:
         images: (batch, channels, height, width); an odd last row or column is left out.
 
     Returns:
-        (batch, channels, height // 2, width // 2), float32, or float64 if they are.
+        (batch, channels, height // 2, width // 2), float32, or float64 if `images` are.
     """
     first, *others = _quarters(images)
     return sum(others, first.to(torch.promote_types(first.dtype, torch.float32))) / 4
@@ -30,7 +30,7 @@ def halve(images: torch.Tensor) -> torch.Tensor:
 def detail_lost(
     images: torch.Tensor, halves: torch.Tensor, patch_size: tuple[int, int], image_std: tuple[float, ...]
 ) -> torch.Tensor:
-    """How much of each block is lost at half the size: the mean square of what its pixels differ by, in raw RGB.
+    """How much each block loses at half the size: the mean square of the differences of its pixels, in raw RGB.
 
     Args:
         images: (batch, channels, height, width).
@@ -46,7 +46,7 @@ def detail_lost(
     for other in others:
         squares = squares + (other - halves).square()
     means = torch.nn.functional.avg_pool2d(squares / 4, patch_size)
-    # One channel after another: of tensors of other shapes torch may add up in another order.
+    # One channel after another, as torch may sum in an order that depends on the shape of the batch.
     total = torch.zeros_like(means[:, 0])
     for channel, deviation in zip(means.unbind(1), image_std, strict=True):
         total = total + channel * deviation**2
@@ -69,16 +69,16 @@ def with_halves(
         halves: what `halve` makes of them.
         chosen: (batch, rows // 2, columns // 2) bool: which blocks.
         patch_size: height and width of a patch, in pixels.
-        enlarged: whether the four patches of a block show it together, as a person would look at it, and not each of
-            them the whole block, as the model is to see it.
+        enlarged: whether the four patches of a block show it together, for pictures. Else each of them shows the whole
+            block, for the model.
 
     Returns:
-        Of the shape and dtype of `images`; float32 where these are whole numbers.
+        The changed images, of the same shape and dtype; float32 where `images` are whole numbers.
     """
     (height, width), (rows, columns) = patch_size, chosen.shape[1:]
     high, wide = rows * height, columns * width
     halves = halves[..., :high, :wide]
-    if images.is_floating_point():  # whole numbers would lose what means have behind the point
+    if images.is_floating_point():  # means of whole numbers have fractions
         halves = halves.to(images.dtype)
     if enlarged:
         instead = halves.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
@@ -109,8 +109,8 @@ def padded_blocks(places: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         real: (batch, patches), bool: which are no padding.
 
     Returns:
-        A row for each block, and then rows of no block, patches // 4 in all: these hold the number of patches in all
-        four places, which is no index of one.
+        A row for each block, padded to `patches // 4` rows by ones that hold the number of patches, which is no index,
+        in all four places.
     """
     batch, patches = real.shape
     row, column = places.unbind(-1)
@@ -118,7 +118,7 @@ def padded_blocks(places: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     own = torch.arange(patches, device=real.device).expand(batch, -1)
     four = torch.stack((own, own + 1, own + columns, own + columns + 1), dim=2)
     whole = (at(real, four.clamp(max=patches - 1)) & (four < patches)).all(dim=2)
-    # Of the patch after the last of a row it would lie in the next one.
+    # Without this, a patch at the end of a row would form a block with patches of the next row.
     whole &= (row % 2 == 0) & (column % 2 == 0) & (column + 1 < columns)
     order = whole.long().argsort(dim=1, descending=True, stable=True)[:, : patches // 4]
     four = torch.where(whole.unsqueeze(2), four, patches)
@@ -130,7 +130,7 @@ def cut_blocks(patches: torch.Tensor, members: torch.Tensor, patch_size: tuple[i
 
     Args:
         patches: (batch, patches, height · width · channels).
-        members: what `padded_blocks` gives.
+        members: as `padded_blocks` gives them.
         patch_size: height and width of a patch, in pixels.
 
     Returns:
@@ -142,7 +142,7 @@ def cut_blocks(patches: torch.Tensor, members: torch.Tensor, patch_size: tuple[i
 
 
 def put_back(patches: torch.Tensor, blocks: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """Padded patches, with other blocks in the place of those that `cut_blocks` took."""
+    """Padded patches with `blocks`, as `cut_blocks` gives them, in place of their own."""
     height, width = (size // 2 for size in blocks.shape[-2:])
     tiles = blocks.unflatten(0, members.shape[:2]).unflatten(-1, (2, width)).unflatten(-3, (2, height))
     rows = tiles.permute(0, 1, 3, 5, 4, 6, 2).flatten(4).flatten(1, 3)
@@ -154,9 +154,9 @@ def words_of(chosen: torch.Tensor, members: torch.Tensor, patches: int) -> torch
     """The word of each patch: its own index, or that of the first of a block that becomes one token.
 
     Args:
-        chosen: (batch, blocks), bool: which blocks do.
-        members: what `grid_blocks` or `padded_blocks` gives.
-        patches: of each image.
+        chosen: (batch, blocks), bool: which blocks become one token.
+        members: as `grid_blocks` or `padded_blocks` gives them.
+        patches: of each image, padding included.
 
     Returns:
         (batch, patches), int64.

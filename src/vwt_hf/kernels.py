@@ -1,8 +1,8 @@
 """Kernels for NVIDIA GPUs, in Triton: attention by layout, choosing patches, joining tokens.
 
-A GPU runs a small operation faster than the host asks for it, and torch would take many for each of these. Here each is
-a few launches. `on_gpu.kernels_for` says when; all else, and what gradients are taken of or graphs
-are made of, goes by torch's operations. The answers are the same, but for rounding.
+A GPU runs a small operation faster than the host can launch it, and torch would take many for each of these. Here each
+is a few launches. `on_gpu.kernels_for` says when they are used: not where gradients are taken or graphs are made. There
+torch's operations run, with the same answers but for rounding.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from .layout import Layout
 BLOCK = 64
 """Patches or tokens that a program works on at once."""
 DIMS = 32
-"""Dimensions of hidden states that products of tokens are summed over at once."""
+"""Dimensions of hidden states that a product of tokens reads at once."""
 ROWS, KEYS = 64, 32
-"""Queries that a program of attention answers, and keys that it reads at once."""
+"""Queries of one program of attention, and keys that it reads at once."""
 LOG2_E = tl.constexpr(1.4426950408889634)
-"""The logarithm of e to base 2: exp(x) is 2 to the power of x times this, and powers of 2 take one instruction."""
+"""The logarithm of e to base 2: exp(x) = 2^(x · LOG2_E), and a power of 2 takes one instruction."""
 
 
 def try_out(device: torch.device) -> None:
-    """Compiles and launches a kernel, which raises what Triton lacks."""
+    """Compiles and launches a kernel; raises if Triton lacks something for that."""
     rows = torch.zeros(1, dtype=torch.int64, device=device)
     number_words(rows, (rows, rows + 1), 1)
 
@@ -97,7 +97,7 @@ def _attend(
     output += (sequence * tokens + begin) * output_token + head * SIZE
     real_rows = (rows < length)[:, None] & (dims < SIZE)[None, :]
     queries = tl.load(query + rows[:, None] * query_token + dims[None, :], mask=real_rows, other=0.0)
-    most = tl.full([ROWS], -1e30, tl.float32)  # not −inf, from which a key that is hidden does not differ
+    most = tl.full([ROWS], -1e30, tl.float32)  # not −inf: for a hidden key −inf − −inf would be NaN
     total = tl.zeros([ROWS], tl.float32)
     found = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, length, KEYS):
@@ -133,7 +133,7 @@ def find_leaders(
         pixel_values: (batch, channels, height, width).
         patch_size: height and width of a patch, in pixels.
         grid: rows and columns of patches.
-        waves, weights, fine: what `neighbours.describe` looks at patches by: (pixels, 4), (channels,) and a number.
+        waves, weights, fine: `neighbours._waves`, (pixels, 4); `neighbours._weights`, (channels,); `neighbours.FINE`.
         beside, limits: `neighbours._beside` and `neighbours._limits` of the grid.
         tolerance: as for `neighbours.cover`.
 
@@ -215,7 +215,7 @@ def _compare(
 
 @triton.jit(do_not_specialize=["patches"])
 def _nearest(distance, beside, stays, first, patches, BLOCK: tl.constexpr):
-    """Of each patch itself if it stays, else the nearest of those that it may be left to."""
+    """For each patch itself if it stays, else the nearest of those that it may be left to."""
     image, patch = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = (patch < patches)[:, None]
     places = tl.arange(0, 8)[None, :]
@@ -234,7 +234,7 @@ def _nearest(distance, beside, stays, first, patches, BLOCK: tl.constexpr):
 def join_alike(
     hidden_states: torch.Tensor, layout: Layout, least: float, earlier: float, places: int, flat: float
 ) -> torch.Tensor:
-    """The row of the token that each becomes part of, as `alike.join_alike` says: (sequences, tokens), int64.
+    """The row of the token that each token becomes part of, as `alike.join_alike`: (sequences, tokens), int64.
 
     Args:
         hidden_states: (sequences, tokens, hidden).
@@ -267,7 +267,7 @@ def join_alike(
 
 @triton.jit
 def _lengths(values, lengths, into, hidden, WIDTH: tl.constexpr):
-    """The length of each token's hidden state; each token in `into` is at first its own."""
+    """Finds the length of each token's hidden state, and has each token stay: in `into` it has its own row."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     value = tl.load(values + row * hidden + column, mask=column < hidden, other=0.0).to(tl.float32)
     tl.store(lengths + row, tl.maximum(tl.sqrt(tl.sum(value * value, 0)), 1e-12))
@@ -276,7 +276,7 @@ def _lengths(values, lengths, into, hidden, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["prefix"])
 def _spread(values, lengths, spread, first, ends, prefix, hidden, flat, DIMS: tl.constexpr, BLOCK: tl.constexpr):
-    """1 minus the mean cosine of every second token and the others: the product of the means of their directions."""
+    """1 minus the mean cosine of every second token and the others, which is the product of their mean directions."""
     image, dims = tl.program_id(0), tl.arange(0, DIMS)
     begin = tl.load(first + image) + prefix
     patches = (tl.load(ends + image) - begin).to(tl.int32)
@@ -303,7 +303,7 @@ def _pairs(
     HIDDEN: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
     EARLIER: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Every second token of an image and the most alike of the others: the one becomes part of the other if alike."""
+    """Has every second token of an image become part of the most alike of the others, if the two are alike enough."""
     image, pair, dims = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DIMS)
     begin = tl.load(first + image) + prefix
     patches = (tl.load(ends + image) - begin).to(tl.int32)
@@ -345,13 +345,14 @@ def number_words(
     """Numbers the words of each image, in the order in which they first come.
 
     Args:
-        words: of tokens in rows, of any shape; int64.
+        words: the word of each row, of any shape; int64.
         bounds: the row in which each image starts, and the one after its last: (images,), int64, both.
         longest: rows of the longest image.
 
     Returns:
-        The first row of the image that has the word of each, (rows,) int64, 0 for rows of no image; for such a first
-        row the number of its word, (rows,) int64, undefined for others; how many words each image has, (images,) int64.
+        `lead`, (rows,) int64: for each row the first one of its image that has the same word; 0 for rows of no image.
+        `place`, (rows,) int64: for each of these first rows the number of its word; undefined for other rows.
+        How many words each image has, (images,) int64.
     """
     words = words.contiguous()
     lead, place = words.new_zeros(words.numel()), words.new_empty(words.numel())
@@ -398,15 +399,15 @@ def rows_of(
     before: torch.Tensor,
     sources: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`Layout.rows` and `Layout.sizes` of the tokens that are left, and numbers of them, as `layout.regroup` says.
+    """`Layout.rows` and `Layout.sizes` after tokens were joined, and `sources` of those left, as `layout.regroup`.
 
     Args:
         into: (rows,), int64: the row of the token that each becomes part of, its own if it stays.
-        lead, place: as `number_words` gives them, of these.
-        starts: (images,), int64: the row in which each image is to start.
+        lead, place: what `number_words` gives for `into`.
+        starts: (images,), int64: the row in which each image will start.
         shape: of the sizes.
         before: (images, prefix + patches), int64: `Layout.rows` before.
-        sources: numbers of the tokens that there were, or `None`.
+        sources: a number of each token before, or `None`.
     """
     rows, patches = before.new_empty(before.shape), before.shape[1]
     sizes = torch.zeros(shape, dtype=torch.float32, device=starts.device)
@@ -446,11 +447,11 @@ def rows_of_patches(
     shape: tuple[int, int],
     prefix: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`Layout.rows` and `Layout.sizes` of patches that one stands for, and where it was, as `layout.lead` says.
+    """`Layout.rows`, `Layout.sizes` and the row of each token before, as `layout.lead` gives them.
 
     Args:
         leaders: (batch, patches), int64: the index of the patch that stands for each.
-        lead, place: as `number_words` gives them, of these.
+        lead, place: what `number_words` gives for `leaders`.
         starts, shape: as for `rows_of`.
         prefix: prefix tokens of each image, which stay as they are.
     """
@@ -479,7 +480,7 @@ def _rows_of_patches(leaders, lead, place, starts, rows, sizes, sources, prefix,
 
 
 def join(values: torch.Tensor, into: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
-    """The tokens that become one, as `layout.join` says: (sequences, tokens, hidden), of `after`.
+    """The average of the tokens that become one, as `layout.join`: (sequences, tokens, hidden), of `after`.
 
     Args:
         values: (sequences, tokens, hidden), of `before`.
@@ -525,7 +526,7 @@ def _join(
 
 
 def _bounds(layout: Layout, beside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bounds of images, on the device of a tensor."""
+    """`Layout.bounds` on the device of a tensor."""
     first, ends = layout.bounds
     return first.to(beside.device), ends.to(beside.device)
 

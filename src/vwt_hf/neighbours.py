@@ -19,19 +19,19 @@ from .printable import shown
 from .words import first_of, gather_patches, patchify, same_for_all, whole_numbers
 
 OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
-"""Rows and columns from a patch to its neighbours, or half of them where these are two patches away."""
+"""Rows and columns from a patch to its neighbours; twice that for a patch of even row and column."""
 TURNS = 3
-"""Patches are looked at in turns: first those of odd row and column, then those of odd column, then those of odd row.
-No two patches of a turn are neighbours. Those of even row and column come later, in three turns by the same
-rule on half of their row and column."""
+"""Patches take turns: first those of odd row and column, then those of odd column, then those of odd row. No two of a
+turn are neighbours. Those of even row and column come later, in three turns by the same rule on half of their row and
+column."""
 ALWAYS = 2 * TURNS
 """In place of the number of a turn: the patch always stays."""
 FAR = 0.25
-"""Share of the tolerance within which patches two apart must be alike."""
+"""Patches two apart must differ by less than this share of the tolerance."""
 FINE = 0.5
-"""Weight of how strongly patches are textured, beside the weight of 1 of their colours and gradients."""
+"""Weight of how strongly patches are textured; colours and slopes have weight 1."""
 STEPS = 12
-"""Halvings by which a tolerance is found that leaves a given number of patches: to 1/4096 of the largest distance."""
+"""Halvings of the interval in which a tolerance is sought: it is found to 1/4096 of the largest distance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +41,20 @@ class Neighbours:
     index: torch.Tensor
     """(batch or 1, patches, 8), int64: which patches they are; 0 where there is none."""
     distance: torch.Tensor
-    """(batch, patches, 8): the tolerance from which on the patch may be left to each; infinite where there is none, and
-    of patches that always stay."""
+    """(batch, patches, 8): the patch may be left to a neighbour if this is below the tolerance. Infinite where there is
+    no neighbour, and for patches that always stay."""
     later: torch.Tensor
-    """(batch or 1, patches, 8), bool: whether their turn comes after the patch's own, or they have none."""
+    """(batch or 1, patches, 8), bool: whether the neighbour's turn comes after the patch's own, or it always stays."""
     passes: torch.Tensor
-    """(batch or 1, patches, 8), bool: whether the neighbour may stand for the patch even if it goes itself; what stands
-    for the neighbour stands for both then."""
+    """(batch or 1, patches, 8), bool: whether the patch may be left to the neighbour even if that goes itself. What
+    stands for the neighbour then stands for both."""
 
 
 @same_for_all
 def _waves(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """The mean of a patch, its slopes down and to the right, and their product: (height · width, 4) float32.
+    """Four patterns to multiply patches by: flat, falling downwards, falling to the right, and the product of the two.
 
-    They are the slowest waves of the orthonormal cosine transform (DCT-II).
+    They are the slowest waves of the orthonormal cosine transform (DCT-II): (height · width, 4) float32.
     """
     rows, columns = (np.cos(np.pi * (np.arange(size) + 0.5) / size) for size in (height, width))
     flat = np.ones((height, width))
@@ -66,13 +66,14 @@ def _waves(height: int, width: int, device: torch.device) -> torch.Tensor:
 
 @same_for_all
 def _weights(image_std: tuple[float, ...], values: int, device: torch.device) -> torch.Tensor:
-    """What pixels of a patch are multiplied by, by channel, so that the length of all is their root mean square."""
+    """What the pixels of each channel are multiplied by, so that the length of a patch is the root mean square of its
+    `values` in raw RGB."""
     weights = np.asarray(image_std, np.float32) * np.float32(values**-0.5)
     return torch.tensor(weights.tolist(), dtype=torch.float32, device=device)
 
 
 def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tuple[float, ...]) -> torch.Tensor:
-    """What patches look like from afar: colours, their slopes across the patch, and how strongly it is textured.
+    """What patches look like from afar: their colours, how these rise and fall, and how strongly they are textured.
 
     Args:
         patches: (batch, patches, channels · patch height · patch width), float32, as a model gets them.
@@ -80,8 +81,8 @@ def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tupl
         image_std: what raw RGB was divided by, for each channel.
 
     Returns:
-        (batch, patches, 4 · channels + 1): the length of a difference of these is one of raw RGB, in [0, 1]: that of
-        the pixels in root mean square, where patches have the same texture.
+        (batch, patches, 4 · channels + 1). The length of the difference of two rows says how much the patches differ in
+        raw RGB, from 0 to 1; without texture it is the root mean square of the difference of their pixels.
     """
     waves = _waves(*patch_size, patches.device)
     pixels = patches.unflatten(-1, (len(image_std), len(waves)))
@@ -104,16 +105,16 @@ def find_neighbours(looks: torch.Tensor, grid: tuple[int, int]) -> Neighbours:
 
 
 def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torch.Tensor) -> Neighbours:
-    """As `find_neighbours`, of images that are padded; padding has no neighbours and is none.
+    """`find_neighbours` where images are padded; padding has no neighbours, and is no patch's neighbour.
 
     Args:
-        looks: (batch, patches, values).
+        looks: (batch, patches, values), as `describe` gives them.
         places: (batch, patches, 2): row and column of each patch, in row-major order, padding included.
-        real: (batch, patches), bool: which patches are no padding. A caller may mask any.
+        real: (batch, patches), bool: which patches are no padding. A caller may mask any patch.
     """
     row, column = places.long().unsqueeze(2).unbind(-1)
     rows = row.masked_fill(~real.unsqueeze(2), -1).amax(dim=1, keepdim=True) + 1
-    columns = column.amax(dim=1, keepdim=True) + 1  # of masked patches, too: they are numbered like the others
+    columns = column.amax(dim=1, keepdim=True) + 1  # over masked patches, too, as they are numbered like the others
     index, later, passes, factor, exists = _around(row, column, rows, columns, _offsets(places.device).unbind(1))
     exists = exists & real.unsqueeze(2) & at(real, index * exists)
     none = torch.zeros_like(looks[..., :1]).masked_fill(~exists, torch.inf)
@@ -122,11 +123,12 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
 
 @same_for_all
 def _offsets(device: torch.device) -> torch.Tensor:
+    """`OFFSETS`: (8, 2), int64."""
     return whole_numbers(OFFSETS, device)
 
 
 def _on_grid(rows: int, columns: int) -> tuple[Any, ...]:
-    """What `_around` gives of all patches of a grid: (patches, 8) or, of the factors, (patches, 1)."""
+    """`_around` for all patches of a grid: (patches, 8) each, but the factors (patches, 1)."""
     row, column = np.divmod(np.arange(rows * columns)[:, None], columns)
     return _around(row, column, rows, columns, np.array(OFFSETS).T)
 
@@ -140,23 +142,24 @@ def _beside(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 
 @same_for_all
 def _limits(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """What a difference is multiplied by, and infinity where there is no neighbour: (2, 1, patches, 8), float32."""
+    """What each difference is multiplied by, and what is added: infinity where there is no neighbour, else 0.
+    (2, 1, patches, 8), float32."""
     *_, factor, exists = _on_grid(rows, columns)
     both = np.stack((factor * np.ones_like(exists), np.where(exists, 0, np.inf)))
     return torch.tensor(both[:, None].tolist(), dtype=torch.float32, device=device)
 
 
 def _around(row: Any, column: Any, rows: Any, columns: Any, offsets: Any) -> tuple[Any, Any, Any, Any, Any]:
-    """What there is around patches; of arrays of numpy or of torch.
+    """Finds the neighbours of patches, on arrays of numpy or of torch.
 
     Args:
-        row, column: of each patch: (..., patches, 1).
+        row, column: (..., patches, 1): of each patch.
         rows, columns: of its image.
         offsets: `OFFSETS`, downwards and to the right: (8,) each.
 
     Returns:
-        `index`, `later` and `passes` of `Neighbours`, right where a neighbour exists; what the difference is
-        multiplied by; whether it exists, and the patch may be left to it.
+        `index`, `later` and `passes` of `Neighbours`, which mean something where the neighbour exists; what the
+        difference is multiplied by; and whether the neighbour exists and the patch may go.
     """
     turn = _turn(row, column)
     even = turn >= TURNS
@@ -167,7 +170,7 @@ def _around(row: Any, column: Any, rows: Any, columns: Any, offsets: Any) -> tup
 
 
 def _turn(row: Any, column: Any) -> Any:
-    """The number of the turn of patches, from 0 to `ALWAYS`."""
+    """The number of each patch's turn, from 0 to `ALWAYS`."""
 
     def of_odd(row: Any, column: Any) -> Any:
         return TURNS - row % 2 - 2 * (column % 2)
@@ -186,12 +189,12 @@ def _neighbours(
 ) -> Neighbours:
     there = gather_patches(looks, index.flatten(1)).unflatten(1, index.shape[1:])
     distance = torch.linalg.vector_norm(looks.unsqueeze(2) - there, dim=-1)
-    # What is no number is like nothing: its patch stays, and the answer is no number either, as without a setting.
+    # A patch that holds NaN is like no other: it stays, and the answer is NaN, as without a setting.
     return Neighbours(index, (none + distance * factor).nan_to_num(torch.inf, torch.inf), later, passes)
 
 
 def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The (batch, patches) values of the patches that `index`, (batch or 1, ...), names: (batch, ...)."""
+    """Of (batch, patches) values those of the patches that `index`, (batch or 1, ...), names: (batch, ...)."""
     index = index.expand(values.shape[0], *index.shape[1:])
     return values.gather(1, index.flatten(1)).view(index.shape)
 
@@ -199,8 +202,8 @@ def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def cover(neighbours: Neighbours, tolerance: float | torch.Tensor) -> torch.Tensor:
     """Which patches stay, if one goes where a neighbour of a later turn differs from it by less than a tolerance.
 
-    All patches of a turn are looked at at once. A neighbour whose turn comes later counts as one that stays, and one
-    whose turn was earlier has gone if it is alike, as the patch stayed then. So no turn needs to wait for another.
+    No turn has to wait for another: at a patch's turn all neighbours of later turns are still there, and an alike one
+    of an earlier turn has gone, as the patch itself was there then.
 
     Args:
         neighbours: as `find_neighbours` gives them.
@@ -213,13 +216,13 @@ def cover(neighbours: Neighbours, tolerance: float | torch.Tensor) -> torch.Tens
 
 
 def cover_by(neighbours: Neighbours, keep: int | torch.Tensor) -> torch.Tensor:
-    """Scores by which the patches that stay are the highest: as `cover`, by the tolerance that leaves so many.
+    """Scores whose `keep` highest are the patches that stay: as `cover` says, by the tolerance that leaves so many.
 
-    Where no tolerance leaves just so many, of the patches that would go those stay that differ most.
+    Where no tolerance leaves exactly so many, those of the patches that would go stay that differ most.
 
     Args:
         neighbours: as for `cover`.
-        keep: patches of each image, or (batch,).
+        keep: how many patches stay, of every image, or (batch,), of each.
 
     Returns:
         (batch, patches), float32.
@@ -263,13 +266,16 @@ def find_leaders(
     image_std: tuple[float, ...],
     tolerance: float,
 ) -> torch.Tensor:
-    """Which patch stands for each patch of images of one size, if those stay that `cover` says: as `leaders`.
+    """Which patch stands for each patch of images of one size, if those stay that `cover` says.
 
     Args:
         pixel_values: (batch, channels, height, width), as a model gets them.
         patch_size, image_std: as for `describe`.
         grid: rows and columns of patches.
         tolerance: as for `cover`.
+
+    Returns:
+        (batch, patches), int64, as `leaders` gives it.
     """
     if pixel_values.shape[1] != len(image_std):
         raise ValueError(
@@ -288,7 +294,7 @@ def find_leaders(
 
 
 def _nearest(neighbours: Neighbours, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much each patch differs from the most similar of the neighbours that it may be left to, and which that is."""
+    """How much each patch differs from the most similar neighbour that it may be left to, and the index of that."""
     takes = at(stays, neighbours.index) | neighbours.passes
     near = neighbours.distance.masked_fill(~takes, torch.inf)
     least = near.amin(dim=-1, keepdim=True)

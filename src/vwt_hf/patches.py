@@ -28,20 +28,20 @@ class Patches:
     real: torch.Tensor | None = None
     """(batch, patches), bool: which patches are no padding; `None` if all are real."""
     padded_places: torch.Tensor | None = None
-    """(batch, patches, 2) float32: what `places` gives, where images are padded."""
+    """(batch, patches, 2) float32: `places` where images are padded; else `None`."""
     packs: bool = True
     """Whether attention takes a batch as one sequence as fast as it takes a padded one."""
     rounds: bool = False
-    """Whether such a sequence runs faster if its length is one of few numbers."""
+    """Whether a packed sequence runs faster if its length is one of few numbers."""
     draws: bool = False
     """Whether layers draw random numbers for each sequence, so that images in one sequence would share them."""
 
     @classmethod
     def of_images(cls, pixel_values: torch.Tensor, patch_size: tuple[int, int], rows: int | None = None) -> Patches:
-        """Those of whole images, (batch, channels, height, width).
+        """The patches of whole images, (batch, channels, height, width).
 
         Args:
-            rows: what embeddings made of each image, prefix tokens and patches; `None`: there are no prefix tokens.
+            rows: how many rows the embeddings made of each image, prefix tokens and patches. Without it `prefix` is 0.
         """
         grid = patch_grid(pixel_values, patch_size)
         prefix = 0 if rows is None else rows - grid[0] * grid[1]
@@ -60,7 +60,7 @@ class Patches:
         spatial_shapes: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> Patches:
-        """Those of images that come as padded patches, (batch, patches, patch height · patch width · channels).
+        """The patches of images that come as padded ones, (batch, patches, patch height · patch width · channels).
 
         Args:
             spatial_shapes: (batch, 2), rows and columns of patches of each image.
@@ -88,7 +88,7 @@ class Patches:
         """(batch or 1, patches, 2) float32: row and column of each patch, counted in patches."""
         if self.padded_places is not None:
             return self.padded_places
-        assert self.grid is not None  # else images are padded
+        assert self.grid is not None
         return patch_places(self.grid, self.device)
 
     @property
@@ -96,11 +96,11 @@ class Patches:
         return self.pixel_values.device
 
     def pixels(self) -> torch.Tensor:
-        """(batch, patches, values): each patch's values, all patches in one order of values, whichever it is."""
+        """(batch, patches, values): the values of each patch, in an order that is the same for all of them."""
         return self.pixel_values if self.grid is None else patchify(self.pixel_values, self.patch_size)
 
     def pixels_as_words(self) -> torch.Tensor:
-        """(batch, patches, channels · patch height · patch width): values in the order of a vocabulary's words."""
+        """(batch, patches, channels · patch height · patch width): the values in the order of a vocabulary's words."""
         if self.grid is not None:
             return patchify(self.pixel_values, self.patch_size)
         return self.pixel_values.unflatten(-1, (*self.patch_size, self.channels)).movedim(-1, 2).flatten(2)
@@ -114,14 +114,14 @@ class Patches:
 
         Args:
             kept: (batch, keep) int64, ascending, or (1, keep) for all images.
-            stays: (batch, keep) bool: which of them do stay, where images have different numbers; `None`: all.
+            stays: (batch, keep) bool: which of `kept` do stay, where images keep different numbers; `None`: all.
         """
         if self.real is None:
             return Kept(kept, self.prefix)
         kept, stays = self._real_ones(self.real, kept, stays)
         stays, order = stays.sort(dim=1, descending=True, stable=True)  # what does not stay is padding, at the end
         kept = kept.gather(1, order)
-        # Tokens are padding where their patch is; those that do not stay count nowhere.
+        # A token is padding where its patch does not stay. Patches that are left out count in no token.
         own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         token_of_patch = torch.zeros_like(self.real, dtype=torch.int64).scatter_(1, kept, own)
         counts = torch.zeros_like(self.real).scatter_(1, kept, stays)
@@ -137,7 +137,7 @@ class Patches:
         Args:
             nearest: (batch, patches) int64 in [0, keep): which of `kept` each patch is represented by.
             kept, stays: as for `keep`.
-            exponent: a token of s patches draws as much attention as s to this power.
+            exponent: a token of s patches draws s to this power as much attention as a token of one.
         """
         if self.real is not None:
             kept, stays = self._real_ones(self.real, kept, stays)
@@ -161,7 +161,7 @@ class Patches:
     def _real_ones(
         real: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`kept` of each image, and which of them stay and are no padding: (batch, keep) both."""
+        """`kept` for each image, and which of these stay and are no padding: (batch, keep) both."""
         kept = kept.expand(real.shape[0], -1)
         counts = real.gather(1, kept)
         return kept, counts if stays is None else stays & counts
@@ -182,7 +182,7 @@ class Patches:
         """As `group`, where every image has as many tokens.
 
         Args:
-            words: (batch, patches) int64: the index of the first patch of its token.
+            words: (batch, patches) int64: the index of the first patch of each patch's token.
             tokens: of each image, prefix tokens left out.
             exponent: as for `represent`.
         """
@@ -204,10 +204,10 @@ class Patches:
         """`patch_words` that a caller gave, as (batch, patches) int64 on the device of the patches.
 
         Args:
-            patch_words: (..., patches) integers, one row for each image. Rows of −1 alone are of images that are none,
-                as a processor pads tiles with. They say how many patches there are and not in how many rows and
-                columns: words of a 7 × 28 grid pass for those of a 14 × 14 one.
-            repeats: how many times in a row each image, with its tiles, may come; or once.
+            patch_words: (..., patches) integers, one row for each image. Rows of nothing but −1 are skipped where there
+                are too many: a processor pads tiles with them. The grid of the words is not known: words of 7 × 28
+                patches pass for those of 14 × 14.
+            repeats: how many times in a row each image, with its tiles, may come; it may also come once.
 
         Raises:
             TypeError: they are no integers in a tensor.
@@ -237,15 +237,14 @@ class Patches:
         return words
 
     def kept_by(self, words: torch.Tensor, tokens: int | None = None) -> Kept | Grouped:
-        """The plan of `keep`, of the words that tell it.
+        """The plan of `keep` that words of a caller tell.
 
         Args:
-            words: (batch, patches) int64: a patch that stays has its own index, others −1. What padding has says
-                nothing.
-            tokens: of each image, where images are padded; by default as many as the image with the most.
+            words: (batch, patches) int64: a patch that stays has its own index, others −1. Padding may have any.
+            tokens: least number of tokens of each image, where images are padded.
 
         Raises:
-            ValueError: they tell something else.
+            ValueError: they tell no such plan.
         """
         stays = self._required(words != DROPPED)
         own = torch.arange(self.count, device=words.device).expand_as(words)
@@ -253,16 +252,16 @@ class Patches:
         return self.keep(*self._chosen(stays, tokens))
 
     def represented_by(self, words: torch.Tensor, exponent: float, tokens: int | None = None) -> Grouped:
-        """The plan of `represent`, of the words that tell it.
+        """The plan of `represent` that words of a caller tell.
 
         Args:
-            words: (batch, patches) int64: the index of the patch that stands for it, which stands for itself. What
-                padding has says nothing.
+            words: (batch, patches) int64: the index of the patch that stands for each, which also stands for itself.
+                Padding may have any.
             exponent: as for `represent`.
             tokens: as for `kept_by`.
 
         Raises:
-            ValueError: they tell something else.
+            ValueError: they tell no such plan.
         """
         own, target = self._require_leaders(words)
         kept, counts = self._chosen(self._required(words == own), tokens)
@@ -271,17 +270,20 @@ class Patches:
         return self.represent(nearest, kept, counts, exponent)
 
     def led_by(self, words: torch.Tensor, packed: bool, exponent: float) -> Grouped:
-        """The plan of `lead`, of the words that tell it: (batch, patches) int64, as for `represented_by`.
+        """The plan of `lead` that words of a caller tell: (batch, patches) int64, as for `represented_by`.
 
         Raises:
-            ValueError: they tell something else.
+            ValueError: they tell no such plan.
         """
         _, target = self._require_leaders(words)
         return self.lead(target, packed, exponent)
 
     def _require_leaders(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each patch's own index, and that of the patch that stands for it; both (batch, patches). Refuses words by
-        which a patch stands for others and not for itself."""
+        """Refuses words by which a patch stands for others and not for itself.
+
+        Returns:
+            Each patch's own index, and that of the patch that stands for it: (batch, patches) both.
+        """
         own = torch.arange(self.count, device=words.device).expand_as(words)
         stays = words == own if self.real is None else (words == own) & self.real
         target = words.clamp(0, self.count - 1)
@@ -290,7 +292,7 @@ class Patches:
         return own, target
 
     def grouped_by(self, words: torch.Tensor, packed: bool, exponent: float) -> Grouped:
-        """The plan of `group`, of the words that tell it.
+        """The plan of `group` that words of a caller tell.
 
         Raises:
             ValueError: a patch has a negative number.
@@ -299,32 +301,31 @@ class Patches:
         return self.group(words, packed, exponent)
 
     def of_blocks(self, words: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-        """Checks words of blocks that a caller gave, and gives those of padding their own index.
+        """Checks words of blocks that a caller gave, and gives padding its own index.
 
         Args:
-            words: (batch, patches) int64: the index of the first patch of its block, or its own. What padding has says
-                nothing.
-            members: what `blocks.grid_blocks` or `blocks.padded_blocks` gives.
+            words: (batch, patches) int64: each patch's own index, or that of the first patch of its block. Padding may
+                have any.
+            members: as `blocks.grid_blocks` or `blocks.padded_blocks` gives them.
 
         Raises:
-            ValueError: they tell something else, as of parts of a block.
+            ValueError: they tell something else, as where a part of a block shares a word.
         """
         clean = words_of(chosen_by(words, members), members, self.count)
         self._refuse(words, words != clean, "its own index or, as all four of its block, that of the first of them")
         return clean
 
     def even_number(self, words: torch.Tensor) -> int:
-        """How many tokens each image of a batch has, of words that are indices of the first patch of each.
+        """How many tokens each image of a batch has by words that are indices of the first patch of each token.
 
         Raises:
-            ValueError: they differ in it.
+            ValueError: images differ in it.
         """
         leads = self._required(words == torch.arange(self.count, device=words.device))
         return int(leads.sum(dim=1).amax()) if len(words) else self.count
 
     def _required(self, stays: torch.Tensor) -> torch.Tensor:
-        """Which patches are tokens of their own, none of them padding. Refuses images that are not padded and have
-        different numbers of them."""
+        """`stays` without padding. Refuses images without padding that keep different numbers of patches, or none."""
         if self.real is not None:
             return stays & self.real
         counts = stays.sum(dim=1)
@@ -337,7 +338,8 @@ class Patches:
         return stays
 
     def _refuse(self, words: torch.Tensor, wrong: torch.Tensor, expected: str) -> None:
-        wrong = wrong if self.real is None else wrong & self.real  # what padding has says nothing
+        """Raises `ValueError` if any word of a patch that is no padding is wrong, (batch, patches) bool."""
+        wrong = wrong if self.real is None else wrong & self.real
         if bool(wrong.any()):
             image, patch = wrong.nonzero()[0].tolist()
             raise ValueError(
@@ -347,7 +349,7 @@ class Patches:
             )
 
     def _chosen(self, stays: torch.Tensor, tokens: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `keep` takes them: indices of patches, ascending, and which of them stay; `None` if all do."""
+        """`kept` and `stays`, as `keep` takes them, of which patches stay, (batch, patches) bool."""
         counts = stays.sum(dim=1)
         longest = int(counts.max()) if len(counts) else 0
         if self.real is not None:

@@ -1,8 +1,8 @@
-"""Which words may be the nearest to a patch, told from a few numbers of each instead of from all their pixels; on CPUs.
+"""Finds which words may be the nearest to a patch by a few numbers of each instead of by all their pixels; on CPUs.
 
-Words and most patches are smooth: nearly all that there is of them lies along a few directions. What a patch and a word
-have in common beyond these is at most the product of the lengths of what is left of the two (Cauchy and Schwarz), so
-most words are ruled out without a look at their pixels, and none wrongly.
+Words and most patches are smooth: they lie nearly within a few directions. What is left of a patch and of a word beyond
+these adds at most the product of its lengths to their inner product (Cauchy-Schwarz). So most words are ruled out
+without a look at their pixels, and none wrongly.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ import numpy as np
 import torch
 
 DIRECTIONS = 47
-"""How many there are; with the length of what is left, 48 numbers tell of a word."""
+"""How many directions. With the length of what is left beyond them, 48 numbers stand for a word."""
 FEWEST = 256
-"""Words, and values of each: with fewer of either, cosines with all words are found as fast."""
+"""With fewer words, or fewer values in each, cosines with all words are found as fast, and there is no screen."""
 LIKELY = 64
-"""Words of a patch: if more of them may be the nearest, it is faster to find its cosines with all."""
+"""If more words than this may be the nearest to a patch, it is faster to find its cosines with all."""
 PAIRS = 128
-"""Patches and words of which cosines are found at once: few enough that their pixels stay in the cache."""
+"""Pairs of a patch and a word whose cosines are found at once: few enough that their pixels stay in the cache."""
 SAMPLE = 4096
 """Most words that directions are found from."""
 TURNS = 3
-"""Rounds by which random directions become, nearly, those along which words are longest."""
+"""Rounds of subspace iteration, which turn random directions into, nearly, those along which words are longest."""
 ROUNDING = 1.2e-5
-"""By how much a product along the directions may be off: by six millionths for the patch, and as much for the word."""
+"""Error of a product along the directions: six millionths for the patch, and as much for the word."""
 ROUNDING_OF_SQUARES = 2.5e-5
-"""By how much the square of what is along the directions may be too large: by twice what its length is off by, six
-millionths for the product and three for the patch's own length, and some more."""
+"""How much too large the squared length along the directions may be: twice the error of that length (six millionths for
+the product, three for the patch's own length), and some more."""
 TINY = float(np.finfo(np.float32).tiny)
-"""A length counts as no less, so that patches of zeros have cosines of 0."""
+"""Lengths are clamped to at least this, so that patches of zeros have cosines of 0."""
 
 
 class Screen(NamedTuple):
-    """What is known of words before any patch is."""
+    """The words, made ready before any patch is known."""
 
     directions: torch.Tensor
-    """(values, DIRECTIONS), float32: orthonormal; 0 where fewer say all."""
+    """(values, DIRECTIONS), float32: orthonormal columns; 0 where fewer span all words."""
     words: torch.Tensor
-    """(size, DIRECTIONS + 1), float32: each word along them, and the length of what is left of it."""
+    """(size, DIRECTIONS + 1), float32: each word's coordinates along them, and the length of what is left of it."""
 
 
 def make_screen(words: np.ndarray) -> Screen | None:
@@ -60,15 +60,15 @@ def make_screen(words: np.ndarray) -> Screen | None:
 
 
 def _orthonormal(columns: np.ndarray) -> np.ndarray:
-    """Directions of length 1 that are at right angles and span the same as `columns`, (values, n), one after the other.
+    """Gram-Schmidt: orthonormal columns that span the same as `columns`, (values, n); 0 for one that adds nothing.
 
-    0 in place of one that is within what those before it span. `np.linalg.qr` does so in many steps, before each of
-    which its threads wait for one another: a second and more where other processes have the cores.
+    `np.linalg.qr` takes many steps, before each of which its threads wait for one another: a second and more where
+    other processes have the cores.
     """
     found = np.zeros(columns.shape[::-1])
     for number, column in enumerate(columns.T.astype(np.float64)):
         before, rest = found[:number], column
-        for _ in range(2):  # what rounding leaves of the others goes the second time
+        for _ in range(2):  # the second time removes what rounding left the first time
             rest = rest - np.einsum("ij,i->j", before, np.einsum("ij,j->i", before, rest))
         length = np.sqrt(np.einsum("i,i", rest, rest))
         if length > 1e-9 * np.sqrt(np.einsum("i,i", column, column)):
@@ -77,7 +77,7 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
 
 
 def _along(words: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """`Screen.words`, of some words."""
+    """`Screen.words` for some words."""
     along = words @ directions
     left = np.linalg.norm(words - along @ directions.T, axis=1, keepdims=True)
     return np.concatenate((along, left), axis=1)
@@ -93,21 +93,21 @@ def screened_cosines(
         lengths: (patches,): of each.
         words: (size, values), float32, of length 1.
         screen: of the words.
-        least: no smaller cosine matters as the largest one of a patch.
-        slack: cosines that differ by no more are the same.
+        least: patches whose largest cosine is smaller do not matter.
+        slack: cosines that differ by no more count as equal.
 
     Returns:
-        (patches,) float32 and (patches,) int64; of patches that have no cosine of `least`, any smaller cosine, or NaN,
-        and any number. `None` if of most patches many words may be the nearest, so that it is faster to look at all.
+        (patches,) float32 and (patches,) int64. For patches that do not matter any cosine below `least`, or NaN, and
+        any number. `None` if for most patches many words may be the nearest, so that it is faster to look at all.
     """
     scale = lengths.clamp(min=TINY).reciprocal().unsqueeze(1)
     along = (patches @ screen.directions).mul_(scale)
     left = (1 + ROUNDING_OF_SQUARES - along.square().sum(dim=1, keepdim=True)).clamp_(min=0).sqrt_()
     most = (torch.cat((along, left), dim=1) @ screen.words.T).numpy()
     best = most.argmax(axis=1)
-    # Of the word that may have the largest cosine: it has no smaller one than that.
+    # A bound from below on the cosine of the word that may have the largest one.
     surely = most[np.arange(len(most)), best] - (2 * left[:, 0] * screen.words[best, -1]).numpy()
-    # The first of those that are the same may have a cosine that is smaller by the slack.
+    # The first of equal words may have a cosine that is smaller by the slack.
     likely = most >= (np.maximum(surely, least) - slack - 2 * ROUNDING)[:, None]
     patch, word = np.divmod(np.flatnonzero(likely), len(words))
     counts = np.bincount(patch, minlength=len(most))
@@ -131,7 +131,7 @@ def screened_cosines(
 
 
 def _products(patches: np.ndarray, patch: np.ndarray, words: np.ndarray, word: np.ndarray) -> np.ndarray:
-    """The inner product of each of some patches with one of some words, by their numbers: (pairs,)."""
+    """The inner products of pairs of a patch and a word, which are given by their numbers: (pairs,)."""
     parts = [slice(start, start + PAIRS) for start in range(0, len(patch), PAIRS)]
     # By BLAS, which rounds by less than a millionth: einsum and torch.bmm by ten and forty times as much.
     found = [patches[patch[part]][:, None] @ words[word[part]][:, :, None] for part in parts]

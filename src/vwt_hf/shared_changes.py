@@ -1,4 +1,4 @@
-"""Changes, for a while, of what all threads of a process share, such as how much a library logs."""
+"""Temporary changes of what all threads of a process share, such as how much a library logs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 class SharedChange:
     """A change that holds while any thread is within it; the last one to leave undoes it.
 
-    Threads that each kept what they found and put it back would leave the change for good where they overlap.
+    If each thread put back what it found, threads that overlap would leave the change for good.
 
     Args:
         change: makes the change and returns what undoes it.

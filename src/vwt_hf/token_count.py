@@ -52,7 +52,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
 
     Raises:
         ValueError: the family is not supported.
-        TypeError: `model` is no transformers model, as what torch.compile and DataParallel make of one.
+        TypeError: `model` is no transformers model; what torch.compile and DataParallel make of one is none.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -86,7 +86,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
             if before is not None:
                 add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
 
-    # After the hook that reduces: what torch.compile made of the embeddings may have it, or they within that.
+    # Behind `Reduce`, which is a hook of the embeddings or of a wrapper around them, such as torch.compile's.
     reduced = (part for part in tower.embeddings.modules() if reduce_hook_of(part))
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(next(reduced, tower.embeddings).register_forward_hook(add, with_kwargs=True))

@@ -21,30 +21,30 @@ from .on_gpu import is_followed
 from .screening import TINY, Screen, make_screen, screened_cosines
 
 _ROWS = 1024
-"""Patches whose inner products a CPU makes at once: few enough that they are in its cache when they are looked at."""
+"""Patches whose inner products a CPU makes at once: few enough that the products are still in its cache when read."""
 _DISTANCES = 2**24
-"""Distances of patches to others, or inner products with words, that are held at once (64 MiB)."""
+"""Distances between patches, or inner products with words, that are held at once (64 MiB)."""
 _SAME = 1e-5
 """Cosines that differ by no more than this count as equal: matrix products round by up to 6·10⁻⁶, and differently for
 other batch shapes, so that a patch could otherwise get another word in another batch."""
 _NOTHING = 1e-5
-"""Squared distances that are no larger a share of squared lengths are zero."""
+"""A squared distance counts as 0 if it is at most this share of the squared lengths that it is the difference of."""
 _EQUALLY_NEAR = 1e-5
-"""Distances, in means over an image, that differ by no more are equal."""
+"""Distances that differ by no more than this count as equal; the unit is the mean over the image."""
 _WHOLE = 2**44
-"""What a ratio is counted in, as a whole number: some devices have no double precision."""
+"""Ratios are turned into whole numbers of this fraction, as some devices have no double precision."""
 _ROUNDED = round(1e-8 * _WHOLE)
-"""What a share of patches may lack to the next integer by rounding: 0.29 * 100 is 28.999999999999996."""
+"""How far below an integer, in the unit of `_WHOLE`, a share may lie by rounding: 0.29 * 100 is 28.999999999999996."""
 _CACHE_BYTES = 2**24
-"""Bytes of all cached choices that are the same for all images."""
+"""Most bytes that `same_for_all` caches."""
 _CACHE_ENTRIES = 64
-"""Cached choices, at most."""
+"""Most tensors that `same_for_all` caches."""
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context without autocast, which would compute in half precision.
 
-    It leaves no trace in what is exported where autocast is off: torch cannot load a program with one.
+    Where autocast is off it does nothing, as torch cannot load an exported program that switches it.
     """
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -68,11 +68,7 @@ def patch_grid(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> tuple
 
 
 def patch_places(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Where patches lie, (1, patches, 2) float32: row and column, counted in patches.
-
-    Args:
-        grid: rows and columns of patches.
-    """
+    """The row and column of each patch of a grid of so many rows and columns: (1, patches, 2) float32."""
     return torch.cartesian_prod(*(torch.arange(n, device=device, dtype=torch.float32) for n in grid)).view(1, -1, 2)
 
 
@@ -100,9 +96,9 @@ class Centred(NamedTuple):
     level: torch.Tensor
     """(batch, patches, 1), float32: the mean of each patch's values."""
     rest: torch.Tensor
-    """(batch, patches, channels · patch height · patch width), float32: what they differ from it by."""
+    """(batch, patches, channels · patch height · patch width), float32: the values less their mean."""
     squares: torch.Tensor
-    """(batch, patches, 1), float32: the squared length of that."""
+    """(batch, patches, 1), float32: the squared length of `rest`."""
 
     @property
     def variance(self) -> torch.Tensor:
@@ -111,7 +107,7 @@ class Centred(NamedTuple):
 
 
 def centre(patches: torch.Tensor) -> Centred:
-    """Takes the mean of its values off each patch.
+    """Subtracts from each patch the mean of its values.
 
     Args:
         patches: (batch, patches, channels · patch height · patch width).
@@ -136,10 +132,10 @@ def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def whole_share(patches: Any, ratio: float) -> Any:
-    """How many of an image's patches a share of them is, rounded down.
+    """`patches * ratio`, rounded down as if `ratio` were exact.
 
     Args:
-        patches: their number, or (batch,), int64, those of each image.
+        patches: a number, or (batch,), int64, one of each image.
     """
     return (patches * round(ratio * _WHOLE) + _ROUNDED) // _WHOLE
 
@@ -152,13 +148,13 @@ def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def marked(index: torch.Tensor, count: int) -> torch.Tensor:
-    """(batch, count), bool: whether a place is among those that `index`, (batch, any), int64, names."""
+    """(batch, count), bool: true in the places that `index`, (batch, any), int64, names."""
     none = torch.zeros(index.shape[0], count, dtype=torch.bool, device=index.device)
     return none.scatter(1, index, torch.ones_like(index, dtype=torch.bool))  # torch.jit.trace takes no number for it
 
 
 _cache: collections.OrderedDict[tuple[Any, ...], torch.Tensor] = collections.OrderedDict()
-"""What `same_for_all` has made; last used last."""
+"""What `same_for_all` has made, the least recently used first."""
 _cache_lock = threading.Lock()
 
 
@@ -166,31 +162,25 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     """Decorator: caches a tensor that depends on sizes alone, and makes it a constant of graphs that torch records.
 
     Args:
-        choose: takes whole numbers or tuples of numbers and, last, a device. It works out numbers without torch and
-            makes a tensor of them in one step: torch's random numbers would be drawn anew by every call of what
-            torch.export or torch.jit.trace makes.
+        choose: takes whole numbers or tuples of numbers and, last, a device. It must work without torch and make a
+            tensor in one step at the end: what torch.export or torch.jit.trace makes would repeat its steps, and draw
+            other random numbers, in every call.
     """
 
     @torch.compiler.assume_constant_result
     def constant(*args: Any) -> torch.Tensor:
         key = (choose, *args)
-        with _cache_lock:
-            found = _cache.get(key)
-            if found is not None:
-                _cache.move_to_end(key)
+        found = _cached(key)
         if found is None:
             # Outside inference mode, so that a later training step may save it for its backward pass.
             with torch.inference_mode(False):
                 found = choose(*args)
-            # Else dynamo takes its length for one that changes where another constant, of another size of images, was
-            # shorter, and cannot say of what. (`mark_static` says this of inputs alone.)
+            # Static sizes. Else dynamo takes a length that was less in a constant for another image size for one that
+            # changes, and finds no input that it comes from. (`mark_static` is for inputs alone.)
             found._dynamo_static_indices = set(range(found.dim()))  # type: ignore[attr-defined]
             # torch.export sees tensors without values, and torch.jit.trace checks that it sees the same steps twice.
             if type(found) is torch.Tensor and found.nbytes <= _CACHE_BYTES and not torch.jit.is_tracing():
-                with _cache_lock:
-                    _cache[key] = found
-                    while len(_cache) > _CACHE_ENTRIES or sum(made.nbytes for made in _cache.values()) > _CACHE_BYTES:
-                        _cache.popitem(last=False)
+                _cache_for(key, found)
         _hold(found)
         return found
 
@@ -201,28 +191,45 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     def chosen(*args: Any) -> torch.Tensor:
         # Sizes are tensors in torch.jit.trace, and symbols in torch.compile.
         found = constant(*[one if isinstance(one, tuple) else operator.index(one) for one in args[:-1]], args[-1])
-        # Of a constant itself dynamo works out sums and indexing while it traces, and these have no static size.
+        # `detach`, as dynamo computes sums and indexing of a constant itself while it traces, without static sizes.
         return found.detach() if torch.compiler.is_dynamo_compiling() else found
 
     return chosen
 
 
+def _cached(key: tuple[Any, ...]) -> torch.Tensor | None:
+    with _cache_lock:
+        found = _cache.get(key)
+        if found is not None:
+            _cache.move_to_end(key)
+        return found
+
+
+def _cache_for(key: tuple[Any, ...], made: torch.Tensor) -> None:
+    """Caches a tensor, and drops the least recently used ones while there are too many or too large ones."""
+    with _cache_lock:
+        _cache[key] = made
+        while len(_cache) > _CACHE_ENTRIES or sum(one.nbytes for one in _cache.values()) > _CACHE_BYTES:
+            _cache.popitem(last=False)
+
+
 _held: dict[int, torch.Tensor] = {}
-"""Constants that CUDA graphs read, by where they lie."""
+"""Constants that CUDA graphs read, by their address."""
 
 
 def _hold(constant: torch.Tensor) -> None:
-    """Keeps a constant for good if a CUDA graph is being captured: it knows where it lies, and does not keep it."""
+    """Keeps a constant for good if a CUDA graph is being captured, which keeps its address and not the tensor."""
     if constant.is_cuda and torch.cuda.is_current_stream_capturing():
         _held[constant.data_ptr()] = constant
 
 
 def whole_numbers(values: Any, device: torch.device) -> torch.Tensor:
+    """An array or lists of integers as an int64 tensor."""
     return torch.tensor(np.asarray(values).tolist(), dtype=torch.int64, device=device)
 
 
 def _shuffled(patches: int, seed: int) -> list[int]:
-    """What `torch.randperm` draws on a CPU with a generator of that seed: Fisher and Yates, by the Mersenne Twister."""
+    """`torch.randperm` on a CPU with a generator of that seed, without torch: Fisher-Yates, by the Mersenne Twister."""
     draws = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=patches, dtype=np.uint32).tolist()
     order = list(range(patches))
     for place in range(patches - 1):
@@ -246,9 +253,10 @@ def random_patches(patches: int, keep: int, seed: int, device: torch.device) -> 
 def _spread(size: int) -> np.ndarray:
     """The bits of each number in reverse order, read as digits of base four.
 
-    Of all numbers from 0 up to the least power of two that is no less than `size`, which is left out.
+    For the numbers from 0 to below the least power of two that is at least `size`.
     """
-    bits, numbers = (size - 1).bit_length(), np.arange(2 ** (size - 1).bit_length())
+    bits = (size - 1).bit_length()
+    numbers = np.arange(2**bits)
     return sum(((numbers >> bit & 1) << 2 * (bits - 1 - bit) for bit in range(bits)), np.zeros_like(numbers))
 
 
@@ -270,7 +278,7 @@ def _dither(row: Any, column: Any, spread: Any) -> Any:
 
 
 def dithered(row: torch.Tensor, column: torch.Tensor, size: int) -> torch.Tensor:
-    """As `_dither`, for places on a device: int64, of the shape of `row` and `column`, which are below `size`."""
+    """`_dither` for tensors: int64, of the shape of `row` and `column`, which are below `size`."""
     return _dither(row, column, _spread_on(size, row.device))
 
 
@@ -285,14 +293,21 @@ def grid_patches(rows: int, columns: int, keep: int, device: torch.device) -> to
 
 
 def with_prefix(kept: torch.Tensor, prefix: int) -> torch.Tensor:
-    """(batch or 1, keep) indices of patches → (batch or 1, prefix + keep) rows, those of the prefix tokens first."""
+    """(batch or 1, keep) indices of patches → (batch or 1, prefix + keep) rows of tokens, prefix tokens first."""
     own = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
     return torch.cat((own, kept + prefix), dim=1)
 
 
 def gather_pairs(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The part of a table of pairs of rows, (1, channels, all, all), that is about some: of (batch or 1, some) the
-    (batch or 1, channels, some, some)."""
+    """The part of a table of pairs of rows that is about some rows.
+
+    Args:
+        values: (1, channels, all, all).
+        rows: (batch or 1, some).
+
+    Returns:
+        (batch or 1, channels, some, some).
+    """
     return values[0][:, rows.unsqueeze(2), rows.unsqueeze(1)].transpose(0, 1)
 
 
@@ -305,9 +320,9 @@ def nearest_kept(
 ) -> torch.Tensor:
     """The kept patch that each patch is nearest to; a kept patch is nearest to itself.
 
-    Near is what looks alike and lies close by: distances of pixels and places are each measured by their mean over the
-    image, then added. Of kept patches equally near, to rounding, the first is taken, so that an image is told in a
-    batch as it is alone.
+    Near is what looks alike and lies close by: distances of pixels and of places are each divided by their mean over
+    the image, then added. Of kept patches that are equally near but for rounding the first is taken, so that an image
+    gets the same answer alone and in a batch.
 
     Args:
         patches: all of them, as `centre` gives them.
@@ -322,7 +337,7 @@ def nearest_kept(
     with without_autocast(kept.device), torch.no_grad():
         parts = (*patches, places)
         of_kept = [gather_patches(part, kept) for part in parts]
-        # Many patches are gone through in pieces, twice, as the means come first.
+        # Many patches are compared in pieces, and these twice, as the means come first.
         step = max(1, _DISTANCES // kept.shape[1])
         pieces = list(zip(*(part.split(step, dim=1) for part in parts), strict=True))
         marks = [None] * len(pieces) if real is None else real.split(step, dim=1)
@@ -344,13 +359,13 @@ def nearest_kept(
 
 
 def _distances(patches: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euclidean distances of patches to those kept, (batch, patches, keep), of their pixels, 0 where rounding may have
-    made them, and of their places.
+    """Euclidean distances of patches to those kept: of their pixels, 0 where rounding may have made them, and of their
+    places; (batch, patches, keep) both.
 
     Args:
         patches, kept: level, rest and squares, as in `Centred`, and places.
     """
-    # Most of what patches differ by is their mean, which needs no product. What is left is short, and rounds by less.
+    # Patches differ most in their means, which need no product. The rest is short, so its products round by less.
     level, rest, squares, places = patches
     lengths = squares + kept[2].transpose(1, 2)
     squared = torch.baddbmm(lengths, rest, kept[1].transpose(1, 2), alpha=-2)
@@ -360,10 +375,10 @@ def _distances(patches: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) ->
 
 
 def _sums(distances: Sequence[torch.Tensor], counts: torch.Tensor | None) -> list[Any]:
-    """Of each image the sum of each kind of distances, (batch or 1, 1, 1), and how many they are.
+    """For each image the sum of each kind of distances, and their number: (batch or 1, 1, 1) each.
 
     Args:
-        counts: (batch, patches, keep), bool: which of them count; `None` if all do.
+        counts: (batch, patches, keep), bool: which distances count; `None` if all do.
     """
     if counts is None:
         return [*(each.sum((1, 2), keepdim=True) for each in distances), distances[0].shape[1] * distances[0].shape[2]]
@@ -405,7 +420,7 @@ class WordIndex(NamedTuple):
     words: torch.Tensor
     """(size, channels · patch height · patch width), float32: each of length 1."""
     screen: Screen | None = None
-    """What rules most words out, on a CPU; `None` where the products of all are made as fast."""
+    """What rules most words out, on a CPU; `None` where products with all words are as fast."""
 
     def to(self, device: torch.device) -> WordIndex:
         """The words on another device, without the screen, which is for CPUs."""
@@ -430,8 +445,8 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
     """The word of each patch, by cosine distance (paper, inter-image approach); computed in float32.
 
     A patch farther than `threshold` from every word stays alone: its number is past the words' and no other patch of
-    its image has it. Of words equally near, to rounding, the first wins, so that an image is told in a batch as it is
-    alone. The cosine with a patch of zeros is taken as 0, its distance as 1.
+    its image has it. Of words that are equally near but for rounding the first wins, so that an image gets the same
+    words alone and in a batch. A patch of zeros has cosine 0 with every word, so distance 1.
 
     Args:
         patches: (batch, patches, channels · patch height · patch width).
@@ -471,8 +486,10 @@ def _rounds_as_float32() -> bool:
 def _largest_cosines(
     rows: torch.Tensor, lengths: torch.Tensor, index: WordIndex, least: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row its largest cosine with a word, and the first word that has it but for rounding; what
-    `screened_cosines` says of those without a cosine of `least`."""
+    """For each row its largest cosine with a word, and the first word that has it but for rounding.
+
+    For rows whose cosines are all below `least` both may be anything that `screened_cosines` allows.
+    """
     # Where torch may round to fewer bits, a screen would rule words out wrongly.
     if index.screen is not None and not is_followed() and _rounds_as_float32():
         found = screened_cosines(rows, lengths, index.words, index.screen, least, _SAME)
@@ -484,9 +501,9 @@ def _largest_cosines(
 
 
 def first_of(marks: torch.Tensor) -> torch.Tensor:
-    """The first place along the last dimension where `marks`, float32 zeros and ones, are 1; they are overwritten.
+    """The first place along the last dimension where `marks`, float32 zeros and ones, are 1; `marks` is overwritten.
 
-    Several times as fast on a CPU as `argmax`.
+    On a CPU it is several times as fast as `argmax`.
     """
     places = marks.shape[-1]
     from_last = marks.mul_(torch.arange(places, 0, -1, device=marks.device, dtype=marks.dtype)).amax(dim=-1)
