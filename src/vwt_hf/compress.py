@@ -51,7 +51,8 @@ from .hooks import (
     attending_layers,
     is_even,
 )
-from .model_configs import attend_by_plan, is_by_plan
+from .model_configs import attend_by_plan, configs_of_modules, is_among, is_by_plan
+from .processors import configs_within
 from .stand_ins import StandIn, class_forward, is_ours, own_forward, require_replaceable, slot_of
 from .vouch import may_change_rows, vouch, vouch_rows
 from .weights import loaded_by
@@ -246,10 +247,8 @@ def _hook_embeddings(tower: Tower, family: Family, setting: VWTConfig, follows: 
 
 def _hook_layers(tower: Tower, family: Family, setting: VWTConfig) -> None:
     """Has the layers of a tower attend by the plan and join tokens, and what comes after them see every patch."""
-    # More than one config where a part is a copy, as PEFT's modules to save are.
-    for config in [module.__dict__.get("config") for module in tower.module.modules()]:
-        if isinstance(config, PreTrainedConfig):
-            attend_by_plan(config)
+    for config in configs_of_modules(tower.module.modules()):  # copies of PEFT's have configs of their own
+        attend_by_plan(config)
     for module, stand_in in _replaced_attentions(tower, family):
         setattr(module, slot_of(module), StandIn(stand_in, module))
     places = find_places(tower.module)
@@ -367,10 +366,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         TypeError: `model` is no transformers model.
     """
     model = model_of(model)
-    is_plain = setting_of(model) is None
-    held = {id(module.__dict__.get("config")) for module in model.modules()}
+    is_plain, held = setting_of(model) is None, configs_of_modules(model.modules())
     told = [config for config in configs_of(model) if config.vwt is not None or is_by_plan(config)]
-    if any(is_plain or id(config) not in held for config in told):
+    if any(is_plain or not is_among(config, held) for config in told):
         own_config(model)  # others may go by these, or be built from them
     _take_out(model)
     return model
@@ -404,14 +402,8 @@ def _take_out(model: PreTrainedModel) -> None:
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """Every config that a module of `model` holds, and the configs within those, each once."""
-    found: dict[int, PreTrainedConfig] = {}
-    ahead = [module.__dict__.get("config") for module in model.modules()]
-    while ahead:
-        config = ahead.pop()
-        if isinstance(config, PreTrainedConfig) and id(config) not in found:
-            found[id(config)] = config
-            ahead += vars(config).values()
-    return list(found.values())
+    held = configs_of_modules(model.modules())
+    return list({id(config): config for own in held for _, config in configs_within(own)}.values())
 
 
 def parts_of(model: nn.Module) -> list[PreTrainedModel]:
@@ -449,7 +441,7 @@ def own_config(model: PreTrainedModel) -> None:
     copies: dict[int, Any] = {}
     for module in model.modules():
         config = module.__dict__.get("config")
-        if isinstance(config, PreTrainedConfig):  # of layers it may be another than that of the model they are in
+        if isinstance(config, PreTrainedConfig):
             module.__dict__["config"] = copy.deepcopy(config, copies)
 
 

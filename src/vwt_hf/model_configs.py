@@ -11,8 +11,10 @@ import copyreg
 import dataclasses
 import functools
 import os
+from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from .config import VWTConfig
@@ -144,6 +146,12 @@ def is_typed(vwt: Any) -> bool:
 
 
 SETTING = property(_read_setting, _write_setting, doc="What `vwt` asks for: a setting as JSON, or `None`.")
+
+
+def configs_of_modules(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
+    """The configs that these modules hold, each once; a layer may have another than the model around it."""
+    held = (module.__dict__.get("config") for module in modules)
+    return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
 
 
 def is_among(config: PreTrainedConfig, configs: list[PreTrainedConfig]) -> bool:

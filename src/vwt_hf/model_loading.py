@@ -101,7 +101,6 @@ def building_models(original: Any) -> Any:
 
 @contextlib.contextmanager
 def _parts_stay_plain() -> Iterator[None]:
-    """Within this context `_building` is true."""
     token = _building.set(True)
     try:
         yield

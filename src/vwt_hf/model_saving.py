@@ -20,7 +20,7 @@ from .compress import configs_of, own_config, require_same_layers, setting_of, t
 from .config import VWTConfig
 from .evidence import write_section
 from .families import family_of, find_tower, why_every_patch
-from .model_configs import is_among, take_over
+from .model_configs import configs_of_modules, is_among, take_over
 from .processors import configs_within
 from .saved_words import remove_other_words, require_same_words, seal_words, words_folder, write_words
 from .weights import lasting
@@ -254,10 +254,9 @@ def _why_not_of_part(config: PreTrainedConfig, model: PreTrainedModel, part: Pre
             return "the one like it is that of the whole, of which no patch may be dropped"
         return None if tower.module in part.modules() else "the one like it is that of the whole"
     inside = set(part.modules())
-    held = (module.__dict__.get("config") for module in model.modules() if module not in inside)
-    others = {id(own): own for own in held if isinstance(own, PreTrainedConfig)}
+    others = configs_of_modules(module for module in model.modules() if module not in inside)
     # By value: a part that was compressed and restored holds a copy of its config.
-    if any(_same_but_setting(config, own) for own in others.values()):
+    if any(_same_but_setting(config, own) for own in others):
         return "the one like it is that of other parts, too"
     return None
 

@@ -123,7 +123,6 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
 
 @same_for_all
 def _offsets(device: torch.device) -> torch.Tensor:
-    """`OFFSETS`: (8, 2), int64."""
     return whole_numbers(OFFSETS, device)
 
 

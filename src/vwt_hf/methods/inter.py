@@ -205,7 +205,6 @@ class InterConfig(RaggedConfig):
         return patches.without_padding(self._nearest(patches)) if self.shortens else None
 
     def _nearest(self, patches: Patches) -> torch.Tensor:
-        """As `nearest_words`, (batch, patches) int64."""
         assert self.words is not None  # `prepared` came before
         pixels = patches.pixels_as_words().float()
         return nearest_words(pixels, self.words.on(pixels.device), self.threshold)

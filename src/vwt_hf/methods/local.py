@@ -153,7 +153,6 @@ class LocalConfig(RaggedConfig):
         return leaders(neighbours, stays)
 
     def _looks(self, patches: Patches) -> torch.Tensor:
-        """What all patches look like: as `describe` gives it."""
         assert self.image_std is not None  # `prepared` came before
         return describe(patches.pixels_as_words().float(), patches.patch_size, self.image_std)
 
