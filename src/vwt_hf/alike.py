@@ -47,11 +47,11 @@ class Pairs(NamedTuple):
 
 @torch.no_grad()
 def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
-    """Finds for every second token of an image the one among the others that is most like it.
+    """Finds for every second token of an image the one among the others that is most like it; prefix tokens are in no
+    pair.
 
     Args:
         hidden_states: (sequences, prefix + tokens, hidden).
-        layout: where the tokens of each image lie. Its prefix tokens are in no pair.
     """
     values, real = hidden_states.float().flatten(0, 1), None
     sizes = layout.sizes.to(values.device).flatten()
@@ -85,15 +85,8 @@ def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
 
 
 def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
-    """Joins every second token of an image with the one among the others that is most like it, if they are alike.
-
-    Args:
-        hidden_states, layout: as for `find_pairs`.
-        least: how alike two tokens must be.
-
-    Returns:
-        As `Pairs.into`.
-    """
+    """Joins every second token of an image with the one among the others that is most like it, if the two are at least
+    so much alike: as `Pairs.into`."""
     if kernels := kernels_for(hidden_states):
         return kernels.join_alike(hidden_states, layout, least, EARLIER, PLACES, FLAT)
     pairs = find_pairs(hidden_states, layout)
@@ -101,11 +94,8 @@ def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float) -> tor
 
 
 def join_share(hidden_states: torch.Tensor, layout: Layout, share: float) -> torch.Tensor:
-    """As `join_alike`, but joins a given share of each image's tokens: those that are most like another.
-
-    Args:
-        share: of the tokens that are no prefix tokens, in [0, 0.5]; their number is rounded down.
-    """
+    """`join_alike` for those of an image's tokens that are most like another: a share of all but prefix tokens, in
+    [0, 0.5], rounded down."""
     pairs = find_pairs(hidden_states, layout)
     # The most alike first, of equals the earlier first.
     order = best(pairs.alike, pairs.alike.shape[1])

@@ -347,12 +347,7 @@ def flash_attention_2(
 
 
 def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replaces the forward of an attention module with one `qkv` projection that uses no interface (BLIP).
-
-    Args:
-        module: the attention, whose parameters are used.
-        hidden_states: (sequences, tokens, hidden).
-    """
+    """Replaces the forward of an attention module with one `qkv` projection that uses no interface (BLIP)."""
     if not _has_plan(module):
         return type(module).forward(module, hidden_states, **kwargs)
     heads = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -373,8 +368,6 @@ def separate(
     bias that uses no interface (Data2Vec-vision).
 
     Args:
-        module: the attention, whose parameters are used.
-        hidden_states: (sequences, tokens, hidden).
         output_attentions: whether to return what stands for attention weights, too; `hooks.End` refuses them.
         relative_position_bias: as the modules that `Family.relative` names give it, if layers share one.
         interpolate_pos_encoding: without effect, as the bias is always made for the size of the image.

@@ -15,13 +15,9 @@ from .words import gather_patches, same_for_all, whole_numbers
 
 
 def halve(images: torch.Tensor) -> torch.Tensor:
-    """Images at half the size, each pixel the mean of 2 × 2.
+    """Images, (batch, channels, height, width), at half the size, each pixel the mean of 2 × 2.
 
-    Args:
-        images: (batch, channels, height, width); an odd last row or column is left out.
-
-    Returns:
-        (batch, channels, height // 2, width // 2), float32, or float64 if `images` are.
+    An odd last row or column is left out. The result is float32, or float64 if `images` are.
     """
     first, *others = _quarters(images)
     return sum(others, first.to(torch.promote_types(first.dtype, torch.float32))) / 4
@@ -33,9 +29,7 @@ def detail_lost(
     """How much each block loses at half the size: the mean square of the differences of its pixels, in raw RGB.
 
     Args:
-        images: (batch, channels, height, width).
-        halves: what `halve` makes of them.
-        patch_size: height and width of a patch, in pixels.
+        halves: what `halve` makes of the images.
         image_std: what each channel was divided by.
 
     Returns:
@@ -65,10 +59,8 @@ def with_halves(
     """Images of which some blocks are shown at half the size.
 
     Args:
-        images: (batch, channels, height, width).
-        halves: what `halve` makes of them.
+        halves: what `halve` makes of the images.
         chosen: (batch, rows // 2, columns // 2) bool: which blocks.
-        patch_size: height and width of a patch, in pixels.
         enlarged: whether the four patches of a block show it together, for pictures. Else each of them shows the whole
             block, for the model.
 
@@ -126,16 +118,8 @@ def padded_blocks(places: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 
 def cut_blocks(patches: torch.Tensor, members: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-    """Blocks of padded patches, as images of their own.
-
-    Args:
-        patches: (batch, patches, height · width · channels).
-        members: as `padded_blocks` gives them.
-        patch_size: height and width of a patch, in pixels.
-
-    Returns:
-        (batch · blocks, channels, 2 · height, 2 · width); zeros where there is no block.
-    """
+    """Blocks of padded patches, by `padded_blocks`, as images of their own: (batch · blocks, channels, 2 · height,
+    2 · width); zeros where there is no block."""
     found = gather_patches(pad(patches, (0, 0, 0, 1)), members.flatten(1))
     blocks = found.unflatten(1, (-1, 2, 2)).unflatten(-1, (*patch_size, -1))
     return blocks.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4).flatten(0, 1)
@@ -151,16 +135,8 @@ def put_back(patches: torch.Tensor, blocks: torch.Tensor, members: torch.Tensor)
 
 
 def words_of(chosen: torch.Tensor, members: torch.Tensor, patches: int) -> torch.Tensor:
-    """The word of each patch: its own index, or that of the first of a block that becomes one token.
-
-    Args:
-        chosen: (batch, blocks), bool: which blocks become one token.
-        members: as `grid_blocks` or `padded_blocks` gives them.
-        patches: of each image, padding included.
-
-    Returns:
-        (batch, patches), int64.
-    """
+    """The word of each patch, (batch, patches), int64: its own index, or that of the first of its block, if that is
+    chosen to become one token, (batch, blocks), bool."""
     members = members.expand(chosen.shape[0], -1, -1)
     words = torch.where(chosen.unsqueeze(2), members[:, :, :1], members).flatten(1)
     own = torch.arange(patches + 1, device=chosen.device).expand(chosen.shape[0], -1)
@@ -168,5 +144,5 @@ def words_of(chosen: torch.Tensor, members: torch.Tensor, patches: int) -> torch
 
 
 def chosen_by(words: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """Which blocks become one token, (batch, blocks), bool: those whose patches all have the word of the first."""
+    """The way back from `words_of`: a block was chosen if all of its patches have the word of the first."""
     return (at(pad(words, (0, 1), value=-1), members) == members[:, :, :1]).all(dim=2)

@@ -229,11 +229,7 @@ def _hook_in(model: PreTrainedModel, tower: Tower, family: Family, setting: VWTC
 
 
 def _hook_embeddings(tower: Tower, family: Family, setting: VWTConfig, follows: bool) -> None:
-    """Has the embeddings of a tower make tokens, and its rotary positions follow.
-
-    Args:
-        follows: as for `Reduce`.
-    """
+    """Has the embeddings of a tower make tokens, and its rotary positions follow."""
     runs: list[Any] = [tower.module, *(stack for stack, _ in find_stacks(tower.module))]
     own_rows = any(not type(part).forward.__module__.startswith("transformers.") for part in runs)
     reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows, own_rows)
@@ -270,11 +266,7 @@ def _hook_layers(tower: Tower, family: Family, setting: VWTConfig) -> None:
 
 
 def _replace_methods(model: PreTrainedModel, begins: bool) -> None:
-    """Gives `model` methods that take `patch_words` in place of those by which a user gives it images.
-
-    Args:
-        begins: as for `_forward_with_words`.
-    """
+    """Gives `model` methods that take `patch_words` in place of those by which a user gives it images."""
     model_class: Any = type(model)
     for name in _methods_for_images(model_class):
         if name not in vars(model):
@@ -334,13 +326,13 @@ def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any)
 
     A wrapper that somebody put around `model.forward` may still call this after `restore`.
     """
-    if _runs(model) or not any(isinstance(hook, Begin) for hook in model._forward_pre_hooks.values()):
+    if _is_running(model) or not any(isinstance(hook, Begin) for hook in model._forward_pre_hooks.values()):
         return type(model).forward(model, *args, **kwargs)
     return model(*args, **kwargs)
 
 
 @traced_within
-def _runs(tower: PreTrainedModel) -> bool:
+def _is_running(tower: PreTrainedModel) -> bool:
     """Whether a call of `tower` is under way, and its embeddings have not run yet."""
     forward = current_forward()
     return forward is not None and forward.tower is tower and forward.plan is None

@@ -197,12 +197,12 @@ class Traced(Forward):
         return id(module) in self.members
 
 
-def _numbers(module: nn.Module) -> list[int]:
+def _ids(module: nn.Module) -> list[int]:
     """`id` of a module and of all within it; `module.modules()` keeps a set of modules, which is not traced."""
     found = [id(module)]
     for child in module._modules.values():
         if child is not None:
-            found += _numbers(child)
+            found += _ids(child)
     return found
 
 
@@ -268,7 +268,7 @@ def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relativ
 
 def begin_traced(tower: nn.Module, relative: bool) -> None:
     """`begin_forward` while torch.compile traces the call of `tower`."""
-    _in_thread.graphs.traced = Traced(tower, relative, _numbers(tower), within=_in_thread.graphs.traced)
+    _in_thread.graphs.traced = Traced(tower, relative, _ids(tower), within=_in_thread.graphs.traced)
 
 
 def end_forward(tower: nn.Module) -> Forward | None:

@@ -472,7 +472,7 @@ def attending_layers(tower: nn.Module) -> list[list[nn.Module]]:
     return [[layer for layer in run if attends(layer)] for _, run in find_stacks(tower)]
 
 
-def _form(layer: nn.Module) -> list[tuple[type, bool]]:
+def _kind_of(layer: nn.Module) -> list[tuple[type, bool]]:
     """The kind of a layer: of each of its modules the class, and whether nobody but us replaced its forward."""
     return [(type(part), isinstance(part.__dict__.get("forward"), (StandIn, type(None)))) for part in layer.modules()]
 
@@ -485,8 +485,8 @@ def _require_attention(tower: Any, forward: Forward) -> None:
     # Some may have been taken out since it was compressed.
     layers = [layer for stack in attending_layers(tower) for layer in stack]
     by_plan = [layer for layer in layers if any(id(part) in forward.by_plan for part in layer.modules())]
-    forms = [_form(layer) for layer in by_plan]
-    others = [layer for layer in layers if _form(layer) not in forms]
+    kinds = [_kind_of(layer) for layer in by_plan]
+    others = [layer for layer in layers if _kind_of(layer) not in kinds]
     if others and (by_plan or not forward.attended):
         raise ValueError(
             f"{len(others)} of the {len(layers)} layers of the {type(tower).__name__} did not attend by the tokens "

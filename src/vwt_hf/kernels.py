@@ -130,15 +130,8 @@ def find_leaders(
     """Which patch stands for each, as `neighbours.find_leaders` says.
 
     Args:
-        pixel_values: (batch, channels, height, width).
-        patch_size: height and width of a patch, in pixels.
-        grid: rows and columns of patches.
         waves, weights, fine: `neighbours._waves`, (pixels, 4); `neighbours._weights`, (channels,); `neighbours.FINE`.
         beside, limits: `neighbours._beside` and `neighbours._limits` of the grid.
-        tolerance: as for `neighbours.cover`.
-
-    Returns:
-        (batch, patches), int64.
     """
     batch, channels = pixel_values.shape[:2]
     patches, pixels = grid[0] * grid[1], patch_size[0] * patch_size[1]
@@ -234,14 +227,7 @@ def _nearest(distance, beside, stays, first, patches, BLOCK: tl.constexpr):
 def join_alike(
     hidden_states: torch.Tensor, layout: Layout, least: float, earlier: float, places: int, flat: float
 ) -> torch.Tensor:
-    """The row of the token that each token becomes part of, as `alike.join_alike`: (sequences, tokens), int64.
-
-    Args:
-        hidden_states: (sequences, tokens, hidden).
-        layout: where images begin and end.
-        least: as for `alike.join_alike`.
-        earlier, places, flat: `alike.EARLIER`, `alike.PLACES` and `alike.FLAT`.
-    """
+    """`alike.join_alike`, which hands over its constants `EARLIER`, `PLACES` and `FLAT`."""
     sequences, tokens, hidden = hidden_states.shape
     values, rows = hidden_states.contiguous(), sequences * tokens
     lengths = values.new_empty(rows, dtype=torch.float32)
@@ -480,12 +466,7 @@ def _rows_of_patches(leaders, lead, place, starts, rows, sizes, sources, prefix,
 
 
 def join(values: torch.Tensor, into: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
-    """The average of the tokens that become one, as `layout.join`: (sequences, tokens, hidden), of `after`.
-
-    Args:
-        values: (sequences, tokens, hidden), of `before`.
-        into: (rows,), int64: the row that each token of `before` becomes part of.
-    """
+    """`layout.join`, by `into`, (rows,), int64: the row of `after` that each token of `before` becomes part of."""
     values, hidden = values.contiguous(), values.shape[-1]
     joined = values.new_zeros(*after.sizes.shape, hidden)
     old, new = _bounds(before, values), _bounds(after, values)

@@ -203,16 +203,8 @@ def lead(
 
 
 def whole_rows(kept: torch.Tensor, batch: int, prefix: int, patches: int) -> torch.Tensor:
-    """The rows of prefix tokens and of some patches before any token is left out, counted over all images.
-
-    Args:
-        kept: (batch or 1, keep), indices of patches.
-        batch: images.
-        prefix, patches: of each image.
-
-    Returns:
-        (batch, prefix + keep), int64.
-    """
+    """The rows of prefix tokens and of some patches, (batch or 1, keep) indices, before any token is left out: (batch,
+    prefix + keep), int64, counted over all images of so many prefix tokens and patches."""
     first, _ = _even_bounds(batch, prefix + patches, kept.device)
     return with_prefix(kept, prefix) + first.unsqueeze(1)
 
@@ -415,14 +407,8 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
 
 
 def by_token(values: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The number of each token, of a number for each patch that all patches of a token share.
-
-    Args:
-        values: (batch, prefix tokens + patches), int64.
-
-    Returns:
-        (sequences, tokens), int64; 0 for padding.
-    """
+    """(batch, prefix + patches) → (sequences, tokens), int64: the number that all patches of a token share; 0 for
+    padding."""
     found = torch.zeros_like(layout.sizes, dtype=torch.int64).flatten()
     return found.scatter_(0, layout.rows.flatten(), values.flatten()).view_as(layout.sizes)
 
@@ -484,14 +470,7 @@ def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def expand(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Gives each patch its token's hidden state, in the order of the images.
-
-    Args:
-        hidden_states: (sequences, tokens, hidden).
-
-    Returns:
-        (batch, prefix tokens + patches, hidden).
-    """
+    """(sequences, tokens, hidden) → (batch, prefix + patches, hidden): each patch gets its token's hidden state."""
     return hidden_states.flatten(0, 1)[layout.rows.to(hidden_states.device)]
 
 

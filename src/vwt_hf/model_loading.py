@@ -143,7 +143,7 @@ def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTCon
     Args:
         source: the repository or folder whose config holds `vwt`, for the message; `None` if a user gave it.
     """
-    with _said_of(source):
+    with _naming_source(source):
         setting = VWTConfig.parse(vwt)
         if setting is not None:
             require_supported(cls, not setting.drops)
@@ -151,7 +151,7 @@ def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTCon
 
 
 @contextlib.contextmanager
-def _said_of(source: Any) -> Iterator[None]:
+def _naming_source(source: Any) -> Iterator[None]:
     """Has errors name `source`, the repository or folder whose config.json holds the setting; `None` changes none."""
     try:
         yield
@@ -179,7 +179,7 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
         if setting is None:
             part.config.vwt = None
             continue
-        with _said_of(source):
+        with _naming_source(source):
             typed = is_typed(vwt)
             named = "" if source is None and not typed else source
             compress_by(part, setting, trusted=typed, source=named, **hub_kwargs)
@@ -189,7 +189,7 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
         if any(_ask_alike(config.vwt, vwt) and type(config) == type(own) for own, vwt in asked):  # noqa: E721 (a subclass with a setting is equal)
             config.vwt = None  # a copy that the model made of a tower's, as for layers of a decoder
         else:
-            with _said_of(source):
+            with _naming_source(source):
                 raise ValueError(
                     f"the setting is in a {type(config).__name__} that belongs to no model within this "
                     f"{type(model).__name__}; move it to the config of the whole or of its vision tower."

@@ -94,12 +94,7 @@ def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tupl
 
 
 def find_neighbours(looks: torch.Tensor, grid: tuple[int, int]) -> Neighbours:
-    """The neighbours of each patch.
-
-    Args:
-        looks: (batch, patches, values), as `describe` gives them.
-        grid: rows and columns of patches.
-    """
+    """The neighbours of each patch of a grid of so many rows and columns, by what `describe` gives."""
     index, later, passes = _beside(*grid, looks.device).unbind(0)
     return _neighbours(looks, index, later.bool(), passes.bool(), *_limits(*grid, looks.device).unbind(0))
 
@@ -108,7 +103,6 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
     """`find_neighbours` where images are padded; padding has no neighbours, and is no patch's neighbour.
 
     Args:
-        looks: (batch, patches, values), as `describe` gives them.
         places: (batch, patches, 2): row and column of each patch, in row-major order, padding included.
         real: (batch, patches), bool: which patches are no padding. A caller may mask any patch.
     """
@@ -205,7 +199,6 @@ def cover(neighbours: Neighbours, tolerance: float | torch.Tensor) -> torch.Tens
     of an earlier turn has gone, as the patch itself was there then.
 
     Args:
-        neighbours: as `find_neighbours` gives them.
         tolerance: a number, or (batch, 1, 1).
 
     Returns:
@@ -220,7 +213,6 @@ def cover_by(neighbours: Neighbours, keep: int | torch.Tensor) -> torch.Tensor:
     Where no tolerance leaves exactly so many, those of the patches that would go stay that differ most.
 
     Args:
-        neighbours: as for `cover`.
         keep: how many patches stay, of every image, or (batch,), of each.
 
     Returns:
@@ -246,7 +238,6 @@ def leaders(neighbours: Neighbours, stays: torch.Tensor) -> torch.Tensor:
     differ equally the first by `OFFSETS` is taken. A patch that padding leaves no such neighbour stands for itself.
 
     Args:
-        neighbours: as for `cover`.
         stays: (batch, patches), bool: those of every fourth row and column among them.
 
     Returns:
@@ -265,17 +256,7 @@ def find_leaders(
     image_std: tuple[float, ...],
     tolerance: float,
 ) -> torch.Tensor:
-    """Which patch stands for each patch of images of one size, if those stay that `cover` says.
-
-    Args:
-        pixel_values: (batch, channels, height, width), as a model gets them.
-        patch_size, image_std: as for `describe`.
-        grid: rows and columns of patches.
-        tolerance: as for `cover`.
-
-    Returns:
-        (batch, patches), int64, as `leaders` gives it.
-    """
+    """`leaders` of images of one size, (batch, channels, height, width), if those patches stay that `cover` says."""
     if pixel_values.shape[1] != len(image_std):
         raise ValueError(
             f"pixel_values {tuple(pixel_values.shape)} have {pixel_values.shape[1]} channels, and image_std "

@@ -149,8 +149,8 @@ class Patches:
         """A plan by which some patches stay, as many of each image as it needs, and stand for the others, too.
 
         Args:
-            leaders: (batch, patches), int64: the patch that stands for each; those that stay stand for themselves.
-            packed, exponent: as for `group`.
+            leaders, packed: as for `layout.lead`.
+            exponent: as for `represent`.
         """
         if self.real is not None:  # padding is part of the first patch's token, and does not count
             leaders = torch.where(self.real, leaders, leaders[:, :1])
@@ -170,32 +170,22 @@ class Patches:
         """A plan by which the patches of an image that share a word become one token, their mean.
 
         Args:
-            words: (batch, patches), integers.
-            packed: whether the batch becomes one sequence, or one padded sequence for each image.
+            words, packed, by_index: as for `layout.group`.
             exponent: as for `represent`.
-            by_index: whether the words are indices of patches.
         """
         layout = group(words, self.prefix, packed, self.real, rounds=self.rounds, by_index=by_index)
         return Grouped(layout, exponent, self.grid, words=words)
 
     def group_evenly(self, words: torch.Tensor, tokens: int, exponent: float) -> Grouped:
-        """As `group`, where every image has as many tokens.
-
-        Args:
-            words: (batch, patches) int64: the index of the first patch of each patch's token.
-            tokens: of each image, prefix tokens left out.
-            exponent: as for `represent`.
-        """
+        """`group` by words that are the index of the first patch of each token, where each image has so many `tokens`,
+        prefix tokens left out."""
         leads = words == torch.arange(self.count, device=words.device)
         token_of_patch = (leads.cumsum(dim=1) - 1).gather(1, words)
         return Grouped(represent(token_of_patch, tokens, self.prefix), exponent, self.grid, words=words)
 
     def seen(self, plan: Kept | Grouped) -> torch.Tensor:
-        """What is left of each patch: the mean of its group, or the patch that stands for it.
-
-        Returns:
-            (batch, patches, channels · patch height · patch width), float32.
-        """
+        """What is left of each patch: the mean of its group, or the patch that stands for it, as `pixels_as_words` in
+        float32."""
         rows = self.pixels_as_words().float()
         # Without the prefix tokens, which pixels have none of.
         return plan.expand(plan.reduce(rows)) if isinstance(plan, Grouped) else rows
@@ -237,53 +227,35 @@ class Patches:
         return words
 
     def kept_by(self, words: torch.Tensor, tokens: int | None = None) -> Kept | Grouped:
-        """The plan of `keep` that words of a caller tell.
+        """The plan of `keep` that a caller's words tell: a patch that stays has its own index, others −1.
 
         Args:
-            words: (batch, patches) int64: a patch that stays has its own index, others −1. Padding may have any.
+            words: (batch, patches) int64. Here and below, padding may have any, and words that tell no such plan raise
+                `ValueError`.
             tokens: least number of tokens of each image, where images are padded.
-
-        Raises:
-            ValueError: they tell no such plan.
         """
-        stays = self._required(words != DROPPED)
+        stays = self._require_same_number(words != DROPPED)
         own = torch.arange(self.count, device=words.device).expand_as(words)
         self._refuse(words, stays & (words != own), "its own index, or −1 if it is left out")
-        return self.keep(*self._chosen(stays, tokens))
+        return self.keep(*self._kept_of(stays, tokens))
 
     def represented_by(self, words: torch.Tensor, exponent: float, tokens: int | None = None) -> Grouped:
-        """The plan of `represent` that words of a caller tell.
-
-        Args:
-            words: (batch, patches) int64: the index of the patch that stands for each, which also stands for itself.
-                Padding may have any.
-            exponent: as for `represent`.
-            tokens: as for `kept_by`.
-
-        Raises:
-            ValueError: they tell no such plan.
-        """
+        """The plan of `represent` that a caller's words tell: each is the index of the patch that stands for the patch,
+        and for itself, too. `tokens` is as for `kept_by`."""
         own, target = self._require_leaders(words)
-        kept, counts = self._chosen(self._required(words == own), tokens)
+        kept, counts = self._kept_of(self._require_same_number(words == own), tokens)
         place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         nearest = torch.zeros_like(words).scatter_(1, kept, place).gather(1, target)
         return self.represent(nearest, kept, counts, exponent)
 
     def led_by(self, words: torch.Tensor, packed: bool, exponent: float) -> Grouped:
-        """The plan of `lead` that words of a caller tell: (batch, patches) int64, as for `represented_by`.
-
-        Raises:
-            ValueError: they tell no such plan.
-        """
+        """The plan of `lead` that a caller's words tell, which are as for `represented_by`."""
         _, target = self._require_leaders(words)
         return self.lead(target, packed, exponent)
 
     def _require_leaders(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refuses words by which a patch stands for others and not for itself.
-
-        Returns:
-            Each patch's own index, and that of the patch that stands for it: (batch, patches) both.
-        """
+        """Each patch's own index, and that of the patch that stands for it, (batch, patches) both. Refuses words by
+        which a patch stands for others and not for itself."""
         own = torch.arange(self.count, device=words.device).expand_as(words)
         stays = words == own if self.real is None else (words == own) & self.real
         target = words.clamp(0, self.count - 1)
@@ -292,39 +264,28 @@ class Patches:
         return own, target
 
     def grouped_by(self, words: torch.Tensor, packed: bool, exponent: float) -> Grouped:
-        """The plan of `group` that words of a caller tell.
-
-        Raises:
-            ValueError: a patch has a negative number.
-        """
+        """The plan of `group` that a caller's words tell, which are not negative."""
         self._refuse(words, words < 0, "the number of a word")
         return self.group(words, packed, exponent)
 
     def of_blocks(self, words: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-        """Checks words of blocks that a caller gave, and gives padding its own index.
+        """A caller's words of blocks, checked, with its own index for padding: each word is the index of the patch or,
+        for all of a block, that of its first patch.
 
         Args:
-            words: (batch, patches) int64: each patch's own index, or that of the first patch of its block. Padding may
-                have any.
             members: as `blocks.grid_blocks` or `blocks.padded_blocks` gives them.
-
-        Raises:
-            ValueError: they tell something else, as where a part of a block shares a word.
         """
         clean = words_of(chosen_by(words, members), members, self.count)
         self._refuse(words, words != clean, "its own index or, as all four of its block, that of the first of them")
         return clean
 
     def even_number(self, words: torch.Tensor) -> int:
-        """How many tokens each image of a batch has by words that are indices of the first patch of each token.
-
-        Raises:
-            ValueError: images differ in it.
-        """
-        leads = self._required(words == torch.arange(self.count, device=words.device))
+        """How many tokens each image has by words that are the index of each token's first patch. Refuses images that
+        differ in it."""
+        leads = self._require_same_number(words == torch.arange(self.count, device=words.device))
         return int(leads.sum(dim=1).amax()) if len(words) else self.count
 
-    def _required(self, stays: torch.Tensor) -> torch.Tensor:
+    def _require_same_number(self, stays: torch.Tensor) -> torch.Tensor:
         """`stays` without padding. Refuses images without padding that keep different numbers of patches, or none."""
         if self.real is not None:
             return stays & self.real
@@ -348,7 +309,7 @@ class Patches:
                 'image processor and model with the same `vwt`, or the model with vwt={"method": "given"}.'
             )
 
-    def _chosen(self, stays: torch.Tensor, tokens: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _kept_of(self, stays: torch.Tensor, tokens: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`kept` and `stays`, as `keep` takes them, of which patches stay, (batch, patches) bool."""
         counts = stays.sum(dim=1)
         longest = int(counts.max()) if len(counts) else 0
@@ -359,14 +320,10 @@ class Patches:
 
 
 def padded_places(spatial_shapes: torch.Tensor, patches: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the patches of padded images lie, and which are real.
+    """`Patches.padded_places` and `Patches.real` of images with so many patches each, padding included.
 
     Args:
         spatial_shapes: (batch, 2), rows and columns of patches of each image.
-        patches: of each image, padding included.
-
-    Returns:
-        (batch, patches, 2) float32, row and column counted in patches, and (batch, patches) bool: False for padding.
     """
     rows, columns = spatial_shapes.unbind(1)
     index = torch.arange(patches, device=spatial_shapes.device)

@@ -107,11 +107,7 @@ class Centred(NamedTuple):
 
 
 def centre(patches: torch.Tensor) -> Centred:
-    """Subtracts from each patch the mean of its values.
-
-    Args:
-        patches: (batch, patches, channels · patch height · patch width).
-    """
+    """Subtracts from each patch, (batch, patches, channels · patch height · patch width), the mean of its values."""
     values = patches.float()
     # Two passes over contiguous rows: an order of magnitude faster on a CPU than torch.var, and as exact.
     level = values.mean(dim=2, keepdim=True)
@@ -120,10 +116,7 @@ def centre(patches: torch.Tensor) -> Centred:
 
 
 def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Indices of the `keep` highest scores in ascending order; of equal scores the earlier patch wins.
-
-    Args:
-        scores: (batch, patches).
+    """Indices of the `keep` highest of (batch, patches) scores, ascending; of equal scores the earlier patch wins.
 
     Returns:
         (batch, keep), int64.
@@ -132,11 +125,7 @@ def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def whole_share(patches: Any, ratio: float) -> Any:
-    """`patches * ratio`, rounded down as if `ratio` were exact.
-
-    Args:
-        patches: a number, or (batch,), int64, one of each image.
-    """
+    """`patches * ratio`, a number or (batch,) int64, rounded down as if `ratio` were exact."""
     return (patches * round(ratio * _WHOLE) + _ROUNDED) // _WHOLE
 
 
@@ -266,13 +255,9 @@ def _spread_on(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _dither(row: Any, column: Any, spread: Any) -> Any:
-    """The rank of each place of a grid in ordered dithering (Bayer 1973).
+    """The rank of each place of a grid in ordered dithering (Bayer 1973), by `_spread` of more rows and columns.
 
     The first half of the ranks is a checkerboard, the first quarter is every other row and column.
-
-    Args:
-        row, column: whole numbers.
-        spread: as `_spread` gives it for more rows and columns than these.
     """
     return 2 * spread[row ^ column] + spread[row]
 
@@ -299,15 +284,8 @@ def with_prefix(kept: torch.Tensor, prefix: int) -> torch.Tensor:
 
 
 def gather_pairs(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The part of a table of pairs of rows that is about some rows.
-
-    Args:
-        values: (1, channels, all, all).
-        rows: (batch or 1, some).
-
-    Returns:
-        (batch or 1, channels, some, some).
-    """
+    """Of a table of pairs of rows, (1, channels, all, all), the part about some: (batch or 1, some) → (batch or 1,
+    channels, some, some)."""
     return values[0][:, rows.unsqueeze(2), rows.unsqueeze(1)].transpose(0, 1)
 
 
@@ -375,11 +353,7 @@ def _distances(patches: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) ->
 
 
 def _sums(distances: Sequence[torch.Tensor], counts: torch.Tensor | None) -> list[Any]:
-    """For each image the sum of each kind of distances, and their number: (batch or 1, 1, 1) each.
-
-    Args:
-        counts: (batch, patches, keep), bool: which distances count; `None` if all do.
-    """
+    """For each image the sum of each kind of distances, and their number; of those that `counts` marks, if given."""
     if counts is None:
         return [*(each.sum((1, 2), keepdim=True) for each in distances), distances[0].shape[1] * distances[0].shape[2]]
     return [each.sum((1, 2), keepdim=True) for each in (*(each * counts for each in distances), counts)]
@@ -397,15 +371,7 @@ def _nearest(
 
 
 def gather_patches(patches: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The kept patches alone, or the rows of any table that has one for each patch.
-
-    Args:
-        patches: (batch or 1, patches, values).
-        kept: (batch or 1, keep) patch indices.
-
-    Returns:
-        (batch, keep, values).
-    """
+    """Of (batch or 1, patches, values) the rows of some patches, (batch or 1, keep): (batch, keep, values)."""
     if not torch.jit.is_tracing():  # what is traced with one image is for batches of any size
         if kept.shape[0] == 1:
             return patches.index_select(1, kept[0])
@@ -428,10 +394,9 @@ class WordIndex(NamedTuple):
 
 
 def index_words(words: torch.Tensor) -> WordIndex:
-    """Makes words ready for the search; a word of zeros stays one, at distance 1 from every patch.
+    """Makes words, (size, channels · patch height · patch width), ready for `nearest_words`.
 
-    Args:
-        words: (size, channels · patch height · patch width).
+    A word of zeros stays one, at distance 1 from every patch.
     """
     # By numpy: torch's threads wait for one another, for long where other processes have the cores.
     values = words.detach().float().cpu().numpy()
@@ -486,10 +451,8 @@ def _rounds_as_float32() -> bool:
 def _largest_cosines(
     rows: torch.Tensor, lengths: torch.Tensor, index: WordIndex, least: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row its largest cosine with a word, and the first word that has it but for rounding.
-
-    For rows whose cosines are all below `least` both may be anything that `screened_cosines` allows.
-    """
+    """For each row its largest cosine with a word, and the first word that has it but for rounding; for rows without a
+    cosine of `least`, what `screened_cosines` says."""
     # Where torch may round to fewer bits, a screen would rule words out wrongly.
     if index.screen is not None and not is_followed() and _rounds_as_float32():
         found = screened_cosines(rows, lengths, index.words, index.screen, least, _SAME)

@@ -114,12 +114,12 @@ class CoarseConfig(GradualConfig):
         return (order < numbers.unsqueeze(1)) & exists
 
     def plan(self, patches: Patches) -> Grouped:
-        return self.plan_repainted(patches, self._find(patches))
+        return self.plan_repainted(patches, self._own_words(patches))
 
     def patch_words(self, patches: Patches) -> torch.Tensor | None:
-        return patches.without_padding(self._find(patches))
+        return patches.without_padding(self._own_words(patches))
 
-    def _find(self, patches: Patches) -> torch.Tensor:
+    def _own_words(self, patches: Patches) -> torch.Tensor:
         """The words that the setting chooses: as `_choose` gives them."""
         members = _members(patches)
         with without_autocast(patches.device), torch.no_grad():
