@@ -122,7 +122,7 @@ class Begin(Hook):
     """Whether images come as padded patches. Then `pixel_attention_mask` is kept from the layers, which see tokens and
     not patches, and stored in the `Forward` for the head."""
     by_interface: bool
-    """Whether its attention reaches this package's through transformers' `AttentionInterface`."""
+    """Whether its layers reach this package's attention through transformers' `AttentionInterface`."""
     even: bool
     """What `is_even` says of the setting."""
     _members: weakref.WeakSet[nn.Module] | None = None

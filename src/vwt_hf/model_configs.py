@@ -112,8 +112,6 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
         one, two = self.to_dict(), other.to_dict()
         return all(one.get(name) == two.get(name) for name in names)
 
-    kinds = (type(plain),) if isinstance(plain, _StandsFor) else (_StandsFor, type(plain))
-    metaclass = type("_ConfigWithSetting", kinds, {})
     body: dict[str, Any] = {
         PLAIN: plain,
         "__module__": plain.__module__,
@@ -127,11 +125,18 @@ def config_subclass(plain: Any, by_plan: bool) -> type[PreTrainedConfig]:
     if by_plan:
         # Configs of transformers have a `__getattribute__`, and of such classes torch before 2.13 traces no properties.
         body["__getattribute__"] = read
+    return _metaclass(plain, by_plan)(plain.__name__, (plain,), body)
+
+
+def _metaclass(plain: Any, by_plan: bool) -> Any:
+    """The metaclass of one `config_subclass`, by which that is equal to its plain class, and pickled as itself."""
+    kinds = (type(plain),) if isinstance(plain, _StandsFor) else (_StandsFor, type(plain))
+    metaclass = type("_ConfigWithSetting", kinds, {})
     # By its name `pickle` would find the plain class.
     copyreg.pickle(
         metaclass, lambda own: (config_subclass, (plain, by_plan)) if PLAIN in vars(own) else own.__qualname__
     )
-    return metaclass(plain.__name__, (plain,), body)
+    return metaclass
 
 
 def _new_config(plain: Any, by_plan: bool) -> PreTrainedConfig:
