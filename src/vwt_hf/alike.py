@@ -72,13 +72,15 @@ def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
     with without_autocast(values.device):
         cosines = values[:, 1::2] @ values[:, 0::2].transpose(1, 2)
     cosines = cosines.mul_(scale[:, 1::2].unsqueeze(2)).mul_(scale[:, 0::2].unsqueeze(1))
-    mean = cosines.sum(dim=(1, 2)) / ((tokens // 2) * (tokens - tokens // 2) + (tokens < 2))
+    pairs = (tokens // 2) * (tokens - tokens // 2) + (tokens < 2)  # 1 in place of 0
+    mean = cosines.sum(dim=(1, 2)) / pairs
     spread = (1 - mean).clamp(min=FLAT).unsqueeze(1)
     places = torch.arange(cosines.shape[2], device=cosines.device).clamp(max=PLACES) * EARLIER
     if real is not None:
         places = places.where(real[:, 0::2], torch.inf)
-    less, which = (cosines - (spread * places).unsqueeze(1)).max(dim=2)
-    alike = 1 - sizes[rows[:, 1::2]].clamp(min=1).sqrt() * ((1 - less) / spread - EARLIER * which.clamp(max=PLACES))
+    # The tie-break is taken off to choose, and added again to say how alike the two are.
+    most, which = (cosines - (spread * places).unsqueeze(1)).max(dim=2)
+    alike = 1 - sizes[rows[:, 1::2]].clamp(min=1).sqrt() * ((1 - most) / spread - EARLIER * which.clamp(max=PLACES))
     if real is not None:
         alike = alike.masked_fill(~real[:, 1::2], -torch.inf)
     return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), alike)

@@ -54,7 +54,7 @@ FOLDED = 8
 
 def register() -> None:
     """Registers `vwt_eager`, `vwt_sdpa` and `vwt_flash_attention_2` with transformers."""
-    for base, forward in (("eager", eager), ("sdpa", sdpa), ("flash_attention_2", flash_attention_2)):
+    for base, forward in zip(BASES, (eager, sdpa, flash_attention_2), strict=True):
         AttentionInterface.register(BY_PLAN + base, _by_plan_or_plain(forward, base))
         mask = functools.partial(_given_mask, ALL_MASK_ATTENTION_FUNCTIONS[base])
         AttentionMaskInterface.register(BY_PLAN + base, mask)

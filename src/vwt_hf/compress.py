@@ -198,7 +198,7 @@ def _require_usable_attention(tower: Tower, family: Family) -> None:
 
 
 def _hook_in(model: PreTrainedModel, tower: Tower, family: Family, setting: VWTConfig) -> None:
-    """Puts everything into a plain model by which it runs compressed."""
+    """Puts hooks, stand-ins for methods and configs into a plain model, by which it runs compressed."""
     by_sizes = _attends_by_sizes(setting, family)
     relative = any(is_of(module, family.relative) for module in tower.module.modules())
     follows = by_sizes or (setting.shortens and relative)

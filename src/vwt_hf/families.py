@@ -321,16 +321,20 @@ def _general_family(model: PreTrainedModel) -> Family:
     Its `prefix` says no more than whether there is a CLS token, which `answers.named_answer` asks.
     """
     for module in model.modules():
-        # LoRA's modules and the like hold the one that they wrap as `base_layer`, beside layers that they add.
-        wrapping = [part for part in module.modules() if hasattr(part, "base_layer")]
-        added = {part for wrapper in wrapping for part in wrapper.modules()} - {one.base_layer for one in wrapping}
-        convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d) and part not in added]
-        named = type(module).__name__.endswith("Embeddings") and _is_transformers(module)
-        if named and len(convolutions) == 1 and convolutions[0].kernel_size == convolutions[0].stride:
+        name = type(module).__name__
+        if name.endswith("Embeddings") and _is_transformers(module) and _cuts_patches(module):
             cls = {"cls_token", "class_embedding"} & dict(module.named_parameters(recurse=False)).keys()
-            prefix = "CLS" if cls else "none"
-            return Family(_model_type(type(model)), (), type(module).__name__, "", prefix=prefix, tried=True)
+            return Family(_model_type(type(model)), (), name, "", prefix="CLS" if cls else "none", tried=True)
     raise not_vouched(model, NotVouched("has no embeddings whose only convolution makes a row of each patch"))
+
+
+def _cuts_patches(module: nn.Module) -> bool:
+    """Whether the only convolution within a module cuts images into patches that do not overlap."""
+    # LoRA's modules and the like hold the one that they wrap as `base_layer`, beside layers that they add.
+    wrappers = [part for part in module.modules() if hasattr(part, "base_layer")]
+    added = {part for wrapper in wrappers for part in wrapper.modules()} - {one.base_layer for one in wrappers}
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d) and part not in added]
+    return len(convolutions) == 1 and convolutions[0].kernel_size == convolutions[0].stride
 
 
 def _row_of(model_class: type[PreTrainedModel]) -> Family | None:

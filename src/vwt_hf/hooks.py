@@ -82,7 +82,7 @@ class TakeWords(Hook):
             begin_call(model, patch_words)
         return args, kwargs
 
-    # Of an error that is raised while it traces, torch makes a call without this graph, and compiles parts of it again.
+    # Not traced: of an error in a graph, torch runs the call without that graph, and compiles parts of it again.
     @torch.compiler.disable
     def _refuse_in_graph(self) -> None:
         raise ValueError(

@@ -159,7 +159,8 @@ def _around(row: Any, column: Any, rows: Any, columns: Any, offsets: Any) -> tup
     there_row, there_column = row + (1 + even) * offsets[0], column + (1 + even) * offsets[1]
     exists = (there_row >= 0) & (there_row < rows) & (there_column >= 0) & (there_column < columns) & (turn != ALWAYS)
     index, turn_there = there_row * columns + there_column, _turn(there_row, there_column)
-    return index, turn_there > turn, ~even & (turn_there >= TURNS), 1 + even * (1 / FAR - 1), exists
+    factor = 1 + even * (1 / FAR - 1)  # 1 / FAR for patches of even row and column, else 1
+    return index, turn_there > turn, ~even & (turn_there >= TURNS), factor, exists
 
 
 def _turn(row: Any, column: Any) -> Any:
