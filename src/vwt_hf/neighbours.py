@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,7 +96,8 @@ def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tupl
 def find_neighbours(looks: torch.Tensor, grid: tuple[int, int]) -> Neighbours:
     """The neighbours of each patch of a grid of so many rows and columns, by what `describe` gives."""
     index, later, passes = _beside(*grid, looks.device).unbind(0)
-    return _neighbours(looks, index, later.bool(), passes.bool(), *_limits(*grid, looks.device).unbind(0))
+    factor, none = _limits(*grid, looks.device).unbind(0)
+    return _neighbours(looks, index, later.bool(), passes.bool(), factor, none)
 
 
 def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torch.Tensor) -> Neighbours:
@@ -109,10 +110,10 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
     row, column = places.long().unsqueeze(2).unbind(-1)
     rows = row.masked_fill(~real.unsqueeze(2), -1).amax(dim=1, keepdim=True) + 1
     columns = column.amax(dim=1, keepdim=True) + 1  # over masked patches, too, as they are numbered like the others
-    index, later, passes, factor, exists = _around(row, column, rows, columns, _offsets(places.device).unbind(1))
-    exists = exists & real.unsqueeze(2) & at(real, index * exists)
+    around = _around(row, column, rows, columns, _offsets(places.device).unbind(1))
+    exists = around.exists & real.unsqueeze(2) & at(real, around.index * around.exists)
     none = torch.zeros_like(looks[..., :1]).masked_fill(~exists, torch.inf)
-    return _neighbours(looks, index * exists, later, passes & exists, factor, none)
+    return _neighbours(looks, around.index * exists, around.later, around.passes & exists, around.factor, none)
 
 
 @same_for_all
@@ -120,8 +121,21 @@ def _offsets(device: torch.device) -> torch.Tensor:
     return whole_numbers(OFFSETS, device)
 
 
-def _on_grid(rows: int, columns: int) -> tuple[Any, ...]:
-    """`_around` for all patches of a grid: (patches, 8) each, but the factors (patches, 1)."""
+class _Around(NamedTuple):
+    """The eight neighbours of patches by where these lie, as arrays of numpy or of torch: (..., patches, 8)."""
+
+    index: Any
+    later: Any
+    passes: Any
+    """As in `Neighbours`. All three mean something only where a neighbour exists."""
+    factor: Any
+    """(..., patches, 1): what the difference from each neighbour is multiplied by."""
+    exists: Any
+    """Whether the neighbour exists, and the patch may be left to it."""
+
+
+def _on_grid(rows: int, columns: int) -> _Around:
+    """The neighbours of all patches of a grid, as arrays of numpy."""
     row, column = np.divmod(np.arange(rows * columns)[:, None], columns)
     return _around(row, column, rows, columns, np.array(OFFSETS).T)
 
@@ -129,30 +143,26 @@ def _on_grid(rows: int, columns: int) -> tuple[Any, ...]:
 @same_for_all
 def _beside(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """`index`, `later` and `passes` of `Neighbours`: (3, 1, patches, 8), int64."""
-    index, later, passes, _, exists = _on_grid(rows, columns)
-    return whole_numbers(np.stack((index, later, passes))[:, None] * exists, device)
+    around = _on_grid(rows, columns)
+    return whole_numbers(np.stack((around.index, around.later, around.passes))[:, None] * around.exists, device)
 
 
 @same_for_all
 def _limits(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """What each difference is multiplied by, and what is added: infinity where there is no neighbour, else 0.
     (2, 1, patches, 8), float32."""
-    *_, factor, exists = _on_grid(rows, columns)
-    both = np.stack((factor * np.ones_like(exists), np.where(exists, 0, np.inf)))
+    around = _on_grid(rows, columns)
+    both = np.stack((around.factor * np.ones_like(around.exists), np.where(around.exists, 0, np.inf)))
     return torch.tensor(both[:, None].tolist(), dtype=torch.float32, device=device)
 
 
-def _around(row: Any, column: Any, rows: Any, columns: Any, offsets: Any) -> tuple[Any, Any, Any, Any, Any]:
-    """Finds the neighbours of patches, on arrays of numpy or of torch.
+def _around(row: Any, column: Any, rows: Any, columns: Any, offsets: Any) -> _Around:
+    """Finds the neighbours of patches by where these lie.
 
     Args:
         row, column: (..., patches, 1): of each patch.
         rows, columns: of its image.
         offsets: `OFFSETS`, downwards and to the right: (8,) each.
-
-    Returns:
-        `index`, `later` and `passes` of `Neighbours`, which mean something where the neighbour exists; what the
-        difference is multiplied by; and whether the neighbour exists and the patch may go.
     """
     turn = _turn(row, column)
     even = turn >= TURNS
@@ -160,7 +170,7 @@ def _around(row: Any, column: Any, rows: Any, columns: Any, offsets: Any) -> tup
     exists = (there_row >= 0) & (there_row < rows) & (there_column >= 0) & (there_column < columns) & (turn != ALWAYS)
     index, turn_there = there_row * columns + there_column, _turn(there_row, there_column)
     factor = 1 + even * (1 / FAR - 1)  # 1 / FAR for patches of even row and column, else 1
-    return index, turn_there > turn, ~even & (turn_there >= TURNS), factor, exists
+    return _Around(index, turn_there > turn, ~even & (turn_there >= TURNS), factor, exists)
 
 
 def _turn(row: Any, column: Any) -> Any:
