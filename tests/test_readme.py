@@ -126,8 +126,8 @@ def headings(written: str) -> list[str]:
 def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch):
     # From the top, transformers 5.17 offers it only with torchvision, as the README says.
     monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
-    first, second, third, fourth, fifth, sixth, _ = blocks("python")
-    loading, in_memory = first.split("# A model in memory")
+    using, calibrating, learning, tokenising, batching, embedding, _ = blocks("python")
+    loading, in_memory = using.split("# A model in memory")
     use: dict[str, Any] = {}
     exec(compile(loading, "README.md", "exec"), use)
     assert use["model"].config.vwt["num_patches"] == 98 and use["classify"].model.config.vwt["method"] == "gradual"
@@ -136,30 +136,30 @@ def test_the_python_in_it_runs(tiny_hub: LoopbackHub, monkeypatch: pytest.Monkey
     for how, keeps in (({}, 0.5), ({"vwt": False}, None)):
         setting = transformers.AutoModel.from_pretrained("short", **how).config.vwt
         assert (setting and setting["keep_ratio"]) == keeps
+    short: dict[str, Any] = {}
+    exec(compile(calibrating, "README.md", "exec"), short)
+    assert short["setting"].evidence["value"] >= 0.98 and short["model"].config.vwt == short["setting"].to_dict()
+    assert b"unlabelled images | `50`" in tiny_hub.files("me/short")["README.md"]
     words: dict[str, Any] = {}
-    exec(compile(second, "README.md", "exec"), words)
+    exec(compile(learning, "README.md", "exec"), words)
     assert {"vocabulary.safetensors", "vocabulary.json"} <= tiny_hub.files("me/my-words").keys()
     assert len(words["words"]) == 1000 and words["words"].patch_size == 16
     setting = words["model"].config.vwt
     assert setting["vocabulary"] == "me/my-words" and setting["threshold"] == 0.05
     tokens: dict[str, Any] = {"images": [Image.effect_noise((300, 240), 90).convert("RGB")] * 2}
-    exec(compile(third, "README.md", "exec"), tokens)
+    exec(compile(tokenising, "README.md", "exec"), tokens)
     assert tokens["inputs"]["patch_words"].shape == (2, 196) and tokens["logits"].shape[0] == 2
     assert [picture.size for picture in tokens["pictures"]] == [(224, 224)] * 2
     images = datasets.Dataset.from_dict({"image": tokens["images"]}).cast_column("image", datasets.Image())
     loading = tokens | {"dataset": images, "vwt_hf": vwt_hf}
-    exec(compile(fourth, "README.md", "exec"), loading)
+    exec(compile(batching, "README.md", "exec"), loading)
     (batch,) = loading["loader"]
     assert batch["patch_words"].shape == (2, 196)
     assert loading["lengths"] == [len(image.unique()) for image in batch["patch_words"]]
-    short: dict[str, Any] = {}
-    exec(compile(fifth, "README.md", "exec"), short)
-    assert short["setting"].evidence["value"] >= 0.98 and short["model"].config.vwt == short["setting"].to_dict()
-    assert b"unlabelled images | `50`" in tiny_hub.files("me/short")["README.md"]
     (command,) = (command for command in commands("vwt-hf ") if " embed " in command)
     assert main(shlex.split(command)[1:]) == 0
     collection: dict[str, Any] = {}
-    exec(compile(sixth, "README.md", "exec"), collection)
+    exec(compile(embedding, "README.md", "exec"), collection)
     assert collection["nearest"][0] == "0.png" and len(set(collection["nearest"])) == 5
 
 
