@@ -1,9 +1,9 @@
-"""Learning words from images: the loop between the patch stream and k-means, with progress and checkpoints.
+"""Learning words from images by k-means, with progress and checkpoints, in one process or several.
 
-Several processes learn the words that one would, but for rounding: each of n processes reads every n-th image of the
-order in which one would read them, so that a step has the images of one's batch, and their statistics are summed. Where
-single patches matter, to seed words and to start them again, the main process gets them all, in that order, and hands
-out what comes of it.
+Several processes learn the words that one would, but for rounding. Each of n processes reads every n-th image in the
+order in which one would read them, so together they have the images of its batch in each step; their statistics are
+summed. Where single patches matter (to seed words, and to start rare ones again) the main process gets all patches, in
+that order, and hands out the result.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ CHECKPOINT_EVERY = 100
 """Batches between checkpoints: what a kill loses at most."""
 CHECKPOINT_FORMAT = 4
 """Of checkpoints: one of another format is refused."""
+CHANNELS = 3
+"""Of a word: images are read as RGB."""
 NAMED = 5
 """How many unreadable images a warning names."""
 CUTS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct", "do_pad", "pad_size")
@@ -72,7 +74,7 @@ class StepRead(NamedTuple):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run of learning has come: what it has counted."""
+    """How far a run of learning has come."""
 
     images: int = 0
     unreadable: int = 0
@@ -119,35 +121,17 @@ def learn_words(
         # call. The threads that read images would make it, too, and where two meet, torch raises an error in one.
         torch.set_num_threads(torch.get_num_threads())
     image_processor = without_words(getattr(image_processor, "image_processor", image_processor))
-    # The channels are RGB's: images are read as such.
-    channels = 3
 
     def begin() -> tuple[MiniBatchKMeans, dict[str, Any], ImageSource]:
-        for name, value in {"size": size, "patch_size": patch_size, "batch_size": batch_size}.items():
-            require_whole(name, value)
-        if max_images is not None:
-            require_whole("max_images", max_images)
-        if not is_int(seed) or not -(2**63) <= seed < 2**64:  # what a generator of torch takes
-            raise ValueError(f"seed is {shown(seed)}; expected a whole number in [−2**63, 2**64).")
-        takes = 4 * size * channels * patch_size**2
-        if takes > MOST_BYTES:
-            raise ValueError(
-                f"size is {size:,} and patch_size {patch_size}, so words would take {takes:,} bytes; expected "
-                f"{MOST_BYTES:,} at most. Learn fewer, or smaller ones."
-            )
+        _require_arguments(size, patch_size, seed, batch_size, max_images)
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
         VocabularyInfo(dataset=dataset, base_model=base_model)  # refuses what it could not record at the end
-        kmeans = MiniBatchKMeans(size, channels * patch_size**2, seed=seed, device=device or _default_device())
-        mean, std = _recorded_statistics(image_processor, channels)
-        made = image_processor.to_dict()
-        settings = {
-            "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size, "processes": processes,
-            "image_mean": mean, "image_std": std,
-            "image_processor": f"{type(image_processor).__name__}, "  # Pillow resizes to other pixels than torchvision
-            + ", ".join(f"{name} {made[name]}" for name in CUTS if name in made),
+        kmeans = MiniBatchKMeans(size, CHANNELS * patch_size**2, seed=seed, device=device or _default_device())
+        numbers = {
+            "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size, "processes": processes
         }  # fmt: skip
-        return kmeans, settings, open_images(images, column=column, seed=seed)
+        return kmeans, numbers | _described(image_processor), open_images(images, column=column, seed=seed)
 
     (kmeans, settings, source), peers = everywhere(begin, lambda begun: Peer(begun[2].order, begun[2].name, begun[1]))
     everywhere(lambda: require_same([peer.settings for peer in peers]))
@@ -160,35 +144,19 @@ def learn_words(
     _hand_out(kmeans)
     part, totals = everywhere(lambda: _part(source, orders, done, max_images), lambda found: found.total)
 
+    def save() -> None:
+        if file is not None:
+            save_checkpoint(file, kmeans, settings, done)
+
     share = -(-batch_size // processes)
-    ended = [False] * processes
-    whole = True
-    bar = tqdm(
+    with tqdm(
         total=None if None in totals else sum(totals),
         initial=sum(done.read),
         unit="image",
         desc="Learning words" + _shared(source, orders),
         disable=not progress or index > 0,
-    )
-    started, before = time.monotonic(), kmeans.seen
-    with bar:
-        steps = steps_of(patch_batches(part.items, image_processor, patch_size, share), kmeans)
-        for number, (batch, reads) in enumerate(steps, start=1):
-            # Processes without more images do not keep those that have some from whole batches.
-            whole = all(read.number == (0 if over else share) for read, over in zip(reads, ended, strict=True))
-            ended = [read.number < share for read in reads]
-            if file is not None and not whole:  # a run of more images makes another batch of the last ones
-                save_checkpoint(file, kmeans, settings, done)
-            done.add(reads)
-            learn_step(kmeans, batch)
-            bar.update(sum(read.number for read in reads))
-            if kmeans.seen:
-                rate = (kmeans.seen - before) / (time.monotonic() - started)
-                bar.set_postfix({"inertia": f"{kmeans.inertia:.4g}", "patches/s": f"{rate:.0f}"}, refresh=False)
-            if file is not None and whole and number % CHECKPOINT_EVERY == 0:
-                save_checkpoint(file, kmeans, settings, done)
-    if file is not None and whole:
-        save_checkpoint(file, kmeans, settings, done)
+    ) as bar:
+        _learn(kmeans, patch_batches(part.items, image_processor, patch_size, share), share, done, save, bar)
     everywhere(lambda: _require_images(done))
     if done.unreadable and index == 0:
         warnings.warn(
@@ -215,14 +183,74 @@ def learn_words(
         seed=seed,
         library_version=__version__,
     )
-    return words.unflatten(1, (channels, patch_size, patch_size)), counts, info
+    return words.unflatten(1, (CHANNELS, patch_size, patch_size)), counts, info
 
 
-def _recorded_statistics(image_processor: Any, channels: int) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation of a processor, which words are not learned by; `None` where nothing says of what."""
+def _require_arguments(size: Any, patch_size: Any, seed: Any, batch_size: Any, max_images: Any) -> None:
+    for name, value in {"size": size, "patch_size": patch_size, "batch_size": batch_size}.items():
+        require_whole(name, value)
+    if max_images is not None:
+        require_whole("max_images", max_images)
+    if not is_int(seed) or not -(2**63) <= seed < 2**64:  # what a generator of torch takes
+        raise ValueError(f"seed is {shown(seed)}; expected a whole number in [−2**63, 2**64).")
+    takes = 4 * size * CHANNELS * patch_size**2
+    if takes > MOST_BYTES:
+        raise ValueError(
+            f"size is {size:,} and patch_size {patch_size}, so words would take {takes:,} bytes; expected "
+            f"{MOST_BYTES:,} at most. Learn fewer, or smaller ones."
+        )
+
+
+def _described(image_processor: Any) -> dict[str, Any]:
+    """What a run that goes on must find the same of an image processor."""
+    mean, std = _recorded_statistics(image_processor)
+    made = image_processor.to_dict()
+    cuts = ", ".join(f"{name} {made[name]}" for name in CUTS if name in made)
+    # With its class: Pillow resizes to other pixels than torchvision.
+    return {"image_mean": mean, "image_std": std, "image_processor": f"{type(image_processor).__name__}, {cuts}"}
+
+
+def _learn(
+    kmeans: MiniBatchKMeans,
+    batches: Iterator[PatchBatch],
+    share: int,
+    done: Progress,
+    save: Callable[[], None],
+    bar: Any,
+) -> None:
+    """Learns from this process's batches in step with the others, counts them in `done`, and saves progress.
+
+    Args:
+        share: images in a whole batch of one process.
+        save: saves `kmeans` and `done` as they are.
+        bar: the progress bar.
+    """
+    ended = [False] * place()[1]
+    whole = True
+    started, before = time.monotonic(), kmeans.seen
+    for number, (batch, reads) in enumerate(steps_of(batches, kmeans), start=1):
+        # Processes without more images do not keep those that have some from whole batches.
+        whole = all(read.number == (0 if over else share) for read, over in zip(reads, ended, strict=True))
+        ended = [read.number < share for read in reads]
+        if not whole:  # a run of more images makes another batch of the last ones
+            save()
+        done.add(reads)
+        learn_step(kmeans, batch)
+        bar.update(sum(read.number for read in reads))
+        if kmeans.seen:
+            rate = (kmeans.seen - before) / (time.monotonic() - started)
+            bar.set_postfix({"inertia": f"{kmeans.inertia:.4g}", "patches/s": f"{rate:.0f}"}, refresh=False)
+        if whole and number % CHECKPOINT_EVERY == 0:
+            save()
+    if whole:
+        save()
+
+
+def _recorded_statistics(image_processor: Any) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and standard deviation of an image processor, to record; `None` if it does not say what white is."""
     if white_of(image_processor) is None:
         return None, None
-    mean, std = processor_statistics(image_processor, channels)
+    mean, std = processor_statistics(image_processor, CHANNELS)
     return list(mean), list(std)
 
 
@@ -242,7 +270,7 @@ def _begin(
     orders: list[str],
     max_images: int | None,
 ) -> Progress:
-    """Where learning begins: at the start, or where the checkpoint left it."""
+    """How far learning has come already: not at all, or as far as the checkpoint says."""
     if file is None or not file.exists():
         return Progress(read=[0] * len(orders), order=orders)
     if not resume:
@@ -267,7 +295,7 @@ def _begin(
 
 
 def _part(source: ImageSource, orders: Sequence[str], done: Progress, max_images: int | None) -> ImagePart:
-    """The images that this process reads: its part of those that it shares with the processes that have the same."""
+    """The images that this process reads; processes that have the same images share them."""
     index, processes = place()
     sharers = [i for i, order in enumerate(orders) if order == orders[index]] if source.divides else [index]
     most = None if max_images is None else len(range(index, max_images, processes))
@@ -287,7 +315,10 @@ def _shared(source: ImageSource, orders: Sequence[str]) -> str:
 
 
 def steps_of(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator[tuple[PatchBatch, list[StepRead]]]:
-    """This process's batches, empty ones once it has no more, until no process has; and what all read of each step."""
+    """This process's batches, each with what all processes read in that step, until no process has images left.
+
+    A process that has none left gets empty batches.
+    """
     nothing = PatchBatch(torch.zeros(0, kmeans.values, dtype=torch.float32, device="cpu"), [], [])
 
     def read() -> PatchBatch:
@@ -302,7 +333,7 @@ def steps_of(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator
 
 
 def learn_step(kmeans: MiniBatchKMeans, batch: PatchBatch) -> None:
-    """`kmeans.update` with the patches of all processes, as if one had read their images."""
+    """`kmeans.update` with the patches of all processes, as if one process had read all images."""
     if not together():
         kmeans.update(batch.patches)
         return
@@ -316,7 +347,7 @@ def learn_step(kmeans: MiniBatchKMeans, batch: PatchBatch) -> None:
 
 
 def _in_turn(parts: Sequence[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
-    """The patches of images that processes read in turn, as if one had read them.
+    """The patches of all processes, in the order in which one process would read the images.
 
     Args:
         parts: of each process its patches (patches, values), and how many each of its images has.
@@ -326,9 +357,9 @@ def _in_turn(parts: Sequence[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
 
 
 def _hand_out(kmeans: MiniBatchKMeans, learn: Callable[[], None] = lambda: None) -> None:
-    """Gives the words of the main process, after it did `learn`, to the others, once there are some.
+    """Has the main process do `learn`, and gives its words, if there are some, to the others.
 
-    So they are the same in all, also where machines round differently.
+    So all have the same words, also where machines round differently.
     """
 
     def state() -> dict[str, Any]:
@@ -350,10 +381,10 @@ def _require_images(done: Progress) -> None:
 
 
 def save_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any], done: Progress) -> None:
-    """Has the main process write everything a run needs to go on, in one file, which is whole or not there.
+    """Has the main process write what a run needs to go on into one file, whole or not at all.
 
     Args:
-        kmeans, done: after a whole batch, so that what comes next is cut into batches as if never interrupted.
+        kmeans, done: as they are after a whole batch, so that a run which goes on has the same batches.
     """
     in_main(lambda: _write_checkpoint(file, kmeans, settings, done))
 
@@ -369,7 +400,7 @@ def _write_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, A
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes the checkpoint in a folder, and the folder where nothing else lies in it."""
+    """Removes the checkpoint in a folder, and the folder if nothing else lies in it."""
     (folder / CHECKPOINT).unlink(missing_ok=True)  # by another run into the same output
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -383,7 +414,7 @@ def load_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            # Copies are aligned as what they were saved from, without which products may round otherwise.
+            # Copied, so that they are aligned as the tensors that were saved: otherwise products may round differently.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (it is no dict)
             header = json.loads(opened.metadata()["state"])
         version = header.get("format", 1)
