@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,8 @@ from .sources import IMAGES, open_source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..calibrate import Level
+    from ..calibrate import Calibration, Level
+    from ..config import VWTConfig
 
 HELP = "find how far a model may be shortened on your own images, without labels"
 DESCRIPTION = """\
@@ -75,7 +75,6 @@ def work(args: argparse.Namespace) -> None:
         require_folder(args.output)
 
     from ..calibrate import Calibration, target_of
-    from ..compress import compress
     from ..processors import load_processor, require_checkpoint
     from ..timing import usable_device
     from ..visualize import front_figure, require_matplotlib, write_png
@@ -98,34 +97,38 @@ def work(args: argparse.Namespace) -> None:
     )
     setting = search.find(**targets)
 
-    chosen: Any = setting.to_dict()
-
-    def save(whole: PreTrainedModel) -> None:
-        compress(whole, setting).save_pretrained(args.output)
-        for beside in (processor, tokenizer_beside(args.model)):
-            if beside is not None:
-                beside.save_pretrained(args.output)
-        print(f"saved with it: {printable(args.output)}")
-
-    def report() -> None:
-        print(f"{type(model).__name__} from {printable(args.model)}, {search.images} images\n")
-        print(aligned(table(search.tried, search.measure, setting), right=True))
-        print(f"\nvwt={json.dumps({name: chosen[name] for name in ('method', 'tolerance', 'similarity')})}")
-
     outputs: list[Callable[[], object]] = []
     if args.json is not None:
-        levels = [dataclasses.asdict(level) for level in search.tried]
-        outputs.append(lambda: write_file(args.json, json.dumps({"vwt": chosen, "tried": levels}, indent=1)))
+        content = {"vwt": setting.to_dict(), "tried": [dataclasses.asdict(level) for level in search.tried]}
+        outputs.append(lambda: write_file(args.json, json.dumps(content, indent=1)))
     if args.plot is not None:
         title = f"{Path(args.model).name}, {search.images} images"
         outputs.append(lambda: write_png(front_figure(search.tried, search.measure, title), Path(args.plot)))
-    outputs.append(report)
+    outputs.append(lambda: report(f"{type(model).__name__} from {printable(args.model)}", search, setting))
     if whole is not None:
-        outputs.append(functools.partial(save, whole))
+        outputs.append(lambda: save(whole, setting, processor, args.model, args.output))
     do_all(*outputs)
 
 
-def table(levels: list[Level], measure: str, setting: Any) -> list[tuple[str, ...]]:
+def report(model: str, search: Calibration, setting: VWTConfig) -> None:
+    """Prints what was tried and what was found."""
+    print(f"{model}, {search.images} images\n")
+    print(aligned(table(search.tried, search.measure, setting), right=True))
+    print(f"\nvwt={json.dumps({name: getattr(setting, name) for name in ('method', 'tolerance', 'similarity')})}")
+
+
+def save(whole: PreTrainedModel, setting: VWTConfig, processor: Any, checkpoint: str, folder: str) -> None:
+    """Saves a model with a setting, and its image processor and tokenizer beside it."""
+    from ..compress import compress
+
+    compress(whole, setting).save_pretrained(folder)
+    for beside in (processor, tokenizer_beside(checkpoint)):
+        if beside is not None:
+            beside.save_pretrained(folder)
+    print(f"saved with it: {printable(folder)}")
+
+
+def table(levels: list[Level], measure: str, setting: VWTConfig) -> list[tuple[str, ...]]:
     """Rows of a table, the chosen setting marked by an arrow."""
     names = ("", "method", "tolerance", "similarity", "tokens", "speed", measure, "95 % interval")
     rows: list[tuple[str, ...]] = [names]

@@ -7,9 +7,9 @@ import functools
 import importlib.util
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CRITERIA, VWTConfig
 from ..printable import printable
@@ -82,17 +82,12 @@ def work(args: argparse.Namespace) -> None:
     picture = Path(args.output) / "kept_patches.png"
     require_writable(picture)
 
-    import torch
-
-    from ..answers import answer, named_answer
     from ..compress import compress, setting_of
     from ..demo_weights import convert
     from ..families import family_of, find_tower
-    from ..figures import cosines
     from ..processed_images import pixel_batches
-    from ..processors import load_processor, processor_statistics, whole_images
-    from ..timing import time_in_turn, usable_device
-    from ..token_count import count_tokens
+    from ..processors import load_processor, processor_statistics
+    from ..timing import usable_device
     from ..visualize import kept_patches_figure, require_matplotlib, write_png
     from ..weights import copy_sharing_weights
 
@@ -103,22 +98,78 @@ def work(args: argparse.Namespace) -> None:
     processor = load_processor(checkpoint)
     plain = load(checkpoint, device)
     models = [plain, *(compress(copy_sharing_weights(plain), setting) for setting in settings.values())]
-    seconds = torch.zeros(len(models), args.repeats, device="cpu")  # of each model and turn, for all photographs
+    made = measure(models, pixel_batches(paths, processor, args.batch_size), args.repeats, checkpoint)
+
+    mean, std = processor_statistics(processor, channels=made.drawn.shape[1])
+    figure = kept_patches_figure(
+        made.drawn,
+        find_tower(plain, family_of(plain)).patch_size,
+        {name: setting_of(model) for name, model in zip(settings, models[1:], strict=True)},
+        names=[path.stem.replace("_", " ") for path in paths[:ROWS]],
+        captions=[[f"cosine {of_model[row]:.3f}" for of_model in made.cosines[1:]] for row in range(len(made.drawn))],
+        image_mean=mean,
+        image_std=std,
+    )
+    write_png(figure, picture)
+
+    height, width = made.drawn.shape[-2:]
+    print(f"{type(plain).__name__} from {printable(checkpoint)}")
+    photographs = f"{len(paths)} photographs at {height}×{width}"
+    print(f"{photographs}, batch size {args.batch_size}, criterion {args.criterion}, {made.feature}\n")
+    print(aligned(table(list(settings), made, len(paths)), right=True))
+    print(f"\n{machine(plain)}; medians of {args.repeats} turns")
+    more = f" (the first {ROWS} photographs)" if len(paths) > ROWS else ""
+    print(f"kept patches: {printable(picture)}{more}")
+
+
+class Measured(NamedTuple):
+    """What models, the plain one first, do with photographs."""
+
+    seconds: torch.Tensor
+    """(models, turns), for all photographs."""
+    cosines: list[list[float]]
+    """[model][photograph], to the plain model's features."""
+    tokens: list[float]
+    """Of each model, the sum over the photographs of their mean over layers."""
+    feature: str
+    """What the features are."""
+    drawn: torch.Tensor
+    """The pixel values of the first `ROWS` photographs."""
+
+
+def measure(
+    models: Sequence[PreTrainedModel], batches: Iterable[dict[str, torch.Tensor]], repeats: int, checkpoint: str
+) -> Measured:
+    """Runs all models in turn on photographs.
+
+    Raises:
+        ValueError: the image processor of `checkpoint` gives images of several sizes.
+    """
+    import torch
+
+    from ..answers import answer, named_answer
+    from ..figures import cosines
+    from ..processors import whole_images
+    from ..timing import time_in_turn
+    from ..token_count import count_tokens
+
+    plain = models[0]
+    seconds = torch.zeros(len(models), repeats, device="cpu")
     found: list[list[float]] = [[] for _ in models]
-    counted = [0.0] * len(models)
+    tokens = [0.0] * len(models)
     drawn: list[torch.Tensor] = []
     with torch.inference_mode():
-        for made in pixel_batches(paths, processor, args.batch_size):
-            pixel_values = whole_images(made).to(device, plain.dtype)
+        for made in batches:
+            pixel_values = whole_images(made).to(plain.device, plain.dtype)
             features: list[torch.Tensor] = []
             for i, model in enumerate(models):
                 with count_tokens(model) as count:
                     feature, values = named_answer(model, pixel_values=pixel_values)
                 features.append(values)
                 found[i] += cosines(features[i], features[0]).tolist()
-                counted[i] += count.mean * count.images
+                tokens[i] += count.mean * count.images
             runs = [functools.partial(answer, model, pixel_values=pixel_values) for model in models]
-            seconds += torch.tensor(time_in_turn(runs, device, args.repeats), device="cpu")
+            seconds += torch.tensor(time_in_turn(runs, plain.device, repeats), device="cpu")
             if (room := ROWS - sum(map(len, drawn))) > 0:
                 drawn.append(pixel_values[:room].cpu())
             if drawn[0].shape[1:] != pixel_values.shape[1:]:
@@ -126,43 +177,27 @@ def work(args: argparse.Namespace) -> None:
                     f"{checkpoint}: the image processor gives images of shapes {tuple(drawn[0].shape[1:])} and "
                     f"{tuple(pixel_values.shape[1:])}; expected one for all, which a picture can hold."
                 )
-    shown = torch.cat(drawn)
-    tokens = [round(count / len(paths)) for count in counted]
+    return Measured(seconds, found, tokens, feature, torch.cat(drawn))
 
-    mean, std = processor_statistics(processor, channels=shown.shape[1])
-    figure = kept_patches_figure(
-        shown,
-        find_tower(plain, family_of(plain)).patch_size,
-        {name: setting_of(model) for name, model in zip(settings, models[1:], strict=True)},
-        names=[path.stem.replace("_", " ") for path in paths[:ROWS]],
-        captions=[[f"cosine {of_model[row]:.3f}" for of_model in found[1:]] for row in range(len(shown))],
-        image_mean=mean,
-        image_std=std,
-    )
-    write_png(figure, picture)
 
-    height, width = shown.shape[-2:]
-    print(f"{type(plain).__name__} from {printable(checkpoint)}")
-    photographs = f"{len(paths)} photographs at {height}×{width}"
-    print(f"{photographs}, batch size {args.batch_size}, criterion {args.criterion}, {feature}\n")
-    rows = [("setting", "tokens", "ms per image", "time ratio", "cosine mean", "cosine min")]
+def table(settings: Sequence[str], made: Measured, images: int) -> list[tuple[str, ...]]:
+    """A row for each setting, below the columns' titles."""
+    rows: list[tuple[str, ...]] = [("setting", "tokens", "ms per image", "time ratio", "cosine mean", "cosine min")]
+    milliseconds = [1000 * statistics.median(turns) / images for turns in made.seconds.tolist()]
+    tokens = [round(count / images) for count in made.tokens]
     for i, name in enumerate(settings, start=1):
-        before, after = (1000 * statistics.median(seconds[model].tolist()) / len(paths) for model in (0, i))
         rows.append(
             (
                 name,
                 f"{tokens[0]} → {tokens[i]}",
-                f"{before:.1f} → {after:.1f}",
+                f"{milliseconds[0]:.1f} → {milliseconds[i]:.1f}",
                 # The turns' own ratios are moved least by bursts of other work on the machine.
-                f"{statistics.median((seconds[i] / seconds[0]).tolist()):.2f}",
-                f"{statistics.mean(found[i]):.4f}",
-                f"{min(found[i]):.4f}",
+                f"{statistics.median((made.seconds[i] / made.seconds[0]).tolist()):.2f}",
+                f"{statistics.mean(made.cosines[i]):.4f}",
+                f"{min(made.cosines[i]):.4f}",
             )
         )
-    print(aligned(rows, right=True))
-    print(f"\n{machine(plain)}; medians of {args.repeats} turns")
-    more = f" (the first {ROWS} photographs)" if len(paths) > ROWS else ""
-    print(f"kept patches: {printable(picture)}{more}")
+    return rows
 
 
 def default_folder() -> Path:

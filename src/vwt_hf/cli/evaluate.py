@@ -15,7 +15,10 @@ from .loading import add_device, add_dtype, features_class, load
 from .sources import open_source
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..evaluate_model import Evaluation
+    from ..labelled_images import LabelledImages
 
 HELP = "measure what shortening changes in a model's answers, on a data set or folder"
 DESCRIPTION = """\
@@ -122,36 +125,14 @@ def work(args: argparse.Namespace) -> None:
 
         card = read_card(Path(args.card), args.model)  # refused before hours are spent on what goes in
 
-    from transformers import AutoConfig, AutoModel
-
     from ..evaluate_model import evaluate_model, require_options
-    from ..evaluation_tasks import TASKS, task_for
-    from ..labelled_images import open_labelled
+    from ..evaluation_tasks import TASKS
     from ..processes import everywhere, joined, place
-    from ..processors import load_processor, require_checkpoint
-    from ..timing import usable_device
 
     require_options(args.vwt, args.batch_size, args.max_new_tokens, args.prompt, args.seed)
 
-    def prepare() -> tuple[Any, ...]:
-        require_checkpoint(args.model)
-        device = usable_device(args.device)
-        data, split = open_source(
-            args.dataset, config=args.config, split=args.split, usual=SPLITS, streaming=args.streaming, described=True
-        )
-        columns = options(args, "image_column", "label_column", "caption_column", "group_column")
-        images = open_labelled(data, **columns, groups=args.groups, limit=args.limit)
-        images.source = args.dataset
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
-        task = args.task or task_for(config.architectures or [], config.model_type, images)
-        processor = load_processor(args.model)
-        auto = TASKS[task].auto
-        auto = features_class(config) if auto is AutoModel else auto
-        model = load(args.model, device, auto=auto, dtype=args.dtype, vwt=None)
-        return model, images, split, task, processor
-
     with joined(args.device):
-        (model, images, split, task, processor), _ = everywhere(prepare)
+        (model, images, split, task, processor), _ = everywhere(lambda: prepare(args))
         is_here = Path(args.dataset).exists()
         name = args.dataset_name or (Path(args.dataset).resolve().name if is_here else args.dataset)
         if args.card is not None:
@@ -173,6 +154,31 @@ def work(args: argparse.Namespace) -> None:
             if args.card is not None:
                 outputs.append(lambda: write_card(Path(args.card), result, split, args.config))
             do_all(*outputs)
+
+
+def prepare(args: argparse.Namespace) -> tuple[PreTrainedModel, LabelledImages, str | None, str, Any]:
+    """The model, the images, the name of their split, the name of the task, and the image processor."""
+    from transformers import AutoConfig, AutoModel
+
+    from ..evaluation_tasks import TASKS, task_for
+    from ..labelled_images import open_labelled
+    from ..processors import load_processor, require_checkpoint
+    from ..timing import usable_device
+
+    require_checkpoint(args.model)
+    device = usable_device(args.device)
+    data, split = open_source(
+        args.dataset, config=args.config, split=args.split, usual=SPLITS, streaming=args.streaming, described=True
+    )
+    columns = options(args, "image_column", "label_column", "caption_column", "group_column")
+    images = open_labelled(data, **columns, groups=args.groups, limit=args.limit)
+    images.source = args.dataset
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+    task = args.task or task_for(config.architectures or [], config.model_type, images)
+    processor = load_processor(args.model)
+    auto = TASKS[task].auto
+    auto = features_class(config) if auto is AutoModel else auto
+    return load(args.model, device, auto=auto, dtype=args.dtype, vwt=None), images, split, task, processor
 
 
 def report(result: Evaluation) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CRITERIA, ModelFacts, VWTConfig
 from ..printable import printable, shown
@@ -17,6 +17,7 @@ from .demo import ROWS
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
     from ..vocabulary import VisualVocabulary
 
@@ -75,71 +76,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def work(args: argparse.Namespace) -> None:
     """Writes a picture of which patches share a word, or of which ones are kept, and prints their numbers."""
-    fields = options(args, "vocabulary", "revision", "threshold", "keep_ratio", "criterion")
-    given = {name: value for name, value in fields.items() if value is not None}
-    if args.vwt is not None:
-        setting = asked_setting(args.vwt, given)
-    else:
-        setting = VWTConfig(method="intra" if args.vocabulary is None else "inter", **given)
+    setting = asked_setting(args)
     require_writable(args.output)
 
-    import torch
-
-    from ..image_source import find_images
-    from ..patches import Patches
-    from ..processed_images import pixel_batches
-    from ..processors import load_processor, patch_size_of, processor_statistics, whole_images
-    from ..visualize import (
-        group_by_words,
-        kept_patches_figure,
-        require_matplotlib,
-        token_counts,
-        word_captions,
-        words_figure,
-        write_png,
-    )
+    from ..visualize import require_matplotlib, write_png
     from ..vocabulary import VisualVocabulary
 
     require_matplotlib()
-    output = os.path.realpath(args.output)
-    if output in map(os.path.realpath, args.images):
-        raise ValueError(f"{printable(args.output)} is a photograph to draw, and to be written; name another output.")
-    # An earlier run may have left it in the folder of the photographs.
-    paths = [path for path in find_images(args.images) if os.path.realpath(path) != output]
-    if not paths:
-        raise ValueError(f"{printable(args.output)} is the only image, and to be written; name photographs.")
+    paths = photographs_beside(args.output, args.images)
     drawn = paths[:ROWS]
-    titles = [path.stem.replace("_", " ") for path in drawn]
     words = None
     if args.vocabulary is not None:
         words = VisualVocabulary.from_pretrained(args.vocabulary, revision=args.revision)
-    if args.model is None:
-        patch_size = words.patch_size if words else PATCH_SIZE
-        mean, std = default_statistics(words)
-        pixel_values = default_pixel_values(drawn, patch_size, mean, std)
-    else:
-        processor = load_processor(args.model)
-        patch_size = patch_size_of(args.model)
-        mean, std = processor_statistics(processor, channels=3)
-        made = pixel_batches(drawn, processor, len(drawn))
-        pixel_values = torch.cat([whole_images(batch).float() for batch in made])
-    size = (patch_size, patch_size)
-
+    seen = load_seen(drawn, args.model, words)
     if words is None:
-        patches = Patches.of_images(pixel_values, size)
-        normalised: dict[str, Any] = {"image_mean": mean, "image_std": std}
-        unknown = {name: normalised[name] for name in setting.statistics if getattr(setting, name) is None}
-        setting = dataclasses.replace(setting, **unknown).prepared(ModelFacts(args.model or "", size, channels=3))
-        captions = [f"{kept} of {patches.count} patches" for kept in token_counts(patches, setting.plan(patches))]
         heading = f"keep_ratio={args.keep_ratio:g}" if args.vwt is None else f"method={setting.method}"
-        figure = kept_patches_figure(
-            pixel_values, size, {heading: setting}, names=titles, image_mean=mean, image_std=std
-        )
+        figure, captions = kept(seen, setting, heading, args.model)
     else:
-        words.require(size, channels=pixel_values.shape[1])
-        patches, plan = group_by_words(pixel_values, size, words.normalized(mean, std), setting.threshold)
-        captions = word_captions(patches, plan)
-        figure = words_figure(patches, plan, names=titles, image_mean=mean, image_std=std)
+        figure, captions = shared(seen, words, setting.threshold)
     # A palette would make neighbours of the words' many colours one.
     write_png(figure, Path(args.output), small=words is None)
     for path, caption in zip(drawn, captions, strict=True):
@@ -148,23 +102,97 @@ def work(args: argparse.Namespace) -> None:
     print(f"picture: {printable(args.output)}{more}")
 
 
-def asked_setting(vwt: Any, beside: Mapping[str, Any]) -> VWTConfig:
-    """The setting that the option `--vwt` names.
-
-    Args:
-        beside: the options given, too, that are fields of other settings.
+def asked_setting(args: argparse.Namespace) -> VWTConfig:
+    """The setting that the options name.
 
     Raises:
-        ValueError: it is none that can be drawn, or fields are given beside it.
+        ValueError: it is none that can be drawn, or fields are given beside `--vwt`.
     """
-    setting = VWTConfig.parse(vwt)
-    if beside:
+    fields = options(args, "vocabulary", "revision", "threshold", "keep_ratio", "criterion")
+    given = {name: value for name, value in fields.items() if value is not None}
+    if args.vwt is None:
+        return VWTConfig(method="intra" if args.vocabulary is None else "inter", **given)
+    setting = VWTConfig.parse(args.vwt)
+    if given:
         raise ValueError(
-            f"--{next(iter(beside)).replace('_', '-')} is given beside --vwt; expected all fields within --vwt."
+            f"--{next(iter(given)).replace('_', '-')} is given beside --vwt; expected all fields within --vwt."
         )
     if setting is None or not setting.searches:
-        raise ValueError(f"--vwt is {shown(vwt)}, by which nothing is left out; expected a setting that shortens.")
+        raise ValueError(f"--vwt is {shown(args.vwt)}, by which nothing is left out; expected a setting that shortens.")
     return setting
+
+
+def photographs_beside(output: str, images: Sequence[str]) -> list[Path]:
+    """The photographs that a user names, without the picture that is to be written, which an earlier run may have left.
+
+    Raises:
+        ValueError: the picture is named as a photograph, or there is no other.
+    """
+    from ..image_source import find_images
+
+    written = os.path.realpath(output)
+    if written in map(os.path.realpath, images):
+        raise ValueError(f"{printable(output)} is a photograph to draw, and to be written; name another output.")
+    paths = [path for path in find_images(images) if os.path.realpath(path) != written]
+    if not paths:
+        raise ValueError(f"{printable(output)} is the only image, and to be written; name photographs.")
+    return paths
+
+
+class Seen(NamedTuple):
+    """Photographs as a model sees them."""
+
+    names: list[str]
+    pixel_values: torch.Tensor
+    """(photographs, channels, height, width)."""
+    patch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_seen(paths: Sequence[Path], model: str | None, words: VisualVocabulary | None) -> Seen:
+    """Photographs as `model` sees them, or without one as the vocabulary records, or else as ViT does."""
+    import torch
+
+    from ..processed_images import pixel_batches
+    from ..processors import load_processor, patch_size_of, processor_statistics, whole_images
+
+    names = [path.stem.replace("_", " ") for path in paths]
+    if model is None:
+        patch_size = words.patch_size if words else PATCH_SIZE
+        mean, std = default_statistics(words)
+        return Seen(names, default_pixel_values(paths, patch_size, mean, std), patch_size, mean, std)
+    processor = load_processor(model)
+    patch_size = patch_size_of(model)
+    mean, std = processor_statistics(processor, channels=3)
+    made = pixel_batches(paths, processor, len(paths))
+    pixel_values = torch.cat([whole_images(batch).float() for batch in made])
+    return Seen(names, pixel_values, patch_size, mean, std)
+
+
+def kept(seen: Seen, setting: VWTConfig, heading: str, model: str | None) -> tuple[Figure, list[str]]:
+    """A picture of what a setting leaves, and a line for each photograph."""
+    from ..patches import Patches
+    from ..visualize import kept_patches_figure, token_counts
+
+    size = (seen.patch_size, seen.patch_size)
+    patches = Patches.of_images(seen.pixel_values, size)
+    normalised: dict[str, Any] = {"image_mean": seen.mean, "image_std": seen.std}
+    unknown = {name: normalised[name] for name in setting.statistics if getattr(setting, name) is None}
+    setting = dataclasses.replace(setting, **unknown).prepared(ModelFacts(model or "", size, channels=3))
+    captions = [f"{count} of {patches.count} patches" for count in token_counts(patches, setting.plan(patches))]
+    return kept_patches_figure(seen.pixel_values, size, {heading: setting}, names=seen.names, **normalised), captions
+
+
+def shared(seen: Seen, words: VisualVocabulary, threshold: float) -> tuple[Figure, list[str]]:
+    """A picture of which patches share a word, and a line for each photograph."""
+    from ..visualize import group_by_words, word_captions, words_figure
+
+    size = (seen.patch_size, seen.patch_size)
+    words.require(size, channels=seen.pixel_values.shape[1])
+    patches, plan = group_by_words(seen.pixel_values, size, words.normalized(seen.mean, seen.std), threshold)
+    figure = words_figure(patches, plan, names=seen.names, image_mean=seen.mean, image_std=seen.std)
+    return figure, word_captions(patches, plan)
 
 
 def default_statistics(words: VisualVocabulary | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
