@@ -27,7 +27,7 @@ from vwt_hf.vocabulary.kmeans import MiniBatchKMeans, statistics
 from vwt_hf.whole_saves import require_writable, write_file
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder of images")
     parser.add_argument("--processor", required=True, help="Hub id or folder of a model, whose image processor is used")
@@ -36,9 +36,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="each method runs this often, in turn, with other seeds")
     parser.add_argument("--max-images", type=int)
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    options = parser.parse_args()
-    require_writable(options.json)
+    return parser.parse_args()
 
+
+def main() -> None:
+    options = parse()
+    require_writable(options.json)
     source = open_images(options.images).part(max_images=options.max_images)
     processor = load_processor(options.processor)
     batches = [batch.patches for batch in patch_batches(source.items, processor, options.patch_size, 32)]

@@ -45,34 +45,13 @@ RENAMED = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="a DINOv2 classifier: its folder or Hub id")
-    parser.add_argument("--train", required=True, help="folder of unlabelled images to learn the features from")
-    parser.add_argument("--images", required=True, help="folder of other images to compare on")
-    parser.add_argument("--vocabulary", required=True, help="words of the teacher's patch size")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2])
-    parser.add_argument("--steps", type=int, default=400, help="of learning")
-    parser.add_argument("--batch-size", type=int, default=8, help="images of a step")
-    parser.add_argument("--limit", type=int, default=300, help="images to compare on")
-    parser.add_argument("--weights", type=Path, help="file that keeps the weights learned")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    args = parser.parse_args()
+    args = parse()
     require_writable(args.weights, args.json)
     teacher = AutoModelForImageClassification.from_pretrained(
         args.teacher, dtype=torch.float32, trust_remote_code=False
     ).eval()
     processor = load_processor(args.teacher)
-
-    student = as_rotary(teacher)
-    if args.weights and args.weights.exists():
-        student.load_state_dict(torch.load(args.weights, weights_only=True))
-    else:
-        learn(student, teacher, processor, args)
-        if args.weights:
-            weights = io.BytesIO()
-            torch.save(student.state_dict(), weights)
-            write_file(args.weights, weights.getvalue())
-    student.eval()  # in training positions are jittered
+    student = student_of(teacher, processor, args).eval()  # in training positions are jittered
     vocabulary = VisualVocabulary.from_pretrained(args.vocabulary)
     batches = list(pixel_batches(sample(args.images, args.limit), processor, 20))
 
@@ -102,6 +81,35 @@ def main() -> None:
         Grouped.rotate = medoid
         restore(student)
     print(markdown(rows), end="")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="a DINOv2 classifier: its folder or Hub id")
+    parser.add_argument("--train", required=True, help="folder of unlabelled images to learn the features from")
+    parser.add_argument("--images", required=True, help="folder of other images to compare on")
+    parser.add_argument("--vocabulary", required=True, help="words of the teacher's patch size")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--steps", type=int, default=400, help="of learning")
+    parser.add_argument("--batch-size", type=int, default=8, help="images of a step")
+    parser.add_argument("--limit", type=int, default=300, help="images to compare on")
+    parser.add_argument("--weights", type=Path, help="file that keeps the weights learned")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    return parser.parse_args()
+
+
+def student_of(teacher: Any, processor: Any, args: argparse.Namespace) -> DINOv3ViTModel:
+    """A model with rotary positions that gives nearly what the teacher does: learned, or read from `--weights`."""
+    student = as_rotary(teacher)
+    if args.weights and args.weights.exists():
+        student.load_state_dict(torch.load(args.weights, weights_only=True))
+        return student
+    learn(student, teacher, processor, args)
+    if args.weights:
+        weights = io.BytesIO()
+        torch.save(student.state_dict(), weights)
+        write_file(args.weights, weights.getvalue())
+    return student
 
 
 def as_rotary(teacher: Any) -> DINOv3ViTModel:

@@ -102,6 +102,55 @@ MOST_WORKERS = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
+    torch.set_num_threads(1)
+    device = usable_device(options.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = options.workers or (min(MOST_WORKERS, cores) if device.type == "cpu" else 1)
+    model = Model(options.model, options.vwt, options.dtype, max(1, cores // workers))
+    setting, image_processor, values = tried(model, device)
+    return_memory()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory(prefix="vwt-serve-") as counts:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
+        server = Server(
+            Answers(model, max_batch_size=options.max_batch_size, batch_timeout=options.batch_timeout),
+            timeout=options.timeout,
+            accelerator=device.type,
+            devices="auto" if device.type == "cpu" else [device.index or 0],
+            workers_per_device=workers,
+            max_payload_size=LARGEST,
+            middlewares=[(Bounded, {"most": options.max_requests}), Measured],
+            model_metadata={"model": printable(options.model), "vwt": setting},
+        )
+        server.app.state.image_processor = image_processor
+        server.app.state.most_values = MOST_TIMES * values
+        server.app.state.timeout = options.timeout
+        server.app.state.decoders = ThreadPoolExecutor(cores, "vwt-decode")
+        server.app.add_route("/metrics", show_metrics)
+        # Pillow only warns of images of more than that, up to twice as many.
+        Image.MAX_IMAGE_PIXELS = options.max_pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        signal.signal(signal.SIGTERM, functools.partial(end, os.getpid()))
+        print(f"{options.model}, vwt={json.dumps(setting)}: http://{options.host}:{options.port}/predict", flush=True)
+        try:
+            server.run(
+                host=options.host,
+                port=options.port,
+                num_api_servers=1,
+                log_level="warning",
+                generate_client_file=False,
+            )
+        except (EOFError, ConnectionError):  # LitServe waits for a process that it ends itself where a worker dies
+            if not server.died:
+                raise
+    if server.died:
+        raise OSError(f"{server.died} ended by itself, as if it was killed.")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a supported model")
     parser.add_argument(
@@ -145,61 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         whole = "--max-batch-size, --max-pixels, --max-requests and --workers take whole numbers from 1 on"
         given = f"{', '.join(map(str, numbers))} and {options.batch_timeout}, {options.timeout}"
         parser.error(f"{whole}, --batch-timeout {SHORTEST} seconds or more, --timeout as many; given {given}.")
-
-    # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
-    torch.set_num_threads(1)
-    device = usable_device(options.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = options.workers or (min(MOST_WORKERS, cores) if device.type == "cpu" else 1)
-    model = Model(options.model, options.vwt, options.dtype, max(1, cores // workers))
-    loaded = model.load(device)  # what cannot be served is refused here, in one line
-    if classifies(loaded):
-        require_labels(loaded, several=True)
-        require_label_names(loaded)
-    else:
-        require_features(loaded)
-    image_processor = load_processor(options.model)
-    values = require_every_shape(loaded, image_processor)
-    setting = loaded.config.vwt
-    del loaded  # each worker loads its own, on a GPU beside this one
-    return_memory()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory(prefix="vwt-serve-") as counts:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = counts
-        server = Server(
-            Answers(model, max_batch_size=options.max_batch_size, batch_timeout=options.batch_timeout),
-            timeout=options.timeout,
-            accelerator=device.type,
-            devices="auto" if device.type == "cpu" else [device.index or 0],
-            workers_per_device=workers,
-            max_payload_size=LARGEST,
-            middlewares=[(Bounded, {"most": options.max_requests}), Measured],
-            model_metadata={"model": printable(options.model), "vwt": setting},
-        )
-        server.app.state.image_processor = image_processor
-        server.app.state.most_values = MOST_TIMES * values
-        server.app.state.timeout = options.timeout
-        server.app.state.decoders = ThreadPoolExecutor(cores, "vwt-decode")
-        server.app.add_route("/metrics", show_metrics)
-        # Pillow only warns of images of more than that, up to twice as many.
-        Image.MAX_IMAGE_PIXELS = options.max_pixels
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        signal.signal(signal.SIGTERM, functools.partial(end, os.getpid()))
-        print(f"{options.model}, vwt={json.dumps(setting)}: http://{options.host}:{options.port}/predict", flush=True)
-        try:
-            server.run(
-                host=options.host,
-                port=options.port,
-                num_api_servers=1,
-                log_level="warning",
-                generate_client_file=False,
-            )
-        except (EOFError, ConnectionError):  # LitServe waits for a process that it ends itself where a worker dies
-            if not server.died:
-                raise
-    if server.died:
-        raise OSError(f"{server.died} ended by itself, as if it was killed.")
+    return options
 
 
 class Server(litserve.LitServer):
@@ -279,6 +274,24 @@ class Model(NamedTuple):
 
     def load(self, device: torch.device) -> Any:
         return load_model(self.checkpoint, device, self.dtype, self.vwt)
+
+
+def tried(model: Model, device: torch.device) -> tuple[Any, Any, int]:
+    """The setting of a model, its image processor, and how many values that makes of a square image.
+
+    Each worker loads a model of its own, on a GPU beside this one, which is tried and forgotten.
+
+    Raises:
+        ValueError: it cannot be served.
+    """
+    loaded = model.load(device)
+    if classifies(loaded):
+        require_labels(loaded, several=True)
+        require_label_names(loaded)
+    else:
+        require_features(loaded)
+    image_processor = load_processor(model.checkpoint)
+    return loaded.config.vwt, image_processor, require_every_shape(loaded, image_processor)
 
 
 async def upload(request: Request) -> bytes:
