@@ -16,11 +16,10 @@ from .whole_saves import saving, write_files
 
 MANIFEST = "embed.json"
 KEY = "vwt_hf"
-"""The key in a file's metadata under which JSON says how many images it has, which could not be read and, in
+"""Key in a file's metadata. The JSON there says how many images the file has, which could not be read and, in
 safetensors, the names of all."""
 AGAIN = "again"
-"""Key in the list of unreadable images: this one was out of reach, as on a drive that was gone, and a later run tries
-it again."""
+"""Key of an unreadable image that was out of reach, as on a drive that was gone: a later run tries it again."""
 
 
 class Shard(NamedTuple):
@@ -77,8 +76,8 @@ FORMATS: dict[str, tuple[Callable[[Shard], bytes], Callable[[Path], dict[str, An
     "parquet": (_to_parquet, _said_in_parquet),
     "safetensors": (_to_safetensors, _said_in_safetensors),
 }
-"""What files of features may be, by their ending: what makes one, and what reads how many `images` a file says that it
-has, and which are `unreadable`."""
+"""The formats of files, by their ending: what writes one, and what reads from it how many `images` it has and which
+are `unreadable`."""
 
 
 class Shards:
@@ -96,11 +95,11 @@ class Shards:
         return range(number * self._size, min((number + 1) * self._size, self._images))
 
     def missing(self, is_in_reach: Callable[[int], bool]) -> list[int]:
-        """This process's share of the files that are not there, whichever process made those that are, and of those
-        that lack images which were out of reach and are not now.
+        """This process's share of the files to make: those that are not there, and those that lack images which were
+        out of reach and can be read now.
 
         Args:
-            is_in_reach: tells of a row whether its image can be read.
+            is_in_reach: whether the image of a row can be read.
         """
         index, processes = place()
 
@@ -120,7 +119,7 @@ class Shards:
         return missing[index::processes]
 
     def write(self, number: int, shard: Shard) -> None:
-        """Writes a file, whole or not at all. One that is there and has more images stays, with a warning."""
+        """Writes a file, whole or not at all. A file that has more images already stays, with a warning."""
         file = self.files[number]
         if file.exists() and (before := self._said_in(file)[0]) > len(shard.rows):
             warnings.warn(
@@ -131,7 +130,7 @@ class Shards:
         write_files(self._folder, {file.name: self._to_bytes(shard)})
 
     def begin(self, of: dict[str, Any]) -> None:
-        """Writes the manifest, or compares it with what an earlier run wrote.
+        """Writes the manifest, or checks that an earlier run wrote the same.
 
         Raises:
             ValueError: the folder holds something else, or processes see different images or models.
@@ -142,7 +141,7 @@ class Shards:
         in_main(lambda: self._claim(of))  # no file without a manifest
 
     def _claim(self, of: dict[str, Any]) -> None:
-        """Writes the manifest where there is none; another run may have since this one looked."""
+        """Writes the manifest if there still is none."""
         with saving(self._folder) as save:
             save.write({MANIFEST: _encoded({"of": of})})
             is_new = save.place_new(MANIFEST)
@@ -185,7 +184,7 @@ class Shards:
             ) from error
 
     def end(self, of: dict[str, Any], values: int) -> tuple[int, list[dict[str, Any]]]:
-        """Writes into the manifest what came of it, once all files are there.
+        """Completes the manifest once all files are there.
 
         Returns:
             How many images all files have together, and which could not be read.

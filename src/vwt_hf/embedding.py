@@ -1,4 +1,4 @@
-"""`embed`: the features of every image of a collection, in files that a run which was cut off goes on from."""
+"""`embed`: writes the features of every image of a collection into files; an interrupted run can go on."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ from .whole_saves import require_folder
 FORMAT = 4
 """Of the manifest and the files."""
 MOST_AGAIN = 16
-"""A file is not made if all its images are out of reach and they are at least so many."""
+"""A file is not made if it has at least this many images and all are out of reach."""
 WINDOW = 16
-"""Batches among which images of like length are brought together."""
+"""Batches that are sorted together, so that each has images of about the same length."""
 
 Batch = tuple[list[int], dict[str, torch.Tensor]]
 """Rows of images, and what the image processor made of them."""
@@ -62,19 +62,19 @@ class Embedded:
     unreadable: list[dict[str, Any]]
     """`row`, `name` and `reason` of each image that could not be read; `again` of those that were out of reach."""
     values: int
-    """How many an image's features are."""
+    """Numbers in an image's features."""
     files: list[Path]
     made: int
-    """Images that this run read, unreadable ones included; the files of the others were there."""
+    """Images that this run read, unreadable ones included; the files of the others were there already."""
     embedded: int
     """Images that this run made features of."""
     tokens: float | None
     """Of an image of this run, mean over images and layers, prefix tokens included; `None` if it made none."""
     processes: int
     elapsed: float
-    """Seconds of this run, those of the slowest process."""
+    """Seconds of this run, of the slowest process."""
     busy: float
-    """Seconds of this run that were no waiting for images, those of the process that had most."""
+    """Seconds of this run without waiting for images, of the process that has most."""
     seconds: dict[str, float]
     """Seconds of this run, summed over processes: `total`, of which `waiting` for images, `forward` and `writing`; and
     `reading`, which workers spend on reading and processing images at the same time (without workers: in `waiting`)."""
@@ -86,7 +86,7 @@ class Embedded:
 
     @property
     def rate_without_reading(self) -> float:
-        """Images per second if all had been decoded and processed before: of the time that is no waiting for them."""
+        """Images per second of the time without waiting for images: as if all had been decoded and processed before."""
         return self.embedded / self.busy
 
 
@@ -103,20 +103,19 @@ def embed(
     workers: int | None = None,
     progress: bool = True,
 ) -> Embedded:
-    """Writes the features of every image of a folder or data set into files; a run that was cut off is gone on with.
+    """Writes the features of every image of a folder or data set into files; the same call resumes a run.
 
     The files in `output` are `train-00000-of-00012.parquet` and so on, in the images' order, with the columns `name`
     (path below the folder; of a data set `__key__` or the path that it has for the image), `row` (number of the image)
     and `embedding` (`values` float32): the image embedding of models of two towers, else the pooled output, else CLS
     or, without one, the mean of the tokens. Images that cannot be read have no row; they are in `embed.json`, which
-    also holds what the files were made by. Each file is written whole or not at all: the same call again makes those
-    that are missing, and those that lack images which were out of reach, as of a drive that was gone. It is refused
-    where it is of another model, setting, processor, list of images, attention, kind of device, or version of a
-    library.
+    also says what the files were made with. Each file is written whole or not at all: the same call again makes those
+    that are missing, and those that lack images which were out of reach, as on a drive that was gone. It is refused
+    with another model, setting, processor, list of images, attention, kind of device, or version of a library.
 
-    Under `accelerate launch`, or in any program of several processes, each makes its share of the missing files, in one
-    folder that all see, and all have to make this call. It joins those that are not joined yet: each then waits for the
-    others for up to 30 days, in all that the program does.
+    Under `accelerate launch`, or in any program of several processes, all have to make this call, with one folder that
+    all see, and each makes its share of the missing files. Processes that are not joined yet are joined: each then
+    waits for the others for up to 30 days, in all that the program does.
 
     Args:
         model: a transformers model of a supported family, plain or compressed, in the mode of evaluation, on the device
@@ -126,8 +125,8 @@ def embed(
         image_processor: the model's; by default that of the checkpoint it was loaded from.
         column: the data set's image column; by default its first.
         batch_size: images in one forward pass.
-        shard_size: images of a file: what a kill may lose for each process. One process makes a file, so that there
-            should be at least as many files as processes.
+        shard_size: images of a file, which one process makes: there should be a file for each process at least. A kill
+            loses at most one file for each.
         format: `"parquet"`, or `"safetensors"`: tensors `embedding` (images, values) and `row` (images,), and names in
             the metadata, `json.loads(metadata["vwt_hf"])["names"]`.
         workers: processes that read images, beside each that runs the model; 0: none. By default as many as there are
@@ -176,15 +175,7 @@ def embed(
     def make() -> None:
         hidden = not progress or place()[0] > 0
         with run.timed("total"), tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
-            out_of_reach = []
-            for number, shard in run.shards(rows, own, shards, workers, trial.values, bar):
-                lacking = [image for image in shard.unreadable if AGAIN in image]
-                if len(lacking) == len(shards.rows(number)) >= MOST_AGAIN:
-                    out_of_reach += lacking
-                    continue
-                with run.timed("writing"):
-                    shards.write(number, shard)
-                return_memory()
+            out_of_reach = _write(run, run.shards(rows, own, shards, workers, trial.values, bar), shards)
         if out_of_reach:
             raise OSError(
                 f"{len(out_of_reach)} images could not be had, from {out_of_reach[0]['name']} on "
@@ -196,24 +187,36 @@ def embed(
     return _embedded(shards, *shards.end(of, trial.values), trial.values, run)
 
 
+def _write(run: _Run, made: Iterator[tuple[int, Shard]], shards: Shards) -> list[dict[str, Any]]:
+    """Writes files, but for those of which all images are out of reach, and returns these images."""
+    out_of_reach = []
+    for number, shard in made:
+        lacking = [image for image in shard.unreadable if AGAIN in image]
+        if len(lacking) == len(shards.rows(number)) >= MOST_AGAIN:
+            out_of_reach += lacking
+            continue
+        with run.timed("writing"):
+            shards.write(number, shard)
+        return_memory()
+    return out_of_reach
+
+
 def _embedded(shards: Shards, images: int, unreadable: list[dict[str, Any]], values: int, run: _Run) -> Embedded:
     """What lies in the folder, and what all processes took."""
-    own: Any = (run.images, run.embedded, run.tokens, run.seconds)
-    runs = gathered(lambda: own)
-    made, embedded, tokens = (sum(own[part] for own in runs) for part in range(3))
-    times = [own[3] for own in runs]
+    own = (run.images, run.embedded, run.tokens, run.seconds)
+    read, embedded, tokens, times = zip(*gathered(lambda: own), strict=True)
     return Embedded(
-        images,
-        unreadable,
-        values,
-        shards.files,
-        made,
-        embedded,
-        tokens / embedded if embedded else None,
-        len(runs),
-        max(own["total"] for own in times),
-        max(own["total"] - own["waiting"] for own in times),
-        {what: sum(own[what] for own in times) for what in run.seconds},
+        images=images,
+        unreadable=unreadable,
+        values=values,
+        files=shards.files,
+        made=sum(read),
+        embedded=sum(embedded),
+        tokens=sum(tokens) / sum(embedded) if sum(embedded) else None,
+        processes=len(times),
+        elapsed=max(seconds["total"] for seconds in times),
+        busy=max(seconds["total"] - seconds["waiting"] for seconds in times),
+        seconds={what: sum(seconds[what] for seconds in times) for what in run.seconds},
     )
 
 
@@ -221,9 +224,9 @@ class ReadBatch(NamedTuple):
     """What a worker made of consecutive images."""
 
     names: dict[int, str]
-    """Of each row that could be read."""
+    """By row, of the images that could be read."""
     batches: list[tuple[list[int], dict[str, np.ndarray]]]
-    """As `Batch`, but arrays, which a worker sends through a pipe: tensors need shared memory, of which containers have
+    """As `Batch`, but of arrays, which workers send through pipes: tensors need shared memory, of which containers have
     little."""
     unreadable: list[dict[str, Any]]
     seconds: float
@@ -254,7 +257,7 @@ class Reader(Dataset[ReadBatch]):
 
 
 def _alike(made: Sequence[Batch], size: int, image_processor: Any) -> Iterator[Batch]:
-    """Batches of at most `size` images of one shape, those with the most tokens first where words tell how many."""
+    """Batches of at most `size` images of one shape; those with the most tokens come first if words tell how many."""
     images = []
     for rows, values in made:
         lengths = token_lengths(values[PATCH_WORDS]) if PATCH_WORDS in values else [0] * len(rows)
@@ -268,7 +271,7 @@ def _alike(made: Sequence[Batch], size: int, image_processor: Any) -> Iterator[B
 
 
 class _Run:
-    """The work of one process, and what its time goes to."""
+    """The work of one process, and where its time goes."""
 
     def __init__(self, model: PreTrainedModel, image_processor: Any, batch_size: int, window: int) -> None:
         self._model, self._image_processor = model, image_processor
@@ -277,7 +280,7 @@ class _Run:
         self.images = 0
         """Read, unreadable ones included."""
         self.embedded, self.tokens = 0, 0.0
-        """Images that the model saw; the sum of their tokens, mean over layers."""
+        """Images that the model saw, and the sum of their tokens (means over layers)."""
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -290,7 +293,7 @@ class _Run:
     def shards(
         self, rows: ImageRows, own: Sequence[int], shards: Shards, workers: int, values: int, bar: Any
     ) -> Iterator[tuple[int, Shard]]:
-        """Reads and embeds the images of the shards `own`, one after the other."""
+        """Reads and embeds the images of the files `own`, one file after the other."""
         size = self._batch_size
         batches: Any = (
             range(start, min(start + size, shard.stop)) for shard in map(shards.rows, own) for start in shard[::size]
@@ -367,18 +370,18 @@ def _as_it_is(read: Any) -> Any:
 
 
 class Trial(NamedTuple):
-    """What one image tells of a model and its image processor."""
+    """What a first image shows of a model and its image processor."""
 
     values: int
-    """How many an image's features are."""
+    """Numbers in an image's features."""
     pads: bool
-    """Whether images of different lengths are run as a padded batch."""
+    """Whether batches of images of different lengths are padded."""
     sizes_differ: bool
-    """Whether the image processor gives images of other proportions another size."""
+    """Whether the image processor gives images of different proportions different sizes."""
 
 
 def require_features(model: PreTrainedModel) -> None:
-    """Refuses a model whose answers are no features of the images that it is given.
+    """Refuses a model whose answers are not features of its images.
 
     Raises:
         ValueError: it classifies, is in training, leaves patches out at random, or lies in parts in several processes.
@@ -420,7 +423,7 @@ def _try(model: PreTrainedModel, image_processor: Any) -> Trial:
 
 
 def _with_words(image_processor: Any, model: PreTrainedModel, finds: bool) -> Any:
-    """The image processor for a model that searches words: one that finds them as it would, or one that finds none."""
+    """The image processor for a model: as it is or, if the model searches words, one that finds them, or finds none."""
     setting = setting_of(model)
     if setting is None or not setting.searches:
         return image_processor
@@ -432,7 +435,7 @@ def _with_words(image_processor: Any, model: PreTrainedModel, finds: bool) -> An
 
 
 def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) -> dict[str, Any]:
-    """What files must share to belong together, as JSON holds it."""
+    """What the files of one collection must have in common, as JSON holds it."""
     of = {
         "format": FORMAT,
         "model": fingerprint_of(model),

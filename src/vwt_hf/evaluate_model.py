@@ -47,7 +47,7 @@ from .token_count import TokenCount, count_tokens
 from .weights import copy_sharing_weights, device_of, fingerprint_of
 
 FORMAT = 5
-"""Of what is kept of a run that may be cut off."""
+"""Of what `resume` keeps of a run."""
 SHOWN: dict[str, tuple[str, int, int]] = {
     "accuracy": ("top-1 %", 100, 2),
     "worst_group": ("worst group %", 100, 2),
@@ -75,9 +75,8 @@ class Row:
     tokens: float
     """Of an image: the mean over images and layers."""
     seconds: float
-    """That its answers took, reading left out; of the process that took longest. What a device does once, such as
-    compiling kernels, counts. A run that went on after it was cut off counts all of them, also those of another
-    machine."""
+    """That its answers took, without reading, in the process that took longest. What a device does once counts, such
+    as compiling kernels. So does, in a run that was resumed, the time before, also on another machine."""
     figures: dict[str, Figure]
     """By name. The plain model has none of those that compare with it."""
 
@@ -91,7 +90,7 @@ class Evaluation:
     task: str
     dataset: str
     images: int
-    """That were read."""
+    """How many were read."""
     unreadable: list[str]
     """Name and reason of each image that was left out."""
     said: list[str]
@@ -101,7 +100,7 @@ class Evaluation:
     machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, JSON-ready."""
+        """Everything, JSON-ready."""
         return dataclasses.asdict(self)
 
     def table(self) -> list[dict[str, Any]]:
@@ -117,10 +116,10 @@ class Evaluation:
     def eval_results(
         self, dataset: str | None = None, split: str | None = None, config: str | None = None
     ) -> list[EvalResult]:
-        """The figures as the `model-index` of a model's card holds them, one for each setting and figure.
+        """The figures for the `model-index` of a model's card, one for each setting and figure.
 
-        `huggingface_hub.ModelCardData(model_name=..., eval_results=...)` takes them. A figure that is not of all
-        `images`, as of those with a label or a caption alone, says `of` how many it is.
+        `huggingface_hub.ModelCardData(model_name=..., eval_results=...)` takes them. A figure of fewer than all
+        `images`, such as those with a label or a caption, says `of` how many it is.
 
         Args:
             dataset: the data set's Hub id or another name; by default its own.
@@ -180,16 +179,16 @@ def evaluate_model(
 
     The plain model has a row of its own, without the figures that compare with it.
 
-    Every image is read once, shown to the model under each setting, and forgotten; those that cannot be read are left
-    out and named. Under `accelerate launch`, or in any program of several processes, each takes its share, all have to
-    make this call, and all return the same figures. It joins those that are not joined yet: each then waits for the
-    others for up to 30 days, in all that the program does.
+    Every image is read once, shown to the model under each setting, and forgotten. Images that cannot be read are left
+    out and named. Under `accelerate launch`, or in any program of several processes, all have to make this call, each
+    takes its share of the images, and all return the same figures. Processes that are not joined yet are joined: each
+    then waits for the others for up to 30 days, in all that the program does.
 
     Args:
         model: of a supported family, plain or compressed; it is not changed.
         images: a folder, whose images' labels are the names of the folders that they lie in; a `datasets.Dataset`; a
-            `datasets.IterableDataset`; or what `open_labelled` made of one of them, by its options in place of those
-            here. Labels are the model's by their names, by number only where they have none.
+            `datasets.IterableDataset`; or what `open_labelled` made of one of them, with the options there in place of
+            those here. Labels are matched to the model's by name, or by number if they have no names.
         vwt: a list of settings, each as `from_pretrained(vwt=...)` takes it, or one of them; by default the model's own
             or, if it is plain, `True`.
         task: "classification"; "zero-shot", by the labels' names; "retrieval" of captions by images and images by
@@ -204,8 +203,8 @@ def evaluate_model(
         max_new_tokens: of a caption.
         seed: of the intervals.
         resume: a folder for what was measured of each batch, made if it is not there. A run that was cut off goes on
-            from it, also by another number of processes if `images` is no stream; batches with an image that could not
-            be read are tried again. A run of another model, other settings or other images is refused: files are told
+            from it, also with another number of processes if `images` is no stream; batches with an image that could
+            not be read are tried again. Another model, other settings or other images are refused: files are compared
             by their names and sizes, links by where they lead, a stream by its first image.
         progress: whether to show a bar.
 
@@ -237,18 +236,15 @@ def evaluate_model(
     processor = without_words(processor_of(model, image_processor))  # each setting finds its own
     if task_class in (ZeroShot, Retrieval):
         require_texts(model)  # before a tokenizer is looked for, which such a model has none of
-    settings = [setting_of(model) or True] if vwt is None else vwt
-    # Copies, so that the user's model stays as it is, whatever happens.
-    plain = restore(copy_sharing_weights(model)).eval()
-    models = [plain]
-    for setting in settings:
-        own: Any = VWTConfig.parse(setting)
-        models.append(compress_by(copy_sharing_weights(plain), own, trusted=True, image_processor=processor))
+    settings = [None, *([setting_of(model) or True] if vwt is None else vwt)]
+    models = _copies(model, settings, processor)
     if tokenizer is None and task_class in (ZeroShot, Retrieval, Captions):
         load = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
         tokenizer = load_beside(model, load, "text tokenizer", "tokenizer=AutoTokenizer")
-    names = _names([None, *settings], models)
-    chosen = task_class(plain, opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed})
+    names = _names(settings, models)
+    chosen = task_class(
+        models[0], opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed}
+    )
 
     join(device_of(model))
 
@@ -272,11 +268,28 @@ def evaluate_model(
             seconds=max(sum(batch.seconds[index] for batch in part) for part in parts),
             figures=figures[index],
         )
-        for index, (name, setting) in enumerate(zip(names, [None, *settings], strict=True))
+        for index, (name, setting) in enumerate(zip(names, settings, strict=True))
     ]
-    machine = _machine(model, len(parts))
-    source = model.name_or_path or ""
-    return Evaluation(source, task_class.name, opened.name, len(kept.samples), unreadable, said, rows, machine)
+    return Evaluation(
+        model=model.name_or_path or "",
+        task=task_class.name,
+        dataset=opened.name,
+        images=len(kept.samples),
+        unreadable=unreadable,
+        said=said,
+        rows=rows,
+        machine=_machine(model, len(parts)),
+    )
+
+
+def _copies(model: PreTrainedModel, settings: Sequence[Any], processor: Any) -> list[PreTrainedModel]:
+    """The model under each setting, the first of which is none. The user's model stays as it is, whatever happens."""
+    plain = restore(copy_sharing_weights(model)).eval()
+    models = [plain]
+    for setting in settings[1:]:
+        own: Any = VWTConfig.parse(setting)
+        models.append(compress_by(copy_sharing_weights(plain), own, trusted=True, image_processor=processor))
+    return models
 
 
 def _listed(vwt: Any) -> list[Any] | None:
@@ -300,7 +313,7 @@ def _opened(images: Any, of: dict[str, Any]) -> LabelledImages:
 
 
 def require_shortening(vwt: Sequence[Any]) -> None:
-    """Raises `ValueError` where a setting that is to be measured beside the plain model is none."""
+    """Raises `ValueError` if one of the settings leaves the model plain."""
     for setting in vwt:
         if VWTConfig.parse(setting) is None:
             raise ValueError(
@@ -310,7 +323,7 @@ def require_shortening(vwt: Sequence[Any]) -> None:
 
 
 def require_options(vwt: Sequence[Any] | None, batch_size: Any, max_new_tokens: Any, prompt: Any, seed: Any) -> None:
-    """Refuses with an error what `evaluate_model` cannot work with, whatever the model and the images are."""
+    """Refuses options that `evaluate_model` cannot work with, whatever the model and the images are."""
     require_shortening(vwt or ())
     for name, number in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
         require_whole(name, number)
@@ -328,7 +341,7 @@ def _measured(
     log: BatchLog | None,
     progress: bool,
 ) -> list[Batch]:
-    """Shows this process's share of the images to all models, but for the batches that `log` has."""
+    """Shows this process's share of the images to all models, except the batches that `log` has already."""
     index, processes = place()
     before = {} if log is None else log.before
     known, found = None if log is None else {number: batch.samples for number, batch in before.items()}, []
@@ -348,7 +361,7 @@ def _measured(
 
 
 def _batch(task: Task, models: Sequence[Any], number: int, samples: Sequence[Sample], processor: Any) -> Batch:
-    """Shows a batch to all models."""
+    """What all models answer to a batch of images."""
     read: list[Sample] = []
     made: list[Any] = []
     unreadable: list[str] = []
@@ -370,7 +383,7 @@ def _batch(task: Task, models: Sequence[Any], number: int, samples: Sequence[Sam
 def _answers(
     task: Task, models: Sequence[Any], made: dict[str, torch.Tensor], names: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """For each model what is kept of its answers to a batch of images of these names, and the seconds they took."""
+    """What is kept of each model's answers to a batch of images of these names, and the seconds that each took."""
     device = device_of(models[0])
     timed = [stopwatch(functools.partial(task.answer, model, on_device(made, model)), device) for model in models]
     for model, (answers, _) in zip(models, timed, strict=True):
@@ -401,7 +414,7 @@ def _fingerprint(
 
 
 def _tokenizer_of(task: Task) -> str | None:
-    """What tells the text tokenizer of a task from others: the name of its class, and a hash of what it goes by."""
+    """The class of a task's text tokenizer, and a hash of its contents, to tell it from others."""
     tokenizer = getattr(task.tokenizer, "tokenizer", task.tokenizer)  # of a processor, its own
     if tokenizer is None:
         return None
@@ -417,7 +430,7 @@ def _tokenizer_of(task: Task) -> str | None:
 
 
 def _merged(batches: Sequence[Batch], models: int) -> tuple[Answers, list[str]]:
-    """What all processes kept, in the order of the images; and the images that could not be read."""
+    """The answers that all processes kept, in the order of the images; and the images that could not be read."""
     batches = sorted(batches, key=lambda batch: batch.number)
     samples = [sample for batch in batches for sample in batch.samples]
     answers = [_joined([batch.answers[index] for batch in batches if batch.samples]) for index in range(models)]
@@ -446,8 +459,8 @@ def _machine(model: PreTrainedModel, processes: int) -> dict[str, Any]:
 def fields_of(setting: Any, *, statistics: bool = False) -> dict[str, Any]:
     """The fields that a setting gives a value, `method` first.
 
-    Of a `VWTConfig` those that differ from the method's defaults; mean and deviation, which a model's own setting has
-    from its image processor, only if `statistics` says so.
+    Of a `VWTConfig` these are the fields that differ from the method's defaults, and mean and deviation, which mostly
+    come from the image processor, only with `statistics`.
     """
     if setting is True:
         return {"method": RECOMMENDED}
@@ -463,8 +476,7 @@ def fields_of(setting: Any, *, statistics: bool = False) -> dict[str, Any]:
 
 
 def _names(settings: Sequence[Any], models: Sequence[PreTrainedModel]) -> list[str]:
-    """Settings as a table shows them, with mean and deviation, or a hash of a model's words, where only these tell two
-    apart.
+    """Settings as a table shows them. Two that look the same get mean and deviation, or a hash of the words, too.
 
     Raises:
         ValueError: two are the same.
@@ -483,7 +495,7 @@ def _names(settings: Sequence[Any], models: Sequence[PreTrainedModel]) -> list[s
 
 
 def name_of(setting: Any, *, statistics: bool = False) -> str:
-    """A setting as a table shows it: words speak for themselves, numbers come after the name of their field."""
+    """A setting as a table shows it, such as "gradual, tolerance 0.03"."""
     if setting is None:
         return "uncompressed"
 
@@ -497,5 +509,5 @@ def name_of(setting: Any, *, statistics: bool = False) -> str:
 
 
 def _in_json(value: Any) -> Any:
-    """A setting, or a value in one, that JSON has no type for."""
+    """As JSON: a setting, or a value in one, that JSON has no type for."""
     return value.to_dict() if isinstance(value, VWTConfig) else str(value)
