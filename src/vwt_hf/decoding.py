@@ -24,25 +24,26 @@ WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}
 """What may be white in grey images of more than eight bits, by Pillow's mode."""
 
 REMOTE = ("hf", "https")
-"""Where rows of a data set may name an image, beside files."""
+"""Kinds of addresses at which a data set may name an image, beside files."""
 ARCHIVES = ("zip", "gzip", "bz2", "lz4", "xz", "zstd")
-"""What it may lie in there; as data sets that are streamed name it."""
+"""What an image may lie in there, as streamed data sets name it."""
 LARGEST = 2**30
-"""Bytes of an image that are fetched from there at most."""
+"""The most bytes of an image that are fetched from an address."""
 MOST_SCANS = 100
-"""Scans of a JPEG, each of which may take as long as the whole image; progressive ones have some ten."""
+"""The most scans of a JPEG. Each may take as long as the whole image; progressive JPEGs have some ten."""
 MOST_VALUES = 2**18
-"""Values of a tag of TIFF, such as where its strips are: Pillow takes microseconds and up to 330 bytes for each."""
+"""The most values in a tag of a TIFF, such as where its strips are: each takes Pillow microseconds and up to 330
+bytes."""
 MOST_IN_PYTHON = 2**24
-"""Pixels of an image that Pillow decodes in Python, which takes a second and a half for each million."""
+"""The most pixels of an image that Pillow decodes in Python, which takes a second and a half for each million."""
 
 _NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 """Packages whose errors are those of a connection."""
 _OUT_OF_REACH = (MemoryError, ConnectionError, TimeoutError, FileNotFoundError)
-"""Errors, with a number of the system's or without, of bytes that could not be had or held."""
+"""Errors that say that bytes could not be had or held."""
 
 _AS_BYTES = (1, 2, 7)
-"""Types of values of TIFF that Pillow keeps as they are, and makes no list of."""
+"""Types of values of a TIFF that Pillow keeps as bytes, without making a list."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 """Tags of TIFF."""
 _WHITE_IS_ZERO = 0
@@ -56,7 +57,7 @@ _TURNS = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its orientation in EXIF."""
+"""What turns an image upright, by its orientation in EXIF."""
 
 
 class UnreadableImage(ValueError):
@@ -64,7 +65,7 @@ class UnreadableImage(ValueError):
 
     @property
     def is_out_of_reach(self) -> bool:
-        """Whether its bytes could not be had or held, as of a drive that is gone: another time they may be."""
+        """Whether its bytes could not be had or held, as from a drive that is gone: later they may be."""
         error = self.__cause__
         # Decoders' own `OSError`s have no number.
         by_system = isinstance(error, OSError) and error.errno is not None
@@ -156,7 +157,7 @@ def _require_few_values(file: Any) -> None:
 
 
 def _count_values(tiff: Any) -> int:
-    """The most values that a tag of the first image of a TIFF has, or how many tags there are, if these are more."""
+    """The number of values in the longest tag of a TIFF's first image, or the number of its tags, if that is larger."""
     tiff.seek(0)
     head = tiff.read(16)
     order = "<" if head[:2] == b"II" else ">"
@@ -171,11 +172,11 @@ def _count_values(tiff: Any) -> int:
 
 
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
-"""A marker of JPEG that is not one of those within a scan; then two bytes say how long what it begins is."""
+"""A marker of JPEG outside of scans. After it two bytes say how long its segment is."""
 
 
 def _count_scans(jpeg: bytes, most: int) -> int:
-    """How many times a JPEG goes over its image, up to one more than `most`; files after its end do not count."""
+    """How many times a JPEG goes over its image, up to `most` + 1. Files after its end do not count."""
     scans, at = 0, 2
     while scans <= most and (marker := _MARKER.search(jpeg, at)) and marker[1] != b"\xd9":
         scans += marker[1] == b"\xda"
@@ -197,20 +198,25 @@ def _turned(image: Any) -> Any:
 
 
 def _in_eight_bits(image: Any, kind: str | None, tags: Mapping[int, Any] = MappingProxyType({})) -> Any:
-    """`image` in RGB and without EXIF; Pillow itself would make all that is above 255 white.
+    """`image` in RGB and without EXIF. Grey of more than eight bits is scaled; Pillow would make all above 255 white.
 
     Args:
-        kind: the file's format, of which some have whole numbers of 16 bits alone.
-        tags: of a TIFF. By them grey of 12 bits lies in 16, and may be black at its largest value.
+        kind: the file's format.
+        tags: of a TIFF. They may say that 12 bits of 16 are used, or that the largest value is black.
     """
     mode = image.mode[:4]  # I;16B is I;16 of another byte order
-    if mode not in WHITE:
-        # Palettes that are partly transparent, and colours multiplied by their opacity, have no direct way to RGB.
-        through = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode)
-        image = (image if through is None else image.convert(through)).convert("RGB")
-        image.info = {}  # by which it would be turned once more
-        return image
-    whites = (65535,) if mode == "I" and kind in ("PNG", "PPM") else WHITE[mode]
+    if mode in WHITE:
+        return _scaled(image, mode, kind, tags).convert("RGB")
+    # Palettes that are partly transparent, and colours multiplied by their opacity, have no direct way to RGB.
+    through = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode)
+    image = (image if through is None else image.convert(through)).convert("RGB")
+    image.info = {}  # by which it would be turned once more
+    return image
+
+
+def _scaled(image: Any, mode: str, kind: str | None, tags: Mapping[int, Any]) -> Any:
+    """Grey of more than eight bits in eight: white is the least of the values in `WHITE` that fits all pixels."""
+    whites = (65535,) if mode == "I" and kind in ("PNG", "PPM") else WHITE[mode]  # these have no more than 16 bits
     bits, sample_format = (np.ravel(tags.get(tag, default))[0] for tag, default in ((_BITS, 0), (_SAMPLE_FORMAT, 1)))
     unsigned = mode == "I" and bits == 32 and sample_format == 1  # which Pillow takes for numbers with a sign
     if unsigned:
@@ -234,12 +240,12 @@ def _in_eight_bits(image: Any, kind: str | None, tags: Mapping[int, Any] = Mappi
         if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
             np.subtract(255, scaled, out=scaled)
         grey.paste(PIL.Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8)), (0, first))
-    return grey.convert("RGB")
+    return grey
 
 
 @contextlib.contextmanager
 def _opened(item: Any) -> Iterator[Any]:
-    """The file that holds an image, at its start; a pipe is read whole."""
+    """The open file that holds an image, at its start; a pipe is read whole."""
     file = _file(item)
     with open(file, "rb") if isinstance(file, (str, bytes, os.PathLike)) else contextlib.nullcontext(file) as opened:
         if not (hasattr(opened, "seekable") and opened.seekable()):
@@ -249,7 +255,7 @@ def _opened(item: Any) -> Iterator[Any]:
 
 
 def _file(item: Any) -> Any:
-    """What Pillow opens: a path, or a file in memory."""
+    """The path of an image, or a file in memory."""
     if item is None:
         raise ValueError("it holds no image")
     if not isinstance(item, Mapping):
@@ -257,9 +263,12 @@ def _file(item: Any) -> Any:
     if item["bytes"] is not None:
         return io.BytesIO(item["bytes"])
     path = os.fspath(item["path"])  # as whoever made the data set wrote it
-    if "://" not in path:
-        return _existing(path)
-    *archives, place = path.split("::")
+    return _fetched(path) if "://" in path else _existing(path)
+
+
+def _fetched(address: str) -> io.BytesIO:
+    """What lies at an address of fsspec, such as `zip://cat.jpg::https://...`, which a stranger may have written."""
+    *archives, place = address.split("::")
     kind, there, local = place.partition("://")
     if not there:
         kind, local = "file", place
@@ -271,7 +280,7 @@ def _file(item: Any) -> Any:
     import fsspec  # of datasets, whose streams name files on the Hub
 
     encoded = bytearray()
-    with fsspec.open(path, "rb") as file:  # which gives what has come, where a server does not say how much there is
+    with fsspec.open(address, "rb") as file:  # `read` gives what has come, if a server does not say how much there is
         while len(encoded) <= LARGEST and (piece := file.read(LARGEST + 1 - len(encoded))):
             encoded += piece
     if len(encoded) > LARGEST:
@@ -282,7 +291,7 @@ def _file(item: Any) -> Any:
 
 
 def _existing(path: str) -> str:
-    if not os.path.isfile(path):  # a device or a pipe need not end
+    if not os.path.isfile(path):  # reading a device or a pipe need not end
         raise FileNotFoundError(
             f"a data set names it as {path}, which is no file here. Put it there, or run in the folder that relative "
             "paths start from"

@@ -4,9 +4,9 @@
 (size,) int64. `vocabulary.json` names that file, its SHA-256 and shape, and how the words came about. Nothing read is
 ever executed.
 
-Replacing `vocabulary.json` is what makes a save count: until then the folder is the old vocabulary, and from then on
-the new one. So the words are written under a name of their own first, which that file gives; once the save counts they
-become `vocabulary.safetensors`. A save that was killed leaves other files for the next one to remove.
+Replacing `vocabulary.json` is what makes a save count: until then the folder holds the old vocabulary, and from then on
+the new one. So the new words are first written under another name, which the new `vocabulary.json` gives; after that
+they are renamed to `vocabulary.safetensors`. What a killed save leaves is removed by the next one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import re
 import secrets
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -47,7 +48,7 @@ _MOST_INFO_BYTES = 2**16
 _ATTEMPTS = 100
 """To read a folder that is being saved into."""
 _UNSETTLED = re.compile(r"vocabulary-[0-9a-f]{16}\.safetensors")
-"""The name of words from when they are written until they are called `WORDS_FILE`."""
+"""The name of words until they are renamed to `WORDS_FILE`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +95,13 @@ class Located(NamedTuple):
     """Where a vocabulary's files are."""
 
     source: str
-    """As the user wrote it: a folder or a Hub id."""
+    """A folder or a Hub id, as the user wrote it."""
     commit: str | None
-    """Commit on the Hub that was resolved to."""
+    """The commit on the Hub, if known."""
     file: Path
     """`vocabulary.json`, or the legacy `vocab.pt`."""
     download: dict[str, Any] | None
-    """Arguments by which further files of the repository are had; `None` for a folder."""
+    """Arguments of `hf_hub_download` for further files of the repository; `None` for a folder."""
 
 
 def locate(
@@ -127,47 +128,64 @@ def locate(
     where = f"{source}/{subfolder}" if subfolder else source
     names = (INFO_FILE, LEGACY_FILE) if pickles else (INFO_FILE,)
     holds_none = f"holds neither {INFO_FILE} nor {LEGACY_FILE}" if pickles else f"holds no {INFO_FILE}"
-    missing = f"{where} {holds_none}; expected a folder that save_pretrained wrote, or "
+    missing = f"{where} {holds_none}; expected a folder that save_pretrained wrote, or a repository on the Hub"
     if folders and os.path.isdir(source):
         folder = Path(source) / (subfolder or "")
         for name in names:
             if (folder / name).is_file():
                 return Located(source, None, folder / name, None)
-        raise FileNotFoundError(f"{missing}a repository on the Hub.")
+        raise FileNotFoundError(f"{missing}.")
     # A Hub id has one slash at most, and hf_hub_download's message for a path is of no help.
     if source.count("/") > 1 or source.startswith((".", "~", os.sep)):
         raise FileNotFoundError(f"{source} is no folder; expected one that save_pretrained wrote, or a Hub id.")
-    download = {"repo_id": source, "revision": revision, "subfolder": subfolder, **hub}
-    failure: Exception | None = None
+    try:
+        return _locate_on_hub(names, where, {"repo_id": source, "revision": revision, "subfolder": subfolder, **hub})
+    except EntryNotFoundError as failure:
+        revision_named = f" at revision {revision}" if revision else ""
+        raise FileNotFoundError(f"{missing}{revision_named}. ({failure})") from failure
+
+
+def _locate_on_hub(names: Sequence[str], where: str, download: dict[str, Any]) -> Located:
+    """The first file of these names that a repository has.
+
+    Args:
+        where: what an error calls the place.
+        download: arguments of `hf_hub_download`.
+
+    Raises:
+        EntryNotFoundError: it has none of them.
+        FileNotFoundError: nothing says whether it has them.
+    """
+    source, revision, subfolder = download["repo_id"], download["revision"], download["subfolder"]
+    failure: EntryNotFoundError | None = None
     for name in names:
         try:
             path = hf_hub_download(filename=name, **download)
         except LocalEntryNotFoundError as error:  # which leaves open whether it is there
             cached = try_to_load_from_cache(
-                source, "/".join(filter(None, (subfolder, name))), hub.get("cache_dir"), revision
+                source, "/".join(filter(None, (subfolder, name))), download.get("cache_dir"), revision
             )
-            was_asked = not (constants.HF_HUB_OFFLINE or hub.get("local_files_only"))
+            was_asked = not (constants.HF_HUB_OFFLINE or download.get("local_files_only"))
             if name == names[-1] or (was_asked and cached is None):
                 raise FileNotFoundError(
                     f"{where} cannot be had: load it once where the Hub can be reached, or give a folder that it was "
                     f"downloaded to. ({error})"
                 ) from error
             failure = failure or error
-            continue
         except EntryNotFoundError as error:
             failure = failure or error
-            continue
-        top = Path(path).parents[len(Path(subfolder or "").parts)]
-        commit = top.name if top.parent.name == "snapshots" else None
-        return Located(source, commit, Path(path), {**download, "revision": commit or revision})
-    revision_named = f" at revision {revision}" if revision else ""
-    raise FileNotFoundError(f"{missing}a repository on the Hub{revision_named}. ({failure})") from failure
+        else:
+            top = Path(path).parents[len(Path(subfolder or "").parts)]
+            commit = top.name if top.parent.name == "snapshots" else None
+            return Located(source, commit, Path(path), {**download, "revision": commit or revision})
+    assert failure is not None  # there is a name at least
+    raise failure
 
 
 def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyInfo]:
-    """Words (size, channels, p, p) in raw RGB, frequencies (size,) if known, and information.
+    """Words (size, channels, p, p) in raw RGB, frequencies (size,) if known, and how the words came about.
 
-    Memory holds the words and little else, and no more than the files are long.
+    This takes little more memory than the words, and no more than the files are long.
 
     Raises:
         ValueError: a file is damaged, or holds something else; the message names the source and the file.
@@ -179,14 +197,14 @@ def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None
         try:
             return _read_words(located, _read_fields(located))
         except (ValueError, FileNotFoundError):
-            # Where a save ended meanwhile, the words are its own, and the facts those of the one before.
+            # If a save ended meanwhile, the words may be its own, and the facts those of the save before.
             if located.download is not None or _identity(located.file) == before:
                 raise
     _refuse(located, INFO_FILE, "it is being replaced all the time; load it once nobody saves into the folder")
 
 
 def download_if_there(**of: Any) -> Path | None:
-    """A file on the Hub, `of` what `hf_hub_download` takes; `None` where the repository was asked and has none."""
+    """A file on the Hub, by arguments of `hf_hub_download`; `None` if the repository was asked and does not have it."""
     try:
         return Path(hf_hub_download(**of))
     except LocalEntryNotFoundError:  # which leaves open whether it is there
@@ -196,7 +214,7 @@ def download_if_there(**of: Any) -> Path | None:
 
 
 def _identity(file: Path) -> tuple[int, int]:
-    """What tells a file from another that took its place, also if that holds the same."""
+    """What differs once another file has taken the place of this one, also with the same content."""
     status = os.stat(file)
     return status.st_ino, status.st_mtime_ns
 
@@ -360,10 +378,10 @@ def _json(fields: dict[str, Any]) -> bytes:
 
 
 def write_vocabulary(folder: Path, contents: dict[str, bytes]) -> None:
-    """Writes a vocabulary into `folder`, made if need be, and what lies beside it.
+    """Writes a vocabulary, and the files beside it, into `folder`, which is made if need be.
 
-    An error leaves the old vocabulary as it was. However this ends, the folder holds the old one or the new one. The
-    files beside it follow: a process that is killed right then leaves old ones, a card of the vocabulary before.
+    An error leaves the old vocabulary as it was. However this ends, the folder holds the old vocabulary or the new one.
+    The files beside it are written last: a process that is killed before that leaves the old ones.
 
     Args:
         contents: `vocabulary.safetensors` and `vocabulary.json`, as `vocabulary_files` makes them, and other files.
@@ -381,19 +399,19 @@ def write_vocabulary(folder: Path, contents: dict[str, bytes]) -> None:
                 remove([folder / unsettled])
         for name in beside:
             save.place(name)
-        # The vocabulary counts. Where it cannot be settled, as a program holds the old words open, the next save does.
+        # The save counts already. If a program holds the old words open, the next save gives the words their name.
         with contextlib.suppress(OSError):
             _settle(folder, save)
 
 
 def _settle(folder: Path, save: Save) -> None:
-    """Calls the words of a vocabulary `WORDS_FILE`, and removes what killed saves left, unless another save runs."""
+    """Renames a vocabulary's words to `WORDS_FILE`, and removes what killed saves left, unless another save runs."""
     left = [path for path in folder.iterdir() if _UNSETTLED.fullmatch(path.name)] + save.left_overs()
     if not save.is_alone():
         return
     info = present_info(folder)
     if _UNSETTLED.fullmatch(str(info.get("file"))):
-        # A second name first, for the folder to be whole at every step.
+        # A second name first, so that the folder is whole at every step.
         try:
             os.link(folder / info["file"], save.new / WORDS_FILE)
         except OSError:  # some file systems, as exFAT, have no second names
@@ -405,7 +423,7 @@ def _settle(folder: Path, save: Save) -> None:
 
 
 def present_info(folder: Path) -> dict[str, Any]:
-    """What `vocabulary.json` of a folder holds; nothing where it is none."""
+    """The contents of a folder's `vocabulary.json`; an empty dict if it cannot be read."""
     try:
         info = json.loads((folder / INFO_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
