@@ -1,7 +1,7 @@
-"""The image processor as a tokenizer: `processor(images)` gives `patch_words` beside `pixel_values`.
+"""Image processors that make `patch_words` beside `pixel_values`.
 
-An image processor without `vwt` is transformers' own. One that is given a setting becomes an instance of a subclass of
-its class, of the same name, which finds what becomes of the patches of each image as the model would, on the host.
+An image processor without `vwt` is transformers' own. With a setting it becomes an instance of a subclass of its class,
+of the same name. That finds on the host what becomes of each patch, as the model would.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .vocabulary import VisualVocabulary
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 8
-"""Images that are tokenized together: few enough that what is made of them stays in a core's cache."""
+"""Images whose words are found together: few enough to stay in a core's cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +46,14 @@ class HostTokenizer:
     """How an image processor makes `patch_words`: a setting, and the size of the model's patches."""
 
     setting: VWTConfig
-    """Prepared: with the words that it needs."""
+    """With the words and statistics that it needs (`VWTConfig.prepared`)."""
     patch_size: tuple[int, int]
     """Height and width of the model's patches, in pixels."""
     saved_as: str | None = None
-    """Which words below the folder that it was saved to are its own."""
+    """Which words below its image processor's folder are its own."""
     normalised_by: tuple[Any, Any] | None = None
-    """What `_normalises_by` gave of the image processor that the setting was made ready by; `None` if the setting has
-    no mean or deviation, or others that somebody gave."""
+    """Mean and deviation of the image processor (`_normalises_by`) when the setting was prepared; `None` if the setting
+    has none, or others than the image processor."""
     channels: int = 3
     """Of the model's images."""
 
@@ -61,17 +61,17 @@ class HostTokenizer:
         return self  # nothing in it changes
 
     def to_dict(self) -> dict[str, Any]:
-        """As preprocessor_config.json holds it."""
+        """The field `vwt` of preprocessor_config.json."""
         fields = self.setting.to_dict() | {"patch_size": list(self.patch_size)}
         return fields if self.setting.words_to_save() is None else fields | {"saved_as": self.saved_as}
 
     def words(self, made: Mapping[str, Any]) -> Any:
-        """The words of what an image processor made: an array where `pixel_values` is one, or a list of them.
+        """The words of the patches of images, in the form of `pixel_values`: a tensor, an array or a list of arrays.
 
         Args:
-            made: `pixel_values` of whole images, (batch, channels, height, width), or (batch, tiles, channels, height,
-                width) where each is cut into tiles, of which those without content are none; or of padded patches
-                beside their `spatial_shapes` and `pixel_attention_mask`.
+            made: what an image processor made. `pixel_values` are whole images (batch, channels, height, width);
+                images in tiles (batch, tiles, channels, height, width), where tiles of zeros are padding; or padded
+                patches, beside their `spatial_shapes` and `pixel_attention_mask`.
 
         Returns:
             int64 (batch, patches) or (batch, tiles, patches).
@@ -132,7 +132,7 @@ class HostTokenizer:
         return Patches.of_images(values, self.patch_size)
 
     def plan(self, patches: Patches, patch_words: torch.Tensor) -> Kept | Grouped:
-        """The plan that `patch_words` tell: which token each patch becomes part of.
+        """The plan by `patch_words`: which token each patch becomes part of.
 
         Raises:
             ValueError: they are of other images or of another kind of setting.
@@ -144,7 +144,7 @@ class HostTokenizer:
 
 
 _PROCESS = os.getpid()
-"""The process that imported this. Another was forked, as those of `datasets.map(..., num_proc=...)` are."""
+"""The process that imported this module. Any other was forked, as by `datasets.map(..., num_proc=...)`."""
 
 
 def _use_one_thread() -> Callable[[], None]:
@@ -154,7 +154,7 @@ def _use_one_thread() -> Callable[[], None]:
 
 
 _one_thread = SharedChange(_use_one_thread)
-"""In a process that was forked the threads of its parent are not there, and torch would wait for them forever."""
+"""For a forked process: it lacks the threads of its parent, for which torch would wait forever."""
 
 
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
@@ -179,7 +179,7 @@ def _write_setting(processor: Any, vwt: Any) -> None:
         processor.__class__ = _class_with_setting(plain)
 
 
-SETTING = property(_read_setting, _write_setting, doc="By what `processor(images)` makes `patch_words`; `None` if not.")
+SETTING = property(_read_setting, _write_setting, doc="The setting by which it makes `patch_words`, or `None`.")
 """The field `vwt` of transformers' image processors."""
 
 
@@ -192,17 +192,17 @@ def _class_with_setting(plain: Any) -> Any:
 
 
 _tokenized: contextvars.ContextVar[Any] = contextvars.ContextVar("vwt_hf tokenized", default=None)
-"""`_form` of the pixels that words were made of, within a call of an image processor."""
+"""Within a call of an image processor: `_form` of the pixels that words were made of."""
 
 
 def _form(values: Any) -> Any:
-    """What pixels have in common with those that only their values differ from: their type and shapes."""
+    """The type and shapes of pixels."""
     parts = values if isinstance(values, (list, tuple)) else [values]
     return type(values), [np.shape(part) for part in parts]
 
 
 class Tokenizing:
-    """What an image processor with a setting does beside its class's own: makes `patch_words` and draws them."""
+    """What an image processor with a setting can do beyond its class: make `patch_words`, and draw them."""
 
     vwt = SETTING
 
@@ -211,7 +211,7 @@ class Tokenizing:
         """What makes the `patch_words` of this image processor.
 
         Raises:
-            ValueError: it was made from a dict, which names no folder that words could lie in.
+            ValueError: the image processor was made from a dict, which names no folder to read words from.
         """
         held = self.__dict__.get("vwt")
         if not isinstance(held, HostTokenizer):
@@ -222,7 +222,7 @@ class Tokenizing:
         return held
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `preprocess`; of a class whose own `__call__` may change pixels after that, with words of those."""
+        """As `preprocess`. If the class's own `__call__` changes pixels after it, the words are of the changed ones."""
         call: Any = super().__call__  # type: ignore[misc]
         if call.__module__.startswith("transformers."):  # which calls `preprocess` and no more
             return call(*args, **kwargs)
@@ -237,20 +237,20 @@ class Tokenizing:
         return made
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the image processor without `vwt`, with `patch_words` beside `pixel_values`."""
+        """As without `vwt`, with `patch_words` beside `pixel_values`."""
         self.require_statistics(**{name: kwargs[name] for name in _NORMALISING if kwargs.get(name) is not None})
         made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
-        if self.vwt is None:  # its class was called, and nothing gave it a setting
+        if self.vwt is None:  # made by its class, which gives it no setting
             return made
         made[PATCH_WORDS] = self.tokenizer_of_patches.words(made)
         _tokenized.set(_form(made["pixel_values"]))
         return made
 
     def require_statistics(self, **given: Any) -> None:
-        """Refuses another mean or deviation than the setting was made ready for: words would be those of other images.
+        """Refuses another mean or deviation than the setting was prepared for: words would be those of other images.
 
         Args:
-            given: `_NORMALISING` of a call, in place of the image processor's own.
+            given: arguments of a call (`_NORMALISING`), in place of the image processor's own.
 
         Raises:
             ValueError: the message says which it was made ready for.
@@ -268,7 +268,7 @@ class Tokenizing:
         )
 
     def _preprocess(self, *args: Any, **steps: Any) -> Any:
-        """As the image processor without `vwt`; the values of pixels are looked up where that gives the same."""
+        """As without `vwt`, but the values of pixels are looked up if that gives the same."""
         preprocess = super()._preprocess  # type: ignore[misc]
         if len(args) == 1 and ends_with_values(plain_class(type(self)), steps) and are_levels(args[0]):
             of_levels = {"do_rescale": False, "do_normalize": False, "return_tensors": None}
@@ -279,16 +279,16 @@ class Tokenizing:
         return preprocess(*args, **steps)
 
     def decode(self, patch_words: Any, images: Any) -> list[Any]:
-        """Pictures of what the model still sees: each patch as its token shows it, pale where it has none.
+        """Pictures of what the model still sees: each patch as its token shows it, pale if it has none.
 
         Args:
             patch_words: as this image processor made them, of all images or of one.
-            images: what they were made of: images, or all that this image processor made, or its `pixel_values`, of a
-                batch or one image or a list of them. Floating-point arrays or tensors with channels first are taken for
-                `pixel_values`: where they are images, hand over what this image processor made of them.
+            images: the images; or what this image processor made of them, or its `pixel_values`, for a batch, one image
+                or a list. Floating-point arrays or tensors with channels first are taken for `pixel_values`: if they
+                are images, give what this image processor made of them.
 
         Returns:
-            For each image a `PIL.Image.Image`, of the size that the model gets; none of an empty batch.
+            For each image a `PIL.Image.Image`, of the size that the model gets.
 
         Raises:
             ValueError: the words are of another number of images or patches, or of another kind of setting.
@@ -331,7 +331,7 @@ class Tokenizing:
         return [Image.fromarray(picture.squeeze(-1).numpy()) for picture in pictures]
 
     def to_dict(self) -> dict[str, Any]:
-        """As the image processor without `vwt`, with the setting."""
+        """As without `vwt`, with the setting."""
         fields = super().to_dict()  # type: ignore[misc]
         return fields if self.vwt is None else fields | {"vwt": self.vwt}
 
@@ -341,7 +341,7 @@ class Tokenizing:
 
 @functools.cache
 def processor_subclass(plain: Any) -> type[BaseImageProcessor]:
-    """The subclass of an image processor's class, of the same name, that tokenizes and writes its setting."""
+    """The subclass of an image processor's class, of the same name, that makes `patch_words` and saves its setting."""
     body = {
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
@@ -353,16 +353,16 @@ def processor_subclass(plain: Any) -> type[BaseImageProcessor]:
 
 
 def _empty(plain: Any) -> BaseImageProcessor:
-    """An image processor without any field: what `pickle` and `copy` start from."""
+    """An image processor without fields, which `pickle` and `copy` fill."""
     processor_class = _class_with_setting(plain)
     return processor_class.__new__(processor_class)
 
 
 def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
-    """Makes an image processor ready for the setting that its own file holds, which a stranger may have written."""
+    """Prepares an image processor for the setting in its own file, which a stranger may have written."""
     vwt = processor.vwt
     if vwt is None:
-        processor.vwt = None  # it may be of the class of another, which had a setting
+        processor.vwt = None  # its class may be that of one with a setting
         return
     try:
         setting, patch_size = _parsed(vwt)
@@ -382,8 +382,8 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
 
 
 def _warn_of_another(setting: VWTConfig, of_model: dict[str, Any] | None, source: Any) -> None:
-    """Warns where an image processor and the model beside it were saved with settings that make other words."""
-    with contextlib.suppress(TypeError, ValueError):  # which the model says when it is loaded
+    """Warns if an image processor and the model beside it were saved with settings that make different words."""
+    with contextlib.suppress(TypeError, ValueError):  # loading the model says what is wrong
         model_setting = VWTConfig.parse(of_model)
         if model_setting is None or not model_setting.searches:
             return
@@ -396,7 +396,7 @@ def _warn_of_another(setting: VWTConfig, of_model: dict[str, Any] | None, source
 
 
 def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
-    """Gives an image processor that was just made the setting that a user asks for, whatever its own file says."""
+    """Gives a new image processor the setting that a user asks for, whatever its own file says."""
     saved = processor.vwt
     processor.vwt = None
     setting, patch_size = _parsed(vwt)
@@ -414,7 +414,7 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
 
 
 def _parsed(vwt: Any) -> tuple[VWTConfig | None, tuple[int, int] | None]:
-    """A setting, and the patch size that its dict may have beside the fields of its method."""
+    """A setting, and the patch size, if its dict has one."""
     if not isinstance(vwt, dict) or "patch_size" not in vwt:
         return VWTConfig.parse(vwt), None
     fields = dict(vwt)
@@ -469,7 +469,7 @@ def _prepare(
 
 
 def _channels(processor: Any, setting: VWTConfig, model_config: Any) -> int:
-    """Channels of the images: as many as any of these has numbers for, or as the model's config says."""
+    """Channels of the images: as many as means or deviations have numbers, else as the model's config says."""
     for holder in (processor, setting):
         for name in _STATISTICS:
             values = getattr(holder, name, None)
@@ -479,10 +479,10 @@ def _channels(processor: Any, setting: VWTConfig, model_config: Any) -> int:
 
 
 def _normalises_by(processor: Any, **given: Any) -> tuple[Any, Any] | None:
-    """Mean and deviation by which an image processor normalises; `None` where it takes pixels as they are.
+    """Mean and deviation by which an image processor normalises; `None` if it takes pixels as they are.
 
     Args:
-        given: those of `_NORMALISING` that a call has, in place of the image processor's own.
+        given: arguments of a call (`_NORMALISING`), in place of the image processor's own.
     """
     of = {name: given.get(name, getattr(processor, name, None)) for name in _NORMALISING}
     if of["do_normalize"] is False:
@@ -491,7 +491,7 @@ def _normalises_by(processor: Any, **given: Any) -> tuple[Any, Any] | None:
 
 
 def _are_same(values: Any, others: Any) -> bool:
-    """Whether means or deviations are equal; a number by itself is that of each channel."""
+    """Whether means or deviations are equal; a single number stands for each channel."""
     if values is None or others is None:
         return values is others
     shapes = {np.shape(values), np.shape(others)} - {()}
@@ -499,7 +499,7 @@ def _are_same(values: Any, others: Any) -> bool:
 
 
 def _has_statistics(setting: VWTConfig, processor: Any) -> bool:
-    """Whether a setting has the mean and deviation of an image processor, or the one of them that it knows."""
+    """Whether the mean and deviation that a setting has are those of an image processor."""
     fields = {name: getattr(setting, name, None) for name in _STATISTICS}
     known: dict[str, Any] = {name: values for name, values in fields.items() if values is not None}
     if not known or any(getattr(processor, name, None) is None for name in _STATISTICS):
@@ -512,9 +512,9 @@ def _has_statistics(setting: VWTConfig, processor: Any) -> bool:
 
 
 def _are_values(images: Any) -> bool:
-    """Whether they are `pixel_values`, in whichever form an image processor gives them, and not images.
+    """Whether `images` are `pixel_values`, in any form that an image processor gives: floats with channels first.
 
-    Arrays of floating-point numbers with channels first are, and so are no images at all.
+    An empty list counts, too.
     """
     listed = list(images) if isinstance(images, (list, tuple)) else [images]
     if not all(isinstance(one, (torch.Tensor, np.ndarray)) for one in listed):
@@ -524,9 +524,10 @@ def _are_values(images: Any) -> bool:
 
 
 def write_words_of(processor: Any, folder: Path) -> list[str]:
-    """Writes the words of an image processor below the folder that it is saved to, sealed; returns how each is found.
+    """Writes the words of an image processor below the folder that it is saved to, sealed.
 
-    Its setting names them from then on.
+    Returns:
+        The `saved_as` of the words, which its setting names from then on.
     """
     vocabulary = words_of(processor)
     if vocabulary is None:
@@ -538,7 +539,7 @@ def write_words_of(processor: Any, folder: Path) -> list[str]:
 
 
 def words_named_in(folder: Path) -> list[str]:
-    """How words are found that a processor's file in this folder names.
+    """The `saved_as` of the words that the processors' files in this folder name.
 
     A processor that holds an image processor is saved to another file than an image processor alone.
     """

@@ -1,4 +1,4 @@
-"""Images as an image processor makes them, or their patches, read one by one."""
+"""What image processors make of images, and the patches of that, read one by one."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ class PatchBatch(NamedTuple):
 
 
 def pixel_batches(items: Sequence[Any], image_processor: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """What an image processor makes of images, each of its tensors (images, ...), a batch at a time.
-
-    One image is decoded at a time, so memory does not grow with their number.
+    """What an image processor makes of images, in batches of tensors (images, ...). Images are decoded one by one.
 
     Args:
         items: each as `read_image` takes it.
@@ -49,7 +47,7 @@ def pixel_batches(items: Sequence[Any], image_processor: Any, batch_size: int) -
 
 
 def one_batch(made: Sequence[dict[str, torch.Tensor]], image_processor: Any) -> dict[str, torch.Tensor]:
-    """Joins what an image processor made of images, each of its tensors (images, ...).
+    """One batch of what an image processor made of images one by one, tensors (images, ...).
 
     Raises:
         ValueError: the images have different sizes.
@@ -66,7 +64,7 @@ def one_batch(made: Sequence[dict[str, torch.Tensor]], image_processor: Any) -> 
 def processed(
     item: Any, image_processor: Any, name: str | None = None, formats: Sequence[str] = FORMATS, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """What an image processor makes of one image, each of its tensors (1, ...).
+    """What an image processor makes of one image, tensors (1, ...).
 
     Args:
         item, formats: as `read_image` takes them.
@@ -88,7 +86,7 @@ def processed(
 
 
 def require_room(image: Any, image_processor: Any) -> None:
-    """Refuses an image that a processor makes far larger on its way: a file of a few bytes could take all memory.
+    """Refuses an image that a processor would enlarge too much: a file of a few bytes could take all memory.
 
     Raises:
         ValueError: it would have more pixels than Pillow decodes without a warning (`PIL.Image.MAX_IMAGE_PIXELS`).
@@ -102,7 +100,7 @@ def require_room(image: Any, image_processor: Any) -> None:
 
 
 def _pixels_between(image: Any, image_processor: Any) -> int:
-    """How many pixels an image processor makes of an image at most, by the sizes that it states; 0: it states none."""
+    """The most pixels that an image processor makes of an image, by all sizes that it states; 0 if it states none."""
 
     def stated(field: str, asked: str, name: str) -> int:
         sizes = getattr(image_processor, field, None) if getattr(image_processor, asked, False) else None
@@ -148,12 +146,12 @@ def _pixels_between(image: Any, image_processor: Any) -> int:
 _SIDES = re.compile("size|resolution")
 _MULTIPLES = re.compile("divisor|multiple")
 _COUNTS = re.compile("patches|tiles|slice|tokens")
-"""Names of an image processor's fields that say how long a side becomes, of what it is made a multiple, and of how many
-patches or tiles an image is made."""
+"""Names of an image processor's fields that state the length of a side, a number that sides are a multiple of, or a
+number of patches or tiles."""
 
 
 def _numbers(value: Any) -> list[float]:
-    """The finite numbers in a field of an image processor, also in lists and tables."""
+    """The finite numbers in a field of an image processor, also within lists and tables."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return [value] if math.isfinite(value) else []
     if isinstance(value, Mapping) or hasattr(value, "longest_edge"):  # transformers' own tables of sizes
@@ -162,7 +160,7 @@ def _numbers(value: Any) -> list[float]:
 
 
 def image_patches(item: Any, image_processor: Any, name: str, patch_size: int) -> torch.Tensor:
-    """The patches of one image, given as to `processed`, as the model would see them, but in raw RGB.
+    """The patches of one image as the model would see them, but in raw RGB. Arguments are those of `processed`.
 
     Returns:
         (patches, channels · p · p) float32 in [0, 1].

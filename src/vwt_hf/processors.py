@@ -1,4 +1,4 @@
-"""What a checkpoint says about how its model gets images: its image processor, statistics and patch size."""
+"""Image processors of checkpoints, and what they and configs say of images: statistics, channels and patch size."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def require_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
-    """Refuses a path at which nothing lies, which the Hub's client would say nothing of use about.
+    """Refuses a path where nothing is, before the Hub's client takes it for a Hub id.
 
     Raises:
-        FileNotFoundError: it is one, and no Hub id.
+        FileNotFoundError: `checkpoint` is such a path.
     """
     checkpoint = os.fspath(checkpoint)
     is_path = Path(checkpoint).is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") > 1
@@ -54,10 +54,10 @@ def load_processor(checkpoint: str | os.PathLike[str], **hub_kwargs: Any) -> Any
 
 
 def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
-    """The image processor that a caller gave, alone where it is part of another; by default that of the checkpoint.
+    """The image processor that a caller gave, or the one within the processor given; by default the checkpoint's.
 
     Raises:
-        ValueError: none was given and `model` was loaded from nowhere, or from where there is none.
+        ValueError: none was given, and `model` was not loaded from a place that has one.
     """
     if image_processor is not None:
         return getattr(image_processor, "image_processor", image_processor)
@@ -68,11 +68,11 @@ def load_beside(model: PreTrainedModel, load: Callable[..., Any], what: str, ins
     """What `load` finds beside the weights of a model.
 
     Args:
-        what: an error calls it.
+        what: its name in an error.
         instead: how a caller gives it, up to `.from_pretrained`.
 
     Raises:
-        ValueError: `model` was loaded from nowhere, or from where there is none.
+        ValueError: `model` was not loaded from a place that has it.
     """
     try:
         if not model.name_or_path:
@@ -86,7 +86,7 @@ def load_beside(model: PreTrainedModel, load: Callable[..., Any], what: str, ins
 
 
 def without_words(image_processor: Any) -> Any:
-    """An image processor that finds no words of patches: as it is, or a copy of one that does."""
+    """An image processor that finds no words: as it is, or a copy if it does find some."""
     if getattr(image_processor, "vwt", None) is None:
         return image_processor
     own = copy.deepcopy(image_processor)
@@ -98,7 +98,7 @@ def patch_size_of(checkpoint: str) -> int:
     """Side of the square patches that the model of a Hub id or folder cuts, in pixels.
 
     Raises:
-        ValueError: no config says so, as beside an image processor that was saved alone, or they are not square.
+        ValueError: no config says it, as beside an image processor that was saved alone, or they are not square.
     """
     height, width = stated_patch_size(config_beside(checkpoint)) or (None, None)
     if height is None or height != width:
@@ -127,9 +127,9 @@ def configs_within(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[s
 
 
 def saved_setting(config: PreTrainedConfig | None) -> dict[str, Any] | None:
-    """The setting that a config was saved with, or the one within it, as of a vision tower that was compressed alone.
+    """The setting in a config, or in the one part of it that has a setting, such as a compressed vision tower.
 
-    `None` where there is none, and where parts have several.
+    `None` if there is none, or if several parts have one.
     """
     if config is None:
         return None
@@ -140,7 +140,7 @@ def saved_setting(config: PreTrainedConfig | None) -> dict[str, Any] | None:
 
 
 def stated_patch_size(config: Any) -> tuple[int, int] | None:
-    """Height and width of the patches, in pixels, that a model's config or an image processor states, if it does."""
+    """Height and width of patches, in pixels, if a model's config or an image processor states them."""
     size = getattr(_of_images(config), "patch_size", None)
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(is_int(side) and side > 0 for side in sides):
@@ -149,7 +149,7 @@ def stated_patch_size(config: Any) -> tuple[int, int] | None:
 
 
 def stated_channels(config: Any) -> int | None:
-    """How many channels a model's config says that images have; `None` if not, or more than can be."""
+    """The channels of images, if a model's config states a possible number."""
     channels: Any = getattr(_of_images(config), "num_channels", None)
     return channels if is_int(channels) and 0 < channels <= MOST_CHANNELS else None
 
@@ -165,9 +165,9 @@ def _of_images(config: Any) -> Any:
 
 
 MOST_CHANNELS = 1024
-"""A config.json may be a stranger's, and a number for each channel is kept."""
+"""A config.json may be a stranger's, and memory is taken for each channel."""
 _LARGEST_OF_UNIT = 2.0
-"""The largest mean or standard deviation that is of pixels up to 1; larger ones are of pixels up to 255."""
+"""A larger mean or standard deviation is of pixels up to 255, any other of pixels up to 1."""
 
 
 def whole_images(made: Any) -> torch.Tensor:
@@ -191,7 +191,7 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
 
     Raises:
         TypeError: it is no image processor.
-        ValueError: it has statistics of another number of channels, or does not tell what white is.
+        ValueError: it has statistics for another number of channels, or does not say what white is.
     """
     if not callable(image_processor) or not hasattr(image_processor, "do_normalize"):
         raise TypeError(
@@ -218,9 +218,9 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
 
 
 def white_of(image_processor: Any) -> float | None:
-    """The value of white pixels as a processor takes its mean off them; `None` where nothing says.
+    """The value of white pixels before a processor subtracts its mean; `None` if nothing says.
 
-    One that does not rescale gets images that are scaled already: to what, only its mean and standard deviation tell.
+    A processor that does not rescale gets scaled images. Only its mean and standard deviation hint at their scale.
     """
     if getattr(image_processor, "do_rescale", True):
         return 255 * (getattr(image_processor, "rescale_factor", None) or 1 / 255)
@@ -233,13 +233,13 @@ def white_of(image_processor: Any) -> float | None:
 
 
 def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """As `processor_statistics`, of the image processor of a model; its code, if it has any, is never run.
+    """As `processor_statistics`, for a model's image processor. Code in its repository is never run.
 
     Args:
         wanted: what a caller may give instead, for the error.
 
     Raises:
-        ValueError: there is none, or it does not tell.
+        ValueError: there is none, or it does not say.
     """
     try:
         processor = model.image_processor
@@ -274,12 +274,12 @@ def _quieten() -> Callable[[], None]:
 
 
 quiet_transformers = SharedChange(_quieten)
-"""`with quiet_transformers():` keeps transformers' progress bars and load reports off the terminal; errors show."""
+"""`with quiet_transformers():` hides transformers' progress bars and load reports; errors show."""
 
 
 def described_processor(image_processor: Any) -> dict[str, Any]:
-    """The class and the settings of an image processor.
+    """The class and the fields of an image processor.
 
-    Its `to_dict` alone leaves open whether it works by Pillow or by torchvision, which resize to other pixels.
+    The class says whether it works by Pillow or torchvision, which resize to different pixels.
     """
     return {"class": type(image_processor).__name__, **image_processor.to_dict()}

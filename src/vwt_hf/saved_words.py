@@ -1,8 +1,8 @@
-"""Words that are saved beside a model's weights, and the seal that says which weights those are.
+"""Words that are saved beside a model's weights, and the seal that says which weights they belong to.
 
-`save_pretrained` writes a model in several files, one after the other. Its words lie in a folder of their own that each
-save makes anew and names in config.json; what was there before stays until all is written and sealed. So a folder holds
-the whole of one save, or a load tells that it does not.
+`save_pretrained` writes a model in several files, one after the other. Each save puts its words into a new folder,
+which config.json names; the old words stay until everything is written and sealed. So a folder holds one whole save, or
+loading it says that it does not.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .vocabulary.files import INFO_FILE, download_if_there, present_info
 from .whole_saves import write_files
 
 FOLDER = "visual_words"
-"""Below a model's folder: where its words lie. Each save's folder has a name that begins so, and is not within another:
-`push_to_hub` of transformers takes files along that lie one folder deep."""
+"""Beginning of the name of a folder of words, below a model's folder. It is only one level deep: `push_to_hub` of
+transformers uploads no deeper files."""
 PROCESSOR_FOLDER = "processor_words"
-"""Likewise where an image processor's words lie, which are told from the model's: each is saved by itself."""
+"""The same for an image processor's words, which are saved apart from the model's."""
 SEAL = "sealed.json"
-"""The file in that folder that names the files of weights of the same save, each with a hash of its content."""
+"""The file in a folder of words that names the weights of the same save, each with a hash."""
 WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)")
 """Files of weights, as transformers names them."""
 MOST_SEAL_BYTES = 1 << 20
 LOOKED_AT = 1 << 20
-"""Bytes of a file of weights that its print is made of, beside its length: spread over the whole."""
+"""Bytes of a file of weights that are hashed, spread over the file."""
 BLOCKS = 64
 SAVED_AS = re.compile("[0-9a-f]{16}")
-"""The form of `VWTConfig.saved_as`, which each save draws at random and ends the name of its folder with."""
+"""The form of `VWTConfig.saved_as`: random for each save, and the end of its folder's name."""
 
 
 def words_folder(saved_as: str | None, named: str = FOLDER) -> str:
@@ -46,21 +46,21 @@ def words_folder(saved_as: str | None, named: str = FOLDER) -> str:
 
 
 def write_words(folder: Path, vocabulary: VisualVocabulary, named: str = FOLDER) -> str:
-    """Writes words below a model's folder, unsealed, and returns the `VWTConfig.saved_as` by which they are found."""
+    """Writes words below a model's folder, unsealed, and returns their `VWTConfig.saved_as`."""
     saved_as = secrets.token_hex(8)
     vocabulary.save_pretrained(folder / words_folder(saved_as, named), card=False)
     return saved_as
 
 
 def require_same_words(folder: Path, saved_as: list[str], variant: str | None) -> None:
-    """Refuses a save whose words are not those that weights of another variant, which stay in the folder, go by.
+    """Refuses a save if weights of another variant stay in the folder that were saved with other words.
 
-    config.json can name the words of one save alone.
+    config.json can name the words of one save only.
 
     Args:
         folder: a model's, into which the words of a save were written.
         saved_as: of that save.
-        variant: of its weights, as `save_pretrained(variant=...)` takes it; those of others stay.
+        variant: of its weights, as `save_pretrained(variant=...)` takes it.
 
     Raises:
         ValueError: the message names the weights. The words that were written are removed.
@@ -89,7 +89,7 @@ def _variant_of(name: str) -> str | None:
 
 
 def _prints_in(seal: Path) -> dict[str, str]:
-    """The print of each file of weights that a seal names; raises `ValueError` where it is damaged."""
+    """The hash of each file of weights that a seal names; raises `ValueError` if the seal is damaged."""
     try:
         with seal.open("rb") as file:
             prints = json.loads(file.read(MOST_SEAL_BYTES))["weights"]
@@ -99,7 +99,7 @@ def _prints_in(seal: Path) -> dict[str, str]:
 
 
 def seal_words(folder: Path, saved_as: list[str], named: str = FOLDER) -> None:
-    """Seals the words of a save that is written whole. An image processor's go with whatever weights are there."""
+    """Seals the words of a save that is complete. An image processor's words go with any weights."""
     files = sorted(folder.iterdir()) if named == FOLDER else []
     prints = {path.name: _fingerprint_of(path) for path in files if WEIGHTS.fullmatch(path.name)}
     content = json.dumps({"weights": prints}, indent=1).encode()
@@ -138,7 +138,7 @@ def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any], na
 
 
 def require_sealed(words: Path) -> None:
-    """Refuses words whose save was not finished, or beside which lie other weights than they were saved with.
+    """Refuses words whose save was not finished, or that lie beside other weights than they were saved with.
 
     Args:
         words: the folder of one save's words, in the folder of its model.
@@ -166,7 +166,7 @@ def require_sealed(words: Path) -> None:
 
 
 def _fingerprint_of(path: Path) -> str:
-    """A hash of a file's length, its beginning, and blocks spread over the rest: weights of another training differ."""
+    """A hash of a file's length and of blocks spread over it, which differs for weights of another training."""
     length = path.stat().st_size
     found = hashlib.sha256(str(length).encode())
     block = LOOKED_AT // BLOCKS
