@@ -1,4 +1,4 @@
-"""What a model answers about a batch of images, and what its labels are called."""
+"""A model's answers to a batch of images, and the names of its labels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
 
 
 def named_answer(model: Any, **images: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """As `answer`, with what it is called."""
+    """As `answer`, after its name, such as "logits"."""
     of_images, forward = getattr(model, "get_image_features", None), getattr(type(model), "forward", None)
     try:
         output = (of_images or model)(**images)
@@ -48,7 +48,7 @@ def named_answer(model: Any, **images: torch.Tensor) -> tuple[str, torch.Tensor]
 
 
 def _rows(model: Any, values: Any) -> torch.Tensor:
-    """`values`, if they are a row for each image; raises `ValueError` if they are not, as a segmenter's."""
+    """`values`, if they are a row for each image; raises `ValueError` if not, as for a segmenter."""
     if isinstance(values, torch.Tensor) and values.dim() == 2:
         return values
     given = tuple(values.shape) if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
@@ -63,7 +63,7 @@ def _no_rows(model: Any, what: str) -> ValueError:
 
 
 def on_device(made: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What an image processor made, where and as `model` wants it."""
+    """What an image processor made, on the device and in the data type of `model`."""
     device = device_of(model)
     return {name: value.to(device, model.dtype if value.is_floating_point() else None) for name, value in made.items()}
 
@@ -77,12 +77,12 @@ def require_finite(model: PreTrainedModel, finite: Sequence[bool], images: Seque
     """Refuses answers that nothing can be compared with: NaN would agree with NaN.
 
     Args:
-        model: that gave them.
-        finite: of each image, whether its answer is.
+        model: whose answers they are.
+        finite: whether each image's answer is finite.
         images: their names.
 
     Raises:
-        ValueError: one is not; the message names the image.
+        ValueError: one is not finite; the message names the image.
     """
     if all(finite):
         return
@@ -96,7 +96,7 @@ def require_finite(model: PreTrainedModel, finite: Sequence[bool], images: Seque
 
 
 def class_names(model: PreTrainedModel) -> list[str]:
-    """The names of the class of `model` and of those that it is derived from."""
+    """The names of the class of `model` and of its base classes."""
     return [base.__name__ for base in type(model).__mro__]
 
 
@@ -109,7 +109,7 @@ def require_labels(model: PreTrainedModel, several: bool = False) -> None:
     """Refuses a classifier whose answer for an image is not one label.
 
     Args:
-        several: whether it may be several labels.
+        several: whether several labels are allowed.
 
     Raises:
         ValueError: it was trained to give quantities, or several labels.
@@ -143,9 +143,9 @@ def require_label_names(model: PreTrainedModel) -> None:
 
 
 def label_ids(config: Any) -> dict[str, set[int]]:
-    """The answers of a classifier that have a name, by name: several where classes share it.
+    """The numbers of a classifier's labels, by name; several if labels share a name.
 
-    Its `id2label` says; `label2id` only for names that are not there.
+    They are those of `id2label`, and those of `label2id` for names that it lacks.
     """
     ids: dict[str, set[int]] = {}
     for index, name in (config.id2label or {}).items():
@@ -157,10 +157,11 @@ def label_ids(config: Any) -> dict[str, set[int]]:
 
 
 def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list[str]]:
-    """The labels of images by the names that a data set or their folders give them, and what has to be said of them.
+    """The right answers for images whose labels a data set or folders name.
 
     Returns:
-        For each image the right answers, as `first_answers` has them, none where the name is no label's; and sentences.
+        For each image the right answers, as `first_answers` gives them, none if no label has the name; and sentences
+        about what is unclear.
     """
     ids, given = label_ids(config), set(names)
     truth = [ids.get(name, set()) for name in names]
@@ -172,7 +173,7 @@ def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list
     for name, index in (config.label2id or {}).items():
         if name in given and name in ids and str(index) not in map(str, ids[name]):
             said.append(f"{name!r} is label {index} by label2id; id2label, which says otherwise, is trusted.")
-    if len(config.id2label or ()) == 1:  # who has it is answered right by 1
+    if len(config.id2label or ()) == 1:  # then 1 is the right answer for an image that has the label
         truth = [{1} if right else right for right in truth]
     unknown = sum(not right for right in truth)
     if 0 < unknown < len(truth):

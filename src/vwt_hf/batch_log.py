@@ -1,7 +1,7 @@
-"""What an evaluation measured of each batch, kept on disk so that it can be resumed after an interruption.
+"""A log of what an evaluation measured of each batch, by which an interrupted evaluation is resumed.
 
-A folder holds a file for each process, of lines of JSON. A line is a batch, or says what the batches after it are of;
-one that a kill cut short counts for nothing.
+A folder holds a file of JSON lines for each process. A line is a batch, or says which evaluation the batches after it
+are of. A line that a kill cut short is ignored.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ class Batch:
 
     number: int
     samples: list[Sample]
-    """The images that could be read, without what was read of them."""
+    """The images that could be read, without their pixels."""
     unreadable: list[str]
-    """Name and reason of each that could not."""
+    """Name and reason of each image that could not be read."""
     answers: list[dict[str, Any]]
     """For each model, by name: a list or a tensor with an entry for each sample."""
     counts: list[TokenCount]
     """For each model."""
     seconds: list[float]
-    """For each model: that its answers took."""
+    """For each model, the seconds that its answers took."""
 
 
 class BatchLog:
     """The batches that were measured before, and a file for those that this process adds.
 
-    Of those before, the ones with an image that could not be read are left out.
+    Earlier batches with an image that could not be read are left out.
 
     Args:
         folder: made if it is not there.
         process: the number of this process.
-        of: what batches must share to belong together, as JSON holds it.
+        of: what batches must have in common to belong together, as JSON holds it.
 
     Raises:
         ValueError: the folder holds batches of something else.
@@ -57,7 +57,7 @@ class BatchLog:
     def __init__(self, folder: Path, process: int, of: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         found = (batch for file in sorted(folder.glob("evaluate-*.jsonl")) for batch in _read(file, of))
-        # An image that could not be read may be there again, as on a disk that was not.
+        # An image that could not be read may be readable now, as on a disk that was not there.
         self.before = {batch.number: batch for batch in found if not batch.unreadable}
         self._file = (folder / f"evaluate-{process}.jsonl").open("ab")
         if self._file.tell():

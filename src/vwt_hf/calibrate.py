@@ -1,4 +1,4 @@
-"""`calibrate`: how far a model may be shortened on a user's own images, found without labels, with evidence."""
+"""`calibrate`: finds a setting for a model on a user's own images, without labels, with evidence."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Choice(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The setting as people read it."""
+        """The setting, for people to read."""
         return f"{self.method}, tolerance {self.tolerance:g}, similarity {self.similarity:g}"
 
 
@@ -65,13 +65,13 @@ CHOICES = (
     Choice("coarse", 0.08, 0.61),
     Choice("coarse", 0.1, 0.5),
 )
-"""From light to heavy: more tokens go at each."""
+"""Settings from light to heavy: each leaves fewer tokens."""
 FEWEST = 50
 """Images: with fewer, the 95 % interval would reach below 0.93 even if all answers agreed."""
 MOST = 500
 BY = ("time", "flops")
 FORMAT = 6
-"""Of the files that a search goes on from."""
+"""Of the files of `resume`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Level:
     tokens: float
     """Of an image, mean over images and layers, prefix tokens included."""
     of_tokens: float
-    """The same of the plain model."""
+    """The same for the plain model."""
     speed: float
     """Time, or operations, of the plain model over those of the compressed one."""
 
@@ -113,38 +113,36 @@ def calibrate(
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> VWTConfig:
-    """Finds how far a model's sequences may be shortened on a user's own images, by comparing it with itself.
+    """Finds how far a model may be compressed on a user's own images, by comparing it with itself.
 
-    No labels are needed, and the model stays as it is: `vwt_hf.compress(model, setting)` compresses it. Exactly one of
-    `agreement`, `speed` and `tokens` says what is asked for. It is sought among twelve settings (`CHOICES`), from light
-    to heavy: of `method="gradual"`, and where few tokens are to be left of `method="coarse"`.
+    No labels are needed, and the model stays as it is: `vwt_hf.compress(model, setting)` compresses it. Give exactly
+    one target: `agreement`, `speed` or `tokens`. The search is among twelve settings (`CHOICES`), from light to heavy:
+    ten of `method="gradual"` and, for the fewest tokens, two of `method="coarse"`.
 
     Args:
         model: a transformers model of a supported family, plain or compressed, on the device and in the data type that
             it is to run in.
-        images: from 50 images on, like those that the model is for: a folder, a `datasets` data set, or PIL images or
-            paths.
-        agreement: the heaviest setting, of those that it tries, by which at least this share of the images, in (0, 1],
-            has the plain model's first answer; for a model without a classifier: by which the mean cosine of its output
-            (the image embedding, else the pooled output, else CLS or the mean of the tokens) is at least that.
-        speed: the setting of most agreement that is at least so many times as fast as the plain model.
-        tokens: the setting of most agreement with at most so many tokens of an image, mean over images and layers,
-            prefix tokens included.
+        images: at least 50, like those that the model is for: a folder, a `datasets` data set, or PIL images or paths.
+        agreement: asks for the heaviest setting, of those that are tried, with which at least this share of the images,
+            in (0, 1], gets the plain model's first answer. For a model without a classifier, at least this mean cosine
+            of its output (the image embedding, else the pooled output, else CLS or the mean of the tokens).
+        speed: asks for the setting of most agreement that is at least so many times as fast as the plain model.
+        tokens: asks for the setting of most agreement with at most so many tokens of an image (mean over images and
+            layers, prefix tokens included).
         image_processor: the model's; by default that of the checkpoint it was loaded from.
-        batch_size: images in one forward pass, for which the speed is meant.
-        by: what speed is of: `"time"`, measured on this machine in turn with the plain model, or `"flops"`, floating
+        batch_size: images in one forward pass, also when speed is measured.
+        by: how speed is measured: as `"time"` on this machine, in turn with the plain model; or as `"flops"`, floating
             point operations of the first batch.
         seed: of the choice among more images than `max_images`, and of the interval of a mean cosine.
         max_images: most images to look at.
         resume: a JSON file for what was measured, made if it is not there. A search that was cut off goes on from it,
-            and one with another target measures nothing twice. By time, it goes on only on the same processor with as
+            and one with another target measures nothing twice. With `by="time"` on a CPU, only on the same CPU with as
             many threads.
         progress: whether to show a bar.
 
     Returns:
-        A setting of `method="gradual"`, or `"coarse"` where few tokens are to be left. Its `evidence` says what was
-        measured, on what, and the 95 % interval. It was chosen on the same images, so it may do a little worse on
-        others like them.
+        A setting. Its `evidence` says what was measured, on what, and the 95 % interval. It was chosen on the same
+        images, so it may do a little worse on others like them.
 
     Raises:
         ValueError: an argument is not valid, there are too few images, the model is not supported or answers by NaN or
@@ -175,7 +173,7 @@ def calibrate(
 
 
 class Calibration:
-    """What settings cost and gain on a user's images, each tried when it is first asked for.
+    """What settings cost and gain on a user's images. Each is tried when it is first needed.
 
     Its arguments are those of `calibrate`.
     """
@@ -228,7 +226,7 @@ class Calibration:
 
     @property
     def tried(self) -> list[Level]:
-        """The settings that were tried, from light to heavy."""
+        """What was tried, from light to heavy."""
         return [self._tried[choice] for choice in CHOICES if choice in self._tried]
 
     def find(
@@ -264,7 +262,7 @@ class Calibration:
         return VWTConfig(**choice._asdict(), image_std=self._image_std)
 
     def _measured(self, choice: Choice, bar: Any) -> Level:
-        """What a setting costs and gains, measured unless it is known."""
+        """What a setting costs and gains, measured if it is not known."""
         if choice not in self._tried:
             self._tried[choice] = self._measure(choice, bar)
             if self._file is not None:
@@ -277,7 +275,7 @@ class Calibration:
         pair = (self._plain, compress(copy_sharing_weights(self._plain), self._setting(choice)))
         bar.set_postfix_str(choice.label)
         turns = []
-        # Where kernels are made ready for each shape when it first comes, batches are shown before they are timed.
+        # If kernels are made ready for each shape when it first comes, batches are shown once before they are timed.
         slow_at_first = is_slow_for_new_lengths(device_of(self._plain), self._plain.dtype)
         shows = 2 if self._by == "time" and slow_at_first else 1
         with count_tokens(pair[0]) as of_tokens, count_tokens(pair[1]) as tokens:
@@ -358,7 +356,7 @@ class Calibration:
         )
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What two searches must share for one to go on from the other."""
+        """What two searches must have in common for one to go on from the other."""
         pixels = hashlib.sha256()
         for batch in self._batches:
             for _, values in sorted(batch.items()):
@@ -381,10 +379,10 @@ class Calibration:
 
 
 def target_of(**targets: float | None) -> tuple[str, float]:
-    """The one target that was given, by name.
+    """The name and value of the one target that was given.
 
     Raises:
-        ValueError: none or several were given, or it has no meaning.
+        ValueError: none or several were given, or the value is not allowed.
     """
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
@@ -399,14 +397,14 @@ def target_of(**targets: float | None) -> tuple[str, float]:
 
 
 def _is_beyond(target: str, wanted: float, level: Level) -> bool:
-    """Whether a setting agrees too little, or is fast or short enough: once one is, all heavier ones are, nearly."""
+    """Whether a setting agrees too little, or is fast or short enough. If so, (nearly) all heavier ones are, too."""
     if target == "agreement":
         return level.value < wanted
     return level.speed >= wanted if target == "speed" else level.tokens <= wanted
 
 
 def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:
-    """Name, and what `read_image` takes, of the images to look at: of more than `most`, those that `seed` chooses."""
+    """Name, and what `read_image` takes, of at most `most` images, chosen by `seed`."""
     if isinstance(images, Sequence) and not isinstance(images, str):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
         return ((f"image {i}", images[i]) for i in order[:most].tolist())
@@ -414,7 +412,7 @@ def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:
 
 
 def _timed(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """Answers of a batch, (images, values) float32 on the CPU, and the seconds that they took."""
+    """Answers to a batch, (images, values) float32 on the CPU, and the seconds that they took."""
     found, seconds = stopwatch(functools.partial(answer, model, **on_device(batch, model)), device_of(model))
     return found.float().cpu(), seconds
 
@@ -440,7 +438,7 @@ def _read(file: Path, of: dict[str, Any]) -> list[Level]:
 
 
 def _level(row: dict[str, Any]) -> Level:
-    """A setting that was tried, as JSON holds it; raises `ValueError` where its figures are none of a setting."""
+    """What was tried, from JSON; raises `ValueError` if the figures are impossible."""
     level = Level(**row | {"interval": tuple(row["interval"])})
     numbers = (level.tokens, level.of_tokens, level.speed, level.tolerance, *level.interval, level.value)
     are_numbers = len(level.interval) == 2 and all(map(is_number, numbers))

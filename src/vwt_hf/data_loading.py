@@ -1,4 +1,4 @@
-"""Batches of images that have different numbers of patches, or of tokens: a collator, and lengths to group them by."""
+"""Batches of images with different numbers of patches or tokens: a collator, and lengths to group them by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.data.data_collator import default_data_collator
 from .plans import DROPPED, PATCH_WORDS
 
 _FILLS = {"pixel_values": 0, "pixel_attention_mask": 0, PATCH_WORDS: DROPPED}
-"""What stands where an image has no patch or no tile."""
+"""The values that pad images with fewer patches or tiles."""
 
 
 def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -27,16 +27,15 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
         features: for each image what its image processor made, without the batch dimension: padded patches,
             `pixel_values` (patches, values) with `pixel_attention_mask` (patches,) and `spatial_shapes` (2,); tiles,
             (tiles, channels, height, width); or a whole image, (channels, height, width). `patch_words`, (patches,) or
-            (tiles, patches), labels and all else go along.
+            (tiles, patches), labels and everything else go along.
 
     Returns:
-        What transformers' `default_data_collator` gives, of images that have as many patches or tiles as the one with
-        the most: the others have zeros in `pixel_values` and `pixel_attention_mask`, and −1 in `patch_words`.
+        What transformers' `default_data_collator` gives of images padded to the most patches or tiles: with zeros in
+        `pixel_values` and `pixel_attention_mask`, and −1 in `patch_words`.
 
     Raises:
         TypeError: `features` is what an image processor made of several images together.
-        ValueError: the whole images or the tiles are of different sizes, which no model takes in one batch, or there
-            are none.
+        ValueError: there are no images; or whole images or tiles have different sizes, which no model takes in a batch.
 
     Example:
         >>> tiles = [{"pixel_values": torch.rand(n, 3, 32, 32), "patch_words": torch.ones(n, 64)} for n in (3, 5)]
@@ -52,7 +51,7 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
         raise ValueError("features is empty; expected what an image processor made of at least one image.")
     padded = [dict(feature) for feature in features]
     for feature in padded:
-        if PATCH_WORDS in feature:  # fewer bits might not hold the word of padding
+        if PATCH_WORDS in feature:  # in fewer bits there may be no −1
             feature[PATCH_WORDS] = as_tensor(feature[PATCH_WORDS]).long()
     for name in _FILLS.keys() & padded[0].keys():
         values = _of_one_length(name, [as_tensor(feature[name]) for feature in padded])
@@ -64,7 +63,7 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
 def as_tensor(values: Any) -> torch.Tensor:
     """A tensor as it is; an array or a list of numbers as a tensor on the CPU, whatever torch's default device is.
 
-    Python's numbers become float32 where they are no integers: a data set gives stored float32 values back as such.
+    Python's floats become float32: a data set gives stored float32 values back as such.
     """
     if isinstance(values, torch.Tensor):
         return values
@@ -90,20 +89,20 @@ def _of_one_length(name: str, values: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def token_lengths(patch_words: Any) -> list[int]:
-    """How many tokens the patches of each image become, without prefix tokens: by what to group images of like length.
+    """How many tokens the patches of each image become, without prefix tokens.
 
-    Batches of images that have about as many tokens each have little padding. transformers' `LengthGroupedSampler`
-    takes the lengths. `Trainer` takes them from the column `length` of a data set under
+    Batches of images with about as many tokens each have little padding. transformers' `LengthGroupedSampler` makes
+    them from these lengths. `Trainer` reads them from a data set's column `length` with
     `train_sampling_strategy="group_by_length"` and `remove_unused_columns=False`, without which it drops that column;
-    its `predict` gives rows in the order of their lengths then, not of the data set.
+    its `predict` then gives rows in the order of their lengths.
 
     Args:
         patch_words: (batch, patches) or (batch, tiles, patches) integers, as an image processor loaded with `vwt` makes
-            them: a tensor, an array, or a list, in which images may have different numbers of patches or tiles.
+            them. In a list, images may have different numbers of patches or tiles.
 
     Raises:
-        TypeError: they are no integers.
-        ValueError: they are of one image alone, without the batch dimension.
+        TypeError: they are not integers.
+        ValueError: they are of one image, without the batch dimension.
 
     Example:
         >>> token_lengths([[5, 5, 5, 9], [0, -1, 2, -1]])

@@ -1,6 +1,6 @@
-"""What a model is for, and how well it does that: labels, names of labels, captions found or written, or features.
+"""The tasks of models: labels, zero-shot labels, captions found or written, and features.
 
-A task says what a model answers to a batch of images, what of the answers is kept, and which figures come of it.
+A task says what a model answers to a batch of images, what is kept of the answers, and which figures come of them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from .processes import gathered, place
 from .weights import device_of, parameter_of
 
 RECALLED = (1, 5, 10)
-"""Among how many of the most similar ones a right one must be."""
+"""A right candidate must be among so many of the most similar ones."""
 TEXTS = 64
 """Texts in one forward pass."""
 QUERIES = 1024
-"""Queries of a retrieval whose similarities to all candidates are in memory at once."""
+"""Queries whose similarities to all candidates are in memory at once."""
 PROMPT = "a photo of a {}."
 
 
@@ -54,12 +54,12 @@ class Figure:
     value: float
     interval: tuple[float, float] | None = None
     count: int | None = None
-    """How many images it is of; `None` for all of them."""
+    """Of how many images it is; `None` for all."""
 
 
 @dataclasses.dataclass
 class Answers:
-    """What is kept of images: what is known of them, and what each model answered."""
+    """What is known of images, and what is kept of each model's answers."""
 
     samples: list[Sample]
     answers: list[dict[str, Any]]
@@ -67,7 +67,7 @@ class Answers:
 
 
 class Task:
-    """What models are for. One is made for the models of one evaluation."""
+    """What models are for; an instance is made for each evaluation."""
 
     name: ClassVar[str]
     hub_name: ClassVar[str]
@@ -76,19 +76,19 @@ class Task:
     """The Auto class of its models."""
 
     def __init__(self, model: Any, images: LabelledImages, tokenizer: Any, options: Mapping[str, Any]) -> None:
-        """Raises `ValueError` where the model or what is known of the images does not suffice."""
+        """Raises `ValueError` if the model or the images lack what the task needs."""
         self.model, self.tokenizer, self.options, self.seed = model, tokenizer, options, options["seed"]
         self.prepare(images)
 
     def prepare(self, images: LabelledImages) -> None:
-        """What is done once, before the images are seen."""
+        """Is called once, before the images are seen."""
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> Any:
         """A model's answers to a batch, one for each image."""
         raise NotImplementedError
 
     def finite(self, found: Any) -> list[bool]:
-        """Of each image, whether an answer to it is free of NaN and infinity."""
+        """Whether each image's answer is free of NaN and infinity."""
         return are_finite(found)
 
     def keep(self, found: Any, plain: Any) -> dict[str, Any]:
@@ -96,9 +96,9 @@ class Task:
         raise NotImplementedError
 
     def figures(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
-        """For each model its figures by name, and what has to be said of them.
+        """Each model's figures by name, and sentences about them.
 
-        The plain model has none of those that compare with it: what they are is known before.
+        The plain model has no figures that compare with it.
         """
         own, said = self.own(kept)
         plain, *others = kept.answers
@@ -106,26 +106,26 @@ class Task:
         return [one | more for one, more in zip(own, [{}, *compared], strict=True)], said
 
     def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
-        """As `figures`, of those that compare with what is known of the images."""
+        """As `figures`, only those that compare with labels or captions."""
         return [{} for _ in kept.answers], []
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
-        """The figures that compare what is kept of a model's answers with that of the plain model's."""
+        """The figures that compare a model's answers with the plain model's."""
         raise NotImplementedError
 
     def share(self, values: Sequence[bool], images: int | None = None) -> Figure:
         """A share of images with its 95 % interval.
 
         Args:
-            values: whether something holds, of each image, or of each of several captions of an image.
-            images: how many images they are of, where an image has several. These are not independent, so the interval
-                is that of so many images.
+            values: whether something holds, for each image or each caption.
+            images: the number of images, if an image has several values. These are not independent, so the interval is
+                that of so many images.
         """
         share, count = sum(values) / len(values), len(values) if images is None else images
         return Figure(share, share_interval(share, min(count, len(values))), images)
 
     def mean(self, values: torch.Tensor, count: int | None = None) -> Figure:
-        """The mean over the images, `count` if not all; it is the same in whichever order they were seen."""
+        """The mean over the images, `count` of them if not all; it does not depend on their order."""
         values = values.double().sort().values
         return Figure(values.mean().item(), mean_interval(values, self.seed), count)
 
@@ -163,7 +163,7 @@ class Classification(Task):
         return [self._right(answers["answer"].tolist(), truth, groups) for answers in kept.answers], said
 
     def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
-        """The right answers for each image, none where that is not known; and what has to be said of them."""
+        """The right answers for each image, none if they are not known; and sentences about them."""
         known = [label for label in labels if label is not None]
         config = self.model.config
         if any(isinstance(label, int) for label in known):
@@ -191,7 +191,7 @@ class Classification(Task):
         if not known:
             return {}
         given = [answers[index] for index in known]
-        # Of labels that are called the same each is right.
+        # Each of several labels of the same name is right.
         right = [at if at in truth[index] else min(truth[index]) for index, at in zip(known, given, strict=True)]
         of = [groups[index] for index in known]
         found = compute([Accuracy, WorstGroup], predictions=given, references=right, groups=of)
@@ -215,7 +215,7 @@ class Classification(Task):
 
 
 class ZeroShot(Classification):
-    """The labels whose names, in a sentence, are most like an image to a model of images and texts."""
+    """The labels whose names, in a sentence, a model of images and texts finds most like an image."""
 
     name, hub_name = "zero-shot", "zero-shot-image-classification"
     auto: ClassVar[Any] = AutoModel
@@ -251,7 +251,7 @@ class ZeroShot(Classification):
 
 
 def _spoken(label: str) -> str:
-    """A label's name as a sentence has it."""
+    """A label's name as it stands in a sentence."""
     return label.replace("_", " ")
 
 
@@ -332,7 +332,7 @@ class Captions(Task):
             )
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> list[str | None]:
-        """As in `Task`; `None` for a caption whose tokens were chosen by numbers that are not finite."""
+        """As in `Task`; `None` for a caption with a token that was chosen by NaN or infinity."""
         watch = _Watch()
         written = model.generate(
             **made,
@@ -372,13 +372,13 @@ class Captions(Task):
 
 
 def _left_out(known: Sequence[Collection[Any]], said: str) -> list[str]:
-    """A sentence about the images of which nothing is known, if there are any."""
+    """A list with a sentence about the images of which nothing is known; empty if there are none."""
     others = sum(not own for own in known)
     return [f"{others} images {said}."] if others else []
 
 
 class _Watch(LogitsProcessor):
-    """Sees what each token of captions is chosen by."""
+    """Watches the scores by which the tokens of captions are chosen."""
 
     def __init__(self) -> None:
         self._highest: list[torch.Tensor] = []
@@ -388,12 +388,12 @@ class _Watch(LogitsProcessor):
         return scores
 
     def finite(self) -> list[bool]:
-        """Of each caption, whether all its tokens were chosen by finite numbers."""
+        """Whether all tokens of each caption were chosen by finite numbers."""
         return are_finite(torch.stack(self._highest, dim=1))
 
 
 class Features(Task):
-    """What a model without a head gives for an image."""
+    """The features that a model without a head gives for an image."""
 
     name, hub_name = "features", "image-feature-extraction"
 
@@ -422,8 +422,8 @@ def task_for(architectures: Sequence[str], model_type: str, images: LabelledImag
 
     Args:
         architectures: names of model classes, as a config has them, or as `class_names` gives them.
-        images: a model of images and texts finds captions where they have some and no labels, and labels where they
-            have names and differ: in a folder without folders all have one.
+        images: by them a model of images and texts is for captions, if they have captions and no labels, or for labels,
+            if they have several with names.
     """
     if any("ForImageClassification" in name for name in architectures):
         return Classification.name
@@ -438,7 +438,7 @@ def task_for(architectures: Sequence[str], model_type: str, images: LabelledImag
 
 
 def text_features(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    """What a model of images and texts makes of texts, (texts, values) of length 1, float32 on the CPU.
+    """A model's features of texts, (texts, values) of length 1, float32 on the CPU.
 
     Raises:
         ValueError: the model answers a text by NaN or infinity.
@@ -457,7 +457,7 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Ten
 
 
 def _longest(model: Any) -> int:
-    """Tokens of a text that the model has positions for."""
+    """The most tokens of a text that the model has positions for."""
     config = model.config.text_config
     is_roberta = "roberta" in config.model_type or config.model_type == "altclip_text_model"
     # RoBERTa's positions start after that of padding.
@@ -465,7 +465,7 @@ def _longest(model: Any) -> int:
 
 
 def ranks_of(queries: torch.Tensor, candidates: torch.Tensor, right: Sequence[Sequence[int]]) -> torch.Tensor:
-    """As `ranks`, of queries and candidates by their features, (…, values) of length 1; some queries at a time.
+    """As `ranks`, from the features of queries and candidates, (…, values) of length 1.
 
     Args:
         right: for each query the numbers of the candidates that are right.
@@ -473,7 +473,7 @@ def ranks_of(queries: torch.Tensor, candidates: torch.Tensor, right: Sequence[Se
     found = []
     for start in range(0, len(queries), QUERIES):
         similarity = queries[start : start + QUERIES] @ candidates.T
-        # Of all queries it would not fit into memory.
+        # For all queries at once it would not fit into memory.
         is_right = torch.zeros(similarity.shape, dtype=torch.bool, device=similarity.device)
         for row, own in enumerate(right[start : start + QUERIES]):
             is_right[row, list(own)] = True
@@ -482,12 +482,12 @@ def ranks_of(queries: torch.Tensor, candidates: torch.Tensor, right: Sequence[Se
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
-    """Features, (…, values), at length 1, float32 on the CPU."""
+    """Features, (…, values), scaled to length 1, float32 on the CPU."""
     return torch.nn.functional.normalize(features.float().cpu(), dim=-1)
 
 
 def require_texts(model: Any) -> None:
-    """Raises `ValueError` where a model has no features of texts to compare images with."""
+    """Raises `ValueError` if a model has no features of texts to compare images with."""
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
         raise ValueError(
             f"the {type(model).__name__} has no tower for texts beside the one for images; expected a model such as "

@@ -1,4 +1,4 @@
-"""What shows that a setting is right for a model: how it is checked, and how a model card tells it."""
+"""The evidence that a setting is right for a model: its checks, and its section in a model card."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LABELS = {
 
 
 def checked_evidence(value: Any) -> dict[str, Any]:
-    """A copy of what a setting gives as its evidence, of plain types.
+    """A setting's evidence, copied to plain types.
 
     Raises:
         ValueError: it is no dict of at most 32 short texts, numbers, booleans or lists of them.
@@ -48,7 +48,7 @@ def checked_evidence(value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A text of a class of its own, such as torch's version, as a text: YAML would name the class."""
+    """A value; a text of a class of its own, such as torch's version, as a `str`: YAML would name the class."""
     return str(value) if isinstance(value, str) else value
 
 
@@ -66,7 +66,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
-    """Has the model card in `folder`, if one is there, tell this evidence in place of what it told before.
+    """Puts this evidence into the model card in `folder`, if there is one, in place of the evidence in it.
 
     Args:
         evidence: of the model's settings, as `checked_evidence` gave it.
@@ -86,7 +86,7 @@ def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
 
 
 def _without_section(card: str, end: str) -> str:
-    """A card without what `_section` made, in place of which, and of the line ends around it, stands one line end."""
+    """A card without what `_section` made. One line end takes the place of each section and the line ends around it."""
     parts, at = [], 0
     while (begin := card.find(_BEGIN, at)) >= 0 and (stop := card.find(_END, begin)) >= 0:
         parts.append(card[at:begin].rstrip("\r\n"))
@@ -117,6 +117,6 @@ def _table(evidence: dict[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """As code, in which a text means nothing else."""
+    """A value as code, in which no text is Markdown or HTML."""
     values = value if isinstance(value, list) else [value]
     return f"`{', '.join(f'{one:.6g}' if isinstance(one, float) else str(one) for one in values)}`"

@@ -1,4 +1,4 @@
-"""How answers stand to those of the plain model, or to the truth: each figure by one definition."""
+"""The definition of each figure that compares answers with the plain model's, or with the truth."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import torch
 from torch import nn
 
 CONFIDENT = 1.959964
-"""Standard deviations of a normal distribution within which 95 % of it lie."""
+"""95 % of a normal distribution lie within so many standard deviations."""
 RESAMPLES = 2000
 """Of a bootstrap."""
 DRAWN_AT_ONCE = 2**22
-"""Images of all resamples that are held in memory."""
+"""Images of resamples that are in memory at once."""
 FEWEST_OF_GROUP = 5
-"""Images of a group whose accuracy says something."""
+"""The fewest images of a group whose accuracy counts."""
 
 
 def _of_answers(logits: torch.Tensor) -> torch.Tensor:
-    """Logits, one for each answer, (images, answers): a single logit z is that of yes, and 0 that of no."""
+    """Logits, one for each answer, (images, answers). A single logit is that of yes, and the logit of no is 0."""
     return nn.functional.pad(logits, (1, 0)) if logits.shape[-1] == 1 else logits
 
 
 def first_answers(logits: torch.Tensor) -> torch.Tensor:
-    """The number of the label that each image gets, (images,); of one label alone whether it gets it, 0 or 1.
+    """The number of the label that each image gets, (images,). With a single label: 1 if the image gets it, else 0.
 
     Args:
         logits: (images, labels).
@@ -42,7 +42,7 @@ def agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def share_alike(answers: Sequence[Any], expected: Sequence[Any]) -> float:
-    """Share of the images with the same answer as `expected`, in [0, 1]; both one for each image."""
+    """Share of the images whose answer is the one expected, in [0, 1]."""
     return torch.tensor(are_alike(answers, expected), dtype=torch.float64, device="cpu").mean().item()
 
 
@@ -72,7 +72,7 @@ def are_right(answers: Sequence[int], truth: Sequence[Collection[int]]) -> list[
 
     Args:
         answers: a label for each image, as `first_answers` gives them.
-        truth: for each image the labels that are right; none if that is not known.
+        truth: for each image the labels that are right, none if they are not known.
     """
     return [answer in right if right else None for answer, right in zip(answers, truth, strict=True)]
 
@@ -81,7 +81,7 @@ def accuracy(correct: Sequence[bool | None]) -> float | None:
     """Share of the images that are answered right, in [0, 1]; `None` where no image's label is known.
 
     Args:
-        correct: of each image, as `are_right` says; those of unknown labels do not count.
+        correct: for each image, as `are_right` gives it. Images of unknown labels do not count.
     """
     known = [own for own in correct if own is not None]
     return sum(known) / len(known) if known else None
@@ -90,18 +90,17 @@ def accuracy(correct: Sequence[bool | None]) -> float | None:
 def worst_group(correct: Sequence[bool | None], groups: Sequence[str]) -> float | None:
     """The accuracy within the group that has the lowest, in [0, 1]; `None` where no group is large enough.
 
-    A group with fewer than `FEWEST_OF_GROUP` images of known label is left out: one image more or less that is right
-    would decide.
+    A group with fewer than `FEWEST_OF_GROUP` images of known label is left out: a single image would decide.
 
     Args:
-        correct: of each image, as `are_right` says.
+        correct: for each image, as `are_right` gives it.
         groups: the name of each image's group.
     """
     return min((sum(own) / len(own) for own in _judged_groups(correct, groups)), default=None)
 
 
 def _judged_groups(correct: Sequence[bool | None], groups: Sequence[str]) -> list[list[bool]]:
-    """What is known of the images of each group that is large enough, in the order of the groups' names."""
+    """Whether the images of known label are right, for each group that is large enough, in the order of their names."""
     members: dict[str, list[bool]] = {}
     for own, group in zip(correct, groups, strict=True):
         if own is not None:
@@ -110,9 +109,9 @@ def _judged_groups(correct: Sequence[bool | None], groups: Sequence[str]) -> lis
 
 
 def token_f1(text: str, references: Sequence[str]) -> float:
-    """How much a text's words are those of the reference that is nearest, in [0, 1], as SQuAD's F1 counts them.
+    """SQuAD's F1 between the words of a text and those of the nearest reference, in [0, 1].
 
-    Case, punctuation and English articles do not count, and neither does the order. Two texts without words are equal.
+    Case, punctuation, English articles and order do not count. Two texts without words are equal.
     """
     return max(_f1(_words(text), _words(reference)) for reference in references)
 
@@ -123,7 +122,7 @@ def _words(text: str) -> collections.Counter[str]:
 
 
 def _counts(character: str) -> bool:
-    """Whether it is no punctuation, symbol or format character, of any script; vowel signs and marks are none."""
+    """Whether a character is part of a word: no punctuation, symbol or format character. Vowel signs and marks are."""
     category = unicodedata.category(character)
     return category[0] not in "PS" and category != "Cf"
 
@@ -137,12 +136,12 @@ def _f1(words: collections.Counter[str], expected: collections.Counter[str]) -> 
 def ranks(similarity: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """How many wrong candidates stand before the best right one of each query, (queries,) int64.
 
-    A wrong candidate that is as similar as the right one stands before it, so that a model to which all is alike finds
+    A wrong candidate that is as similar as the right one counts as before it: a model to which all is alike finds
     nothing.
 
     Args:
         similarity: (queries, candidates).
-        right: of the same shape, whether a candidate is right; at least one is for each query.
+        right: of the same shape, whether a candidate is right. Each query has at least one.
     """
     best = similarity.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
     return ((similarity >= best) & ~right).sum(dim=1)
@@ -153,7 +152,7 @@ def share_interval(share: float, count: int) -> tuple[float, float]:
     spread = CONFIDENT**2 / count
     middle = (share + spread / 2) / (1 + spread)
     half = CONFIDENT * math.sqrt((share * (1 - share) + spread / 4) / count) / (1 + spread)
-    # It holds the share and ends within [0, 1], but for rounding.
+    # Rounding may leave the share outside, or an end beyond 0 or 1.
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
@@ -175,8 +174,8 @@ def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
 def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) -> tuple[float, float]:
     """The 95 % interval of the lowest accuracy of any group, which `worst_group` estimates.
 
-    Of many groups one does badly by chance, so the interval of that group alone, as that of a bootstrap, would lie too
-    low. This one ends where the lowest of the groups' own intervals end (Clopper and Pearson's), whose upper ends hold
+    Of many groups one does badly by chance, so the interval of that group alone, or a bootstrap's, would be too low.
+    Both ends are the lowest among the ends of the groups' own intervals (Clopper and Pearson's), whose upper ends hold
     for all groups at once (Bonferroni).
 
     Raises:
@@ -191,8 +190,8 @@ def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) 
 
 
 def _highest_share(right: int, count: int, chance: float) -> float:
-    """The upper end of Clopper and Pearson's interval: the largest share in [0, 1] of images answered right by which
-    `right` of `count`, or fewer, would still come out with the given chance."""
+    """The upper end of Clopper and Pearson's interval: the largest true share of right answers in [0, 1] with which
+    `right` of `count` images, or fewer, would still come out right with the given chance."""
     if right == count:
         return 1.0
     fewer = np.arange(right + 1)

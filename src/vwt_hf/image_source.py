@@ -1,4 +1,4 @@
-"""Whatever holds a user's images: a folder, a data set or an iterable, without reading any."""
+"""The images of a folder, a data set or an iterable, found without reading any."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import PIL.Image
 import torch
 
 from .decoding import FORMATS
-from .decoding import UnreadableImage as UnreadableImage  # programs import both by the names that they had here
+from .decoding import UnreadableImage as UnreadableImage  # programs import both from here
 from .decoding import read_image as read_image
 from .printable import printable, shown
 
 SHUFFLED = 1000
-"""Images among which a streaming data set is shuffled; they are held encoded."""
+"""Images of a stream that are shuffled together; they are held encoded."""
 
 
 class ImagePart(NamedTuple):
@@ -28,7 +28,7 @@ class ImagePart(NamedTuple):
     items: Iterator[tuple[str, Any]]
     """Name, and what `read_image` takes."""
     total: int | None
-    """How many there are, those that were skipped included, if known."""
+    """How many there are, skipped ones included, if known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +38,19 @@ class ImageSource:
     name: str | None
     """Name of the data set, if known."""
     order: str
-    """What they are, as part of a sentence: "a folder of 12 image files ...". With the seed it decides which image
-    comes when, so a checkpoint records it and other images are refused."""
+    """What they are, as part of a sentence: "a folder of 12 image files ...". Images with the same text and seed come
+    in the same order, so a checkpoint records it and refuses others."""
     cut: Callable[[int, int, int, int | None], ImagePart]
-    """How `part` is done for this kind of source."""
+    """Does `part` for this kind of source."""
     divides: bool = True
-    """Whether `part` gives processes different images of it. Else each has images of its own."""
+    """Whether processes get different images of it by `part`. Else each process has images of its own."""
 
     def part(self, *, skip: int = 0, max_images: int | None = None, index: int = 0, number: int = 1) -> ImagePart:
         """The images that one of several processes reads: of a folder or `Dataset` each `number`-th, from `index` on.
 
         Args:
             skip: leave out this many from the start of the part.
-            max_images: end it after this many, the skipped ones included.
+            max_images: end the part after this many, skipped ones included.
             index: which part, counted from 0.
             number: how many parts there are.
 
@@ -99,7 +99,7 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
 
 
 def folder_of(images: Any) -> Path | None:
-    """The folder that holds images; `None` where they lie in something else.
+    """The folder of images; `None` if `images` is no path.
 
     Raises:
         ValueError: it is no folder, or `images` is all splits of a data set.
@@ -117,7 +117,7 @@ def folder_of(images: Any) -> Path | None:
 
 
 def _shuffled(images: int, seed: int, get: Callable[[int], tuple[str, Any]]) -> Callable[..., ImagePart]:
-    """What `ImageSource.part` does, of images that can be had by their numbers, in the order of a seed."""
+    """`ImageSource.cut` for images that `get` finds by their numbers, in the order of a seed."""
 
     def cut(index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -141,7 +141,7 @@ def _after(skip: int, items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, A
 def described_files(folder: Path, files: Iterable[Path]) -> str:
     """A text that changes when an image of the folder is added, removed, renamed or gets another size.
 
-    A link is told by where it leads, whatever lies there, and so is the same while the drive there is gone.
+    Of a link only its target's path counts, so the text is the same while the drive there is gone.
     """
     digest, count = hashlib.sha256(), 0
     for file in files:
@@ -155,10 +155,10 @@ def described_files(folder: Path, files: Iterable[Path]) -> str:
 
 
 def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = None) -> list[Path]:
-    """Image files: those named, and for a folder those in it, searched through all levels, in the order of their names.
+    """Image files: those named, and all in the folders named, at any depth, in the order of their names.
 
-    Links are followed, so that each folder is searched once; a link to nothing is an image that cannot be read. Hidden
-    files and folders, whose names begin with a dot, are left out.
+    Links are followed, and each folder is searched once. A link to nothing counts as an image, which cannot be read.
+    Hidden files and folders, whose names begin with a dot, are left out.
 
     Args:
         limit: take no more than these, spread evenly.
@@ -200,11 +200,11 @@ def _no_images(folder: Path) -> str:
 
 
 def _image_names(folder: Path) -> Iterator[str]:
-    """The image files in a folder and all below it, in the order of their paths, which are within `folder`, with /.
+    """The paths, relative to `folder` and with /, of the image files at any depth below it, in their order.
 
-    Links are followed. A folder that several lead to is searched once: where it lies if that is below `folder`, else
-    where the first link is. A link to nothing is among the files, so that it is named where it cannot be read. What is
-    hidden, by a name that begins with a dot, is none of them, nor is the picture of a vocabulary's words beside it.
+    Links are followed. A folder that several links lead to is searched once: where it lies if that is below `folder`,
+    else at the first link. A link to nothing is among the files, so that it is named when it cannot be read. Hidden
+    files, and the picture of words beside a vocabulary, are left out.
     """
     endings = {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
     top = os.path.realpath(folder)
@@ -235,7 +235,7 @@ def _image_names(folder: Path) -> Iterator[str]:
 
 
 def _is_searched(folder: str, top: str) -> bool:
-    """Whether a folder lies below `top`, and not in what is hidden there."""
+    """Whether a folder lies below `top`, and not in a hidden folder there."""
     within = os.path.join(folder, "").startswith(os.path.join(top, ""))
     return within and not any(part.startswith(".") for part in os.path.relpath(folder, top).split(os.sep))
 
@@ -246,7 +246,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a file, or a link to one or to nothing."""
+    """Whether an entry is a file, or a link to a file or to nothing."""
     if entry.is_symlink():
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)
     return entry.is_file()
@@ -298,10 +298,9 @@ class _DatasetRows:
 
 
 ImageRows = _FolderRows | _DatasetRows
-"""Images that are had one by one by their number, in a fixed order. Made by `image_rows`.
+"""Images in a fixed order, made by `image_rows`. `rows[i]` is the name of image `i`, and what `read_image` takes.
 
-`rows[i]` is the name of image `i`, and what `read_image` takes; names of files that are no text have escapes. `order`
-says what they are: other images, or others in number or order, differ in it.
+Names of files that are not valid text have escapes. `order` is a text that differs for other images, or another order.
 """
 
 
@@ -363,7 +362,7 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
 
 
 def described_images(rows: Iterable[Any], column: str) -> str:
-    """A text that tells some undecoded images of a data set from others. It is the same on every machine."""
+    """A hash of undecoded images of a data set, the same on every machine."""
     digest = hashlib.sha256()
     for row in rows:
         image = row[column] or {}
@@ -378,9 +377,9 @@ def described_images(rows: Iterable[Any], column: str) -> str:
 
 
 def features_of(dataset: Any) -> Mapping[str, Any]:
-    """What each column of a data set holds.
+    """The type of each column of a data set.
 
-    Some streams say only with their first row what they hold: of these which columns are images; `None` for others.
+    Streams that do not say it are judged by their first row: which columns are images, and `None` for all others.
     """
     import datasets
 
@@ -391,7 +390,7 @@ def features_of(dataset: Any) -> Mapping[str, Any]:
 
 
 def undecoded(dataset: Any, column: str, others: Iterable[str] = ()) -> Any:
-    """The same rows with the images as stored: decoded later, one that cannot be is no error of the whole data set.
+    """The same rows with the images as stored, so that an image which cannot be decoded does not fail the data set.
 
     Args:
         column: of the images.
@@ -428,7 +427,7 @@ def find_image_column(features: Mapping[str, Any], column: str | None) -> str:
     """The column of images that is asked for, by default the first.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such column of images.
     """
     import datasets
 

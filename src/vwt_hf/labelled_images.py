@@ -1,4 +1,4 @@
-"""Images with what is known of them, for an evaluation: from a folder or a data set, shared among processes."""
+"""Images with their labels, groups and captions, from a folder or a data set, shared among processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .image_source import (
 from .printable import printable, shown
 
 LABEL_COLUMNS = ("label", "labels")
-"""Where labels lie if no column is of classes."""
+"""Columns that hold labels if none is of classes."""
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences")
 
 
@@ -46,22 +46,22 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass
 class LabelledImages:
-    """Images in an order of their own, with all that is known of them. Made by `open_labelled`."""
+    """Images in a fixed order, with their labels, groups and captions. Made by `open_labelled`."""
 
     data: Any
     """A list of files, a `datasets.Dataset` or a `datasets.IterableDataset`."""
     name: str
     """Of the folder or data set."""
     total: int | None
-    """How many images there are, if that is known before; of a stream with a limit the most that there can be."""
+    """How many images there are, if known beforehand; of a stream with a limit the most that there can be."""
     label_names: tuple[str, ...] | None
-    """All labels, in the order of their numbers; `None` if they have no names, or not all are known before."""
+    """All labels, in the order of their numbers; `None` if they have no names, or not all are known beforehand."""
     columns: dict[str, str]
-    """Where a data set has `image`, `label`, `captions` and `group`."""
+    """The data set's columns for `image`, `label`, `captions` and `group`."""
     groups: Sequence[str] | None = None
-    """Of each file."""
+    """The group of each file."""
     rows: Sequence[int] | None = None
-    """Where each image stands in the data set that these are a part of, as messages name it."""
+    """The row of each image in the whole data set, which messages name."""
     source: str = ""
     """Where a stream comes from, such as a Hub id; set by whoever opened it."""
 
@@ -74,10 +74,10 @@ class LabelledImages:
         return "captions" in self.columns
 
     def order(self, processes: int) -> str:
-        """A text that is the same for the same images alone: it tells number, order, names, sizes, labels and groups.
+        """A text that differs for images of another number, order, name, size, label or group.
 
-        Streams, which are not known before they are read, are told by where they come from, how they are split and
-        their first image.
+        For a stream, which is not known before it is read, the text differs by its source, its first image and the
+        number of processes.
         """
         known = hashlib.sha256(repr((self.label_names, self.groups, self.columns)).encode("utf-8", "backslashreplace"))
         if isinstance(self.data, list):
@@ -93,16 +93,16 @@ class LabelledImages:
     def batches(
         self, process: int, processes: int, batch_size: int, known: Mapping[int, Sequence[Sample]] | None = None
     ) -> Iterator[tuple[int, list[Sample] | None]]:
-        """The batches of one process of several, each with a number that puts those of all processes into one order.
+        """The batches of one process of several, numbered in the order of all processes' batches.
 
-        Files and rows come in the same batches however many processes there are: of two processes each takes every
-        second. A stream is split by `datasets.distributed.split_dataset_by_node`, but row by row if it has a limit: its
-        shards would hold other images than the first.
+        Files and rows come in the same batches however many processes there are: of two, each takes every second. A
+        stream is split by `datasets.distributed.split_dataset_by_node`; but row by row if it has a limit, as the first
+        images are wanted and not the first of each shard.
 
         Args:
-            known: the samples of batches that were seen before, by number, each without its image. `None` is given in
-                place of such a batch, unless a stream has something else there now. Where none are to be known later,
-                `known` is `None`, and images are not hashed.
+            known: the samples, without images, of the batches that were measured before, by number. In place of such a
+                batch comes `None`, unless a stream has other images there now. `None` if nothing is to be resumed, now
+                or later: then images are not hashed.
         """
         hashes, known = known is not None, known or {}
         if hasattr(self.data, "__len__"):
@@ -180,9 +180,9 @@ def open_labelled(
         image_column: by default the first column of images.
         label_column: by default the first column of classes (`datasets.ClassLabel`), or the one called label or labels.
         caption_column: of a text, or a list of texts, about the image; by default the first of `CAPTION_COLUMNS`.
-        group_column: of the group that an image counts to; by default its label.
-        groups: of a folder: a JSON file, an object from each image's path below the folder, with /, to its group.
-        limit: take no more than so many: spread evenly, of a stream the first.
+        group_column: of an image's group; by default its label.
+        groups: for a folder: a JSON file, an object from each image's path below the folder, with /, to its group.
+        limit: take at most so many images, spread evenly; of a stream the first.
 
     Raises:
         ValueError: there are no images, no such column, or `groups` does not name the group of every image.
@@ -277,7 +277,7 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
 
 
 def _may_hold_texts(features: Mapping[str, Any], name: str | None) -> bool:
-    """Whether there is a column of that name, of a text or a list of texts as far as is known."""
+    """Whether there is a column of that name that holds texts or lists of texts, as far as is known."""
     feature = features.get(name) if name else None
     if feature is None:
         return name in features

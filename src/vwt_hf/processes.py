@@ -1,4 +1,4 @@
-"""Processes that do one job together, over accelerate: what is asked of all, and how an error in one ends all."""
+"""Several processes that do one job together, by accelerate: they share results, and all raise the errors of one."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ from .printable import difference
 Made = TypeVar("Made")
 
 RAISED_AGAIN = (FileExistsError, FileNotFoundError, OSError, TypeError, ValueError, ImportError)
-"""What an error in another process is raised as; `RuntimeError` where it is of none of these kinds."""
+"""Kinds of errors that the other processes raise, too; they raise any other error as `RuntimeError`."""
 
 PATIENCE = datetime.timedelta(days=30)
-"""How long processes wait for the one that has most to do; one that dies ends the others by its launcher."""
-
+"""How long processes wait for each other. If one dies, its launcher ends the others."""
 
 KNOWN = "_vwt_hf_known"
-"""Attribute of errors that all processes know of."""
+"""Attribute of errors that all processes have raised."""
 
 
 class ProcessLost(ConnectionError):
-    """Another process of the job has ended, or cannot be reached any more."""
+    """Another process of the job has ended or cannot be reached."""
 
 
 def together() -> bool:
-    """Whether this process is one of several that are joined, by accelerate or by torch."""
+    """Whether this process is one of several that accelerate or torch has joined."""
     return place()[1] > 1
 
 
 def place() -> tuple[int, int]:
-    """Number of this process, counted from 0, which is the main one, and how many there are together."""
+    """Number of this process, 0 for the main one, and the number of all processes."""
     if not _are_joined():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -49,16 +48,16 @@ def _are_joined() -> bool:
 def join(device: torch.device | str | None) -> Any:
     """Joins the processes that a launcher has started, if there are several, so that accelerate knows of all.
 
-    Each waits for the others for up to 30 days (`PATIENCE`), unless the program had joined them before.
+    Each then waits for the others for up to 30 days (`PATIENCE`), unless the program had joined them before.
 
     Args:
-        device: what they are to work on, by default CUDA where there is one.
+        device: what they are to work on; by default CUDA, if there is one.
 
     Returns:
-        accelerate's `PartialState`; `None` where there is one process.
+        accelerate's `PartialState`, or `None` for a single process.
 
     Raises:
-        RuntimeError: accelerate was asked before there were several, and takes each for the only one.
+        RuntimeError: accelerate was used before there were several, and takes each process for the only one.
     """
     number = place()[1] if _are_joined() else int(os.environ.get("WORLD_SIZE", 1))
     if number < 2:
@@ -80,7 +79,7 @@ def join(device: torch.device | str | None) -> Any:
 
 
 def _tell_environment(cpu: bool) -> None:
-    """Sets what accelerate takes from the environment and a launcher puts there, where there was none."""
+    """Sets the environment variables from which accelerate reads what a launcher would set."""
     index, number = place()
     local = index if cpu else torch.cuda.current_device()  # so that accelerate leaves the device as it is
     for name, value in {"RANK": index, "WORLD_SIZE": number, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": number}.items():
@@ -89,9 +88,9 @@ def _tell_environment(cpu: bool) -> None:
 
 @contextlib.contextmanager
 def joined(device: str | None) -> Iterator[None]:
-    """For a command: as `join`, and an error that all know of is told by the main process alone.
+    """As `join`, for a command: the main process alone prints an error that all processes have.
 
-    An error that no other process knows of is raised where it arose.
+    An error that the others do not have is raised where it arose.
 
     Args:
         device: as for `join`.
@@ -111,16 +110,16 @@ def joined(device: str | None) -> Iterator[None]:
 
 
 def everywhere(work: Callable[[], Made], tell: Callable[[Made], Any] = lambda made: None) -> tuple[Made, list[Any]]:
-    """Runs `work` in each process; where it fails in one, all raise an error that says so.
+    """Runs `work` in each process. If it fails in one, all raise an error that says so.
 
     Every process has to call it, as often as the others.
 
     Args:
-        work: what each does, without asking the others for anything.
-        tell: what of it the others are told; it is pickled.
+        work: what each does, without communicating with the others.
+        tell: makes of its result what the others get; it is pickled.
 
     Returns:
-        What `work` gave in this process, and what all told, in the order of their numbers.
+        The result of `work` in this process, and what all processes told, in the order of their numbers.
     """
     if not together():
         made = work()
@@ -138,9 +137,9 @@ def everywhere(work: Callable[[], Made], tell: Callable[[Made], Any] = lambda ma
 
 
 def _exchanged(work: Callable[[], Any], exchange: Callable[[list[Any]], list[Any]]) -> list[Any]:
-    """What `work` gave in the processes, as `exchange` hands it on; where it failed in one, all raise an error.
+    """The results of `work`, handed on by `exchange`. If it failed in one process, all raise an error.
 
-    An error of this process's own is not lost with another process.
+    If another process is lost, an error of this process's own is raised all the same.
     """
     told, failed = None, None
     try:
@@ -164,23 +163,23 @@ def _exchanged(work: Callable[[], Any], exchange: Callable[[list[Any]], list[Any
 
 
 def gathered(work: Callable[[], Made]) -> list[Made]:
-    """What `work` gives in each process, in the order of their numbers; where it fails in one, all raise an error.
+    """The results of `work` in all processes, in the order of their numbers. If it fails in one, all raise an error.
 
     Every process has to call it, as often as the others.
 
     Args:
-        work: what each does, without asking the others for anything; what it gives is pickled.
+        work: what each does, without communicating with the others; its result is pickled.
     """
     return everywhere(work, lambda made: made)[1]
 
 
 def in_main(work: Callable[[], Made]) -> Made:
-    """What `work` gives in the main process, in all of them; where it fails, all raise an error that says so.
+    """Runs `work` in the main process and gives its result to all. If it fails, all raise an error that says so.
 
     Every process has to call it, as often as the others.
 
     Args:
-        work: run by the main process alone; what it gives is pickled.
+        work: run by the main process alone; its result is pickled.
     """
     if not together():
         return work()
@@ -190,11 +189,7 @@ def in_main(work: Callable[[], Made]) -> Made:
 
 
 def require_same(settings: Sequence[dict[str, Any]]) -> None:
-    """Raises `ValueError` where processes have different settings.
-
-    Args:
-        settings: those of each, in the order of their numbers.
-    """
+    """Raises `ValueError` if processes have different settings, given in the order of their numbers."""
     first, *others = settings
     for number, own in enumerate(others, start=1):
         if own != first:
@@ -204,12 +199,12 @@ def require_same(settings: Sequence[dict[str, Any]]) -> None:
 
 
 def summed(values: Made) -> Made:
-    """The sum over all processes of each of some tensors, on the device that it came from.
+    """The sums of tensors over all processes, on the device of the tensors.
 
     Every process has to call it, as often as the others, and gets the same sums.
 
     Args:
-        values: a tensor, or tuples, lists or dicts of tensors; of the same shapes in all processes.
+        values: a tensor, or a tuple, list or dict of tensors, of the same shapes in all processes.
     """
     if not together():
         return values
@@ -224,7 +219,7 @@ def summed(values: Made) -> Made:
 
 @contextlib.contextmanager
 def _talking() -> Iterator[None]:
-    """Says what a failure means of torch's to reach the others."""
+    """Raises `ProcessLost` if torch cannot reach the other processes."""
     try:
         yield
     except RuntimeError as error:
@@ -236,13 +231,13 @@ def _talking() -> Iterator[None]:
 
 
 def _described(error: Exception) -> tuple[type[Exception], str]:
-    """Kind and message: an error itself cannot always be pickled."""
+    """Kind and message of an error, which itself cannot always be pickled."""
     kind = next((kind for kind in RAISED_AGAIN if isinstance(error, kind)), None)
     return kind or RuntimeError, str(error) if kind and str(error) else f"{type(error).__name__}: {error}"
 
 
 def _again(index: int, kind: type[Exception], message: str) -> Exception:
-    """The error of process `index`, for another."""
+    """The error of process `index`, to be raised in another."""
     error = kind(f"process {index} of {place()[1]}: {message}")
     _mark_known(error)
     return error
@@ -254,5 +249,5 @@ def _mark_known(error: Exception | None) -> None:
 
 
 def _is_known(error: BaseException | None) -> bool:
-    """Whether all know of an error, or of what it was made from."""
+    """Whether all processes raise this error, or the one that caused it."""
     return error is not None and (hasattr(error, KNOWN) or _is_known(error.__cause__))

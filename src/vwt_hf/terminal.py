@@ -1,4 +1,4 @@
-"""What commands and scripts say and end with: safe text, tables, one line in place of a traceback.
+"""How commands and scripts print and fail: safe text, tables, and one line in place of a traceback.
 
 Nothing here imports torch, so that help comes at once.
 """
@@ -20,19 +20,18 @@ from typing import Any
 from .printable import printable, shown
 
 PLAIN = {"→": "->", "×": "x", "−": "-", "·": "*", "≤": "<=", "≥": ">=", "Δ": "delta", "…": "..."}
-"""What stands for a character where the output's encoding lacks it; else its code does."""
+"""What is printed for a character that the output's encoding lacks; for any other, its code."""
 
 
 def run_command(prog: str, work: Callable[[], object]) -> int:
-    """Runs a command for a terminal: whatever goes wrong is one line on stderr, never a traceback.
+    """Runs a command for a terminal: any error is one line on stderr, never a traceback.
 
     Args:
         prog: what the line starts with.
         work: what the command does.
 
     Returns:
-        The exit status: 0; 2 where `work` cannot be done; 130 where it was interrupted; 141 where nobody reads what it
-        prints any more.
+        The exit status: 0; 2 after an error; 130 after an interrupt; 141 if the output was closed.
 
     Raises:
         SystemExit: `work` did, as argparse does after help.
@@ -44,7 +43,7 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
             try:
                 work()
             finally:
-                # Here, where a reader that has gone is noticed, and not while Python ends.
+                # Here a closed output is noticed, and not while Python ends.
                 print(end="", flush=True)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print goes nowhere
@@ -65,7 +64,7 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
 
 
 def do_all(*steps: Callable[[], object]) -> None:
-    """Does each step, also where one before it failed, and raises the first error; others are warnings."""
+    """Does each step, also after one has failed, and raises the first error; later ones are warnings."""
     errors: list[BaseException] = []
     for step in steps:
         try:
@@ -80,7 +79,7 @@ def do_all(*steps: Callable[[], object]) -> None:
 
 
 def _was_interrupted(error: BaseException) -> bool:
-    """Whether an error came of Ctrl-C, as where transformers was being imported, which hides what stopped it."""
+    """Whether Ctrl-C caused an error: while transformers is imported, it hides the interrupt in an error of its own."""
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, KeyboardInterrupt):
         seen = seen.__cause__ or seen.__context__
@@ -89,7 +88,7 @@ def _was_interrupted(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _forgiving(stream: Any) -> Iterator[None]:
-    """Has `stream` write what its encoding lacks in other characters, instead of raising."""
+    """Has `stream` replace characters that its encoding lacks, instead of raising."""
     if not isinstance(stream, io.TextIOWrapper):
         yield
         return
@@ -117,7 +116,7 @@ def _print_line(prog: str, message: object) -> None:
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
-    """Rows as text, each column as wide as its longest cell; `right`: cells end below each other."""
+    """Rows as text, each column as wide as its longest cell; with `right`, cells are aligned at their ends."""
     cells = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     pad = str.rjust if right else str.ljust
@@ -125,7 +124,7 @@ def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of the columns in which some row has a value; n/a stands where one has none."""
+    """A Markdown table of the columns in which some row has a value, with n/a where a row has none."""
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
 
     def line(cells: Iterator[Any]) -> str:
@@ -136,12 +135,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """What options of a command hold, for a function that has arguments of the same names."""
+    """The values of options, for a function with arguments of the same names."""
     return {name: getattr(args, name) for name in names}
 
 
 def vwt_option(text: str) -> Any:
-    """A setting as the option `--vwt` of a command gives it, as JSON."""
+    """The type of the option `--vwt`: a setting as JSON."""
     wanted = 'expected true, false, or fields, as \'{"method": "local", "keep_ratio": 0.7}\'; a vocabulary stands '
     wanted += "in quotes, as '\"me/my-words\"'"
     try:
@@ -156,7 +155,7 @@ def vwt_option(text: str) -> Any:
 
 
 def png_file(text: str) -> str:
-    """The name of a picture as an option gives it; pictures are PNG whatever they are called."""
+    """The type of an option that names a picture, which is a PNG whatever its name."""
     if Path(text).suffix.lower() not in ("", ".png"):
         raise argparse.ArgumentTypeError(f"{text!r} is to be a PNG picture; expected a name that ends in .png")
     return text

@@ -1,4 +1,4 @@
-"""What people see of a vocabulary: its model card, filled into the template `card.md`, and a picture of its words."""
+"""A vocabulary's model card, made of the template `card.md`, and a picture of its words."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .files import VocabularyInfo
 PICTURE_FILE = "words.png"
 CARD_FILE = "README.md"
 TAG = "visual-words"
-"""By which the Hub finds cards of vocabularies, which no other card of this package has."""
+"""The Hub finds cards of vocabularies by this tag, which no other card of this package has."""
 MOST_METADATA = 2**16
-"""Bytes of a README.md that its metadata are looked for in."""
+"""Bytes at the start of a README.md in which its metadata are looked for."""
 SHOWN = 144
 """Words in the picture."""
 SHOWN_TEXT = 300
@@ -69,7 +69,7 @@ def render_card(
 
 
 def is_card_of_words(readme: bytes) -> bool:
-    """Whether a README.md has the tag of a vocabulary's card among its metadata."""
+    """Whether the metadata of a README.md have the tag of a vocabulary's card."""
     lines = readme[:MOST_METADATA].decode(errors="replace").splitlines()
     if lines[:1] != ["---"]:
         return False
@@ -81,23 +81,23 @@ def _quoted(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A name as it stands in a table: as code, in which neither Markdown nor HTML means anything."""
-    # A line of a table ends its cells at every |, in code too.
+    """A name as code in a table, in which it is neither Markdown nor HTML."""
+    # Every | ends a cell of a table, in code too.
     return "`" + printable(text[:SHOWN_TEXT]).replace("`", "'").replace("|", "/") + "`"
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether a name may stand in a card's metadata, where the Hub makes it a link."""
+    """Whether a name is one that the Hub may link to from a card's metadata."""
     try:
         check_hub_id(name)
     except ValueError:
         return False
-    # After that check, since a name that a stranger wrote might be a path to anywhere.
+    # Looked for on the disk only now: a stranger's name might be a path to anywhere.
     return "/" in name and not Path(name).exists()
 
 
 def render_words(words: torch.Tensor, frequencies: torch.Tensor | None) -> bytes:
-    """A PNG of the most frequent words, row by row from the most frequent; the first ones where that is not known.
+    """A PNG of the most frequent words, row by row; of the first words if frequencies are not known.
 
     Args:
         words: (size, channels, p, p) raw RGB. Words of one channel, or of more than three, are shown grey.

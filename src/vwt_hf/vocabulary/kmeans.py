@@ -1,9 +1,9 @@
 """Mini-batch k-means over a stream of patches, in memory that does not grow with the stream. Tensors alone.
 
-A bounded buffer of first patches seeds the words (random patches, a few rounds of Lloyd's algorithm); after it every
-batch moves each word towards the mean of the batch's patches nearest to it (Sculley, WWW 2010). A patch weighs in
-proportion to how many came before it (polynomial-decay averaging, Shamir & Zhang, ICML 2013), so that what words
-learned while they were still poor fades away. Words that hardly any patch is nearest to start again from a patch.
+The first patches, kept in a buffer, seed the words: random ones of them, after a few rounds of Lloyd's algorithm. Then
+each batch moves every word towards the mean of the batch's patches nearest to it (Sculley, WWW 2010). A patch weighs in
+proportion to how many came before it (polynomial-decay averaging, Shamir & Zhang, ICML 2013), so what words learned
+while they were still poor fades away. Words that hardly any patch is nearest to start again from a patch.
 """
 
 from __future__ import annotations
@@ -20,35 +20,34 @@ BUFFERED = 16
 """Patches in the buffer for each word; never fewer than `BUFFERED_AT_LEAST` in all."""
 BUFFERED_AT_LEAST = 16_384
 RARE = 0.1
-"""A word starts again when it has less than this share of the median word's patches. (Not of the mean's: where most
-patches are flat white, one word holds most of them.)"""
+"""A word starts again when it has less than this share of the median word's patches. (Not of the mean: if most patches
+are flat white, one word holds most of them.)"""
 SAME = (0.1 / 255) ** 2
-"""Patches whose values differ by less than this mean square, a tenth of an 8-bit step, count as one."""
+"""Mean square difference, a tenth of an 8-bit step, below which patches count as the same."""
 _DISTANCES = 2**24
 """Distances held at once, which bounds memory for large vocabularies (64 MiB)."""
 
 
 class Statistics(NamedTuple):
-    """What a batch of patches has to say about the words; the sum over the parts of a batch is that of the whole."""
+    """What words learn from a batch of patches. The sums over the parts of a batch are those of the whole."""
 
     sums: torch.Tensor
     """(size, values) float: sum of the patches nearest to each word."""
     counts: torch.Tensor
-    """(size,) int64: how many those are."""
+    """(size,) int64: number of the patches nearest to each word."""
     inertia: torch.Tensor
     """() float64: sum of squared distances of patches to their nearest words."""
 
 
 def closest_words(patches: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The word at the smallest Euclidean distance of each patch; of equally near words the first.
+    """The word nearest to each patch by Euclidean distance; of equally near words the first.
 
     Args:
         patches: (patches, values).
         words: (size, values).
 
     Returns:
-        Indices (patches,) int64 and squared distances (patches,), these with the rounding error of the expansion
-        |x|² − 2 x·w + |w|².
+        Indices (patches,) int64, and squared distances (patches,) with the rounding error of |x|² − 2 x·w + |w|².
     """
     indices, distances = [], []
     with without_autocast(patches.device):
@@ -61,7 +60,7 @@ def closest_words(patches: torch.Tensor, words: torch.Tensor) -> tuple[torch.Ten
 
 
 def statistics(patches: torch.Tensor, words: torch.Tensor) -> Statistics:
-    """Assigns `patches` (patches, values) to `words` (size, values) and sums up; bit-equal from run to run."""
+    """The statistics of `patches` (patches, values) for `words` (size, values); the same bits in each run."""
     indices, distances = closest_words(patches, words)
     counts = indices.bincount(minlength=len(words))
     # Sorted segments: faster on a CPU than index_add_, and without its atomic additions in random order on a GPU.
@@ -71,7 +70,7 @@ def statistics(patches: torch.Tensor, words: torch.Tensor) -> Statistics:
 
 
 def _is_first(rows: torch.Tensor) -> torch.Tensor:
-    """Of each row, bool: whether none before it is the same."""
+    """Whether no row before it is the same, for each row."""
     _, kind = torch.unique(rows, dim=0, return_inverse=True)
     own = torch.arange(len(rows), device=rows.device)
     return own.scatter_reduce(0, kind, own, "amin", include_self=False)[kind] == own
@@ -80,9 +79,9 @@ def _is_first(rows: torch.Tensor) -> torch.Tensor:
 class MiniBatchKMeans:
     """Words learned from batches of patches.
 
-    To learn over several processes: seed one (`update` until `words` is not `None`), hand its `state_dict` to all, then
-    for each batch sum `statistics` over the processes and give every one the same sum by `merge`. Where that asks for
-    it, one calls `restart_rare` with the patches of all and hands its `state_dict` to the others.
+    To learn with several processes: seed one (`update` until `words` is not `None`) and give its `state_dict` to all.
+    Then sum the `statistics` of each batch over the processes, and `merge` the sum in every one. When `merge` asks for
+    it, one process calls `restart_rare` with the patches of all, and gives its `state_dict` to the others.
 
     Args:
         size: how many words to learn.
@@ -108,14 +107,13 @@ class MiniBatchKMeans:
         self.words: torch.Tensor | None = None
         """(size, values) float32; `None` until the buffer is full."""
         self.weights = torch.zeros(size, device=self.device, dtype=torch.float32)
-        """(size,): patches behind each word, faded; `words · weights` are the faded sums."""
+        """(size,): faded number of patches behind each word; `words · weights` are the faded sums."""
         self.counts = torch.zeros(size, dtype=torch.int64, device=self.device)
         """(size,): patches assigned to each word when they were seen."""
         self.seen = 0
         self.inertia = 0.0
-        """Mean squared distance of a patch to its nearest word as it was when the patch came, of later batches a little
-        more than of earlier ones. Words are measured before they learn from a batch, but for the first patches, by
-        which they are seeded."""
+        """Mean squared distance of a patch to its nearest word when the patch came; later batches weigh a little more.
+        It is measured before the words learn from a batch, except for the patches that seed them."""
         self._buffer: list[torch.Tensor] = []
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -150,7 +148,7 @@ class MiniBatchKMeans:
         return patches
 
     def merge(self, batch: Statistics) -> bool:
-        """Moves the words by what a batch has to say, of which some parts may come from other processes.
+        """Moves the words by the statistics of a batch, to which other processes may have added theirs.
 
         Returns:
             Whether it is time for `restart_rare`: each time the stream has doubled, which is early enough to learn from
@@ -171,7 +169,7 @@ class MiniBatchKMeans:
         return before.bit_length() < self.seen.bit_length()
 
     def restart_rare(self, patches: torch.Tensor) -> None:
-        """Moves the words that hardly any patch is nearest to onto random ones of `patches` that no word stands for.
+        """Replaces the words that hardly any patch is nearest to by random patches that no word stands for.
 
         Args:
             patches: (patches, values), as `checked` gives them.
@@ -198,8 +196,8 @@ class MiniBatchKMeans:
         """The words and how many patches were assigned to each, most frequent first. Learning may go on afterwards.
 
         Returns:
-            (words, values) float32 and (words,) int64, on the CPU. There are fewer than `size` words where there are
-            fewer distinct patches.
+            (words, values) float32 and (words,) int64, on the CPU. There are fewer than `size` words if there are fewer
+            distinct patches.
 
         Raises:
             ValueError: fewer patches were seen than words are wanted.
@@ -211,7 +209,7 @@ class MiniBatchKMeans:
         return self.words[order].cpu(), self.counts[order].cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything `load_state_dict` needs to go on as if never interrupted: tensors and plain numbers."""
+        """The state, in tensors and plain numbers, from which `load_state_dict` goes on as if never interrupted."""
         none = torch.zeros(0, self.values, device=self.device, dtype=torch.float32)
         words = none if self.words is None else self.words
         return {
@@ -244,7 +242,7 @@ class MiniBatchKMeans:
         self.inertia = float(state["inertia"])
 
     def _seed_words(self) -> None:
-        """Lloyd's algorithm over the buffer, from random patches."""
+        """Makes words of the buffer by Lloyd's algorithm, from random patches."""
         held = sum(map(len, self._buffer))
         if held < self.size:
             raise ValueError(f"{self.size} words were asked for, but there are only {held} patches to learn from.")

@@ -23,13 +23,13 @@ from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, require
 from .learning import learn_words
 
 LARGEST_MAPPED = 1e15
-"""Largest absolute value of a word in a model's pixel space: sums of squares of larger ones could overflow float32."""
+"""Largest absolute value of a word in a model's pixel space: squares of larger ones could overflow float32."""
 _PIECE = 2**20
 """Values that are mapped at once."""
 
 
 class VisualVocabulary:
-    """Words: patches that stand for all patches alike. In raw RGB, so for any model with their patch size.
+    """Words: patches that stand for all patches like them. In raw RGB, so they fit any model with their patch size.
 
     Args:
         words: (size, channels, p, p), floating point, raw RGB in [0, 1]. Kept in float32 on the CPU.
@@ -37,7 +37,7 @@ class VisualVocabulary:
         info: how the words came about.
 
     Raises:
-        ValueError: the words are none, not finite, not floating point, or not square patches.
+        ValueError: there are no words, or they are not finite, not floating point, or not square patches.
 
     Example:
         >>> vocabulary = VisualVocabulary(torch.rand(100, 3, 16, 16))
@@ -59,11 +59,11 @@ class VisualVocabulary:
         self.source: str | None = None
         """Hub id or folder that it was loaded from or pushed to."""
         self.revision: str | None = None
-        """Commit of the Hub that it was loaded from or pushed as."""
+        """Commit on the Hub that it was loaded from or pushed as."""
         self.subfolder: str | None = None
-        """Folder within `source` that it lies in; `None` for its top."""
+        """Folder within `source` that holds it; `None` for the top."""
         self._named: str | None = None
-        """A hash of the words that a config.json may name by `source` and `revision`; `None` where it may not."""
+        """A hash of the words that lie at `source` and `revision`; `None` if a config.json may not name these."""
 
     def __len__(self) -> int:
         return len(self.words)
@@ -74,21 +74,21 @@ class VisualVocabulary:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether `source` and `revision` alone say which words these are: not where they were changed since."""
+        """Whether `source` and `revision` are enough to find these words: not if they were changed since."""
         return self._named is not None and self._named == self._fingerprint()
 
     def _lies_in(self, source: str, revision: str | None, subfolder: str | None, imported: bool = False) -> None:
         """Notes where the words are.
 
         Args:
-            imported: whether they were read of a `vocab.pt`, which no config.json may name.
+            imported: whether they were read from a `vocab.pt`, which no config.json may name.
         """
         self.source, self.revision, self.subfolder = source, revision, subfolder
         is_named = revision is not None and not subfolder and not imported  # a setting has no field for a subfolder
         self._named = self._fingerprint() if is_named else None
 
     def copy(self) -> VisualVocabulary:
-        """A vocabulary of the same words, which stay as they are whatever is done to those of this one.
+        """A vocabulary of copies of the words.
 
         Raises:
             ValueError: `words` or `frequencies` were set to what the class would not take.
@@ -119,11 +119,11 @@ class VisualVocabulary:
         """Refuses a model that cuts other patches.
 
         Raises:
-            ValueError: its patch size or number of channels is another; the message says both.
+            ValueError: the model's patch size or number of channels is another; the message says both.
         """
         try:
             require_raw(self.words)
-        except ValueError as error:  # they are used as far as they have a direction
+        except ValueError as error:  # their directions can still be used
             warnings.warn(str(error), stacklevel=2)
         height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         named = f"{self.source}: " if self.source else ""
@@ -139,15 +139,15 @@ class VisualVocabulary:
             )
 
     def normalized(self, image_mean: float | Sequence[float], image_std: float | Sequence[float]) -> torch.Tensor:
-        """The words as a model with these statistics sees them: exact, since a word is a mean and the map is affine.
+        """The words as a model with these statistics sees them. That is exact: a word is a mean and the map is affine.
 
         Args:
             image_mean: of the model's image processor, one number or one for each channel.
             image_std: likewise.
 
         Returns:
-            (size, channels · p · p) float32, flattened as (channel, row, column). A word beyond `LARGEST_MAPPED` comes
-            shortened, since cosine distances of such overflow; its direction, which is all that they ask for, stays.
+            (size, channels · p · p) float32, flattened as (channel, row, column). A word beyond `LARGEST_MAPPED` is
+            scaled down, since its cosine distances would overflow. They depend on its direction alone, which stays.
 
         Raises:
             ValueError: the number of statistics is another, or a standard deviation is not positive.
@@ -155,7 +155,7 @@ class VisualVocabulary:
         mean, std = self._statistics("image_mean", image_mean), self._statistics("image_std", image_std)
         if not (std > 0).all():
             raise ValueError(f"image_std is {shown(image_std)}; expected positive numbers.")
-        # Piece by piece: float64 takes twice the memory.
+        # In pieces, as float64 takes twice the memory.
         rows = max(1, _PIECE // self.words[0].numel())
         return torch.cat([_mapped(words.double(), mean, std) for words in self.words.split(rows)])
 
@@ -184,8 +184,8 @@ class VisualVocabulary:
     ) -> VisualVocabulary:
         """Loads a vocabulary; nothing in it is executed.
 
-        `source` and `revision` of what is returned say where it is from, the latter as a commit. A bare `vocab.pt`, as
-        the paper's authors published, is imported with a warning.
+        Its `source` and `revision` say where it is from, the latter as a commit. A bare `vocab.pt`, as the paper's
+        authors published, is imported with a warning.
 
         Args:
             pretrained_model_name_or_path: a Hub id, or a folder that `save_pretrained` wrote.
@@ -196,7 +196,7 @@ class VisualVocabulary:
         Raises:
             FileNotFoundError: there is no vocabulary.
             ValueError: a file is damaged or holds something else; the message names repository or folder, and file. Or
-                `revision` or `subfolder` is none that could be.
+                `revision` or `subfolder` is not possible.
             huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or may not be read.
         """
         return load_vocabulary(
@@ -216,15 +216,15 @@ class VisualVocabulary:
         """Writes `vocabulary.safetensors` and `vocabulary.json`, and a card with a picture of the words.
 
         An error leaves the old vocabulary as it was, and a process that is killed leaves the old one or the new one,
-        whole, also where several save into one folder at once. The card is written last.
+        whole, also if several processes save into one folder at once. The card is written last.
 
         Args:
-            card: whether to write `README.md` and `words.png`; without, a folder that has its own keeps it. A
-                `README.md` that is no vocabulary's stays in any case, and a warning says so.
+            card: whether to write `README.md` and `words.png`; if not, those in the folder stay. A `README.md` that is
+                not a vocabulary's card stays in any case, and a warning says so.
             repo_id: what the card's usage snippet loads; by default the folder.
 
         Raises:
-            ValueError: what was put into `words` or `frequencies` since would not be read again.
+            ValueError: `words` or `frequencies` were set to what could not be read again.
         """
         folder, contents = Path(save_directory), self._files()
         present = folder / CARD_FILE
@@ -245,27 +245,27 @@ class VisualVocabulary:
     ) -> CommitInfo:
         """Uploads the vocabulary and its card in one commit, making the repository if need be.
 
-        `source` and `revision` say afterwards where it is, the latter as the commit (unless it is a pull request). A
-        `README.md` that is there and no vocabulary's stays, as a model's, and a warning says so.
+        Afterwards `source` and `revision` say where it is, the latter as the commit (unless it is a pull request). A
+        `README.md` that is not a vocabulary's card, such as a model's, stays, and a warning says so.
 
         Args:
             revision: branch to push to; made if need be.
-            private: whether a repository made by this is private; by default as the organisation has it.
+            private: whether a new repository is private; by default as the organisation's settings say.
 
         Raises:
-            ValueError: `private`, and the repository is there and public; `revision` or `subfolder` is none that
-                `from_pretrained` takes; or what was put into `words` or `frequencies` since would not be read again.
+            ValueError: `private`, and the repository exists and is public; `from_pretrained` would not take `revision`
+                or `subfolder`; or `words` or `frequencies` were set to what could not be read again.
         """
         revision, subfolder, contents = check_revision(revision), check_subfolder(subfolder), self._files()
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private:
             require_private(api, repo_id)
-        if revision is not None and not create_pr and not revision.startswith("refs/pr/"):  # which are no branches
+        if revision is not None and not create_pr and not revision.startswith("refs/pr/"):  # a pull request's
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if not _is_foreign(_card_on_hub(repo_id, subfolder, revision, token), repo_id):
             contents |= self._card(repo_id, revision=revision, subfolder=subfolder)
-        # One commit of all files: `upload_folder` may make several, of which an interruption leaves some.
+        # All files in one commit: `upload_folder` may make several, and an interruption would leave some.
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(posixpath.join(subfolder or "", name), own) for name, own in contents.items()],
@@ -278,12 +278,12 @@ class VisualVocabulary:
         return commit
 
     def _files(self) -> dict[str, bytes]:
-        """The files of the words, by their names; raises `ValueError` where they would not be read again."""
+        """The files of the words, by name; raises `ValueError` if they could not be read again."""
         valid = VisualVocabulary(self.words, self.frequencies, self.info)
         return vocabulary_files(valid.words, valid.frequencies, valid.info)
 
     def _card(self, repo_id: str, **of: str | None) -> dict[str, bytes]:
-        """The files of the card, by their names."""
+        """The files of the card, by name."""
         card = render_card(repo_id, tuple(self.words.shape), self.info, **of)
         return {CARD_FILE: card, PICTURE_FILE: render_words(self.words.detach().float(), self.frequencies)}
 
@@ -313,25 +313,25 @@ class VisualVocabulary:
         same words, bit for bit, on one machine.
 
         Under `accelerate launch`, or in a program whose processes an `accelerate.Accelerator`, `PartialState` or
-        `torch.distributed` has joined, processes learn together, and all have to call this, which joins those that are
-        not: each then waits for the others for up to 30 days, in all that the program does. Each reads its part of the
-        images, and all get the same words. They are those of one process but for
-        rounding where `batch_size` is a multiple of the processes' number and no shards of a stream are divided. The
-        same number of processes gives the same words, bit for bit. An error in one process is raised in all.
+        `torch.distributed` has joined, processes learn together, and all have to make this call. Each reads its part of
+        the images, and all get the same words. They are the words of one process, but for rounding, if `batch_size` is
+        a multiple of the number of processes and no shards of a stream are divided. The same number of processes gives
+        the same words, bit for bit. An error in one process is raised in all. Processes that are not joined yet are
+        joined: each then waits for the others for up to 30 days, in all that the program does.
 
-        Images that cannot be read are left out with a warning. Where the images have fewer distinct patches than
-        words are wanted, the vocabulary is smaller, with a warning.
+        Images that cannot be read are left out with a warning. If the images have fewer distinct patches than words are
+        wanted, the vocabulary is smaller, with a warning.
 
         Args:
             images (`datasets.Dataset`, `datasets.IterableDataset`, folder or iterable of PIL images):
                 What to learn from. A folder is searched recursively. Folders and data sets are shuffled by `seed`; any
                 other iterable is taken in its order, which should be mixed.
                 Processes with the same folder (by its files' names and sizes), `Dataset` (by its column and number of
-                rows) or stream divide it, a stream by `datasets.distributed.split_dataset_by_node`. Those with
-                different ones, as where machines have a disk each, read all of their own. Any other iterable is what
-                its process alone is to read.
+                rows) or stream divide it; a stream by `datasets.distributed.split_dataset_by_node`. Processes with
+                different ones, such as machines with a disk each, read all of their own. Any other iterable is read by
+                its process alone.
             image_processor (`transformers.BaseImageProcessor`):
-                Of the model: images are resized and cropped by it. Its mean and standard deviation are only recorded.
+                The model's, which resizes and crops the images. Its mean and standard deviation are only recorded.
             size (`int`, default 1000):
                 Words to learn.
             patch_size (`int`, default 16):
@@ -343,17 +343,17 @@ class VisualVocabulary:
             column (`str`, *optional*):
                 The data set's image column; by default its first.
             checkpoint (folder, *optional*):
-                Where the main process saves progress, every 100 batches and at the end: what a kill loses at most. It
-                holds whole batches alone, of which a run of more images has the same.
+                Where the main process saves progress, every 100 batches and at the end, so that a kill loses 100 at
+                most. It holds whole batches alone, so that a run of more images can go on from it.
             resume (`bool`, default `False`):
                 Go on from `checkpoint`, with the same images and arguments; the result is that of a run never
-                interrupted, bit for bit. `max_images` may be larger than before, or any number down to the images that
-                the checkpoint has learned from, and an iterable that keeps its order may have more images at its end.
-                Starts anew where the folder holds no progress.
+                interrupted, bit for bit. `max_images` may be another, but not less than the checkpoint has learned
+                from, and an iterable that keeps its order may have more images at its end. Without progress in the
+                folder, learning starts anew.
             max_images (`int`, *optional*):
-                Learn from no more images than these, of all processes together; each may read its share.
+                Learn from at most so many images, in all processes together; each may read its share.
             device (`torch.device` or `str`, *optional*):
-                Of the clustering; by default a CUDA GPU if there is one, of several processes each its own.
+                Of the clustering; by default a CUDA GPU if there is one, for each process its own.
             progress (`bool`, default `True`):
                 Show a bar, with inertia and patches per second.
             dataset (`str`, *optional*):
@@ -396,8 +396,8 @@ class VisualVocabulary:
 
 
 def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, token: str | bool | None) -> bytes:
-    """The README.md where words are to be pushed; nothing if there is none."""
-    # Not by the cache, which may hold an old one, and may not be writable.
+    """The README.md where words are to be pushed; empty if there is none."""
+    # Not from the cache, which may hold an old one, and may not be writable.
     with tempfile.TemporaryDirectory() as own:
         try:
             found = hf_hub_download(
@@ -411,7 +411,7 @@ def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, toke
 
 
 def _is_foreign(readme: bytes, place: str) -> bool:
-    """Whether a README.md holds something else than a vocabulary's card, which a warning says then."""
+    """Whether a README.md is something else than a vocabulary's card; if so, a warning says that it stays."""
     if not readme.strip() or is_card_of_words(readme):
         return False
     warnings.warn(
@@ -430,17 +430,17 @@ def load_vocabulary(
     subfolder: str | None = None,
     **hub: Any,
 ) -> VisualVocabulary:
-    """Loads a vocabulary that the user names, or that a file names which a stranger may have written.
+    """Loads a vocabulary named by the user, or by a file that a stranger may have written.
 
     Args:
         name: a folder or a Hub id.
-        trusted: whether the user gave `name`. Else it is a Hub id alone, never looked for on this machine, and a
-            `vocab.pt` is not read.
-        pickles: whether a `vocab.pt` is read where `trusted` allows it.
+        trusted: whether the user gave `name`. If not, it must be a Hub id, is never looked for on this machine, and no
+            `vocab.pt` is read.
+        pickles: whether a `vocab.pt` is read, if `trusted`.
         revision, subfolder, hub: as for `VisualVocabulary.from_pretrained`, which also lists the errors.
 
     Raises:
-        ValueError: also where a name that is not trusted is no Hub id.
+        ValueError: also if a name that is not trusted is no Hub id.
     """
     if not trusted:
         try:
@@ -461,9 +461,9 @@ def load_vocabulary(
 
 
 def _mapped(words: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(words − mean) / std in float32, flat; rows that are too long for it shortened."""
+    """(words − mean) / std in float32, flat; rows that are too large for it are scaled down."""
     mapped = ((words - mean) / std).flatten(1)
-    # By the ratio of the deviations alone, which overflows for no word.
+    # By the ratios of the deviations alone, which overflow for no word.
     direction = ((words - mean) / (std / std.min())).flatten(1)
     longest = direction.abs().amax(dim=1, keepdim=True)
     return torch.where(longest / std.min() > LARGEST_MAPPED, direction / longest, mapped).float()
@@ -481,7 +481,7 @@ def _valid_words(words: torch.Tensor) -> torch.Tensor:
     if not words.numel():
         raise ValueError(f"the vocabulary is empty, of shape {tuple(words.shape)}; expected at least one word.")
     words = words.detach().to("cpu", torch.float32).contiguous()
-    # Of the extremes first, which take no memory.
+    # The extremes first, which take no memory.
     if not torch.stack(words.aminmax()).isfinite().all():
         broken = int((~words.flatten(1).isfinite().all(dim=1)).sum())
         raise ValueError(f"{broken} of {len(words)} words hold values that are not finite; learn or save them again.")

@@ -1,7 +1,7 @@
-"""Words out of a file that a stranger wrote: looked at before it is read, and never larger in memory than it says.
+"""Reading words from a file that a stranger may have written, safetensors or what `torch.save` writes.
 
-Both formats are read piece by piece into float32, so that memory holds the words and little else. Whatever a file
-claims is held against its own length first.
+What a file claims is first checked against its length, so that it cannot take more memory than it is long. Then it is
+read piece by piece into float32, so that memory holds the words and little else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from ..printable import printable, shown
 
 MOST_BYTES = 2**32
-"""Of the words in float32: 1.4 million words of 16×16 RGB pixels."""
+"""The most bytes of words in float32: 1.4 million words of 16×16 RGB pixels."""
 _MOST_HEADER_BYTES = 2**16
 _PIECE = 2**20
 """Values that are converted at once."""
@@ -33,7 +33,7 @@ _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "C64": 64,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
-"""Of one value of each dtype of the format."""
+"""Bits of a value, by dtype of the format."""
 
 _MOST_RECORDS = 64
 _MOST_PICKLE_BYTES = 2**12
@@ -79,11 +79,11 @@ def read_safetensors(
 def _header(file: io.BufferedReader) -> tuple[int, dict[str, dict[str, Any]]]:
     """Where the tensors of a safetensors file begin, and what its header says about each.
 
-    The package safetensors maps whole files into memory, and so cannot read one piece by piece.
+    The package safetensors maps whole files into memory, so it cannot read one piece by piece.
 
     Raises:
-        ValueError: the header lies: the tensors are not all of the file's bytes, each once.
-        TypeError, KeyError, RecursionError: it is none.
+        ValueError: the tensors that the header describes are not all bytes of the file, each once.
+        TypeError, KeyError, RecursionError: there is no valid header.
     """
     length = os.fstat(file.fileno()).st_size
     said = int.from_bytes(_exactly(file, 8), "little")
@@ -112,7 +112,7 @@ def _header(file: io.BufferedReader) -> tuple[int, dict[str, dict[str, Any]]]:
 def _described_tensors(
     tensors: dict[str, dict[str, Any]], shape: tuple[Any, ...]
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What the header says about words and frequencies, once it is what is expected."""
+    """What the header says about words and frequencies; raises `ValueError` if that is not what is expected."""
     names = list(tensors)
     if "words" not in names:
         raise ValueError(f"it has no tensor 'words', only {_listed(names)}")
@@ -148,7 +148,7 @@ def _require_content(file: io.BufferedReader, sha256: str) -> None:
 def _values(
     file: io.BufferedReader, start: int, told: dict[str, Any], stored: torch.dtype, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A tensor as the header of its file has `told`, read piece by piece; all tensors begin at `start`."""
+    """A tensor as its file's header has `told`, read piece by piece. The tensors begin at `start`."""
     file.seek(start + told["data_offsets"][0])
     read = torch.empty(told["shape"], dtype=dtype, device="cpu")
     for part in read.view(-1).split(_PIECE):
@@ -187,11 +187,11 @@ def read_bare_tensor(path: Path, shape: tuple[int, ...], scale: torch.Tensor, sh
     """The one tensor (size, values) of a file that `torch.save` wrote, as values · scale + shift in float32.
 
     Args:
-        shape: of one row, which has as many values: what is returned is (size, *shape).
+        shape: of one row; the result is (size, *shape).
         scale, shift: float64, to broadcast over `shape`.
 
     Raises:
-        ValueError: the file is damaged, holds anything else, or takes more memory than its own length accounts for.
+        ValueError: the file is damaged, holds anything else, or would take more memory than it is long.
     """
     values = math.prod(shape)
     expected = (
@@ -217,11 +217,11 @@ def read_bare_tensor(path: Path, shape: tuple[int, ...], scale: torch.Tensor, sh
 
 
 class _Another(ValueError):
-    """The file is whole, and holds something else."""
+    """The file is whole, but holds something else."""
 
 
 def _require_short_directory(path: Path) -> None:
-    """Refuses a zip whose list of records, which is read as a whole, is longer than one tensor needs."""
+    """Refuses a zip with a longer list of records than one tensor needs: the list is read as a whole."""
     length = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(0, length - 98))
@@ -230,7 +230,7 @@ def _require_short_directory(path: Path) -> None:
     if len(end) < 22 or end[:4] != b"PK\5\6" or end[20:] != b"\0\0":
         raise ValueError("it does not end as a file that torch.save wrote")
     size = int.from_bytes(end[12:16], "little")
-    if tail[-42:-38] == b"PK\6\7":  # where the larger numbers of zip64 are, right before the end
+    if tail[-42:-38] == b"PK\6\7":  # zip64, whose larger numbers are right before the end
         if tail[:4] != b"PK\6\6" or int.from_bytes(tail[-34:-26], "little") != length - 98:
             raise ValueError("it does not end as a file that torch.save wrote")
         size = int.from_bytes(tail[40:48], "little")
@@ -239,7 +239,7 @@ def _require_short_directory(path: Path) -> None:
 
 
 def _records(archive: zipfile.ZipFile, length: int) -> dict[str, zipfile.ZipInfo]:
-    """The archive's records by name, without the folder that all are in."""
+    """The archive's records, by their names within its one folder."""
     found = archive.infolist()
     if len(found) > _MOST_RECORDS:
         raise _Another(f"it has {len(found)} records, and one tensor has {_MOST_RECORDS} at most")
@@ -259,7 +259,7 @@ def _records(archive: zipfile.ZipFile, length: int) -> dict[str, zipfile.ZipInfo
 
 
 def _described(pickled: bytes) -> _Tensor:
-    """The tensor that the pickle describes: no more is understood, and nothing is called but what is below."""
+    """The tensor that a pickle describes. Nothing else is understood, and nothing is called but the functions below."""
     for opcode, _, _ in pickletools.genops(pickled):
         if opcode.name not in _OPCODES:
             raise _Another(f"it holds a pickle of more than one tensor ({opcode.name})")
@@ -287,7 +287,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _no_hooks() -> dict[str, Any]:
-    """The backward hooks of a tensor that was saved: none. A key would be hashed, which nested tuples make endless."""
+    """The backward hooks of a saved tensor: none. Hashing a key for them could take forever, for nested tuples."""
     return collections.OrderedDict()
 
 
@@ -303,7 +303,7 @@ def _count(value: Any) -> bool:
 
 
 def _require_dense(tensor: _Tensor, values: int, records: dict[str, zipfile.ZipInfo]) -> zipfile.ZipInfo:
-    """The record of the tensor's values, which are as many as the tensor has, row by row."""
+    """The record of the tensor's values, if there is one value for each place, row by row."""
     dtype, shape = tensor.stored.dtype, tensor.shape
     if dtype not in _DTYPES.values() or len(shape) != 2 or shape[1] != values:
         raise _Another(f"it holds a {dtype} tensor {shown(shape)}")
