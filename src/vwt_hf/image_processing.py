@@ -295,10 +295,9 @@ class Tokenizing:
         """
         from PIL import Image
 
-        if not isinstance(images, Mapping) and _are_values(images):
-            images = {"pixel_values": images}
-        elif not isinstance(images, Mapping):
-            images = super().preprocess(images, return_tensors="pt")  # type: ignore[misc]
+        if not isinstance(images, Mapping):
+            preprocess = super().preprocess  # type: ignore[misc]
+            images = {"pixel_values": images} if _are_values(images) else preprocess(images, return_tensors="pt")
         values = images["pixel_values"]
         if not len(values):
             return []
@@ -311,17 +310,7 @@ class Tokenizing:
                 for picture in self.decode(words, {name: images[name][index] for name in images if name in _READ})
             ]
         tokenizer = self.tokenizer_of_patches
-        made = {name: as_tensor(images[name]) for name in images if name in _READ}
-        if made["pixel_values"].dim() == (2 if "spatial_shapes" in made else 3):  # one image
-            made = {name: value[None] for name, value in made.items()}
-        words = as_tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
-        words = words[None] if words.dim() == 1 else words.flatten(0, -2)
-        if made["pixel_values"].dim() == 5:  # images in tiles, and where one has fewer than another, tiles of none
-            real = (words != DROPPED).any(dim=1)
-            tiles = made["pixel_values"].flatten(0, 1)
-            if len(tiles) == len(words):
-                tiles, words = tiles[real], words[real]
-            made["pixel_values"] = tiles
+        made, words = _as_batch(images, patch_words)
         patches = tokenizer.patches(made)
         plan = tokenizer.plan(patches, words)
         mean, std = processor_statistics(self, patches.channels)
@@ -337,6 +326,22 @@ class Tokenizing:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (plain_class(type(self)),), self.__dict__
+
+
+def _as_batch(images: Mapping[str, Any], patch_words: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A batch of whole images or padded patches, and its words, (batch, patches): of a batch, one image, or tiles."""
+    made = {name: as_tensor(images[name]) for name in images if name in _READ}
+    if made["pixel_values"].dim() == (2 if "spatial_shapes" in made else 3):  # one image
+        made = {name: value[None] for name, value in made.items()}
+    words = as_tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
+    words = words[None] if words.dim() == 1 else words.flatten(0, -2)
+    if made["pixel_values"].dim() == 5:
+        tiles = made["pixel_values"].flatten(0, 1)
+        if len(tiles) == len(words):  # without tiles of padding, which have no words
+            real = (words != DROPPED).any(dim=1)
+            tiles, words = tiles[real], words[real]
+        made["pixel_values"] = tiles
+    return made, words
 
 
 @functools.cache

@@ -104,14 +104,19 @@ class LabelledImages:
                 batch comes `None`, unless a stream has other images there now. `None` if nothing is to be resumed, now
                 or later: then images are not hashed.
         """
-        hashes, known = known is not None, known or {}
-        if hasattr(self.data, "__len__"):
-            images = range(len(self.data))
-            for number in range(process, -(-len(images) // batch_size), processes):
-                own = images[number * batch_size : (number + 1) * batch_size]
-                yield number, None if number in known else [self._sample(index, self.data[index]) for index in own]
+        if not hasattr(self.data, "__len__"):
+            yield from self._of_stream(process, processes, batch_size, known)
             return
+        images = range(len(self.data))
+        for number in range(process, -(-len(images) // batch_size), processes):
+            own = images[number * batch_size : (number + 1) * batch_size]
+            is_known = number in (known or ())
+            yield number, None if is_known else [self._sample(index, self.data[index]) for index in own]
 
+    def _of_stream(
+        self, process: int, processes: int, batch_size: int, known: Mapping[int, Sequence[Sample]] | None
+    ) -> Iterator[tuple[int, list[Sample] | None]]:
+        """As `batches`, from a stream."""
         from datasets.distributed import split_dataset_by_node
 
         if self.total is None:
@@ -124,11 +129,12 @@ class LabelledImages:
                 return
             first, whose = number // processes * batch_size, f" of process {process}" if processes > 1 else ""
             samples = [self._sample(first + index, row, whose) for index, row in enumerate(batch)]
-            if hashes:
+            if known is not None:
                 contents = [described_images([row], self.columns["image"]) for row in batch]
                 samples = [one._replace(content=of) for one, of in zip(samples, contents, strict=True)]
-            same = number in known and [sample._replace(item=None) for sample in samples] == list(known[number])
-            yield number, None if same else samples
+            before = (known or {}).get(number)
+            is_same = before is not None and [sample._replace(item=None) for sample in samples] == list(before)
+            yield number, None if is_same else samples
 
     def _sample(self, number: int, row: Any, whose: str = "") -> Sample:
         if isinstance(row, Path):

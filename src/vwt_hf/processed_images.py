@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import math
 import os
@@ -101,22 +102,12 @@ def require_room(image: Any, image_processor: Any) -> None:
 
 def _pixels_between(image: Any, image_processor: Any) -> int:
     """The most pixels that an image processor makes of an image, by all sizes that it states; 0 if it states none."""
-
-    def stated(field: str, asked: str, name: str) -> int:
-        sizes = getattr(image_processor, field, None) if getattr(image_processor, asked, False) else None
-        number: Any = sizes.get(name) if sizes is not None and hasattr(sizes, "get") else None
-        return int(number or 0)
-
+    stated = functools.partial(_stated, image_processor)
     longer, shorter = max(image.size), min(image.size)
     area = stated("size", "do_resize", "height") * stated("size", "do_resize", "width")
-    by_shortest = stated("size", "do_resize", "shortest_edge") ** 2 * longer // shorter
-    by_longest = stated("size", "do_resize", "longest_edge") ** 2
-    found = [min(by_shortest, by_longest) if by_shortest and by_longest else by_shortest or by_longest]
-    if hasattr(image_processor, "temporal_patch_size"):  # Qwen2-VL's and those like it state numbers of pixels there
-        found = [stated("size", "do_resize", "longest_edge")]
     # Some resize to more, of which they crop this share.
     share = min(1, max(_numbers(getattr(image_processor, "crop_pct", None)), default=1))
-    found = [round(max(*found, area) / max(share, 1e-6) ** 2)]
+    found = [round(max(_by_edges(image_processor, longer, shorter), area) / max(share, 1e-6) ** 2)]
     for field, asked, height, width in (
         ("size", "do_resize", "max_height", "max_width"),
         ("crop_size", "do_center_crop", "height", "width"),
@@ -131,16 +122,37 @@ def _pixels_between(image: Any, image_processor: Any) -> int:
     ]
     if type(image_processor).__name__.startswith("Perceiver"):  # which crops first, to a share of the shorter side
         found.append(shorter**2 * area // max(1, stated("crop_size", "do_center_crop", "height")) ** 2)
+    return max(*found, *_by_names(image_processor, longer, area))
+
+
+def _stated(image_processor: Any, field: str, asked: str, name: str) -> int:
+    """The number `name` in a field of sizes, if the field `asked` says that it is used; else 0."""
+    sizes = getattr(image_processor, field, None) if getattr(image_processor, asked, False) else None
+    number: Any = sizes.get(name) if sizes is not None and hasattr(sizes, "get") else None
+    return int(number or 0)
+
+
+def _by_edges(image_processor: Any, longer: int, shorter: int) -> int:
+    """Pixels of an image, with sides of these lengths, that is resized to a shortest edge, a longest one, or both."""
+    longest = _stated(image_processor, "size", "do_resize", "longest_edge")
+    if hasattr(image_processor, "temporal_patch_size"):  # Qwen2-VL's and those like it state numbers of pixels there
+        return longest
+    by_shortest = _stated(image_processor, "size", "do_resize", "shortest_edge") ** 2 * longer // shorter
+    by_longest = longest**2
+    return min(by_shortest, by_longest) if by_shortest and by_longest else by_shortest or by_longest
+
+
+def _by_names(image_processor: Any, longer: int, area: int) -> Iterator[int]:
+    """Pixels by every field whose name says that it holds a side, a multiple, or a number of patches or tiles."""
     patch = max(_numbers(getattr(image_processor, "patch_size", None)), default=0)
     for name, value in vars(image_processor).items():
         most = int(max(_numbers(value), default=0))
         if _COUNTS.search(name):
-            found.append(most * (area or int(patch) ** 2))
+            yield most * (area or int(patch) ** 2)
         elif _MULTIPLES.search(name):
-            found.append(most * max(most, longer))
+            yield most * max(most, longer)
         elif _SIDES.search(name) and name not in ("size", "crop_size", "pad_size"):
-            found.append(most**2)
-    return max(found)
+            yield most**2
 
 
 _SIDES = re.compile("size|resolution")
