@@ -1,12 +1,12 @@
 """Registration with transformers: `register`, which `import vwt_hf` calls, makes `from_pretrained(..., vwt=...)` work.
 
-Models and configs stay transformers' own. Every config has `vwt`, which is `None`. One that is given a setting becomes
-an instance of a subclass of its class, which writes it to config.json, until the setting is taken from it.
+Models and configs stay transformers' own. Every config has the field `vwt`, by default `None`. While a config has a
+setting, it is an instance of a subclass of its class, which writes the setting to config.json.
 
-What `vwt` asks for is done in one place (`model_loading.py`), where every loading path of transformers meets:
-`PreTrainedModel`'s `from_pretrained` and `_from_config`. So a class loaded by its own name
-(`CLIPVisionModelWithProjection`, which no Auto class reaches) takes `vwt` too, and a folder saved with a setting never
-loads as a plain model that claims to have one.
+Every loading path of transformers goes through `from_pretrained` or `_from_config` of `PreTrainedModel`, so `vwt` is
+handled there (`model_loading.py`). That includes classes that no Auto class reaches, such as
+`CLIPVisionModelWithProjection`, and a folder that was saved with a setting never loads as a plain model that claims to
+have one.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .model_saving import saving_models, saving_processors, uploading_models
 from .printable import shown
 
 _replaced: dict[tuple[type, str], tuple[Any, Any]] = {}
-"""Of each method of transformers in whose place another was put: it, and that other, by which `unregister` sees whether
-another library has wrapped it. `NOT_GIVEN` is for what a class inherits."""
+"""For each method of transformers that was replaced: the original (`NOT_GIVEN` if it was inherited), and the
+replacement, by which `unregister` sees whether another library has wrapped it."""
 
 
 def register() -> None:
@@ -55,12 +55,12 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Takes everything back that `register` did: transformers is as if vwt_hf had not been imported.
+    """Undoes `register`: transformers is as if vwt_hf had not been imported.
 
-    Models that are compressed lose what their layers attend by; `restore` them before.
+    Restore compressed models first (`restore`): their layers need the attention that is taken away.
 
     Raises:
-        RuntimeError: another library has wrapped a method after this one did, and would lose what it calls.
+        RuntimeError: another library has wrapped one of the methods since, and would lose what it calls.
     """
     for (owner, name), (_, ours) in _replaced.items():
         if vars(owner)[name] is not ours:
@@ -81,12 +81,12 @@ def unregister() -> None:
 
 
 def _calling(original: Any) -> Any:
-    """Calls of models, of which a plain one refuses `patch_words`.
+    """Wraps the call of models, so that a plain model refuses `patch_words`.
 
-    The forward of every supported family takes any keyword and leaves out those that it does not know, so a plain model
-    would see all patches without a word, and who loads an image processor with `vwt` and a model without would never
-    learn why nothing is faster. A hook could say so only if plain models had one. Calls without `patch_words` go on to
-    what `torch.nn.Module` has, also where another library has replaced that since, as `torch.fx` does while it traces.
+    The forward of every supported family ignores keywords that it does not know. So a plain model would see all
+    patches, and a user who gave `vwt` to the image processor alone would never learn why nothing is faster. Calls
+    without `patch_words` go on to `torch.nn.Module`, also if another library has replaced its call since, as `torch.fx`
+    does while it traces.
     """
 
     @functools.wraps(original)
@@ -106,13 +106,13 @@ def _calling(original: Any) -> Any:
 
 @torch.compiler.disable
 def _with_words_for_a_part(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Calls a model of which a part alone is compressed, to which its forward may not hand what it was called with."""
+    """Calls a model with a compressed part, to which the model's forward may not hand the words on."""
     with call_with(model, GivenWords(kwargs.pop("patch_words"))):
         return model(*args, **kwargs)
 
 
 def _generating(original: Any) -> Any:
-    """`generate` that takes `patch_words`: it knows no other arguments than those of `forward`, and repeats images."""
+    """Wraps `generate` to take `patch_words`: by itself it takes only arguments of `forward`, and repeats images."""
 
     @functools.wraps(original)
     def generate(self: Any, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ def _generating(original: Any) -> Any:
 
 
 def _explaining(original: Any) -> Any:
-    """`Pipeline.__init__` that says where `vwt` goes: some pipelines take any argument and leave it out silently."""
+    """Wraps `Pipeline.__init__` to refuse `vwt` and say where it goes: some pipelines ignore unknown arguments."""
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, vwt: Any = NOT_GIVEN, **kwargs: Any) -> None:
@@ -159,4 +159,4 @@ _WRAPS = {
     (PreTrainedTokenizerBase, "from_pretrained"): loading_tokenizers,
     (Pipeline, "__init__"): _explaining,
 }
-"""The methods of transformers that `register` puts others in place of, and what makes each of those."""
+"""The methods of transformers that `register` replaces, and what makes each replacement."""

@@ -1,4 +1,4 @@
-"""Which numbers a user or a file may give, among them the mean and standard deviation that normalise images."""
+"""Checks of numbers that a user or a file gives, among them the mean and standard deviation of images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def checked_statistics(field: str, value: Any, *, positive: bool) -> tuple[float
     """Means, or with `positive` standard deviations, as floats.
 
     Args:
-        field: what an error calls them.
-        value: list or tuple with one number for each channel.
+        field: their name in an error.
+        value: a list or tuple with one number for each channel.
 
     Raises:
-        ValueError: it is none, or a number lies beyond `LARGEST_MEAN` or outside of `STD_RANGE`.
+        ValueError: `value` is something else, or a number lies beyond `LARGEST_MEAN` or outside of `STD_RANGE`.
     """
     low, high = STD_RANGE if positive else (-LARGEST_MEAN, LARGEST_MEAN)
     allowed = isinstance(value, (list, tuple)) and value and all(is_number(number, low, high) for number in value)
@@ -30,7 +30,7 @@ def checked_statistics(field: str, value: Any, *, positive: bool) -> tuple[float
 
 def is_number(value: object, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> TypeGuard[float]:
     """Whether `value` is a number in [low, high], and not True or False; by default any finite one."""
-    # Compared before it is made a float: an integer may be larger than any.
+    # Not made a float before: an integer may be larger than any float.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -40,24 +40,24 @@ def is_int(value: object) -> TypeGuard[int]:
 
 
 def require_whole(name: str, value: object, least: int = 1) -> None:
-    """Raises `ValueError` where `value` is no whole number of at least `least`."""
+    """Raises `ValueError` unless `value` is a whole number of at least `least`."""
     if not is_int(value) or value < least:
         raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least {least}.")
 
 
 def require_seed(value: object, name: str = "seed") -> None:
-    """Raises `ValueError` where `value` is no number that draws can start from."""
+    """Raises `ValueError` unless `value` can be the seed of a generator."""
     if not is_int(value) or not 0 <= value < 2**63:
         raise ValueError(f"{name} is {shown(value)}; expected a whole number in [0, 2**63).")
 
 
 def require_share(name: str, value: object) -> None:
-    """Raises `ValueError` where `value` is no share of patches that leaves any."""
+    """Raises `ValueError` unless `value` is a number in (0, 1]."""
     if not is_number(value) or not 0 < value <= 1:
         raise ValueError(f"{name} is {shown(value)}; expected a number in (0, 1].")
 
 
 def require_count(name: str, value: object) -> None:
-    """Raises `ValueError` where `value` is neither `None` nor a number of patches."""
+    """Raises `ValueError` unless `value` is `None` or a possible number of patches."""
     if value is not None and not (is_int(value) and 1 <= value < 2**31):
         raise ValueError(f"{name} is {shown(value)}; expected None or an integer of at least 1, and less than 2**31.")

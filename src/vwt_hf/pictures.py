@@ -1,4 +1,4 @@
-"""What a model still sees of images, as pictures: functions on tensors alone."""
+"""Pictures of what a model still sees of images. Tensors alone."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ def seen_pictures(
 
     Args:
         patches: of a batch, whole images or padded patches.
-        plan: what becomes of them.
-        seen: (batch, patches, channels · patch height · patch width): what each patch shows, as `VWTConfig.seen` gives
-            it.
+        plan: what becomes of the patches.
+        seen: (batch, patches, channels · patch height · patch width), what each patch shows (`VWTConfig.seen`).
         image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
 
     Returns:
@@ -62,7 +61,7 @@ def photographs_of(
 
 
 def fade(photographs: torch.Tensor, mask: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-    """`photographs` with every patch outside `mask` pale grey; so are the pixels beyond the last whole patch.
+    """`photographs` with all patches outside `mask`, and pixels beyond the last whole patch, in pale grey.
 
     Args:
         photographs: (batch, height, width, channels) in [0, 1].

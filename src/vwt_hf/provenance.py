@@ -1,4 +1,4 @@
-"""What a figure was measured with: machine, versions, setting and words, as JSON holds them."""
+"""What a figure was measured with (CPU, versions, setting and words), ready for JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cpu_name() -> str:
 
 
 def made_with(model: PreTrainedModel) -> dict[str, Any]:
-    """What answers of `model` depend on beside weights and setting: versions, and how it runs; as JSON holds it."""
+    """What a model's answers depend on beside weights and setting: versions, and how it runs."""
     kind = device_of(model).type
     return {
         "vwt_hf": __version__,
@@ -40,17 +40,17 @@ def made_with(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _float32_products() -> list[str]:
-    """How exact products of float32 are: of matrices and of convolutions on CUDA, and of matrices on a CPU."""
+    """The precision of float32 products: of matrices and convolutions on CUDA, and of matrices on a CPU."""
     if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
         return [torch.get_float32_matmul_precision()]
-    # Asked for the one number of before, torch raises an error where a program set these.
+    # get_float32_matmul_precision raises an error if a program has set these.
     backends: Any = torch.backends
     kinds = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
     return [kind.fp32_precision.replace("none", "ieee") for kind in kinds]
 
 
 def compression_of(model: PreTrainedModel) -> dict[str, Any]:
-    """The setting of `model`, and a hash of the words that it was given, as JSON holds them; `None` for none."""
+    """The setting of `model`, and a hash of its words; `None` for what it does not have."""
     setting, lexicon = setting_of(model), lexicon_of(model)
     words = None if lexicon is None else hashlib.sha256(lexicon.vocabulary.words.numpy().tobytes()).hexdigest()[:16]
     return {"vwt": None if setting is None else setting.to_dict(), "words": words}

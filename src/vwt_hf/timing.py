@@ -1,4 +1,4 @@
-"""What calls take, in seconds and in operations, and the device that they run on."""
+"""Measures calls in seconds and operations, and chooses the device that they run on."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 
 Made = TypeVar("Made")
 FEWEST_TURNS = 5
-"""Turns that are timed however long they take."""
+"""The fewest turns that are timed, however long they take."""
 
 
 def usable_device(name: str | None) -> torch.device:
-    """The device called `name`, by default CUDA where there is one, else the CPU.
+    """The device called `name`; by default CUDA if there is one, else the CPU.
 
     Raises:
         ValueError: this torch cannot use it.
@@ -37,16 +37,16 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until an accelerator has done what it was given."""
+    """Waits until an accelerator has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def return_memory() -> None:
-    """Has the C library give back to the system what it keeps free, where it can be asked to (glibc).
+    """Has the C library give free memory back to the system, if it can (glibc).
 
-    Tensors of changing sizes leave gaps in its memory, by which a process would grow that runs for long on batches of
-    different lengths.
+    Tensors of changing sizes leave gaps in its memory, so a process that runs for long on batches of different lengths
+    would grow.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: on Windows
         ctypes.CDLL(None).malloc_trim(0)
@@ -54,14 +54,14 @@ def return_memory() -> None:
 
 def count_flops(run: Callable[[], object]) -> int:
     """Floating point operations of one call."""
-    # The counter sees the matrix products of this attention, and not what fused kernels do on a CPU.
+    # The counter sees the matrix products of this attention, but not those of fused kernels on a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as operations:
         run()
     return operations.get_total_flops()
 
 
 def stopwatch(run: Callable[[], Made], device: torch.device) -> tuple[Made, float]:
-    """What one call gives, and its seconds."""
+    """The result of one call, and its seconds."""
     synchronize(device)
     start = time.perf_counter()
     made = run()
@@ -79,12 +79,12 @@ def time_in_turn(
     seconds: float = math.inf,
     label: str | None = None,
 ) -> list[list[float]]:
-    """Seconds of each call, by run; runs take turns, so that a machine that slows down slows them all.
+    """Seconds of each call, for each run. Runs take turns, so that a machine that slows down slows them all.
 
     Args:
         turns: how often each is called, after `warm_up` calls that do not count.
-        fewest: turns that there are however long they take, if not fewer are wanted.
-        seconds: no turn starts later than this, if there were the `fewest`.
+        fewest: so many turns are made however long they take (but no more than `turns`).
+        seconds: after the `fewest`, no turn starts later than this.
         label: of a progress bar; `None` for none.
     """
     taken: list[list[float]] = [[] for _ in runs]

@@ -1,4 +1,4 @@
-"""Pictures of what a tokenizer does to photographs: which patches it keeps, which it takes for the same word."""
+"""Pictures of what a setting does to photographs: which patches stay, and which share a word."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 PANEL = 2.0  # inches
 WORD_PANEL = 2.5
-"""Wider: there are many small patches in many colours to tell apart."""
+"""Wider, as there are many small patches in many colours."""
 TINT, EDGE = 0.55, 1.0
-"""Share of the word's colour in its patches and on their outline."""
+"""Share of a word's colour in its patches, and on their outline."""
 
 
 def kept_patches_figure(
@@ -42,18 +42,17 @@ def kept_patches_figure(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> Figure:
-    """Draws each photograph as the model sees it, and beside it, for each setting, what enters the model's first layer.
+    """Draws each photograph as the model sees it, and beside it, for each setting, what enters the first layer.
 
-    Dropped patches are faded, or show the patch that stands for them, or their block at half the size. How many tokens
-    the patches become is written below.
+    Dropped patches are faded, or show the patch that stands for them, or their block at half the size. The number of
+    tokens is written below.
 
     Args:
         pixel_values: (photographs, channels, height, width), as the model gets them.
         patch_size: height and width of a patch, in pixels.
-        settings: one for each column after the first, which shows the whole photograph, by the column's heading; `None`
-            for a plain model.
+        settings: one for each further column, by its heading; `None` for a plain model.
         names: one for each photograph.
-        captions: [photograph][setting], written after that number.
+        captions: [photograph][setting], written after the number of tokens.
         image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].
 
     Returns:
@@ -79,7 +78,7 @@ def kept_patches_figure(
 
 
 def token_counts(patches: Patches, plan: Kept | Grouped | None) -> list[int]:
-    """How many tokens the patches of each image become, by a plan; `None`: all stay."""
+    """How many tokens the patches of each image become by a plan; with `None` all stay."""
     batch = len(patches.pixel_values)
     return [patches.count] * batch if plan is None else token_lengths(plan.patch_words(batch, patches.count))
 
@@ -92,10 +91,10 @@ def words_figure(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> Figure:
-    """Draws each photograph as the model sees it, beside it with the patches that share a word in one colour, and what
-    is left of it: each patch as its token shows it.
+    """Draws each photograph as the model sees it, its patches coloured by the word that they share, and what is left.
 
-    A word has the same colour in every photograph. Patches that stay alone are as in the photograph.
+    A word has the same colour in every photograph; patches that share no word keep their own. What is left is each
+    patch as its token shows it.
 
     Args:
         patches, plan: of the photographs as the model gets them, as `group_by_words` gives them.
@@ -129,7 +128,7 @@ def word_captions(patches: Patches, plan: Grouped) -> list[str]:
 
 
 class Column(NamedTuple):
-    """One treatment of all photographs."""
+    """A column of a figure: all photographs, drawn in one way."""
 
     heading: str
     pictures: torch.Tensor
@@ -139,7 +138,7 @@ class Column(NamedTuple):
 
 
 def draw(columns: Sequence[Column], names: Sequence[str], panel: float) -> Figure:
-    """A figure with a row for each photograph; the first column's heading is plain, as it shows what was given.
+    """A figure with a row for each photograph. The heading of the first column, of the originals, is not bold.
 
     Args:
         panel: width of a picture, in inches.
@@ -155,7 +154,7 @@ def draw(columns: Sequence[Column], names: Sequence[str], panel: float) -> Figur
     for x, column in enumerate(columns):
         axes[0, x].set_title(column.heading, fontsize=10, fontweight="bold" if x else "normal")
         for y, picture in enumerate(column.pictures):
-            # Rounded here: matplotlib cuts off, and normalising and back leaves colours a hair below what they were.
+            # Rounded here: matplotlib truncates, and normalising and back leaves colours a little below what they were.
             axes[y, x].imshow((picture * 255).round().to(torch.uint8).numpy())
             axes[y, x].set_xlabel(column.below[y], fontsize=8.5, labelpad=3, parse_math=False)
             axes[y, x].set(xticks=[], yticks=[])
@@ -166,11 +165,11 @@ def draw(columns: Sequence[Column], names: Sequence[str], panel: float) -> Figur
 
 
 def front_figure(levels: Sequence[Level], measure: str, title: str) -> Figure:
-    """How close to the plain model each setting stays, with its 95 % interval, against the tokens that it leaves.
+    """Draws the agreement of each setting with the plain model, and its 95 % interval, against the tokens it leaves.
 
     Args:
         levels: from light to heavy.
-        measure: what their values are, `"agreement"` or `"cosine"`.
+        measure: the name of their values, `"agreement"` or `"cosine"`.
     """
     figure = require_matplotlib()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -205,10 +204,10 @@ def require_matplotlib() -> type[Figure]:
 
 
 def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
-    """Writes `figure` as a PNG, wholly or not at all; makes its folder.
+    """Writes `figure` as a PNG, whole or not at all; makes its folder.
 
     Args:
-        small: with 256 dithered colours, a third of the size of a full one: small enough for a README.
+        small: with 256 dithered colours, for a third of the size.
 
     Raises:
         OSError: `path` cannot be written.
@@ -232,7 +231,7 @@ def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
 def group_by_words(
     pixel_values: torch.Tensor, patch_size: tuple[int, int], words: torch.Tensor, threshold: float
 ) -> tuple[Patches, Grouped]:
-    """The patches of whole images, and the plan by which those that share a word become one token, as in a model.
+    """The patches of whole images, and the plan by which patches that share a word become one token, as in a model.
 
     Args:
         pixel_values: (batch, channels, height, width), as a model gets them.
@@ -255,8 +254,7 @@ def shared_words(patches: Patches, plan: Grouped) -> torch.Tensor:
         patches, plan: as `group_by_words` gives them.
 
     Returns:
-        (batch, rows, columns) int64 on the CPU, −1 where a patch stays alone: it is near no word, or the only one near
-        its word.
+        (batch, rows, columns) int64 on the CPU; −1 for a patch that is near no word, or the only one near its word.
     """
     assert plan.words is not None and patches.grid is not None
     alone = plan.layout.sizes.flatten()[plan.layout.rows] < 2
@@ -266,10 +264,10 @@ def shared_words(patches: Patches, plan: Grouped) -> torch.Tensor:
 def word_color(word: int) -> tuple[float, float, float]:
     """A vivid colour for a word's number, the same in every picture, in [0, 1].
 
-    Numbers that follow one another differ most, and words are numbered from the most frequent: the words that fill
-    pictures are the easiest to tell apart.
+    Numbers that follow one another have the most different colours. As words are numbered from the most frequent, those
+    that fill pictures are the easiest to tell apart.
     """
-    # Steps of the golden ratio do not come near a hue again soon; every third word is darker or paler than its like.
+    # Steps of the golden ratio come late to a hue that is near an earlier one. Of three words one is darker, one paler.
     hue = (0.58 + word * 0.618034) % 1
     return colorsys.hsv_to_rgb(hue, *((0.95, 0.95), (0.6, 1.0), (1.0, 0.6))[word % 3])
 
@@ -297,7 +295,7 @@ def tint(photographs: torch.Tensor, shared: torch.Tensor, patch_size: tuple[int,
     words, place = pixels.unique(return_inverse=True)
     palette = [word_color(word) for word in words.tolist()]
     colors = torch.tensor(palette, dtype=torch.float32, device=words.device)[place]
-    # Over grey: over a red sign a green word would look as brown as a brown one.
+    # Over grey, as a green word over a red sign would look brown.
     grey = photographs.mean(dim=-1, keepdim=True)
     colored = grey + strength * (colors - grey)
     return torch.where((pixels >= 0).unsqueeze(-1), colored, photographs)

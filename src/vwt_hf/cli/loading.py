@@ -1,4 +1,4 @@
-"""Checkpoints as verbs load them: whole, quietly, of the class that a verb is for."""
+"""Loads checkpoints for verbs: complete, quietly, by the class that a verb needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 NAMED = 3
-"""Missing weights that an error names."""
+"""How many missing weights an error names."""
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def own_class(config: Any) -> Any:
-    """The class of transformers that a checkpoint's config says its model is of; `None` where transformers has none."""
+    """The class that a checkpoint's config names for its model; `None` if transformers does not have it."""
     import transformers
 
     from ..model_configs import plain_class
@@ -38,10 +38,9 @@ def own_class(config: Any) -> Any:
 
 
 def features_class(config: Any) -> Any:
-    """What loads the checkpoint of a config for features: its own class, such as CLIPVisionModelWithProjection, else
-    `AutoModel`.
+    """The class that loads a checkpoint for features: its own, such as CLIPVisionModelWithProjection, or `AutoModel`.
 
-    Of a model with a head for something else, such as labels, `AutoModel` loads what is below.
+    `AutoModel` is for models with another head, such as one for labels, and loads the model below.
     """
     from transformers import AutoModel
 
@@ -52,11 +51,11 @@ def features_class(config: Any) -> Any:
 def load(
     checkpoint: str, device: torch.device, *, auto: Any = None, dtype: str | None = None, vwt: Any = False
 ) -> PreTrainedModel:
-    """A checkpoint's model, ready to answer. Where its pooler is untrained, it gives no pooled output.
+    """A checkpoint's model, ready to answer. If its pooler is untrained, it gives no pooled output.
 
     Args:
         auto: the class that loads it; by default `AutoModel`.
-        dtype: of the weights, as "bfloat16" or, for that of the checkpoint, "auto"; by default float32 on a CPU, else
+        dtype: of the weights, such as "bfloat16", or "auto" for the checkpoint's; by default float32 on a CPU, else
             "auto".
         vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
 
@@ -85,7 +84,7 @@ def load(
 
 
 def leave_out_random(model: Any, missing: Iterable[str], checkpoint: str) -> None:
-    """Takes the pooler off a model whose checkpoint has none, as those of some classifiers do not.
+    """Takes the pooler off a model whose checkpoint has none, such as some classifiers'.
 
     Args:
         missing: the names of the model's weights that the checkpoint does not hold.
@@ -125,10 +124,10 @@ def load_model(checkpoint: str, device: torch.device, dtype: str | None, vwt: An
 
 
 def load_whole(checkpoint: str) -> PreTrainedModel:
-    """A checkpoint's model as it was saved, plain, on the CPU: of its own class, with all weights and their data type.
+    """A checkpoint's plain model as it was saved, on the CPU: of its own class, with all weights, in their data type.
 
     Raises:
-        ValueError: transformers has no such class, or it cannot be shortened.
+        ValueError: transformers does not have the class, or the model cannot be compressed.
         OSError: there is no such checkpoint.
     """
     import torch
@@ -146,7 +145,7 @@ def load_whole(checkpoint: str) -> PreTrainedModel:
 
 
 def tokenizer_beside(checkpoint: str) -> Any:
-    """The tokenizer of a Hub id or folder; `None` where there is none."""
+    """The tokenizer of a Hub id or folder; `None` if there is none."""
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 

@@ -1,4 +1,4 @@
-"""Figures in the `model-index` of a model card, of which all else stays as it was written, to the byte."""
+"""Writes figures into the `model-index` of a model card. All else in the card stays, to the byte."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..evaluate_model import Evaluation
 
 _METADATA = re.compile(r"(\s*---(?:\r\n|\r|\n))(.*?)((?:\r\n|\r|\n)---[ \t]*(?:[\r\n].*|\Z))", re.DOTALL)
-"""A card, where huggingface_hub finds its metadata: what is before that, the metadata, and the rest."""
+"""A card in three parts: what is before the metadata that huggingface_hub finds, the metadata, and the rest."""
 _INDEX = re.compile("(['\"]?)model-index\\1[ \t]*:")
 _MARK = "\ufeff"
 """A byte order mark."""
@@ -38,7 +38,7 @@ class ModelCard:
         """The text of the card with these results in its `model-index`.
 
         Raises:
-            ValueError: the metadata is written in a way in which its `model-index` alone cannot be replaced.
+            ValueError: the metadata are written so that the `model-index` alone cannot be replaced.
         """
         line_end = "\r\n" if "\r\n" in self.before else "\n"
         index = [self.entry | {"results": results}]
@@ -62,10 +62,10 @@ class ModelCard:
 
 
 def read_card(file: Path, model: str) -> ModelCard:
-    """A model card; a new one where there is no file.
+    """A model card; a new one if there is no file.
 
     Args:
-        model: Hub id or folder, of which it is.
+        model: Hub id or folder of its model.
 
     Raises:
         ValueError: the file is no model card, or one of several models.
@@ -104,7 +104,7 @@ def read_card(file: Path, model: str) -> ModelCard:
 
 
 def write_card(file: Path, result: Evaluation, split: str | None, config: str | None) -> None:
-    """Puts the figures into the `model-index` of a model card, in place of those of the same task, data set and name.
+    """Puts figures into the `model-index` of a model card, in place of those of the same task, data set and name.
 
     Args:
         split, config: of the data set.
@@ -136,9 +136,9 @@ def require_same_images(card: ModelCard, subject: tuple[Any, ...], total: int | 
     """Refuses a card with figures of the same subject and another number of images, which would be replaced.
 
     Args:
-        subject: what `subject_of` gives.
+        subject: as `subject_of` gives it.
         total: how many images there are; `None` if that is not known.
-        exact: whether there are as many; else no more, as of a stream, which may end before its limit.
+        exact: whether `total` is exact; if not, as for a stream that may end before its limit, there may be fewer.
 
     Raises:
         ValueError: it has such figures.
@@ -157,7 +157,7 @@ def require_same_images(card: ModelCard, subject: tuple[Any, ...], total: int | 
 
 
 def subject_of(task: str, dataset: str, split: str | None, config: str | None) -> tuple[Any, ...]:
-    """What `evaluate` says that its figures are of: the task as the Hub calls it, and a data set."""
+    """What figures are of, to compare with a card's: a task, as the Hub calls it, and a data set."""
     result = EvalResult(task, dataset, dataset, "", 0, dataset_config=config, dataset_split=split)
     (made,) = eval_results_to_model_index("", [result])
     return _subject(made["results"][0])
@@ -168,7 +168,7 @@ def _dumped(value: Any) -> str:
 
 
 def _place_of_index(metadata: str) -> tuple[int, int]:
-    """Where the lines of `model-index` begin and end; both are the end of the metadata where there is none."""
+    """Where the lines of `model-index` begin and end; without one, both are the end of the metadata."""
     begin, end, at = None, len(metadata), 0
     for line in metadata.splitlines(keepends=True):
         is_within = line[0] in " \t-" and bool(line.strip())  # a list may begin where its name does
@@ -183,14 +183,14 @@ def _place_of_index(metadata: str) -> tuple[int, int]:
 
 
 def _all_but_index(metadata: str) -> dict[str, Any]:
-    """What metadata says beside its `model-index`, as texts: a number or date may be written in many ways."""
-    # With a line end, which a text in its last line may have or lack.
+    """The metadata without `model-index`, all values as texts: a number or date may be written in many ways."""
+    # With a line end, which the last line may have or lack.
     found = yaml.load(f"{metadata}\n", Loader=yaml.BaseLoader) or {}
     return {name: value for name, value in found.items() if name != "model-index"}
 
 
 def _subject(result: dict[str, Any]) -> tuple[Any, ...]:
-    """What the figures of a result are of, and who says so."""
+    """What the figures of a result are of, and their source."""
     task, dataset = result["task"], result["dataset"]
     fields = ("type", "name", "config", "split", "revision", "args")
     return (task["type"], task.get("name"), *map(dataset.get, fields), result.get("source"))

@@ -1,4 +1,4 @@
-"""What verbs take as images: a folder, a data set saved to disk, or one on the Hub."""
+"""Opens what a user names as images: a folder, a data set saved to disk, or one on the Hub."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def open_source(
     streaming: bool = False,
     described: bool = False,
 ) -> tuple[Any, str | None]:
-    """What a command takes as images: a folder of them, or a data set; and the name of its split, if it has several.
+    """A folder of images or a data set; and the name of the split, if there are several.
 
     Args:
         images: a folder of images, one that `save_to_disk` of `datasets` wrote, or a data set's Hub id.
-        column: as a user named it, which only data sets have.
-        usual: the splits, by preference, of which one is taken where `split` names none.
-        described: whether a folder's images may be described by files among them, or lie in such, as `datasets` reads:
-            metadata.jsonl, Parquet, ...
+        column: as a user named it; only data sets have columns.
+        usual: the splits to choose from, the best first, if `split` names none.
+        described: whether a folder may be read as a data set, by files in it that `datasets` reads: metadata.jsonl,
+            Parquet, ...
 
     Raises:
         ValueError: `images` is a file, a folder with options that only a data set has, or has no such split.
@@ -38,7 +38,7 @@ def open_source(
     """
     path = Path(images)
     expected = "expected a folder of images, a data set saved to disk, or the Hub id of a data set"
-    if not images:  # which would be the folder that one is in
+    if not images:  # it would be the current folder
         raise ValueError(f"no images are named, but an empty text; {expected}.")
     if path.is_dir():
         if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
@@ -83,7 +83,7 @@ def _saved(
 
 
 def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -> None:
-    """Refuses another split or configuration than the one that saved data are of."""
+    """Refuses another split or configuration than that of saved data."""
     if asked not in (None, own):
         known = f"no {name}" if own is None else repr(own)
         raise ValueError(
@@ -93,7 +93,7 @@ def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -
 
 
 def _is_described(folder: Path) -> bool:
-    """Whether a folder's images are told of by files that `datasets` reads; what `embed` writes tells of none."""
+    """Whether a folder has files that `datasets` reads for its images; those that `embed` writes do not count."""
     kinds = ("metadata.*", "*.parquet", "*.arrow", "*.tar")
     found = (file for within in ("", "*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
     of_embed = re.compile(r"train-\d+-of-\d+\.parquet")
