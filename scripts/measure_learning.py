@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from vwt_hf.cli.loading import add_device
 from vwt_hf.image_source import open_images
 from vwt_hf.processed_images import PatchBatch, patch_batches
 from vwt_hf.processes import joined, place
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1000, help="words to learn")
     parser.add_argument("--batch-size", type=int, default=32, help="images in a batch, of all processes together")
     parser.add_argument("--max-images", type=int, help="they are held as patches (default: all)")
-    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    add_device(parser)
     options = parser.parse_args()
     with joined(options.device):
         measure(options)

@@ -397,9 +397,8 @@ def pitome(model: PreTrainedModel, r: int) -> PreTrainedModel:
     """PiToMe (arXiv 2405.16148): as Token Merging, but only patches that have many others like them are merged.
 
     The margin of `match_by_energy` falls linearly with the layers, from 0.9 in the first towards 0. This and the energy
-    were written down from memory of the paper and not compared with it. It merges a share of the tokens in each layer;
-    here it is `r` pairs, so that rows stand beside those of
-    `tome`.
+    were written down from memory of the paper and not compared with it. The paper merges a share of the tokens in each
+    layer; here it is `r` pairs, to compare with `tome`.
 
     Args and errors as of `tome`.
     """

@@ -55,7 +55,7 @@ from vwt_hf.answers import (
     require_label_names,
     require_labels,
 )
-from vwt_hf.cli.loading import add_dtype, load_model
+from vwt_hf.cli.loading import add_device, add_dtype, load_model
 from vwt_hf.decoding import UnreadableImage
 from vwt_hf.embedding import require_features
 from vwt_hf.printable import LONGEST, printable, shown
@@ -165,7 +165,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--host", choices=("127.0.0.1", "0.0.0.0", "::"), default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    add_device(parser)
     add_dtype(parser)
     parser.add_argument(
         "--workers",

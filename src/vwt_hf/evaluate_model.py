@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -260,16 +261,6 @@ def evaluate_model(
     if not kept.samples:
         raise ValueError(f"no image can be read of {len(unreadable)}: {'; '.join(unreadable[:3]) or 'there are none'}.")
     figures, said = chosen.figures(kept)
-    rows = [
-        Row(
-            setting=name,
-            vwt=json.loads(json.dumps(setting, default=_in_json)),
-            tokens=_total([batch.counts[index] for part in parts for batch in part]).mean,
-            seconds=max(sum(batch.seconds[index] for batch in part) for part in parts),
-            figures=figures[index],
-        )
-        for index, (name, setting) in enumerate(zip(names, settings, strict=True))
-    ]
     return Evaluation(
         model=model.name_or_path or "",
         task=task_class.name,
@@ -277,9 +268,28 @@ def evaluate_model(
         images=len(kept.samples),
         unreadable=unreadable,
         said=said,
-        rows=rows,
+        rows=_rows(names, settings, figures, parts),
         machine=_machine(model, len(parts)),
     )
+
+
+def _rows(
+    names: Sequence[str],
+    settings: Sequence[Any],
+    figures: Sequence[dict[str, Figure]],
+    parts: Sequence[Sequence[Batch]],
+) -> list[Row]:
+    """A row for each setting, from its name, its figures, and the batches of each process."""
+    return [
+        Row(
+            setting=name,
+            vwt=json.loads(json.dumps(setting, default=_in_json)),
+            tokens=_total([batch.counts[index] for part in parts for batch in part]).mean,
+            seconds=max(sum(batch.seconds[index] for batch in part) for part in parts),
+            figures=found,
+        )
+        for index, (name, setting, found) in enumerate(zip(names, settings, figures, strict=True))
+    ]
 
 
 def _copies(model: PreTrainedModel, settings: Sequence[Any], processor: Any) -> list[PreTrainedModel]:
@@ -438,11 +448,11 @@ def _merged(batches: Sequence[Batch], models: int) -> tuple[Answers, list[str]]:
 
 
 def _joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    def join(values: Iterable[Any]) -> Any:
-        listed = list(values)
-        return torch.cat(listed) if isinstance(listed[0], torch.Tensor) else [one for own in listed for one in own]
-
-    return {name: join(batch[name] for batch in batches) for name in (batches[0] if batches else ())}
+    joined: dict[str, Any] = {}
+    for name in batches[0] if batches else ():
+        parts = [batch[name] for batch in batches]
+        joined[name] = torch.cat(parts) if isinstance(parts[0], torch.Tensor) else list(itertools.chain(*parts))
+    return joined
 
 
 def _total(counts: Sequence[TokenCount]) -> TokenCount:

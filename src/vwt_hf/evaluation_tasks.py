@@ -288,14 +288,7 @@ class Retrieval(Task):
         for image, own in enumerate(of_images):
             for text in own:
                 of_texts[text].append(image)
-        index, processes = place()
-
-        def encoded() -> torch.Tensor:
-            own = texts[len(texts) * index // processes : len(texts) * (index + 1) // processes]
-            return text_features(self.model, self.tokenizer, own) if own else torch.zeros(0, 1, device="cpu")
-
-        features = torch.cat([own for own in gathered(encoded) if len(own)])
-        said = _left_out(captions, "without a caption are left out")
+        features = self._encoded(texts)
         recalls = []
         for answers in kept.answers:
             images = answers["features"][captioned]
@@ -310,7 +303,17 @@ class Retrieval(Task):
                     for count in RECALLED
                 }
             )
-        return recalls, said
+        return recalls, _left_out(captions, "without a caption are left out")
+
+    def _encoded(self, texts: Sequence[str]) -> torch.Tensor:
+        """The features of texts, (texts, values), of which each process makes its share."""
+        index, processes = place()
+
+        def encoded() -> torch.Tensor:
+            own = texts[len(texts) * index // processes : len(texts) * (index + 1) // processes]
+            return text_features(self.model, self.tokenizer, own) if own else torch.zeros(0, 1, device="cpu")
+
+        return torch.cat([own for own in gathered(encoded) if len(own)])
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
         return {"cosine": self.mean(answers["cosine"])}

@@ -162,10 +162,11 @@ def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(seed)
     # Some resamples at a time: those of many images would not fit into memory.
     at_once = max(1, DRAWN_AT_ONCE // count)
-    means = [
-        values[torch.randint(count, (some, count), generator=generator, device="cpu")].mean(dim=1)
-        for some in (min(at_once, RESAMPLES - start) for start in range(0, RESAMPLES, at_once))
-    ]
+    means = []
+    for start in range(0, RESAMPLES, at_once):
+        some = min(at_once, RESAMPLES - start)
+        drawn = torch.randint(count, (some, count), generator=generator, device="cpu")
+        means.append(values[drawn].mean(dim=1))
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64, device=values.device)
     low, high = torch.cat(means).quantile(ends).tolist()
     return low, high

@@ -442,6 +442,28 @@ def _prepare(
     trusted: bool,
     model_config: Any,
 ) -> None:
+    _require_finding(processor, setting)
+    patch_size = patch_size or stated_patch_size(model_config) or stated_patch_size(processor)
+    if patch_size is None:
+        raise ValueError(
+            f"{source} has no model config that says the size of its patches, by which the image processor is to "
+            "cut. Give it beside the setting: vwt={'patch_size': 16, ...}."
+        )
+    channels = _channels(processor, setting, model_config)
+    hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
+    if os.path.isdir(str(source)):
+        hub_kwargs.pop("revision", None)
+    facts = ModelFacts(
+        str(source), patch_size, channels, None, trusted, hub_kwargs, words_folder=folder, image_processor=processor
+    )
+    saved_as = getattr(setting, "saved_as", None) if folder == PROCESSOR_FOLDER else None
+    ready = setting.prepared(facts)
+    normalised_by = _normalises_by(processor) if _has_statistics(ready, processor) else None
+    processor.vwt = HostTokenizer(ready, patch_size, saved_as, copy.deepcopy(normalised_by), channels)
+
+
+def _require_finding(processor: Any, setting: VWTConfig) -> None:
+    """Refuses a setting that finds no words, and an image processor whose images have no patches to find them of."""
     if not setting.searches:
         raise ValueError(
             f"method={setting.method!r} goes by patch_words that something else makes, and an image processor is to "
@@ -453,24 +475,6 @@ def _prepare(
             f"the {plain_class(type(processor)).__name__} makes {', '.join(made)}; expected pixel_values of whole "
             "images, of which patches can be cut. Load it without `vwt`."
         )
-    patch_size = patch_size or stated_patch_size(model_config) or stated_patch_size(processor)
-    if patch_size is None:
-        raise ValueError(
-            f"{source} has no model config that says the size of its patches, by which the image processor is to "
-            "cut. Give it beside the setting: vwt={'patch_size': 16, ...}."
-        )
-    channels = _channels(processor, setting, model_config)
-    hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
-    if os.path.isdir(str(source)):
-        hub_kwargs.pop("revision", None)
-    saved_as = getattr(setting, "saved_as", None)
-    facts = ModelFacts(
-        str(source), patch_size, channels, None, trusted, hub_kwargs, words_folder=folder, image_processor=processor
-    )
-    ready = setting.prepared(facts)
-    own_words = saved_as if folder == PROCESSOR_FOLDER else None
-    own = _normalises_by(processor) if _has_statistics(ready, processor) else None
-    processor.vwt = HostTokenizer(ready, patch_size, own_words, copy.deepcopy(own), channels)
 
 
 def _channels(processor: Any, setting: VWTConfig, model_config: Any) -> int:

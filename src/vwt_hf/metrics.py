@@ -84,10 +84,11 @@ class Divergence(_OfImages):
     columns: ClassVar[dict[str, Any]] = {"logits": LOGITS, "plain_logits": LOGITS}
 
     def _compute(self, logits: Sequence[Any], plain_logits: Sequence[Any], **_: Any) -> dict[str, float]:
-        parts = [
-            divergences(*(torch.tensor(one[some], dtype=torch.float64, device="cpu") for one in (logits, plain_logits)))
-            for some in (slice(start, start + AT_ONCE) for start in range(0, len(logits), AT_ONCE))
-        ]
+        parts = []
+        for start in range(0, len(logits), AT_ONCE):
+            some = (one[start : start + AT_ONCE] for one in (logits, plain_logits))
+            given, expected = (torch.tensor(rows, dtype=torch.float64, device="cpu") for rows in some)
+            parts.append(divergences(given, expected))
         return {"divergence": torch.cat(parts).mean().item()}
 
 
