@@ -1,4 +1,8 @@
-"""The command `vwt-hf`: one file a verb. A verb imports what needs torch when it runs, so that help comes at once."""
+"""The command `vwt-hf`. Each verb is a file with its help (`HELP`, `DESCRIPTION`, `EXAMPLES`), `add_arguments`, which
+adds its arguments to a parser, and `work`, which does what they ask for.
+
+A verb imports what needs torch when it runs, so that help comes at once.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; by default the process's own.
 
     Returns:
-        The exit status: 0; 2 where what was asked for cannot be done, and one line on stderr says why; 130 after
-        Ctrl-C; 141 where the output was closed.
+        The exit status: 0; 2 after an error, of which one line on stderr says why; 130 after Ctrl-C; 141 if the output
+        was closed.
     """
     args = argparse.Namespace(prog="vwt-hf")
     status = run_command(args.prog, lambda: _parser().parse_args(argv, args))
@@ -61,7 +65,10 @@ def _work(args: argparse.Namespace) -> None:
 
 
 def _register() -> Callable[[], None]:
-    """Registers, which a process that is the command has not, so that help comes at once; gives what undoes that."""
+    """Registers with transformers, if that was not done, and returns what undoes it.
+
+    A process that is the command has not done it, so that help comes at once.
+    """
     from transformers import PreTrainedConfig
 
     from ..auto import register, unregister

@@ -41,7 +41,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's arguments to its parser."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a supported model")
     parser.add_argument("images", metavar="IMAGES", help=IMAGES)
     target = parser.add_mutually_exclusive_group(required=True)
@@ -69,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Prints the settings that were tried and the one that keeps what was asked for, and writes what was named."""
     require_writable(args.json, args.plot, args.resume)
     if args.output is not None:
         require_folder(args.output)

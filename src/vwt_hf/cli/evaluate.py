@@ -49,7 +49,6 @@ SPLITS = ("validation", "test", "val", "valid")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's arguments to its parser."""
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a supported model")
     parser.add_argument(
         "--dataset",
@@ -116,7 +115,6 @@ def add_groups(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Prints a row for each setting, and writes what was named."""
     require_writable(args.json, args.card)
     if args.resume is not None:
         require_folder(args.resume)

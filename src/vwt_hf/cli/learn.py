@@ -42,7 +42,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's arguments to its parser."""
     parser.add_argument("images", metavar="IMAGES", help=IMAGES)
     parser.add_argument(
         "--image-processor", required=True, metavar="MODEL", help="Hub id or folder of a model, or of its processor"
@@ -78,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Learns a vocabulary, writes it, pushes it where asked to, and prints what came of it."""
     from ..processes import everywhere, in_main, joined
 
     with joined(args.device):

@@ -47,7 +47,6 @@ PATCH_SIZE = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's arguments to its parser."""
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="photographs, or folders of them")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--vwt", type=vwt_option, metavar="JSON", help="a setting: draw what is left by it")
@@ -75,7 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Writes a picture of which patches share a word, or of which ones are kept, and prints their numbers."""
     setting = asked_setting(args)
     require_writable(args.output)
 

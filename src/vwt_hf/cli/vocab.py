@@ -25,7 +25,6 @@ UNKNOWN = "not recorded"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's arguments to its parser."""
     parser.add_argument("vocabulary", metavar="VOCABULARY", help="Hub id or folder")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     parser.add_argument(
@@ -38,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Prints what a vocabulary is and where it is from, and writes a picture of its most frequent words."""
     require_writable(args.output)
     from ..vocabulary import VisualVocabulary
     from ..vocabulary.card import SHOWN, render_words
