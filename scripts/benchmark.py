@@ -90,13 +90,13 @@ FITTED: dict[str, tuple[str, Callable[..., PreTrainedModel]]] = {
 }
 """Peers that merge tokens, with the numbers of `--tome-r`, and are fitted to images."""
 FIRST_SETTINGS: list[Any] = [True, {"method": "local"}]
-"""Settings that are measured first where none is asked for."""
+"""Settings that are measured first if none is asked for."""
 RATIOS = (0.75, 0.5, 0.25)
 PEERS = ["random", *MERGING, *FITTED, "int8", "bf16", "bf16+settings"]
 WARM_UP = 2
 EMBEDDING_TURNS = 3
 TURNS = 1000
-"""Timed turns of a batch size at most, where no batch needs more for its own."""
+"""The most timed turns of a batch size, unless its batches need more (`TURNS_OF_BATCH`)."""
 TURNS_OF_BATCH = 3
 """Of each batch, however long they take."""
 ENERGY_SECONDS = 3.0
@@ -281,7 +281,7 @@ def energy_meter(device: torch.device) -> Meter | None:
 
 
 def header(options: argparse.Namespace, machine: dict[str, Any], judged: dict[str, str]) -> dict[str, Any]:
-    """What two runs must share for their rows to stand in one file.
+    """What two runs must have in common for their rows to stand in one file.
 
     Args:
         judged: what tells images and weights from others under the same names.
@@ -296,7 +296,7 @@ class Results:
     """Rows of finished pieces of work, kept in a JSON file if one is named."""
 
     def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
-        """Raises `SystemExit` where `path` holds another run's results."""
+        """Raises `SystemExit` if `path` holds another run's results."""
         self._path = path
         self.content = json.loads(json.dumps(header)) | {"timing": [], "quality": []}
         if path is not None and path.exists():
@@ -312,7 +312,7 @@ class Results:
             self.content = found
 
     def _different(self, found: dict[str, Any]) -> str:
-        """In which options or facts of the machine `found` differs."""
+        """The options and facts of the machine in which `found` differs."""
         return "; ".join(
             f"{key} {found.get(part, {}).get(key)!r} there, {value!r} here"
             for part in ("options", "judged", "machine")
@@ -405,7 +405,7 @@ def merging(
 
 
 def line_of(setting: Any) -> str:
-    """What names a setting besides numbers."""
+    """A setting's name without its numbers."""
     fields = fields_of(setting)
     words = [Path(value).name for value in fields.values() if isinstance(value, str)]
     return " ".join(words) or " ".join(fields)
@@ -419,7 +419,7 @@ def sample(options: argparse.Namespace, model: PreTrainedModel, count: int) -> t
 
 
 def batches_of(images: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Batches of so many of the images, each spread evenly over all; where these are too few, one that repeats them."""
+    """Batches of `size` images, each spread evenly over all; with fewer images, one batch that repeats them."""
     number = len(images) // size
     if not number:
         return [images[torch.arange(size) % len(images)]]
@@ -547,7 +547,7 @@ def count(method: Method, batches: Sequence[torch.Tensor]) -> dict[str, Any]:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that `run` holds at once, above what was allocated before; `None` where torch cannot say."""
+    """The most bytes that `run` holds at once, above what was allocated before; `None` if torch cannot say."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -692,7 +692,7 @@ def rounded(value: float | None, digits: int, times: int = 1) -> str | None:
 
 
 def require_format(path: Path) -> None:
-    """Raises `ValueError` where matplotlib cannot draw into a file of that name's ending, and `ImportError` without."""
+    """Raises `ValueError` if matplotlib cannot draw into a file with that ending, and `ImportError` without it."""
     kinds = require_matplotlib()().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise ValueError(f"--plot is {path}; expected a name that ends in .{', .'.join(sorted(kinds))}.")

@@ -55,7 +55,7 @@ class RaplMeter:
     """The energy counters of all CPU packages, in µJ (Linux powercap; AMD's are there under Intel's name)."""
 
     def __init__(self, folder: Path = POWERCAP) -> None:
-        """Raises `NoMeter` where no package has a counter that may be read."""
+        """Raises `NoMeter` if no package has a counter that may be read."""
         # The zones of a package's parts, of the whole platform and of its other interface (-mmio) count the same again.
         zones = sorted(folder.glob("intel-rapl:*"))
         self._zones = [zone for zone in zones if (zone / "name").read_text().startswith("package")]

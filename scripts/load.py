@@ -169,7 +169,7 @@ class Server(NamedTuple):
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=5).read().decode()
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         names = {"vwt_images_total": "images", "vwt_tokens_total": "tokens"}
-        # What was never counted, as where all answers are errors, is not there.
+        # What was never counted is not there, for example if all answers are errors.
         counted = dict.fromkeys(names.values(), 0.0)
         counted |= {names[sample.name]: sample.value for sample in samples if sample.name in names}
         of_batches = (s.value for s in samples if s.name == "vwt_seconds_count" and s.labels["of"] == "forward")
@@ -195,7 +195,7 @@ def measure(
     counted = {name: value - before[name] for name, value in server.counts().items()}
     found = [(judged(reply, photographs[which].expected, tolerance), wait) for which, wait, reply in replies]
     verdicts = Counter(verdict for verdict, _ in found)
-    # Without errors, which come at once where a request is turned away.
+    # Without errors, which come at once if a request is turned away.
     waits = sorted(wait for verdict, wait in found if verdict != "error")
     ends = [len(memory) * part // PARTS for part in range(PARTS + 1)]
     tenths = [statistics.mean(memory[start:end] or memory) / 2**20 for start, end in itertools.pairwise(ends)]
@@ -216,14 +216,14 @@ def measure(
 
 
 def rounded(value: float, count: float, digits: int) -> float | None:
-    """`value` of each of `count`; `None` of none."""
+    """`value` / `count`, rounded; `None` if `count` is 0."""
     return round(value / count, digits) if count else None
 
 
 async def load(
     server: Server, photographs: Sequence[Photograph], clients: int, seconds: float
 ) -> tuple[list[tuple[int, float, Any]], list[int]]:
-    """Which photograph was sent, the seconds until its answer was there, and it; and memory, each second."""
+    """For each request its photograph, the seconds until its answer, and the answer; and the memory of each second."""
     replies: list[tuple[int, float, Any]] = []
     memory = [server.memory()]
     order = itertools.cycle(range(len(photographs)))

@@ -67,15 +67,15 @@ class Merge:
     """
 
     kept: torch.Tensor
-    """(batch, tokens left): the tokens that stay, in their order; any token where there is padding."""
+    """(batch, tokens left): the tokens that stay, in their order, and any token in place of padding."""
     merged: torch.Tensor
     """(merges,): the rows of the tokens that become part of another, before the merge."""
     into: torch.Tensor
     """(merges,): the row, after the merge, of the token that each merged one becomes part of."""
     place: torch.Tensor
-    """(batch, tokens): the place among `kept` where each token ends."""
+    """(batch, tokens): the place among `kept` of the token that each becomes part of."""
     padding: torch.Tensor | None = None
-    """(batch, tokens left), bool: what of `kept` is no token, where images differ in how many are left."""
+    """(batch, tokens left), bool: which of `kept` are padding, if images differ in how many are left."""
     weights: torch.Tensor | None = None
     """(batch, tokens), float32: how much each counts in the average; `None` for its size, which then adds up."""
     dropped: torch.Tensor | None = None

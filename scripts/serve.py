@@ -88,7 +88,7 @@ MOST_VALUES = 1000
 SLOWEST = 60.0
 """Seconds in which a request's body must have come."""
 MOST_TIMES = 16
-"""How many times as many values an image processor that does not crop may make of an image as of a square one."""
+"""An image processor that does not crop may make at most so many times the values of a square image."""
 SQUARE = 1024
 """Pixels of a side of that square one."""
 GRACE = 1.0
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 log_level="warning",
                 generate_client_file=False,
             )
-        except (EOFError, ConnectionError):  # LitServe waits for a process that it ends itself where a worker dies
+        except (EOFError, ConnectionError):  # LitServe waits for a process that it has ended itself, if a worker dies
             if not server.died:
                 raise
     if server.died:
@@ -198,7 +198,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Server(litserve.LitServer):
-    """LitServe's server, that ends where the process which answers HTTP does, as it ends where a worker does."""
+    """LitServe's server, which ends if a worker dies, and here also if the process that answers HTTP dies."""
 
     died: str | None = None
     """The process that ended by itself; `None` if none did."""
@@ -257,7 +257,7 @@ def require_every_shape(model: Any, image_processor: Any) -> int:
 
 
 def end(first: int, *_: object) -> None:
-    """Ends the process `first` as an interrupt does, upon which LitServe ends its others; those forked end at once."""
+    """Ends the process `first` as an interrupt does, so that LitServe ends all; a forked process ends at once."""
     if os.getpid() != first:
         os._exit(0)
     raise KeyboardInterrupt
@@ -385,7 +385,7 @@ class Ahead(NamedTuple):
 
 
 class Batches(BatchedLoop):
-    """LitServe's loop, which waits for a first request, and does not ask for one a thousand times a second."""
+    """LitServe's loop, which here waits for a first request in place of asking a thousand times a second."""
 
     def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> Any:
         ahead = Ahead([request_queue.get()], request_queue)
@@ -460,7 +460,7 @@ def run(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def encoded(model: Any, output: torch.Tensor) -> dict[str, Any]:
-    """The answer to a request, as JSON has it, of one row of logits or features."""
+    """The answer to a request in JSON, from a row of logits or features."""
     if not classifies(model):
         return {"features": output.tolist()}
     # As transformers' pipeline for image-classification does.
@@ -487,7 +487,7 @@ class Metrics(NamedTuple):
 @functools.cache
 def metrics() -> Metrics:
     """The counters of this process."""
-    # Not from the top: it looks for the folder that processes share where it is imported.
+    # Not from the top: when it is imported, it looks for the folder that processes share.
     from prometheus_client import Counter, Histogram
 
     return Metrics(
@@ -508,7 +508,7 @@ async def show_metrics(request: Request) -> Response:
 
 
 class Bounded:
-    """Middleware that holds no more requests to /predict at once than told, and none whose body does not come."""
+    """Middleware that refuses requests to /predict beyond the most at once, and those whose body does not come."""
 
     def __init__(self, app: Any, most: int) -> None:
         self.app = app

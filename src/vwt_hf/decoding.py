@@ -92,7 +92,7 @@ def read_image(item: Any, name: str | None = None, formats: Sequence[str] = FORM
     except Exception as error:
         where = item.get("path") if isinstance(item, Mapping) else item
         name = name or (os.fspath(where) if isinstance(where, (str, os.PathLike)) else "an image")
-        # Pillow names where bytes lie in memory.
+        # Pillow's message gives an address in memory.
         reason = "no image of a known format" if type(error).__name__ == "UnidentifiedImageError" else error
         raise UnreadableImage(
             f"{printable(name)} cannot be read ({type(error).__name__}: {printable(reason)})"
@@ -140,7 +140,7 @@ def _require_few_values(file: Any) -> None:
     """Refuses a TIFF with very many values in a tag before Pillow opens it, which makes lists of them.
 
     Args:
-        file: at its start, where it is left.
+        file: at its start; it is left there.
 
     Raises:
         ValueError: its first image has a tag of more than `MOST_VALUES`, or as many tags.
@@ -187,13 +187,13 @@ def _count_scans(jpeg: bytes, most: int) -> int:
 
 
 def _turned(image: Any) -> Any:
-    """`image` upright, by its EXIF where that can be read."""
+    """`image` turned upright by its EXIF, if that can be read."""
     image.load()
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION))
-    except Exception:  # nearly anything, where it is damaged; the pixels are not
+    except Exception:  # EXIF may be damaged in any way; the pixels are not
         turn = None
-    # Pillow's own `exif_transpose` writes the rest of the EXIF anew, which fails where some of it is odd.
+    # Pillow's own `exif_transpose` writes the rest of the EXIF anew, which fails if some of it is odd.
     return image if turn is None else image.transpose(turn)
 
 

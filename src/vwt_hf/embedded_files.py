@@ -190,7 +190,7 @@ class Shards:
             How many images all files have together, and which could not be read.
 
         Raises:
-            OSError: some are not there, as where machines have a folder of this name each.
+            OSError: some are not there, for example because each machine has a folder of its own.
         """
         (images, unreadable), _ = everywhere(self._read_all)
         everywhere(lambda: self._require_own(of))

@@ -124,7 +124,7 @@ class Evaluation:
 
         Args:
             dataset: the data set's Hub id or another name; by default its own.
-            split, config: of the data set, where it has several.
+            split, config: of the data set, if it has several.
         """
         name = printable(dataset or self.dataset)
         return [
@@ -293,7 +293,7 @@ def _rows(
 
 
 def _copies(model: PreTrainedModel, settings: Sequence[Any], processor: Any) -> list[PreTrainedModel]:
-    """The model under each setting, the first of which is none. The user's model stays as it is, whatever happens."""
+    """Copies of the model: a plain one for the first setting, `None`, then one under each other setting."""
     plain = restore(copy_sharing_weights(model)).eval()
     models = [plain]
     for setting in settings[1:]:

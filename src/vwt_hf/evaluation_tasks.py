@@ -49,7 +49,7 @@ PROMPT = "a photo of a {}."
 
 @dataclasses.dataclass
 class Figure:
-    """A figure over all images and, where it has one, its 95 % interval."""
+    """A figure over all images, and its 95 % interval if it has one."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -387,7 +387,7 @@ class _Watch(LogitsProcessor):
         self._highest: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._highest.append(scores.amax(dim=-1))  # NaN where one is; tokens that are ruled out have -inf
+        self._highest.append(scores.amax(dim=-1))  # NaN if there is one; tokens that are ruled out have -inf
         return scores
 
     def finite(self) -> list[bool]:

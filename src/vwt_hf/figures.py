@@ -68,7 +68,7 @@ def cosines(features: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def are_right(answers: Sequence[int], truth: Sequence[Collection[int]]) -> list[bool | None]:
-    """Whether the answer for each image is right; `None` where its label is not known.
+    """Whether the answer for each image is right; `None` if its label is not known.
 
     Args:
         answers: a label for each image, as `first_answers` gives them.
@@ -78,7 +78,7 @@ def are_right(answers: Sequence[int], truth: Sequence[Collection[int]]) -> list[
 
 
 def accuracy(correct: Sequence[bool | None]) -> float | None:
-    """Share of the images that are answered right, in [0, 1]; `None` where no image's label is known.
+    """Share of the images that are answered right, in [0, 1]; `None` if no image's label is known.
 
     Args:
         correct: for each image, as `are_right` gives it. Images of unknown labels do not count.
@@ -88,7 +88,7 @@ def accuracy(correct: Sequence[bool | None]) -> float | None:
 
 
 def worst_group(correct: Sequence[bool | None], groups: Sequence[str]) -> float | None:
-    """The accuracy within the group that has the lowest, in [0, 1]; `None` where no group is large enough.
+    """The accuracy within the group that has the lowest, in [0, 1]; `None` if no group is large enough.
 
     A group with fewer than `FEWEST_OF_GROUP` images of known label is left out: a single image would decide.
 

@@ -256,7 +256,7 @@ class _FolderRows:
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa
 
-        # In Arrow, where a million names take some 50 MB. As bytes, since names of files may be no text.
+        # In Arrow, in which a million names take some 50 MB. As bytes, since names of files may not be valid text.
         names, chunks = map(os.fsencode, _image_names(folder)), []
         while some := list(itertools.islice(names, 10_000)):
             chunks.append(pa.array(some, pa.binary()))
@@ -352,7 +352,7 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
     shuffled = encoded.shuffle(seed=seed, buffer_size=SHUFFLED)
 
     def cut(index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
-        # In whole shards where their number allows it; else every process reads all rows and keeps its own.
+        # In whole shards if their number allows it; else every process reads all rows and keeps its own.
         mine = shuffled if number == 1 else split_dataset_by_node(shuffled, index, number)
         whose = "" if number == 1 else f" of part {index}"
         rows = ((f"image {i} of the shuffled stream{whose}", row[column]) for i, row in enumerate(mine))

@@ -37,11 +37,11 @@ class Sample(NamedTuple):
     item: Any
     """What `read_image` takes."""
     label: str | int | None
-    """Its name; its number where labels have no names; `None` if it has none."""
+    """Its name, or its number if labels have no names; `None` if it has no label."""
     group: str
     captions: tuple[str, ...]
     content: str = ""
-    """A hash of the image as it is stored, where a stream may be gone on with; else empty."""
+    """A hash of the stored image, for streams that may be resumed; else empty."""
 
 
 @dataclasses.dataclass

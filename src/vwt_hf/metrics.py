@@ -93,7 +93,7 @@ class Divergence(_OfImages):
 
 
 class WorstGroup(_OfImages):
-    """The accuracy within the group that has the lowest, in [0, 1]; `None` where no group is large enough.
+    """The accuracy within the group that has the lowest, in [0, 1]; `None` if no group is large enough.
 
     Groups of fewer than 5 images are left out: one image more or less that is right would decide.
 

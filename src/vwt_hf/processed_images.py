@@ -27,7 +27,7 @@ class PatchBatch(NamedTuple):
     patches: torch.Tensor
     """(patches, channels · patch height · patch width) float32, raw RGB in [0, 1]."""
     lengths: list[int]
-    """Patches of each image, 0 where it could not be read."""
+    """Patches of each image, 0 if it could not be read."""
     unreadable: list[str]
     """Name and reason of each image that was not read."""
 

@@ -110,7 +110,7 @@ def patch_size_of(checkpoint: str) -> int:
 
 
 def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
-    """The config of the model beside an image processor; `None` where there is none. Its code is never run."""
+    """The config of the model beside an image processor, or `None`. Code in its repository is never run."""
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub_kwargs)

@@ -121,7 +121,7 @@ def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any], na
 
     Args:
         source: Hub id or folder of the model.
-        saved_as: see `VWTConfig`; `None` where they lie in `FOLDER` itself, unsealed.
+        saved_as: see `VWTConfig`; `None` if they lie in `FOLDER` itself, unsealed.
         hub_kwargs: how `source` is read, its `revision` and `subfolder` among them.
         named: `FOLDER`, or `PROCESSOR_FOLDER` for an image processor's.
     """

@@ -1,4 +1,4 @@
-"""`python -m vwt_hf.cli`, for where the command `vwt-hf` is not on the path."""
+"""`python -m vwt_hf.cli`, for when the command `vwt-hf` is not on the path."""
 
 import sys
 

@@ -207,7 +207,7 @@ def default_folder() -> Path:
 
 
 def find_photographs(images: Sequence[str] | None) -> list[Path]:
-    """Photographs as `find_images` finds them, or scikit-image's five where none are named.
+    """The photographs that are named, or scikit-image's five if none are.
 
     Raises:
         ImportError: none are named and scikit-image is not installed.

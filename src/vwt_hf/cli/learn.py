@@ -129,7 +129,7 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _keep(args: argparse.Namespace, vocabulary: VisualVocabulary, seconds: float) -> None:
-    """Writes the words, pushes them where asked to, and prints what came of it."""
+    """Writes the words, pushes them if asked to, and prints what came of it."""
     from ..vocabulary.learning import remove_checkpoint
 
     vocabulary.save_pretrained(args.output, repo_id=args.push_to_hub)
@@ -157,7 +157,7 @@ def _require_hub(repo_id: str, private: bool | None) -> None:
     """Asks whether the Hub knows this user, before words are learned for it.
 
     Raises:
-        ValueError: `repo_id` is no name of a repository, or is public where it is to be private.
+        ValueError: `repo_id` is not the name of a repository, or the repository is public and is to be private.
         OSError: nobody is logged in, or the Hub cannot be reached.
     """
     from huggingface_hub import HfApi

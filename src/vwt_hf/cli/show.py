@@ -41,9 +41,9 @@ examples:
   vwt-hf show holiday/ --vocabulary me/words-p14 --threshold 0.05 --model facebook/dinov2-small
   vwt-hf show cat.jpg --keep-ratio 0.5 --criterion grid --output kept.png"""
 SIDE = 224
-"""Pixels of a photograph's sides where no model says otherwise, or the multiple of the patch size that is nearest."""
+"""Pixels of a photograph's sides if no model says otherwise; made the nearest multiple of the patch size."""
 PATCH_SIZE = 16
-"""Where neither a vocabulary nor a model says."""
+"""Of the patches, if neither a vocabulary nor a model says."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +104,7 @@ def asked_setting(args: argparse.Namespace) -> VWTConfig:
     """The setting that the options name.
 
     Raises:
-        ValueError: it is none that can be drawn, or fields are given beside `--vwt`.
+        ValueError: it cannot be drawn, or fields are given beside `--vwt`.
     """
     fields = options(args, "vocabulary", "revision", "threshold", "keep_ratio", "criterion")
     given = {name: value for name, value in fields.items() if value is not None}
@@ -194,7 +194,7 @@ def shared(seen: Seen, words: VisualVocabulary, threshold: float) -> tuple[Figur
 
 
 def default_statistics(words: VisualVocabulary | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixel values where no model has any: those that the vocabulary records."""
+    """Mean and standard deviation of pixel values without a model: those that the vocabulary records, or ViT's."""
     if words is not None and words.info.image_mean is not None and words.info.image_std is not None:
         return words.info.image_mean, words.info.image_std
     # ViT's own. Without any, all patches point to the same side of the origin, and cosine distances tell little.

@@ -1,6 +1,6 @@
 """A vocabulary on disk and on the Hub: which files, how they are written whole, and what is refused on reading.
 
-`vocabulary.safetensors` holds `words` (size, channels, p, p) float32 in raw RGB [0, 1] and, where known, `frequencies`
+`vocabulary.safetensors` holds `words` (size, channels, p, p) float32 in raw RGB [0, 1] and, if known, `frequencies`
 (size,) int64. `vocabulary.json` names that file, its SHA-256 and shape, and how the words came about. Nothing read is
 ever executed.
 
@@ -53,7 +53,7 @@ _UNSETTLED = re.compile(r"vocabulary-[0-9a-f]{16}\.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyInfo:
-    """How a vocabulary came about; `None` where it is not known."""
+    """How a vocabulary came about; `None` for what is not known."""
 
     image_mean: tuple[float, ...] | None = None
     """Mean of the image processor that the images went through. The words are raw RGB all the same."""
@@ -117,11 +117,11 @@ def locate(
 
     Args:
         folders: whether `source` may be a folder of this machine.
-        pickles: whether a `vocab.pt` is taken where there is no `vocabulary.json`.
+        pickles: whether a `vocab.pt` is taken if there is no `vocabulary.json`.
 
     Raises:
         FileNotFoundError: it holds none.
-        ValueError: the revision or subfolder is none that could be.
+        ValueError: the revision or subfolder is not possible.
         huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or may not be read.
     """
     source, revision, subfolder = str(source), check_revision(revision), check_subfolder(subfolder)
@@ -248,7 +248,7 @@ def _read_words(located: Located, fields: dict[str, Any]) -> tuple[torch.Tensor,
 
 
 def require_raw(words: torch.Tensor) -> None:
-    """Raises `ValueError` where words can be no raw RGB in [0, 1], as those of eight bits cannot."""
+    """Raises `ValueError` if words cannot be raw RGB in [0, 1]: for example, values of eight bits."""
     if not words.numel():
         return
     low, high = (float(value) for value in words.aminmax())

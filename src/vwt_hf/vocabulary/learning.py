@@ -118,7 +118,7 @@ def learn_words(
     index, processes = place()
     if processes > 1:
         # Where a process was forked, as by accelerate's notebook_launcher, torch makes a new pool of threads with this
-        # call. The threads that read images would make it, too, and where two meet, torch raises an error in one.
+        # call. The threads that read images would make it, too, and if two do so at once, torch raises an error in one.
         torch.set_num_threads(torch.get_num_threads())
     image_processor = without_words(getattr(image_processor, "image_processor", image_processor))
 
@@ -359,7 +359,7 @@ def _in_turn(parts: Sequence[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
 def _hand_out(kmeans: MiniBatchKMeans, learn: Callable[[], None] = lambda: None) -> None:
     """Has the main process do `learn`, and gives its words, if there are some, to the others.
 
-    So all have the same words, also where machines round differently.
+    So all have the same words, also if machines round differently.
     """
 
     def state() -> dict[str, Any]:
@@ -407,7 +407,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def load_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any]) -> Progress:
-    """Puts `kmeans` where the checkpoint left it.
+    """Loads a checkpoint into `kmeans`, and returns how far learning had come.
 
     Raises:
         ValueError: the file is damaged, of another format, or of a run with other settings.

@@ -53,11 +53,11 @@ _STORAGES = {
 def read_safetensors(
     path: Path, shape: tuple[Any, ...], sha256: str | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Words, float32 of `shape`, and frequencies (size,) int64 where the file has them.
+    """Words, float32 of `shape`, and frequencies (size,) int64 if the file has them.
 
     Args:
         shape: (size, channels, p, p) that the words must have.
-        sha256: of the file, in hexadecimal; `None` where nobody said.
+        sha256: of the file, in hexadecimal; `None` if it is not known.
 
     Raises:
         ValueError: the file is damaged, holds something else, or is another than that of `sha256`.
