@@ -74,15 +74,11 @@ def are_finite(answers: torch.Tensor) -> list[bool]:
 
 
 def require_finite(model: PreTrainedModel, finite: Sequence[bool], images: Sequence[str]) -> None:
-    """Refuses answers that nothing can be compared with: NaN would agree with NaN.
+    """Refuses a model's answers if one is not finite: NaN would agree with NaN.
 
     Args:
-        model: whose answers they are.
-        finite: whether each image's answer is finite.
+        finite: whether each image's answer is.
         images: their names.
-
-    Raises:
-        ValueError: one is not finite; the message names the image.
     """
     if all(finite):
         return
@@ -106,14 +102,7 @@ def classifies(model: PreTrainedModel) -> bool:
 
 
 def require_labels(model: PreTrainedModel, several: bool = False) -> None:
-    """Refuses a classifier whose answer for an image is not one label.
-
-    Args:
-        several: whether several labels are allowed.
-
-    Raises:
-        ValueError: it was trained to give quantities, or several labels.
-    """
+    """Refuses a classifier that was trained to give images quantities, or several labels unless `several` allows it."""
     answers = {"regression": "quantities, which are no labels"}
     if not several:
         answers["multi_label_classification"] = "each image any number of labels, of which only the first is compared"
@@ -127,11 +116,7 @@ def require_labels(model: PreTrainedModel, several: bool = False) -> None:
 
 
 def require_label_names(model: PreTrainedModel) -> None:
-    """Refuses a classifier that has no name for some of its labels.
-
-    Raises:
-        ValueError: the labels that `config.id2label` names are not those from 0 on.
-    """
+    """Refuses a classifier without a name for some labels: the numbers in `config.id2label` must be those from 0 on."""
     named = sorted(int(number) for number in model.config.id2label or {})
     unnamed = sorted(set(range(len(named))) - set(named))
     if unnamed:

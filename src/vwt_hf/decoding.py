@@ -116,11 +116,7 @@ def _upright(item: Any, formats: Sequence[str]) -> Any:
 
 
 def _require_little_work(image: Any) -> None:
-    """Refuses a file of a few bytes that takes minutes to decode, before it is.
-
-    Raises:
-        ValueError: it has very many scans, or is large and decoded in Python.
-    """
+    """Refuses an image that takes minutes to decode: with very many scans, or large and decoded in Python."""
     pixels = image.width * image.height
     if pixels > MOST_IN_PYTHON and any(tile[0] in PIL.Image.DECODERS for tile in image.tile):
         raise ValueError(
@@ -137,13 +133,10 @@ def _require_little_work(image: Any) -> None:
 
 
 def _require_few_values(file: Any) -> None:
-    """Refuses a TIFF with very many values in a tag before Pillow opens it, which makes lists of them.
+    """Refuses a TIFF with very many tags, or values in a tag, before Pillow makes lists of them.
 
     Args:
         file: at its start; it is left there.
-
-    Raises:
-        ValueError: its first image has a tag of more than `MOST_VALUES`, or as many tags.
     """
     most = 0
     if file.read(2) in (b"II", b"MM"):

@@ -114,8 +114,7 @@ def embed(
     with another model, setting, processor, list of images, attention, kind of device, or version of a library.
 
     Under `accelerate launch`, or in any program of several processes, all have to make this call, with one folder that
-    all see, and each makes its share of the missing files. Processes that are not joined yet are joined: each then
-    waits for the others for up to 30 days, in all that the program does.
+    all see, and each makes its share of the missing files (`vwt_hf.processes.join` says how they are joined).
 
     Args:
         model: a transformers model of a supported family, plain or compressed, in the mode of evaluation, on the device
@@ -381,11 +380,7 @@ class Trial(NamedTuple):
 
 
 def require_features(model: PreTrainedModel) -> None:
-    """Refuses a model whose answers are not features of its images.
-
-    Raises:
-        ValueError: it classifies, is in training, leaves patches out at random, or lies in parts in several processes.
-    """
+    """Refuses a model that classifies, is in training, drops patches at random, or is spread over several processes."""
     require_unsharded(model)
     if classifies(model):
         raise ValueError(

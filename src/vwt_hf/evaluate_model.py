@@ -182,8 +182,7 @@ def evaluate_model(
 
     Every image is read once, shown to the model under each setting, and forgotten. Images that cannot be read are left
     out and named. Under `accelerate launch`, or in any program of several processes, all have to make this call, each
-    takes its share of the images, and all return the same figures. Processes that are not joined yet are joined: each
-    then waits for the others for up to 30 days, in all that the program does.
+    takes its share of the images, and all return the same figures (`vwt_hf.processes.join` says how they are joined).
 
     Args:
         model: of a supported family, plain or compressed; it is not changed.

@@ -66,11 +66,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
-    """Puts this evidence into the model card in `folder`, if there is one, in place of the evidence in it.
-
-    Args:
-        evidence: of the model's settings, as `checked_evidence` gave it.
-    """
+    """Puts the evidence of a model's settings into the model card in `folder`, if there is one, in place of older."""
     file = folder / CARD_FILE
     if not file.is_file():
         return

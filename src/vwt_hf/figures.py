@@ -28,11 +28,7 @@ def _of_answers(logits: torch.Tensor) -> torch.Tensor:
 
 
 def first_answers(logits: torch.Tensor) -> torch.Tensor:
-    """The number of the label that each image gets, (images,). With a single label: 1 if the image gets it, else 0.
-
-    Args:
-        logits: (images, labels).
-    """
+    """The number of each image's label, from logits (images, labels). If there is one label: 1 for yes, 0 for no."""
     return _of_answers(logits).argmax(-1)
 
 
@@ -68,21 +64,12 @@ def cosines(features: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def are_right(answers: Sequence[int], truth: Sequence[Collection[int]]) -> list[bool | None]:
-    """Whether the answer for each image is right; `None` if its label is not known.
-
-    Args:
-        answers: a label for each image, as `first_answers` gives them.
-        truth: for each image the labels that are right, none if they are not known.
-    """
+    """Whether each image's answer, a label's number, is among the right ones; `None` if these are not known."""
     return [answer in right if right else None for answer, right in zip(answers, truth, strict=True)]
 
 
 def accuracy(correct: Sequence[bool | None]) -> float | None:
-    """Share of the images that are answered right, in [0, 1]; `None` if no image's label is known.
-
-    Args:
-        correct: for each image, as `are_right` gives it. Images of unknown labels do not count.
-    """
+    """Share of right answers (`are_right`) among images of known label, in [0, 1]; `None` without such images."""
     known = [own for own in correct if own is not None]
     return sum(known) / len(known) if known else None
 

@@ -16,11 +16,7 @@ _LONGEST_REVISION = 200
 
 
 def require_private(api: HfApi, repo_id: str) -> None:
-    """Refuses a repository that is public.
-
-    Raises:
-        ValueError: it is public.
-    """
+    """Raises `ValueError` if a repository is public."""
     if not api.repo_info(repo_id).private:
         raise ValueError(
             f"{repo_id} is public; expected a private repository. Make it private in its settings, name another, or "

@@ -115,11 +115,7 @@ class HostTokenizer:
         return patches.without_padding(torch.arange(patches.count, device=patches.device).repeat(batch, 1))
 
     def patches(self, made: Mapping[str, torch.Tensor]) -> Patches:
-        """The patches of a batch of whole images, or of padded patches.
-
-        Raises:
-            ValueError: they are neither.
-        """
+        """The patches of a batch of whole images, or of padded patches; anything else is refused."""
         values = made["pixel_values"].float()
         if values.dim() == 3 and "spatial_shapes" in made:
             return Patches.of_padded(values, self.patch_size, made["spatial_shapes"], made.get("pixel_attention_mask"))
@@ -132,11 +128,7 @@ class HostTokenizer:
         return Patches.of_images(values, self.patch_size)
 
     def plan(self, patches: Patches, patch_words: torch.Tensor) -> Kept | Grouped:
-        """The plan by `patch_words`: which token each patch becomes part of.
-
-        Raises:
-            ValueError: they are of other images or of another kind of setting.
-        """
+        """The plan by `patch_words`: which token each patch becomes part of. Words that do not fit are refused."""
         words = patches.of_words(patch_words)
         if not self.setting.shortens:
             return patches.grouped_by(words, packed=False, exponent=0)
@@ -208,11 +200,7 @@ class Tokenizing:
 
     @property
     def tokenizer_of_patches(self) -> HostTokenizer:
-        """What makes the `patch_words` of this image processor.
-
-        Raises:
-            ValueError: the image processor was made from a dict, which names no folder to read words from.
-        """
+        """What makes its `patch_words`; an error if the image processor was made from a dict, and not loaded."""
         held = self.__dict__.get("vwt")
         if not isinstance(held, HostTokenizer):
             raise ValueError(
@@ -251,9 +239,6 @@ class Tokenizing:
 
         Args:
             given: arguments of a call (`_NORMALISING`), in place of the image processor's own.
-
-        Raises:
-            ValueError: the message says which it was made ready for.
         """
         held = self.__dict__.get("vwt")
         if not isinstance(held, HostTokenizer) or held.normalised_by is None:

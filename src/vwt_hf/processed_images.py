@@ -87,10 +87,9 @@ def processed(
 
 
 def require_room(image: Any, image_processor: Any) -> None:
-    """Refuses an image that a processor would enlarge too much: a file of a few bytes could take all memory.
+    """Refuses an image that a processor would give more pixels than Pillow decodes without a warning.
 
-    Raises:
-        ValueError: it would have more pixels than Pillow decodes without a warning (`PIL.Image.MAX_IMAGE_PIXELS`).
+    The limit is `PIL.Image.MAX_IMAGE_PIXELS`. Without one, a file of a few bytes could take all memory.
     """
     most, pixels = PIL.Image.MAX_IMAGE_PIXELS, _pixels_between(image, image_processor)
     if most is not None and pixels > most:

@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 
 
 def require_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
-    """Refuses a path where nothing is, before the Hub's client takes it for a Hub id.
-
-    Raises:
-        FileNotFoundError: `checkpoint` is such a path.
-    """
+    """Raises `FileNotFoundError` for a path where nothing is, before the Hub's client takes it for a Hub id."""
     checkpoint = os.fspath(checkpoint)
     is_path = Path(checkpoint).is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") > 1
     if is_path and not Path(checkpoint).exists():

@@ -142,9 +142,6 @@ def require_sealed(words: Path) -> None:
 
     Args:
         words: the folder of one save's words, in the folder of its model.
-
-    Raises:
-        ValueError: they do not belong together; the message names the folder.
     """
     folder = words.parent
     advice = "Save the model again, or say with `vwt=...` what to compress it by."

@@ -138,11 +138,7 @@ class Measured(NamedTuple):
 def measure(
     models: Sequence[PreTrainedModel], batches: Iterable[dict[str, torch.Tensor]], repeats: int, checkpoint: str
 ) -> Measured:
-    """Runs all models in turn on photographs.
-
-    Raises:
-        ValueError: the image processor of `checkpoint` gives images of several sizes.
-    """
+    """Runs all models in turn on photographs. The image processor of `checkpoint` must make all of one size."""
     import torch
 
     from ..answers import answer, named_answer
@@ -207,13 +203,7 @@ def default_folder() -> Path:
 
 
 def find_photographs(images: Sequence[str] | None) -> list[Path]:
-    """The photographs that are named, or scikit-image's five if none are.
-
-    Raises:
-        ImportError: none are named and scikit-image is not installed.
-        ValueError: a folder holds no image.
-        FileNotFoundError: a path does not exist.
-    """
+    """The photographs that are named (`find_images`), or scikit-image's five if none are."""
     from ..image_source import find_images
 
     if images:

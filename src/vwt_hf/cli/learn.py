@@ -154,12 +154,7 @@ def _keep(args: argparse.Namespace, vocabulary: VisualVocabulary, seconds: float
 
 
 def _require_hub(repo_id: str, private: bool | None) -> None:
-    """Asks whether the Hub knows this user, before words are learned for it.
-
-    Raises:
-        ValueError: `repo_id` is not the name of a repository, or the repository is public and is to be private.
-        OSError: nobody is logged in, or the Hub cannot be reached.
-    """
+    """Refuses a repository that could not be pushed to, before words are learned for it."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 

@@ -84,14 +84,7 @@ def load(
 
 
 def leave_out_random(model: Any, missing: Iterable[str], checkpoint: str) -> None:
-    """Takes the pooler off a model whose checkpoint has none, such as some classifiers'.
-
-    Args:
-        missing: the names of the model's weights that the checkpoint does not hold.
-
-    Raises:
-        ValueError: weights of other parts are missing, too.
-    """
+    """Takes the pooler off a model if its weights are among the `missing`; refuses a model that lacks others, too."""
     missing = {name for name in missing if not name.endswith("mask_token")}
     poolers = {name for name in missing if "pooler." in name}
     if missing != poolers:
@@ -106,15 +99,7 @@ def leave_out_random(model: Any, missing: Iterable[str], checkpoint: str) -> Non
 
 
 def load_model(checkpoint: str, device: torch.device, dtype: str | None, vwt: Any = False) -> PreTrainedModel:
-    """A checkpoint's model with its classifier, if it has one.
-
-    Args:
-        vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
-
-    Raises:
-        ValueError: the checkpoint lacks weights, or the model's family is not supported.
-        OSError: there is no such checkpoint.
-    """
+    """As `load`, with the model's classifier, if it has one."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)

@@ -139,9 +139,6 @@ def require_same_images(card: ModelCard, subject: tuple[Any, ...], total: int | 
         subject: as `subject_of` gives it.
         total: how many images there are; `None` if that is not known.
         exact: whether `total` is exact; if not, as for a stream that may end before its limit, there may be fewer.
-
-    Raises:
-        ValueError: it has such figures.
     """
     for figure in [figure for own in card.entry["results"] if _subject(own) == subject for figure in own["metrics"]]:
         args = figure.get("args")

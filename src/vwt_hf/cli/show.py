@@ -101,11 +101,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def asked_setting(args: argparse.Namespace) -> VWTConfig:
-    """The setting that the options name.
-
-    Raises:
-        ValueError: it cannot be drawn, or fields are given beside `--vwt`.
-    """
+    """The setting that the options name, if it can be drawn."""
     fields = options(args, "vocabulary", "revision", "threshold", "keep_ratio", "criterion")
     given = {name: value for name, value in fields.items() if value is not None}
     if args.vwt is None:
@@ -121,11 +117,7 @@ def asked_setting(args: argparse.Namespace) -> VWTConfig:
 
 
 def photographs_beside(output: str, images: Sequence[str]) -> list[Path]:
-    """The photographs that a user names, without the picture that is to be written, which an earlier run may have left.
-
-    Raises:
-        ValueError: the picture is named as a photograph, or there is no other.
-    """
+    """The photographs that a user names, without the picture to be written, which an earlier run may have left."""
     from ..image_source import find_images
 
     written = os.path.realpath(output)
@@ -204,11 +196,7 @@ def default_statistics(words: VisualVocabulary | None) -> tuple[tuple[float, ...
 def default_pixel_values(
     paths: Sequence[Path], patch_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
-    """The middle square of each photograph, (photographs, 3, side, side), normalised.
-
-    Raises:
-        UnreadableImage: a file is no image that can be read.
-    """
+    """The middle square of each photograph, (photographs, 3, side, side), normalised."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps

@@ -118,11 +118,7 @@ class MiniBatchKMeans:
         self._generator = torch.Generator().manual_seed(seed)
 
     def update(self, patches: torch.Tensor) -> None:
-        """Learns from `patches` (patches, values), or keeps them until there are enough to seed the words.
-
-        Raises:
-            ValueError: the shape is another, or a value is not finite.
-        """
+        """Learns from `patches`, as `checked` takes them, or keeps them until there are enough to seed the words."""
         patches = self.checked(patches)
         if not len(patches):
             return
@@ -169,11 +165,7 @@ class MiniBatchKMeans:
         return before.bit_length() < self.seen.bit_length()
 
     def restart_rare(self, patches: torch.Tensor) -> None:
-        """Replaces the words that hardly any patch is nearest to by random patches that no word stands for.
-
-        Args:
-            patches: (patches, values), as `checked` gives them.
-        """
+        """Replaces words that hardly any patch is nearest to by random ones of `patches` that no word stands for."""
         assert self.words is not None
         floor = RARE * float(self.weights[self.weights > 0].median())
         rare = (self.weights < floor).nonzero().squeeze(1)
@@ -223,11 +215,7 @@ class MiniBatchKMeans:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state that `state_dict` returned.
-
-        Raises:
-            ValueError: it is the state of a vocabulary of another size, or of patches of another shape.
-        """
+        """Takes over what `state_dict` returned for as many words and values; refuses any other state."""
         shape = (len(state["weights"]), state["words"].shape[1])
         if shape != (self.size, self.values):
             raise ValueError(

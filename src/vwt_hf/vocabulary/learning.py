@@ -349,8 +349,7 @@ def learn_step(kmeans: MiniBatchKMeans, batch: PatchBatch) -> None:
 def _in_turn(parts: Sequence[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
     """The patches of all processes, in the order in which one process would read the images.
 
-    Args:
-        parts: of each process its patches (patches, values), and how many each of its images has.
+    `parts` are each process's patches (patches, values), and how many each of its images has.
     """
     images = itertools.zip_longest(*(patches.split(lengths) for patches, lengths in parts))
     return torch.cat([patches for turn in images for patches in turn if patches is not None])
@@ -407,11 +406,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def load_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any]) -> Progress:
-    """Loads a checkpoint into `kmeans`, and returns how far learning had come.
-
-    Raises:
-        ValueError: the file is damaged, of another format, or of a run with other settings.
-    """
+    """Loads a checkpoint of a run with the same settings into `kmeans`, and returns how far learning had come."""
     try:
         with safe_open(file, framework="pt") as opened:
             # Copied, so that they are aligned as the tensors that were saved: otherwise products may round differently.

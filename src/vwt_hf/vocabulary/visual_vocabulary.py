@@ -78,11 +78,7 @@ class VisualVocabulary:
         return self._named is not None and self._named == self._fingerprint()
 
     def _lies_in(self, source: str, revision: str | None, subfolder: str | None, imported: bool = False) -> None:
-        """Notes where the words are.
-
-        Args:
-            imported: whether they were read from a `vocab.pt`, which no config.json may name.
-        """
+        """Notes where the words are. A config.json may not name words that were `imported` from a `vocab.pt`."""
         self.source, self.revision, self.subfolder = source, revision, subfolder
         is_named = revision is not None and not subfolder and not imported  # a setting has no field for a subfolder
         self._named = self._fingerprint() if is_named else None
@@ -116,11 +112,7 @@ class VisualVocabulary:
         return self.words.shape[-1]
 
     def require(self, patch_size: int | tuple[int, int], channels: int) -> None:
-        """Refuses a model that cuts other patches.
-
-        Raises:
-            ValueError: the model's patch size or number of channels is another; the message says both.
-        """
+        """Raises `ValueError` for a model that cuts patches of another size or number of channels."""
         try:
             require_raw(self.words)
         except ValueError as error:  # their directions can still be used
@@ -316,8 +308,8 @@ class VisualVocabulary:
         `torch.distributed` has joined, processes learn together, and all have to make this call. Each reads its part of
         the images, and all get the same words. They are the words of one process, but for rounding, if `batch_size` is
         a multiple of the number of processes and no shards of a stream are divided. The same number of processes gives
-        the same words, bit for bit. An error in one process is raised in all. Processes that are not joined yet are
-        joined: each then waits for the others for up to 30 days, in all that the program does.
+        the same words, bit for bit. An error in one process is raised in all. `vwt_hf.processes.join` says how they are
+        joined.
 
         Images that cannot be read are left out with a warning. If the images have fewer distinct patches than words are
         wanted, the vocabulary is smaller, with a warning.
