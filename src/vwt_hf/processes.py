@@ -1,4 +1,8 @@
-"""Several processes that do one job together, by accelerate: they share results, and all raise the errors of one."""
+"""Several processes that do one job together, by accelerate: they share results, and all raise the errors of one.
+
+Every process has to call `everywhere`, `gathered`, `in_main` and `summed` as often as the others. The `work` that these
+do may not communicate with other processes, and what it hands on is pickled.
+"""
 
 from __future__ import annotations
 
@@ -112,14 +116,8 @@ def joined(device: str | None) -> Iterator[None]:
 def everywhere(work: Callable[[], Made], tell: Callable[[Made], Any] = lambda made: None) -> tuple[Made, list[Any]]:
     """Runs `work` in each process. If it fails in one, all raise an error that says so.
 
-    Every process has to call it, as often as the others.
-
-    Args:
-        work: what each does, without communicating with the others.
-        tell: makes of its result what the others get; it is pickled.
-
     Returns:
-        The result of `work` in this process, and what all processes told, in the order of their numbers.
+        The result of `work` in this process; and what `tell` makes of the result in each process, in their order.
     """
     if not together():
         made = work()
@@ -163,24 +161,12 @@ def _exchanged(work: Callable[[], Any], exchange: Callable[[list[Any]], list[Any
 
 
 def gathered(work: Callable[[], Made]) -> list[Made]:
-    """The results of `work` in all processes, in the order of their numbers. If it fails in one, all raise an error.
-
-    Every process has to call it, as often as the others.
-
-    Args:
-        work: what each does, without communicating with the others; its result is pickled.
-    """
+    """The results of `work` in all processes, in their order. If it fails in one, all raise an error that says so."""
     return everywhere(work, lambda made: made)[1]
 
 
 def in_main(work: Callable[[], Made]) -> Made:
-    """Runs `work` in the main process and gives its result to all. If it fails, all raise an error that says so.
-
-    Every process has to call it, as often as the others.
-
-    Args:
-        work: run by the main process alone; its result is pickled.
-    """
+    """Runs `work` in the main process and gives its result to all. If it fails, all raise an error that says so."""
     if not together():
         return work()
     from accelerate.utils import broadcast_object_list
@@ -199,9 +185,7 @@ def require_same(settings: Sequence[dict[str, Any]]) -> None:
 
 
 def summed(values: Made) -> Made:
-    """The sums of tensors over all processes, on the device of the tensors.
-
-    Every process has to call it, as often as the others, and gets the same sums.
+    """The sums of tensors over all processes, the same in all, on the device of the tensors.
 
     Args:
         values: a tensor, or a tuple, list or dict of tensors, of the same shapes in all processes.

@@ -24,11 +24,7 @@ PLAIN = {"→": "->", "×": "x", "−": "-", "·": "*", "≤": "<=", "≥": ">="
 
 
 def run_command(prog: str, work: Callable[[], object]) -> int:
-    """Runs a command for a terminal: any error is one line on stderr, never a traceback.
-
-    Args:
-        prog: what the line starts with.
-        work: what the command does.
+    """Does `work` for a terminal: any error is one line on stderr that begins with `prog`, never a traceback.
 
     Returns:
         The exit status: 0; 2 after an error; 130 after an interrupt; 141 if the output was closed.

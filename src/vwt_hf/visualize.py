@@ -142,9 +142,6 @@ def draw(columns: Sequence[Column], names: Sequence[str], panel: float) -> Figur
 
     Args:
         panel: width of a picture, in inches.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     figure_class = require_matplotlib()
     height, width = columns[0].pictures.shape[1:3]
@@ -189,11 +186,7 @@ def front_figure(levels: Sequence[Level], measure: str, title: str) -> Figure:
 
 
 def require_matplotlib() -> type[Figure]:
-    """The class of matplotlib's figures that need no display.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """The class of matplotlib's figures that need no display; raises `ImportError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -208,9 +201,6 @@ def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
 
     Args:
         small: with 256 dithered colours, for a third of the size.
-
-    Raises:
-        OSError: `path` cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
@@ -278,9 +268,6 @@ def tint(photographs: torch.Tensor, shared: torch.Tensor, patch_size: tuple[int,
     Args:
         photographs: (batch, height, width, channels) in [0, 1].
         shared: (batch, rows, columns), the word of each patch; −1 leaves it as it is.
-
-    Returns:
-        Of the shape of `photographs`.
     """
     pixels = shared.new_full(photographs.shape[:3], -1)
     whole = shared.repeat_interleave(patch_size[0], 1).repeat_interleave(patch_size[1], 2)
