@@ -67,9 +67,20 @@ def fade(photographs: torch.Tensor, mask: torch.Tensor, patch_size: tuple[int, i
         photographs: (batch, height, width, channels) in [0, 1].
         mask: (batch, rows, columns), bool.
     """
-    pixels = torch.zeros(photographs.shape[:3], dtype=torch.bool, device=photographs.device)
-    whole = mask.repeat_interleave(patch_size[0], 1).repeat_interleave(patch_size[1], 2)
-    pixels[:, : whole.shape[1], : whole.shape[2]] = whole
+    pixels = by_pixel(mask, photographs, patch_size, beyond=False)
     # Faint enough that what stays stands out, and strong enough that one sees what was dropped.
     pale = 0.64 + 0.2 * photographs.mean(dim=-1, keepdim=True)
     return torch.where(pixels.unsqueeze(-1), photographs, pale)
+
+
+def by_pixel(
+    of_patches: torch.Tensor, photographs: torch.Tensor, patch_size: tuple[int, int], beyond: float
+) -> torch.Tensor:
+    """The value of each pixel's patch, (batch, height, width), from those of patches, (batch, rows, columns).
+
+    Pixels beyond the last whole patch get the value `beyond`.
+    """
+    pixels = of_patches.new_full(photographs.shape[:3], beyond)
+    whole = of_patches.repeat_interleave(patch_size[0], 1).repeat_interleave(patch_size[1], 2)
+    pixels[:, : whole.shape[1], : whole.shape[2]] = whole
+    return pixels

@@ -14,7 +14,7 @@ import torch
 from .config import VWTConfig
 from .data_loading import token_lengths
 from .patches import Patches
-from .pictures import photographs_of, seen_pictures
+from .pictures import by_pixel, photographs_of, seen_pictures
 from .plans import Grouped, Kept
 from .printable import printable
 from .whole_saves import write_file
@@ -269,9 +269,7 @@ def tint(photographs: torch.Tensor, shared: torch.Tensor, patch_size: tuple[int,
         photographs: (batch, height, width, channels) in [0, 1].
         shared: (batch, rows, columns), the word of each patch; −1 leaves it as it is.
     """
-    pixels = shared.new_full(photographs.shape[:3], -1)
-    whole = shared.repeat_interleave(patch_size[0], 1).repeat_interleave(patch_size[1], 2)
-    pixels[:, : whole.shape[1], : whole.shape[2]] = whole
+    pixels = by_pixel(shared, photographs, patch_size, beyond=-1)
     edge = torch.zeros_like(pixels, dtype=torch.bool)
     across, down = pixels[:, :, 1:] != pixels[:, :, :-1], pixels[:, 1:] != pixels[:, :-1]
     edge[:, :, 1:] |= across
