@@ -490,17 +490,17 @@ def _names(settings: Sequence[Any], models: Sequence[PreTrainedModel]) -> list[s
     Raises:
         ValueError: two are the same.
     """
-    short = [name_of(setting) for setting in settings]
-    whole = [name_of(setting, statistics=True) for setting in settings]
-    names = [name if short.count(name) == 1 else longer for name, longer in zip(short, whole, strict=True)]
+    names = [name_of(setting) for setting in settings]
+    longer = [name_of(setting, statistics=True) for setting in settings]
+    names = [longer[i] if names.count(name) > 1 else name for i, name in enumerate(names)]
     words = [compression_of(model)["words"] for model in models]
-    told = [
-        f"{name}, words {of}" if of and names.count(name) > 1 else name for name, of in zip(names, words, strict=True)
+    names = [
+        f"{name}, words {words[i]}" if words[i] and names.count(name) > 1 else name for i, name in enumerate(names)
     ]
-    twice = next((name for name in told if told.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"vwt holds {shown(twice)} twice; leave one out: their figures could not be told apart.")
-    return told
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"vwt holds {shown(name)} twice; leave one out: their figures could not be told apart.")
+    return names
 
 
 def name_of(setting: Any, *, statistics: bool = False) -> str:

@@ -252,20 +252,7 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     import datasets
 
     features = features_of(dataset)
-    columns = {"image": find_image_column(features, asked["image"])}
-    for kind, found in {
-        "label": _label_column(features),
-        "captions": next((name for name in CAPTION_COLUMNS if _may_hold_texts(features, name)), None),
-        "group": None,
-    }.items():
-        name = asked[kind]
-        if name is not None and name not in features:
-            known = ", ".join(map(printable, features))
-            raise ValueError(f"the data set has no column {shown(name)} for {kind}; its columns are {known}.")
-        if kind in ("label", "group") and name and isinstance(features.get(name), datasets.Image):
-            raise ValueError(f"column {shown(name)} holds images; name another for {kind}.")
-        if name or found:
-            columns[kind] = str(name or found)
+    columns = _columns(features, asked)
     dataset = undecoded(dataset, columns["image"], columns.values())
     name = getattr(dataset.info, "dataset_name", None) or "a data set"
     names = getattr(features.get(columns.get("label", "")), "names", None)
@@ -280,6 +267,27 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     elif limit is not None:
         dataset = dataset.take(limit)
     return LabelledImages(dataset, name, total, None if names is None else tuple(names), columns, rows=rows)
+
+
+def _columns(features: Mapping[str, Any], asked: Mapping[str, str | None]) -> dict[str, str]:
+    """The columns for `image`, `label`, `captions` and `group`: those asked for, else those that a data set has."""
+    import datasets
+
+    columns = {"image": find_image_column(features, asked["image"])}
+    for kind, found in {
+        "label": _label_column(features),
+        "captions": next((name for name in CAPTION_COLUMNS if _may_hold_texts(features, name)), None),
+        "group": None,
+    }.items():
+        name = asked[kind]
+        if name is not None and name not in features:
+            known = ", ".join(map(printable, features))
+            raise ValueError(f"the data set has no column {shown(name)} for {kind}; its columns are {known}.")
+        if kind in ("label", "group") and name and isinstance(features.get(name), datasets.Image):
+            raise ValueError(f"column {shown(name)} holds images; name another for {kind}.")
+        if name or found:
+            columns[kind] = str(name or found)
+    return columns
 
 
 def _may_hold_texts(features: Mapping[str, Any], name: str | None) -> bool:

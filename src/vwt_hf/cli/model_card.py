@@ -49,11 +49,14 @@ class ModelCard:
             written = line_end + written
         metadata = self.metadata[:begin] + written + self.metadata[end:]
         try:
-            found, before = yaml.safe_load(metadata), yaml.safe_load(self.metadata) or {}
-            is_whole = _all_but_index(metadata) == _all_but_index(self.metadata)
+            is_replaced = (
+                _all_but_index(metadata) == _all_but_index(self.metadata)
+                and is_new == ("model-index" not in (yaml.safe_load(self.metadata) or {}))
+                and _dumped(yaml.safe_load(metadata)["model-index"]) == _dumped(index)
+            )
         except yaml.YAMLError:
-            is_whole = False
-        if not is_whole or is_new != ("model-index" not in before) or _dumped(found["model-index"]) != _dumped(index):
+            is_replaced = False
+        if not is_replaced:
             raise ValueError(
                 "its metadata is written so that the model-index alone cannot be replaced; write one name a line, "
                 "beginning at the left margin"
