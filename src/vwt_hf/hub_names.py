@@ -53,8 +53,13 @@ def check_revision(revision: object) -> str | None:
     """
     if revision is None:
         return None
-    plain_name = isinstance(revision, str) and len(revision) <= _LONGEST_REVISION and _REVISION.fullmatch(revision)
-    if not isinstance(revision, str) or not plain_name or ".." in revision or revision.endswith((".", ".lock")):
+    if (
+        not isinstance(revision, str)
+        or len(revision) > _LONGEST_REVISION
+        or not _REVISION.fullmatch(revision)
+        or ".." in revision
+        or revision.endswith((".", ".lock"))
+    ):
         raise ValueError(
             f"revision is {shown(revision)}; expected None, or a branch, tag or commit of at most {_LONGEST_REVISION} "
             "letters a to z, digits and ._/@+- that has no '..' and begins no part with '.' or '-'."

@@ -77,13 +77,14 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
         TypeError: `images` is of another type.
     """
     folder = folder_of(images)
-    if column is not None and type(images).__module__.split(".")[0] != "datasets":
+    is_dataset = type(images).__module__.split(".")[0] == "datasets"
+    if column is not None and not is_dataset:
         raise ValueError(f"column is {shown(column)}, which is for data sets; leave it out.")
     if folder is not None:
         files = find_images([folder])
         cut_files = _shuffled(len(files), seed, lambda i: (str(files[i]), files[i]))
         return ImageSource(folder.resolve().name, described_files(folder, files), cut_files)
-    if type(images).__module__.split(".")[0] == "datasets":
+    if is_dataset:
         return _dataset(images, column, seed)
     if not hasattr(images, "__iter__"):
         raise TypeError(

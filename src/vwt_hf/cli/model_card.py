@@ -169,17 +169,18 @@ def _dumped(value: Any) -> str:
 
 def _place_of_index(metadata: str) -> tuple[int, int]:
     """Where the lines of `model-index` begin and end; without one, both are the end of the metadata."""
-    begin, end, at = None, len(metadata), 0
-    for line in metadata.splitlines(keepends=True):
-        is_within = line[0] in " \t-" and bool(line.strip())  # a list may begin where its name does
-        if begin is None and _INDEX.match(line):
-            begin, is_within = at, True
-        elif begin is not None and not is_within and line[0] not in "#\r\n":
+    lines = metadata.splitlines(keepends=True)
+    first = next((i for i, line in enumerate(lines) if _INDEX.match(line)), None)
+    if first is None:
+        return len(metadata), len(metadata)
+    last = first
+    for i, line in enumerate(lines[first + 1 :], start=first + 1):
+        if line[0] in " \t-" and line.strip():  # a list may begin at the margin, as its name does
+            last = i
+        elif line[0] not in "#\r\n":
             break
-        at += len(line)
-        if begin is not None and is_within:
-            end = at - (len(line) - len(line.rstrip("\r\n")))
-    return (end, end) if begin is None else (begin, end)
+    begin = len("".join(lines[:first]))
+    return begin, begin + len("".join(lines[first : last + 1]).rstrip("\r\n"))
 
 
 def _all_but_index(metadata: str) -> dict[str, Any]:
