@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 HELP = "find how far a model may be shortened on your own images, without labels"
 DESCRIPTION = """\
-Compares a model with itself, plain and shortened, on 50 images and more like those that it is for, and finds which of
-twelve settings (methods gradual and coarse) keeps what you ask for: so large a share of its answers at the greatest
-speed (--agreement), or so great a speed (--speed) or so few tokens (--tokens) with the most agreement. No labels are
+Compares a model with itself, plain and shortened, on at least 50 images like those that it is for. Finds which of
+twelve settings (methods gradual and coarse) meets your target: the fastest that keeps this share of the answers
+(--agreement), or the one of most agreement that is so fast (--speed) or has so few tokens (--tokens). No labels are
 needed.
 
 Prints for each setting that was tried

@@ -20,13 +20,13 @@ Runs a model, plain or shortened, on every image and writes what it makes of the
 images: the image embedding of models of two towers (CLIP), else the pooled output, else CLS or the mean of the tokens.
 Each row has the image's name, its number and its features (float32).
 
-After an interruption the same command goes on: files are whole or not there. Another model, setting, list of images,
-attention, kind of device, or version of torch or transformers is refused then. Images that cannot be read are left out
-and named, at the end and in OUTPUT/embed.json; those that were out of reach, as of a drive that was gone, are read by
+After an interruption the same command goes on: files are whole or not there. It then refuses another model, setting,
+list of images, attention, kind of device, or version of torch or transformers. Images that cannot be read are left out
+and named, at the end and in OUTPUT/embed.json. Those that were out of reach, as on a drive that was gone, are read by
 the next run that finds them.
 
 Several processes, on one machine or many that see OUTPUT, share the files out under `accelerate launch --multi_gpu`,
-which is for CPUs, too."""
+also on CPUs."""
 EXAMPLES = """\
 examples:
   vwt-hf embed photographs/ --model facebook/dinov2-small --vwt true --output features

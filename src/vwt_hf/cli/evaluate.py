@@ -22,21 +22,22 @@ if TYPE_CHECKING:
 
 HELP = "measure what shortening changes in a model's answers, on a data set or folder"
 DESCRIPTION = """\
-Shows every image to the model, uncompressed and under each setting, and prints one row a setting, with 95 % intervals
+Shows every image to the model, uncompressed and under each setting. Prints a row for each setting, with 95 % intervals
   tokens          of an image, mean over images and layers
-  top-1           share of right answers, where the images' labels are the model's by name: of a folder of images, the
-                  names of the folders they lie in; of a data set, the names of its classes
-  worst group     the same within the group where it is lowest (classes, or what --groups or --group-column says; those
-                  of fewer than 5 images are left out)
+  top-1           share of right answers, if the images' labels have the model's names: in a folder of images, the names
+                  of the folders they lie in; in a data set, the names of its classes
+  worst group     the same within the group that has the lowest (classes, or what --groups or --group-column says;
+                  groups of fewer than 5 images are left out)
   agree           share of images with the uncompressed model's first answer
   kl              mean divergence from its output
   max Δ logit     largest difference of a logit (without an interval; other tasks have columns of their own)
   seconds         that the answers took, reading left out
 
-What is measured follows from the model, or --task: the labels of a classifier; labels by their names of a model such
-as CLIP (zero-shot); captions found for images and images for captions (retrieval); captions that are written, as by
-BLIP; for any other model how like the uncompressed one's its features are. Images that cannot be read are named and
-left out. Under `accelerate launch -m vwt_hf.cli evaluate ...` processes share the images; the figures are the same."""
+What is measured follows from the model, or --task: the labels of a classifier; labels by their names, for a model such
+as CLIP (zero-shot); captions found for images and images for captions (retrieval); captions that a model such as BLIP
+writes; for any other model, how alike its features are to the uncompressed model's. Images that cannot be read are
+named and left out. Under `accelerate launch -m vwt_hf.cli evaluate ...` processes share the images; the figures are the
+same."""
 EXAMPLES = """\
 examples:
   vwt-hf evaluate google/vit-base-patch16-224 --dataset validation/ --vwt true --vwt '{"keep_ratio": 0.5}'

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 HELP = "learn a vocabulary of visual words from images"
 DESCRIPTION = """\
-Learns visual words, patches that stand for all patches alike, in one pass of mini-batch k-means over images, and
-writes them to OUTPUT: vocabulary.safetensors, vocabulary.json, a card and a picture of the words. Every model with the
+Learns visual words, each a patch that stands for all patches like it, in one pass of mini-batch k-means over images.
+Writes them to OUTPUT: vocabulary.safetensors, vocabulary.json, a card and a picture of the words. Every model with the
 words' patch size can use them: AutoModel.from_pretrained(..., vwt="OUTPUT").
 
 Images go through the resizing and cropping of a model's image processor; none of its weights are needed. Images that
@@ -29,9 +29,9 @@ cannot be read are counted and left out. Memory does not grow with the number of
 Progress is saved every 100 batches: after an interruption the same command with --resume goes on from there, and the
 words are those of a run never interrupted.
 
-Several processes, on one machine or many, learn the words that one would, but for rounding; each reads its part of the
-images. Where they see different folders, as on machines with a disk each, each reads all of its own. The first process
-writes and prints. --multi_gpu is right without GPUs, too: accelerate's --cpu starts one process alone."""
+Several processes, on one machine or many, learn the words that one would, but for rounding: each reads its part of the
+images. If they see different folders, as on machines with a disk each, each reads all of its own. The first process
+writes and prints. Use --multi_gpu without GPUs, too: accelerate's --cpu starts only one process."""
 EXAMPLES = """\
 examples:
   vwt-hf learn photographs/ --image-processor google/vit-base-patch16-224

@@ -25,14 +25,14 @@ HELP = "draw what the tokenizer does to photographs"
 DESCRIPTION = """\
 Draws each photograph as a model sees it, and beside it what is left of its patches before the model's first layer.
 
-With --vwt: by any setting; dropped patches are faded, others show the patch that stands for them, their word's mean, or
+With --vwt: by any setting. Dropped patches are faded; others show the patch that stands for them, their word's mean, or
 their block at half the size. What --vwt true joins later, within the model, is not drawn: `vwt-hf demo` counts it.
-With --keep-ratio: by the paper's rule, which drops the others.
+With --keep-ratio: by the paper's rule, which drops the other patches.
 With --vocabulary: patches that share a word, and so become one token, are tinted in the word's colour, the same in all
-photographs, and those that stay alone are untouched; the last column shows each patch as its token does.
+photographs. Patches that stay alone are untouched. The last column shows each patch as its token does.
 
-Loads no weights. Without --model, photographs are cropped to a square of 224 pixels (or the multiple of the patch size
-that is nearest) and normalised as --vocabulary records; without that by 0.5, and patches are 16×16."""
+Loads no weights. Without --model, photographs are cropped to a square of 224 pixels (or the nearest multiple of the
+patch size) and normalised as --vocabulary records; without a vocabulary, by 0.5 with patches of 16×16 pixels."""
 EXAMPLES = """\
 examples:
   vwt-hf show cat.jpg dog.jpg --vwt true --model facebook/dinov2-small
