@@ -150,19 +150,19 @@ def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list
     """
     ids, given = label_ids(config), set(names)
     truth = [ids.get(name, set()) for name in names]
-    said = [
+    remarks = [
         f"Labels {', '.join(map(str, sorted(ids[name])))} are all called {name!r}: each is right for it."
         for name in sorted(given)
         if len(ids.get(name, ())) > 1
     ]
     for name, index in (config.label2id or {}).items():
         if name in given and name in ids and str(index) not in map(str, ids[name]):
-            said.append(f"{name!r} is label {index} by label2id; id2label, which says otherwise, is trusted.")
+            remarks.append(f"{name!r} is label {index} by label2id; id2label, which says otherwise, is trusted.")
     if len(config.id2label or ()) == 1:  # then 1 is the right answer for an image that has the label
         truth = [{1} if right else right for right in truth]
     unknown = sum(not right for right in truth)
     if 0 < unknown < len(truth):
-        said.append(
+        remarks.append(
             f"{unknown} of {len(truth)} images have a label that is none of the model's: top-1 is of the others."
         )
-    return truth, said
+    return truth, remarks

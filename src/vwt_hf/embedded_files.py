@@ -42,8 +42,8 @@ def _to_parquet(shard: Shard) -> bytes:
         "row": pa.array(shard.rows, pa.int64()),
         "embedding": pa.FixedSizeListArray.from_arrays(flat, shard.features.shape[1]),
     }
-    said = {"images": len(shard.rows), "unreadable": shard.unreadable}
-    table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(said)})
+    metadata = {"images": len(shard.rows), "unreadable": shard.unreadable}
+    table = pa.table(columns).replace_schema_metadata({KEY: json.dumps(metadata)})
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, use_dictionary=False) as writer:
         if shard.rows:  # `datasets` refuses a group without rows, which is what no rows would make
@@ -51,7 +51,7 @@ def _to_parquet(shard: Shard) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _said_in_parquet(file: Path) -> dict[str, Any]:
+def _parquet_metadata(file: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     return json.loads(pq.read_schema(file).metadata[KEY.encode()])
@@ -60,12 +60,12 @@ def _said_in_parquet(file: Path) -> dict[str, Any]:
 def _to_safetensors(shard: Shard) -> bytes:
     from safetensors.torch import save
 
-    said = {"images": len(shard.rows), "unreadable": shard.unreadable, "names": shard.names}
+    metadata = {"images": len(shard.rows), "unreadable": shard.unreadable, "names": shard.names}
     tensors = {"embedding": shard.features, "row": torch.tensor(shard.rows, dtype=torch.int64, device="cpu")}
-    return save(tensors, {KEY: json.dumps(said)})  # one entry, since entries come in any order
+    return save(tensors, {KEY: json.dumps(metadata)})  # one entry, since entries come in any order
 
 
-def _said_in_safetensors(file: Path) -> dict[str, Any]:
+def _safetensors_metadata(file: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
@@ -73,8 +73,8 @@ def _said_in_safetensors(file: Path) -> dict[str, Any]:
 
 
 FORMATS: dict[str, tuple[Callable[[Shard], bytes], Callable[[Path], dict[str, Any]]]] = {
-    "parquet": (_to_parquet, _said_in_parquet),
-    "safetensors": (_to_safetensors, _said_in_safetensors),
+    "parquet": (_to_parquet, _parquet_metadata),
+    "safetensors": (_to_safetensors, _safetensors_metadata),
 }
 """The formats of files, by their ending: what writes one, and what reads from it how many `images` it has and which
 are `unreadable`."""
@@ -106,7 +106,7 @@ class Shards:
         def is_missing(file: Path) -> bool:
             if not file.exists():
                 return True
-            return any(AGAIN in image and is_in_reach(image["row"]) for image in self._said_in(file)[1])
+            return any(AGAIN in image and is_in_reach(image["row"]) for image in self._contents_of(file)[1])
 
         # The main process looks, so that all share out the same list, while some write files already.
         missing = in_main(lambda: [number for number, file in enumerate(self.files) if is_missing(file)])
@@ -121,7 +121,7 @@ class Shards:
     def write(self, number: int, shard: Shard) -> None:
         """Writes a file, whole or not at all. A file that has more images already stays, with a warning."""
         file = self.files[number]
-        if file.exists() and (before := self._said_in(file)[0]) > len(shard.rows):
+        if file.exists() and (before := self._contents_of(file)[0]) > len(shard.rows):
             warnings.warn(
                 f"{file} stays as it is: it has {before} images, of which {len(shard.rows)} alone could be had now.",
                 stacklevel=4,
@@ -170,13 +170,13 @@ class Shards:
                 f"{self._folder} lacks {len(missing)} of {len(self.files)} files, such as {missing[0]}, which other "
                 "processes should have written; expected one folder that all see."
             )
-        said = [self._said_in(file) for file in self.files]
-        return sum(images for images, _ in said), [image for _, unreadable in said for image in unreadable]
+        contents = [self._contents_of(file) for file in self.files]
+        return sum(images for images, _ in contents), [image for _, unreadable in contents for image in unreadable]
 
-    def _said_in(self, file: Path) -> tuple[int, list[dict[str, Any]]]:
+    def _contents_of(self, file: Path) -> tuple[int, list[dict[str, Any]]]:
         try:
-            said = self._metadata_of(file)
-            return said["images"], said["unreadable"]
+            metadata = self._metadata_of(file)
+            return metadata["images"], metadata["unreadable"]
         except Exception as error:  # of a damaged file libraries raise nearly anything
             raise ValueError(
                 f"{file} does not say what `embed` writes into its metadata, as if it was damaged or written anew by "

@@ -259,14 +259,14 @@ def evaluate_model(
     kept, unreadable = _merged([batch for part in parts for batch in part], len(models))
     if not kept.samples:
         raise ValueError(f"no image can be read of {len(unreadable)}: {'; '.join(unreadable[:3]) or 'there are none'}.")
-    figures, said = chosen.figures(kept)
+    figures, remarks = chosen.figures(kept)
     return Evaluation(
         model=model.name_or_path or "",
         task=task_class.name,
         dataset=opened.name,
         images=len(kept.samples),
         unreadable=unreadable,
-        said=said,
+        said=remarks,
         rows=_rows(names, settings, figures, parts),
         machine=_machine(model, len(parts)),
     )
@@ -443,7 +443,7 @@ def _merged(batches: Sequence[Batch], models: int) -> tuple[Answers, list[str]]:
     batches = sorted(batches, key=lambda batch: batch.number)
     samples = [sample for batch in batches for sample in batch.samples]
     answers = [_joined([batch.answers[index] for batch in batches if batch.samples]) for index in range(models)]
-    return Answers(samples, answers), [said for batch in batches for said in batch.unreadable]
+    return Answers(samples, answers), [name for batch in batches for name in batch.unreadable]
 
 
 def _joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -100,10 +100,10 @@ class Task:
 
         The plain model has no figures that compare with it.
         """
-        own, said = self.own(kept)
+        own, remarks = self.own(kept)
         plain, *others = kept.answers
         compared = [self.to_plain(answers, plain) for answers in others]
-        return [one | more for one, more in zip(own, [{}, *compared], strict=True)], said
+        return [one | more for one, more in zip(own, [{}, *compared], strict=True)], remarks
 
     def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
         """As `figures`, only those that compare with labels or captions."""
@@ -158,9 +158,9 @@ class Classification(Task):
         }
 
     def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
-        truth, said = self.truth([sample.label for sample in kept.samples])
+        truth, remarks = self.truth([sample.label for sample in kept.samples])
         groups = [sample.group for sample in kept.samples]
-        return [self._right(answers["answer"].tolist(), truth, groups) for answers in kept.answers], said
+        return [self._right(answers["answer"].tolist(), truth, groups) for answers in kept.answers], remarks
 
     def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
         """The right answers for each image, none if they are not known; and sentences about them."""
@@ -170,19 +170,21 @@ class Classification(Task):
             count = max(2, config.num_labels)  # one label alone is no and yes
             truth = [{label} if isinstance(label, int) and 0 <= label < count else set() for label in labels]
             beyond = sum(not own for own in truth)
-            said = ["The labels of the images have no names: they are the model's by their numbers."]
-            return truth, [*said, *([f"{beyond} images have no label or one beyond {count - 1}."] if beyond else [])]
-        truth, said = true_labels([str(label or "") for label in labels], config)
+            remarks = ["The labels of the images have no names: they are the model's by their numbers."]
+            if beyond:
+                remarks.append(f"{beyond} images have no label or one beyond {count - 1}.")
+            return truth, remarks
+        truth, remarks = true_labels([str(label or "") for label in labels], config)
         if not known and self.labelled:
-            said.append(
+            remarks.append(
                 "No image has a label that is known, as where those of a split are hidden: there is no accuracy."
             )
         if known and not any(truth):
-            said.append(
+            remarks.append(
                 f"No label of the images (such as {shown(known[0])}) is one of the model's (such as "
                 f"{shown(next(iter(config.id2label.values())))}): they are compared by name, and there is no accuracy."
             )
-        return truth, said
+        return truth, remarks
 
     def _right(self, answers: Sequence[int], truth: Sequence[set[int]], groups: Sequence[str]) -> dict[str, Figure]:
         from .metrics import Accuracy, WorstGroup, compute  # `evaluate` takes a second to import
@@ -360,8 +362,8 @@ class Captions(Task):
             return super().own(kept)
         references = [captions[image] for image in captioned]
         texts = [[answers["text"][image] for image in captioned] for answers in kept.answers]
-        said = _left_out(captions, "without a caption are left out of token_f1")
-        return [{"token_f1": self._f1(written, references)} for written in texts], said
+        remarks = _left_out(captions, "without a caption are left out of token_f1")
+        return [{"token_f1": self._f1(written, references)} for written in texts], remarks
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
         return {
@@ -374,10 +376,10 @@ class Captions(Task):
         return self.mean(torch.tensor(found, dtype=torch.float64, device="cpu"), len(found))
 
 
-def _left_out(known: Sequence[Collection[Any]], said: str) -> list[str]:
+def _left_out(known: Sequence[Collection[Any]], remark: str) -> list[str]:
     """A list with a sentence about the images of which nothing is known; empty if there are none."""
     others = sum(not own for own in known)
-    return [f"{others} images {said}."] if others else []
+    return [f"{others} images {remark}."] if others else []
 
 
 class _Watch(LogitsProcessor):

@@ -39,9 +39,9 @@ class _OfImages(evaluate.Metric):
     columns: ClassVar[dict[str, Any]]
 
     def _info(self) -> evaluate.MetricInfo:
-        said = (type(self).__doc__ or "").strip()
+        about = (type(self).__doc__ or "").strip()
         return evaluate.MetricInfo(
-            description=said, citation="", inputs_description=said, features=datasets.Features(self.columns)
+            description=about, citation="", inputs_description=about, features=datasets.Features(self.columns)
         )
 
 

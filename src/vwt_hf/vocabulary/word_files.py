@@ -86,10 +86,10 @@ def _header(file: io.BufferedReader) -> tuple[int, dict[str, dict[str, Any]]]:
         TypeError, KeyError, RecursionError: there is no valid header.
     """
     length = os.fstat(file.fileno()).st_size
-    said = int.from_bytes(_exactly(file, 8), "little")
-    if said > _MOST_HEADER_BYTES:
-        raise ValueError(f"its header claims {said:,} bytes; expected {_MOST_HEADER_BYTES:,} at most")
-    header = json.loads(_exactly(file, said).decode("utf-8"))
+    size = int.from_bytes(_exactly(file, 8), "little")
+    if size > _MOST_HEADER_BYTES:
+        raise ValueError(f"its header claims {size:,} bytes; expected {_MOST_HEADER_BYTES:,} at most")
+    header = json.loads(_exactly(file, size).decode("utf-8"))
     if not isinstance(header, dict):
         raise TypeError(f"its header is a {type(header).__name__}")
     header.pop("__metadata__", None)
@@ -104,9 +104,9 @@ def _header(file: io.BufferedReader) -> tuple[int, dict[str, dict[str, Any]]]:
         if begin != end or 8 * (stop - begin) != math.prod(shape) * bits:
             raise ValueError(f"the values of {shown(name)}, {shown(shape)}, are not the bytes {begin} to {stop}")
         end = stop
-    if 8 + said + end != length:
-        raise ValueError(f"its header tells of {8 + said + end:,} bytes, and it has {length:,}")
-    return 8 + said, header
+    if 8 + size + end != length:
+        raise ValueError(f"its header tells of {8 + size + end:,} bytes, and it has {length:,}")
+    return 8 + size, header
 
 
 def _described_tensors(
