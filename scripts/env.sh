@@ -15,7 +15,7 @@ if [ ! -x "$venv/bin/python" ]; then
     # With --system-site-packages a torch that the machine carries is used, never downloaded again.
     "$python" -m venv --system-site-packages "$venv"
     if "$python" -c "$has_torch" && ! "$venv/bin/python" -c "$has_torch"; then
-        # The torch belongs to a virtual environment that is active: a venv sees only what lies below its base.
+        # That torch belongs to an active virtual environment, and a venv sees only packages of its base.
         "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
             >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active-environment.pth"
     fi
@@ -24,8 +24,8 @@ if ! "$venv/bin/python" -c "$has_torch"; then
     if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
         "${install[@]}" torch
     elif [ "$(uname -s)" = Linux ]; then
-        # PyPI's Linux wheels carry gigabytes of CUDA. The suffix +cpu rules them out. What torch needs is installed
-        # below, from where all else comes: asking here for each would take long where there is no network.
+        # PyPI's Linux wheels carry gigabytes of CUDA. The suffix +cpu rules them out. The packages that torch needs are
+        # installed below, with all others: to ask this index for each would take long if there is no network.
         "${install[@]}" --no-deps "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
     else
         "${install[@]}" torch

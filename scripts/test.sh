@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Lint, types and tests, at both ends of the transformers range that pyproject.toml declares. Makes its own environment.
 #   scripts/test.sh                  everything
-#   scripts/test.sh tests/test_auto.py -k clip   what pytest is to run, at both ends
-#   VWT_TEST_PROCESSES=8 scripts/test.sh         in as many processes, instead of 3
+#   scripts/test.sh tests/test_auto.py -k clip   these tests alone, at both ends
+#   VWT_TEST_PROCESSES=8 scripts/test.sh         in 8 processes instead of 3
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# Of packages only what is imported is compiled, when it first is; that takes half as long.
+# Packages are compiled when they are first imported, not when they are installed: that takes half as long.
 unset PYTHONDONTWRITEBYTECODE
 export PIP_OPTIONS=--no-compile
 scripts/env.sh test
@@ -16,7 +16,7 @@ python=${VENV:-.venv}/bin/python
 types=$!
 trap 'kill "$types" 2>/dev/null || :' EXIT
 
-# The oldest end lies beside the newest, with what it needs besides torch, and goes before it on the path.
+# The oldest transformers, with all that it needs but torch, lies beside the newest and comes before it on the path.
 oldest=$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 folder=$("$python" -c "import sys; print(sys.prefix)")/transformers-$oldest
 if [ ! -d "$folder/transformers" ]; then
@@ -24,7 +24,7 @@ if [ ! -d "$folder/transformers" ]; then
     "$python" -m pip install -q "$PIP_OPTIONS" --target "$folder.part" "transformers==$oldest.0"
     mv "$folder.part" "$folder"
 fi
-# Triton, which torch for CPUs does not bring along, interprets kernels for GPUs. Apart, so that nothing else finds it.
+# Triton, which torch for CPUs lacks, interprets kernels for GPUs. It lies apart, so that nothing else finds it.
 triton=$("$python" -c "import sys; print(sys.prefix)")/triton
 if [ ! -d "$triton/triton" ] && [ "$(uname -s)" = Linux ]; then
     rm -rf "$triton" "$triton.part"
