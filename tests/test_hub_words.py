@@ -422,6 +422,37 @@ def test_saving_with_push_to_hub_uploads_the_words_too(hub, checkpoint, vocabula
     torch.testing.assert_close(answers(again, pixel_values), answers(model, pixel_values))
 
 
+@pytest.mark.parametrize("auto", [AutoModel, transformers.ViTModel])
+def test_what_is_read_after_another_push_is_of_the_commit_of_the_weights(auto, hub, checkpoint, vocabulary, tmp_path):
+    others = VisualVocabulary(1 - vocabulary.words)
+    for words in (vocabulary, others):
+        setting = VWTConfig(method="inter", vocabulary=VisualVocabulary(words.words), **STATISTICS)
+        compress(tiny_model("vit"), setting).push_to_hub("me/own")
+        if words is vocabulary:
+            loaded, plain = auto.from_pretrained("me/own", vwt=False), auto.from_pretrained("me/tiny")
+    processor = transformers.models.vit.image_processing_pil_vit.ViTImageProcessorPil
+    processor(size={"height": 32, "width": 32}, image_std=[0.1] * 3).push_to_hub("me/tiny")
+    compress(loaded, {"method": "inter"})
+    assert torch.equal(lexicon_of(loaded).vocabulary.words, vocabulary.words)
+    assert compress(plain, {"method": "local"}).config.vwt["image_std"] == [0.5] * 3
+    newest = compress(auto.from_pretrained("me/own", vwt=False), {"method": "inter"})
+    assert torch.equal(lexicon_of(newest).vocabulary.words, others.words)
+
+
+def test_the_packages_words_do_not_take_the_place_of_a_models_that_could_not_be_asked_for(hub, files, tmp_path):
+    tiny_model("vit", patch_size=16, image_size=64).save_pretrained(tmp_path / "tiny")
+    own = VisualVocabulary(torch.rand(12, 3, 16, 16))
+    own.save_pretrained(tmp_path / "tiny" / "visual_words", card=False)
+    found = [path for path in (tmp_path / "tiny").rglob("*") if path.is_file()]
+    hub.put("me/own", {path.relative_to(tmp_path / "tiny").as_posix(): path.read_bytes() for path in found})
+    setting = {"method": "inter", **STATISTICS}
+    hub.fail(next=None, path="visual_words", status=503)
+    with pytest.raises(FileNotFoundError, match="me/own/visual_words cannot be had"):
+        AutoModel.from_pretrained("me/own", vwt=setting)
+    hub.heal()
+    assert torch.equal(lexicon_of(AutoModel.from_pretrained("me/own", vwt=setting)).vocabulary.words, own.words)
+
+
 def test_a_save_that_was_cut_off_is_told_from_the_hub_too(hub, checkpoint, vocabulary, tmp_path):
     setting = VWTConfig(method="inter", vocabulary=VisualVocabulary(vocabulary.words), **STATISTICS)
     compress(AutoModel.from_pretrained("me/tiny"), setting).save_pretrained(tmp_path)

@@ -354,13 +354,13 @@ def test_the_seal_of_a_model_tells_of_the_weights_that_its_own_save_wrote(tmp_pa
     folder = tmp_path / "folder"
     seal, weights, others = model_saving.seal_words, [], []
 
-    def sealed_late(*of: Any) -> None:
+    def sealed_late(*of: Any, **named: Any) -> None:
         if not others:
             others.append(threading.Thread(target=write_model, args=(folder, "other")))
             others[0].start()
             others[0].join(1)
             weights.append((folder / "model.safetensors").read_bytes())
-        seal(*of)
+        seal(*of, **named)
 
     monkeypatch.setattr(model_saving, "seal_words", sealed_late)
     write_model(folder, "new")

@@ -17,7 +17,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from settings import STATISTICS, ViTImageProcessor, inter
 from tiny import answers, tiny_model
-from vwt_hf import VisualVocabulary, VWTConfig, compress, evaluate_model, restore
+from vwt_hf import VisualVocabulary, VWTConfig, compress, evaluate_model, model_loading, restore
 from vwt_hf.compress import lexicon_of
 from vwt_hf.whole_saves import sharing
 
@@ -170,6 +170,62 @@ def test_weights_of_another_variant_do_not_meet_other_words(first, shards, pixel
     for variant in (None, "ft"):
         found = answers(load(tmp_path, variant=variant), pixel_values)
         torch.testing.assert_close(found, answers(model(1), pixel_values))
+
+
+@pytest.mark.parametrize("with_words", [True, False])
+def test_weights_in_one_file_that_stay_beside_shards_do_not_meet_other_words(with_words, pixel_values, tmp_path):
+    """transformers leaves them there, and loads them in place of the shards."""
+    model(0).save_pretrained(tmp_path)
+    model(1).save_pretrained(tmp_path, max_shard_size="30KB")
+    if not with_words:  # shards of before, and a plain model that is saved over them in one file
+        (tmp_path / "model.safetensors").unlink()
+        torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(1), pixel_values))
+        restore(model(2)).save_pretrained(tmp_path / "plain")
+        shutil.copy(tmp_path / "plain" / "model.safetensors", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is not of the save that wrote visual_words-.* Remove it if"
+    ):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(1), pixel_values))
+
+
+def test_weights_that_are_saved_while_a_model_is_loaded_do_not_meet_its_words(tmp_path, monkeypatch):
+    """A save that ends after the weights were read and before the words are, whose seal fits what lies there then."""
+    model(0).save_pretrained(tmp_path)
+    follow = model_loading._follow
+
+    def saved_meanwhile(*of):
+        monkeypatch.undo()
+        saved = model(1)
+        saved.save_pretrained(tmp_path)
+        of[0].config.vwt = saved.config.vwt  # as config.json names them, which is written before the weights
+        follow(*of)
+
+    monkeypatch.setattr(model_loading, "_follow", saved_meanwhile)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: a model was saved into it while this one was loaded.*again"):
+        load(tmp_path)
+    assert load(tmp_path).config.vwt["threshold"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("subfolder", ["sub/", "./sub", "sub//", Path("sub")], ids=str)
+def test_a_subfolder_is_found_as_transformers_finds_it(subfolder, pixel_values, tmp_path):
+    model(0).save_pretrained(tmp_path / "sub")
+    found = answers(load(tmp_path, subfolder=subfolder), pixel_values)
+    torch.testing.assert_close(found, answers(model(0), pixel_values))
+
+
+def test_an_empty_name_of_a_folder_is_refused_before_words_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}, **STATISTICS)
+    processor.save_pretrained("plain")
+    processor = AutoImageProcessor.from_pretrained(
+        "plain", vwt=inter(words(0)).to_dict() | {"vocabulary": words(0), "patch_size": 4}
+    )
+    for saved in (model(0), words(0), processor):
+        with pytest.raises(NotADirectoryError, match="No folder is named, but an empty text"):
+            saved.save_pretrained("")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
 def test_a_threshold_may_be_changed_by_hand(tmp_path):

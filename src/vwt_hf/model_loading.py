@@ -7,10 +7,13 @@ import contextlib
 import contextvars
 import copy
 import functools
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import hub
 
 from . import image_processing
 from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of, restore
@@ -18,8 +21,10 @@ from .config import VWTConfig
 from .families import require_supported
 from .model_configs import is_among, is_typed
 from .processors import configs_within, saved_setting
+from .saved_words import weights_in
 from .weights import remember_load
 
+resolve_revision: Any = getattr(hub, "resolve_revision", None)  # an older transformers keeps the commit in the config
 NOT_GIVEN: Any = object()
 """The default of `vwt`, as `None` asks for the plain model."""
 _building: contextvars.ContextVar[bool] = contextvars.ContextVar("vwt_hf building", default=False)
@@ -56,11 +61,19 @@ def loading_models(original: Any) -> Any:
         else:
             # Without a config given there is none to refuse before the weights are read.
             _setting(cls, getattr(kwargs.get("config"), "vwt", None), source)
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        resolved = _resolved_revision(source, hub_kwargs)
+        if resolved is not None:
+            kwargs["revision"] = resolved
+        folder = Path(source, kwargs.get("subfolder") or "") if source and os.path.isdir(source) else None
+        before = None if folder is None else weights_in(folder)
         with _parts_stay_plain():
             loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         named = "" if source is None else model.name_or_path
+        if folder is None and named == source:
+            # What lies beside the weights is read of the same commit, also by a `compress` after another push.
+            hub_kwargs["revision"] = resolved or _commit_of(model, kwargs)
         if source is None:  # transformers names such a model "None"
             for config in configs_of(model):
                 config.name_or_path = ""
@@ -72,9 +85,31 @@ def loading_models(original: Any) -> Any:
             _follow(model, named or source, hub_kwargs)  # of an adapter's folder: that of its base
         else:
             _apply(model, setting, hub_kwargs)
+        has_own_words = any(part.config.vwt.get("saved_as") for part in parts_of(model))
+        if folder is not None and has_own_words and weights_in(folder) != before:
+            raise ValueError(
+                f"{folder}: a model was saved into it while this one was loaded, so weights and words may be of two "
+                "models. Load it again."
+            )
         return loaded
 
     return from_pretrained
+
+
+def _resolved_revision(source: Any, hub_kwargs: dict[str, Any]) -> Any:
+    """The asked revision, which knows the commit that it names now; `None` if none was asked and none is known."""
+    revision = hub_kwargs.get("revision")
+    if resolve_revision is None:
+        return revision
+    of = {name: hub_kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in hub_kwargs}
+    return resolve_revision(source, revision, **of)
+
+
+def _commit_of(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
+    """The commit that the config of a model was read from, as an older transformers keeps it there."""
+    given = kwargs.get("config")
+    is_its_own = given is None or getattr(given, "name_or_path", None) == model.name_or_path
+    return getattr(model.config, "_commit_hash", None) if is_its_own else None
 
 
 def building_models(original: Any) -> Any:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,17 @@ from .evidence import write_section
 from .families import family_of, find_tower, why_every_patch
 from .model_configs import configs_of_modules, is_among, take_over
 from .processors import configs_within
-from .saved_words import remove_other_words, require_same_words, seal_words, words_folder, write_words
+from .saved_words import (
+    left_in,
+    remove_other_words,
+    require_same_words,
+    seal_words,
+    weights_in,
+    words_folder,
+    write_words,
+)
 from .weights import lasting
-from .whole_saves import sharing
+from .whole_saves import require_named, sharing
 
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 """Keyword arguments of `save_pretrained` that are for the upload alone."""
@@ -67,14 +75,21 @@ def saving_models(original: Any) -> Any:
         writes = self.should_save_on_this_rank(call.arguments["is_main_process"]) and not folder.is_file()
         if not writes or getattr(self, "_hf_peft_config_loaded", False):
             return original(*call.args, **call.kwargs)
+        if words:
+            require_named(call.arguments["save_directory"])
         with sharing(folder, _TURN if words else 0) as (_, is_alone):
             saved_as = []
             for part, vocabulary in words.items():
                 saved_as.append(write_words(folder, vocabulary))
                 part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
             require_same_words(folder, saved_as, call.arguments["variant"])
-            saved = _save_sealed(self, call, original, folder, saved_as)
-            seal_words(folder, saved_as)
+            before = weights_in(folder)
+
+            def seal() -> None:
+                seal_words(folder, saved_as, left=left_in(folder, before, call.arguments["variant"]))
+
+            saved = _save_sealed(self, call, original, saved_as, seal)
+            seal()
             if is_alone():
                 remove_other_words(folder, saved_as)
             return saved
@@ -119,7 +134,9 @@ def _require_embeddings(model: PreTrainedModel) -> None:
             )
 
 
-def _save_sealed(model: PreTrainedModel, call: Any, original: Any, folder: Path, saved_as: list[str]) -> Any:
+def _save_sealed(
+    model: PreTrainedModel, call: Any, original: Any, saved_as: list[str], seal: Callable[[], None]
+) -> Any:
     """Calls `original` as `call` says, and if that uploads what it wrote, uploads the words with it, sealed."""
     if not saved_as:
         return original(*call.args, **call.kwargs)
@@ -127,7 +144,7 @@ def _save_sealed(model: PreTrainedModel, call: Any, original: Any, folder: Path,
 
     def upload_sealed(working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any) -> Any:
         """Called by `original` when all is written: uploads what was not there before it began."""
-        seal_words(folder, saved_as)
+        seal()
         own = set(map(words_folder, saved_as))
         before = {name: time for name, time in files_timestamps.items() if name not in own}
         return upload(working_dir, repo_id, before, **kwargs)
@@ -165,6 +182,7 @@ def saving_processors(original: Any) -> Any:
         left = folder.glob(f"{image_processing.PROCESSOR_FOLDER}-*")  # words of earlier saves
         if getattr(processor, "vwt", None) is None and next(left, None) is None:
             return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
+        require_named(save_directory)
         if folder.is_file():
             return original(self, save_directory, **kwargs)
         if isinstance(processor, image_processing.Tokenizing):

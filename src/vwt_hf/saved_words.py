@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 import json
 import os
+import posixpath
 import re
 import secrets
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +100,31 @@ def _prints_in(seal: Path) -> dict[str, str]:
         raise ValueError(f"{seal} is damaged; expected the names and prints of weights.") from error
 
 
-def seal_words(folder: Path, saved_as: list[str], named: str = FOLDER) -> None:
-    """Seals the words of a save that is complete. An image processor's words go with any weights."""
+def weights_in(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """By the name of each file of weights in a folder: what differs once another takes its place."""
+    stats = {path.name: path.stat() for path in folder.glob("*") if WEIGHTS.fullmatch(path.name)}
+    return {name: (found.st_ino, found.st_mtime_ns, found.st_size) for name, found in stats.items()}
+
+
+def left_in(folder: Path, before: dict[str, tuple[int, int, int]], variant: str | None) -> set[str]:
+    """The weights of a variant that a save left as they were: one file, which stays beside shards.
+
+    Args:
+        before: what `weights_in` said before the save.
+    """
+    now = weights_in(folder)
+    return {name for name, of in before.items() if now.get(name) == of and _variant_of(name) == variant}
+
+
+def seal_words(folder: Path, saved_as: list[str], named: str = FOLDER, left: Collection[str] = ()) -> None:
+    """Seals the words of a save that is complete. An image processor's words go with any weights.
+
+    Args:
+        left: names of weights in the folder that are of another save.
+    """
     files = sorted(folder.iterdir()) if named == FOLDER else []
-    prints = {path.name: _fingerprint_of(path) for path in files if WEIGHTS.fullmatch(path.name)}
+    own = [path for path in files if WEIGHTS.fullmatch(path.name) and path.name not in left]
+    prints = {path.name: _fingerprint_of(path) for path in own}
     content = json.dumps({"weights": prints}, indent=1).encode()
     for each in saved_as:
         write_files(folder / words_folder(each, named), {SEAL: content})
@@ -126,7 +149,8 @@ def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any], na
         named: `FOLDER`, or `PROCESSOR_FOLDER` for an image processor's.
     """
     own = dict(hub_kwargs)
-    own["subfolder"] = "/".join(filter(None, (own.get("subfolder"), words_folder(saved_as, named))))
+    within = posixpath.normpath(os.fspath(own.get("subfolder") or ""))  # transformers takes "sub/" and paths, too
+    own["subfolder"] = posixpath.join("" if within == "." else within, words_folder(saved_as, named))
     vocabulary = load_vocabulary(source, trusted=True, pickles=False, **own)
     if saved_as is not None:
         folder = Path(source, own["subfolder"])
@@ -154,6 +178,13 @@ def require_sealed(words: Path) -> None:
         sealed = _prints_in(words / SEAL)
     except ValueError as error:
         raise ValueError(f"{error} {advice}") from error
+    for variant in {_variant_of(name) for name in sealed}:
+        single = ".".join(filter(None, ("model", variant, "safetensors")))  # which transformers prefers to shards
+        if single not in sealed and (folder / single).is_file():
+            raise ValueError(
+                f"{folder}: {single} is not of the save that wrote {words.name}, and transformers would load it in "
+                f"place of that save's weights. Remove it if it is an old one. {advice}"
+            )
     for name, value in sealed.items():
         path = folder / name
         if path.is_file() and _fingerprint_of(path) != value:

@@ -248,10 +248,15 @@ def _is_mounted(file: Path) -> bool:
     return any(line.split(b" ")[4:5] == [own] for line in lines)
 
 
+def require_named(folder: str | os.PathLike[str]) -> None:
+    """Refuses an empty text, which `Path` takes for the folder that one is in."""
+    if not os.fspath(folder):
+        raise NotADirectoryError("No folder is named, but an empty text; expected one to write into.")
+
+
 def require_folder(folder: str | os.PathLike[str]) -> None:
     """As `require_writable`, for files within `folder`."""
-    if not os.fspath(folder):  # which would be the folder that one is in
-        raise NotADirectoryError("No folder is named, but an empty text; expected one to write into.")
+    require_named(folder)
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not there.is_dir():

@@ -17,6 +17,7 @@ from ..printable import shown
 from ..processors import config_beside, model_statistics, saved_setting
 from ..saved_words import FOLDER, SAVED_AS, read_words
 from ..vocabulary import VisualVocabulary, load_vocabulary
+from ..vocabulary.files import NotReached
 from ..words import WordIndex, index_words, nearest_words
 from .ragged import RaggedConfig
 
@@ -189,9 +190,9 @@ class InterConfig(RaggedConfig):
         try:
             if model.source:
                 return read_words(model.source, self.saved_as, model.hub_kwargs, model.words_folder or FOLDER)
-        except FileNotFoundError:
-            # A setting in a config.json was saved with words; others in their place would change the answers.
-            if self.saved_as is not None or not model.trusted:
+        except FileNotFoundError as error:
+            # Words that the model was saved with may be there; others in their place would change the answers.
+            if self.saved_as is not None or not model.trusted or isinstance(error, NotReached):
                 raise
         return packaged_words(model.patch_size, model.channels)
 

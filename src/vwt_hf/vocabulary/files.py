@@ -51,6 +51,10 @@ _UNSETTLED = re.compile(r"vocabulary-[0-9a-f]{16}\.safetensors")
 """The name of words until they are renamed to `WORDS_FILE`."""
 
 
+class NotReached(FileNotFoundError):
+    """The Hub was asked for a file and did not answer, so that the file may be there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class VocabularyInfo:
     """How a vocabulary came about; `None` for what is not known."""
@@ -166,8 +170,9 @@ def _locate_on_hub(names: Sequence[str], where: str, download: dict[str, Any]) -
                 source, "/".join(filter(None, (subfolder, name))), download.get("cache_dir"), revision
             )
             was_asked = not (constants.HF_HUB_OFFLINE or download.get("local_files_only"))
-            if name == names[-1] or (was_asked and cached is None):
-                raise FileNotFoundError(
+            left_open = was_asked and cached is None
+            if name == names[-1] or left_open:
+                raise (NotReached if left_open else FileNotFoundError)(
                     f"{where} cannot be had: load it once where the Hub can be reached, or give a folder that it was "
                     f"downloaded to. ({error})"
                 ) from error

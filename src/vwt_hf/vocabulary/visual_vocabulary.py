@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 
 from ..hub_names import check_hub_id, check_revision, check_subfolder, require_private
 from ..printable import shown
+from ..whole_saves import require_named
 from .card import CARD_FILE, PICTURE_FILE, is_card_of_words, render_card, render_words
 from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, require_raw, vocabulary_files, write_vocabulary
 from .learning import learn_words
@@ -216,8 +217,10 @@ class VisualVocabulary:
             repo_id: what the card's usage snippet loads; by default the folder.
 
         Raises:
+            NotADirectoryError: `save_directory` is empty.
             ValueError: `words` or `frequencies` were set to what could not be read again.
         """
+        require_named(save_directory)
         folder, contents = Path(save_directory), self._files()
         present = folder / CARD_FILE
         if card and not _is_foreign(present.read_bytes() if present.is_file() else b"", str(folder)):
