@@ -260,7 +260,7 @@ def sdpa(
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
     if pairs is None and not dropout:  # which no kernel takes
-        if plan.key_bias is not None and (kernels := _kernels_that_attend(query, key, value)):
+        if plan.key_bias is not None and query.dtype in HALF and (kernels := _kernels_that_attend(query, key, value)):
             scale = head_size**-0.5 if scaling is None else scaling
             return kernels.attend(query, key, value, plan.key_bias.to(query.device), plan.layout, scale), None
         # One image takes a bias, which is fewer operations than folding it.
@@ -276,11 +276,9 @@ def sdpa(
 
 
 def _kernels_that_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> ModuleType | None:
-    """The kernels of our own, if they take these: of one shape and one half precision, with heads of 256 at most."""
-    if query.dtype not in HALF or query.shape[-1] > 256:
-        return None
+    """The kernels of our own, if they take these: of one shape and data type, with heads of 256 at most."""
     alike = all((one.shape, one.dtype) == (query.shape, query.dtype) for one in (key, value))
-    return kernels_for(query, key, value) if alike else None
+    return kernels_for(query, key, value) if alike and query.shape[-1] <= 256 else None
 
 
 @traced_within
