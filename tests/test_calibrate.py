@@ -187,6 +187,21 @@ def test_the_nearest_that_is_told_may_be_a_lighter_one(on_a_line, monkeypatch):
         on_a_line.find(tokens=40)
 
 
+def test_of_those_that_agree_enough_the_fastest_is_taken(on_a_line, monkeypatch):
+    """On images whose blocks all have detail coarse is slower than gradual."""
+    measure = Calibration._measure
+
+    def grainy(self, choice, bar):
+        level = measure(self, choice, bar)
+        return dataclasses.replace(level, speed=0.9) if choice.method == "coarse" else level
+
+    monkeypatch.setattr(Calibration, "_measure", grainy)
+    setting = on_a_line.find(agreement=0.86)
+    agreeing = [level for level in on_a_line.tried if level.value >= 0.86]
+    assert agreeing[-1].method == "coarse" and agreeing[-1].speed == 0.9
+    assert choice_of(setting) == CHOICES[9] and setting.evidence["speed"] == 2.0
+
+
 @pytest.mark.parametrize(("target", "asked"), [("speed", 1.5), ("agreement", 0.5)])
 def test_nothing_is_advised_that_would_be_refused(on_a_line, monkeypatch, target, asked):
     worse = Level(*CHOICES[0], -0.2, (-0.3, -0.1), 60, 65, 0.64)

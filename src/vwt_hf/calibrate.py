@@ -123,7 +123,7 @@ def calibrate(
         model: a transformers model of a supported family, plain or compressed, on the device and in the data type that
             it is to run in.
         images: at least 50, like those that the model is for: a folder, a `datasets` data set, or PIL images or paths.
-        agreement: asks for the heaviest setting, of those that are tried, with which at least this share of the images,
+        agreement: asks for the fastest setting, of those that are tried, with which at least this share of the images,
             in (0, 1], gets the plain model's first answer. For a model without a classifier, at least this mean cosine
             of its output (the image embedding, else the pooled output, else CLS or the mean of the tokens).
         speed: asks for the setting of most agreement that is at least so many times as fast as the plain model.
@@ -246,17 +246,19 @@ class Calibration:
             )
             bar.total = bar.n
         # All settings from `first` on agree too little, or are fast or short enough.
-        index = first - 1 if target == "agreement" else first
-        if not 0 <= index < len(CHOICES):
+        found = CHOICES[first : first + 1]
+        if target == "agreement":  # of these the heaviest need not be the fastest
+            enough = [level for level in self.tried if not _is_beyond(target, wanted, level)]
+            found = tuple(level.choice for level in sorted(enough, key=lambda level: level.speed))
+        if not found:
             nearest = {
                 "agreement": self.tried[0],
                 "speed": max(self.tried, key=lambda level: level.speed),
                 "tokens": min(self.tried, key=lambda level: level.tokens),
             }[target]
             raise ValueError(self._refusal(target, wanted, nearest))
-        choice = CHOICES[index]
-        evidence = self._evidence(self._tried[choice], f"{target}={wanted:g}")
-        return dataclasses.replace(self._setting(choice), evidence=evidence)
+        evidence = self._evidence(self._tried[found[-1]], f"{target}={wanted:g}")
+        return dataclasses.replace(self._setting(found[-1]), evidence=evidence)
 
     def _setting(self, choice: Choice) -> VWTConfig:
         return VWTConfig(**choice._asdict(), image_std=self._image_std)
