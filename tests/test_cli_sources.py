@@ -113,6 +113,21 @@ def test_a_folder_that_embed_wrote_into_is_still_one_of_images(tmp_path):
     assert sources._is_described(tmp_path)
 
 
+def test_only_files_that_datasets_reads_make_a_folder_of_images_a_data_set(tmp_path):
+    images, hidden = tmp_path / "cat", tmp_path / ".cache"
+    images.mkdir()
+    hidden.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "metadata.png")
+    for file in (tmp_path / "metadata.txt", images / "metadata.json", hidden / "metadata.csv", images / "._a.parquet"):
+        file.write_text("taken in 2024")
+    assert open_source(str(tmp_path), described=True) == (tmp_path, None)
+    for name in ("metadata.csv", "metadata.jsonl", "a.parquet", "a.arrow", "a.tar"):
+        for folder in (tmp_path, images):
+            (folder / name).touch()
+            assert sources._is_described(tmp_path)
+            (folder / name).unlink()
+
+
 def test_a_pooler_that_the_checkpoint_does_not_hold_is_left_out(checkpoint):
     model = load(str(checkpoint), usable_device("cpu"))
     assert model.pooler is None

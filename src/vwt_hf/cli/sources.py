@@ -94,8 +94,8 @@ def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -
 
 def _is_described(folder: Path) -> bool:
     """Whether a folder has files that `datasets` reads for its images; those that `embed` writes do not count."""
-    kinds = ("metadata.*", "*.parquet", "*.arrow", "*.tar")
-    found = (file for within in ("", "*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
+    kinds = ("metadata.csv", "metadata.jsonl", *(f"[!.]*.{ending}" for ending in ("parquet", "arrow", "tar")))
+    found = (file for within in ("", "[!.]*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
     of_embed = re.compile(r"train-\d+-of-\d+\.parquet")
     return any(not (of_embed.fullmatch(file.name) and (file.parent / "embed.json").exists()) for file in found)
 
