@@ -154,13 +154,26 @@ def test_a_data_set_that_changes_its_images_as_it_decodes_them_is_refused(opened
         opened(fine)
 
 
+@pytest.mark.parametrize("form", [None, "torch", "numpy", "arrow", "pandas"])
+def test_a_format_changes_neither_images_nor_labels(noise_images, form):
+    features = datasets.Features({"photo": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"photo": list(map(str, noise_images)), "label": [1, 0, 1, 0, 1]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    pixels = {np.asarray(PIL.Image.open(path)).tobytes() for path in noise_images}
+    for formatted in (data.with_format(form), data.to_iterable_dataset(num_shards=2).with_format(form)):
+        samples = [sample for _, batch in open_labelled(formatted).batches(0, 1, 2) for sample in batch]
+        assert [sample.label for sample in samples] == ["dog", "cat", "dog", "cat", "dog"]
+        for items in ([sample.item for sample in samples], [item for _, item in open_images(formatted).part().items]):
+            assert {np.asarray(read_image(item)).tobytes() for item in items} == pixels
+
+
 @pytest.mark.parametrize("opened", [open_images, open_labelled])
 def test_a_stream_that_says_nothing_is_asked_for_its_first_row(opened, noise_images):
     def rows():
         for number, path in enumerate(noise_images):
             yield {"id": number, "photo": PIL.Image.open(path)}
 
-    stream = datasets.IterableDataset.from_generator(rows)
+    stream = datasets.IterableDataset.from_generator(rows).with_format("numpy")
     assert stream.features is None
     found = opened(stream)
     if opened is open_images:

@@ -386,7 +386,7 @@ def features_of(dataset: Any) -> Mapping[str, Any]:
 
     if dataset.features is not None:
         return dataset.features
-    first: Mapping[str, Any] = next(iter(dataset), {})
+    first: Mapping[str, Any] = next(iter(dataset.with_format(None)), {})
     return {key: datasets.Image() if _looks_like_image(value) else None for key, value in first.items()}
 
 
@@ -403,7 +403,7 @@ def undecoded(dataset: Any, column: str, others: Iterable[str] = ()) -> Any:
     import datasets
 
     if dataset.features is None:  # a stream of which nothing is known before
-        return dataset
+        return dataset.with_format(None)
     formatted: Mapping[str, Any] = dataset.format if isinstance(dataset, datasets.Dataset) else {}
     if formatted.get("type") == "custom" and column in formatted["columns"]:
         raise ValueError(
@@ -417,7 +417,7 @@ def undecoded(dataset: Any, column: str, others: Iterable[str] = ()) -> Any:
             "expected datasets.Image(). Change them by dataset.map, or cast the column."
         )
     found = dataset.select_columns(sorted({column, *others})).cast_column(column, datasets.Image(decode=False))
-    return found.with_format(None) if isinstance(found, datasets.Dataset) else found
+    return found.with_format(None)
 
 
 def _looks_like_image(value: Any) -> bool:
