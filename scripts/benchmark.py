@@ -64,7 +64,7 @@ from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.figures import accuracy, agreement, are_right, cosines, divergence, first_answers, worst_group
 from vwt_hf.hooks import is_even
 from vwt_hf.image_source import described_files, find_images
-from vwt_hf.labelled_images import groups_of
+from vwt_hf.labelled_images import folder_name, groups_of
 from vwt_hf.on_gpu import has_kernels
 from vwt_hf.printable import printable
 from vwt_hf.processed_images import pixel_batches
@@ -607,7 +607,7 @@ def judge(
                         "Leave out the method or the data type, or check the weights."
                     )
     expected, *found = (torch.cat(own) for own in parts)
-    truth, said = true_labels([path.parent.name for path in paths], reference.config)
+    truth, said = true_labels([folder_name(path) for path in paths], reference.config)
     if classifies(reference):
         print(*map(printable, said), sep="\n", end="\n" if said else "")
     return [

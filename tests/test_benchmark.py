@@ -273,6 +273,17 @@ def test_a_model_without_a_classifier_is_judged_by_the_cosine_of_its_pooled_outp
     assert (plain["images"], plain["tokens"], short["tokens"]) == (3, 65, 7)
 
 
+def test_images_in_the_current_folder_have_its_name_for_their_label(checkpoint, photographs, monkeypatch):
+    model = transformers.AutoModelForImageClassification.from_pretrained(checkpoint).eval()
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([0.0, 1.0])  # "dog", whatever it sees
+    methods = [benchmark.Method("uncompressed", "uncompressed", model)]
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    monkeypatch.chdir(photographs / "dog")
+    (row,) = benchmark.judge(methods, model, find_images([Path(".")]), ["all"] * 3, processor)
+    assert row["top1"] == 1
+
+
 def test_settings_in_bf16_stand_beside_the_model_in_single_precision():
     settings = [{"keep_ratio": 0.5}, {"criterion": "grid", "keep_ratio": 0.25}]
     options = SimpleNamespace(peers=["bf16+settings"], settings=settings)

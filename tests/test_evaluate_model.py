@@ -36,7 +36,7 @@ from vwt_hf.evaluation_tasks import ZeroShot
 from vwt_hf.figures import agreement, divergence, ranks, share_interval, token_f1
 from vwt_hf.image_processing import HostTokenizer
 from vwt_hf.image_source import find_images
-from vwt_hf.labelled_images import open_labelled
+from vwt_hf.labelled_images import groups_of, open_labelled
 from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor
 
@@ -240,6 +240,20 @@ def test_the_labels_are_those_of_all_images_whatever_the_limit(tmp_path, photogr
     with pytest.raises(ValueError, match=r"the images have one label alone \('cat'\), which any model would find"):
         evaluate_model(model, photographs / "cat", **of)
     assert evaluate_model(model, photographs / "cat", **of | {"task": None}).task == "features"
+
+
+@pytest.mark.parametrize(("start", "given"), [("cat", "."), ("cat", ".."), ("cat/more", ".."), ("", "cat/more/..")])
+def test_a_label_is_the_name_of_a_folder_however_that_is_given(photographs, monkeypatch, start, given):
+    (photographs / "cat" / "more").mkdir()
+    (photographs / "bird.png").write_bytes((photographs / "cat" / "00.png").read_bytes())
+    monkeypatch.chdir(photographs / start)
+    labels = {path.name: path.resolve().parent.name for path in Path(given).rglob("*.png")}
+    opened = open_labelled(given)
+    samples = [sample for _, batch in opened.batches(0, 1, 4) for sample in batch]
+    assert {sample.item.name: sample.label for sample in samples} == labels and "cat" in labels.values()
+    assert opened.label_names == tuple(sorted(set(labels.values())))
+    assert [sample.group for sample in samples] == [sample.label for sample in samples]
+    assert groups_of([sample.item for sample in samples], Path(given), None) == [sample.label for sample in samples]
 
 
 def test_zero_shot_takes_each_of_the_labels_that_read_the_same(tmp_path, photographs):

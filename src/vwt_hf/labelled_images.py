@@ -138,8 +138,8 @@ class LabelledImages:
 
     def _sample(self, number: int, row: Any, whose: str = "") -> Sample:
         if isinstance(row, Path):
-            group = row.parent.name if self.groups is None else self.groups[number]
-            return Sample(str(row), row, row.parent.name, group, ())
+            name = folder_name(row)
+            return Sample(str(row), row, name, name if self.groups is None else self.groups[number], ())
         label = self._label(row.get(self.columns.get("label")))
         return Sample(
             f"row {number if self.rows is None else self.rows[number]}{whose}",
@@ -214,10 +214,16 @@ def open_labelled(
 
 def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int | None) -> LabelledImages:
     files = find_images([folder])
-    names = tuple(sorted({file.parent.name for file in files}))  # also those of which the limit leaves no image
+    names = tuple(sorted(set(map(folder_name, files))))  # also those of which the limit leaves no image
     files = [files[index] for index in spread(len(files), limit)]
     own = None if groups is None else groups_of(files, folder, Path(groups))
     return LabelledImages(files, folder.resolve().name, len(files), names, {}, own)
+
+
+def folder_name(image: Path) -> str:
+    """The name of the folder that an image lies in, also where its path names it by "." or ".." alone."""
+    folder = image.parent
+    return folder.resolve().name if folder.name in ("", "..") else folder.name
 
 
 def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[str]:
@@ -231,7 +237,7 @@ def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[
         ValueError: the file is no such object, or an image is not in it.
     """
     if groups is None:
-        return [path.parent.name for path in paths]
+        return [folder_name(path) for path in paths]
     try:
         table = json.loads(groups.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
