@@ -542,6 +542,29 @@ def test_retrieval_recalls_what_the_similarities_say(tmp_path, dataset):
         evaluate_model(model, bare, task="retrieval", progress=False)
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip2"])
+def test_an_image_with_a_row_for_each_caption_is_one_image(tmp_path, dataset, name):
+    folder = two_towers(name, tmp_path)
+    if name == "siglip2":
+        transformers.Siglip2ImageProcessorPil(patch_size=4, max_num_patches=64).save_pretrained(folder)
+    dataset = dataset.remove_columns("label")
+    rows = [(row["id"], text) for row in dataset for text in row["caption"]]
+    order = np.random.default_rng(0).permutation(len(rows))
+    one_each = dataset.select([rows[at][0] for at in order]).remove_columns("caption")
+    one_each = one_each.add_column("caption", [rows[at][1] for at in order])
+    of = {"vwt": [HALF], "task": "retrieval", "progress": False}
+    expected = evaluate_model(loaded(folder), dataset, **of)
+    found = evaluate_model(loaded(folder), one_each, batch_size=7, **of)
+    assert 0 < values(expected.rows[0])["text_to_image_recall@5"] < 1  # else any model would pass
+    for one, other in zip(found.rows, expected.rows, strict=True):
+        assert values(one) == pytest.approx(values(other), abs=1e-6)
+        assert {figure.count for figure in one.figures.values()} == {17}
+        for figure, wanted in zip(one.figures.values(), other.figures.values(), strict=True):
+            assert figure.interval == pytest.approx(wanted.interval, abs=1e-6)
+    assert (expected.said, found.images) == ([], 34)
+    assert found.said == ["34 rows show 17 images: one in several rows has the captions of all."]
+
+
 def test_captions_of_one_image_say_no_more_than_one():
     found = evaluation_tasks.Task.share(None, [True, True, True, False, True, False], 3)
     assert found == evaluation_tasks.Figure(4 / 6, share_interval(4 / 6, 3), 3)

@@ -47,7 +47,7 @@ from .timing import stopwatch
 from .token_count import TokenCount, count_tokens
 from .weights import copy_sharing_weights, device_of, fingerprint_of
 
-FORMAT = 5
+FORMAT = 6
 """Of what `resume` keeps of a run."""
 SHOWN: dict[str, tuple[str, int, int]] = {
     "accuracy": ("top-1 %", 100, 2),
@@ -398,7 +398,9 @@ def _answers(
     for model, (answers, _) in zip(models, timed, strict=True):
         require_finite(model, task.finite(answers), names)
     plain = timed[0][0]
-    return [task.keep(answers, plain) for answers, _ in timed], [seconds for _, seconds in timed]
+    kept = [task.keep(answers, plain) for answers, _ in timed]
+    kept[0] |= task.of_images(made)
+    return kept, [seconds for _, seconds in timed]
 
 
 def _fingerprint(

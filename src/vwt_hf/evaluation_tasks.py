@@ -6,6 +6,7 @@ A task says what a model answers to a batch of images, what is kept of the answe
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -94,6 +95,10 @@ class Task:
     def keep(self, found: Any, plain: Any) -> dict[str, Any]:
         """What is kept of answers to a batch, by name: a list or a tensor with an entry for each image."""
         raise NotImplementedError
+
+    def of_images(self, made: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """What is kept of the images of a batch themselves, as of answers; it stands among the plain model's."""
+        return {}
 
     def figures(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
         """Each model's figures by name, and sentences about them.
@@ -275,8 +280,13 @@ class Retrieval(Task):
     def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
         return {"features": found, "cosine": cosines(found, plain)}
 
+    def of_images(self, made: dict[str, torch.Tensor]) -> dict[str, Any]:
+        rows = zip(*made.values(), strict=True)
+        return {"image": [hashlib.sha256(b"".join(part.numpy().tobytes() for part in row)).hexdigest() for row in rows]}
+
     def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
-        captions = [sample.captions for sample in kept.samples]
+        by_image = _rows_of(kept.answers[0]["image"])
+        captions = [[text for row in rows for text in kept.samples[row].captions] for rows in by_image]
         captioned = [image for image, own in enumerate(captions) if own]
         if not captioned:
             raise ValueError(
@@ -290,10 +300,10 @@ class Retrieval(Task):
         for image, own in enumerate(of_images):
             for text in own:
                 of_texts[text].append(image)
-        features = self._encoded(texts)
+        features, first = self._encoded(texts), [by_image[image][0] for image in captioned]
         recalls = []
         for answers in kept.answers:
-            images = answers["features"][captioned]
+            images = answers["features"][first]
             by_direction = {
                 "image_to_text": ranks_of(images, features, of_images),
                 "text_to_image": ranks_of(features, images, of_texts),
@@ -305,7 +315,12 @@ class Retrieval(Task):
                     for count in RECALLED
                 }
             )
-        return recalls, _left_out(captions, "without a caption are left out")
+        remarks = _left_out(captions, "without a caption are left out")
+        if len(by_image) < len(kept.samples):
+            remarks.append(
+                f"{len(kept.samples)} rows show {len(by_image)} images: one in several rows has the captions of all."
+            )
+        return recalls, remarks
 
     def _encoded(self, texts: Sequence[str]) -> torch.Tensor:
         """The features of texts, (texts, values), of which each process makes its share."""
@@ -318,7 +333,16 @@ class Retrieval(Task):
         return torch.cat([own for own in gathered(encoded) if len(own)])
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
-        return {"cosine": self.mean(answers["cosine"])}
+        first = [rows[0] for rows in _rows_of(plain["image"])]
+        return {"cosine": self.mean(answers["cosine"][first], len(first))}
+
+
+def _rows_of(images: Sequence[str]) -> list[list[int]]:
+    """The rows of each image, of which a data set may have one for each caption."""
+    found: dict[str, list[int]] = {}
+    for row, image in enumerate(images):
+        found.setdefault(image, []).append(row)
+    return list(found.values())
 
 
 class Captions(Task):
