@@ -14,7 +14,7 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from vwt_hf.words import index_words, nearest_words, patchify
 Run = Callable[[], object]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hub id or folder whose image processor prepares the images")
     parser.add_argument("--images", required=True, type=Path, help="folder of images, searched through all levels")
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--turns", type=int, default=9)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     processor = load_processor(options.model)
     vocabulary = VisualVocabulary.from_pretrained(options.vocabulary)
     index = index_words(vocabulary.normalized(*processor_statistics(processor, vocabulary.channels)))
@@ -72,7 +72,7 @@ def back_ends(layout: Layout, options: argparse.Namespace) -> dict[str, Run]:
     plan = Grouped(layout, 1, None)
     lengths = [length for length, images in layout.runs for _ in range(images)]
     runs: dict[str, Run] = {
-        "by length": functools.partial(_by_layout, attend, *packed, plan),
+        "by length": functools.partial(_by_layout, attend, *packed, plan, None),
         "by image": functools.partial(by_image, packed, bias.to(dtype), lengths),
     }
     for count in (8, 4, 2, 1):

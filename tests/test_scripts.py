@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from test_image_processing import write
 from test_pipeline import PHOTOGRAPHS
+from vwt_hf import VisualVocabulary
 from vwt_hf.terminal import run_command
 
 pytestmark = pytest.mark.newest
@@ -76,6 +78,24 @@ def test_what_a_loader_costs_is_kept_also_where_all_images_have_the_same_number_
     assert [row["setting"] for row in rows["loader"]] == ["plain", "keep ratio 0.5"] and rows["padding"] == []
     printed = capsys.readouterr().out
     assert printed.count("keep ratio 0.5") == 3 and "any order" not in printed
+
+
+def test_all_ways_to_attend_to_a_packed_batch_are_timed_and_give_the_same(loader, tmp_path, capsys, monkeypatch):
+    _, given = loader
+    script, made = importlib.import_module("compare_attention"), []
+    words = torch.rand(9, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    VisualVocabulary(words).save_pretrained(tmp_path / "words")
+    back_ends = script.back_ends
+    monkeypatch.setattr(script, "back_ends", lambda *args: made.append(back_ends(*args)) or made[-1])
+    script.main([*given[:-2], "--vocabulary", str(tmp_path / "words"), "--batch-sizes", "1", "5"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| batch", "| 1", "| 5"] and len(rows[0]) == 8
+    for runs in made:
+        runs.pop("padded batch")  # of other numbers
+        expected, *others = (run().flatten(0, -3) for run in runs.values())
+        assert len(others) == 5
+        for found in others:
+            torch.testing.assert_close(found, expected)
 
 
 def test_words_are_not_compared_of_a_plain_model(loader):
