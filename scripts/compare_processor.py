@@ -93,14 +93,10 @@ def compare(source: str, setting: Any, images: Sequence[Any], batch_size: int) -
 
 
 def all_scores(pipe: Any, images: Sequence[Any], batch_size: int) -> torch.Tensor:
-    """(images, labels): what a pipeline says of each label."""
-    ids = pipe.model.config.label2id
-    scores = torch.zeros(len(images), len(ids))
-    answers = pipe(list(images), batch_size=batch_size, top_k=len(ids))
-    for image, answer in enumerate(answers):
-        for label in answer:
-            scores[image, ids[label["label"]]] = label["score"]
-    return scores
+    """(images, labels): what a pipeline says of each label, by their names, and of labels of one name by score."""
+    answers = pipe(list(images), batch_size=batch_size, top_k=len(pipe.model.config.id2label))
+    by_name = (sorted(answer, key=lambda label: (label["label"], -label["score"])) for answer in answers)
+    return torch.tensor([[label["score"] for label in answer] for answer in by_name])
 
 
 @contextlib.contextmanager

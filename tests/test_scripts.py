@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from test_image_processing import write
 from test_pipeline import PHOTOGRAPHS
+from tiny import tiny_model
 from vwt_hf import VisualVocabulary
 from vwt_hf.terminal import run_command
 
@@ -58,6 +60,24 @@ def test_words_of_image_processor_and_model_are_compared_over_a_folder(tmp_path,
     assert len(rows[1:]) == len(asked)
     for row in rows[1:]:
         assert [int(cell) for cell in row[3:6]] == [len(PHOTOGRAPHS), 0, 0]
+
+
+@pytest.mark.parametrize("label2id", [{"crane": 2, "dog": 1}, None])
+def test_scores_are_compared_of_labels_of_one_name_and_without_their_numbers(tmp_path, label2id):
+    model = tiny_model("vit-classifier", num_labels=3)
+    model.save_pretrained(write(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"id2label": {"0": "crane", "1": "dog", "2": "crane"}, "label2id": label2id}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    script = importlib.import_module("compare_processor")
+    pipe = transformers.pipeline("image-classification", model=str(tmp_path))
+    pixels = pipe.image_processor(PHOTOGRAPHS, return_tensors="pt")
+    with torch.no_grad():
+        a, dog, b = model(**pixels).logits.softmax(1).T
+    expected = torch.stack([a.maximum(b), a.minimum(b), dog], dim=1)
+    torch.testing.assert_close(script.all_scores(pipe, PHOTOGRAPHS, 2), expected)
+    row = script.compare(str(tmp_path), {"keep_ratio": 0.5}, PHOTOGRAPHS, 2)
+    assert (row["images"], row["other words"], row["other answers"]) == (len(PHOTOGRAPHS), 0, 0)
 
 
 @pytest.fixture
