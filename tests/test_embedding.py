@@ -706,6 +706,14 @@ def test_a_file_that_lost_what_it_says_of_itself_is_named(format, run, tmp_path)
     assert run(format=format).images == COUNT - 1
 
 
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_a_file_that_was_cut_short_is_named(format, run):
+    _, file, *_ = run(format=format).files
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{file.name} does not say what `embed` writes .* delete it, and"):
+        run(format=format)
+
+
 @pytest.fixture
 def seen(monkeypatch) -> list[dict[str, torch.Tensor]]:
     """What the model is called with, after the blank picture."""
@@ -791,6 +799,18 @@ def test_a_name_that_is_no_text_has_escapes(run, tmp_path):
     except OSError:
         pytest.skip("this file system has no such names")
     assert table(run(images=images).files).name.tolist() == ["\\udcff.png"]
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_a_folder_whose_name_is_no_text_holds_features_like_any_other(format, run, tmp_path):
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    try:
+        os.mkdir(output)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    found = run(output, format=format)
+    assert contents(Path(output)) == contents(run("usual", format=format).files[0].parent)
+    assert run(output, format=format).images == found.images == COUNT - 1
 
 
 def command(checkpoint: Path, folder: Path, output: Path, *more: str) -> list[str]:
