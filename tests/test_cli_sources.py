@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ from PIL import Image
 from tiny import tiny_model
 from vwt_hf.answers import answer
 from vwt_hf.cli import calibrate, embed, evaluate, learn, main, sources
-from vwt_hf.cli.loading import load
+from vwt_hf.cli.loading import load, load_model
 from vwt_hf.cli.sources import open_source
 from vwt_hf.timing import usable_device
 
@@ -142,3 +143,17 @@ def test_a_checkpoint_that_lacks_other_weights_is_refused_with_their_names(tmp_p
     model.save_pretrained(tmp_path, state_dict=lacking)
     with pytest.raises(ValueError, match=r"lacks weights of ViTModel, .*: .*layers?\.1\..* and \d+ more\. Expected a"):
         load(str(tmp_path), usable_device("cpu"))
+
+
+def test_a_checkpoint_with_weights_of_another_shape_than_its_config_says_is_refused_with_both(tmp_path):
+    model = tiny_model("vit-classifier", num_labels=3)
+    model.save_pretrained(tmp_path)
+    transformers.ViTImageProcessorPil(size=SIZE).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "cat", "1": "dog"}, "label2id": None}))
+    with pytest.raises(
+        ValueError, match=r"has weights classifier\.bias of shape \(3,\), .* with \(2,\); expected .* Corr"
+    ):
+        load_model(str(tmp_path), usable_device("cpu"), None)
+    plain = load(str(tmp_path), usable_device("cpu"))  # without the classifier
+    assert all((weight == model.state_dict()[f"vit.{name}"]).all() for name, weight in plain.state_dict().items())

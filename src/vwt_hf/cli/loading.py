@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..printable import shown
@@ -60,7 +60,8 @@ def load(
         vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
 
     Raises:
-        ValueError: the checkpoint lacks other weights of the model, or the model's family is not supported.
+        ValueError: the checkpoint lacks other weights of the model or has some of another shape, or the model's family
+            is not supported.
         OSError: there is no such checkpoint.
     """
     from transformers import AutoModel
@@ -76,11 +77,24 @@ def load(
             # Half precision is slower than single on most CPUs.
             dtype=dtype or ("float32" if device.type == "cpu" else "auto"),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else the error refers to a report, which is hidden here
         )
     model, report = loaded
+    _require_shapes(model, report["mismatched_keys"], checkpoint)
     family_of(model)
     leave_out_random(model, report["missing_keys"], checkpoint)
     return model.to(device).eval()
+
+
+def _require_shapes(model: Any, mismatched: Collection[tuple[str, Any, Any]], checkpoint: str) -> None:
+    """Refuses a model of which weights have another shape in the checkpoint: their names, and both shapes of each."""
+    if mismatched:
+        name, there, here = min(mismatched)
+        raise ValueError(
+            f"{checkpoint} has weights {name} of shape {tuple(there)}, and its config.json makes a "
+            f"{type(model).__name__} with {tuple(here)}; expected weights and a config that belong together. Correct "
+            "config.json (id2label, image_size, ...)."
+        )
 
 
 def leave_out_random(model: Any, missing: Iterable[str], checkpoint: str) -> None:
