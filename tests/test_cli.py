@@ -322,7 +322,8 @@ def test_calibrate_saves_no_model_of_a_class_that_transformers_lacks(many, tmp_p
 
 
 def test_a_model_that_lies_nowhere_is_named(photographs, tmp_path, capsys):
-    nowhere = str(tmp_path / "nowhere")
+    nowhere, file = str(tmp_path / "nowhere"), tmp_path / "weights.safetensors"
+    file.write_bytes(b"\x89")
     for given in (
         ["calibrate", nowhere, str(photographs), "--tokens", "64"],
         ["evaluate", nowhere, "--dataset", str(photographs)],
@@ -333,6 +334,8 @@ def test_a_model_that_lies_nowhere_is_named(photographs, tmp_path, capsys):
     ):
         assert main(given) == 2
         assert f"{nowhere} does not exist; expected the folder of a model, or its Hub id." in capsys.readouterr().err
+        assert main([str(file) if word == nowhere else word for word in given]) == 2
+        assert f"{file} is a file; expected the folder of a model, or its Hub id." in capsys.readouterr().err
 
 
 def test_a_program_that_unregistered_stays_so_after_a_command(checkpoint, photographs, tmp_path):

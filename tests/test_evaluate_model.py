@@ -267,6 +267,16 @@ def test_zero_shot_takes_each_of_the_labels_that_read_the_same(tmp_path, photogr
     assert found == ([{0, 2}, {0, 2}, {1}, set(), set()], said)
 
 
+def test_zero_shot_names_a_label_that_is_no_text(tmp_path, photographs):
+    try:
+        os.rename(photographs / "cat", os.fsencode(photographs) + b"/caf\xe9")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    model = loaded(two_towers("clip", tmp_path))
+    with pytest.raises(ValueError, match=r"would read 'a photo of a caf\\udce9\.', which is no valid text; expected"):
+        evaluate_model(model, photographs, task="zero-shot", progress=False)
+
+
 def test_a_model_without_a_tokenizer_beside_it_asks_for_one(tmp_path, photographs):
     model = loaded(two_towers("clip", tmp_path))
     processor = load_processor(model.name_or_path)
@@ -390,6 +400,16 @@ def test_any_table_of_labels_gives_the_right_accuracy_and_says_what_is_unclear(
     _header, *rest = capsys.readouterr().out.splitlines()
     assert rest[0].startswith(said or "")
     assert bool(rest[0]) == bool(said)
+
+
+def test_a_classifier_without_names_for_its_labels_has_no_accuracy_by_names(tmp_path, photographs):
+    model = loaded(random_classifier(tmp_path), AUTO)
+    expected = evaluate_model(model, photographs, vwt=[HALF], progress=False)
+    model.config.id2label, model.config.label2id = {}, {}
+    found = evaluate_model(model, photographs, vwt=[HALF], progress=False)
+    said = "No label of the images (such as 'cat') is one of the model's (its config names none): they are compared by "
+    assert found.said == [f"{said}name, and there is no accuracy."] and values(found.rows[0]) == {}
+    assert values(found.rows[1])["agreement"] == values(expected.rows[1])["agreement"]
 
 
 def test_of_labels_that_are_called_the_same_each_is_right(tmp_path, photographs):

@@ -101,3 +101,8 @@ def test_a_path_object_of_a_checkpoint_is_one(tmp_path, monkeypatch):
     for nowhere in (tmp_path / "nothing", Path("nothing/at/all")):
         with pytest.raises(FileNotFoundError, match=rf"{nowhere} does not exist; expected the folder of a model"):
             load_processor(nowhere)
+    ViTImageProcessor(image_std=[0.25] * 3).save_pretrained(tmp_path)
+    assert load_processor(tmp_path / "preprocessor_config.json").image_std == (0.25,) * 3
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(NotADirectoryError, match=r"a\.png is a file; expected the folder of a model"):
+        load_processor("a.png")

@@ -185,9 +185,11 @@ class Classification(Task):
                 "No image has a label that is known, as where those of a split are hidden: there is no accuracy."
             )
         if known and not any(truth):
+            names = list((config.id2label or {}).values())
+            own = f"such as {shown(names[0])}" if names else "its config names none"
             remarks.append(
-                f"No label of the images (such as {shown(known[0])}) is one of the model's (such as "
-                f"{shown(next(iter(config.id2label.values())))}): they are compared by name, and there is no accuracy."
+                f"No label of the images (such as {shown(known[0])}) is one of the model's ({own}): they are compared "
+                "by name, and there is no accuracy."
             )
         return truth, remarks
 
@@ -242,6 +244,12 @@ class ZeroShot(Classification):
             )
         self.names = [_spoken(name) for name in images.label_names]
         texts = [self.options["prompt"].replace("{}", name) for name in self.names]
+        for text in texts:
+            if text.encode(errors="ignore").decode() != text:
+                raise ValueError(
+                    f"a zero-shot classifier would read {shown(text)}, which is no valid text; expected labels that "
+                    "are. Rename the folder or the class."
+                )
         self.texts = text_features(self.model, self.tokenizer, texts)
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 
 def require_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
-    """Raises `FileNotFoundError` for a path where nothing is, before the Hub's client takes it for a Hub id."""
+    """Raises `OSError` for a path where nothing or a file is, before it is taken for a Hub id or read as JSON."""
     checkpoint = os.fspath(checkpoint)
     is_path = Path(checkpoint).is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") > 1
     if is_path and not Path(checkpoint).exists():
         raise FileNotFoundError(f"{checkpoint} does not exist; expected the folder of a model, or its Hub id.")
+    if Path(checkpoint).is_file() and not checkpoint.endswith(".json"):  # transformers reads a preprocessor_config.json
+        raise NotADirectoryError(f"{checkpoint} is a file; expected the folder of a model, or its Hub id.")
 
 
 def load_processor(checkpoint: str | os.PathLike[str], **hub_kwargs: Any) -> Any:
