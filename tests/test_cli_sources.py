@@ -73,6 +73,33 @@ def test_a_folder_of_images_is_one_whatever_lies_beside_them_unless_that_is_aske
     assert open_source(str(folder), config="small", described=True) == (asked, "train")
 
 
+def test_a_data_set_that_is_empty_or_damaged_is_named(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    bare = datasets.Dataset.from_dict({"image": []}, features=data.features)
+    bare.save_to_disk(tmp_path / "empty")
+    datasets.DatasetDict({"train": data, "test": bare}).save_to_disk(tmp_path / "half")
+    data.save_to_disk(tmp_path / "cut")
+    data.save_to_disk(tmp_path / "gone")
+    for name in ("table", "text"):
+        (tmp_path / name).mkdir()
+        data["image"][0].save(tmp_path / name / "a.png")
+    (tmp_path / "table" / "a.parquet").write_bytes(b"cut off")
+    (tmp_path / "text" / "metadata.csv").write_text("nonsense")
+    (file,) = (tmp_path / "cut").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:100])
+    (tmp_path / "gone" / file.name).unlink()
+    for name, kind, reason in (
+        ("empty", ValueError, ", or a split of it, has no rows; expected images"),
+        ("half", ValueError, ", or a split of it, has no rows; expected images"),
+        ("cut", ValueError, r" cannot be read as a data set \(ArrowInvalid: .*\); expected whole files"),
+        ("gone", OSError, f" cannot be read: .*{file.name}"),
+        ("table", ValueError, r" cannot be read as a data set \(.*ArrowInvalid: .*\); expected whole files"),
+        ("text", ValueError, r" cannot be read as a data set \(.*\); expected whole files"),
+    ):
+        with pytest.raises(kind, match=f"{tmp_path / name}{reason}"):
+            open_source(str(tmp_path / name), described=True)
+
+
 @pytest.mark.parametrize("verb", [calibrate, embed, evaluate, learn])
 def test_no_verb_names_a_split_by_itself(verb):
     parser = argparse.ArgumentParser()

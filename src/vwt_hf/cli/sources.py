@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def open_source(
             Parquet, ...
 
     Raises:
-        ValueError: `images` is a file, a folder with options that only a data set has, or has no such split.
-        OSError: `images` is neither a folder nor a data set on the Hub.
+        ValueError: `images` is a file, a folder with options that only a data set has, a data set that is damaged or
+            saved without rows, or has no such split.
+        OSError: `images` is neither a folder nor a data set on the Hub, or lacks files.
     """
     path = Path(images)
     expected = "expected a folder of images, a data set saved to disk, or the Hub id of a data set"
@@ -57,12 +59,30 @@ def open_source(
 
     import datasets
 
-    try:
-        split = split or _one_of(datasets.get_dataset_split_names(str(path), config), usual, images)
+    with _naming(images):
+        splits = [split] if split else datasets.get_dataset_split_names(str(path), config)
+    split = _one_of(splits, usual, images)
+    with _naming(images):
         return datasets.load_dataset(str(path), config, split=split, streaming=streaming), split
+
+
+@contextlib.contextmanager
+def _naming(images: str) -> Iterator[None]:
+    """Has errors of `datasets` name the images that it was asked for."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
     except OSError as error:
-        what = "cannot be read" if path.is_dir() else "is no folder here, and cannot be had as a data set"
+        what = "cannot be read" if Path(images).is_dir() else "is no folder here, and cannot be had as a data set"
         raise OSError(f"{images} {what}: {error}") from error
+    except IndexError as error:  # of saved data without files
+        raise ValueError(f"{images}, or a split of it, has no rows; expected images.") from error
+    except (ValueError, KeyError, DatasetsError) as error:
+        reasons = "; ".join(f"{type(one).__name__}: {one}" for one in (error, error.__cause__) if one is not None)
+        raise ValueError(
+            f"{images} cannot be read as a data set ({reasons}); expected whole files, and a split that there is."
+        ) from error
 
 
 def _saved(
@@ -70,7 +90,8 @@ def _saved(
 ) -> tuple[Any, str | None]:
     import datasets
 
-    data = datasets.load_from_disk(folder)
+    with _naming(str(folder)):
+        data = datasets.load_from_disk(folder)
     if isinstance(data, datasets.DatasetDict):
         split = split or _one_of(list(data), usual, str(folder))
         if split not in data:
