@@ -59,7 +59,7 @@ from vwt_hf import count_tokens
 from vwt_hf.answers import answer, are_finite, classifies, true_labels
 from vwt_hf.cli.evaluate import add_groups
 from vwt_hf.cli.loading import DTYPES, leave_out_random
-from vwt_hf.evaluate_model import fields_of, name_of
+from vwt_hf.evaluate_model import fields_of, name_of, require_shortening
 from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.figures import accuracy, agreement, are_right, cosines, divergence, first_answers, worst_group
 from vwt_hf.hooks import is_even
@@ -110,8 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     require_writable(options.json, options.markdown, options.plot)
     if options.plot:
         require_format(options.plot)
-    for setting in options.settings:
-        vwt_hf.VWTConfig.parse(setting)
+    require_shortening(options.settings)
     device = usable_device(options.device)
     paths = find_images([options.images], options.limit)
     groups = groups_of(paths, options.images, options.groups)
@@ -224,6 +223,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     numbers = [*options.batch_sizes, options.timed, options.turns, options.limit]
     if min(number for number in numbers if number is not None) < 1:
         parser.error("--batch-sizes, --timed, --turns and --limit take whole numbers from 1 on.")
+    if not options.seconds >= 0:  # nor NaN
+        parser.error(f"--seconds is {options.seconds}; expected a number of at least 0.")
     options.peers = PEERS if "all" in options.peers else options.peers
     settings = options.vwt or [
         *FIRST_SETTINGS,

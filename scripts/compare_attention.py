@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vwt_hf import VisualVocabulary
 from vwt_hf.attention import _by_layout
+from vwt_hf.checks import require_whole
 from vwt_hf.image_source import find_images
 from vwt_hf.layout import Layout, attention_bias, group
 from vwt_hf.plans import Grouped
@@ -45,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--turns", type=int, default=9)
     options = parser.parse_args(arguments)
+    for size in options.batch_sizes:
+        require_whole("--batch-sizes", size)
+    for name in ("heads", "head_size", "turns"):
+        require_whole(f"--{name.replace('_', '-')}", getattr(options, name))
     processor = load_processor(options.model)
     vocabulary = VisualVocabulary.from_pretrained(options.vocabulary)
     index = index_words(vocabulary.normalized(*processor_statistics(processor, vocabulary.channels)))

@@ -14,11 +14,13 @@ import importlib.util
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from sklearn.cluster import MiniBatchKMeans as ScikitLearn
 
+from vwt_hf.checks import require_whole
 from vwt_hf.image_source import open_images
 from vwt_hf.processed_images import patch_batches
 from vwt_hf.processors import load_processor
@@ -27,7 +29,7 @@ from vwt_hf.vocabulary.kmeans import MiniBatchKMeans, statistics
 from vwt_hf.whole_saves import require_writable, write_file
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder of images")
     parser.add_argument("--processor", required=True, help="Hub id or folder of a model, whose image processor is used")
@@ -36,12 +38,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="each method runs this often, in turn, with other seeds")
     parser.add_argument("--max-images", type=int)
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     require_writable(options.json)
+    for size in options.sizes:
+        require_whole("--sizes", size)
+    for name in ("patch_size", "rounds", "max_images"):
+        value = getattr(options, name)
+        if value is not None:
+            require_whole(f"--{name.replace('_', '-')}", value)
     source = open_images(options.images).part(max_images=options.max_images)
     processor = load_processor(options.processor)
     batches = [batch.patches for batch in patch_batches(source.items, processor, options.patch_size, 32)]

@@ -43,6 +43,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from serve import FIELD, Model, encoded, run
+from vwt_hf.checks import is_number, require_whole
 from vwt_hf.evaluate_model import name_of
 from vwt_hf.image_source import find_images
 from vwt_hf.printable import printable
@@ -86,6 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here, after each")
     options = parser.parse_args(arguments)
     require_writable(options.json)
+    require_whole("--limit", options.limit)
+    for clients in options.clients:
+        require_whole("--clients", clients)
+    for name in ("seconds", "minutes", "tolerance"):
+        value = getattr(options, name)
+        if value is not None and not is_number(value, 0):
+            raise ValueError(f"--{name} is {value}; expected a finite number of at least 0.")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers are ended, too
     settings = options.vwt or SETTINGS
     paths = find_images([options.images], options.limit)

@@ -396,11 +396,18 @@ def test_names_in_the_plot_are_text_whatever_matplotlib_makes_of_them(tmp_path):
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_seconds_that_are_no_number_are_refused(photographs, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(f"--model nowhere --images {photographs} --seconds nan".split())
+    assert "--seconds is nan; expected a number of at least 0." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ("--plot a.exe", r"--plot is a\.exe; expected"),
         ("--json .", "is a folder"),
+        ("--vwt false", "vwt holds False, which leaves the model plain"),
         ('--vwt "gradual"', "vwt is 'gradual', which as text would name a vocabulary"),
         (f"--groups {__file__}", r"test_benchmark\.py, which is no JSON"),
     ],

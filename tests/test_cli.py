@@ -138,7 +138,12 @@ def test_demo_reads_cls_where_the_checkpoint_has_no_pooler(tmp_path, photographs
     [
         (["--keep-ratio", "1.5"], "keep_ratio is 1.5; expected a number in (0, 1]"),
         (["--keep-ratio", "0.5", "0.01"], "keeps none of an image's 16 patches"),
-        (["--repeats", "0"], "repeats is 0; expected at least 1"),
+        (["--repeats", "0"], "repeats is 0; expected a whole number of at least 1."),
+        (
+            ["--repeats", "9" * 20],
+            f"repeats is {'9' * 20}; expected a whole number of at least 1, and less than 2**63.",
+        ),
+        (["--output", ""], "No folder is named, but an empty text"),
         (["--images", "nowhere.png"], "nowhere.png does not exist"),
         (["--device", "abacus"], "device is 'abacus'"),
         (["--model", "nowhere/at-all"], "nowhere/at-all"),

@@ -365,6 +365,7 @@ def test_show_by_words_draws_as_many_tokens_as_a_model_has(photographs, words, c
         ),
         ("learn {photographs} --image-processor nowhere/at-all", "nowhere/at-all"),
         ("learn {photographs} --image-processor {model} --patch-size 0", "patch_size is 0"),
+        ("learn {photographs} --image-processor {model} --batch-size 99999999999999999999", "and less than 2**63"),
         ("learn {photographs} --image-processor {model} --patch-size 65", "none of the 12 images could be read"),
         ("learn {photographs} --image-processor {processor}", "give --patch-size"),
         ("learn {photographs} --image-processor {model} --streaming", "--streaming: of data sets alone, and"),

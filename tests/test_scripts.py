@@ -125,6 +125,32 @@ def test_words_are_not_compared_of_a_plain_model(loader):
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("compare_attention", "--model {m} --images {i} --vocabulary {m} --batch-sizes 4 0"),
+        ("compare_attention", "--model {m} --images {i} --vocabulary {m} --turns 0"),
+        ("compare_clustering", "--processor {m} --images {i} --rounds 0"),
+        ("compare_clustering", "--processor {m} --images {i} --max-images 0"),
+        ("compare_clustering", "--processor {m} --images {i} --max-images -1"),
+        ("compare_processor", "--model {m} --images {i} --limit 0"),
+        ("compare_processor", "--model {m} --images {i} --limit -1"),
+        ("load", "--model {m} --images {i} --limit 0"),
+        ("load", "--model {m} --images {i} --clients 8 0"),
+        ("load", "--model {m} --images {i} --seconds nan"),
+        ("load", "--model {m} --images {i} --minutes nan"),
+        ("load", "--model {m} --images {i} --tolerance nan"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(loader, name, options):
+    _, (_, model, _, images, *_) = loader
+    if name == "load":
+        pytest.importorskip("litserve")
+    option, number = options[options.rindex("--") :].split()[0], options.split()[-1]
+    with pytest.raises(ValueError, match=f"{option} is {number}; expected a (whole|finite) number of at least"):
+        importlib.import_module(name).main(options.format(m=model, i=images).split())
+
+
+@pytest.mark.parametrize(
     ("more", "reason"),
     [
         (["--vwt", "false"], "vwt holds False, which leaves the model plain"),

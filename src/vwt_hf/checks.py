@@ -40,9 +40,10 @@ def is_int(value: object) -> TypeGuard[int]:
 
 
 def require_whole(name: str, value: object, least: int = 1) -> None:
-    """Raises `ValueError` unless `value` is a whole number of at least `least`."""
-    if not is_int(value) or value < least:
-        raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least {least}.")
+    """Raises `ValueError` unless `value` is a whole number of at least `least` that Python can count to."""
+    if not is_int(value) or not least <= value <= sys.maxsize:
+        most = ", and less than 2**63" if is_int(value) and value > least else ""
+        raise ValueError(f"{name} is {shown(value)}; expected a whole number of at least {least}{most}.")
 
 
 def require_seed(value: object, name: str = "seed") -> None:

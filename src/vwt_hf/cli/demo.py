@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..checks import require_whole
 from ..config import CRITERIA, VWTConfig
 from ..printable import printable
 from ..terminal import aligned
-from ..whole_saves import require_writable
+from ..whole_saves import require_folder, require_writable
 from .loading import add_device, load
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ def work(args: argparse.Namespace) -> None:
     for ratio in args.keep_ratio:
         settings[f"keep_ratio={ratio:.12g}"] = VWTConfig(keep_ratio=ratio, criterion=args.criterion, seed=args.seed)
     for name in ("batch_size", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; expected at least 1.")
+        require_whole(name, getattr(args, name))
+    require_folder(args.output)
     picture = Path(args.output) / "kept_patches.png"
     require_writable(picture)
 
