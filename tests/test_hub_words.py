@@ -422,20 +422,22 @@ def test_saving_with_push_to_hub_uploads_the_words_too(hub, checkpoint, vocabula
     torch.testing.assert_close(answers(again, pixel_values), answers(model, pixel_values))
 
 
+@pytest.mark.parametrize("asked", [{}, {"revision": "main"}], ids=["", "main"])
 @pytest.mark.parametrize("auto", [AutoModel, transformers.ViTModel])
-def test_what_is_read_after_another_push_is_of_the_commit_of_the_weights(auto, hub, checkpoint, vocabulary, tmp_path):
+def test_what_is_read_after_another_push_is_of_the_commit_of_the_weights(auto, asked, hub, checkpoint, vocabulary):
     others = VisualVocabulary(1 - vocabulary.words)
     for words in (vocabulary, others):
         setting = VWTConfig(method="inter", vocabulary=VisualVocabulary(words.words), **STATISTICS)
         compress(tiny_model("vit"), setting).push_to_hub("me/own")
         if words is vocabulary:
-            loaded, plain = auto.from_pretrained("me/own", vwt=False), auto.from_pretrained("me/tiny")
+            loaded = auto.from_pretrained("me/own", vwt=False, **asked)
+            plain = auto.from_pretrained("me/tiny", **asked)
     processor = transformers.models.vit.image_processing_pil_vit.ViTImageProcessorPil
     processor(size={"height": 32, "width": 32}, image_std=[0.1] * 3).push_to_hub("me/tiny")
     compress(loaded, {"method": "inter"})
     assert torch.equal(lexicon_of(loaded).vocabulary.words, vocabulary.words)
     assert compress(plain, {"method": "local"}).config.vwt["image_std"] == [0.5] * 3
-    newest = compress(auto.from_pretrained("me/own", vwt=False), {"method": "inter"})
+    newest = compress(auto.from_pretrained("me/own", vwt=False, **asked), {"method": "inter"})
     assert torch.equal(lexicon_of(newest).vocabulary.words, others.words)
 
 
@@ -450,7 +452,14 @@ def test_the_packages_words_do_not_take_the_place_of_a_models_that_could_not_be_
     with pytest.raises(FileNotFoundError, match="me/own/visual_words cannot be had"):
         AutoModel.from_pretrained("me/own", vwt=setting)
     hub.heal()
-    assert torch.equal(lexicon_of(AutoModel.from_pretrained("me/own", vwt=setting)).vocabulary.words, own.words)
+    plain = AutoModel.from_pretrained("me/own", vwt=False)
+    hub.put("me/own", {name: made for name, made in hub.files("me/own").items() if "words" not in name}, keep=False)
+    assert len(lexicon_of(AutoModel.from_pretrained("me/own", vwt=setting)).vocabulary) > 12  # the package's
+    hub.fail(next=None, path="visual_words", status=503)
+    with pytest.raises(FileNotFoundError, match="me/own/visual_words cannot be had"):
+        compress(plain, setting)  # that a newer commit has none says nothing of this one
+    hub.heal()
+    assert torch.equal(lexicon_of(compress(plain, setting)).vocabulary.words, own.words)
 
 
 def test_a_save_that_was_cut_off_is_told_from_the_hub_too(hub, checkpoint, vocabulary, tmp_path):

@@ -208,6 +208,13 @@ def test_weights_that_are_saved_while_a_model_is_loaded_do_not_meet_its_words(tm
     assert load(tmp_path).config.vwt["threshold"] == pytest.approx(0.3)
 
 
+def test_a_link_to_nothing_beside_the_weights_changes_nothing(pixel_values, tmp_path):
+    """As in a snapshot of the Hub's cache of which a file was removed."""
+    (tmp_path / "pytorch_model.bin").symlink_to(tmp_path / "gone")
+    model(0).save_pretrained(tmp_path)
+    torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(0), pixel_values))
+
+
 @pytest.mark.parametrize("subfolder", ["sub/", "./sub", "sub//", Path("sub")], ids=str)
 def test_a_subfolder_is_found_as_transformers_finds_it(subfolder, pixel_values, tmp_path):
     model(0).save_pretrained(tmp_path / "sub")

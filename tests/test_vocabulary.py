@@ -992,7 +992,8 @@ def test_facts_that_would_not_be_read_again_are_not_written(tmp_path: Path) -> N
     [
         b"---\nlicense: mit\n---\nMy model, unlike\n- visual-words\n",
         b"---\nlibrary_name: vwt-hf\nmodel-index: []\n---\n# Figures\n",  # as `vwt-hf evaluate --card` makes one
-        b"---\nlibrary_name: transformers\ntags:\n- visual-words\n---\n# My model\n",
+        b"---\nlibrary_name: transformers\ntags:\n- visual-words\n- token-reduction\n---\n# My model\n",
+        b"---\nlibrary_name: vwt-hf\ntags:\n- visual-words\nmodel-index: []\n---\n# My model\n",
     ],
 )
 def test_a_readme_of_something_else_stays(tmp_path: Path, hub: Any, own: bytes) -> None:

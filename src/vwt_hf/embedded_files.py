@@ -129,7 +129,7 @@ class Shards:
         if file.exists() and (before := self._contents_of(file)[0]) > len(shard.rows):
             warnings.warn(
                 f"{file} stays as it is: it has {before} images, of which {len(shard.rows)} alone could be had now.",
-                stacklevel=4,
+                stacklevel=6,
             )
             return
         write_files(self._folder, {file.name: self._to_bytes(shard)})

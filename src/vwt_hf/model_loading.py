@@ -73,7 +73,7 @@ def loading_models(original: Any) -> Any:
         named = "" if source is None else model.name_or_path
         if folder is None and named == source:
             # What lies beside the weights is read of the same commit, also by a `compress` after another push.
-            hub_kwargs["revision"] = resolved or _commit_of(model, kwargs)
+            hub_kwargs["revision"] = _commit_of(model, kwargs) or resolved
         if source is None:  # transformers names such a model "None"
             for config in configs_of(model):
                 config.name_or_path = ""
@@ -97,7 +97,8 @@ def loading_models(original: Any) -> Any:
 
 
 def _resolved_revision(source: Any, hub_kwargs: dict[str, Any]) -> Any:
-    """The asked revision, which knows the commit that it names now; `None` if none was asked and none is known."""
+    """The asked revision, which where transformers resolves it knows the commit that it names now; `None` if none was
+    asked and none is known."""
     revision = hub_kwargs.get("revision")
     if resolve_revision is None:
         return revision

@@ -102,8 +102,13 @@ def _prints_in(seal: Path) -> dict[str, str]:
 
 def weights_in(folder: Path) -> dict[str, tuple[int, int, int]]:
     """By the name of each file of weights in a folder: what differs once another takes its place."""
-    stats = {path.name: path.stat() for path in folder.glob("*") if WEIGHTS.fullmatch(path.name)}
-    return {name: (found.st_ino, found.st_mtime_ns, found.st_size) for name, found in stats.items()}
+    found = {}
+    for path in folder.glob("*"):
+        if WEIGHTS.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # a link to nothing, or a file that is being replaced
+                stat = path.stat()
+                found[path.name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    return found
 
 
 def left_in(folder: Path, before: dict[str, tuple[int, int, int]], variant: str | None) -> set[str]:
@@ -123,7 +128,7 @@ def seal_words(folder: Path, saved_as: list[str], named: str = FOLDER, left: Col
         left: names of weights in the folder that are of another save.
     """
     files = sorted(folder.iterdir()) if named == FOLDER else []
-    own = [path for path in files if WEIGHTS.fullmatch(path.name) and path.name not in left]
+    own = [path for path in files if WEIGHTS.fullmatch(path.name) and path.is_file() and path.name not in left]
     prints = {path.name: _fingerprint_of(path) for path in own}
     content = json.dumps({"weights": prints}, indent=1).encode()
     for each in saved_as:

@@ -20,7 +20,7 @@ from .files import VocabularyInfo
 
 PICTURE_FILE = "words.png"
 CARD_FILE = "README.md"
-TAG, LIBRARY = "visual-words", "vwt-hf"
+TAG, OTHER_TAG, LIBRARY = "visual-words", "token-reduction", "vwt-hf"
 """The Hub finds cards of vocabularies by this tag, which no other card of this package has."""
 MOST_METADATA = 2**16
 """Bytes at the start of a README.md in which its metadata are looked for."""
@@ -47,7 +47,7 @@ def render_card(
     where = {"revision": revision, "subfolder": subfolder}
     data = ModelCardData(
         library_name=LIBRARY,
-        tags=[TAG, "vision-transformer", "token-reduction", f"patch{shape[-1]}", "arxiv:2411.15397"],
+        tags=[TAG, "vision-transformer", OTHER_TAG, f"patch{shape[-1]}", "arxiv:2411.15397"],
         datasets=[info.dataset] if info.dataset and _is_hub_id(info.dataset) else None,
         base_model=info.base_model if info.base_model and _is_hub_id(info.base_model) else None,
     )
@@ -69,12 +69,12 @@ def render_card(
 
 
 def is_card_of_words(readme: bytes) -> bool:
-    """Whether the metadata of a README.md have the tag and the library of a vocabulary's card."""
+    """Whether the metadata of a README.md have the tags and the library of a vocabulary's card."""
     lines = readme[:MOST_METADATA].decode(errors="replace").splitlines()
     if lines[:1] != ["---"]:
         return False
     metadata = {line.strip() for line in itertools.takewhile("---".__ne__, lines[1:])}
-    return {f"- {TAG}", f"library_name: {LIBRARY}"} <= metadata
+    return {f"- {TAG}", f"- {OTHER_TAG}", f"library_name: {LIBRARY}"} <= metadata
 
 
 def _quoted(text: str) -> str:

@@ -166,8 +166,9 @@ def _locate_on_hub(names: Sequence[str], where: str, download: dict[str, Any]) -
         try:
             path = hf_hub_download(filename=name, **download)
         except LocalEntryNotFoundError as error:  # which leaves open whether it is there
+            pinned = getattr(revision, "resolved", revision)  # a branch by its name would be looked up anew
             cached = try_to_load_from_cache(
-                source, "/".join(filter(None, (subfolder, name))), download.get("cache_dir"), revision
+                source, "/".join(filter(None, (subfolder, name))), download.get("cache_dir"), pinned
             )
             was_asked = not (constants.HF_HUB_OFFLINE or download.get("local_files_only"))
             left_open = was_asked and cached is None
