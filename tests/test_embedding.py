@@ -240,8 +240,10 @@ def test_a_file_is_not_replaced_by_one_of_fewer_images(run, folder, tmp_path, mo
         run(shard_size=100, workers=0)
     with monkeypatch.context() as patched:  # it is there again, and then others are gone
         out_of_reach(patched, names[1:4], OSError(errno.EIO, "Input/output error"))
-        with pytest.warns(UserWarning, match=rf"has {COUNT - 2} images, of which {COUNT - 4} alone could be had now"):
+        told = rf"has {COUNT - 2} images, of which {COUNT - 4} alone could be had now"
+        with pytest.warns(UserWarning, match=told) as warned:
             run(shard_size=100, workers=0)
+        assert __file__ in [one.filename for one in warned if "alone could be had now" in str(one.message)]
     assert len(table([tmp_path / "out" / "train-00000-of-00001.parquet"])) == COUNT - 2
     assert run(shard_size=100, workers=0).images == COUNT - 1
 
