@@ -43,6 +43,28 @@ def test_padding_is_left_out_and_a_batch_has_the_tokens_of_its_images(name, layo
     assert (batch.tokens, batch.images) == (alone.tokens, 3) and batch.mean < 60
 
 
+class ByName(transformers.ViTModel):
+    """Hands its layers the tokens by keyword."""
+
+    def forward(self, pixel_values: torch.Tensor, **_) -> torch.Tensor:
+        hidden_states = self.embeddings(pixel_values)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states=hidden_states)
+        return self.layernorm(hidden_states)
+
+
+def test_layers_that_are_called_by_keyword_are_counted():
+    given, by_name = tiny_model("vit"), ByName(tiny_model("vit").config).eval()
+    by_name.load_state_dict(given.state_dict(), strict=False)
+    counts = []
+    for model in (given, by_name):
+        compress(model, gradual(layout="padded"))
+        with vwt_hf.count_tokens(model) as count, torch.no_grad():
+            model(sample_pixel_values())
+        counts.append(count.by_layer)
+    assert counts[0] == counts[1] and counts[0][1] < counts[0][0]
+
+
 @pytest.mark.parametrize("setting", [None, {"keep_ratio": 1.0}, {"keep_ratio": 0.5}])
 def test_patches_that_come_padded_count_without_their_padding(setting):
     images = torch.cat((sample_pixel_values(), torch.ones(1, 3, 32, 32)))

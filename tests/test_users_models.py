@@ -267,14 +267,22 @@ def test_a_forward_of_a_user_sees_each_image_in_a_row_of_its_own_between_layers(
     require_as_alone(compress(like(tiny_model("vit"), Deep), setting))
 
 
-def test_towers_that_share_layers_are_not_compressed_beside_each_other():
+@pytest.mark.parametrize(
+    ("first", "shared"),
+    [("inter", "layers"), ("inter", "embeddings"), ("discard", "embeddings")],  # "discard" has no hooks in layers
+)
+def test_towers_that_share_parts_are_not_compressed_beside_each_other(first, shared):
     one, other = tiny_model("vit"), tiny_model("vit")
-    other.layers = one.layers
-    compress(one, SETTINGS["inter"])
+    setattr(other, shared, getattr(one, shared))
+    compress(one, SETTINGS[first])
     before = states(one, images())
-    with pytest.raises(ValueError, match="Layers of the ViTModel belong to another vision tower"):
-        compress(other, SETTINGS["discard"])
-    assert torch.equal(states(one, images()), before)
+    for setting in (SETTINGS["inter"], SETTINGS["discard"]):
+        with pytest.raises(ValueError, match="Embeddings or layers of the ViTModel belong to another vision tower"):
+            compress(other, setting)
+    with pytest.raises(ValueError, match=r"belong to another model, too, .* Call vwt_hf\.restore on that one"):
+        restore(other)
+    assert torch.equal(states(one, images()), before) and one.config.vwt is not None
+    compress(one, SETTINGS[first])  # again, and out
     restore(one)
     require_as_alone(compress(other, SETTINGS["inter"]))
 

@@ -221,7 +221,8 @@ def _plan_and_pairs(
     if plan is None:
         raise RuntimeError(
             f"A layer attends to {tuple(query.shape)} (sequences, heads, tokens, head size), which are not the tokens "
-            "of the forward under way. Call the model, not its layers, and repeat no layer outside its forward."
+            "of the forward under way. Call the model, not its layers, repeat no layer outside its forward, and put "
+            "no tokens between embeddings and layers, but by method='intra' with dropped='discard'."
         )
     if attention_mask is None:
         return plan, None

@@ -136,8 +136,9 @@ def compress_by(
         refuse_masked(type(part))
     require_whole_images(tower, family)
     present = setting_of(model)
+    if not _is_hooked(model, tower):
+        _require_own_parts(tower)
     if present is None:
-        _require_own_layers(tower)
         if family.tried:
             vouch(model, tower)
         elif family.padded is None and not family.masks and may_change_rows(tower):
@@ -161,12 +162,26 @@ def compress_by(
     return model
 
 
-def _require_own_layers(tower: Tower) -> None:
-    """Raises `ValueError` where a plain tower shares layers with a compressed one."""
-    if any(isinstance(hook, Hook) for part in tower.module.modules() for hook in part._forward_hooks.values()):
+def _is_hooked(model: PreTrainedModel, tower: Tower) -> bool:
+    """Whether `model` was compressed itself, and not only another one that shares embeddings or layers with it."""
+    return any(
+        isinstance(hook, (TakeWords, Begin, RefuseMask))
+        for part in (tower.module, *models_around(model, tower))
+        for hook in part._forward_pre_hooks.values()
+    )
+
+
+def _has_hooked_parts(module: nn.Module) -> bool:
+    """Whether embeddings or layers within a module have hooks of this package."""
+    return any(isinstance(hook, Hook) for part in module.modules() for hook in part._forward_hooks.values())
+
+
+def _require_own_parts(tower: Tower) -> None:
+    """Raises `ValueError` where a plain tower shares embeddings or layers with a compressed one."""
+    if _has_hooked_parts(tower.module):
         raise ValueError(
-            f"Layers of the {type(tower.module).__name__} belong to another vision tower, too, which is compressed. "
-            "Call vwt_hf.restore on that model first, or give each tower layers of its own (copy.deepcopy)."
+            f"Embeddings or layers of the {type(tower.module).__name__} belong to another vision tower, too, which is "
+            "compressed. Call vwt_hf.restore on that model first, or give each tower its own (copy.deepcopy)."
         )
 
 
@@ -356,8 +371,14 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: `model` is no transformers model.
+        ValueError: it is not compressed, and shares embeddings or layers with a model that is.
     """
     model = model_of(model)
+    if _has_hooked_parts(model) and not any(map(takes_words, model.modules())):
+        raise ValueError(
+            f"Embeddings or layers of the {type(model).__name__} belong to another model, too, which is compressed. "
+            "Call vwt_hf.restore on that one."
+        )
     is_plain, held = setting_of(model) is None, configs_of_modules(model.modules())
     told = [config for config in configs_of(model) if config.vwt is not None or is_by_plan(config)]
     if any(is_plain or not is_among(config, held) for config in told):

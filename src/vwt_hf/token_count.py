@@ -79,10 +79,11 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
         for number in range(layer, len(places)):
             count.by_layer[number] += tokens
 
-    def fewer(number: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def fewer(number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward = forward_within(layer)
         if forward is not None and layer in forward.after:
-            before = forward.plan_of_shape(*args[0].shape[:2])
+            tokens = args[0] if args else kwargs["hidden_states"]
+            before = forward.plan_of_shape(*tokens.shape[:2])
             if before is not None:
                 add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
 
@@ -92,7 +93,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
         hooks.enter_context(next(reduced, tower.embeddings).register_forward_hook(add, with_kwargs=True))
         for number in joining_layers(tower.module):
             for layer in places[number - 1]:
-                hooks.enter_context(layer.register_forward_hook(functools.partial(fewer, number)))
+                hooks.enter_context(layer.register_forward_hook(functools.partial(fewer, number), with_kwargs=True))
         yield count
 
 
