@@ -30,6 +30,7 @@ from tiny import MODELS, TEXT, TINY, answers, tiny_model
 from vwt_hf import VWTConfig, compress
 
 HALF = {"method": "intra", "keep_ratio": 0.5}
+GPT = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 99, "add_cross_attention": True, "is_decoder": True}
 
 
 @pytest.fixture
@@ -275,7 +276,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 def state():
     classes = transformers.PreTrainedModel, transformers.PreTrainedConfig, transformers.PreTrainedTokenizerBase
-    held = [dict(vars(one)) for one in classes]
+    held = [dict(vars(one)) for one in (*classes, transformers.VisionEncoderDecoderModel)]
     return held, dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping), dict(
         CONFIG_MAPPING._extra_content)
 before = state()
@@ -358,11 +359,31 @@ def test_a_model_built_from_the_config_of_a_compressed_one_is_plain_and_is_saved
 MERGE = VWTConfig(dropped="merge").to_dict()
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "load", "part"),
+    [
+        (transformers.VisionEncoderDecoderModel, "GPT2LMHead", "from_encoder_decoder_pretrained", "encoder"),
+        (transformers.VisionTextDualEncoderModel, "Bert", "from_vision_text_pretrained", "vision"),
+    ],
+)
+def test_a_whole_made_of_two_checkpoints_takes_a_setting_for_its_tower_by_name(
+    kind, text, load, part, pixel_values, tmp_path
+):
+    tiny_model("vit").save_pretrained(tmp_path / "vit")
+    config = {"GPT2LMHead": transformers.GPT2Config(**GPT), "Bert": transformers.BertConfig(**TEXT)}[text]
+    getattr(transformers, f"{text}Model")(config).save_pretrained(tmp_path / "text")
+    for folder in (tmp_path / "vit", tmp_path / "nowhere"):  # it is refused before anything is loaded
+        with pytest.raises(TypeError, match=rf"vwt={{'keep_ratio': 0.5}} was given for a {kind.__name__}.*{part}_vwt="):
+            getattr(kind, load)(folder, tmp_path / "text", vwt={"keep_ratio": 0.5})
+    whole = getattr(kind, load)(tmp_path / "vit", tmp_path / "text", **{f"{part}_vwt": HALF})
+    tower = whole.get_submodule("encoder" if part == "encoder" else "vision_model").eval()
+    expected = answers(vwt_hf.compress(tiny_model("vit"), HALF), pixel_values)
+    torch.testing.assert_close(answers(tower, pixel_values), expected, atol=1e-6, rtol=1e-5)
+
+
 def captioner() -> transformers.PreTrainedModel:
-    gpt = transformers.GPT2Config(
-        n_embd=32, n_layer=1, n_head=2, vocab_size=99, add_cross_attention=True, is_decoder=True
-    )
-    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(transformers.ViTConfig(**TINY), gpt)
+    gpt, vit = transformers.GPT2Config(**GPT), transformers.ViTConfig(**TINY)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, gpt)
     return transformers.VisionEncoderDecoderModel(config).eval()
 
 

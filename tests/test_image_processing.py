@@ -533,6 +533,24 @@ def test_images_of_other_channels_have_words_as_the_model_finds_them(channels, s
         torch.testing.assert_close(compressed(made["pixel_values"], patch_words=made[NAME])[0], expected)
 
 
+@pytest.mark.parametrize("fields", [{"method": "local", "keep_ratio": 0.5}, {"method": "coarse"}, {"dropped": "merge"}])
+def test_an_image_processor_that_adds_a_channel_finds_the_words_of_its_model(fields, tmp_path):
+    """VitMatte's, which has a mean for three of the four channels that it makes."""
+    model = tiny_model("vit", num_channels=4)
+    model.save_pretrained(tmp_path)
+    transformers.VitMatteImageProcessorPil().save_pretrained(tmp_path)
+    setting = fields | ({"image_std": [0.5] * 4} if "method" in fields else {})
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt=setting)
+    image = PHOTOGRAPHS[0].resize((32, 32))
+    made = processor(images=image, trimaps=image.convert("L"), return_tensors="pt")
+    assert made["pixel_values"].shape == (1, 4, 32, 32) and made[NAME].shape == (1, 64)
+    compress(model, setting)
+    with torch.no_grad(), count_tokens(model) as count:
+        expected = model(made["pixel_values"])[0]
+        torch.testing.assert_close(model(made["pixel_values"], patch_words=made[NAME])[0], expected)
+    assert count.tokens == 2 * (token_lengths(made[NAME])[0] + 1) < 2 * 65
+
+
 def test_padded_patches_are_decoded_to_images_of_many_sizes(folders):
     processor = AutoImageProcessor.from_pretrained(folders("siglip2"), vwt=SETTINGS["merge"])
     made = processor(PHOTOGRAPHS, return_tensors="pt")

@@ -10,7 +10,7 @@ from accelerate.utils import compile_regions
 import vwt_hf
 from settings import SETTINGS, gradual, inter
 from test_families import sample_images
-from tiny import MODELS, answers, padded_patches, sample_pixel_values, tiny_model
+from tiny import MODELS, TEXT, TINY, answers, padded_patches, sample_pixel_values, tiny_model
 from vwt_hf import compress
 
 PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "registers": 4, "clip": 1, "beit": 1, "ijepa": 0, "siglip": 0, "dinov3": 4}
@@ -109,5 +109,21 @@ def test_a_mean_of_nothing_is_an_error_and_an_unsupported_model_is_refused():
     with pytest.raises(ValueError, match="no tokens were counted"):
         _ = count.mean
     swin = transformers.SwinModel(transformers.SwinConfig(depths=[1], num_heads=[1], embed_dim=8))
-    with pytest.raises(ValueError, match="Swin"), vwt_hf.count_tokens(swin):
+    with pytest.raises(ValueError, match=r"tokens of a SwinModel cannot be counted"), vwt_hf.count_tokens(swin):
         pass
+
+
+def test_parts_that_were_compressed_alone_are_counted_one_by_one():
+    text = transformers.LlamaConfig(**TEXT, num_key_value_heads=2)
+    vision = transformers.CLIPVisionConfig(**TINY)
+    config = transformers.VideoLlavaConfig(vision_config=vision, text_config=text, image_token_index=98)
+    model = transformers.VideoLlavaForConditionalGeneration(config).eval()
+    for tower in (model.model.image_tower, model.model.video_tower):
+        compress(tower, SETTINGS["merge"])
+    expected = r"2 parts .*\(model\.(video|image)_tower, .*count_tokens\(model\.model\.(video|image)_tower\)"
+    with pytest.raises(ValueError, match=expected), vwt_hf.count_tokens(model):
+        pass
+    with vwt_hf.count_tokens(model.model.video_tower) as count:
+        answers(model.model.image_tower, sample_pixel_values())
+        answers(model.model.video_tower, sample_pixel_values(batch=2))
+    assert (count.images, count.tokens) == (2, 2 * (1 + 32))

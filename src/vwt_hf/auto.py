@@ -12,10 +12,19 @@ have one.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    VisionEncoderDecoderModel,
+    VisionTextDualEncoderModel,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.pipelines.base import Pipeline
 
@@ -145,7 +154,26 @@ def _explaining(original: Any) -> Any:
     return __init__
 
 
-_WRAPS = {
+def _naming(part: str, original: Any) -> Any:
+    """Wraps what makes a whole of two checkpoints to refuse `vwt`: it would reach the config of the whole alone.
+
+    Args:
+        part: what arguments for the vision tower begin with.
+    """
+
+    @functools.wraps(original)
+    def made(cls: Any, *args: Any, vwt: Any = NOT_GIVEN, **kwargs: Any) -> Any:
+        if vwt is not NOT_GIVEN:
+            raise TypeError(
+                f"vwt={shown(vwt)} was given for a {cls.__name__}, which hands it on to neither of its two models. "
+                f"Write {part}_vwt=..., or call vwt_hf.compress for the vision tower within it."
+            )
+        return original(cls, *args, **kwargs)
+
+    return made
+
+
+_WRAPS: dict[tuple[type, str], Callable[[Any], Any]] = {
     (PreTrainedConfig, "from_dict"): reading_configs,
     (PreTrainedModel, "from_pretrained"): loading_models,
     (PreTrainedModel, "_from_config"): building_models,
@@ -158,5 +186,7 @@ _WRAPS = {
     (ProcessorMixin, "save_pretrained"): saving_processors,
     (PreTrainedTokenizerBase, "from_pretrained"): loading_tokenizers,
     (Pipeline, "__init__"): _explaining,
+    (VisionEncoderDecoderModel, "from_encoder_decoder_pretrained"): functools.partial(_naming, "encoder"),
+    (VisionTextDualEncoderModel, "from_vision_text_pretrained"): functools.partial(_naming, "vision"),
 }
 """The methods of transformers that `register` replaces, and what makes each replacement."""

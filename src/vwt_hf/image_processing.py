@@ -463,13 +463,16 @@ def _require_finding(processor: Any, setting: VWTConfig) -> None:
 
 
 def _channels(processor: Any, setting: VWTConfig, model_config: Any) -> int:
-    """Channels of the images: as many as means or deviations have numbers, else as the model's config says."""
+    """Channels of the images: as many as the model's config says, or else as any of these has numbers for."""
+    stated = stated_channels(model_config)
+    if stated is not None:  # VitMatte's image processor adds a channel, for which it has no mean
+        return stated
     for holder in (processor, setting):
         for name in _STATISTICS:
             values = getattr(holder, name, None)
             if isinstance(values, (list, tuple)):
                 return len(values)
-    return stated_channels(model_config) or 3
+    return 3
 
 
 def _normalises_by(processor: Any, **given: Any) -> tuple[Any, Any] | None:

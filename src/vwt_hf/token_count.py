@@ -51,7 +51,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
             its forwards inside the block count, of any thread.
 
     Raises:
-        ValueError: the family is not supported.
+        ValueError: the family is not supported, or several parts were compressed alone.
         TypeError: `model` is no transformers model; what torch.compile and DataParallel make of one is none.
 
     Example:
@@ -65,8 +65,20 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
     """
     model = model_of(model)
     compressed = parts_of(model)  # alone, in a whole that may be of no family
-    part = compressed[0] if len(compressed) == 1 else model
-    tower = find_tower(part, family_of(part))
+    if len(compressed) > 1:
+        names = [name for name, module in model.named_modules() if module in compressed]
+        raise ValueError(
+            f"{type(model).__name__} holds {len(compressed)} parts that were compressed alone ({', '.join(names)}); "
+            f"expected one. Count the tokens of each by itself, as by vwt_hf.count_tokens(model.{names[0]})."
+        )
+    part = compressed[0] if compressed else model
+    try:
+        tower = find_tower(part, family_of(part))
+    except ValueError as error:
+        raise ValueError(
+            f"the tokens of a {type(part).__name__} cannot be counted: it is of no supported family, or has several "
+            "vision towers. Count those of a tower within it, as by vwt_hf.count_tokens(model.its_tower)."
+        ) from error
     places = find_places(tower.module)
     count = TokenCount([0] * len(places))
 
