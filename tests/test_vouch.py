@@ -7,25 +7,30 @@ import json
 import pytest
 import torch
 import transformers
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2VisionModel
 
 from settings import SETTINGS, inter
 from tiny import TINY, sample_pixel_values, traces, watch_embeddings
 from vwt_hf import VWTConfig, compress, restore
 from vwt_hf.answers import named_answer
-from vwt_hf.families import FAMILIES, HOLDERS
+from vwt_hf.families import FAMILIES, HOLDERS, require_supported
 
 BOTH = {"image_size": [32, 32], "patch_size": [4, 4]}
-PREFIX = {"Pixio": 8, "InternVLVision": 1}
+PREFIX = {
+    "Pixio": 8,
+    **dict.fromkeys(("InternVLVision", "Kosmos2Vision", "InstructBlipVision", "InstructBlipVideoVision"), 1),
+}
 """Prefix tokens of what the rule holds for, by the names of their classes."""
 rule = pytest.mark.parametrize("kind", list(PREFIX))
 setting = pytest.mark.parametrize("fields", [*SETTINGS.values(), inter(layout="padded")], ids=[*SETTINGS, "padded"])
 
 
 def made(kind: str, **fields) -> transformers.PreTrainedModel:
-    if not hasattr(transformers, f"{kind}Model"):
+    model_class = Kosmos2VisionModel if kind == "Kosmos2Vision" else getattr(transformers, f"{kind}Model", None)
+    if model_class is None:
         pytest.skip(f"transformers {transformers.__version__} has no {kind}Model")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**TINY | fields)).eval()
+    model = model_class(model_class.config_class(**TINY | fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -100,7 +105,8 @@ def test_a_saved_model_is_the_same_when_loaded_plain_where_asked_and_restored(ki
     expected = states(compress(model, fields), images)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["vwt"]["method"] == fields.method
-    for auto in (transformers.AutoModel, type(model)):
+    listed = type(model.config) in transformers.AutoModel._model_mapping
+    for auto in (transformers.AutoModel, type(model)) if listed else (type(model),):
         torch.testing.assert_close(states(auto.from_pretrained(tmp_path), images), expected)
         torch.testing.assert_close(states(auto.from_pretrained(tmp_path, vwt=False), images), plain)
     restore(model)
@@ -173,6 +179,11 @@ def test_rounding_in_half_precision_is_told_from_positions(dtype):
     )
     with pytest.raises(ValueError, match="it answers by where in the sequence a patch lies"):
         compress(model.to(dtype))
+
+
+def test_a_whole_of_no_family_says_which_towers_can_be_compressed_alone():
+    with pytest.raises(ValueError, match=r"Kosmos2ForCond.* compressed alone, .*\(model\.its_tower\), if .* general rule"):
+        require_supported(transformers.Kosmos2ForConditionalGeneration, restores=True)
 
 
 @rule

@@ -221,8 +221,8 @@ def require_supported(model_class: type[PreTrainedModel], restores: bool) -> Non
         why = " by vwt_hf" if unfit is None else f": it {unfit.reason}"
         raise ValueError(
             f"{name} (model type {model_type!r}) cannot be compressed{why}; supported families: "
-            f"{', '.join(supported())}. Load it without `vwt`; a vision tower of one of these within it can be "
-            "compressed alone, by vwt_hf.compress(model.its_tower)."
+            f"{', '.join(supported())}. Load it without `vwt`; a vision tower within it can be compressed alone, by "
+            "vwt_hf.compress(model.its_tower), if it is of one of these or the general rule in the README holds for it."
         )
     refuse_masked(model_class)
     if not restores and reads_every_patch(model_class):
