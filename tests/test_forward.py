@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from settings import SETTINGS, inter
+from settings import SETTINGS, coarse, fixed, gradual, inter, local
 from tiny import answers, sample_pixel_values, tiny_model
 from vwt_hf import compress
 from vwt_hf.families import family_of, find_layers, find_tower
@@ -173,3 +173,40 @@ def test_a_layer_called_by_itself_is_plain_and_within_a_forward_must_be_of_its_t
     find_layers(model)[1].register_forward_pre_hook(call)
     answers(model, images(3))
     assert errors[0] is not None
+
+
+VMAP = {
+    "local": local(),
+    "count": local(num_patches=30),
+    "coarse": coarse(),
+    "inter": inter(),
+    "merge": SETTINGS["merge"],
+}
+VMAP |= {"gradual": gradual(), "fixed": fixed(), "discard": SETTINGS["discard"]}
+
+
+@pytest.mark.parametrize("setting", list(VMAP.values()), ids=list(VMAP))
+def test_vmap_over_images_or_weights_answers_as_each_alone_or_says_what_to_do(setting):
+    model, given = compress(tiny_model("vit"), setting), images(3)
+    expected = answers(model, given)
+    weights = {name: torch.stack((value.detach(), 1.1 * value.detach())) for name, value in model.named_parameters()}
+
+    def of_image(image: torch.Tensor) -> torch.Tensor:
+        return model(pixel_values=image[None]).last_hidden_state[0]
+
+    def of_weights(own: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, own, (given,)).last_hidden_state
+
+    with torch.no_grad():
+        for function, values, batch, works in (
+            (of_image, given, 3, not setting.groups),
+            (of_weights, weights, 2, setting.method != "gradual"),
+        ):
+            if works:
+                each = [torch.utils._pytree.tree_map(lambda value, i=i: value[i], values) for i in range(batch)]
+                right = torch.stack(list(map(function, each)))
+                torch.testing.assert_close(torch.func.vmap(function)(values), right, atol=1e-5, rtol=1e-5)
+            else:
+                with pytest.raises(ValueError, match=rf"vmap .*='{setting.method}'.* as one batch .*restore\(model\)"):
+                    torch.func.vmap(function)(values)
+    torch.testing.assert_close(answers(model, given), expected)

@@ -35,7 +35,7 @@ from .forward import (
     words_are_given,
 )
 from .layout import join
-from .on_gpu import is_compiling
+from .on_gpu import is_compiling, is_one_of_many
 from .patches import Patches
 from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
 from .stand_ins import StandIn
@@ -275,6 +275,8 @@ class Reduce(Hook):
             mask: (batch, patches), which of padded patches the caller takes for real; `None`: all but padding.
         """
         pixel_values = args[0] if args else kwargs["pixel_values"]
+        if self.setting.groups:
+            _require_one_batch(pixel_values, self.setting)
         if self.family.padded is not None:
             spatial_shapes = args[1] if len(args) > 1 else kwargs["spatial_shapes"]
             return Patches.of_padded(pixel_values, self.patch_size, spatial_shapes, mask)
@@ -309,6 +311,16 @@ class Repaint(Hook):
 def _tokens_of(output: Any) -> torch.Tensor:
     """The tokens in the output of embeddings or of a layer, (sequences, tokens, hidden): all of it, or its first."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def _require_one_batch(tensor: torch.Tensor, setting: VWTConfig) -> None:
+    """Raises `ValueError` where `torch.func.vmap` makes many batches of one, each of which would need its own plan."""
+    if not is_compiling() and is_one_of_many(tensor):
+        raise ValueError(
+            f"torch.func.vmap runs a model with method={setting.method!r} on many batches at once, which differ in "
+            "what shares a token. Call it with all images as one batch and one set of weights at a time, compress it with "
+            "method='intra' and dropped='discard', or call vwt_hf.restore(model) before."
+        )
 
 
 def _words_for(module: nn.Module) -> GivenWords | None:
@@ -372,6 +384,7 @@ class Join(Hook):
             return output
         after = forward.after.get(layer)
         if after is None:  # else the layer is repeated for its gradient
+            _require_one_batch(tokens, self.setting)
             found = self.setting.seek(before, tokens.detach(), self.wanted)
             after = before if found is None else before.joined(*found, [plan.shape for plan in forward.plans])
             forward.after[layer] = after

@@ -66,6 +66,16 @@ def is_followed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or _has_modes()
 
 
+def is_one_of_many(tensor: torch.Tensor) -> bool:
+    """Whether `torch.func.vmap` runs this code once for many tensors, of which `tensor` stands for each."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def _has_modes() -> bool:
     """Whether a dispatch mode sees each operation before torch does it, or before autograd does."""
     if torch._C._len_torch_dispatch_stack() > 0:
