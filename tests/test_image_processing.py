@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -309,6 +310,27 @@ def test_tiles_have_words_each_and_padding_has_none(tmp_path):
     assert all(map(np.array_equal, pictures[3:], processor.decode(alone[NAME], alone)))
 
 
+@pytest.mark.parametrize(
+    "given", [{"return_tensors": "pt"}, {}, {"do_pad": False}], ids=["tensor", "lists", "unpadded"]
+)
+def test_black_tiles_have_words_and_padding_has_none(given, tmp_path):
+    """Where black is 0, as padding is."""
+    fields = {"crop_size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32, 64], [64, 64]], "image_mean": 0.0}
+    image_processor_class("llava_next")(size={"shortest_edge": 32}, **fields).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt={"patch_size": 4, "dropped": "merge"})
+    noise = np.random.default_rng(0).integers(1, 255, (32, 64, 3), dtype=np.uint8)
+    images = [noise.copy(), noise.copy(), np.zeros_like(noise), noise.repeat(2, axis=0)]
+    images[0][:, :40], images[1][:, 24:] = 0, 0
+    made = processor([Image.fromarray(image) for image in images], **given)
+    tiles = [list(map(torch.as_tensor, of_image)) for of_image in made["pixel_values"]]
+    black = [[not tile.any() for tile in of_image] for of_image in tiles]
+    assert black[0][:3] == [False, True, False] and black[1][:3] == [False, False, True] and all(black[2])
+    for own, words, pixels in zip((3, 3, 3, 5), made[NAME], tiles, strict=True):
+        words = torch.as_tensor(words)
+        assert len(words) == len(pixels) == (own if "do_pad" in given else 5)
+        assert (words[:own] >= 0).all() and (words[own:] == -1).all()
+
+
 def test_several_images_of_one_sample_have_words_each(tmp_path):
     """Beside what an image processor tells of each sample, not of each image."""
     size = {"height": 32, "width": 32}
@@ -594,6 +616,39 @@ class Photographs(torch.utils.data.Dataset):
 
     def __getitem__(self, place: int):
         return {name: value[0] for name, value in self.processor(PHOTOGRAPHS[place], return_tensors="pt").items()}
+
+
+FORKED_BEFORE = """
+import importlib, sys
+import torch, transformers
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+def work(folder, queue):
+    from vwt_hf.image_processing import HostTokenizer
+    found, seen = HostTokenizer.patches, []
+    HostTokenizer.patches = lambda *args: seen.append(torch.get_num_threads()) or found(*args)
+    processor = AutoImageProcessor.from_pretrained(folder, vwt={"dropped": "merge"})
+    processor(torch.rand(1, 3, 32, 32), return_tensors="pt")
+    queue.put((seen, torch.get_num_threads()))
+
+torch.set_num_threads(2)
+assert "vwt_hf" not in sys.modules
+for library in ("multiprocessing", "multiprocess"):
+    context = importlib.import_module(library).get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=work, args=(sys.argv[1], queue))
+    child.start()
+    assert queue.get() == ([1], 2), library
+    child.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+def test_a_process_that_was_forked_before_the_import_finds_words_by_one_thread(folders):
+    """Its parent's threads, for which torch would wait, are not in it."""
+    run = [sys.executable, "-W", "ignore", "-c", FORKED_BEFORE, str(folders("vit"))]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.newest)])

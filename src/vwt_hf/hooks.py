@@ -318,8 +318,8 @@ def _require_one_batch(tensor: torch.Tensor, setting: VWTConfig) -> None:
     if not is_compiling() and is_one_of_many(tensor):
         raise ValueError(
             f"torch.func.vmap runs a model with method={setting.method!r} on many batches at once, which differ in "
-            "what shares a token. Call it with all images as one batch and one set of weights at a time, compress it with "
-            "method='intra' and dropped='discard', or call vwt_hf.restore(model) before."
+            "what shares a token. Call it with all images as one batch and one set of weights at a time, compress it "
+            "with method='intra' and dropped='discard', or call vwt_hf.restore(model) before."
         )
 
 

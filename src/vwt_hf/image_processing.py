@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,15 @@ class HostTokenizer:
         fields = self.setting.to_dict() | {"patch_size": list(self.patch_size)}
         return fields if self.setting.words_to_save() is None else fields | {"saved_as": self.saved_as}
 
-    def words(self, made: Mapping[str, Any]) -> Any:
+    def words(self, made: Mapping[str, Any], tiles: list[int] | None = None) -> Any:
         """The words of the patches of images, in the form of `pixel_values`: a tensor, an array or a list of arrays.
 
         Args:
             made: what an image processor made. `pixel_values` are whole images (batch, channels, height, width);
-                images in tiles (batch, tiles, channels, height, width), where tiles of zeros are padding; or padded
-                patches, beside their `spatial_shapes` and `pixel_attention_mask`.
+                images in tiles (batch, tiles, channels, height, width); or padded patches, beside their
+                `spatial_shapes` and `pixel_attention_mask`.
+            tiles: how many tiles each image has; the others are padding, without words. `None`: tiles of zeros at the
+                end are padding.
 
         Returns:
             int64 (batch, patches) or (batch, tiles, patches).
@@ -85,23 +88,22 @@ class HostTokenizer:
         with contextlib.nullcontext() if os.getpid() == _PROCESS else _one_thread():
             if isinstance(values, (list, tuple)):
                 made = {name: made[name] for name in made if name in _READ}
-                return [
-                    self._of_batch({name: as_tensor(own[i])[None] for name, own in made.items()})[0].cpu().numpy()
-                    for i in range(len(values))
-                ]
-            found = self._of_batch({name: as_tensor(made[name]) for name in made if name in _READ})
+                each = [{name: as_tensor(own[i])[None] for name, own in made.items()} for i in range(len(values))]
+                counts = [None] * len(each) if tiles is None else [[count] for count in tiles]
+                return [self._of_batch(*one)[0].cpu().numpy() for one in zip(each, counts, strict=True)]
+            found = self._of_batch({name: as_tensor(made[name]) for name in made if name in _READ}, tiles)
             return found if isinstance(values, torch.Tensor) else found.numpy()
 
-    def _of_batch(self, made: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _of_batch(self, made: dict[str, torch.Tensor], counts: list[int] | None) -> torch.Tensor:
         values = made["pixel_values"]
         if not len(values):
             return torch.empty(0, dtype=torch.int64, device=values.device)
         tiles = values.flatten(0, 1) if values.dim() == 5 else values
         patches = self.patches(made | {"pixel_values": tiles})
         words = self._of_patches(patches)
-        if values.dim() == 5:  # tiles beyond an image's own are of zeros
-            content = tiles.flatten(1).any(dim=1, keepdim=True)
-            words = words.masked_fill(~content, DROPPED).unflatten(0, values.shape[:2])
+        if values.dim() == 5:
+            padding = _is_padding(values, counts)
+            words = words.unflatten(0, padding.shape).masked_fill(padding[..., None], DROPPED)
         return words
 
     def _of_patches(self, patches: Patches) -> torch.Tensor:
@@ -135,8 +137,29 @@ class HostTokenizer:
         return self.setting.plan_of(patches, words)
 
 
-_PROCESS = os.getpid()
-"""The process that imported this module. Any other was forked, as by `datasets.map(..., num_proc=...)`."""
+def _is_padding(values: torch.Tensor, counts: list[int] | None) -> torch.Tensor:
+    """Which tiles come after those of an image, bool (batch, tiles).
+
+    Args:
+        counts: how many tiles each image has; `None`: all up to the last one that is not of zeros.
+    """
+    places = torch.arange(values.shape[1], device=values.device)
+    if counts is None:
+        own = (values.flatten(2).any(dim=2) * (places + 1)).amax(dim=1)
+    else:
+        own = torch.tensor(counts, device=values.device)
+    return places >= own[:, None]
+
+
+def _is_child() -> bool:
+    """Whether `multiprocessing`, or the `multiprocess` of `datasets`, started this process, which may be by a fork."""
+    libraries = map(sys.modules.get, ("multiprocessing.process", "multiprocess.process"))
+    return any(library.parent_process() is not None for library in libraries if library is not None)
+
+
+_PROCESS = None if _is_child() else os.getpid()
+"""The process that imported this module, if it has threads of its own: not if it may have been forked before. Any other
+was forked since, as by `datasets.map(..., num_proc=...)`."""
 
 
 def _use_one_thread() -> Callable[[], None]:
@@ -184,7 +207,9 @@ def _class_with_setting(plain: Any) -> Any:
 
 
 _tokenized: contextvars.ContextVar[Any] = contextvars.ContextVar("vwt_hf tokenized", default=None)
-"""Within a call of an image processor: `_form` of the pixels that words were made of."""
+"""Within a call of an image processor: `_form` of the pixels that words were made of, and their tiles."""
+_tiles: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("vwt_hf tiles", default=None)
+"""Within `preprocess`: how many tiles each image had before images were padded to as many."""
 
 
 def _form(values: Any) -> Any:
@@ -218,8 +243,9 @@ class Tokenizing:
         try:
             made = call(*args, **kwargs)
             # In another form, or under another name, they are no pixels that words are made of.
-            if PATCH_WORDS in made and _form(made.get("pixel_values")) == _tokenized.get():
-                made[PATCH_WORDS] = self.tokenizer_of_patches.words(made)
+            form, tiles = _tokenized.get() or (None, None)
+            if PATCH_WORDS in made and _form(made.get("pixel_values")) == form:
+                made[PATCH_WORDS] = self.tokenizer_of_patches.words(made, tiles)
         finally:
             _tokenized.reset(before)
         return made
@@ -227,12 +253,24 @@ class Tokenizing:
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """As without `vwt`, with `patch_words` beside `pixel_values`."""
         self.require_statistics(**{name: kwargs[name] for name in _NORMALISING if kwargs.get(name) is not None})
-        made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
+        before = _tiles.set(None)
+        try:
+            made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
+            tiles = _tiles.get()
+        finally:
+            _tiles.reset(before)
         if self.vwt is None:  # made by its class, which gives it no setting
             return made
-        made[PATCH_WORDS] = self.tokenizer_of_patches.words(made)
-        _tokenized.set(_form(made["pixel_values"]))
+        if tiles is None and hasattr(plain_class(type(self)), "_pad_for_batching"):  # it was told not to pad
+            tiles = [len(one) for one in made["pixel_values"]]
+        made[PATCH_WORDS] = self.tokenizer_of_patches.words(made, tiles)
+        _tokenized.set((_form(made["pixel_values"]), tiles))
         return made
+
+    def _pad_for_batching(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+        """As without `vwt`, for image processors that have it: pads images to the same number of tiles."""
+        _tiles.set([len(tiles) for tiles in pixel_values])
+        return super()._pad_for_batching(pixel_values, *args, **kwargs)  # type: ignore[misc]
 
     def require_statistics(self, **given: Any) -> None:
         """Refuses another mean or deviation than the setting was prepared for: words would be those of other images.
