@@ -414,6 +414,40 @@ def test_what_a_stranger_s_file_says_is_looked_at(fields, said, folder):
     assert AutoImageProcessor.from_pretrained(folder, vwt=False).vwt is None
 
 
+@pytest.mark.parametrize(
+    "names", [["\x1b]0;owned\x07"], "x" * 10**5, [1], 5, ["x"] * 10**5], ids=lambda names: str(names)[:9]
+)
+def test_names_of_inputs_that_a_stranger_wrote_are_shown_as_text(names, folder):
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_input_names": names}))
+    with pytest.raises(ValueError, match=r"makes \[.*pixel_values|model_input_names .*expected a list") as raised:
+        AutoImageProcessor.from_pretrained(folder, vwt=True)
+    text = str(raised.value)
+    assert text.isprintable() and len(text) < 600
+    assert (str(folder) in text) == (names in ([1], 5, "x" * 10**5))
+
+
+@pytest.mark.parametrize(
+    "vwt", [{"method": "coarse"}, {"method": "local"}, inter()], ids=lambda vwt: type(vwt).__name__
+)
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGBA", 4)])
+def test_images_of_other_channels_than_the_setting_was_made_ready_for_are_refused(mode, channels, vwt, folder):
+    ViTImageProcessor(do_normalize=False, size={"height": 32, "width": 32}).save_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, vwt=vwt)
+    with pytest.raises(ValueError, match=rf"\(1, {channels}, 32, 32\) have {channels} channels; expected 3, .*Convert"):
+        processor(PHOTOGRAPHS[0].convert(mode), return_tensors="pt")
+    assert processor(PHOTOGRAPHS[0].convert("RGB"), return_tensors="pt")[NAME].shape == (1, 64)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_padded_patches_of_another_size_than_the_models_are_refused(size, folders):
+    processor = AutoImageProcessor.from_pretrained(folders("siglip2-vision"), vwt=True)
+    with pytest.raises(
+        ValueError, match=rf"{3 * size * size} values for each patch; expected 48, of 3 channels and 4 × 4"
+    ):
+        processor(PHOTOGRAPHS, return_tensors="pt", patch_size=size)
+
+
 @pytest.mark.parametrize("size", [0, -4, [4, 0], [4]])
 def test_a_patch_size_in_a_config_that_can_be_none_is_not_taken(size, folder):
     config = json.loads((folder / "config.json").read_text())

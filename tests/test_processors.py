@@ -13,7 +13,7 @@ from transformers import AutoModel, GPT2Config, VisionEncoderDecoderConfig, Visi
 from settings import ViTImageProcessor, inter
 from tiny import tiny_model
 from vwt_hf import compress, evaluate_model
-from vwt_hf.processors import load_processor, processor_of, stated_channels, stated_patch_size
+from vwt_hf.processors import config_beside, load_processor, processor_of, stated_channels, stated_patch_size
 from vwt_hf.weights import copy_sharing_weights
 
 
@@ -38,6 +38,27 @@ def test_the_image_processor_of_a_model_is_that_beside_its_weights(vwt, in_subfo
 def test_a_model_is_measured_with_the_image_processor_beside_its_weights(in_subfolder, tmp_path):
     model = AutoModel.from_pretrained(in_subfolder, subfolder="sub")
     assert compress(copy_sharing_weights(model), True).config.vwt["image_std"] == [0.25] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_processor_type", 5),
+        ("id2label", []),
+        ("dtype", "\x1b[31mred"),
+        ("dtype", [1]),
+        ("hidden_size", "\x1b[2J"),
+    ],
+)
+def test_a_strangers_file_that_transformers_cannot_take_is_named(name, value, tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    named = "preprocessor_config.json" if name == "image_processor_type" else "config.json"
+    file = tmp_path / named
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=rf"^{named} of {tmp_path} holds what transformers cannot take") as raised:
+        (load_processor if name == "image_processor_type" else config_beside)(tmp_path)
+    assert str(raised.value).isprintable()
 
 
 STD = {"image_std": [0.125] * 3}

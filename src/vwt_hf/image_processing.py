@@ -31,7 +31,7 @@ from .patches import Patches
 from .pictures import seen_pictures
 from .pixel_tables import are_levels, ends_with_values, look_up
 from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
-from .printable import shown
+from .printable import printable, shown
 from .processors import config_beside, processor_statistics, saved_setting, stated_channels, stated_patch_size
 from .saved_words import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
 from .shared_changes import SharedChange
@@ -120,6 +120,7 @@ class HostTokenizer:
         """The patches of a batch of whole images, or of padded patches; anything else is refused."""
         values = made["pixel_values"].float()
         if values.dim() == 3 and "spatial_shapes" in made:
+            self._require_rows(values)
             return Patches.of_padded(values, self.patch_size, made["spatial_shapes"], made.get("pixel_attention_mask"))
         if values.dim() != 4 or values.shape[1] not in (1, 3, 4, self.channels):
             raise ValueError(
@@ -127,7 +128,23 @@ class HostTokenizer:
                 "can be cut. Leave data_format out, if it was given; an image processor that makes something else by "
                 "itself finds no words: load it without `vwt`."
             )
+        if values.shape[1] != self.channels and any(getattr(self.setting, name, None) for name in _STATISTICS):
+            raise ValueError(
+                f"pixel_values {tuple(values.shape)} have {values.shape[1]} channels; expected {self.channels}, as "
+                "`vwt` was made ready for. Convert the images, as by image.convert('RGB'), or load the image processor "
+                "of a model of such images."
+            )
         return Patches.of_images(values, self.patch_size)
+
+    def _require_rows(self, values: torch.Tensor) -> None:
+        """Raises `ValueError` unless the rows of padded patches are as long as the model's patches have values."""
+        height, width = self.patch_size
+        if values.shape[2] != self.channels * height * width:
+            raise ValueError(
+                f"pixel_values {tuple(values.shape)} have {values.shape[2]} values for each patch; expected "
+                f"{self.channels * height * width}, of {self.channels} channels and {height} × {width} pixels. Give "
+                "images with as many channels, and no other patch_size than the model's."
+            )
 
     def plan(self, patches: Patches, patch_words: torch.Tensor) -> Kept | Grouped:
         """The plan by `patch_words`: which token each patch becomes part of. Words that do not fit are refused."""
@@ -465,7 +482,7 @@ def _prepare(
     trusted: bool,
     model_config: Any,
 ) -> None:
-    _require_finding(processor, setting)
+    _require_finding(processor, setting, source)
     patch_size = patch_size or stated_patch_size(model_config) or stated_patch_size(processor)
     if patch_size is None:
         raise ValueError(
@@ -485,7 +502,7 @@ def _prepare(
     processor.vwt = HostTokenizer(ready, patch_size, saved_as, copy.deepcopy(normalised_by), channels)
 
 
-def _require_finding(processor: Any, setting: VWTConfig) -> None:
+def _require_finding(processor: Any, setting: VWTConfig, source: Any) -> None:
     """Refuses a setting that finds no words, and an image processor whose images have no patches to find them of."""
     if not setting.searches:
         raise ValueError(
@@ -493,9 +510,14 @@ def _require_finding(processor: Any, setting: VWTConfig) -> None:
             "make them. Load it with the setting to find them by, as method='intra' or 'inter'."
         )
     made = processor.model_input_names
+    if not isinstance(made, (list, tuple)) or not all(isinstance(name, str) for name in made):
+        raise ValueError(
+            f"model_input_names of the image processor of {printable(source)} is {shown(made)}; expected a list of "
+            "names, as ['pixel_values']. Mend its preprocessor_config.json, or load it without `vwt`."
+        )
     if "pixel_values" not in made or "image_grid_thw" in made:
         raise ValueError(
-            f"the {plain_class(type(processor)).__name__} makes {', '.join(made)}; expected pixel_values of whole "
+            f"the {plain_class(type(processor)).__name__} makes {shown(made)}; expected pixel_values of whole "
             "images, of which patches can be cut. Load it without `vwt`."
         )
 

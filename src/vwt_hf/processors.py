@@ -17,6 +17,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from .checks import is_int
+from .printable import printable, shown
 from .shared_changes import SharedChange
 from .weights import loaded_by
 
@@ -44,11 +45,16 @@ def load_processor(checkpoint: str | os.PathLike[str], **hub_kwargs: Any) -> Any
 
     Raises:
         OSError: there is no such checkpoint, or it has no image processor.
-        ValueError: its image processor is of a kind that transformers does not know.
+        ValueError: its image processor is of a kind that transformers does not know, or its files are damaged.
     """
     require_checkpoint(checkpoint)
-    with quiet_transformers():
-        return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False, vwt=False, **hub_kwargs)
+    try:
+        with quiet_transformers():
+            return AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False, vwt=False, **hub_kwargs)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # of what a stranger wrote, transformers may raise anything
+        raise _unreadable("preprocessor_config.json", checkpoint, error) from error
 
 
 def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
@@ -108,12 +114,26 @@ def patch_size_of(checkpoint: str) -> int:
 
 
 def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
-    """The config of the model beside an image processor, or `None`. Code in its repository is never run."""
+    """The config of the model beside an image processor, or `None`. Code in its repository is never run.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub_kwargs)
     except (OSError, ValueError):
         return None
+    except Exception as error:  # of what a stranger wrote, transformers may raise anything
+        raise _unreadable("config.json", checkpoint, error) from error
+
+
+def _unreadable(name: str, checkpoint: Any, error: Exception) -> ValueError:
+    """What to raise where transformers cannot take a file of a checkpoint and fails with `error`, which names none."""
+    return ValueError(
+        f"{name} of {printable(checkpoint)} holds what transformers cannot take ({type(error).__name__}: "
+        f"{shown(str(error))}); expected the file as transformers writes it. Mend it, or save it again."
+    )
 
 
 def configs_within(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
