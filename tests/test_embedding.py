@@ -931,3 +931,12 @@ def test_photographs_are_nearest_to_those_of_their_class_by_a_shortened_model(sh
     names = [name.split("/")[0] for name in found.name]
     assert sum(names[i] == name for i, name in zip(nearest.tolist(), names, strict=True)) >= 0.8 * len(names)
     assert short.tokens is not None and 100 < short.tokens < 200
+
+
+def test_words_for_images_of_one_channel_are_those_of_its_model():
+    model = compress(tiny_model("vit", num_channels=1), {"method": "local", "num_patches": 20, "image_std": [0.5]})
+    plain = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=0.5, image_std=0.5)
+    made = vwt_hf.embedding._with_words(plain, model, finds=True)(drawn(20).convert("L"), return_tensors="pt")
+    assert made["pixel_values"].shape == (1, 1, 32, 32) and token_lengths(made["patch_words"]) == [20]
+    with torch.no_grad():
+        torch.testing.assert_close(model(**made)[0], model(made["pixel_values"])[0])

@@ -425,7 +425,8 @@ def _with_words(image_processor: Any, model: PreTrainedModel, finds: bool) -> An
     if not finds:
         return without_words(image_processor)
     own = copy.deepcopy(image_processor)
-    own.vwt = HostTokenizer(setting, find_tower(model, family_of(model)).patch_size)
+    tower = find_tower(model, family_of(model))
+    own.vwt = HostTokenizer(setting, tower.patch_size, channels=tower.channels)
     return own
 
 
