@@ -174,28 +174,27 @@ def test_a_target_that_no_level_reaches_is_refused_with_the_nearest_that_one_doe
     assert nearest and on_a_line.find(**{target: float(nearest.group(1))})
 
 
-def test_the_nearest_that_is_told_may_be_a_lighter_one(on_a_line, monkeypatch):
-    """Grainy images leave coarse more tokens than the last of gradual."""
+def make_coarse(monkeypatch, **fields) -> None:
+    """Has levels of coarse measured with these figures."""
     measure = Calibration._measure
 
-    def grainy(self, choice, bar):
+    def measured(self, choice, bar):
         level = measure(self, choice, bar)
-        return dataclasses.replace(level, tokens=60) if choice.method == "coarse" else level
+        return dataclasses.replace(level, **fields) if choice.method == "coarse" else level
 
-    monkeypatch.setattr(Calibration, "_measure", grainy)
+    monkeypatch.setattr(Calibration, "_measure", measured)
+
+
+def test_the_nearest_that_is_told_may_be_a_lighter_one(on_a_line, monkeypatch):
+    """Grainy images leave coarse more tokens than the last of gradual."""
+    make_coarse(monkeypatch, tokens=60)
     with pytest.raises(ValueError, match=r"nearest setting that was tried \(gradual, .* leaves 5\d.0 of 65 tokens"):
         on_a_line.find(tokens=40)
 
 
 def test_of_those_that_agree_enough_the_fastest_is_taken(on_a_line, monkeypatch):
     """On images whose blocks all have detail coarse is slower than gradual."""
-    measure = Calibration._measure
-
-    def grainy(self, choice, bar):
-        level = measure(self, choice, bar)
-        return dataclasses.replace(level, speed=0.9) if choice.method == "coarse" else level
-
-    monkeypatch.setattr(Calibration, "_measure", grainy)
+    make_coarse(monkeypatch, speed=0.9)
     setting = on_a_line.find(agreement=0.86)
     agreeing = [level for level in on_a_line.tried if level.value >= 0.86]
     assert agreeing[-1].method == "coarse" and agreeing[-1].speed == 0.9
