@@ -105,7 +105,7 @@ def weights_in(folder: Path) -> dict[str, tuple[int, int, int]]:
     found = {}
     for path in folder.glob("*"):
         if WEIGHTS.fullmatch(path.name):
-            with contextlib.suppress(FileNotFoundError):  # a link to nothing, or a file that is being replaced
+            with contextlib.suppress(OSError):  # a link to nothing, or a file that is being replaced
                 stat = path.stat()
                 found[path.name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
     return found
