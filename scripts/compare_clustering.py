@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 from sklearn.cluster import MiniBatchKMeans as ScikitLearn
 
-from vwt_hf.checks import require_whole
 from vwt_hf.image_source import open_images
 from vwt_hf.processed_images import patch_batches
 from vwt_hf.processors import load_processor
-from vwt_hf.terminal import markdown, run_command
+from vwt_hf.terminal import markdown, require_whole_options, run_command
 from vwt_hf.vocabulary.kmeans import MiniBatchKMeans, statistics
 from vwt_hf.whole_saves import require_writable, write_file
 
@@ -44,12 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     require_writable(options.json)
-    for size in options.sizes:
-        require_whole("--sizes", size)
-    for name in ("patch_size", "rounds", "max_images"):
-        value = getattr(options, name)
-        if value is not None:
-            require_whole(f"--{name.replace('_', '-')}", value)
+    require_whole_options(options, "sizes", "patch_size", "rounds", "max_images")
     source = open_images(options.images).part(max_images=options.max_images)
     processor = load_processor(options.processor)
     batches = [batch.patches for batch in patch_batches(source.items, processor, options.patch_size, 32)]

@@ -25,14 +25,13 @@ import transformers
 from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from vwt_hf.checks import require_whole
 from vwt_hf.decoding import read_image
 from vwt_hf.evaluate_model import name_of, require_shortening
 from vwt_hf.hooks import Reduce
 from vwt_hf.image_source import find_images
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers
-from vwt_hf.terminal import markdown, run_command, vwt_option
+from vwt_hf.terminal import markdown, require_whole_options, run_command, vwt_option
 from vwt_hf.whole_saves import require_writable, write_file
 
 SETTINGS: list[dict[str, Any]] = [
@@ -57,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here, after each setting")
     options = parser.parse_args(arguments)
     require_writable(options.json)
-    require_whole("--batch-size", options.batch_size)
-    if options.limit is not None:
-        require_whole("--limit", options.limit)
+    require_whole_options(options, "batch_size", "limit")
     settings = options.vwt or SETTINGS
     require_shortening(settings)
     paths = find_images([options.images], options.limit)

@@ -43,13 +43,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from serve import FIELD, Model, encoded, run
-from vwt_hf.checks import is_number, require_whole
+from vwt_hf.checks import is_number
 from vwt_hf.evaluate_model import name_of
 from vwt_hf.image_source import find_images
 from vwt_hf.printable import printable
 from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor
-from vwt_hf.terminal import markdown, run_command, vwt_option
+from vwt_hf.terminal import markdown, require_whole_options, run_command, vwt_option
 from vwt_hf.timing import usable_device
 from vwt_hf.whole_saves import require_writable, write_file
 
@@ -87,9 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here, after each")
     options = parser.parse_args(arguments)
     require_writable(options.json)
-    require_whole("--limit", options.limit)
-    for clients in options.clients:
-        require_whole("--clients", clients)
+    require_whole_options(options, "limit", "clients")
     for name in ("seconds", "minutes", "tolerance"):
         value = getattr(options, name)
         if value is not None and not is_number(value, 0):

@@ -38,7 +38,7 @@ from vwt_hf.evaluate_model import name_of, require_shortening
 from vwt_hf.image_source import find_images
 from vwt_hf.plans import PATCH_WORDS
 from vwt_hf.printable import printable
-from vwt_hf.terminal import markdown, run_command, vwt_option
+from vwt_hf.terminal import markdown, require_whole_options, run_command, vwt_option
 from vwt_hf.timing import time_in_turn
 from vwt_hf.weights import copy_sharing_weights
 from vwt_hf.whole_saves import require_writable, write_file
@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args(arguments)
     require_writable(options.json)
-    for name in ("batch_size", "limit", "turns"):
-        require_whole(f"--{name.replace('_', '-')}", getattr(options, name))
+    require_whole_options(options, "batch_size", "limit", "turns")
     require_whole("--workers", options.workers, least=0)
     settings = options.vwt or SETTINGS
     require_shortening(settings)

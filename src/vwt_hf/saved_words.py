@@ -22,7 +22,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from .vocabulary import VisualVocabulary, load_vocabulary
-from .vocabulary.files import INFO_FILE, download_if_there, present_info
+from .vocabulary.files import INFO_FILE, download_if_there, identity_of, present_info
 from .whole_saves import write_files
 
 FOLDER = "visual_words"
@@ -101,13 +101,12 @@ def _prints_in(seal: Path) -> dict[str, str]:
 
 
 def weights_in(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """By the name of each file of weights in a folder: what differs once another takes its place."""
+    """`identity_of` each file of weights in a folder, by its name."""
     found = {}
     for path in folder.glob("*"):
         if WEIGHTS.fullmatch(path.name):
             with contextlib.suppress(OSError):  # a link to nothing, or a file that is being replaced
-                stat = path.stat()
-                found[path.name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+                found[path.name] = identity_of(path)
     return found
 
 

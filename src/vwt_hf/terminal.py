@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .checks import require_whole
 from .printable import printable, shown
 
 PLAIN = {"→": "->", "×": "x", "−": "-", "·": "*", "≤": "<=", "≥": ">=", "Δ": "delta", "…": "..."}
@@ -133,6 +134,14 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The values of options, for a function with arguments of the same names."""
     return {name: getattr(args, name) for name in names}
+
+
+def require_whole_options(args: argparse.Namespace, *names: str) -> None:
+    """Raises `ValueError` unless these options are `None`, whole numbers of at least 1, or lists of them."""
+    for name, value in options(args, *names).items():
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None:
+                require_whole(f"--{name.replace('_', '-')}", number)
 
 
 def vwt_option(text: str) -> Any:

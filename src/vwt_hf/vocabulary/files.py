@@ -199,12 +199,12 @@ def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None
     if located.file.name == LEGACY_FILE:
         return _read_legacy(located)
     for _ in range(_ATTEMPTS):
-        before = _identity(located.file)
+        before = identity_of(located.file)
         try:
             return _read_words(located, _read_fields(located))
         except (ValueError, FileNotFoundError):
             # If a save ended meanwhile, the words may be its own, and the facts those of the save before.
-            if located.download is not None or _identity(located.file) == before:
+            if located.download is not None or identity_of(located.file) == before:
                 raise
     _refuse(located, INFO_FILE, "it is being replaced all the time; load it once nobody saves into the folder")
 
@@ -219,10 +219,10 @@ def download_if_there(**of: Any) -> Path | None:
         return None
 
 
-def _identity(file: Path) -> tuple[int, int]:
+def identity_of(file: Path) -> tuple[int, int, int]:
     """What differs once another file has taken the place of this one, also with the same content."""
     status = os.stat(file)
-    return status.st_ino, status.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _read_words(located: Located, fields: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyInfo]:
