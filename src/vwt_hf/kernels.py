@@ -425,46 +425,6 @@ def _rows(
         tl.store(found + row, number, mask=real)  # all patches of a token have the same
 
 
-def rows_of_patches(
-    leaders: torch.Tensor,
-    lead: torch.Tensor,
-    place: torch.Tensor,
-    starts: torch.Tensor,
-    shape: tuple[int, int],
-    prefix: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`Layout.rows`, `Layout.sizes` and the row of each token before, as `layout.lead` gives them.
-
-    Args:
-        leaders: (batch, patches), int64: the index of the patch that stands for each.
-        lead, place: what `number_words` gives for `leaders`.
-        starts, shape: as for `rows_of`.
-        prefix: prefix tokens of each image, which stay as they are.
-    """
-    batch, patches = leaders.shape
-    rows, sources = leaders.new_empty(batch, prefix + patches), leaders.new_zeros(shape)
-    sizes = torch.zeros(shape, dtype=torch.float32, device=starts.device)
-    with _on(starts):
-        _rows_of_patches[(batch, triton.cdiv(prefix + patches, BLOCK))](
-            *(leaders.contiguous(), lead, place, starts, rows, sizes, sources, prefix, patches), BLOCK=BLOCK
-        )
-    return rows, sizes, sources
-
-
-@triton.jit(do_not_specialize=["prefix", "patches"])
-def _rows_of_patches(leaders, lead, place, starts, rows, sizes, sources, prefix, patches, BLOCK: tl.constexpr):
-    image, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    real, is_patch = at < prefix + patches, (at >= prefix) & (at < prefix + patches)
-    patch = image * patches + at - prefix
-    number = tl.load(place + tl.load(lead + patch, mask=is_patch, other=0), mask=is_patch, other=0)
-    source = tl.load(leaders + patch, mask=is_patch, other=0)
-    row = tl.load(starts + image) + tl.where(is_patch, prefix + number, at)
-    tl.store(rows + image * (prefix + patches) + at, row, mask=real)
-    tl.atomic_add(sizes + row, 1.0, mask=real)
-    source = image * (prefix + patches) + tl.where(is_patch, prefix + source, at)
-    tl.store(sources + row, source, mask=real)  # all patches of a token have the same
-
-
 def join(values: torch.Tensor, into: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:
     """`layout.join`, by `into`, (rows,), int64: the row of `after` that each token of `before` becomes part of."""
     values, hidden = values.contiguous(), values.shape[-1]

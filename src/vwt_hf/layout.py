@@ -150,7 +150,6 @@ def group(
     real: torch.Tensor | None = None,
     not_as: Collection[tuple[int, ...]] = (),
     rounds: bool = False,
-    by_index: bool = False,
 ) -> Layout:
     """Lays patches out as tokens: those of one image that share a word become one.
 
@@ -165,11 +164,10 @@ def group(
             are.
         not_as: shapes (sequences, tokens) that the batch must not have, where padding can make it another.
         rounds: as `Layout.rounds`, if the batch is packed.
-        by_index: whether the words are indices of patches, in [0, patches).
     """
     if real is not None:
         patch_words = torch.where(real, patch_words, patch_words[:, :1])
-    token_of_patch, lengths = _number_tokens(patch_words, by_index)
+    token_of_patch, lengths = _number_tokens(patch_words)
     counted = (lengths + prefix).tolist()  # the one synchronisation with the device
     whole, device = prefix + patch_words.shape[1], patch_words.device
     shape, runs, packed, bounds = _lay_out(counted, whole, packed, not_as, rounds, device)
@@ -192,14 +190,17 @@ def lead(
         counted over all images; 0 for padding.
     """
     batch, patches = leaders.shape
+    into = whole_rows(leaders, batch, prefix, patches)
     if real is None and (kernels := kernels_for(leaders)):
-        first, place, counts = kernels.number_words(leaders, _even_bounds(batch, patches, leaders.device), patches)
-        counted = [prefix + count for count in counts.tolist()]  # the one synchronisation with the device
+        bounds = _even_bounds(batch, prefix + patches, leaders.device)
+        first, place, counts = kernels.number_words(into, bounds, prefix + patches)
+        counted = counts.tolist()  # the one synchronisation with the device
         shape, runs, packed, bounds = _lay_out(counted, prefix + patches, packed, (), rounds, leaders.device)
-        rows, sizes, sources = kernels.rows_of_patches(leaders, first, place, bounds[0], shape, prefix)
+        own = torch.arange(into.numel(), device=leaders.device).view_as(into)
+        rows, sizes, sources = kernels.rows_of(into, first, place, bounds[0], shape, own, own)
         return Layout(rows, sizes, prefix, runs, packed, bounds, None, rounds and packed), sources
-    layout = group(leaders, prefix, packed, real, rounds=rounds, by_index=True)
-    return layout, by_token(whole_rows(leaders, batch, prefix, patches), layout)
+    layout = group(leaders, prefix, packed, real, rounds=rounds)
+    return layout, by_token(into, layout)
 
 
 def whole_rows(kept: torch.Tensor, batch: int, prefix: int, patches: int) -> torch.Tensor:
@@ -329,7 +330,7 @@ def _sizes(rows: torch.Tensor, prefix: int, shape: tuple[int, int], real: torch.
     return counts.new_zeros(shape[0] * shape[1]).scatter_add_(0, rows.flatten(), counts.flatten()).view(shape)
 
 
-def _number_tokens(patch_words: torch.Tensor, by_index: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _number_tokens(patch_words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The number of each patch's token within its image, (batch, patches), and how many each image has, (batch,)."""
     batch, patches = patch_words.shape
     if kernels := kernels_for(patch_words):
@@ -337,16 +338,12 @@ def _number_tokens(patch_words: torch.Tensor, by_index: bool) -> tuple[torch.Ten
         first, place, counts = kernels.number_words(patch_words.long(), bounds, patches)
         return place[first].view(batch, patches), counts
     place = torch.arange(patches, device=patch_words.device).expand_as(patch_words)
-    # `first` is the first patch of the image that has the same word.
-    if by_index:
-        first = place.scatter_reduce(1, patch_words, place, "amin", include_self=False).gather(1, patch_words)
-    else:
-        ordered, order = patch_words.sort(dim=1, stable=True)
-        starts = torch.ones_like(patch_words, dtype=torch.bool)
-        starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        # The sort is stable, so it is the one that starts a run.
-        run_start = torch.where(starts, place, 0).cummax(dim=1).values
-        first = torch.empty_like(order).scatter_(1, order, order.gather(1, run_start))
+    ordered, order = patch_words.sort(dim=1, stable=True)
+    starts = torch.ones_like(patch_words, dtype=torch.bool)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    # The first patch of the image that has the same word: the sort is stable, so it is the one that starts a run.
+    run_start = torch.where(starts, place, 0).cummax(dim=1).values
+    first = torch.empty_like(order).scatter_(1, order, order.gather(1, run_start))
     leads = first == place
     return (leads.cumsum(dim=1) - 1).gather(1, first), leads.sum(dim=1)
 

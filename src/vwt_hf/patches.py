@@ -166,14 +166,14 @@ class Patches:
         counts = real.gather(1, kept)
         return kept, counts if stays is None else stays & counts
 
-    def group(self, words: torch.Tensor, packed: bool, exponent: float, by_index: bool = False) -> Grouped:
+    def group(self, words: torch.Tensor, packed: bool, exponent: float) -> Grouped:
         """A plan by which the patches of an image that share a word become one token, their mean.
 
         Args:
-            words, packed, by_index: as for `layout.group`.
+            words, packed: as for `layout.group`.
             exponent: as for `represent`.
         """
-        layout = group(words, self.prefix, packed, self.real, rounds=self.rounds, by_index=by_index)
+        layout = group(words, self.prefix, packed, self.real, rounds=self.rounds)
         return Grouped(layout, exponent, self.grid, words=words)
 
     def group_evenly(self, words: torch.Tensor, tokens: int, exponent: float) -> Grouped:

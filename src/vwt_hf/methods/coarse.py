@@ -130,7 +130,7 @@ class CoarseConfig(GradualConfig):
         if self.even and patches.grid is not None:
             tokens = patches.count - 3 * self._number_of_blocks(*patches.grid)
             return patches.group_evenly(words, tokens, self.size_exponent)
-        return patches.group(words, self.packs(patches), self.size_exponent, by_index=True)
+        return patches.group(words, self.packs(patches), self.size_exponent)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
         words = patches.of_blocks(words, _members(patches))
@@ -138,7 +138,7 @@ class CoarseConfig(GradualConfig):
             tokens = patches.even_number(words)
             if self.even:
                 return patches.group_evenly(words, tokens, self.size_exponent)
-        return patches.group(words, self.packs(patches), self.size_exponent, by_index=True)
+        return patches.group(words, self.packs(patches), self.size_exponent)
 
     def seen(self, patches: Patches, plan: Kept | Grouped) -> torch.Tensor:
         assert isinstance(plan, Grouped) and plan.words is not None
