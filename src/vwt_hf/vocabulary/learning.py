@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -34,6 +34,9 @@ from .files import VocabularyInfo, tensor_bytes
 from .kmeans import MiniBatchKMeans, statistics
 from .word_files import MOST_BYTES
 
+if TYPE_CHECKING:
+    from .visual_vocabulary import VisualVocabulary
+
 CHECKPOINT = "learning.safetensors"
 CHECKPOINT_EVERY = 100
 """Batches between checkpoints: what a kill loses at most."""
@@ -45,16 +48,6 @@ NAMED = 5
 """How many unreadable images a warning names."""
 CUTS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct", "do_pad", "pad_size")
 """What an image processor's settings say about the pixels that patches are cut from."""
-
-
-class Peer(NamedTuple):
-    """What a process tells the others before they learn."""
-
-    order: str
-    """`ImageSource.order` of its images."""
-    name: str | None
-    """`ImageSource.name` of them."""
-    settings: dict[str, Any]
 
 
 class StepRead(NamedTuple):
@@ -93,26 +86,79 @@ class Progress:
         self.read = [before + read.number for before, read in zip(self.read, reads, strict=True)]
 
 
-def learn_words(
+def learn(
+    cls: type[VisualVocabulary],
     images: Any,
     image_processor: Any,
+    size: int = 1000,
     *,
-    size: int,
-    patch_size: int,
-    seed: int,
-    batch_size: int,
-    column: str | None,
-    checkpoint: str | os.PathLike[str] | None,
-    resume: bool,
-    max_images: int | None,
-    device: torch.device | str | None,
-    progress: bool,
-    dataset: str | None,
-    base_model: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, VocabularyInfo]:
-    """Words (size, channels, p, p) in raw RGB, how often each was met (size,), and how they came about.
+    patch_size: int = 16,
+    seed: int = 0,
+    batch_size: int = 32,
+    column: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    max_images: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    dataset: str | None = None,
+    base_model: str | None = None,
+) -> VisualVocabulary:
+    """Learns words by mini-batch k-means over the patches of images, in one pass.
 
-    See `VisualVocabulary.learn` for the arguments and errors.
+    Memory does not grow with the number of images: it holds a few batches of images and, until there are enough
+    patches to seed the words, a buffer of 16 patches a word (16,384 at least). The same images and seed give the
+    same words, bit for bit, on one machine.
+
+    Under `accelerate launch`, or in a program whose processes an `accelerate.Accelerator`, `PartialState` or
+    `torch.distributed` has joined, processes learn together, and all have to make this call. Each reads its part of
+    the images, and all get the same words. They are the words of one process, but for rounding, if `batch_size` is
+    a multiple of the number of processes and no shards of a stream are divided. The same number of processes gives
+    the same words, bit for bit. An error in one process is raised in all. `vwt_hf.processes.join` says how they are
+    joined.
+
+    Images that cannot be read are left out with a warning. If the images have fewer distinct patches than words are
+    wanted, the vocabulary is smaller, with a warning.
+
+    Args:
+        images: a `datasets.Dataset`, a `datasets.IterableDataset`, a folder or an iterable of PIL images. A folder is
+            searched recursively. Folders and data sets are shuffled by `seed`; any other iterable is taken in its
+            order, which should be mixed. Processes with the same folder (by its files' names and sizes), `Dataset` (by
+            its column and number of rows) or stream divide it; a stream by
+            `datasets.distributed.split_dataset_by_node`. Processes with different ones, such as machines with a disk
+            each, read all of their own. Any other iterable is read by its process alone.
+        image_processor: the model's, which resizes and crops the images. Its mean and standard deviation are only
+            recorded.
+        size: words to learn.
+        patch_size: height and width of a patch, in pixels, as the model cuts them.
+        seed: of the order of the images and of the random choices of k-means.
+        batch_size: images in a batch, of all processes together: each reads its share, rounded up.
+        column: the data set's image column; by default its first.
+        checkpoint: a folder where the main process saves progress, every 100 batches and at the end, so that a kill
+            loses 100 at most. It holds whole batches alone, so that a run of more images can go on from it.
+        resume: whether to go on from `checkpoint`, with the same images and arguments; the result is that of a run
+            never interrupted, bit for bit. `max_images` may be another, but not less than the checkpoint has learned
+            from, and an iterable that keeps its order may have more images at its end. Without progress in the folder,
+            learning starts anew.
+        max_images: most images to learn from, in all processes together; each may read its share.
+        device: of the clustering; by default a CUDA GPU if there is one, for each process its own.
+        progress: whether to show a bar, with inertia and patches per second.
+        dataset: name to record, the Hub id if there is one; by default the data set's own name.
+        base_model: Hub id of the model whose processor it is, to record.
+
+    Raises:
+        ValueError: there are no images, none can be read, they have fewer patches than words are wanted, or the
+            checkpoint is damaged, of another version, of a run with other arguments, over other images (a folder's
+            names and sizes, a data set's rows, and how many there are, are looked at), by another number of
+            processes or over more than `max_images`; or processes have different arguments.
+        vwt_hf.processes.ProcessLost: another process was killed or cannot be reached; `resume` goes on.
+        FileExistsError: `checkpoint` holds an earlier run and `resume` is `False`.
+        OSError: nothing can be written into `checkpoint`.
+        TypeError: `images` or `image_processor` is of another type.
+
+    Example:
+        >>> vocabulary = VisualVocabulary.learn("photographs/", image_processor, size=1000)  # doctest: +SKIP
+        >>> vocabulary.push_to_hub("me/my-words")  # doctest: +SKIP
     """
     join(device)
     index, processes = place()
@@ -133,9 +179,9 @@ def learn_words(
         }  # fmt: skip
         return kmeans, numbers | _described(image_processor), open_images(images, column=column, seed=seed)
 
-    (kmeans, settings, source), peers = everywhere(begin, lambda begun: Peer(begun[2].order, begun[2].name, begun[1]))
-    everywhere(lambda: require_same([peer.settings for peer in peers]))
-    orders = [peer.order for peer in peers]
+    (kmeans, settings, source), peers = everywhere(begin, lambda begun: (begun[1], begun[2].order, begun[2].name))
+    all_settings, orders, names = map(list, zip(*peers, strict=True))
+    everywhere(lambda: require_same(all_settings))
     file = None
     if checkpoint is not None:
         in_main(lambda: require_folder(checkpoint))  # now, and not when the first images are learned
@@ -162,19 +208,19 @@ def learn_words(
         warnings.warn(
             f"{done.unreadable} of {done.images + done.unreadable} images could not be read and were left out. The "
             f"first: {'; '.join(done.first_unreadable)}.",
-            stacklevel=3,
+            stacklevel=2,
         )
     words, counts, seen, inertia = in_main(lambda: (*kmeans.finish(), kmeans.seen, kmeans.inertia))
     if len(words) < size and index == 0:
         warnings.warn(
             f"{size} words were asked for, but the images have only {len(words)} patches that differ: the vocabulary "
             f"has {len(words)} words.",
-            stacklevel=3,
+            stacklevel=2,
         )
     info = VocabularyInfo(
         image_mean=settings["image_mean"],
         image_std=settings["image_std"],
-        dataset=dataset or peers[0].name,
+        dataset=dataset or names[0],
         base_model=base_model,
         patches=seen,
         images=done.images,
@@ -183,7 +229,7 @@ def learn_words(
         seed=seed,
         library_version=__version__,
     )
-    return words.unflatten(1, (CHANNELS, patch_size, patch_size)), counts, info
+    return cls(words.unflatten(1, (CHANNELS, patch_size, patch_size)), counts, info)
 
 
 def _require_arguments(size: Any, patch_size: Any, seed: Any, batch_size: Any, max_images: Any) -> None:

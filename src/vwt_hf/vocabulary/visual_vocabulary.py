@@ -21,7 +21,7 @@ from ..printable import shown
 from ..whole_saves import require_named
 from .card import CARD_FILE, PICTURE_FILE, is_card_of_words, render_card, render_words
 from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, require_raw, vocabulary_files, write_vocabulary
-from .learning import learn_words
+from .learning import learn
 
 LARGEST_MAPPED = 1e15
 """Largest absolute value of a word in a model's pixel space: squares of larger ones could overflow float32."""
@@ -282,112 +282,7 @@ class VisualVocabulary:
         card = render_card(repo_id, tuple(self.words.shape), self.info, **of)
         return {CARD_FILE: card, PICTURE_FILE: render_words(self.words.detach().float(), self.frequencies)}
 
-    @classmethod
-    def learn(
-        cls,
-        images: Any,
-        image_processor: Any,
-        size: int = 1000,
-        *,
-        patch_size: int = 16,
-        seed: int = 0,
-        batch_size: int = 32,
-        column: str | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        resume: bool = False,
-        max_images: int | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = True,
-        dataset: str | None = None,
-        base_model: str | None = None,
-    ) -> VisualVocabulary:
-        """Learns words by mini-batch k-means over the patches of images, in one pass.
-
-        Memory does not grow with the number of images: it holds a few batches of images and, until there are enough
-        patches to seed the words, a buffer of 16 patches a word (16,384 at least). The same images and seed give the
-        same words, bit for bit, on one machine.
-
-        Under `accelerate launch`, or in a program whose processes an `accelerate.Accelerator`, `PartialState` or
-        `torch.distributed` has joined, processes learn together, and all have to make this call. Each reads its part of
-        the images, and all get the same words. They are the words of one process, but for rounding, if `batch_size` is
-        a multiple of the number of processes and no shards of a stream are divided. The same number of processes gives
-        the same words, bit for bit. An error in one process is raised in all. `vwt_hf.processes.join` says how they are
-        joined.
-
-        Images that cannot be read are left out with a warning. If the images have fewer distinct patches than words are
-        wanted, the vocabulary is smaller, with a warning.
-
-        Args:
-            images (`datasets.Dataset`, `datasets.IterableDataset`, folder or iterable of PIL images):
-                What to learn from. A folder is searched recursively. Folders and data sets are shuffled by `seed`; any
-                other iterable is taken in its order, which should be mixed.
-                Processes with the same folder (by its files' names and sizes), `Dataset` (by its column and number of
-                rows) or stream divide it; a stream by `datasets.distributed.split_dataset_by_node`. Processes with
-                different ones, such as machines with a disk each, read all of their own. Any other iterable is read by
-                its process alone.
-            image_processor (`transformers.BaseImageProcessor`):
-                The model's, which resizes and crops the images. Its mean and standard deviation are only recorded.
-            size (`int`, default 1000):
-                Words to learn.
-            patch_size (`int`, default 16):
-                Height and width of a patch, in pixels, as the model cuts them.
-            seed (`int`, default 0):
-                Of the order of the images and of the random choices of k-means.
-            batch_size (`int`, default 32):
-                Images in a batch, of all processes together: each reads its share, rounded up.
-            column (`str`, *optional*):
-                The data set's image column; by default its first.
-            checkpoint (folder, *optional*):
-                Where the main process saves progress, every 100 batches and at the end, so that a kill loses 100 at
-                most. It holds whole batches alone, so that a run of more images can go on from it.
-            resume (`bool`, default `False`):
-                Go on from `checkpoint`, with the same images and arguments; the result is that of a run never
-                interrupted, bit for bit. `max_images` may be another, but not less than the checkpoint has learned
-                from, and an iterable that keeps its order may have more images at its end. Without progress in the
-                folder, learning starts anew.
-            max_images (`int`, *optional*):
-                Learn from at most so many images, in all processes together; each may read its share.
-            device (`torch.device` or `str`, *optional*):
-                Of the clustering; by default a CUDA GPU if there is one, for each process its own.
-            progress (`bool`, default `True`):
-                Show a bar, with inertia and patches per second.
-            dataset (`str`, *optional*):
-                Name to record, the Hub id if there is one; by default the data set's own name.
-            base_model (`str`, *optional*):
-                Hub id of the model whose processor it is, to record.
-
-        Raises:
-            ValueError: there are no images, none can be read, they have fewer patches than words are wanted, or the
-                checkpoint is damaged, of another version, of a run with other arguments, over other images (a folder's
-                names and sizes, a data set's rows, and how many there are, are looked at), by another number of
-                processes or over more than `max_images`; or processes have different arguments.
-            vwt_hf.processes.ProcessLost: another process was killed or cannot be reached; `resume` goes on.
-            FileExistsError: `checkpoint` holds an earlier run and `resume` is `False`.
-            OSError: nothing can be written into `checkpoint`.
-            TypeError: `images` or `image_processor` is of another type.
-
-        Example:
-            >>> vocabulary = VisualVocabulary.learn("photographs/", image_processor, size=1000)  # doctest: +SKIP
-            >>> vocabulary.push_to_hub("me/my-words")  # doctest: +SKIP
-        """
-        return cls(
-            *learn_words(
-                images,
-                image_processor,
-                size=size,
-                patch_size=patch_size,
-                seed=seed,
-                batch_size=batch_size,
-                column=column,
-                checkpoint=checkpoint,
-                resume=resume,
-                max_images=max_images,
-                device=device,
-                progress=progress,
-                dataset=dataset,
-                base_model=base_model,
-            )
-        )
+    learn = classmethod(learn)
 
 
 def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, token: str | bool | None) -> bytes:
