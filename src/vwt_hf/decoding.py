@@ -8,7 +8,6 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -190,7 +189,7 @@ def _turned(image: Any) -> Any:
     return image if turn is None else image.transpose(turn)
 
 
-def _in_eight_bits(image: Any, kind: str | None, tags: Mapping[int, Any] = MappingProxyType({})) -> Any:
+def _in_eight_bits(image: Any, kind: str | None, tags: Mapping[int, Any]) -> Any:
     """`image` in RGB and without EXIF. Grey of more than eight bits is scaled; Pillow would make all above 255 white.
 
     Args:

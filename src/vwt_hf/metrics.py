@@ -25,7 +25,7 @@ import datasets
 import evaluate
 import torch
 
-from .figures import accuracy, are_right, divergences, share_alike, token_f1, worst_group
+from .figures import accuracy, are_alike, divergences, share_alike, token_f1, worst_group
 
 LABEL, TEXT = datasets.Value("int64"), datasets.Value("string")
 LOGITS = datasets.Sequence(datasets.Value("float32"))
@@ -56,7 +56,7 @@ class Accuracy(_OfImages):
     columns: ClassVar[dict[str, Any]] = {"predictions": LABEL, "references": LABEL}
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int], **_: Any) -> dict[str, float | None]:
-        return {"accuracy": accuracy(_right(predictions, references))}
+        return {"accuracy": accuracy(are_alike(predictions, references))}
 
 
 class Agreement(_OfImages):
@@ -108,7 +108,7 @@ class WorstGroup(_OfImages):
     def _compute(
         self, predictions: Sequence[int], references: Sequence[int], groups: Sequence[str], **_: Any
     ) -> dict[str, float | None]:
-        return {"worst_group": worst_group(_right(predictions, references), groups)}
+        return {"worst_group": worst_group(are_alike(predictions, references), groups)}
 
 
 class TokenF1(_OfImages):
@@ -128,10 +128,6 @@ class TokenF1(_OfImages):
             raise ValueError(f"text {without[0]} has no references; expected one at least for each. Leave it out.")
         found = [token_f1(text, others) for text, others in zip(predictions, references, strict=True)]
         return {"token_f1": torch.tensor(found, dtype=torch.float64, device="cpu").mean().item()}
-
-
-def _right(predictions: Sequence[int], references: Sequence[int]) -> list[bool | None]:
-    return are_right(predictions, [{reference} for reference in references])
 
 
 def compute(metrics: Sequence[type[evaluate.Metric]], **columns: Sequence[Any]) -> dict[str, Any]:

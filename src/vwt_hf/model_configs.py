@@ -47,12 +47,6 @@ def attend_by_plan(config: PreTrainedConfig, by_plan: bool = True) -> None:
     config.__class__ = config_subclass(plain, by_plan) if by_plan or "vwt" in config.__dict__ else plain
 
 
-def take_over(config: PreTrainedConfig, part: PreTrainedConfig) -> None:
-    """Gives `config` the setting of `part`, the config of a compressed part that is equal but for it."""
-    config.vwt = part.vwt  # type: ignore[attr-defined]
-    attend_by_plan(config, is_by_plan(part))
-
-
 def is_by_plan(config: PreTrainedConfig) -> bool:
     """Whether `attend_by_plan` was called for a config and not ended."""
     return isinstance(type(config), _StandsFor) and "__getattribute__" in vars(type(config))

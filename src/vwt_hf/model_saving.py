@@ -20,7 +20,7 @@ from .compress import configs_of, own_config, require_same_layers, setting_of, t
 from .config import VWTConfig
 from .evidence import write_section
 from .families import family_of, find_tower, why_every_patch
-from .model_configs import configs_of_modules, is_among, take_over
+from .model_configs import attend_by_plan, configs_of_modules, is_among, is_by_plan
 from .processors import configs_within
 from .saved_words import (
     left_in,
@@ -254,7 +254,8 @@ def _take_setting_of(part: PreTrainedModel, model: PreTrainedModel) -> None:
         *holders, name = path.split(".")
         setattr(functools.reduce(getattr, holders, model.config), name, own)
         return
-    take_over(config, own)
+    config.vwt = own.vwt  # type: ignore[attr-defined]
+    attend_by_plan(config, is_by_plan(own))
     for module in part.modules():
         if module.__dict__.get("config") is own:
             module.__dict__["config"] = config

@@ -15,10 +15,5 @@ from .intra import IntraConfig
 from .local import LocalConfig
 
 METHODS: dict[str, type[VWTConfig]] = {
-    "intra": IntraConfig,
-    "inter": InterConfig,
-    "given": GivenConfig,
-    "local": LocalConfig,
-    "gradual": GradualConfig,
-    "coarse": CoarseConfig,
+    own.method: own for own in (IntraConfig, InterConfig, GivenConfig, LocalConfig, GradualConfig, CoarseConfig)
 }
