@@ -134,6 +134,17 @@ def test_graphs_of_models_with_other_settings_are_told_apart():
         torch.testing.assert_close(answers(own, pixel_values), answers(model, pixel_values))
 
 
+def test_plain_models_of_two_classes_have_as_many_graphs_as_without_us():
+    """Torch limits the graphs of a function; models of two classes have two forwards."""
+    count = CompileCounterWithBackend("eager")
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        for name in ("vit-classifier", "clip-vision"):
+            compiled = torch.compile(tiny_model(name, num_hidden_layers=1), backend=count, dynamic=False)
+            for batch in (1, 2):
+                answers(compiled, sample_pixel_values(batch))
+    assert count.frame_count == 4
+
+
 @pytest.mark.newest
 def test_with_an_older_torch_the_graph_breaks(monkeypatch):
     monkeypatch.setattr(hooks, "ONE_GRAPH", False)

@@ -12,6 +12,8 @@ have one.
 from __future__ import annotations
 
 import functools
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -89,14 +91,32 @@ def unregister() -> None:
     _replaced.clear()
 
 
-def _calling(original: Any) -> Any:
-    """Wraps the call of models, so that a plain model refuses `patch_words`.
+class _Calling:
+    """Stands for the call of models, so that a plain model refuses `patch_words`.
 
     The forward of every supported family ignores keywords that it does not know. So a plain model would see all
     patches, and a user who gave `vwt` to the image processor alone would never learn why nothing is faster. Calls
     without `patch_words` go on to `torch.nn.Module`, also if another library has replaced its call since, as `torch.fx`
     does while it traces.
+
+    Each class of models has a function of its own, as it has a forward: torch.compile limits how many graphs it makes
+    of one function, and all models would share that number.
     """
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self.of_class: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
+
+    def __get__(self, model: Any, model_class: type) -> Any:
+        call = self.of_class.get(model_class)
+        if call is None:
+            call = self.of_class[model_class] = _calling(self.original)
+            call.__code__ = call.__code__.replace(co_name="__call__")  # a copy
+        return call if model is None else types.MethodType(call, model)
+
+
+def _calling(original: Any) -> Any:
+    """The call of the models of one class, for `_Calling`."""
 
     @functools.wraps(original)
     def __call__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -179,7 +199,7 @@ _WRAPS: dict[tuple[type, str], Callable[[Any], Any]] = {
     (PreTrainedModel, "_from_config"): building_models,
     (PreTrainedModel, "save_pretrained"): saving_models,
     (PreTrainedModel, "_upload_modified_files"): uploading_models,
-    (PreTrainedModel, "__call__"): _calling,
+    (PreTrainedModel, "__call__"): _Calling,
     (GenerationMixin, "generate"): _generating,
     (ImageProcessingMixin, "from_pretrained"): loading_processors,
     (ImageProcessingMixin, "save_pretrained"): saving_processors,
