@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import pickle
 import shutil
 import types
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -19,6 +21,7 @@ from settings import STATISTICS, ViTImageProcessor, inter
 from tiny import answers, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, evaluate_model, model_loading, restore
 from vwt_hf.compress import lexicon_of
+from vwt_hf.processors import load_beside, load_processor
 from vwt_hf.whole_saves import sharing
 
 
@@ -220,6 +223,26 @@ def test_a_subfolder_is_found_as_transformers_finds_it(subfolder, pixel_values, 
     model(0).save_pretrained(tmp_path / "sub")
     found = answers(load(tmp_path, subfolder=subfolder), pixel_values)
     torch.testing.assert_close(found, answers(model(0), pixel_values))
+
+
+@pytest.mark.parametrize("how", [lambda one: one, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_finds_what_lies_beside_the_weights_also_from_another_folder(how, tmp_path, monkeypatch):
+    """Relative to that, and above the subfolder, lie models with other words and statistics."""
+    for seed, (folder, deviation) in enumerate({"of/sub": 0.2, "of": 0.3, "there/of/sub": 0.4}.items()):
+        model(seed).save_pretrained(tmp_path / folder)
+        ViTImageProcessor(image_std=[deviation] * 3).save_pretrained(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    found = how(load(Path("of"), subfolder="sub", vwt=False))
+    monkeypatch.chdir("there")
+    assert compress(found, True).config.vwt["image_std"] == [0.2] * 3
+    compress(restore(found), {"method": "inter"})
+    assert torch.equal(lexicon_of(found).vocabulary.words, words(0).words)
+    assert list(load_beside(found, load_processor, "image processor", "").image_std) == [0.2] * 3
+
+
+def test_a_pickled_model_holds_no_token(tmp_path):
+    model(0).save_pretrained(tmp_path)
+    assert b"hf_secret" not in pickle.dumps(load(tmp_path, token="hf_secret"))
 
 
 def test_an_empty_name_of_a_folder_is_refused_before_words_are_written(tmp_path, monkeypatch):

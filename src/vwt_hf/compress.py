@@ -55,7 +55,7 @@ from .model_configs import attend_by_plan, configs_of_modules, is_among, is_by_p
 from .processors import configs_within
 from .stand_ins import StandIn, class_forward, is_ours, own_forward, require_replaceable, slot_of
 from .vouch import may_change_rows, vouch, vouch_rows
-from .weights import loaded_by
+from .weights import loaded_by, source_of
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Keyword arguments of transformers' `from_pretrained` that say where files are read from."""
@@ -144,7 +144,7 @@ def compress_by(
         elif family.padded is None and not family.masks and may_change_rows(tower):
             vouch_rows(model, tower)
     facts = ModelFacts(
-        str((model.name_or_path or "") if source is None else source),
+        source_of(model) if source is None else str(source),
         tower.patch_size,
         tower.channels,
         present,

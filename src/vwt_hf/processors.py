@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .checks import is_int
 from .printable import printable, shown
 from .shared_changes import SharedChange
-from .weights import loaded_by
+from .weights import loaded_by, source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,9 +79,9 @@ def load_beside(model: PreTrainedModel, load: Callable[..., Any], what: str, ins
         ValueError: `model` was not loaded from a place that has it.
     """
     try:
-        if not model.name_or_path:
+        if not source_of(model):
             raise ValueError("it was loaded from nowhere")
-        return load(model.name_or_path, **loaded_by(model))
+        return load(source_of(model), **loaded_by(model))
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"the {type(model).__name__} has no {what} that can be loaded ({error}); give one as "

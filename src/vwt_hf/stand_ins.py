@@ -68,7 +68,8 @@ def own_forward(module: nn.Module) -> Any:
     accelerate leaves the class's own forward in the module where it removed its hooks.
     """
     present = module.__dict__.get("forward")
-    function = getattr(present, "__func__", None)
+    # Its wrapper of a stand-in has all attributes of that, `__func__` among them, and is no method.
+    function = present.__func__ if isinstance(present, types.MethodType) else None
     return None if function is type(module).forward or _is_class_forward(function) else present
 
 

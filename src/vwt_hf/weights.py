@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,20 +17,42 @@ from transformers import PreTrainedModel
 from .printable import printable
 
 _loaded_by: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
-"""The `revision`, `subfolder`, `token` and the like that a model was loaded with, if there were any. They are not
-attributes of the model, so a copy of it does not have them."""
+"""The `token`, `cache_dir` and `local_files_only` that a model was loaded with, if there were any. They are not
+attributes of the model: a pickle of it must not hold a token."""
+_PLACE = "_vwt_hf_place"
+"""The attribute of a model that holds where it was loaded from, if its `name_or_path` alone does not say that."""
 
 
-def remember_load(model: nn.Module, hub_kwargs: dict[str, Any]) -> None:
-    """Keeps the keyword arguments by which a model was loaded, to read what lies beside its weights later."""
+def remember_load(model: PreTrainedModel, hub_kwargs: dict[str, Any]) -> None:
+    """Keeps where a model was loaded from and by which keyword arguments, to read what lies beside its weights later.
+
+    Copies and pickles of the model know the place as well, and it stays the same where a program changes its folder.
+    """
     kept = {name: value for name, value in hub_kwargs.items() if value is not None and name != "force_download"}
+    place = {name: str(kept.pop(name)) for name in ("revision", "subfolder") if name in kept}
+    named = model.name_or_path
+    if os.path.isdir(named) and not os.path.isabs(named):
+        place["folder"] = os.path.abspath(named)
+    if place:
+        model.__dict__[_PLACE] = place | {"name": named}
     if kept:
         _loaded_by[model] = kept
 
 
-def loaded_by(model: nn.Module) -> dict[str, Any]:
+def _place_of(model: PreTrainedModel) -> dict[str, str]:
+    place = model.__dict__.get(_PLACE, {})
+    return place if place.get("name") == model.name_or_path else {}  # somebody named it anew
+
+
+def source_of(model: PreTrainedModel) -> str:
+    """The Hub id or folder that `model` was loaded from; empty if from nowhere."""
+    return _place_of(model).get("folder") or model.name_or_path or ""
+
+
+def loaded_by(model: PreTrainedModel) -> dict[str, Any]:
     """The keyword arguments by which what lies beside a model's weights is read: `revision`, `subfolder`, ..."""
-    return dict(_loaded_by.get(model, {}))
+    place = {name: value for name, value in _place_of(model).items() if name in ("revision", "subfolder")}
+    return place | _loaded_by.get(model, {})
 
 
 def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -40,7 +63,8 @@ def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """
     require_unsharded(model)
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    remember_load(copied, loaded_by(model))
+    if model in _loaded_by:
+        _loaded_by[copied] = _loaded_by[model]
     return copied
 
 
