@@ -464,6 +464,34 @@ def test_a_part_that_no_config_can_be_told_to_be_of_is_not_saved(tmp_path):
         model.save_pretrained(tmp_path)
 
 
+def test_towers_of_equal_configs_that_have_one_setting_are_saved(tmp_path):
+    """As DepthPro has three, which can only be compressed one by one."""
+    vision = {"model_type": "dinov2"} | TINY | {"image_size": 16}
+    config = transformers.DepthProConfig(
+        **{f"{name}_model_config": dict(vision) for name in ("image", "patch", "fov")},
+        **dict(patch_size=16, intermediate_hook_ids=[1, 0], intermediate_feature_dims=[8, 8], fusion_hidden_size=8),
+        **dict(scaled_images_ratios=[0.5, 1], scaled_images_overlap_ratios=[0.0, 0.25]),
+        **dict(scaled_images_feature_dims=[8, 8], use_fov_model=True),
+    )
+    model = transformers.DepthProForDepthEstimation(config).eval()
+    encoder = model.depth_pro.encoder
+    towers = [encoder.patch_encoder.model, encoder.image_encoder.model, model.fov_model.fov_encoder.model]
+    for tower in towers[:-1]:
+        vwt_hf.compress(tower, MERGE)
+    with pytest.raises(ValueError, match=r"that was compressed alone, and no config .* that of other parts, too"):
+        model.save_pretrained(tmp_path)
+    vwt_hf.compress(towers[-1], {"keep_ratio": 0.3, "dropped": "merge"})
+    with pytest.raises(ValueError, match=r"that was compressed alone, and no config .* that of other parts, too"):
+        model.save_pretrained(tmp_path)
+    vwt_hf.compress(towers[-1], MERGE)
+    model.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    loaded = transformers.DepthProForDepthEstimation.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(images).predicted_depth, model(images).predicted_depth)
+    assert loaded.fov_model.fov_encoder.model.config.vwt["dropped"] == "merge"
+
+
 @pytest.mark.parametrize("setting", [MERGE, {"method": "inter"}, {"keep_ratio": 7}], ids=["merge", "no words", "bad"])
 def test_turned_off_is_turned_off_in_towers_too(setting, tmp_path):
     model = llava()

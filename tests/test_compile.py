@@ -146,6 +146,15 @@ def test_plain_models_of_two_classes_have_as_many_graphs_as_without_us():
 
 
 @pytest.mark.newest
+def test_each_compressed_model_has_its_own_number_of_graphs():
+    """As where a server loads a new model and drops the old one, again and again."""
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(4):
+            model = compress(tiny_model("vit-classifier", num_hidden_layers=1), EVEN["local"])
+            answers(torch.compile(model, fullgraph=True, backend="eager"), sample_pixel_values())
+
+
+@pytest.mark.newest
 def test_with_an_older_torch_the_graph_breaks(monkeypatch):
     monkeypatch.setattr(hooks, "ONE_GRAPH", False)
     model = compress(tiny_model("vit-classifier", num_hidden_layers=1), EVEN["local"])

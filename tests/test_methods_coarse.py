@@ -326,3 +326,12 @@ def test_whole_numbers_are_averaged_as_exactly_as_floats(images):
     pixels = (torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 255).to(torch.uint8)
     model = compress(tiny_model("clip-vision"), coarse(num_patches=16))
     assert torch.equal(answers(model, pixels), answers(model, pixels.float()))
+
+
+def test_padded_patches_may_be_whole_numbers():
+    model = compress(tiny_model("siglip2-vision"), coarse())
+    floats = inputs(model, sample_images())
+    floats["pixel_values"] = (floats["pixel_values"] * 50 + 128).round().clamp(0, 255)
+    whole = floats | {"pixel_values": floats["pixel_values"].to(torch.uint8)}
+    with torch.no_grad():
+        assert torch.equal(model(**whole)[0], model(**floats)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from settings import SETTINGS, fixed, gradual, inter, local
 from test_families import assert_near, sample_images
-from tiny import MODELS, answers, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
+from tiny import MODELS, TINY, answers, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, count_tokens, restore
 from vwt_hf.families import family_of, find_layers, find_stacks, find_tower
 from vwt_hf.forward import current_forward
@@ -250,6 +251,27 @@ def test_checkpointed_layers_give_the_same_gradients(name, setting, reentrant, i
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(**inputs(model, images.clone().requires_grad_(reentrant)))[0].square().sum().backward()
+        return {name: part.grad for name, part in model.named_parameters() if part.grad is not None}
+
+    expected, found = gradients(False), gradients(True)
+    assert expected.keys() == found.keys() and len(found) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("setting", [local(), gradual(), SETTINGS["merge"]], ids=["local", "gradual", "merge"])
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=str)
+def test_checkpointed_backbones_give_the_same_gradients(used, setting, images):
+    """Also through the map of the last layer, whose output every patch gets its state back in."""
+    stages = {"out_features": ["stage1", "stage2"]}
+    plain = transformers.Dinov2Backbone(transformers.Dinov2Config(**TINY, **stages))
+
+    def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
+        model = compress(copy.deepcopy(plain), setting).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        maps = model(images).feature_maps
+        sum(maps[stage].square().sum() for stage in used).backward()
         return {name: part.grad for name, part in model.named_parameters() if part.grad is not None}
 
     expected, found = gradients(False), gradients(True)

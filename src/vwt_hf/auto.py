@@ -44,6 +44,7 @@ from .model_loading import (
 )
 from .model_saving import saving_models, saving_processors, uploading_models
 from .printable import shown
+from .stand_ins import StandIn
 
 _replaced: dict[tuple[type, str], tuple[Any, Any]] = {}
 """For each method of transformers that was replaced: the original (`NOT_GIVEN` if it was inherited), and the
@@ -100,23 +101,24 @@ class _Calling:
     does while it traces.
 
     Each class of models has a function of its own, as it has a forward: torch.compile limits how many graphs it makes
-    of one function, and all models would share that number.
+    of one function, and all models would share that number. So has each compressed model, whose graphs fit no other.
     """
 
     def __init__(self, original: Any) -> None:
         self.original = original
-        self.of_class: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
+        self.functions: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     def __get__(self, model: Any, model_class: type) -> Any:
-        call = self.of_class.get(model_class)
-        if call is None:
-            call = self.of_class[model_class] = _calling(self.original)
-            call.__code__ = call.__code__.replace(co_name="__call__")  # a copy
-        return call if model is None else types.MethodType(call, model)
+        owner = model if model is not None and isinstance(vars(model).get("forward"), StandIn) else model_class
+        function = self.functions.get(owner)
+        if function is None:
+            function = self.functions[owner] = _calling(self.original)
+            function.__code__ = function.__code__.replace(co_name="__call__")  # a copy
+        return function if model is None else types.MethodType(function, model)
 
 
 def _calling(original: Any) -> Any:
-    """The call of the models of one class, for `_Calling`."""
+    """A function for `_Calling`."""
 
     @functools.wraps(original)
     def __call__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -131,7 +131,7 @@ def put_back(patches: torch.Tensor, blocks: torch.Tensor, members: torch.Tensor)
     tiles = blocks.unflatten(0, members.shape[:2]).unflatten(-1, (2, width)).unflatten(-3, (2, height))
     rows = tiles.permute(0, 1, 3, 5, 4, 6, 2).flatten(4).flatten(1, 3)
     index = members.flatten(1).unsqueeze(2).expand_as(rows)
-    return pad(patches, (0, 0, 0, 1)).scatter(1, index, rows)[:, :-1]
+    return pad(patches.to(rows.dtype), (0, 0, 0, 1)).scatter(1, index, rows)[:, :-1]
 
 
 def words_of(chosen: torch.Tensor, members: torch.Tensor, patches: int) -> torch.Tensor:

@@ -264,15 +264,19 @@ def _hook_layers(tower: Tower, family: Family, setting: VWTConfig) -> None:
         setattr(module, slot_of(module), StandIn(stand_in, module))
     places = find_places(tower.module)
     joins = setting.joins(len(places))
+    # The first hooks of a layer, of which joining is the first: what transformers records as the layer's hidden states
+    # is what the layer gives, whenever it began to. Reentrant checkpointing knows no other tensor's gradient.
+    if setting.restores:
+        for layer in places[-1]:
+            layer.register_forward_hook(Expand(), prepend=True)
     for number, wanted in joins.items():
-        # The first hook: what transformers records as the layer's hidden states is the same whenever it began to.
         for layer in places[number - 1]:
             layer.register_forward_hook(Join(setting, wanted), prepend=True)
     if joins and family.rotary is not None:
         for layer in itertools.chain(*places[min(joins) :]):
             layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
     if setting.restores:
-        expanding = [*places[-1], *(stack for stack, _ in find_stacks(tower.module))]
+        expanding = [stack for stack, _ in find_stacks(tower.module)]
         # A backbone's maps are of what the stack gave, expanded, less prefix tokens: they may have the shape of a plan.
         if not isinstance(tower.module, BackboneMixin):
             expanding.append(tower.module)

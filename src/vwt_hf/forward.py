@@ -50,7 +50,8 @@ class GivenWords:
         if self.model is None:
             return True
         # A shallow copy has the forward of the model that it was copied from.
-        copied_from = getattr(self.model.__dict__.get("forward"), "args", ())
+        held = getattr(self.model.__dict__.get("forward"), "args", ())
+        copied_from = [one() if isinstance(one, weakref.ref) else one for one in held]
         return any(part is module for part in (*copied_from, *self.model.modules()))
 
     def take(self, pixel_values: torch.Tensor) -> GivenWords:

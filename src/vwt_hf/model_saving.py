@@ -227,42 +227,51 @@ def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel])
     own_config(model)
     for part in parts:
         if not is_among(part.config, [config for _, config in configs_within(model.config)]):
-            _take_setting_of(part, model)
+            _take_setting_of(part, model, parts)
     mine = [part.config for part in parts]
     for _, config in list(configs_within(model.config)):
         if not is_among(config, mine):
             config.vwt = None
 
 
-def _take_setting_of(part: PreTrainedModel, model: PreTrainedModel) -> None:
+def _take_setting_of(part: PreTrainedModel, model: PreTrainedModel, parts: Collection[PreTrainedModel]) -> None:
     """Makes the config within that of `model` which is like that of `part` hold its setting.
 
+    Several may be like it, if all parts that go by such a config are among `parts` and have this setting.
+
     Raises:
-        ValueError: no config is that of `part` alone.
+        ValueError: no config is that of parts with this setting alone.
     """
     own = part.config
     alike = [(path, config) for path, config in configs_within(model.config) if _same_but_setting(config, own)]
-    why_not = _why_not_of_part(alike[0][1], model, part) if len(alike) == 1 else f"{len(alike)} are like it"
+    twins = [one for one in parts if one.config.vwt == own.vwt and _same_but_setting(one.config, own)]
+    if len(alike) == 1 or (alike and len(twins) > 1):
+        why_not = _why_not_of_part(alike[0][1], model, part, twins)
+    else:
+        why_not = f"{len(alike)} are like it"
     if why_not is not None:
         raise ValueError(
             f"{type(model).__name__} holds a {type(part).__name__} that was compressed alone, and no config "
             f"within its own is that of this part alone: {why_not}. Save the part by itself, vwt_hf.restore(part), "
             "or, if that is supported, vwt_hf.compress what is around it."
         )
-    ((path, config),) = alike
-    if path:
-        *holders, name = path.split(".")
-        setattr(functools.reduce(getattr, holders, model.config), name, own)
-        return
-    config.vwt = own.vwt  # type: ignore[attr-defined]
-    attend_by_plan(config, is_by_plan(own))
-    for module in part.modules():
-        if module.__dict__.get("config") is own:
-            module.__dict__["config"] = config
+    for path, config in alike:
+        if path:
+            *holders, name = path.split(".")
+            setattr(functools.reduce(getattr, holders, model.config), name, own)
+            continue
+        config.vwt = own.vwt  # type: ignore[attr-defined]
+        attend_by_plan(config, is_by_plan(own))
+        for module in part.modules():
+            if module.__dict__.get("config") is own:
+                module.__dict__["config"] = config
 
 
-def _why_not_of_part(config: PreTrainedConfig, model: PreTrainedModel, part: PreTrainedModel) -> str | None:
-    """Why a setting in `config`, which is within that of `model`, would not be `part`'s alone; `None` if it would."""
+def _why_not_of_part(
+    config: PreTrainedConfig, model: PreTrainedModel, part: PreTrainedModel, twins: Collection[PreTrainedModel]
+) -> str | None:
+    """Why a setting in `config`, which is within that of `model`, would be that of more than `part` and its `twins`,
+    the parts with an equal config and the same setting; `None` if it would not."""
     if config is model.config:
         try:
             tower = find_tower(model, family_of(model))
@@ -272,7 +281,7 @@ def _why_not_of_part(config: PreTrainedConfig, model: PreTrainedModel, part: Pre
         if setting is not None and setting.drops and why_every_patch(model, tower) is not None:
             return "the one like it is that of the whole, of which no patch may be dropped"
         return None if tower.module in part.modules() else "the one like it is that of the whole"
-    inside = set(part.modules())
+    inside = {module for twin in twins for module in twin.modules()}
     others = configs_of_modules(module for module in model.modules() if module not in inside)
     # By value: a part that was compressed and restored holds a copy of its config.
     if any(_same_but_setting(config, own) for own in others):

@@ -29,8 +29,8 @@ def remember_load(model: PreTrainedModel, hub_kwargs: dict[str, Any]) -> None:
     Copies and pickles of the model know the place as well, and it stays the same where a program changes its folder.
     """
     kept = {name: value for name, value in hub_kwargs.items() if value is not None and name != "force_download"}
-    place = {name: str(kept.pop(name)) for name in ("revision", "subfolder") if name in kept}
-    named = model.name_or_path
+    place: dict[str, str] = {name: str(kept.pop(name)) for name in ("revision", "subfolder") if name in kept}
+    named = model.name_or_path or ""
     if os.path.isdir(named) and not os.path.isabs(named):
         place["folder"] = os.path.abspath(named)
     if place:
