@@ -8,7 +8,10 @@ import copy
 import functools
 import gc
 import inspect
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -84,6 +87,30 @@ def test_the_forward_of_a_deleted_model_says_so(pixel_values):
     forward = compress(tiny_model("vit"), {"keep_ratio": 0.5}).forward
     with pytest.raises(ReferenceError, match="model whose forward this is was deleted; keep the model"):
         forward(pixel_values)
+
+
+FORKED_AFTER = """
+import os, signal, sys, torch, transformers, vwt_hf
+
+torch.set_num_threads(2)
+model = transformers.ViTModel(
+    transformers.ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128)
+).eval()
+vwt_hf.compress(model, {"method": "inter", "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+assert torch.get_num_threads() == 2
+if os.fork() == 0:
+    signal.alarm(100)  # kills a process that hangs
+    with torch.no_grad():
+        model(torch.zeros(8, 3, 224, 224))
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+def test_a_process_that_is_forked_after_words_were_read_runs_the_model():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED_AFTER], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 def test_layers_may_lie_in_a_sequence(pixel_values):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import itertools
 import json
@@ -423,6 +424,22 @@ def test_a_killed_process_leaves_whole_files_and_loses_one(at, run, whole, tmp_p
 def test_workers_read_the_same(run, whole, tmp_path):
     run(workers=2)
     assert contents(tmp_path / "out") == whole
+
+
+def test_workers_that_are_not_forked_read_by_the_limits_of_the_program(run, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for name, side in {"cut": 64, "large": 400, "usual": 64}.items():
+        drawn(60, side).save(tmp_path / f"images/{name}.jpg")
+    cut = tmp_path / "images/cut.jpg"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    spawned = functools.partial(vwt_hf.embedding.DataLoader, multiprocessing_context="spawn")
+    unreadable = {}
+    for workers, loader in {0: vwt_hf.embedding.DataLoader, 1: spawned}.items():
+        monkeypatch.setattr(vwt_hf.embedding, "DataLoader", loader)
+        unreadable[workers] = run(str(workers), images=tmp_path / "images", workers=workers).unreadable
+    assert [image["name"] for image in unreadable[0]] == ["large.jpg"] and unreadable[1] == unreadable[0]
 
 
 def test_what_workers_send_needs_no_shared_memory(folder, processor, monkeypatch):

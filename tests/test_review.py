@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from settings import ViTImageProcessor
 from test_generation import llava
 from test_pipeline import PHOTOGRAPHS
+from test_vouch import tiny
 from tiny import TINY, answers, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, collate_images, compress, count_tokens, restore, token_lengths
 from vwt_hf.compress import setting_of
@@ -274,6 +275,22 @@ def test_embeddings_that_fsdp_shards_have_the_gradient_of_those_that_it_does_not
         fully_shard(model.embeddings)
         fully_shard(model)
         torch.testing.assert_close(gradient(model), expected, atol=1e-4, rtol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_fsdp_sharded_before_is_compressed_untried(tmp_path, pixel_values):
+    """A call of the tower alone would make it the root of FSDP, and the next call of the whole an error."""
+    expected = answers(compress(tiny_model("vit-classifier"), words()), pixel_values)
+    model, other = tiny_model("vit-classifier"), tiny("Pixio")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for part in (model.vit.embeddings, *model.vit.layers, model):
+            fully_shard(part)
+        torch.testing.assert_close(answers(compress(model, words()), pixel_values), expected)
+        fully_shard(other)
+        with pytest.raises(ValueError, match=r"weights in parts in several processes, so it cannot be tried"):
+            compress(other, words())
     finally:
         torch.distributed.destroy_process_group()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import transformers
@@ -123,6 +125,17 @@ def test_a_model_of_which_each_process_holds_a_part_is_refused(tmp_path):
                 refuses(model)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_model_that_cannot_be_copied_is_refused_in_words():
+    model = tiny_model("dinov2")
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"Dinov2Model cannot be copied.* pickle '_thread.lock'.*Take out what"):
+        copy_sharing_weights(model)
+    del model.lock
+    model.kept = model.embeddings.cls_token * 2
+    with pytest.raises(ValueError, match=r"Dinov2Model cannot be copied.*Only Tensors created explicitly"):
+        copy_sharing_weights(model)
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "_is_flat_param", "_fsdp_flattened"])

@@ -53,6 +53,7 @@ from .hooks import (
 )
 from .model_configs import attend_by_plan, configs_of_modules, is_among, is_by_plan
 from .processors import configs_within
+from .shared_changes import one_thread
 from .stand_ins import StandIn, class_forward, is_ours, own_forward, require_replaceable, slot_of
 from .vouch import may_change_rows, vouch, vouch_rows
 from .weights import loaded_by, source_of
@@ -142,7 +143,8 @@ def compress_by(
         if family.tried:
             vouch(model, tower)
         elif family.padded is None and not family.masks and may_change_rows(tower):
-            vouch_rows(model, tower)
+            with one_thread():
+                vouch_rows(model, tower)
     facts = ModelFacts(
         source_of(model) if source is None else str(source),
         tower.patch_size,
@@ -152,7 +154,8 @@ def compress_by(
         loaded_by(model) | hub_kwargs,
         image_processor=image_processor,
     )
-    setting = setting.prepared(facts)
+    with one_thread():
+        setting = setting.prepared(facts)
     if _attends_by_sizes(setting, family):
         setting.joins(len(find_layers(tower.module)))  # refuses layers that the model lacks
         _require_usable_attention(tower, family)

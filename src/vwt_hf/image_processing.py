@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
 from .printable import printable, shown
 from .processors import config_beside, processor_statistics, saved_setting, stated_channels, stated_patch_size
 from .saved_words import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
-from .shared_changes import SharedChange
+from .shared_changes import one_thread
 from .vocabulary import VisualVocabulary
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class HostTokenizer:
                 f"The image processor makes {known} pixel_values, of which patches could be cut. Load it without `vwt`."
             )
         values = made["pixel_values"]
-        with contextlib.nullcontext() if os.getpid() == _PROCESS else _one_thread():
+        with contextlib.nullcontext() if os.getpid() == _PROCESS else one_thread():
             if isinstance(values, (list, tuple)):
                 made = {name: made[name] for name in made if name in _READ}
                 each = [{name: as_tensor(own[i])[None] for name, own in made.items()} for i in range(len(values))]
@@ -177,16 +177,6 @@ def _is_child() -> bool:
 _PROCESS = None if _is_child() else os.getpid()
 """The process that imported this module, if it has threads of its own: not if it may have been forked before. Any other
 was forked since, as by `datasets.map(..., num_proc=...)`."""
-
-
-def _use_one_thread() -> Callable[[], None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    return lambda: torch.set_num_threads(before)
-
-
-_one_thread = SharedChange(_use_one_thread)
-"""For a forked process: it lacks the threads of its parent, for which torch would wait forever."""
 
 
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import NotVouched, Tower, find_layers, not_vouched
+from .weights import is_in_parts
 
 MOST_PREFIX = 16
 """The most prefix tokens that a model is taken to have; more rows than that beside the patches are something else."""
@@ -50,6 +51,8 @@ def _require_usual(tower: Tower) -> None:
         raise NotVouched("has attention that does not go through transformers' AttentionInterface")
     if any(parameter.is_meta for parameter in tower.module.parameters()):
         raise NotVouched("has weights that are elsewhere, so it cannot be tried; load it whole")
+    if any(map(is_in_parts, tower.module.parameters())):
+        raise NotVouched("has weights in parts in several processes, so it cannot be tried; compress it before")
 
 
 @contextlib.contextmanager
@@ -79,12 +82,14 @@ def may_change_rows(tower: Tower) -> bool:
 def vouch_rows(model: PreTrainedModel, tower: Tower) -> None:
     """Tries on noise that each patch is one row, and that these rows come after those of prefix tokens.
 
-    A model that cannot be tried, as its weights are elsewhere or it fails on noise, is let through.
+    A model that cannot be tried, as its weights are elsewhere or in parts or it fails on noise, is let through.
 
     Raises:
         NotVouched: it does not hold.
     """
     if any(parameter.is_meta for parameter in tower.embeddings.parameters()):
+        return
+    if any(map(is_in_parts, tower.module.parameters())):  # FSDP would ever after take the tower for the whole
         return
     try:
         with _evaluating(tower.embeddings):

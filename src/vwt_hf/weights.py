@@ -59,10 +59,16 @@ def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` with modules of its own and the very same weights, which `loaded_by` knows, too.
 
     Raises:
-        ValueError: its weights lie in parts in several processes.
+        ValueError: its weights lie in parts in several processes, or it holds something that cannot be copied.
     """
     require_unsharded(model)
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    try:
+        copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the {type(model).__name__} cannot be copied, as its settings are to be compared on a copy: {error} Take "
+            "out what cannot be copied, as a lock or a tensor that a hook keeps; copy.deepcopy(model) shows what it is."
+        ) from error
     if model in _loaded_by:
         _loaded_by[copied] = _loaded_by[model]
     return copied
@@ -133,6 +139,12 @@ _MARKS = ("_is_flat_param", "_fsdp_flattened", "ds_id")
 """Attributes by which FSDP 1 and DeepSpeed mark parameters of which a process may hold a part."""
 
 
+def is_in_parts(parameter: nn.Parameter) -> bool:
+    """Whether a process may hold a part of a parameter alone: by FSDP, DeepSpeed or tensor parallelism."""
+    is_split = not all(placement.is_replicate() for placement in getattr(parameter, "placements", ()))
+    return is_split or any(hasattr(parameter, mark) for mark in _MARKS)
+
+
 def require_unsharded(model: PreTrainedModel) -> None:
     """Refuses a model of whose weights each process holds a part.
 
@@ -140,8 +152,7 @@ def require_unsharded(model: PreTrainedModel) -> None:
         ValueError: it is one, by FSDP, DeepSpeed or tensor parallelism.
     """
     for name, own in model.named_parameters():
-        in_parts = not all(placement.is_replicate() for placement in getattr(own, "placements", ()))
-        if in_parts or any(hasattr(own, mark) for mark in _MARKS):
+        if is_in_parts(own):
             raise ValueError(
                 f"{printable(name)} of the {type(model).__name__} lies in parts in several processes (by FSDP, "
                 "DeepSpeed or tensor parallelism); expected each process to hold the whole model. Load it in each."
