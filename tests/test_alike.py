@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from vwt_hf import alike
 from vwt_hf.alike import find_pairs, join_alike, join_share, number_to_join
 from vwt_hf.layout import Layout, group, join, represent
 from vwt_hf.plans import Grouped
@@ -39,10 +40,24 @@ def test_every_second_token_joins_the_one_that_is_most_like_it_if_it_is_alike(pa
     into = join_alike(values, layout, least).flatten()
     expected = torch.arange(layout.sizes.numel())
     for image, count in enumerate(COUNTS):
-        for alike, row, other in by_loops(values, layout, image, count):
-            if alike >= least:
+        for likeness, row, other in by_loops(values, layout, image, count):
+            if likeness >= least:
                 expected[row] = other
     assert torch.equal(into, expected)
+
+
+@pytest.mark.parametrize("words", [WORDS, torch.arange(9).expand(4, -1)], ids=["ragged", "even"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_pairs_of_many_tokens_are_found_in_pieces(packed, words, monkeypatch):
+    layout = group(words, PREFIX, packed)
+    values = torch.randn(*layout.sizes.shape, 3, generator=torch.Generator().manual_seed(0))
+    expected, pieces, cosines = find_pairs(values, layout), [], alike._cosines
+    monkeypatch.setattr(alike, "_cosines", lambda *given: pieces.append(cosines(*given)) or pieces[-1])
+    monkeypatch.setattr(alike, "HELD", 24)
+    found = find_pairs(values, layout)
+    assert len(pieces) > 2 and max(piece.numel() for piece in pieces) <= 24
+    assert torch.equal(found.others, expected.others)
+    torch.testing.assert_close(found.alike, expected.alike)
 
 
 def test_a_token_that_stands_for_many_patches_is_joined_only_with_one_that_is_more_alike():

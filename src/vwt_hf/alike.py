@@ -8,17 +8,21 @@ stands for that would become part of the other: the more, the closer the two mus
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
 
 from .layout import Layout
-from .on_gpu import kernels_for
+from .on_gpu import is_compiling, kernels_for
 from .words import best, marked, whole_share, without_autocast
 
 EARLIER, PLACES = 1e-4, 128
 """Where the token most like another is chosen, candidate i counts as `EARLIER` · min(i, `PLACES`) less alike. So of
 many that are equal but for rounding, as in a plain background, the first is taken in every batch."""
+HELD = 2**24
+"""Cosines that are held at once (64 MiB)."""
 FLAT = 0.01
 """1 − m counts as no less than this: where all tokens are the same, it would be nothing but rounding."""
 
@@ -53,10 +57,47 @@ def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
     Args:
         hidden_states: (sequences, prefix + tokens, hidden).
     """
+    values, scale, rows, real, tokens = _by_image(hidden_states, layout)
+    seconds = list(zip(*(each[:, 1::2].split(_at_once(scale), dim=1) for each in (values, scale)), strict=True))
+    cosines = functools.partial(_cosines, values[:, 0::2], scale[:, 0::2])
+    pairs = (tokens // 2) * (tokens - tokens // 2) + (tokens < 2)  # 1 in place of 0
+    # Those of many tokens are made in pieces, and these twice, as the mean comes first.
+    held = [cosines(*seconds[0])] if len(seconds) == 1 else None
+    mean = sum(piece.sum(dim=(1, 2)) for piece in held or itertools.starmap(cosines, seconds)) / pairs
+    spread = (1 - mean).clamp(min=FLAT).unsqueeze(1)
+    places = torch.arange(scale[:, 0::2].shape[1], device=values.device).clamp(max=PLACES) * EARLIER
+    if real is not None:
+        places = places.where(real[:, 0::2], torch.inf)
+    # The tie-break is taken off to choose, and added again to say how alike the two are.
+    later = (spread * places).unsqueeze(1)
+    chosen = [piece.sub_(later).max(dim=2) for piece in held or itertools.starmap(cosines, seconds)]
+    most, which = (torch.cat(each, dim=1) for each in zip(*chosen, strict=True))
+    sizes = layout.sizes.to(values.device).flatten()[rows[:, 1::2]].clamp(min=1)
+    alike = 1 - sizes.sqrt() * ((1 - most) / spread - EARLIER * which.clamp(max=PLACES))
+    if real is not None:
+        alike = alike.masked_fill(~real[:, 1::2], -torch.inf)
+    return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), alike)
+
+
+class _Images(NamedTuple):
+    """The tokens of a batch by image, without prefix tokens."""
+
+    values: torch.Tensor
+    """(images, tokens, hidden), float32."""
+    scale: torch.Tensor
+    """(images, tokens): what makes each of length 1; 0 for padding, so that its cosines are 0."""
+    rows: torch.Tensor
+    """(images, tokens), int64: the row of each, counted over all sequences."""
+    real: torch.Tensor | None
+    """(images, tokens), bool: which are no padding; `None` where all images have as many tokens."""
+    tokens: Any
+    """How many each image has."""
+
+
+def _by_image(hidden_states: torch.Tensor, layout: Layout) -> _Images:
     values, real = hidden_states.float().flatten(0, 1), None
-    sizes = layout.sizes.to(values.device).flatten()
     scale = torch.linalg.vector_norm(values, dim=1).clamp(min=1e-12).reciprocal()
-    tokens: Any  # of each image, without prefix tokens
+    tokens: Any
     if layout.even:
         tokens, rows = layout.longest - layout.prefix, torch.arange(layout.tokens, device=values.device)
         rows, values, scale = (
@@ -68,22 +109,27 @@ def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
         rows = first + torch.arange(layout.prefix, layout.longest, device=values.device)
         real, tokens = rows < ends, (ends - first).flatten() - layout.prefix
         rows = torch.where(real, rows, first)
-        values, scale = values[rows], scale[rows].masked_fill(~real, 0)  # cosines with padding are 0
-    with without_autocast(values.device):
-        cosines = values[:, 1::2] @ values[:, 0::2].transpose(1, 2)
-    cosines = cosines.mul_(scale[:, 1::2].unsqueeze(2)).mul_(scale[:, 0::2].unsqueeze(1))
-    pairs = (tokens // 2) * (tokens - tokens // 2) + (tokens < 2)  # 1 in place of 0
-    mean = cosines.sum(dim=(1, 2)) / pairs
-    spread = (1 - mean).clamp(min=FLAT).unsqueeze(1)
-    places = torch.arange(cosines.shape[2], device=cosines.device).clamp(max=PLACES) * EARLIER
-    if real is not None:
-        places = places.where(real[:, 0::2], torch.inf)
-    # The tie-break is taken off to choose, and added again to say how alike the two are.
-    most, which = (cosines - (spread * places).unsqueeze(1)).max(dim=2)
-    alike = 1 - sizes[rows[:, 1::2]].clamp(min=1).sqrt() * ((1 - most) / spread - EARLIER * which.clamp(max=PLACES))
-    if real is not None:
-        alike = alike.masked_fill(~real[:, 1::2], -torch.inf)
-    return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), alike)
+        values, scale = values[rows], scale[rows].masked_fill(~real, 0)
+    return _Images(values, scale, rows, real, tokens)
+
+
+def _at_once(scale: torch.Tensor) -> int:
+    """Of how many second tokens of each image cosines are held at once, for images of scale.shape[1] tokens."""
+    return scale.shape[1] if is_compiling() else max(1, HELD // max(1, scale[:, 0::2].numel()))
+
+
+def _cosines(
+    others: torch.Tensor, of_others: torch.Tensor, seconds: torch.Tensor, of_seconds: torch.Tensor
+) -> torch.Tensor:
+    """The cosine of each second token with each of the others, (images, seconds, others).
+
+    Args:
+        others, seconds: (images, tokens, hidden).
+        of_others, of_seconds: (images, tokens), what makes each of length 1; 0 for padding.
+    """
+    with without_autocast(others.device):
+        products = seconds @ others.transpose(1, 2)
+    return products.mul_(of_seconds.unsqueeze(2)).mul_(of_others.unsqueeze(1))
 
 
 def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
