@@ -154,25 +154,28 @@ def test_every_patch_has_the_hidden_state_of_its_token_where_none_is_lost(name, 
     model = tiny_model(name)
     usual = answers(model, images)
     last = find_layers(find_tower(model, family_of(model)).module)[-1]
-    tokens = outputs_of(last)  # before compression gives every patch its own
+    by_earlier_hook = outputs_of(last)
     compress(model, SETTINGS[kind])
+    tokens = outputs_of(last, prepend=True)  # before compression gives every patch its own
     patches, taken = outputs_of(last), watch_embeddings(model)
     full = answers(model, images)
     layout = taken[0][1].layout
     rows = layout.rows
     assert layout.tokens < rows.numel()
     assert torch.equal(patches[0], tokens[0].flatten(0, 1)[rows])
+    assert torch.equal(by_earlier_hook[0], patches[0])
     # And so in the end, where each token has a state of its own.
     assert full.shape == usual.shape
     for image in range(len(images) if family_of(model).padded is None else 0):
         assert_as_equal(full[image], rows[image])
 
 
-def outputs_of(module) -> list[torch.Tensor]:
-    """Gets what `module` gives out as its hooks leave it that are registered so far, at each call from now on."""
+def outputs_of(module, prepend: bool = False) -> list[torch.Tensor]:
+    """Gets what `module` gives out at each call from now on, as its hooks leave it that are registered so far; or with
+    `prepend`, before any hook."""
     taken: list[torch.Tensor] = []
     module.register_forward_hook(
-        lambda module, args, output: taken.append(output[0] if isinstance(output, tuple) else output)
+        lambda module, args, output: taken.append(output[0] if isinstance(output, tuple) else output), prepend=prepend
     )
     return taken
 
