@@ -301,6 +301,18 @@ def test_calibrate_saves_the_whole_model_in_its_own_data_type_and_what_lies_besi
     assert (output / "tokenizer.json").exists() == (name == "clip")
 
 
+def test_calibrate_refuses_to_save_a_tokenizer_of_which_files_are_missing(many, tmp_path, capsys):
+    checkpoint, output = save(tiny_model("clip"), tmp_path), tmp_path / "out"
+    tokenizer_with({"<pad>": 1, "<s>": 97, "</s>": 98}).save_pretrained(checkpoint)
+    of_clip = {"tokenizer_class": "CLIPTokenizer", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    Path(checkpoint, "tokenizer_config.json").write_text(json.dumps(of_clip))
+    Path(checkpoint, "tokenizer.json").unlink()
+    given = ["--tokens", "64", "--by", "flops", "--device", "cpu", "--output", str(output)]
+    assert main(["calibrate", checkpoint, str(many), *given]) == 2
+    assert ": the CLIPTokenizer knows no tokens but 4 special ones, as where its files" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_a_report_of_calibrate_that_cannot_be_written_costs_nothing_else(
     many, tmp_path, checkpoint, capsys, monkeypatch
 ):

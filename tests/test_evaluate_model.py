@@ -285,6 +285,35 @@ def test_a_model_without_a_tokenizer_beside_it_asks_for_one(tmp_path, photograph
         evaluate_model(model, photographs, image_processor=processor, progress=False)
 
 
+@pytest.mark.parametrize("task", ["zero-shot", "retrieval", "captions"])
+def test_a_tokenizer_without_its_files_is_refused(task, tmp_path, dataset):
+    """transformers makes one of special tokens alone for a config without files."""
+    own = built(blip) if task == "captions" else tiny_model("clip")
+    model = loaded(saved(own, tmp_path / "model"), type(own))
+    of = {"task": task, "vwt": [HALF], "progress": False}
+    with pytest.raises(ValueError, match=r"no text tokenizer .* \(the \w+ knows no tokens but \d special .* give"):
+        evaluate_model(model, dataset, **of)
+    empty = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"^the \w+ knows no tokens but \d special ones, .* expected one that"):
+        evaluate_model(model, dataset, tokenizer=empty, **of)
+
+
+@pytest.mark.parametrize("task", ["zero-shot", "retrieval"])
+def test_texts_that_a_tokenizer_does_not_tell_apart_are_refused(task, tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(evaluation_tasks, "TEXTS", 2)
+    model = loaded(two_towers("clip", tmp_path))
+    own = transformers.AutoTokenizer.from_pretrained(tmp_path / "clip")
+
+    def differing(*words: str):
+        """A tokenizer that reads these words alone."""
+        return lambda texts, **how: own([" ".join(filter(words.__contains__, text.split())) for text in texts], **how)
+
+    of = {"task": task, "vwt": [HALF], "progress": False}
+    with pytest.raises(ValueError, match=r"the function gives all \d+ texts, .* the same token ids; expected"):
+        evaluate_model(model, dataset, tokenizer=differing(), **of)
+    assert evaluate_model(model, dataset, tokenizer=differing("tea.", "tea"), **of).images == 17  # the last text alone
+
+
 def test_an_image_that_the_processor_refuses_is_called_by_its_name(tmp_path, dataset):
     class Refuses(transformers.ViTImageProcessorPil):
         def __call__(self, images, **options):
@@ -524,8 +553,8 @@ def test_captions_are_texts_and_nothing_that_only_stands_beside_them(tmp_path, d
     lists = bare.add_column("texts", [[{"raw": f"cup {row}"}] for row in rows])
     with pytest.raises(ValueError, match=r"column 'texts' holds \[.*expected a text or a list of texts"):
         evaluate_model(model, lists, task="retrieval", caption_column="texts", progress=False)
-    gaps = bare.add_column("caption", [[f"cup {row}", None, ""] for row in rows])
-    expected = bare.add_column("caption", [[f"cup {row}"] for row in rows])
+    gaps = bare.add_column("caption", [[f"{WORDS[row % 7]} cup", None, ""] for row in rows])
+    expected = bare.add_column("caption", [[f"{WORDS[row % 7]} cup"] for row in rows])
     found, wanted = (evaluate_model(model, given, progress=False, seed=0) for given in (gaps, expected))
     assert found.task == wanted.task == "retrieval"
     assert [row.figures for row in found.rows] == [row.figures for row in wanted.rows]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .answers import class_names, on_device, require_finite
 from .batch_log import Batch, BatchLog
@@ -41,7 +41,14 @@ from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
 from .processed_images import one_batch, processed
 from .processes import gathered, join, place
-from .processors import described_processor, load_beside, processor_of, without_words
+from .processors import (
+    described_processor,
+    load_beside,
+    load_tokenizer,
+    processor_of,
+    require_vocabulary,
+    without_words,
+)
 from .provenance import compression_of, made_with
 from .timing import stopwatch
 from .token_count import TokenCount, count_tokens
@@ -238,9 +245,10 @@ def evaluate_model(
         require_texts(model)  # before a tokenizer is looked for, which such a model has none of
     settings = [None, *([setting_of(model) or True] if vwt is None else vwt)]
     models = _copies(model, settings, processor)
-    if tokenizer is None and task_class in (ZeroShot, Retrieval, Captions):
-        load = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
-        tokenizer = load_beside(model, load, "text tokenizer", "tokenizer=AutoTokenizer")
+    if task_class in (ZeroShot, Retrieval, Captions):
+        if tokenizer is None:
+            tokenizer = load_beside(model, load_tokenizer, "text tokenizer", "tokenizer=AutoTokenizer")
+        require_vocabulary(tokenizer)
     names = _names(settings, models)
     chosen = task_class(
         models[0], opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed}

@@ -250,6 +250,7 @@ class ZeroShot(Classification):
                     f"a zero-shot classifier would read {shown(text)}, which is no valid text; expected labels that "
                     "are. Rename the folder or the class."
                 )
+        require_told_apart(self.model, self.tokenizer, texts)
         self.texts = text_features(self.model, self.tokenizer, texts)
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -332,6 +333,7 @@ class Retrieval(Task):
 
     def _encoded(self, texts: Sequence[str]) -> torch.Tensor:
         """The features of texts, (texts, values), of which each process makes its share."""
+        require_told_apart(self.model, self.tokenizer, texts)
         index, processes = place()
 
         def encoded() -> torch.Tensor:
@@ -480,17 +482,35 @@ def text_features(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Ten
     Raises:
         ValueError: the model answers a text by NaN or infinity.
     """
-    # SigLIP was trained on texts of one length.
-    padding = "max_length" if model.config.model_type.startswith("siglip") else True
     parts = []
     for start in range(0, len(texts), TEXTS):
         some = list(texts[start : start + TEXTS])
-        given = tokenizer(some, padding=padding, truncation=True, max_length=_longest(model), return_tensors="pt")
-        output = model.get_text_features(**given.to(device_of(model)))
+        output = model.get_text_features(**_tokenized(model, tokenizer, some).to(device_of(model)))
         features = unit(getattr(output, "pooler_output", output))
         require_finite(model, are_finite(features), [shown(text) for text in some])
         parts.append(features)
     return torch.cat(parts)
+
+
+def require_told_apart(model: Any, tokenizer: Any, texts: Sequence[str]) -> None:
+    """Raises `ValueError` if several different texts all get the same token ids, which make any image alike to all."""
+    for start in range(1, len(texts), TEXTS):
+        ids = _tokenized(model, tokenizer, [texts[0], *texts[start : start + TEXTS]])["input_ids"]
+        if (ids != ids[0]).any():
+            return
+    if len(set(texts)) > 1:
+        raise ValueError(
+            f"the {type(tokenizer).__name__} gives all {len(texts)} texts, such as {shown(texts[0])} and "
+            f"{shown(texts[-1])}, the same token ids; expected a tokenizer that tells them apart. Give the model's own "
+            "by tokenizer=, or texts that do not differ in what it leaves out alone."
+        )
+
+
+def _tokenized(model: Any, tokenizer: Any, texts: list[str]) -> Any:
+    """What a model's tower for texts takes."""
+    # SigLIP was trained on texts of one length.
+    padding = "max_length" if model.config.model_type.startswith("siglip") else True
+    return tokenizer(texts, padding=padding, truncation=True, max_length=_longest(model), return_tensors="pt")
 
 
 def _longest(model: Any) -> int:

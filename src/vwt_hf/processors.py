@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -68,6 +68,32 @@ def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
     return load_beside(model, load_processor, "image processor", "image_processor=AutoImageProcessor")
 
 
+def load_tokenizer(checkpoint: str | os.PathLike[str], **hub_kwargs: Any) -> Any:
+    """The text tokenizer of a Hub id or folder.
+
+    Raises:
+        OSError: there is no such checkpoint.
+        ValueError: it has no tokenizer, or only a part of its files.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, **hub_kwargs)
+    require_vocabulary(tokenizer)
+    return tokenizer
+
+
+def require_vocabulary(tokenizer: Any) -> None:
+    """Refuses a text tokenizer that knows special tokens alone, as transformers makes one of a config without files.
+
+    Args:
+        tokenizer: a processor with one, or what takes texts in any other way, passes if it lists no tokens.
+    """
+    own = getattr(tokenizer, "tokenizer", tokenizer)
+    if hasattr(own, "get_vocab") and set(own.get_vocab()) <= set(own.all_special_tokens):
+        raise ValueError(
+            f"the {type(own).__name__} knows no tokens but {len(own.get_vocab())} special ones, as where its files are "
+            "missing; expected one that was loaded from a folder or Hub id with its tokenizer.json or vocabulary."
+        )
+
+
 def load_beside(model: PreTrainedModel, load: Callable[..., Any], what: str, instead: str) -> Any:
     """What `load` finds beside the weights of a model.
 
@@ -83,8 +109,9 @@ def load_beside(model: PreTrainedModel, load: Callable[..., Any], what: str, ins
             raise ValueError("it was loaded from nowhere")
         return load(source_of(model), **loaded_by(model))
     except (OSError, ValueError, ImportError) as error:
+        reason = str(error).removesuffix(".")
         raise ValueError(
-            f"the {type(model).__name__} has no {what} that can be loaded ({error}); give one as "
+            f"the {type(model).__name__} has no {what} that can be loaded ({reason}); give one as "
             f"{instead}.from_pretrained(...)."
         ) from error
 

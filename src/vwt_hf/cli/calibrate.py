@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,9 @@ def work(args: argparse.Namespace) -> None:
     source, _ = open_source(args.images, split=args.split)
     processor = load_processor(args.model)
     model = load_model(args.model, device, args.dtype)
-    whole = None if args.output is None else load_whole(args.model)  # refused before anything is measured
+    whole = tokenizer = None
+    if args.output is not None:  # refused before anything is measured
+        whole, tokenizer = load_whole(args.model), tokenizer_beside(args.model)
     search = Calibration(
         model,
         source,
@@ -104,7 +106,7 @@ def work(args: argparse.Namespace) -> None:
         outputs.append(lambda: write_png(front_figure(search.tried, search.measure, title), Path(args.plot)))
     outputs.append(lambda: report(f"{type(model).__name__} from {printable(args.model)}", search, setting))
     if whole is not None:
-        outputs.append(lambda: save(whole, setting, processor, args.model, args.output))
+        outputs.append(lambda: save(whole, setting, (processor, tokenizer), args.output))
     do_all(*outputs)
 
 
@@ -115,12 +117,12 @@ def report(model: str, search: Calibration, setting: VWTConfig) -> None:
     print(f"\nvwt={json.dumps({name: getattr(setting, name) for name in ('method', 'tolerance', 'similarity')})}")
 
 
-def save(whole: PreTrainedModel, setting: VWTConfig, processor: Any, checkpoint: str, folder: str) -> None:
-    """Saves a model with a setting, and its image processor and tokenizer beside it."""
+def save(whole: PreTrainedModel, setting: VWTConfig, others: Iterable[Any], folder: str) -> None:
+    """Saves a model with a setting, and the `others` that are not `None`, such as its tokenizer, beside it."""
     from ..compress import compress
 
     compress(whole, setting).save_pretrained(folder)
-    for beside in (processor, tokenizer_beside(checkpoint)):
+    for beside in others:
         if beside is not None:
             beside.save_pretrained(folder)
     print(f"saved with it: {printable(folder)}")

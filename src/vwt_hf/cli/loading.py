@@ -144,10 +144,15 @@ def load_whole(checkpoint: str) -> PreTrainedModel:
 
 
 def tokenizer_beside(checkpoint: str) -> Any:
-    """The tokenizer of a Hub id or folder; `None` if there is none."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a Hub id or folder; `None` if there is none.
+
+    Raises:
+        ValueError: it has only a part of its files.
+    """
     from transformers.utils import cached_file
+
+    from ..processors import load_tokenizer
 
     if cached_file(checkpoint, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is None:
         return None
-    return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    return load_tokenizer(checkpoint)
