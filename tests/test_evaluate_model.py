@@ -517,6 +517,25 @@ def test_the_worst_group_is_of_the_labels_or_of_those_that_a_file_or_a_column_na
     assert values(found.rows[0])["worst_group"] == pytest.approx(9 / 13)
 
 
+@pytest.mark.parametrize("missing", [None, -1])
+def test_images_without_a_group_are_left_out_of_the_worst_group_and_said_to_be(missing, tmp_path, dataset):
+    """To datasets, -1 is none of the classes of a column."""
+    model = loaded(classifier(tmp_path, {0: "cat", 1: "dogs"}), AUTO)  # it answers cat: the last 8 of 17 are wrong
+    of = datasets.Value("string") if missing is None else datasets.ClassLabel(names=["many", "few"])
+    first = "many" if missing is None else 0
+    grouped = dataset.add_column("where", [first] * 12 + [missing] * 5, feature=of)
+    for given in (grouped, grouped.to_iterable_dataset()):
+        found = evaluate_model(model, given, vwt=[HALF], group_column="where", progress=False)
+        figure = found.rows[0].figures["worst_group"]
+        assert (figure.value, figure.count) == (9 / 12, 12) and figure.interval[0] > 0.4
+        assert values(found.rows[0])["accuracy"] == 9 / 17
+        assert found.said == ["5 images without a group are left out of the worst group."]
+    of_none = dataset.add_column("where", [None] * 17, feature=datasets.Value("string"))
+    found = evaluate_model(model, of_none, vwt=[HALF], group_column="where", progress=False)
+    assert "worst_group" not in found.rows[0].figures
+    assert found.said == ["17 images without a group are left out of the worst group."]
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip", "altclip", "chinese-clip", "metaclip-2"])
 def test_zero_shot_is_what_the_model_itself_says_of_the_labels(tmp_path, photographs, dataset, name):
     folder = two_towers(name, tmp_path)
@@ -1422,6 +1441,7 @@ def test_what_was_measured_of_another_stream_is_refused(tmp_path, dataset, capsy
         (["--vwt", '{{"keep_ratio": 2}}'], "keep_ratio is 2; expected a number in (0, 1]"),
         (["--device", "abacus"], "device is 'abacus'"),
         (["--groups", "{model}/config.json"], "names no group of 17 of 17 images, such as 'cat/00.png'; expected"),
+        (["--groups", "{model}/null.json"], "names no group of 17 of 17 images, such as 'cat/00.png'; expected"),
         (["--groups", "{model}/list.json"], "list.json, which holds a list; expected an object"),
         (["--dataset", "{images}/nothing"], "nothing does not exist; expected a folder of images, a data set saved"),
         (["--dataset", "{model}/list.json"], "list.json is a file; expected a folder of images, a data set saved"),
@@ -1439,6 +1459,7 @@ def test_what_was_measured_of_another_stream_is_refused(tmp_path, dataset, capsy
 def test_what_cannot_be_done_is_one_line(tmp_path, photographs, dataset, capsys, monkeypatch, options, reason):
     folder = classifier(tmp_path, {0: "cat", 1: "dogs"})
     (folder / "list.json").write_text("[1]")
+    (folder / "null.json").write_text(json.dumps({f"{LABELS[i % 2]}/{i:02}.png": None for i in range(17)}))
     (folder / "deep.json").write_text("[" * 100_000)
     (folder / "broken.md").write_text("---\n[a: b\n---\n")
     (folder / "list.md").write_text("---\n- a\n---\n")

@@ -129,6 +129,8 @@ def test_the_interval_of_the_worst_group_is_of_its_images():
     assert (low, high) == (0, pytest.approx(1 - 0.0125 ** (1 / 6)))
     low, high = worst_group_interval([True] * 15, ["a"] * 6 + ["b"] * 9)
     assert (low, high) == (pytest.approx(0.025 ** (1 / 6)), 1)
+    of_none = [False] * 9, [None] * 9
+    assert worst_group_interval([True] * 15 + of_none[0], ["a"] * 6 + ["b"] * 9 + of_none[1]) == (low, high)
     with pytest.raises(ValueError, match="no group has 5 images"):
         worst_group_interval([True] * 4, ["a"] * 4)
 
@@ -144,4 +146,5 @@ def test_the_worst_group_is_the_one_with_the_lowest_accuracy_among_those_of_five
     groups = ["good"] * 5 + ["poor"] * 5 + ["few"] * 4 + ["few"] * 4 + ["unknown"] * 5
     assert worst_group(correct, groups) == 0.6
     assert worst_group([*correct, False], [*groups, "few"]) == 0
+    assert worst_group([*correct, *[False] * 5], [*groups, *[None] * 5]) == 0.6
     assert worst_group(correct[:5], ["a", "a", "a", "a", "b"]) is None and worst_group([], []) is None

@@ -48,6 +48,11 @@ def test_combined_they_take_all_columns_in_one_call():
     assert evaluate.combine([Accuracy(), Agreement()]).compute(**columns) == {"accuracy": 0.5, "agreement": 0.5}
 
 
+def test_images_without_a_group_are_in_no_group_that_is_judged():
+    given = {"predictions": [1] * 10, "references": [1] * 5 + [0] * 5, "groups": ["a"] * 5 + [None] * 5}
+    assert compute([WorstGroup], **given) == {"worst_group": 1.0}
+
+
 def test_accuracy_is_that_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn to compare with")
     given = {name: COLUMNS[name] for name in ("predictions", "references")}

@@ -165,6 +165,9 @@ class Classification(Task):
     def own(self, kept: Answers) -> tuple[list[dict[str, Figure]], list[str]]:
         truth, remarks = self.truth([sample.label for sample in kept.samples])
         groups = [sample.group for sample in kept.samples]
+        grouped = [group is not None for group, right in zip(groups, truth, strict=True) if right]
+        if not all(grouped):
+            remarks.append(f"{grouped.count(False)} images without a group are left out of the worst group.")
         return [self._right(answers["answer"].tolist(), truth, groups) for answers in kept.answers], remarks
 
     def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
@@ -193,7 +196,9 @@ class Classification(Task):
             )
         return truth, remarks
 
-    def _right(self, answers: Sequence[int], truth: Sequence[set[int]], groups: Sequence[str]) -> dict[str, Figure]:
+    def _right(
+        self, answers: Sequence[int], truth: Sequence[set[int]], groups: Sequence[str | None]
+    ) -> dict[str, Figure]:
         from .metrics import Accuracy, WorstGroup, compute  # `evaluate` takes a second to import
 
         known = [index for index, right in enumerate(truth) if right]
@@ -203,12 +208,15 @@ class Classification(Task):
         # Each of several labels of the same name is right.
         right = [at if at in truth[index] else min(truth[index]) for index, at in zip(known, given, strict=True)]
         of = [groups[index] for index in known]
-        found = compute([Accuracy, WorstGroup], predictions=given, references=right, groups=of)
+        grouped = sum(group is not None for group in of)
+        # `evaluate` takes no column of `None` alone.
+        metrics = [Accuracy, WorstGroup] if grouped else [Accuracy]
+        found = compute(metrics, predictions=given, references=right, groups=of)
         # A metric of `evaluate` tells no interval.
-        count, worst = len(known), found["worst_group"]
+        count, worst = len(known), found.get("worst_group")
         figures = {"accuracy": Figure(found["accuracy"], share_interval(found["accuracy"], count), count)}
         if worst is not None:
-            figures["worst_group"] = Figure(worst, worst_group_interval(are_alike(given, right), of), count)
+            figures["worst_group"] = Figure(worst, worst_group_interval(are_alike(given, right), of), grouped)
         return figures
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:

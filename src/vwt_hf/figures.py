@@ -74,23 +74,23 @@ def accuracy(correct: Sequence[bool | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def worst_group(correct: Sequence[bool | None], groups: Sequence[str]) -> float | None:
+def worst_group(correct: Sequence[bool | None], groups: Sequence[str | None]) -> float | None:
     """The accuracy within the group that has the lowest, in [0, 1]; `None` if no group is large enough.
 
     A group with fewer than `FEWEST_OF_GROUP` images of known label is left out: a single image would decide.
 
     Args:
         correct: for each image, as `are_right` gives it.
-        groups: the name of each image's group.
+        groups: the name of each image's group; `None` for an image in none, which is left out.
     """
     return min((sum(own) / len(own) for own in _judged_groups(correct, groups)), default=None)
 
 
-def _judged_groups(correct: Sequence[bool | None], groups: Sequence[str]) -> list[list[bool]]:
+def _judged_groups(correct: Sequence[bool | None], groups: Sequence[str | None]) -> list[list[bool]]:
     """Whether the images of known label are right, for each group that is large enough, in the order of their names."""
     members: dict[str, list[bool]] = {}
     for own, group in zip(correct, groups, strict=True):
-        if own is not None:
+        if own is not None and group is not None:
             members.setdefault(group, []).append(own)
     return [own for _, own in sorted(members.items()) if len(own) >= FEWEST_OF_GROUP]
 
@@ -159,7 +159,7 @@ def mean_interval(values: torch.Tensor, seed: int) -> tuple[float, float]:
     return low, high
 
 
-def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str]) -> tuple[float, float]:
+def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str | None]) -> tuple[float, float]:
     """The 95 % interval of the lowest accuracy of any group, which `worst_group` estimates.
 
     Of many groups one does badly by chance, so the interval of that group alone, or a bootstrap's, would be too low.

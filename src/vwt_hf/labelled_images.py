@@ -38,7 +38,8 @@ class Sample(NamedTuple):
     """What `read_image` takes."""
     label: str | int | None
     """Its name, or its number if labels have no names; `None` if it has no label."""
-    group: str
+    group: str | None
+    """`None` if it is in none."""
     captions: tuple[str, ...]
     content: str = ""
     """A hash of the stored image, for streams that may be resumed; else empty."""
@@ -60,6 +61,8 @@ class LabelledImages:
     """The data set's columns for `image`, `label`, `captions` and `group`."""
     groups: Sequence[str] | None = None
     """The group of each file."""
+    group_names: tuple[str, ...] | None = None
+    """The names of a data set's groups, if they are numbers with names."""
     rows: Sequence[int] | None = None
     """The row of each image in the whole data set, which messages name."""
     source: str = ""
@@ -140,12 +143,13 @@ class LabelledImages:
         if isinstance(row, Path):
             name = folder_name(row)
             return Sample(str(row), row, name, name if self.groups is None else self.groups[number], ())
-        label = self._label(row.get(self.columns.get("label")))
+        label = _named(row.get(self.columns.get("label")), self.label_names)
+        group = _named(row[self.columns["group"]], self.group_names) if "group" in self.columns else label
         return Sample(
             f"row {number if self.rows is None else self.rows[number]}{whose}",
             row[self.columns["image"]],
             label,
-            str(row[self.columns["group"]] if "group" in self.columns else label),
+            None if group is None else str(group),
             self._captions(row.get(self.columns.get("captions"))),
         )
 
@@ -158,14 +162,16 @@ class LabelledImages:
             )
         return tuple(filter(None, texts))
 
-    def _label(self, value: Any) -> str | int | None:
-        if value is None or isinstance(value, str):
-            return value
-        if not isinstance(value, int):  # a date, say
-            return str(value)
-        if self.label_names is None:
-            return value
-        return self.label_names[value] if 0 <= value < len(self.label_names) else None  # -1 is unknown to datasets
+
+def _named(value: Any, names: Sequence[str] | None) -> str | int | None:
+    """A label or group as a data set has it: its name, or its number where there are no names."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, int):  # a date, say
+        return str(value)
+    if names is None:
+        return value
+    return names[value] if 0 <= value < len(names) else None  # -1 is unknown to datasets
 
 
 def open_labelled(
@@ -186,7 +192,7 @@ def open_labelled(
         image_column: by default the first column of images.
         label_column: by default the first column of classes (`datasets.ClassLabel`), or the one called label or labels.
         caption_column: of a text, or a list of texts, about the image; by default the first of `CAPTION_COLUMNS`.
-        group_column: of an image's group; by default its label.
+        group_column: of an image's group; by default its label. Images without one are in none.
         groups: for a folder: a JSON file, an object from each image's path below the folder, with /, to its group.
         limit: take at most so many images, spread evenly; of a stream the first.
 
@@ -245,7 +251,7 @@ def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[
     if not isinstance(table, dict):
         raise ValueError(f"groups is {groups}, which holds a {type(table).__name__}; expected an object.")
     names = [path.relative_to(images).as_posix() for path in paths]
-    missing = [name for name in names if name not in table]
+    missing = [name for name in names if table.get(name) is None]
     if missing:
         raise ValueError(
             f"groups is {groups}, which names no group of {len(missing)} of {len(names)} images, such as "
@@ -261,7 +267,7 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     columns = _columns(features, asked)
     dataset = undecoded(dataset, columns["image"], columns.values())
     name = getattr(dataset.info, "dataset_name", None) or "a data set"
-    names = getattr(features.get(columns.get("label", "")), "names", None)
+    names, group_names = (getattr(features.get(columns.get(kind, "")), "names", None) for kind in ("label", "group"))
     total, rows = limit, None
     if isinstance(dataset, datasets.Dataset):
         if names is None and _may_hold_texts(features, columns.get("label")):
@@ -272,7 +278,8 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
         dataset, total = dataset.select(rows), len(rows)
     elif limit is not None:
         dataset = dataset.take(limit)
-    return LabelledImages(dataset, name, total, None if names is None else tuple(names), columns, rows=rows)
+    label_names, group_names = (None if own is None else tuple(own) for own in (names, group_names))
+    return LabelledImages(dataset, name, total, label_names, columns, rows=rows, group_names=group_names)
 
 
 def _columns(features: Mapping[str, Any], asked: Mapping[str, str | None]) -> dict[str, str]:

@@ -100,13 +100,13 @@ class WorstGroup(_OfImages):
     Args:
         predictions: the label that each image got.
         references: its right one.
-        groups: the name of its group.
+        groups: the name of its group; an image with `None` is left out.
     """
 
     columns: ClassVar[dict[str, Any]] = {"predictions": LABEL, "references": LABEL, "groups": TEXT}
 
     def _compute(
-        self, predictions: Sequence[int], references: Sequence[int], groups: Sequence[str], **_: Any
+        self, predictions: Sequence[int], references: Sequence[int], groups: Sequence[str | None], **_: Any
     ) -> dict[str, float | None]:
         return {"worst_group": worst_group(are_alike(predictions, references), groups)}
 
