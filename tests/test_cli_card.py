@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import huggingface_hub
 import pytest
 import yaml
 
 from vwt_hf.cli import main
-from vwt_hf.cli.model_card import read_card, write_card
+from vwt_hf.cli.model_card import read_card, warn_of_another, write_card
 from vwt_hf.evaluate_model import Evaluation, Row
 from vwt_hf.evaluation_tasks import Figure
 
@@ -50,6 +51,22 @@ def test_a_card_of_several_models_is_refused_before_anything_is_read(tmp_path, c
     assert main(["evaluate", "nowhere/at-all", "--dataset", "nowhere", "--card", str(card)]) == 2
     assert "figures of 2 models in its model-index, ['first', 'second']; expected one" in capsys.readouterr().err
     assert card.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("model", "warned"),
+    [("second", "'second'"), ("first", None), ("me/first", None), ("first/.", None), ("/tmp/", "'tmp'")],
+)
+def test_a_card_of_another_model_gives_a_warning_that_names_both(model, warned, tmp_path):
+    (tmp_path / "README.md").write_text(CARD)
+    card = read_card(tmp_path / "README.md", model)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warn_of_another(tmp_path / "README.md", card, model)
+        warn_of_another(tmp_path / "new.md", read_card(tmp_path / "new.md", model), model)
+    said = [str(one.message) for one in found]
+    expected = f"README.md has a model-index of 'first', and what is measured is {warned}: its figures go in there, in"
+    assert [expected in one for one in said] == ([] if warned is None else [True])
 
 
 def test_the_card_of_a_folder_whose_name_is_no_text_has_escapes(tmp_path):

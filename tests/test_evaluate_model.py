@@ -932,7 +932,7 @@ def test_photographs_that_lie_on_their_side_are_seen_upright(tmp_path):
     assert straight == turned > 0
 
 
-def test_figures_go_into_the_model_index_of_a_card_and_come_back_from_it(tmp_path, photographs):
+def test_figures_go_into_the_model_index_of_a_card_and_come_back_from_it(tmp_path, photographs, capsys):
     folder, card = random_classifier(tmp_path), tmp_path / "README.md"
     card.write_text(
         "---\nlicense: mit\nmodel-index:\n- name: mine\n  results:\n  - task: {type: image-classification}\n"
@@ -940,6 +940,7 @@ def test_figures_go_into_the_model_index_of_a_card_and_come_back_from_it(tmp_pat
     )
     for seed in ("0", "1"):  # the second time in place of the first
         run(folder, photographs, "--vwt", json.dumps(HALF), "--card", str(card), "--seed", seed)
+        assert "a model-index of 'mine', and what is measured is 'model': its" in capsys.readouterr().err
     found = huggingface_hub.ModelCard(card.read_text())
     assert found.text.strip() == "# Mine\n\nText." and found.data.license == "mit" and found.data.model_name == "mine"
     results = found.data.eval_results

@@ -120,7 +120,7 @@ def work(args: argparse.Namespace) -> None:
     if args.resume is not None:
         require_folder(args.resume)
     if args.card is not None:
-        from .model_card import read_card, require_same_images, subject_of, write_card
+        from .model_card import read_card, require_same_images, subject_of, warn_of_another, write_card
 
         card = read_card(Path(args.card), args.model)  # refused before hours are spent on what goes in
 
@@ -137,6 +137,8 @@ def work(args: argparse.Namespace) -> None:
         if args.card is not None:
             subject = subject_of(TASKS[task].hub_name, printable(name), split, args.config)
             require_same_images(card, subject, images.total, exact=hasattr(images.data, "__len__"))
+            if place()[0] == 0:
+                warn_of_another(Path(args.card), card, args.model)
         result = evaluate_model(
             model,
             images,

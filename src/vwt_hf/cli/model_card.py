@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def read_card(file: Path, model: str) -> ModelCard:
         ValueError: the file is no model card, or one of several models.
         OSError: it cannot be read.
     """
-    name = printable(Path(model).name) or "model"
+    name = _model_name(model)
     if not file.exists():
         return ModelCard("---\n", "library_name: vwt-hf", f"\n---\n\n# {name}\n", {"name": name, "results": []})
     text = file.read_bytes().decode("utf-8", "surrogateescape")  # what is not ours may be in any encoding
@@ -104,6 +105,23 @@ def read_card(file: Path, model: str) -> ModelCard:
             "expected one model. Name another file."
         )
     return card
+
+
+def _model_name(model: str) -> str:
+    """What a card calls the model of a Hub id or folder."""
+    path = Path(model)
+    return printable(path.resolve().name if path.name in ("", "..") else path.name) or "model"
+
+
+def warn_of_another(file: Path, card: ModelCard, model: str) -> None:
+    """Warns where a card's `model-index` is of another model than the one of this Hub id or folder."""
+    own, name = Path(str(card.entry["name"])).name, _model_name(model)
+    if own != name:
+        warnings.warn(
+            f"{printable(file)} has a model-index of {shown(own)}, and what is measured is {shown(name)}: its figures "
+            "go in there, in place of those of the same name. If these are two models, name another file by --card.",
+            stacklevel=2,
+        )
 
 
 def write_card(file: Path, result: Evaluation, split: str | None, config: str | None) -> None:
