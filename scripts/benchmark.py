@@ -63,7 +63,7 @@ from vwt_hf.evaluate_model import fields_of, name_of, require_shortening
 from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.figures import accuracy, agreement, are_right, cosines, divergence, first_answers, worst_group
 from vwt_hf.hooks import is_even
-from vwt_hf.image_source import described_files, find_images
+from vwt_hf.image_source import described_files, find_images, require_apart
 from vwt_hf.labelled_images import folder_name, groups_of
 from vwt_hf.on_gpu import has_kernels
 from vwt_hf.printable import printable
@@ -110,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     require_writable(options.json, options.markdown, options.plot)
     if options.plot:
         require_format(options.plot)
+        require_apart(options.plot, options.images)
     require_shortening(options.settings)
     device = usable_device(options.device)
     paths = find_images([options.images], options.limit)

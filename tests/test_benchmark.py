@@ -406,6 +406,7 @@ def test_seconds_that_are_no_number_are_refused(photographs, capsys):
     ("options", "reason"),
     [
         ("--plot a.exe", r"--plot is a\.exe; expected"),
+        ("--plot {photographs}/cat/a.png", "a.png would be a picture among the images of .*; name a file elsewhere"),
         ("--json .", "is a folder"),
         ("--vwt false", "vwt holds False, which leaves the model plain"),
         ('--vwt "gradual"', "vwt is 'gradual', which as text would name a vocabulary"),
@@ -415,4 +416,5 @@ def test_seconds_that_are_no_number_are_refused(photographs, capsys):
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(photographs, monkeypatch, options, reason):
     monkeypatch.setattr(benchmark, "load", pytest.fail)
     with pytest.raises((OSError, TypeError, ValueError), match=reason):
+        options = options.replace("{photographs}", str(photographs))
         benchmark.main(f"--model nowhere --images {photographs} {options}".split())

@@ -301,6 +301,21 @@ def test_calibrate_saves_the_whole_model_in_its_own_data_type_and_what_lies_besi
     assert (output / "tokenizer.json").exists() == (name == "clip")
 
 
+def test_calibrate_draws_nothing_among_the_images(many, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("vwt_hf.cli.calibrate.load_model", pytest.fail)
+    given = ["--tokens", "9", "--device", "cpu", "--plot", str(many / "new" / "front.png")]
+    assert main(["calibrate", checkpoint, str(many), *given]) == 2
+    assert "front.png would be a picture among the images of" in capsys.readouterr().err
+    assert not (many / "new").exists()
+
+
+def test_the_picture_of_an_earlier_demo_is_none_of_the_photographs(photographs, checkpoint, capsys):
+    for _ in range(2):
+        assert run_demo(checkpoint, photographs, "--output", str(photographs / "drawn")) == 0
+        assert "2 photographs at 32" in capsys.readouterr().out
+    assert (photographs / "drawn" / "kept_patches.png").exists()
+
+
 def test_calibrate_refuses_to_save_a_tokenizer_of_which_files_are_missing(many, tmp_path, capsys):
     checkpoint, output = save(tiny_model("clip"), tmp_path), tmp_path / "out"
     tokenizer_with({"<pad>": 1, "<s>": 97, "</s>": 98}).save_pretrained(checkpoint)

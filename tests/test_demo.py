@@ -96,7 +96,7 @@ def test_a_folder_that_holds_something_else_is_not_overwritten(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("find", [demo_weights.packaged_onnx, lambda: find_photographs(None)])
+@pytest.mark.parametrize("find", [demo_weights.packaged_onnx, find_photographs])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, find):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'not installed; pip install "vwt-hf\[demo\]"'):
@@ -105,7 +105,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
 
 @pytest.mark.skipif(not importlib.util.find_spec("skimage"), reason='needs scikit-image: pip install "vwt-hf[demo]"')
 def test_the_default_photographs_come_with_scikit_image():
-    paths = find_photographs(None)
+    paths = find_photographs()
     assert [path.name for path in paths] == list(PHOTOGRAPHS) and all(path.is_file() for path in paths)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import datasets
@@ -11,8 +12,9 @@ import pytest
 import torch
 import transformers
 
+from vwt_hf.cli import show, vocab
 from vwt_hf.decoding import UnreadableImage, read_image
-from vwt_hf.image_source import find_images, image_rows, open_images, spread
+from vwt_hf.image_source import OWN_PICTURES, find_images, image_rows, open_images, require_apart, spread
 from vwt_hf.labelled_images import open_labelled
 from vwt_hf.processed_images import patch_batches, pixel_batches
 
@@ -84,6 +86,41 @@ def test_links_are_followed_to_each_folder_once_and_one_to_nothing_is_an_unreada
         else:
             assert read_image(rows[index][1]).size == (4, 4)
     assert open_images(inside).part().total == 7
+
+
+def test_pictures_that_commands_draw_by_names_of_their_own_are_none_of_the_images(tmp_path):
+    for name in ("a.png", "b/words.png", *OWN_PICTURES, f"b/{OWN_PICTURES[0]}"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images([tmp_path]) == [tmp_path / "a.png", tmp_path / "b/words.png"]
+    assert find_images([tmp_path / OWN_PICTURES[0]]) == [tmp_path / OWN_PICTURES[0]]  # it is asked for
+    for verb in (show, vocab):
+        parser = argparse.ArgumentParser()
+        verb.add_arguments(parser)
+        assert parser.get_default("output") in OWN_PICTURES
+
+
+@pytest.mark.parametrize(
+    ("picture", "is_among"),
+    [
+        *(("a.png", True), ("new/a.PNG", True), ("link/a.png", True)),
+        *(("../a.png", False), ("../photographs-drawn/a.png", False), ("a.pdf", False), ("a", False)),
+        *((".a.png", False), (".hidden/a.png", False)),
+    ],
+)
+def test_a_picture_to_be_written_is_refused_where_it_would_be_one_of_the_images(picture, is_among, tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    (folder / "link").symlink_to(folder)
+    if is_among:
+        with pytest.raises(ValueError, match=r"would be a picture among the images of .*, and one of them in"):
+            require_apart(folder / picture, folder)
+        return
+    require_apart(folder / picture, folder)
+    (folder / picture).parent.mkdir(exist_ok=True)
+    (folder / picture).touch()
+    with pytest.raises(ValueError, match="holds no image files"):
+        find_images([folder])
 
 
 def test_what_is_hidden_is_no_image_and_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -20,6 +20,8 @@ from .printable import printable, shown
 
 SHUFFLED = 1000
 """Images of a stream that are shuffled together; they are held encoded."""
+OWN_PICTURES = ("vwt-show.png", "vwt-vocab.png")
+"""What commands draw into the folder that one is in if no name is given."""
 
 
 class ImagePart(NamedTuple):
@@ -159,7 +161,8 @@ def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = No
     """Image files: those named, and all in the folders named, at any depth, in the order of their names.
 
     Links are followed, and each folder is searched once. A link to nothing counts as an image, which cannot be read.
-    Hidden files and folders, whose names begin with a dot, are left out.
+    Hidden files and folders, whose names begin with a dot, are left out, and so are pictures of commands that lie in
+    their usual place.
 
     Args:
         limit: take no more than these, spread evenly.
@@ -205,9 +208,9 @@ def _image_names(folder: Path) -> Iterator[str]:
 
     Links are followed. A folder that several links lead to is searched once: where it lies if that is below `folder`,
     else at the first link. A link to nothing is among the files, so that it is named when it cannot be read. Hidden
-    files, and the picture of words beside a vocabulary, are left out.
+    files, `OWN_PICTURES`, and the picture of words beside a vocabulary, are left out.
     """
-    endings = {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
+    endings = _endings()
     top = os.path.realpath(folder)
     searched = set()
 
@@ -221,8 +224,9 @@ def _image_names(folder: Path) -> Iterator[str]:
                 f"{printable(path)} cannot be searched for images ({error.strerror}); make it readable, or name "
                 "folders that are."
             ) from error
-        if any(entry.name == "vocabulary.json" for entry in entries):
-            entries = [entry for entry in entries if entry.name != "words.png"]
+        is_of_words = any(entry.name == "vocabulary.json" for entry in entries)
+        drawn = (*OWN_PICTURES, "words.png") if is_of_words else OWN_PICTURES
+        entries = [entry for entry in entries if entry.name not in drawn]
         for entry in entries:
             if _is_folder(entry):
                 real = os.path.realpath(entry.path)
@@ -235,8 +239,23 @@ def _image_names(folder: Path) -> Iterator[str]:
     return within(os.fspath(folder), "")
 
 
+def _endings() -> set[str]:
+    """How names of image files end, in small letters."""
+    return {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
+
+
+def require_apart(picture: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Refuses a picture to be written where a search of the folder of images would find it from then on."""
+    place = os.path.realpath(picture)
+    if os.path.splitext(place)[1].lower() in _endings() and _is_searched(place, os.path.realpath(folder)):
+        raise ValueError(
+            f"{printable(picture)} would be a picture among the images of {printable(folder)}, and one of them in the "
+            "next run; name a file elsewhere."
+        )
+
+
 def _is_searched(folder: str, top: str) -> bool:
-    """Whether a folder lies below `top`, and not in a hidden folder there."""
+    """Whether a folder or file lies below `top`, and neither it nor a folder on the way is hidden."""
     within = os.path.join(folder, "").startswith(os.path.join(top, ""))
     return within and not any(part.startswith(".") for part in os.path.relpath(folder, top).split(os.sep))
 

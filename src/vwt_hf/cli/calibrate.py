@@ -73,6 +73,7 @@ def work(args: argparse.Namespace) -> None:
         require_folder(args.output)
 
     from ..calibrate import Calibration, target_of
+    from ..image_source import require_apart
     from ..processors import load_processor, require_checkpoint
     from ..timing import usable_device
     from ..visualize import front_figure, require_matplotlib, write_png
@@ -84,6 +85,8 @@ def work(args: argparse.Namespace) -> None:
     require_checkpoint(args.model)
     device = usable_device(args.device)
     source, _ = open_source(args.images, split=args.split)
+    if args.plot is not None and isinstance(source, Path):
+        require_apart(args.plot, source)
     processor = load_processor(args.model)
     model = load_model(args.model, device, args.dtype)
     whole = tokenizer = None

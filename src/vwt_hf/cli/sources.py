@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..printable import printable
 
 IMAGES = (
     "a folder of images, searched recursively but for what is hidden, a data set saved to disk, or the Hub id of one"
@@ -64,6 +67,19 @@ def open_source(
     split = _one_of(splits, usual, images)
     with _naming(images):
         return datasets.load_dataset(str(path), config, split=split, streaming=streaming), split
+
+
+def photographs_beside(output: str | os.PathLike[str], images: Sequence[str]) -> list[Path]:
+    """The photographs that a user names, without the picture to be written, which an earlier run may have left."""
+    from ..image_source import find_images
+
+    written = os.path.realpath(output)
+    if written in map(os.path.realpath, images):
+        raise ValueError(f"{printable(output)} is a photograph to draw, and to be written; name another output.")
+    paths = [path for path in find_images(images) if os.path.realpath(path) != written]
+    if not paths:
+        raise ValueError(f"{printable(output)} is the only image, and to be written; name photographs.")
+    return paths
 
 
 @contextlib.contextmanager
