@@ -453,23 +453,24 @@ def measure(
         label=f"batch {size}",
     )
     rows = []
-    described = tqdm(list(zip(methods, given, forwards, seconds, strict=True)), "memory, operations", leave=False)
-    for method, own, forward, taken in described:
-        run = functools.partial(forward, pixel_values=own[0])
-        rows.append(
-            {
-                "method": method.name,
-                "line": method.line,
-                "seconds": taken,
-                "ms": 1e3 * typical(taken, len(own)),
-                "p95_ms": 1e3 * torch.tensor(taken, dtype=torch.float64).quantile(0.95).item(),
-                "embedding_seconds": embedding_seconds(method.model, own[0]),
-                "weight_bytes": peers.weight_bytes(method.model),
-                "activation_bytes": peak_bytes(run, device),
-                "joules_per_image": None if meter is None else joules(meter, run, device) / size,
-            }
-            | count(method, own)
-        )
+    measured = list(zip(methods, given, forwards, seconds, strict=True))
+    with tqdm(measured, "memory, operations", leave=False) as described:
+        for method, own, forward, taken in described:
+            run = functools.partial(forward, pixel_values=own[0])
+            rows.append(
+                {
+                    "method": method.name,
+                    "line": method.line,
+                    "seconds": taken,
+                    "ms": 1e3 * typical(taken, len(own)),
+                    "p95_ms": 1e3 * torch.tensor(taken, dtype=torch.float64).quantile(0.95).item(),
+                    "embedding_seconds": embedding_seconds(method.model, own[0]),
+                    "weight_bytes": peers.weight_bytes(method.model),
+                    "activation_bytes": peak_bytes(run, device),
+                    "joules_per_image": None if meter is None else joules(meter, run, device) / size,
+                }
+                | count(method, own)
+            )
     for row in rows:
         compare_rows(row, rows[0], options.compile is not None)
     return rows

@@ -56,8 +56,7 @@ def main() -> None:
     batches = list(pixel_batches(sample(args.images, args.limit), processor, 20))
 
     def answer(name: str, plain: torch.Tensor | None = None) -> torch.Tensor:
-        with count_tokens(student) as count:
-            shown = tqdm(batches, leave=False)
+        with count_tokens(student) as count, tqdm(batches, leave=False) as shown:
             found = torch.cat([read(teacher, student(**made).last_hidden_state) for made in shown])
         expected = found if plain is None else plain
         agree = round(100 * agreement(found, expected), 2)
@@ -146,22 +145,22 @@ def learn(student: Any, teacher: Any, processor: Any, args: argparse.Namespace) 
     optimizer = torch.optim.AdamW(student.train().parameters(), lr=1e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-4, total_steps=args.steps)
     student.config.pos_embed_rescale = None  # no augmentation of places
-    bar = tqdm(range(args.steps), desc="learning")
-    for _step in bar:
-        (made,) = pixel_batches(random.sample(paths, args.batch_size), processor, args.batch_size)
-        batch = whole_images(made)
-        batch = batch.flip(3) if random.random() < 0.5 else batch
-        side = 14 * random.choice((8, 10, 12, 16))
-        batch = torch.nn.functional.interpolate(batch, size=(side, side), mode="bilinear", antialias=True)
-        with torch.no_grad():
-            wanted = teacher.base_model(batch).last_hidden_state
-        found = student(batch).last_hidden_state
-        loss = (found - wanted).square().mean() + (found[:, 0] - wanted[:, 0]).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}", share=f"{loss.item() / wanted.var().item():.3f}")
+    with tqdm(range(args.steps), desc="learning") as bar:
+        for _step in bar:
+            (made,) = pixel_batches(random.sample(paths, args.batch_size), processor, args.batch_size)
+            batch = whole_images(made)
+            batch = batch.flip(3) if random.random() < 0.5 else batch
+            side = 14 * random.choice((8, 10, 12, 16))
+            batch = torch.nn.functional.interpolate(batch, size=(side, side), mode="bilinear", antialias=True)
+            with torch.no_grad():
+                wanted = teacher.base_model(batch).last_hidden_state
+            found = student(batch).last_hidden_state
+            loss = (found - wanted).square().mean() + (found[:, 0] - wanted[:, 0]).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.4f}", share=f"{loss.item() / wanted.var().item():.3f}")
 
 
 def by_mean(student: Any) -> Any:

@@ -129,8 +129,9 @@ def alone(
     """Photographs with the answer to each by itself."""
     model = Model(checkpoint, setting, dtype, torch.get_num_threads()).load(device)
     made = pixel_batches(paths, load_processor(checkpoint), 1)
-    bar = tqdm(zip(paths, made, strict=True), total=len(paths), desc=f"{name_of(setting or None)}: alone", leave=False)
-    photographs = [Photograph(path.read_bytes(), encoded(model, run(model, batch)[0])) for path, batch in bar]
+    label = f"{name_of(setting or None)}: alone"
+    with tqdm(zip(paths, made, strict=True), label, len(paths), leave=False) as bar:
+        photographs = [Photograph(path.read_bytes(), encoded(model, run(model, batch)[0])) for path, batch in bar]
     del model
     gc.collect()
     return photographs

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -452,8 +453,6 @@ def test_torchs_defaults_change_nothing(images, processor, monkeypatch):
 
 
 def test_a_folder_a_data_set_and_a_list_are_looked_at(checkpoint, folder, images):
-    import datasets
-
     model = transformers.AutoModelForImageClassification.from_pretrained(checkpoint)
     rows = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
     found = [calibrate(model, given, tokens=60, by="flops", progress=False) for given in (folder, rows, images)]
@@ -600,3 +599,19 @@ def test_agreement_holds_on_photographs_that_were_not_seen(shared, name, monkeyp
         found = agreement(answer(compress(model, setting), **batch), plain)
     # Both numbers are of samples: they speak of one share where the intervals meet.
     assert share_interval(found, len(others))[1] >= setting.evidence["interval"][0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "stream"])
+def test_an_error_while_images_are_read_comes_after_a_bar_that_is_closed_and_has_a_total(
+    images, processor, tmp_path, kind, capsys
+):
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index:02}.png")
+    (tmp_path / "30.png").write_text("no image")
+    files = sorted(tmp_path.iterdir())
+    rows = datasets.Dataset.from_dict({"image": list(map(str, files))}).cast_column("image", datasets.Image())
+    given = {"folder": tmp_path, "list": files, "stream": rows.to_iterable_dataset()}[kind]
+    with pytest.raises(UnreadableImage) as raised:
+        calibrate(tiny_classifier(), given, tokens=64, image_processor=processor, by="flops", max_images=COUNT)
+    said = capsys.readouterr().err
+    assert f"/{COUNT} [" in said and said.endswith("\n") and "cannot be read" in str(raised.value)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from .compress import compress, restore
 from .config import VWTConfig
 from .families import family_of, find_tower, model_of
 from .figures import cosines, first_answers, mean_interval, share_interval
-from .image_source import open_images
+from .image_source import ImagePart, open_images
 from .on_gpu import has_kernels
 from .printable import difference, shown
 from .processed_images import one_batch, processed
@@ -208,8 +208,9 @@ class Calibration:
         # Copies, so that the user's model stays as it is, whatever happens.
         self._plain = restore(copy_sharing_weights(model)).eval()
         _, self._image_std = processor_statistics(processor, channels)
-        chosen = tqdm(_choose(images, seed, max_images), "Reading images", unit="image", disable=not progress)
-        named = [(name, processed(item, processor, name)) for name, item in chosen]
+        items, total = _choose(images, seed, max_images)
+        with tqdm(items, "Reading images", total, unit="image", disable=not progress) as bar:
+            named = [(name, processed(item, processor, name)) for name, item in bar]
         if len(named) < FEWEST:
             raise ValueError(
                 f"images holds {len(named)} images; expected at least {FEWEST}: of fewer that all agree, the 95 % "
@@ -405,12 +406,12 @@ def _is_beyond(target: str, wanted: float, level: Level) -> bool:
     return level.speed >= wanted if target == "speed" else level.tokens <= wanted
 
 
-def _choose(images: Any, seed: int, most: int) -> Iterator[tuple[str, Any]]:
-    """Name, and what `read_image` takes, of at most `most` images, chosen by `seed`."""
+def _choose(images: Any, seed: int, most: int) -> ImagePart:
+    """At most `most` images, chosen by `seed`."""
     if isinstance(images, Sequence) and not isinstance(images, str):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
-        return ((f"image {i}", images[i]) for i in order[:most].tolist())
-    return open_images(images, seed=seed).part(max_images=most).items
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")[:most]
+        return ImagePart(((f"image {i}", images[i]) for i in order.tolist()), len(order))
+    return open_images(images, seed=seed).part(max_images=most)
 
 
 def _timed(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
