@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -340,6 +341,26 @@ def test_a_report_of_calibrate_that_cannot_be_written_costs_nothing_else(
     printed = capsys.readouterr()
     assert "→" in printed.out and "No space left on device: 'rows.json'" in printed.err
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").vwt["method"] == "gradual"
+
+
+@pytest.mark.parametrize(
+    ("writes", "error"),
+    [
+        ("transformers.modeling_utils.safe_save_file", SafetensorError("I/O error: No space left on device")),
+        ("transformers.PreTrainedConfig.save_pretrained", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_calibrate_names_the_folder_where_the_disk_is_full(
+    many, tmp_path, checkpoint, capsys, monkeypatch, writes, error
+):
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(writes, full)
+    given = ["--tokens", "64", "--by", "flops", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main(["calibrate", checkpoint, str(many), *given]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in said and str(tmp_path / "out") in said
 
 
 def test_calibrate_saves_no_model_of_a_class_that_transformers_lacks(many, tmp_path, checkpoint, capsys):

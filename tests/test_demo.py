@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +89,16 @@ def test_a_write_that_fails_leaves_nothing_half_done(tmp_path, monkeypatch):
     with pytest.raises(KeyError):
         demo_weights.convert(tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_named_by_the_folder(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(demo_weights, "load_backbone", lambda _: SimpleNamespace(save_pretrained=full))
+    with pytest.raises(OSError, match=r"No space left on device.*target'") as raised:
+        demo_weights.convert(tmp_path / "target", tmp_path)
+    assert raised.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_holds_something_else_is_not_overwritten(tmp_path):

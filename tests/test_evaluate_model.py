@@ -1099,6 +1099,19 @@ def test_of_two_outputs_that_cannot_be_written_both_are_named(tmp_path, photogra
     assert printed.err.splitlines()[-1].endswith("rows.json'")
 
 
+def test_a_log_that_the_disk_has_no_room_for_is_named(tmp_path, photographs, capsys, monkeypatch):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no device that is always full")
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", **how: opened(Path("/dev/full") if mode == "ab" else path, mode, **how)
+    )
+    given = ["--vwt", json.dumps(HALF), "--resume", str(tmp_path / "log")]
+    assert main(["evaluate", str(random_classifier(tmp_path)), "--dataset", str(photographs), *given]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"No space left on device, while it was written: '{tmp_path / 'log' / 'evaluate-0.jsonl'}'")
+
+
 def test_images_that_are_opened_already_are_taken_as_they_are(tmp_path, photographs, monkeypatch):
     folder = random_classifier(tmp_path)
     model = loaded(folder, transformers.AutoModelForImageClassification)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vwt_hf import whole_saves
-from vwt_hf.whole_saves import require_folder, require_writable, saving, sharing, write_file
+from vwt_hf.whole_saves import naming, require_folder, require_writable, saving, sharing, write_file
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
@@ -181,3 +181,12 @@ def test_a_place_that_cannot_be_written_is_named_and_one_that_can_is_left_as_it_
         require_folder("")
     with pytest.raises(OSError, match="file is no folder"):
         require_folder(tmp_path / "file")
+
+
+def test_an_error_that_names_a_file_or_none_of_the_disk_stays_as_it_is(tmp_path):
+    for error in (PermissionError(errno.EACCES, "Permission denied", "a.json"), OSError("it has no errno")):
+        with pytest.raises(OSError) as raised, naming(tmp_path):
+            raise error
+        assert raised.value is error
+    with pytest.raises(OSError, match=f"No space left on device, while it was written: '{tmp_path}'"), naming(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")

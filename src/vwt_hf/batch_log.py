@@ -20,6 +20,7 @@ from .checks import is_int, is_number
 from .labelled_images import Sample
 from .printable import difference, shown
 from .token_count import TokenCount
+from .whole_saves import naming
 
 
 @dataclasses.dataclass
@@ -59,7 +60,8 @@ class BatchLog:
         found = (batch for file in sorted(folder.glob("evaluate-*.jsonl")) for batch in _read(file, of))
         # An image that could not be read may be readable now, as on a disk that was not there.
         self.before = {batch.number: batch for batch in found if not batch.unreadable}
-        self._file = (folder / f"evaluate-{process}.jsonl").open("ab")
+        self._path = folder / f"evaluate-{process}.jsonl"
+        self._file = self._path.open("ab")
         if self._file.tell():
             self._file.write(b"\n")  # ends a line that was cut short
         self._write({"of": of})
@@ -70,11 +72,13 @@ class BatchLog:
         self._write({**vars(batch), "answers": answers, "counts": [vars(count) for count in batch.counts]})
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):  # what a full disk did not take is written once more
+            self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
 
 
 def _read(file: Path, of: dict[str, Any]) -> Iterator[Batch]:

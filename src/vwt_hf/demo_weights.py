@@ -14,6 +14,7 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from .processors import quiet_transformers
+from .whole_saves import naming
 
 PREFIX = "backbone."
 COMPLETE = ("config.json", "model.safetensors", "preprocessor_config.json")
@@ -72,7 +73,7 @@ def convert(target: Path, onnx_path: Path | None = None) -> Path:
     model = load_backbone(onnx_path or packaged_onnx())
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last step is a rename on one disk, which is atomic.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as beside:
+    with naming(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as beside:
         folder = Path(beside) / target.name
         with quiet_transformers():
             model.save_pretrained(folder)

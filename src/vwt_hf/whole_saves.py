@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from safetensors import SafetensorError
+
 with contextlib.suppress(ImportError):  # Windows has none, and opens no folder to lock
     import fcntl
 
@@ -94,7 +96,25 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror or error}, while it was written", os.fspath(file)) from error
+        raise _named(error, file) from error
+
+
+@contextlib.contextmanager
+def naming(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Has errors of what others write name this file or folder, where they name none, as for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise _named(error, place) from error
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(place)} cannot be written ({error}).") from error
+
+
+def _named(error: OSError, place: str | os.PathLike[str]) -> OSError:
+    """The same error, of this file or folder."""
+    return OSError(error.errno, f"{error.strerror or error}, while it was written", os.fspath(place))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
 from ..terminal import aligned, do_all, options, png_file
-from ..whole_saves import require_folder, require_writable, write_file
+from ..whole_saves import naming, require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, load_model, load_whole, tokenizer_beside
 from .sources import IMAGES, open_source
 
@@ -124,10 +124,11 @@ def save(whole: PreTrainedModel, setting: VWTConfig, others: Iterable[Any], fold
     """Saves a model with a setting, and the `others` that are not `None`, such as its tokenizer, beside it."""
     from ..compress import compress
 
-    compress(whole, setting).save_pretrained(folder)
-    for beside in others:
-        if beside is not None:
-            beside.save_pretrained(folder)
+    with naming(folder):
+        compress(whole, setting).save_pretrained(folder)
+        for beside in others:
+            if beside is not None:
+                beside.save_pretrained(folder)
     print(f"saved with it: {printable(folder)}")
 
 
