@@ -79,6 +79,14 @@ def test_what_is_ambiguous_about_labels_is_said():
         "Labels 0, 2 are all called 'crane': each is right for it.",
         "1 of 3 images have a label that is none of the model's: top-1 is of the others.",
     ]
+    truth, said = true_labels([None, "dog", None, "holiday"], cranes)
+    assert truth == [set(), {1}, set(), set()]
+    assert said == [
+        "2 of 4 images have no label: top-1 is of the others.",
+        "1 of 4 images have a label that is none of the model's: top-1 is of the others.",
+    ]
+    unnamed = labels({0: "", 1: "dog"}, {"": 0, "dog": 1})
+    assert true_labels([None, ""], unnamed)[0] == [set(), {0}]
     _, said = true_labels(["cat"], labels({0: "cat", 1: "dog"}, {"cat": 1, "dog": 0}))
     assert said == ["'cat' is label 1 by label2id; id2label, which says otherwise, is trusted."]
     assert true_labels(["holiday"] * 2, cranes) == ([set(), set()], [])

@@ -465,7 +465,17 @@ def test_labels_of_a_data_set_go_by_name_and_by_number_only_where_they_have_none
     assert share == pytest.approx(9 / 17) and "by their numbers" in said[0]
     unknown = dataset.map(lambda row: {"label": -1 if row["id"] < 9 else 2})
     share, said = accuracy(unknown)
-    assert said == ["9 of 17 images have a label that is none of the model's: top-1 is of the others."] and share == 1
+    assert said == ["9 of 17 images have no label: top-1 is of the others."] and share == 1
+    gaps = texts.map(lambda row: {"kind": None if row["id"] < 3 else "fish" if row["id"] < 5 else "tea"})
+    share, said = accuracy(gaps, label_column="kind")
+    others = "2 of 17 images have a label that is none of the model's: top-1 is of the others."
+    assert share == 1 and said == ["3 of 17 images have no label: top-1 is of the others.", others]
+    gaps = numbers.map(lambda row: {"label": None if row["id"] < 3 else 9 if row["id"] < 5 else row["label"]})
+    share, said = accuracy(gaps)
+    others = "2 of 17 images have a label that is none from 0 to 2: top-1 is of the others."
+    assert share == 4 / 12 and said[1:] == ["3 of 17 images have no label: top-1 is of the others.", others]
+    share, said = accuracy(numbers.map(lambda row: {"label": 9}))
+    assert share is None and said[1:] == ["None of them is from 0 to 2: there is no accuracy."]
     share, said = accuracy(dataset.map(lambda row: {"label": -1}))
     assert share is None and len(said) == 1 and "No image has a label that is known" in said[0]
 

@@ -141,15 +141,15 @@ def label_ids(config: Any) -> dict[str, set[int]]:
     return ids
 
 
-def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list[str]]:
-    """The right answers for images whose labels a data set or folders name.
+def true_labels(names: Sequence[str | None], config: Any) -> tuple[list[set[int]], list[str]]:
+    """The right answers for images whose labels a data set or folders name; `None` is the name of no label.
 
     Returns:
         For each image the right answers, as `first_answers` gives them, none if no label has the name; and sentences
         about what is unclear.
     """
-    ids, given = label_ids(config), set(names)
-    truth = [ids.get(name, set()) for name in names]
+    ids, given = label_ids(config), {name for name in names if name is not None}
+    truth = [set() if name is None else ids.get(name, set()) for name in names]
     remarks = [
         f"Labels {', '.join(map(str, sorted(ids[name])))} are all called {name!r}: each is right for it."
         for name in sorted(given)
@@ -160,9 +160,18 @@ def true_labels(names: Sequence[str], config: Any) -> tuple[list[set[int]], list
             remarks.append(f"{name!r} is label {index} by label2id; id2label, which says otherwise, is trusted.")
     if len(config.id2label or ()) == 1:  # then 1 is the right answer for an image that has the label
         truth = [{1} if right else right for right in truth]
-    unknown = sum(not right for right in truth)
-    if 0 < unknown < len(truth):
-        remarks.append(
-            f"{unknown} of {len(truth)} images have a label that is none of the model's: top-1 is of the others."
-        )
+    if any(truth):
+        remarks += without_answer(names, truth, "a label that is none of the model's")
     return truth, remarks
+
+
+def without_answer(labels: Sequence[Any], truth: Sequence[set[int]], unknown: str) -> list[str]:
+    """Sentences about the images without a right answer, of which some may have no label (`None`).
+
+    Args:
+        unknown: what the others have.
+    """
+    none = sum(label is None for label in labels)
+    counts = {"no label": none, unknown: sum(not right for right in truth) - none}
+    images = f"of {len(truth)} images have"
+    return [f"{count} {images} {what}: top-1 is of the others." for what, count in counts.items() if count]

@@ -21,7 +21,16 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from .answers import answer, are_finite, named_answer, require_finite, require_label_names, require_labels, true_labels
+from .answers import (
+    answer,
+    are_finite,
+    named_answer,
+    require_finite,
+    require_label_names,
+    require_labels,
+    true_labels,
+    without_answer,
+)
 from .families import HOLDERS
 from .figures import (
     are_alike,
@@ -177,12 +186,13 @@ class Classification(Task):
         if any(isinstance(label, int) for label in known):
             count = max(2, config.num_labels)  # one label alone is no and yes
             truth = [{label} if isinstance(label, int) and 0 <= label < count else set() for label in labels]
-            beyond = sum(not own for own in truth)
             remarks = ["The labels of the images have no names: they are the model's by their numbers."]
-            if beyond:
-                remarks.append(f"{beyond} images have no label or one beyond {count - 1}.")
+            if any(truth):
+                remarks += without_answer(labels, truth, f"a label that is none from 0 to {count - 1}")
+            else:
+                remarks.append(f"None of them is from 0 to {count - 1}: there is no accuracy.")
             return truth, remarks
-        truth, remarks = true_labels([str(label or "") for label in labels], config)
+        truth, remarks = true_labels([None if label is None else str(label) for label in labels], config)
         if not known and self.labelled:
             remarks.append(
                 "No image has a label that is known, as where those of a split are hidden: there is no accuracy."
