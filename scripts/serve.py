@@ -18,6 +18,7 @@ Prometheus, and /info names the model and its setting.
 import argparse
 import asyncio
 import base64
+import errno
 import functools
 import json
 import math
@@ -25,6 +26,7 @@ import multiprocessing.connection
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -97,12 +99,15 @@ BEST = 5
 """Labels in an answer."""
 SHORTEST = 0.001
 """Seconds that a worker waits for more images at least."""
+PORTS = range(1024, 65536)
+"""Those that LitServe takes."""
 MOST_WORKERS = 4
 """Processes by default on a CPU: each holds a model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    require_free(options.host, options.port)
     # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
     torch.set_num_threads(1)
     device = usable_device(options.device)
@@ -110,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workers = options.workers or (min(MOST_WORKERS, cores) if device.type == "cpu" else 1)
     model = Model(options.model, options.vwt, options.dtype, max(1, cores // workers))
     setting, image_processor, values = tried(model, device)
+    require_free(options.host, options.port)  # loading may have taken minutes
     return_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -164,7 +170,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch-timeout", type=float, default=0.01, help="seconds to wait for more images (default: 0.01)"
     )
     parser.add_argument("--host", choices=("127.0.0.1", "0.0.0.0", "::"), default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help=f"from {PORTS[0]} to {PORTS[-1]} (default: 8000)")
     add_device(parser)
     add_dtype(parser)
     parser.add_argument(
@@ -188,6 +194,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"seconds that an image waits for its turn; then it is answered by 504 (default: {WAITED:g})",
     )
     options = parser.parse_args(arguments)
+    if options.port not in PORTS:
+        parser.error(f"--port takes a whole number from {PORTS[0]} to {PORTS[-1]}; given {options.port}.")
     asked = 1 if options.workers is None else options.workers
     numbers = (options.max_batch_size, options.max_pixels, options.max_requests, asked)
     if min(numbers) < 1 or not SHORTEST <= options.batch_timeout <= options.timeout < math.inf:
@@ -195,6 +203,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         given = f"{', '.join(map(str, numbers))} and {options.batch_timeout}, {options.timeout}"
         parser.error(f"{whole}, --batch-timeout {SHORTEST} seconds or more, --timeout as many; given {given}.")
     return options
+
+
+def require_free(host: str, port: int) -> None:
+    """Raises `OSError` if a server could not take the port, which LitServe tells only after its address is printed."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a server left behind is free
+            server.bind((host, port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} of {host} is taken by another program; name a free one by --port.") from error
+        raise OSError(
+            f"port {port} of {host} cannot be had ({error.strerror}); name another --port or --host."
+        ) from error
 
 
 class Server(litserve.LitServer):

@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import load
 import serve
+from serve import require_free
 
 pytestmark = pytest.mark.newest
 
@@ -120,6 +121,12 @@ def running(folder: Path, *options: str) -> Iterator[Running]:
     assert not left and "Traceback" not in said
     if lives:
         assert process.returncode == 0 and "ended by itself" not in log.read_text()
+
+
+@pytest.fixture(autouse=True)
+def usual_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual port, on which these tests serve nothing, may be taken by another program on this machine."""
+    monkeypatch.setattr(serve, "require_free", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +431,42 @@ def test_what_cannot_be_served_is_refused_in_one_line(tmp_path: Path, capsys: py
     with pytest.raises(SystemExit):
         serve.main([str(folder), "--batch-timeout", "0"])
     with pytest.raises(SystemExit):
+        serve.main([str(folder), "--port", "80"])
+    assert "--port takes a whole number from 1024 to 65535; given 80." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         serve.main([str(folder), "--batch-timeout", "5", "--timeout", "1"])
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "require_free", require_free)
+    monkeypatch.setattr(serve, "tried", pytest.fail)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert run_command("serve.py", lambda: serve.main(["nowhere", "--port", str(port)])) == 2
+    printed = capsys.readouterr()
+    assert f"port {port} of 127.0.0.1 is taken by another program; name" in printed.err and not printed.out
+    require_free("127.0.0.1", port)
+    with pytest.raises(OSError, match=r"port 8000 of 192\.0\.2\.1 cannot be had \(.*\); name another"):
+        require_free("192.0.2.1", 8000)  # of no machine
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded_is_told_before_the_address(monkeypatch, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+
+        def tried(*_: Any) -> tuple[Any, Any, int]:
+            other.listen()
+            return None, None, 1
+
+        monkeypatch.setattr(serve, "tried", tried)
+        monkeypatch.setattr(serve, "require_free", require_free)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that it is free until it is listened to
+        assert run_command("serve.py", lambda: serve.main(["nowhere", "--port", str(port)])) == 2
+    printed = capsys.readouterr()
+    assert f"port {port} of 127.0.0.1 is taken by another program; name" in printed.err and not printed.out
 
 
 def test_a_classifier_without_names_for_all_its_labels_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
