@@ -9,7 +9,8 @@ stands for that would become part of the other: the more, the closer the two mus
 from __future__ import annotations
 
 import functools
-import itertools
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,20 +59,17 @@ def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
         hidden_states: (sequences, prefix + tokens, hidden).
     """
     values, scale, rows, real, tokens = _by_image(hidden_states, layout)
-    seconds = list(zip(*(each[:, 1::2].split(_at_once(scale), dim=1) for each in (values, scale)), strict=True))
-    cosines = functools.partial(_cosines, values[:, 0::2], scale[:, 0::2])
+    pieces = _in_pieces(values, scale)
     pairs = (tokens // 2) * (tokens - tokens // 2) + (tokens < 2)  # 1 in place of 0
-    # Those of many tokens are made in pieces, and these twice, as the mean comes first.
-    held = [cosines(*seconds[0])] if len(seconds) == 1 else None
-    mean = sum(piece.sum(dim=(1, 2)) for piece in held or itertools.starmap(cosines, seconds)) / pairs
+    mean = functools.reduce(operator.add, (cosines().sum(dim=(1, 2)) for cosines in pieces)) / pairs
     spread = (1 - mean).clamp(min=FLAT).unsqueeze(1)
-    places = torch.arange(scale[:, 0::2].shape[1], device=values.device).clamp(max=PLACES) * EARLIER
+    places = torch.arange(rows[:, 0::2].shape[1], device=values.device).clamp(max=PLACES) * EARLIER
     if real is not None:
         places = places.where(real[:, 0::2], torch.inf)
     # The tie-break is taken off to choose, and added again to say how alike the two are.
     later = (spread * places).unsqueeze(1)
-    chosen = [piece.sub_(later).max(dim=2) for piece in held or itertools.starmap(cosines, seconds)]
-    most, which = (torch.cat(each, dim=1) for each in zip(*chosen, strict=True))
+    chosen = [cosines().sub_(later).max(dim=2) for cosines in pieces]
+    most, which = chosen[0] if len(chosen) == 1 else (torch.cat(each, dim=1) for each in zip(*chosen, strict=True))
     sizes = layout.sizes.to(values.device).flatten()[rows[:, 1::2]].clamp(min=1)
     alike = 1 - sizes.sqrt() * ((1 - most) / spread - EARLIER * which.clamp(max=PLACES))
     if real is not None:
@@ -113,20 +111,23 @@ def _by_image(hidden_states: torch.Tensor, layout: Layout) -> _Images:
     return _Images(values, scale, rows, real, tokens)
 
 
-def _at_once(scale: torch.Tensor) -> int:
-    """Of how many second tokens of each image cosines are held at once, for images of scale.shape[1] tokens."""
-    return scale.shape[1] if is_compiling() else max(1, HELD // max(1, scale[:, 0::2].numel()))
+def _in_pieces(values: torch.Tensor, scale: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    """What gives the cosines of second tokens with the others, (images, seconds, others), for `HELD` of them each.
+
+    If all fit into one piece, they are made once, else anew at each call.
+    """
+    others, of_others, seconds, of_seconds = values[:, 0::2], scale[:, 0::2], values[:, 1::2], scale[:, 1::2]
+    step = max(1, HELD // max(1, of_others.numel()))
+    if is_compiling() or seconds.shape[1] <= step:
+        cosines = _cosines(others, of_others, seconds, of_seconds)
+        return [lambda: cosines]
+    parts = zip(seconds.split(step, dim=1), of_seconds.split(step, dim=1), strict=True)
+    return [functools.partial(_cosines, others, of_others, *part) for part in parts]
 
 
 def _cosines(
     others: torch.Tensor, of_others: torch.Tensor, seconds: torch.Tensor, of_seconds: torch.Tensor
 ) -> torch.Tensor:
-    """The cosine of each second token with each of the others, (images, seconds, others).
-
-    Args:
-        others, seconds: (images, tokens, hidden).
-        of_others, of_seconds: (images, tokens), what makes each of length 1; 0 for padding.
-    """
     with without_autocast(others.device):
         products = seconds @ others.transpose(1, 2)
     return products.mul_(of_seconds.unsqueeze(2)).mul_(of_others.unsqueeze(1))
