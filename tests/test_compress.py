@@ -93,9 +93,10 @@ FORKED_AFTER = """
 import os, signal, sys, torch, transformers, vwt_hf
 
 torch.set_num_threads(2)
-model = transformers.ViTModel(
-    transformers.ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128)
-).eval()
+sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, image_size=224)
+kind = sys.argv[1]
+config = getattr(transformers, f"{kind}Config")(**sizes, patch_size=16)
+model = getattr(transformers, f"{kind}Model")(config).eval()
 vwt_hf.compress(model, {"method": "inter", "image_mean": [0.5] * 3, "image_std": [0.5] * 3})
 assert torch.get_num_threads() == 2
 if os.fork() == 0:
@@ -108,8 +109,10 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
-def test_a_process_that_is_forked_after_words_were_read_runs_the_model():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED_AFTER], capture_output=True, text=True)
+@pytest.mark.parametrize("kind", ["ViT", "Pixio"])
+def test_a_process_that_is_forked_from_one_that_compressed_runs_the_model(kind):
+    """Pixio is tried by forwards, as it has no row in the table of families."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED_AFTER, kind], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr)
 
 

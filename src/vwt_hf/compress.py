@@ -52,8 +52,8 @@ from .hooks import (
     is_even,
 )
 from .model_configs import attend_by_plan, configs_of_modules, is_among, is_by_plan
+from .own_thread import in_own_thread
 from .processors import configs_within
-from .shared_changes import one_thread
 from .stand_ins import StandIn, class_forward, is_ours, own_forward, require_replaceable, slot_of
 from .vouch import may_change_rows, vouch, vouch_rows
 from .weights import loaded_by, source_of
@@ -141,10 +141,9 @@ def compress_by(
         _require_own_parts(tower)
     if present is None:
         if family.tried:
-            vouch(model, tower)
+            in_own_thread(vouch, model, tower)
         elif family.padded is None and not family.masks and may_change_rows(tower):
-            with one_thread():
-                vouch_rows(model, tower)
+            in_own_thread(vouch_rows, model, tower)
     facts = ModelFacts(
         source_of(model) if source is None else str(source),
         tower.patch_size,
@@ -154,8 +153,7 @@ def compress_by(
         loaded_by(model) | hub_kwargs,
         image_processor=image_processor,
     )
-    with one_thread():
-        setting = setting.prepared(facts)
+    setting = in_own_thread(setting.prepared, facts)
     if _attends_by_sizes(setting, family):
         setting.joins(len(find_layers(tower.module)))  # refuses layers that the model lacks
         _require_usable_attention(tower, family)

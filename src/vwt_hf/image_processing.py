@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
 from .model_configs import PLAIN, plain_class
+from .own_thread import in_own_thread
 from .patches import Patches
 from .pictures import seen_pictures
 from .pixel_tables import are_levels, ends_with_values, look_up
@@ -34,7 +35,7 @@ from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
 from .printable import printable, shown
 from .processors import config_beside, processor_statistics, saved_setting, stated_channels, stated_patch_size
 from .saved_words import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
-from .shared_changes import one_thread
+from .shared_changes import SharedChange
 from .vocabulary import VisualVocabulary
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class HostTokenizer:
                 f"The image processor makes {known} pixel_values, of which patches could be cut. Load it without `vwt`."
             )
         values = made["pixel_values"]
-        with contextlib.nullcontext() if os.getpid() == _PROCESS else one_thread():
+        with contextlib.nullcontext() if os.getpid() == _PROCESS else _one_thread():
             if isinstance(values, (list, tuple)):
                 made = {name: made[name] for name in made if name in _READ}
                 each = [{name: as_tensor(own[i])[None] for name, own in made.items()} for i in range(len(values))]
@@ -177,6 +178,16 @@ def _is_child() -> bool:
 _PROCESS = None if _is_child() else os.getpid()
 """The process that imported this module, if it has threads of its own: not if it may have been forked before. Any other
 was forked since, as by `datasets.map(..., num_proc=...)`."""
+
+
+def _use_one_thread() -> Callable[[], None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return lambda: torch.set_num_threads(before)
+
+
+_one_thread = SharedChange(_use_one_thread)
+"""For a forked process: it lacks the threads of its parent, for which torch would wait forever."""
 
 
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
@@ -487,7 +498,7 @@ def _prepare(
         str(source), patch_size, channels, None, trusted, hub_kwargs, words_folder=folder, image_processor=processor
     )
     saved_as = getattr(setting, "saved_as", None) if folder == PROCESSOR_FOLDER else None
-    ready = setting.prepared(facts)
+    ready = in_own_thread(setting.prepared, facts)
     normalised_by = _normalises_by(processor) if _has_statistics(ready, processor) else None
     processor.vwt = HostTokenizer(ready, patch_size, saved_as, copy.deepcopy(normalised_by), channels)
 

@@ -34,16 +34,3 @@ class SharedChange:
                 self._within -= 1
                 if self._within == 0:
                     self._undo()
-
-
-def _use_one_thread() -> Callable[[], None]:
-    import torch  # not before: `vwt-hf --help` does without
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    return lambda: torch.set_num_threads(before)
-
-
-one_thread = SharedChange(_use_one_thread)
-"""Within it torch starts no threads. A forked process lacks those of its parent, and torch would wait for them forever:
-in the fork itself, or in one that is made later of a process that only loaded a model."""
