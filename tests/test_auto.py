@@ -490,6 +490,10 @@ def test_towers_of_equal_configs_that_have_one_setting_are_saved(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images).predicted_depth, model(images).predicted_depth)
     assert loaded.fov_model.fov_encoder.model.config.vwt["dropped"] == "merge"
+    for tower, size in zip(towers, (3, 4, 5), strict=True):  # their settings are equal but for these
+        vwt_hf.compress(tower, inter(vwt_hf.VisualVocabulary(torch.rand(size, 3, 4, 4))))
+    with pytest.raises(ValueError, match=r"that was compressed alone, and no config .*: 3 are like it"):
+        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("setting", [MERGE, {"method": "inter"}, {"keep_ratio": 7}], ids=["merge", "no words", "bad"])

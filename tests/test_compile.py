@@ -145,6 +145,22 @@ def test_plain_models_of_two_classes_have_as_many_graphs_as_without_us():
     assert count.frame_count == 4
 
 
+@pytest.mark.parametrize("setting", [None, EVEN["discard"]], ids=["plain", "discard"])
+def test_sizes_of_another_models_images_leave_a_graph_of_one_size(setting):
+    """Torch makes a graph for any size where a function has met two."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for name, batch in (("vit-classifier", 2), ("clip-vision", 4)):
+        compiled = torch.compile(compress(tiny_model(name, num_hidden_layers=1), setting or False), backend=backend)
+        answers(compiled, sample_pixel_values(batch))
+    images = [node.meta["example_value"] for node in graphs[-1].graph.find_nodes(op="placeholder")]
+    assert any(isinstance(value, torch.Tensor) and value.shape == (4, 3, 32, 32) for value in images)
+
+
 @pytest.mark.newest
 def test_each_compressed_model_has_its_own_number_of_graphs():
     """As where a server loads a new model and drops the old one, again and again."""

@@ -103,7 +103,7 @@ def test_pictures_that_commands_draw_by_names_of_their_own_are_none_of_the_image
 @pytest.mark.parametrize(
     ("picture", "is_among"),
     [
-        *(("a.png", True), ("new/a.PNG", True), ("link/a.png", True)),
+        *(("a.png", True), ("new/a.PNG", True), ("link/a.png", True), ("away/a.png", True)),
         *(("../a.png", False), ("../photographs-drawn/a.png", False), ("a.pdf", False), ("a", False)),
         *((".a.png", False), (".hidden/a.png", False)),
     ],
@@ -112,6 +112,7 @@ def test_a_picture_to_be_written_is_refused_where_it_would_be_one_of_the_images(
     folder = tmp_path / "photographs"
     folder.mkdir()
     (folder / "link").symlink_to(folder)
+    (folder / "away").symlink_to(tmp_path / "elsewhere")
     if is_among:
         with pytest.raises(ValueError, match=r"would be a picture among the images of .*, and one of them in"):
             require_apart(folder / picture, folder)

@@ -13,7 +13,14 @@ from transformers import AutoModel, GPT2Config, VisionEncoderDecoderConfig, Visi
 from settings import ViTImageProcessor, inter
 from tiny import tiny_model
 from vwt_hf import compress, evaluate_model
-from vwt_hf.processors import config_beside, load_processor, processor_of, stated_channels, stated_patch_size
+from vwt_hf.processors import (
+    config_beside,
+    load_processor,
+    processor_of,
+    require_vocabulary,
+    stated_channels,
+    stated_patch_size,
+)
 from vwt_hf.weights import copy_sharing_weights
 
 
@@ -127,3 +134,10 @@ def test_a_path_object_of_a_checkpoint_is_one(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(NotADirectoryError, match=r"a\.png is a file; expected the folder of a model"):
         load_processor("a.png")
+
+
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", "T5Tokenizer", "MBartTokenizer"])
+def test_a_tokenizer_made_of_no_files_is_refused(kind):
+    """Those of T5 and MBart know the token of a space, too."""
+    with pytest.raises(ValueError, match=rf"the {kind} knows no tokens but \d+ special ones, as where its files are"):
+        require_vocabulary(getattr(transformers, kind)())

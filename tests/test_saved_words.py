@@ -240,6 +240,19 @@ def test_a_copy_finds_what_lies_beside_the_weights_also_from_another_folder(how,
     assert list(load_beside(found, load_processor, "image processor", "").image_std) == [0.2] * 3
 
 
+def test_of_a_project_that_moved_the_model_of_its_name_counts(tmp_path, monkeypatch):
+    model(0).save_pretrained(tmp_path / "before/out")
+    monkeypatch.chdir(tmp_path / "before")
+    pickled = pickle.dumps(load(Path("out"), vwt=False))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "before").rename("after")
+    with pytest.raises(FileNotFoundError, match=r"before/out"):  # and not the package's words in their place
+        compress(pickle.loads(pickled), {"method": "inter", **STATISTICS})
+    monkeypatch.chdir("after")
+    found = compress(pickle.loads(pickled), {"method": "inter"})
+    assert torch.equal(lexicon_of(found).vocabulary.words, words(0).words)
+
+
 def test_a_pickled_model_holds_no_token(tmp_path):
     model(0).save_pretrained(tmp_path)
     assert b"hf_secret" not in pickle.dumps(load(tmp_path, token="hf_secret"))

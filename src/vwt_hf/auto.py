@@ -12,6 +12,7 @@ have one.
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 import weakref
 from collections.abc import Callable
@@ -107,13 +108,17 @@ class _Calling:
     def __init__(self, original: Any) -> None:
         self.original = original
         self.functions: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self.numbers = itertools.count()
 
     def __get__(self, model: Any, model_class: type) -> Any:
         owner = model if model is not None and isinstance(vars(model).get("forward"), StandIn) else model_class
         function = self.functions.get(owner)
         if function is None:
-            function = self.functions[owner] = _calling(self.original)
-            function.__code__ = function.__code__.replace(co_name="__call__")  # a copy
+            function = _calling(self.original)
+            # Torch tells functions, and the shapes that it has met in them, apart by their code and its name.
+            name = f"{model_class.__qualname__} {next(self.numbers)}"
+            function.__code__ = function.__code__.replace(co_name=name)
+            function = self.functions.setdefault(owner, function)
         return function if model is None else types.MethodType(function, model)
 
 

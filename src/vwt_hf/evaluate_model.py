@@ -248,7 +248,8 @@ def evaluate_model(
     if task_class in (ZeroShot, Retrieval, Captions):
         if tokenizer is None:
             tokenizer = load_beside(model, load_tokenizer, "text tokenizer", "tokenizer=AutoTokenizer")
-        require_vocabulary(tokenizer)
+        else:
+            require_vocabulary(tokenizer)
     names = _names(settings, models)
     chosen = task_class(
         models[0], opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed}

@@ -50,8 +50,7 @@ class GivenWords:
         if self.model is None:
             return True
         # A shallow copy has the forward of the model that it was copied from.
-        held = getattr(self.model.__dict__.get("forward"), "args", ())
-        copied_from = [one() if isinstance(one, weakref.ref) else one for one in held]
+        copied_from = getattr(self.model.__dict__.get("forward"), "args", ())
         return any(part is module for part in (*copied_from, *self.model.modules()))
 
     def take(self, pixel_values: torch.Tensor) -> GivenWords:

@@ -20,8 +20,8 @@ from .printable import printable, shown
 
 SHUFFLED = 1000
 """Images of a stream that are shuffled together; they are held encoded."""
-OWN_PICTURES = ("vwt-show.png", "vwt-vocab.png")
-"""What commands draw into the folder that one is in if no name is given."""
+OWN_PICTURES = ("vwt-show.png", "vwt-vocab.png", "kept_patches.png")
+"""What commands draw if no name is given, into the folder that one is in or, `demo`, into one there."""
 
 
 class ImagePart(NamedTuple):
@@ -246,8 +246,9 @@ def _endings() -> set[str]:
 
 def require_apart(picture: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Refuses a picture to be written where a search of the folder of images would find it from then on."""
-    place = os.path.realpath(picture)
-    if os.path.splitext(place)[1].lower() in _endings() and _is_searched(place, os.path.realpath(folder)):
+    # A folder that a link among the images leads to is searched, too.
+    found = any(_is_searched(path(picture), path(folder)) for path in (os.path.realpath, os.path.abspath))
+    if found and os.path.splitext(picture)[1].lower() in _endings():
         raise ValueError(
             f"{printable(picture)} would be a picture among the images of {printable(folder)}, and one of them in the "
             "next run; name a file elsewhere."

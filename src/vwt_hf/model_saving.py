@@ -237,14 +237,15 @@ def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel])
 def _take_setting_of(part: PreTrainedModel, model: PreTrainedModel, parts: Collection[PreTrainedModel]) -> None:
     """Makes the config within that of `model` which is like that of `part` hold its setting.
 
-    Several may be like it, if all parts that go by such a config are among `parts` and have this setting.
+    Several may be like it, if all parts that go by such a config are among `parts` and have this setting, without
+    words of their own.
 
     Raises:
         ValueError: no config is that of parts with this setting alone.
     """
     own = part.config
     alike = [(path, config) for path, config in configs_within(model.config) if _same_but_setting(config, own)]
-    twins = [one for one in parts if one.config.vwt == own.vwt and _same_but_setting(one.config, own)]
+    twins = [one for one in parts if one is part or _are_twins(one, part)]
     if len(alike) == 1 or (alike and len(twins) > 1):
         why_not = _why_not_of_part(alike[0][1], model, part, twins)
     else:
@@ -265,6 +266,13 @@ def _take_setting_of(part: PreTrainedModel, model: PreTrainedModel, parts: Colle
         for module in part.modules():
             if module.__dict__.get("config") is own:
                 module.__dict__["config"] = config
+
+
+def _are_twins(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Whether two compressed parts have equal configs, and settings that are equal without words in memory."""
+    setting = setting_of(one)
+    has_words = setting is not None and setting.words_to_save() is not None
+    return not has_words and one.config.vwt == other.config.vwt and _same_but_setting(one.config, other.config)
 
 
 def _why_not_of_part(

@@ -68,6 +68,10 @@ def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
     return load_beside(model, load_processor, "image processor", "image_processor=AutoImageProcessor")
 
 
+_SPACE = "▁"
+"""The token of a space, with which transformers makes a T5 or MBart tokenizer without files."""
+
+
 def load_tokenizer(checkpoint: str | os.PathLike[str], **hub_kwargs: Any) -> Any:
     """The text tokenizer of a Hub id or folder.
 
@@ -84,10 +88,10 @@ def require_vocabulary(tokenizer: Any) -> None:
     """Refuses a text tokenizer that knows special tokens alone, as transformers makes one of a config without files.
 
     Args:
-        tokenizer: a processor with one, or what takes texts in any other way, passes if it lists no tokens.
+        tokenizer: a processor with one, or what takes texts in any other way, which passes if it has no `get_vocab`.
     """
     own = getattr(tokenizer, "tokenizer", tokenizer)
-    if hasattr(own, "get_vocab") and set(own.get_vocab()) <= set(own.all_special_tokens):
+    if hasattr(own, "get_vocab") and set(own.get_vocab()) - set(own.all_special_tokens) <= {_SPACE}:
         raise ValueError(
             f"the {type(own).__name__} knows no tokens but {len(own.get_vocab())} special ones, as where its files are "
             "missing; expected one that was loaded from a folder or Hub id with its tokenizer.json or vocabulary."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-import weakref
 from typing import Any
 
 from torch import nn
@@ -13,38 +12,24 @@ from transformers import PreTrainedModel
 
 
 class StandIn(functools.partial):
-    """A function of ours that replaces a method of a module; `restore` finds it by its type.
-
-    It does not keep the module alive: with a reference in a circle, a model that is deleted would stay in memory until
-    Python next looks for circles.
-    """
-
-    def __new__(cls, function: Any, module: nn.Module, *given: Any) -> StandIn:
-        """Calls of it are calls of `function(module, *given, ...)`."""
-        return super().__new__(cls, _call, function, weakref.ref(module), *given)
+    """A function of ours that replaces a method of a module; `restore` finds it by its type."""
 
     @property
     def __code__(self) -> types.CodeType:
         """The code of the function, which torch.export of torch 2.6 reads of every forward."""
-        return self.args[0].__code__
+        return self.func.__code__
 
     def __reduce__(self) -> Any:
-        function, module, *given = self.args
-        # `__func__` was made by `class_forward`: `pickle` does not find it by its name.
-        fields = {name: None if name == "__func__" else value for name, value in vars(self).items()}
-        return type(self), (function, module(), *given), fields
+        state: Any = super().__reduce__()
+        made, given, (func, args, kwargs, fields) = state
+        if "__func__" in (fields or {}):  # made by `class_forward`: `pickle` does not find it by its name
+            fields = fields | {"__func__": None}
+        return made, given, (func, args, kwargs, fields)
 
     def __setstate__(self, state: Any) -> None:
-        vars(self).update(state)
-        if "__func__" in state:
+        super().__setstate__(state)  # type: ignore[misc]
+        if "__func__" in vars(self):
             self.__func__ = class_forward(self.__signature__)  # type: ignore[attr-defined]
-
-
-def _call(function: Any, held: weakref.ref[nn.Module], /, *args: Any, **kwargs: Any) -> Any:
-    module = held()
-    if module is None:
-        raise ReferenceError("The model whose forward this is was deleted; keep the model as long as its methods.")
-    return function(module, *args, **kwargs)
 
 
 def class_forward(signature: inspect.Signature) -> Any:

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from .printable import printable
 
 _loaded_by: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
-"""The `token`, `cache_dir` and `local_files_only` that a model was loaded with, if there were any. They are not
+"""The `revision`, `subfolder`, `token` and the like that a model was loaded with, if there were any. They are not
 attributes of the model: a pickle of it must not hold a token."""
 _PLACE = "_vwt_hf_place"
-"""The attribute of a model that holds where it was loaded from, if its `name_or_path` alone does not say that."""
+"""The attribute of a model that holds, for its copies, where it was loaded from, if its `name_or_path` alone does not
+say that."""
 
 
 def remember_load(model: PreTrainedModel, hub_kwargs: dict[str, Any]) -> None:
@@ -29,10 +30,14 @@ def remember_load(model: PreTrainedModel, hub_kwargs: dict[str, Any]) -> None:
     Copies and pickles of the model know the place as well, and it stays the same where a program changes its folder.
     """
     kept = {name: value for name, value in hub_kwargs.items() if value is not None and name != "force_download"}
-    place: dict[str, str] = {name: str(kept.pop(name)) for name in ("revision", "subfolder") if name in kept}
+    place: dict[str, str] = {}
+    if "subfolder" in kept:
+        place["subfolder"] = os.fspath(kept["subfolder"])
+    if "revision" in kept:  # as a plain text: what transformers resolved does not survive a pickle
+        place["revision"] = str(getattr(kept["revision"], "resolved", kept["revision"]))
     named = model.name_or_path or ""
     if os.path.isdir(named) and not os.path.isabs(named):
-        place["folder"] = os.path.abspath(named)
+        place["folder"] = os.path.join(os.getcwd(), named)  # "link/.." is where the link leads, and back
     if place:
         model.__dict__[_PLACE] = place | {"name": named}
     if kept:
@@ -46,7 +51,9 @@ def _place_of(model: PreTrainedModel) -> dict[str, str]:
 
 def source_of(model: PreTrainedModel) -> str:
     """The Hub id or folder that `model` was loaded from; empty if from nowhere."""
-    return _place_of(model).get("folder") or model.name_or_path or ""
+    named, folder = model.name_or_path or "", _place_of(model).get("folder")
+    moved = folder is not None and not os.path.isdir(folder) and os.path.isdir(named)  # a project with a pickle
+    return named if folder is None or moved else folder
 
 
 def loaded_by(model: PreTrainedModel) -> dict[str, Any]:
@@ -64,10 +71,13 @@ def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     require_unsharded(model)
     try:
         copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"the {type(model).__name__} cannot be copied, as its settings are to be compared on a copy: {error} Take "
-            "out what cannot be copied, as a lock or a tensor that a hook keeps; copy.deepcopy(model) shows what it is."
+            f"the {type(model).__name__} cannot be copied, as its settings are to be compared on a copy "
+            f"({str(error).removesuffix('.')}). Take out what cannot be copied, as a lock or a tensor that a hook "
+            "keeps; copy.deepcopy(model) shows what it is."
         ) from error
     if model in _loaded_by:
         _loaded_by[copied] = _loaded_by[model]

@@ -192,7 +192,8 @@ class InterConfig(RaggedConfig):
                 return read_words(model.source, self.saved_as, model.hub_kwargs, model.words_folder or FOLDER)
         except FileNotFoundError as error:
             # Words that the model was saved with may be there; others in their place would change the answers.
-            if self.saved_as is not None or not model.trusted or isinstance(error, NotReached):
+            is_gone = os.path.isabs(model.source) and not os.path.isdir(model.source)
+            if self.saved_as is not None or not model.trusted or isinstance(error, NotReached) or is_gone:
                 raise
         return packaged_words(model.patch_size, model.channels)
 
