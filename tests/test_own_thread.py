@@ -6,6 +6,7 @@ import contextvars
 import threading
 
 import pytest
+import torch
 
 from vwt_hf.own_thread import in_own_thread
 
@@ -17,6 +18,14 @@ def test_it_sees_the_context_and_returns():
     assert value == 15 and thread is not threading.current_thread()
     thread.join()
     assert thread not in threading.enumerate()
+
+
+def test_it_runs_on_the_same_gpu(monkeypatch):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert in_own_thread(chosen.copy) == [3]
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import torch
+
 Result = TypeVar("Result")
 
 
@@ -19,9 +21,12 @@ def in_own_thread(function: Callable[..., Result], *args: object) -> Result:
     does with `--preload`, must not have computed by itself until then.
     """
     context, done = contextvars.copy_context(), Future[Result]()
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # of this thread alone
 
     def run() -> None:
         try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
             done.set_result(context.run(function, *args))
         except BaseException as error:
             done.set_exception(error)
