@@ -157,8 +157,9 @@ def test_sizes_of_another_models_images_leave_a_graph_of_one_size(setting):
     for name, batch in (("vit-classifier", 2), ("clip-vision", 4)):
         compiled = torch.compile(compress(tiny_model(name, num_hidden_layers=1), setting or False), backend=backend)
         answers(compiled, sample_pixel_values(batch))
-    images = [node.meta["example_value"] for node in graphs[-1].graph.find_nodes(op="placeholder")]
-    assert any(isinstance(value, torch.Tensor) and value.shape == (4, 3, 32, 32) for value in images)
+    given = [node.meta["example_value"] for node in graphs[-1].graph.find_nodes(op="placeholder")]
+    (images,) = (value for value in given if isinstance(value, torch.Tensor) and value.shape[1:] == (3, 32, 32))
+    assert all(type(size) is int for size in images.shape)
 
 
 @pytest.mark.newest
