@@ -98,6 +98,7 @@ def test_pictures_that_commands_draw_by_names_of_their_own_are_none_of_the_image
         parser = argparse.ArgumentParser()
         verb.add_arguments(parser)
         assert parser.get_default("output") in OWN_PICTURES
+    assert "kept_patches.png" in OWN_PICTURES  # of `demo`, whose default is a folder
 
 
 @pytest.mark.parametrize(
