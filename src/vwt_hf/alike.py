@@ -93,6 +93,7 @@ class _Images(NamedTuple):
 
 
 def _by_image(hidden_states: torch.Tensor, layout: Layout) -> _Images:
+    """The tokens of hidden states, (sequences, prefix + tokens, hidden), by image."""
     values, real = hidden_states.float().flatten(0, 1), None
     scale = torch.linalg.vector_norm(values, dim=1).clamp(min=1e-12).reciprocal()
     tokens: Any
@@ -128,6 +129,12 @@ def _in_pieces(values: torch.Tensor, scale: torch.Tensor) -> list[Callable[[], t
 def _cosines(
     others: torch.Tensor, of_others: torch.Tensor, seconds: torch.Tensor, of_seconds: torch.Tensor
 ) -> torch.Tensor:
+    """The cosines of two groups of tokens of each image, (images, seconds, others).
+
+    Args:
+        others, seconds: (images, tokens, hidden).
+        of_others, of_seconds: (images, tokens), as `_Images.scale`.
+    """
     with without_autocast(others.device):
         products = seconds @ others.transpose(1, 2)
     return products.mul_(of_seconds.unsqueeze(2)).mul_(of_others.unsqueeze(1))

@@ -304,7 +304,7 @@ class _Run:
             batch_size=None,
             sampler=batches,  # a batch is what the reader has by one index
             num_workers=workers,
-            worker_init_fn=functools.partial(_read_alike, *_reading_limits()),
+            worker_init_fn=functools.partial(_read_alike, **_reading_limits()),
             collate_fn=_as_it_is,
             # A window is read while the model runs on the one before.
             prefetch_factor=max(2, -(-self._window // workers)) if workers else None,
@@ -370,12 +370,12 @@ def _as_it_is(read: Any) -> Any:
     return read
 
 
-def _reading_limits() -> tuple[bool, int | None]:
+def _reading_limits() -> dict[str, Any]:
     """What a program told Pillow: whether it reads cut files, and of how many pixels an image may be."""
-    return ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    return {"truncated": ImageFile.LOAD_TRUNCATED_IMAGES, "most_pixels": Image.MAX_IMAGE_PIXELS}
 
 
-def _read_alike(truncated: bool, most_pixels: int | None, worker: int) -> None:
+def _read_alike(worker: int, truncated: bool, most_pixels: int | None) -> None:
     """Gives a worker the limits of the process that began it, which one that is not forked has not."""
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = truncated, most_pixels
 
@@ -450,7 +450,7 @@ def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) 
         **made_with(model),
         **compression_of(model),
         "image_processor": described_processor(image_processor),
-        **dict(zip(("truncated", "most_pixels"), _reading_limits(), strict=True)),
+        **_reading_limits(),
         "images": rows.order,
     }
     return json.loads(json.dumps(of))

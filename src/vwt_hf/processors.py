@@ -109,9 +109,10 @@ def load_beside(model: PreTrainedModel, load: Callable[..., Any], what: str, ins
         ValueError: `model` was not loaded from a place that has it.
     """
     try:
-        if not source_of(model):
+        source = source_of(model)
+        if not source:
             raise ValueError("it was loaded from nowhere")
-        return load(source_of(model), **loaded_by(model))
+        return load(source, **loaded_by(model))
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).removesuffix(".")
         raise ValueError(

@@ -52,7 +52,7 @@ def _require_usual(tower: Tower) -> None:
     if any(parameter.is_meta for parameter in tower.module.parameters()):
         raise NotVouched("has weights that are elsewhere, so it cannot be tried; load it whole")
     if any(map(is_in_parts, tower.module.parameters())):
-        raise NotVouched("has weights in parts in several processes, so it cannot be tried; compress it before")
+        raise NotVouched("has weights in parts in several processes, so it cannot be tried; compress it before that")
 
 
 @contextlib.contextmanager
