@@ -73,7 +73,7 @@ def back_ends(layout: Layout, options: argparse.Namespace) -> dict[str, Run]:
     plan = Grouped(layout, 1, None)
     lengths = [length for length, images in layout.runs for _ in range(images)]
     runs: dict[str, Run] = {
-        "by length": functools.partial(_by_layout, attend, *packed, plan, None),
+        "by length": functools.partial(_by_layout, attend, packed, plan, None),
         "by image": functools.partial(by_image, packed, bias.to(dtype), lengths),
     }
     for count in (8, 4, 2, 1):

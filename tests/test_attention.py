@@ -57,7 +57,7 @@ def test_a_kernel_that_knows_boundaries_computes_what_masked_attention_does(prop
     layout = group(WORDS, 1)
     plan = Grouped(layout, proportional, None)
     query, key, value = torch.randn(3, 1, 2, layout.tokens, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = attention._by_boundaries(varlen_reference, query, key, value, plan, 0.3)
+    found = attention._by_boundaries(varlen_reference, (query, key, value), plan, 0.3)
     image = torch.bucketize(torch.arange(layout.tokens), layout.boundaries[1:], right=True)
     mask = torch.where(image[:, None] == image, 0.0, -torch.inf)
     if proportional:
@@ -74,7 +74,7 @@ def test_a_kernel_that_knows_boundaries_computes_what_masked_attention_does(prop
 def test_a_folded_bias_keeps_more_digits_than_its_dtype(dtype):
     bias = torch.arange(1, 257).log().unsqueeze(0)
     query, key, value = (torch.zeros(1, 1, 256, 64, dtype=dtype) for _ in range(3))
-    query, key, value = fold_bias(query, key, value, bias, {}, 64**-0.5)
+    query, key, value = fold_bias((query, key, value), bias, {}, 64**-0.5)
     logits = (query.float() @ key.float().transpose(2, 3))[0, 0, 0] * 64**-0.5
     assert (logits - bias).abs().max() < 1e-3 < (bias.to(dtype).float() - bias).abs().max()
     assert not value.any() and value.shape[-1] == 72
@@ -117,7 +117,7 @@ def test_flash_attention_2_gets_half_precision_under_autocast_and_is_determinist
 def test_a_bias_that_hides_a_key_stays_a_number_when_it_is_folded():
     query, key, value = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64).to(torch.bfloat16).float().bfloat16().unbind(0)
     key_bias = torch.tensor([[0.0, 1.0, -torch.inf, 2.0, -torch.inf]])
-    folded = fold_bias(query, key, value, key_bias, {}, 8**-0.5)
+    folded = fold_bias((query, key, value), key_bias, {}, 8**-0.5)
     found = torch.nn.functional.scaled_dot_product_attention(*(one.float() for one in folded), scale=8**-0.5)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.float(), key.float(), value.float(), key_bias[:, None, None]

@@ -293,7 +293,7 @@ def test_many_patches_are_gone_through_in_pieces_to_the_same_end(at_once, monkey
     for marks in ((None, None), (real, stays)):
         whole = nearest_kept(centre(patches), kept, places, *marks)
         with monkeypatch.context() as patched:
-            patched.setattr("vwt_hf.words._DISTANCES", at_once)
+            patched.setattr("vwt_hf.words.HELD", at_once)
             assert torch.equal(nearest_kept(centre(patches), kept, places, *marks), whole)
 
 

@@ -17,13 +17,11 @@ import torch
 
 from .layout import Layout
 from .on_gpu import is_compiling, kernels_for
-from .words import best, marked, whole_share, without_autocast
+from .words import HELD, best, marked, whole_share, without_autocast
 
 EARLIER, PLACES = 1e-4, 128
 """Where the token most like another is chosen, candidate i counts as `EARLIER` · min(i, `PLACES`) less alike. So of
 many that are equal but for rounding, as in a plain background, the first is taken in every batch."""
-HELD = 2**24
-"""Cosines that are held at once (64 MiB)."""
 FLAT = 0.01
 """1 − m counts as no less than this: where all tokens are the same, it would be nothing but rounding."""
 

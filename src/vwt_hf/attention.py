@@ -42,6 +42,8 @@ BASES = ("eager", "sdpa", "flash_attention_2")
 """The attention implementations of transformers that this package has a counterpart of."""
 CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Where layers of transformers, and torch's wrappers around them (`checkpoint_wrapper`), keep what checkpoints them."""
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query, key and value, (sequences, heads, tokens, head size) each."""
 Pairs = tuple[torch.Tensor, ...] | None
 """For each run of a packed batch, or for the whole of a padded one: (images or 1, heads, tokens, tokens), added to the
 attention logits of one layer."""
@@ -261,25 +263,26 @@ def sdpa(
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
     if pairs is None and not dropout:  # which no kernel takes
-        if plan.key_bias is not None and query.dtype in HALF and (kernels := _kernels_that_attend(query, key, value)):
+        if plan.key_bias is not None and query.dtype in HALF and (kernels := _kernels_that_attend((query, key, value))):
             scale = head_size**-0.5 if scaling is None else scaling
             return kernels.attend(query, key, value, plan.key_bias.to(query.device), plan.layout, scale), None
         # One image takes a bias, which is fewer operations than folding it.
         is_packed = plan.layout.packed and plan.layout.rows.shape[0] > 1
         fits = head_size % 8 == 0 and head_size + FOLDED <= 256
         if is_packed and fits and _has_flash(query.device, query.dtype):
-            return _by_boundaries(varlen_attn, query, key, value, plan, scaling), None
+            return _by_boundaries(varlen_attn, (query, key, value), plan, scaling), None
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return sdpa_attention_forward(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)[0]
 
-    return _by_layout(attend, query, key, value, plan, pairs), None
+    return _by_layout(attend, (query, key, value), plan, pairs), None
 
 
-def _kernels_that_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> ModuleType | None:
+def _kernels_that_attend(heads: Heads) -> ModuleType | None:
     """The kernels of our own, if they take these: of one shape and data type, with heads of 256 at most."""
-    alike = all((one.shape, one.dtype) == (query.shape, query.dtype) for one in (key, value))
-    return kernels_for(query, key, value) if alike and query.shape[-1] <= 256 else None
+    query = heads[0]
+    alike = all((one.shape, one.dtype) == (query.shape, query.dtype) for one in heads)
+    return kernels_for(*heads) if alike and query.shape[-1] <= 256 else None
 
 
 @traced_within
@@ -307,7 +310,7 @@ def eager(
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         return (weights @ value).transpose(1, 2)
 
-    return _by_layout(attend, query, key, value, plan, pairs), _no_weights(query)
+    return _by_layout(attend, (query, key, value), plan, pairs), _no_weights(query)
 
 
 @traced_within
@@ -342,7 +345,7 @@ def flash_attention_2(
             *packed, dropout_p=dropout, softmax_scale=scale, causal=False, deterministic=deterministic
         )
 
-    return _by_boundaries(attend, query, key, value, plan, scaling), None
+    return _by_boundaries(attend, (query, key, value), plan, scaling), None
 
 
 def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -400,14 +403,7 @@ def _no_weights(query: torch.Tensor) -> torch.Tensor:
     return query.new_zeros(()).expand(*query.shape[:3], query.shape[2])
 
 
-def _by_layout(
-    attend: Callable[..., torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: Grouped,
-    pairs: Pairs,
-) -> torch.Tensor:
+def _by_layout(attend: Callable[..., torch.Tensor], heads: Heads, plan: Grouped, pairs: Pairs) -> torch.Tensor:
     """Attends to a padded batch at once, and to a packed one for each length of images: (sequences, tokens, heads,
     head size).
 
@@ -415,15 +411,15 @@ def _by_layout(
         attend: takes query, key and value (images, heads, tokens, head size) and a bias (images, 1, 1, tokens),
             (images or 1, heads, tokens, tokens) or `None`, and gives (images, tokens, heads, head size).
     """
+    (query, _, value), layout = heads, plan.layout
     bias = None if plan.key_bias is None else plan.key_bias.to(query)
-    layout = plan.layout
     if not layout.runs:  # no images, of which an interface may not give the right shape
         return value.transpose(1, 2)
     padding = layout.sizes.numel() - layout.tokens
     if not layout.packed or (layout.rows.shape[0] == 1 and not padding):
-        return attend(query, key, value, _sum(query, bias, None if pairs is None else pairs[0]))
+        return attend(*heads, _sum(query, bias, None if pairs is None else pairs[0]))
     rows = [images * length for length, images in layout.runs]
-    packed = (tensor[0, :, : layout.tokens] for tensor in (query, key, value))
+    packed = (tensor[0, :, : layout.tokens] for tensor in heads)
     parts = zip(*(tensor.split(rows, dim=1) for tensor in packed), strict=True)
     biases: list[torch.Tensor | None] = [None] * len(rows)
     if bias is not None:  # kernels read a mask in steps of 16 bytes, where a slice may not begin
@@ -448,14 +444,7 @@ def _sum(query: torch.Tensor, bias: torch.Tensor | None, pairs: torch.Tensor | N
     return pairs.to(query) if by_key is None else pairs.to(query) + by_key
 
 
-def _by_boundaries(
-    attend: Callable[..., Any],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: Grouped,
-    scaling: float | None,
-) -> torch.Tensor:
+def _by_boundaries(attend: Callable[..., Any], heads: Heads, plan: Grouped, scaling: float | None) -> torch.Tensor:
     """Attends to a batch without padding by a kernel for sequences of different lengths: (sequences, tokens, heads,
     head size).
 
@@ -463,31 +452,25 @@ def _by_boundaries(
         attend: takes query, key and value, (tokens, heads, head size); where images start, (images + 1,), for queries
             and for keys; the tokens of the longest image, for both; and `scale`. Gives (tokens, heads, head size).
     """
-    head_size = query.shape[-1]
+    head_size = heads[0].shape[-1]
     scaling = head_size**-0.5 if scaling is None else scaling
     if plan.key_bias is not None:
-        query, key, value = fold_bias(query, key, value, plan.key_bias, plan.folded, scaling)
-    boundaries, longest = plan.layout.boundaries.to(query.device), plan.layout.longest
-    packed = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+        heads = fold_bias(heads, plan.key_bias, plan.folded, scaling)
+    boundaries, longest = plan.layout.boundaries.to(heads[0].device), plan.layout.longest
+    packed = (tensor.transpose(1, 2).flatten(0, 1) for tensor in heads)
     output = attend(*packed, boundaries, boundaries, longest, longest, scale=scaling)
     return output[..., :head_size].contiguous().unflatten(0, plan.shape)
 
 
 def fold_bias(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_bias: torch.Tensor,
-    folded: dict[Any, tuple[torch.Tensor, torch.Tensor]],
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    heads: Heads, key_bias: torch.Tensor, folded: dict[Any, tuple[torch.Tensor, torch.Tensor]], scaling: float
+) -> Heads:
     """Folds a bias by key into further dimensions of the heads, for kernels that take none.
 
     One dimension is 1 in the query and b / scaling in the key, which adds b to their scaled product. A second one
     carries what half precision loses of the first.
 
     Args:
-        query, key, value: (sequences, heads, tokens, head size).
         key_bias: (sequences, tokens), added to the attention logits by key.
         folded: a cache of the added dimensions, by data type, device and scaling (`Grouped.folded`).
         scaling: what the kernel multiplies products by.
@@ -495,6 +478,7 @@ def fold_bias(
     Returns:
         The three with `FOLDED` more dimensions a head; those of the value are zero.
     """
+    query, key, value = heads
     form = (key.dtype, key.device, scaling)
     if form not in folded:
         # That of padding is infinite, which would make the second dimension NaN.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from transformers import Dinov2Config, Dinov2Model
 
 from .processors import quiet_transformers
@@ -78,7 +79,7 @@ def convert(target: Path, onnx_path: Path | None = None) -> Path:
         with quiet_transformers():
             model.save_pretrained(folder)
         (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
-        (folder / "README.md").write_text(CARD.format(version=packaged_version()))
+        (folder / REPOCARD_NAME).write_text(CARD.format(version=packaged_version()))
         try:
             os.replace(folder, target)
         except OSError:

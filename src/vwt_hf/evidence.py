@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import REPOCARD_NAME
+
 from .checks import is_number
 from .printable import shown
 from .whole_saves import write_files
 
 MOST = 32
 """Entries of an evidence, and values of a list in it."""
-CARD_FILE = "README.md"
 _NAME = re.compile("[a-z][a-z0-9_]{0,39}")
 # Without what would end a cell of a table, code in it, or a comment.
 _TEXT = re.compile("(?:(?![<>`|])[ -~]){0,200}")
@@ -67,7 +68,7 @@ def _is_scalar(value: Any) -> bool:
 
 def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
     """Puts the evidence of a model's settings into the model card in `folder`, if there is one, in place of older."""
-    file = folder / CARD_FILE
+    file = folder / REPOCARD_NAME
     if not file.is_file():
         return
     before = file.read_bytes()
@@ -78,7 +79,7 @@ def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
         card = f"{card.rstrip()}{end}{end}{_section(evidence).replace(chr(10), end)}"
     after = card.encode("utf-8", "surrogateescape")
     if after != before:
-        write_files(folder, {CARD_FILE: after})
+        write_files(folder, {REPOCARD_NAME: after})
 
 
 def _without_section(card: str, end: str) -> str:

@@ -35,7 +35,7 @@ from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
 from .printable import printable, shown
 from .processors import config_beside, processor_statistics, saved_setting, stated_channels, stated_patch_size
 from .saved_words import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
-from .shared_changes import SharedChange
+from .shared_changes import SharedChange, holding
 from .vocabulary import VisualVocabulary
 
 logger = logging.getLogger(__name__)
@@ -257,26 +257,20 @@ class Tokenizing:
         call: Any = super().__call__  # type: ignore[misc]
         if call.__module__.startswith("transformers."):  # which calls `preprocess` and no more
             return call(*args, **kwargs)
-        before = _tokenized.set(None)
-        try:
+        with holding(_tokenized, None):
             made = call(*args, **kwargs)
             # In another form, or under another name, they are no pixels that words are made of.
             form, tiles = _tokenized.get() or (None, None)
             if PATCH_WORDS in made and _form(made.get("pixel_values")) == form:
                 made[PATCH_WORDS] = self.tokenizer_of_patches.words(made, tiles)
-        finally:
-            _tokenized.reset(before)
         return made
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """As without `vwt`, with `patch_words` beside `pixel_values`."""
         self.require_statistics(**{name: kwargs[name] for name in _NORMALISING if kwargs.get(name) is not None})
-        before = _tiles.set(None)
-        try:
+        with holding(_tiles, None):
             made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
             tiles = _tiles.get()
-        finally:
-            _tiles.reset(before)
         if self.vwt is None:  # made by its class, which gives it no setting
             return made
         if tiles is None and hasattr(plain_class(type(self)), "_pad_for_batching"):  # it was told not to pad

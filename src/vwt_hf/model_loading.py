@@ -22,6 +22,7 @@ from .families import require_supported
 from .model_configs import is_among, is_typed
 from .processors import configs_within, saved_setting
 from .saved_words import weights_in
+from .shared_changes import holding
 from .weights import remember_load
 
 resolve_revision: Any = getattr(hub, "resolve_revision", None)  # an older transformers keeps the commit in the config
@@ -67,7 +68,7 @@ def loading_models(original: Any) -> Any:
             kwargs["revision"] = resolved
         folder = Path(source, kwargs.get("subfolder") or "") if source and os.path.isdir(source) else None
         before = None if folder is None else weights_in(folder)
-        with _parts_stay_plain():
+        with holding(_building, True):
             loaded = original(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         named = "" if source is None else model.name_or_path
@@ -124,7 +125,7 @@ def building_models(original: Any) -> Any:
             config = copy.deepcopy(config)
         elif not inner:
             _setting(cls, config.vwt)
-        with _parts_stay_plain():
+        with holding(_building, True):
             model = original(cls, config, **kwargs)
         if vwt is not NOT_GIVEN:
             _apply(model, setting, {})
@@ -133,15 +134,6 @@ def building_models(original: Any) -> Any:
         return model
 
     return _from_config
-
-
-@contextlib.contextmanager
-def _parts_stay_plain() -> Iterator[None]:
-    token = _building.set(True)
-    try:
-        yield
-    finally:
-        _building.reset(token)
 
 
 def loading_processors(original: Any) -> Any:

@@ -1,10 +1,25 @@
-"""Temporary changes of what all threads of a process share, such as how much a library logs."""
+"""Temporary changes: of what all threads of a process share, such as how much a library logs, or of a context
+variable."""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+@contextlib.contextmanager
+def holding(variable: contextvars.ContextVar[Value], value: Value) -> Iterator[None]:
+    """Has a context variable hold `value` meanwhile."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 class SharedChange:

@@ -22,8 +22,8 @@ from .screening import TINY, Screen, make_screen, screened_cosines
 
 _ROWS = 1024
 """Patches whose inner products a CPU makes at once: few enough that the products are still in its cache when read."""
-_DISTANCES = 2**24
-"""Distances between patches, or inner products with words, that are held at once (64 MiB)."""
+HELD = 2**24
+"""Distances, or inner products, of pairs of patches, tokens or words that are held at once (64 MiB)."""
 _SAME = 1e-5
 """Cosines that differ by no more than this count as equal: matrix products round by up to 6·10⁻⁶, and differently for
 other batch shapes, so that a patch could otherwise get another word in another batch."""
@@ -316,7 +316,7 @@ def nearest_kept(
         parts = (*patches, places)
         of_kept = [gather_patches(part, kept) for part in parts]
         # Many patches are compared in pieces, and these twice, as the means come first.
-        step = max(1, _DISTANCES // kept.shape[1])
+        step = max(1, HELD // kept.shape[1])
         pieces = list(zip(*(part.split(step, dim=1) for part in parts), strict=True))
         marks = [None] * len(pieces) if real is None else real.split(step, dim=1)
         sums = []
@@ -427,7 +427,7 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
         return own
     lengths = torch.linalg.vector_norm(patches, dim=2).flatten()
     least = 1 - threshold - _SAME
-    at_once = max(1, _DISTANCES // len(index.words))
+    at_once = max(1, HELD // len(index.words))
     at_once = min(at_once, _ROWS) if patches.is_cpu else at_once
     parts = zip(patches.flatten(0, 1).split(at_once), lengths.split(at_once), strict=True)
     with without_autocast(patches.device):  # which would search in half precision

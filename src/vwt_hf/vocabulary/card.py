@@ -19,7 +19,6 @@ from ..printable import printable
 from .files import VocabularyInfo
 
 PICTURE_FILE = "words.png"
-CARD_FILE = "README.md"
 TAG, OTHER_TAG, LIBRARY = "visual-words", "token-reduction", "vwt-hf"
 """The Hub finds cards of vocabularies by this tag, which no other card of this package has."""
 MOST_METADATA = 2**16

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..words import without_autocast
+from ..words import HELD, without_autocast
 
 ROUNDS = 10
 """Rounds of Lloyd's algorithm over the buffer."""
@@ -24,8 +24,6 @@ RARE = 0.1
 are flat white, one word holds most of them.)"""
 SAME = (0.1 / 255) ** 2
 """Mean square difference, a tenth of an 8-bit step, below which patches count as the same."""
-_DISTANCES = 2**24
-"""Distances held at once, which bounds memory for large vocabularies (64 MiB)."""
 
 
 class Statistics(NamedTuple):
@@ -52,7 +50,7 @@ def closest_words(patches: torch.Tensor, words: torch.Tensor) -> tuple[torch.Ten
     indices, distances = [], []
     with without_autocast(patches.device):
         half = words.square().sum(dim=1) / 2
-        for part in patches.split(max(1, _DISTANCES // len(words))):
+        for part in patches.split(max(1, HELD // len(words))):
             nearest = torch.addmm(half, part, words.T, alpha=-1).min(dim=1)
             indices.append(nearest.indices)
             distances.append((torch.linalg.vector_norm(part, dim=1).square() + 2 * nearest.values).clamp_min(0))

@@ -192,7 +192,7 @@ def learn(
 
     def save() -> None:
         if file is not None:
-            save_checkpoint(file, kmeans, settings, done)
+            in_main(lambda: save_checkpoint(file, kmeans, settings, done))
 
     share = -(-batch_size // processes)
     with tqdm(
@@ -426,15 +426,11 @@ def _require_images(done: Progress) -> None:
 
 
 def save_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any], done: Progress) -> None:
-    """Has the main process write what a run needs to go on into one file, whole or not at all.
+    """Writes what a run needs to go on into one file, whole or not at all.
 
     Args:
         kmeans, done: as they are after a whole batch, so that a run which goes on has the same batches.
     """
-    in_main(lambda: _write_checkpoint(file, kmeans, settings, done))
-
-
-def _write_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any], done: Progress) -> None:
     state = kmeans.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     numbers = {name: value for name, value in state.items() if name not in tensors}

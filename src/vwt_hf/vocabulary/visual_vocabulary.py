@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
 from ..hub_names import check_hub_id, check_revision, check_subfolder, require_private
 from ..printable import shown
 from ..whole_saves import require_named
-from .card import CARD_FILE, PICTURE_FILE, is_card_of_words, render_card, render_words
+from .card import PICTURE_FILE, is_card_of_words, render_card, render_words
 from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, require_raw, vocabulary_files, write_vocabulary
 from .learning import learn
 
@@ -222,7 +223,7 @@ class VisualVocabulary:
         """
         require_named(save_directory)
         folder, contents = Path(save_directory), self._files()
-        present = folder / CARD_FILE
+        present = folder / REPOCARD_NAME
         if card and not _is_foreign(present.read_bytes() if present.is_file() else b"", str(folder)):
             contents |= self._card(repo_id or str(save_directory))
         write_vocabulary(folder, contents)
@@ -280,7 +281,7 @@ class VisualVocabulary:
     def _card(self, repo_id: str, **of: str | None) -> dict[str, bytes]:
         """The files of the card, by name."""
         card = render_card(repo_id, tuple(self.words.shape), self.info, **of)
-        return {CARD_FILE: card, PICTURE_FILE: render_words(self.words.detach().float(), self.frequencies)}
+        return {REPOCARD_NAME: card, PICTURE_FILE: render_words(self.words.detach().float(), self.frequencies)}
 
     learn = classmethod(learn)
 
@@ -291,7 +292,7 @@ def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, toke
     with tempfile.TemporaryDirectory() as own:
         try:
             found = hf_hub_download(
-                repo_id, CARD_FILE, subfolder=subfolder, revision=revision, token=token, local_dir=own
+                repo_id, REPOCARD_NAME, subfolder=subfolder, revision=revision, token=token, local_dir=own
             )
         except (EntryNotFoundError, RevisionNotFoundError) as error:
             if isinstance(error, LocalEntryNotFoundError):  # which leaves open whether it is there
@@ -305,7 +306,7 @@ def _is_foreign(readme: bytes, place: str) -> bool:
     if not readme.strip() or is_card_of_words(readme):
         return False
     warnings.warn(
-        f"{place} has a {CARD_FILE} that is not of visual words, which stays; no card is written of these.",
+        f"{place} has a {REPOCARD_NAME} that is not of visual words, which stays; no card is written of these.",
         stacklevel=3,
     )
     return True
