@@ -237,11 +237,11 @@ def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., A
     """`by_plan` in modules of the tower that runs, and transformers' own `base` in others that share its config."""
 
     @functools.wraps(by_plan)
-    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def attend(module: nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         if forward_within(module) is not None:
-            return by_plan(module, *args, **kwargs)
+            return by_plan(module, (query, key, value), *args, **kwargs)
         own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)(module, *args, **kwargs)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)(module, query, key, value, *args, **kwargs)
 
     return attend
 
@@ -250,32 +250,31 @@ def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., A
 @traced_within
 def sdpa(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    heads: Heads,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`sdpa` by the layout of the batch; tensors are (sequences, heads, tokens, head size)."""
+    """`sdpa` by the layout of the batch."""
+    query = heads[0]
     plan, pairs = _plan_and_pairs(module, query, attention_mask)
     kwargs["is_causal"] = False  # taken for causal where an attention does not say
     head_size = query.shape[-1]
     if pairs is None and not dropout:  # which no kernel takes
-        if plan.key_bias is not None and query.dtype in HALF and (kernels := _kernels_that_attend((query, key, value))):
+        if plan.key_bias is not None and query.dtype in HALF and (kernels := _kernels_that_attend(heads)):
             scale = head_size**-0.5 if scaling is None else scaling
-            return kernels.attend(query, key, value, plan.key_bias.to(query.device), plan.layout, scale), None
+            return kernels.attend(*heads, plan.key_bias.to(query.device), plan.layout, scale), None
         # One image takes a bias, which is fewer operations than folding it.
         is_packed = plan.layout.packed and plan.layout.rows.shape[0] > 1
         fits = head_size % 8 == 0 and head_size + FOLDED <= 256
         if is_packed and fits and _has_flash(query.device, query.dtype):
-            return _by_boundaries(varlen_attn, (query, key, value), plan, scaling), None
+            return _by_boundaries(varlen_attn, heads, plan, scaling), None
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return sdpa_attention_forward(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)[0]
 
-    return _by_layout(attend, (query, key, value), plan, pairs), None
+    return _by_layout(attend, heads, plan, pairs), None
 
 
 def _kernels_that_attend(heads: Heads) -> ModuleType | None:
@@ -288,18 +287,14 @@ def _kernels_that_attend(heads: Heads) -> ModuleType | None:
 @traced_within
 def eager(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    heads: Heads,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`eager` by the layout of the batch; tensors are (sequences, heads, tokens, head size).
-
-    The second value stands for the attention weights.
-    """
+    """`eager` by the layout of the batch. The second value stands for the attention weights."""
+    query = heads[0]
     plan, pairs = _plan_and_pairs(module, query, attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
 
@@ -310,23 +305,22 @@ def eager(
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         return (weights @ value).transpose(1, 2)
 
-    return _by_layout(attend, (query, key, value), plan, pairs), _no_weights(query)
+    return _by_layout(attend, heads, plan, pairs), _no_weights(query)
 
 
 @traced_within
 def flash_attention_2(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    heads: Heads,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`flash_attention_2` over a packed batch; tensors are (1, heads, tokens, head size)."""
+    """`flash_attention_2` over a packed batch."""
     from flash_attn import flash_attn_varlen_func  # transformers refuses to load a model for it where it is missing
 
+    query, key, value = heads
     plan, _ = _plan_and_pairs(module, query, attention_mask)
     if not plan.layout.dense:
         raise ValueError(
@@ -337,7 +331,7 @@ def flash_attention_2(
 
     # Under autocast, rotary positions and norms leave queries and keys in float32, and values in half precision.
     if (dtype := get_target_dtype(query, module)) is not None:
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        heads = query.to(dtype), key.to(dtype), value.to(dtype)
     deterministic = os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"  # by transformers' Trainer
 
     def attend(*packed: Any, scale: float) -> torch.Tensor:
@@ -345,16 +339,16 @@ def flash_attention_2(
             *packed, dropout_p=dropout, softmax_scale=scale, causal=False, deterministic=deterministic
         )
 
-    return _by_boundaries(attend, (query, key, value), plan, scaling), None
+    return _by_boundaries(attend, heads, plan, scaling), None
 
 
 def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Replaces the forward of an attention module with one `qkv` projection that uses no interface (BLIP)."""
     if not _has_plan(module):
         return type(module).forward(module, hidden_states, **kwargs)
-    heads = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    heads = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     dropout = module.dropout.p if module.training else 0.0
-    output, _ = sdpa(module, *heads, None, scaling=module.scale, dropout=dropout)
+    output, _ = sdpa(module, heads, None, scaling=module.scale, dropout=dropout)
     return module.projection(output.flatten(2)), _no_weights(heads[0])
 
 
@@ -390,7 +384,7 @@ def separate(
         bias = own if bias is None else own + bias
     dropout = module.dropout.p if module.training else 0.0
     attend = eager if module.config._attn_implementation == BY_PLAN + "eager" else sdpa
-    output, _ = attend(module, query, key, value, bias, dropout=dropout)
+    output, _ = attend(module, (query, key, value), bias, dropout=dropout)
     return (output.flatten(2), _no_weights(query)) if output_attentions else (output.flatten(2),)
 
 

@@ -39,6 +39,11 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def sides(size: Any) -> Any:
+    """Height and width, in pixels, of a size that is stated as one number or as both."""
+    return (size, size) if isinstance(size, int) else size
+
+
 def require_whole(name: str, value: object, least: int = 1) -> None:
     """Raises `ValueError` unless `value` is a whole number of at least `least` that Python can count to."""
     if not is_int(value) or not least <= value <= sys.maxsize:

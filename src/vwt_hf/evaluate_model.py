@@ -230,15 +230,13 @@ def evaluate_model(
     require_options(vwt, batch_size, max_new_tokens, prompt, seed)
     if task is not None and task not in TASKS:
         raise ValueError(f"task is {shown(task)}; expected one of {', '.join(map(repr, TASKS))}.")
-    of = {
+    columns = {
         "image_column": image_column,
         "label_column": label_column,
         "caption_column": caption_column,
         "group_column": group_column,
-        "groups": groups,
-        "limit": limit,
     }
-    opened = _opened(images, of)
+    opened = _opened(images, **columns, groups=groups, limit=limit)
     task_class = TASKS[task or task_for(class_names(model), model.config.model_type, opened)]
     processor = without_words(processor_of(model, image_processor))  # each setting finds its own
     if task_class in (ZeroShot, Retrieval):
@@ -251,20 +249,11 @@ def evaluate_model(
         else:
             require_vocabulary(tokenizer)
     names = _names(settings, models)
-    chosen = task_class(
-        models[0], opened, tokenizer, {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed}
-    )
-
+    options = {"prompt": prompt, "max_new_tokens": max_new_tokens, "seed": seed}
+    chosen = task_class(models[0], opened, tokenizer, options)
     join(device_of(model))
-
-    def measure() -> list[Batch]:
-        log = None
-        if resume is not None:
-            of = _fingerprint(chosen, models, opened, processor, batch_size)
-            log = BatchLog(Path(resume), place()[0], of)
-        return _measured(chosen, models, opened, processor, batch_size, log, progress)
-
-    parts = gathered(measure)
+    comparison = _Comparison(chosen, models, opened, processor, batch_size)
+    parts = gathered(lambda: comparison.measured(resume, progress))
     kept, unreadable = _merged([batch for part in parts for batch in part], len(models))
     if not kept.samples:
         raise ValueError(f"no image can be read of {len(unreadable)}: {'; '.join(unreadable[:3]) or 'there are none'}.")
@@ -321,12 +310,12 @@ def _listed(vwt: Any) -> list[Any] | None:
     raise TypeError(f"vwt is {shown(vwt)}; expected a setting or a list of settings.")
 
 
-def _opened(images: Any, of: dict[str, Any]) -> LabelledImages:
+def _opened(images: Any, **options: Any) -> LabelledImages:
     if not isinstance(images, LabelledImages):
-        return open_labelled(images, **of)
-    given = [name for name, value in of.items() if value is not None]
-    if given:
-        raise ValueError(f"{given[0]} is {shown(of[given[0]])}, and images is opened; give it to open_labelled.")
+        return open_labelled(images, **options)
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is {shown(value)}, and images is opened; give it to open_labelled.")
     return images
 
 
@@ -350,52 +339,75 @@ def require_options(vwt: Sequence[Any] | None, batch_size: Any, max_new_tokens: 
         raise ValueError(f"prompt is {shown(prompt)}; expected a text with one {{}}, where the label goes.")
 
 
-def _measured(
-    task: Task,
-    models: Sequence[Any],
-    images: LabelledImages,
-    processor: Any,
-    batch_size: int,
-    log: BatchLog | None,
-    progress: bool,
-) -> list[Batch]:
-    """Shows this process's share of the images to all models, except the batches that `log` has already."""
-    index, processes = place()
-    before = {} if log is None else log.before
-    known, found = None if log is None else {number: batch.samples for number, batch in before.items()}, []
-    total = None if images.total is None else -(-images.total // processes)
-    hidden = not progress or index > 0
-    with (
-        contextlib.nullcontext() if log is None else contextlib.closing(log),
-        tqdm(total=total, desc="Images", unit="image", disable=hidden, leave=False) as bar,
-    ):
-        for number, samples in images.batches(index, processes, batch_size, known):
-            batch = before[number] if samples is None else _batch(task, models, number, samples, processor)
-            found.append(batch)
-            if log is not None and samples is not None:
-                log.add(batch)
-            bar.update(len(batch.samples) + len(batch.unreadable))
-    return found
+@dataclasses.dataclass(frozen=True)
+class _Comparison:
+    """What is compared, and on which images."""
 
+    task: Task
+    models: Sequence[PreTrainedModel]
+    """The plain one first."""
+    images: LabelledImages
+    processor: Any
+    batch_size: int
 
-def _batch(task: Task, models: Sequence[Any], number: int, samples: Sequence[Sample], processor: Any) -> Batch:
-    """What all models answer to a batch of images."""
-    read: list[Sample] = []
-    made: list[Any] = []
-    unreadable: list[str] = []
-    for sample in samples:
-        try:
-            made.append(processed(sample.item, processor, sample.name))
-            read.append(sample._replace(item=None))
-        except UnreadableImage as error:
-            unreadable.append(str(error))
-    with contextlib.ExitStack() as stack:
-        counts = [stack.enter_context(count_tokens(model)) for model in models]
-        names = [sample.name for sample in read]
-        answers, seconds = (
-            _answers(task, models, one_batch(made, processor), names) if made else ([], [0.0] * len(models))
-        )
-    return Batch(number, read, unreadable, answers, counts, seconds)
+    def measured(self, resume: str | os.PathLike[str] | None, progress: bool) -> list[Batch]:
+        """Shows this process's share of the images to all models, except the batches that `resume` has already."""
+        index, processes = place()
+        log = None if resume is None else BatchLog(Path(resume), index, self._fingerprint())
+        before = {} if log is None else log.before
+        known = None if log is None else {number: batch.samples for number, batch in before.items()}
+        total = None if self.images.total is None else -(-self.images.total // processes)
+        hidden = not progress or index > 0
+        batches = []
+        with (
+            contextlib.nullcontext() if log is None else contextlib.closing(log),
+            tqdm(total=total, desc="Images", unit="image", disable=hidden, leave=False) as bar,
+        ):
+            for number, samples in self.images.batches(index, processes, self.batch_size, known):
+                batch = before[number] if samples is None else self._batch(number, samples)
+                batches.append(batch)
+                if log is not None and samples is not None:
+                    log.add(batch)
+                bar.update(len(batch.samples) + len(batch.unreadable))
+        return batches
+
+    def _batch(self, number: int, samples: Sequence[Sample]) -> Batch:
+        """What all models answer to a batch of images."""
+        read: list[Sample] = []
+        made: list[Any] = []
+        unreadable: list[str] = []
+        for sample in samples:
+            try:
+                made.append(processed(sample.item, self.processor, sample.name))
+                read.append(sample._replace(item=None))
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+        answers: list[dict[str, Any]] = []
+        seconds = [0.0] * len(self.models)
+        with contextlib.ExitStack() as stack:
+            counts = [stack.enter_context(count_tokens(model)) for model in self.models]
+            if made:
+                names = [sample.name for sample in read]
+                answers, seconds = _answers(self.task, self.models, one_batch(made, self.processor), names)
+        return Batch(number, read, unreadable, answers, counts, seconds)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What two runs must share for one to go on from the other, as JSON holds it."""
+        task, plain = self.task, self.models[0]
+        of = {
+            "format": FORMAT,
+            "model": fingerprint_of(plain),
+            **made_with(plain),
+            "settings": {str(number): compression_of(model) for number, model in enumerate(self.models)},
+            "image_processor": described_processor(self.processor),
+            "tokenizer": _tokenizer_of(task),
+            "generation": plain.generation_config.to_dict() if isinstance(task, Captions) else None,
+            "task": task.name,
+            "options": {name: value for name, value in task.options.items() if name != "seed"},
+            "images": self.images.order(place()[1]),
+            "batch_size": self.batch_size,
+        }
+        return json.loads(json.dumps(of))
 
 
 def _answers(
@@ -410,27 +422,6 @@ def _answers(
     kept = [task.keep(answers, plain) for answers, _ in timed]
     kept[0] |= task.of_images(made)
     return kept, [seconds for _, seconds in timed]
-
-
-def _fingerprint(
-    task: Task, models: Sequence[PreTrainedModel], images: LabelledImages, processor: Any, batch_size: int
-) -> dict[str, Any]:
-    """What two runs must share for one to go on from the other, as JSON holds it."""
-    plain = models[0]
-    of = {
-        "format": FORMAT,
-        "model": fingerprint_of(plain),
-        **made_with(plain),
-        "settings": {str(number): compression_of(model) for number, model in enumerate(models)},
-        "image_processor": described_processor(processor),
-        "tokenizer": _tokenizer_of(task),
-        "generation": plain.generation_config.to_dict() if isinstance(task, Captions) else None,
-        "task": task.name,
-        "options": {name: value for name, value in task.options.items() if name != "seed"},
-        "images": images.order(place()[1]),
-        "batch_size": batch_size,
-    }
-    return json.loads(json.dumps(of))
 
 
 def _tokenizer_of(task: Task) -> str | None:

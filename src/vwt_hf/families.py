@@ -17,6 +17,7 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import attention
+from .checks import sides
 from .plans import Grouped, Kept
 from .words import gather_patches, with_prefix
 
@@ -401,8 +402,7 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
         )
     ((tower, embeddings),) = found.items()
     config: Any = tower.config
-    size = config.patch_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = sides(config.patch_size)
     return Tower(tower, embeddings, (height, width), getattr(config, "num_channels", 3))
 
 

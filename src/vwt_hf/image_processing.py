@@ -24,6 +24,7 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
+from .checks import sides
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
 from .model_configs import PLAIN, plain_class
@@ -459,7 +460,7 @@ def _parsed(vwt: Any) -> tuple[VWTConfig | None, tuple[int, int] | None]:
         return VWTConfig.parse(vwt), None
     fields = dict(vwt)
     size = fields.pop("patch_size")
-    height_width = (size, size) if isinstance(size, int) else size
+    height_width = sides(size)
     sound = isinstance(height_width, (list, tuple)) and len(height_width) == 2
     if not sound or not all(type(side) is int and 0 < side < 2**16 for side in height_width):
         raise ValueError(f"vwt['patch_size'] is {shown(size)}; expected height and width of a patch, in pixels.")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
-from .checks import is_int
+from .checks import is_int, sides
 from .printable import printable, shown
 from .shared_changes import SharedChange
 from .weights import loaded_by, source_of
@@ -191,11 +191,10 @@ def saved_setting(config: PreTrainedConfig | None) -> dict[str, Any] | None:
 
 def stated_patch_size(config: Any) -> tuple[int, int] | None:
     """Height and width of patches, in pixels, if a model's config or an image processor states them."""
-    size = getattr(_of_images(config), "patch_size", None)
-    sides = (size, size) if isinstance(size, int) else size
-    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(is_int(side) and side > 0 for side in sides):
+    size = sides(getattr(_of_images(config), "patch_size", None))
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(is_int(side) and side > 0 for side in size):
         return None
-    return (sides[0], sides[1])
+    return (size[0], size[1])
 
 
 def stated_channels(config: Any) -> int | None:

@@ -159,6 +159,12 @@ def vwt_option(text: str) -> Any:
     return found
 
 
+def add_picture(parser: argparse.ArgumentParser, kind: str, usual: str) -> None:
+    """Adds the option `--output` for a picture of some `kind`, which goes to the file `usual` if none is named."""
+    told = f"for the {kind} (default: {usual})"
+    parser.add_argument("--output", type=png_file, default=usual, metavar="FILE.png", help=told)
+
+
 def png_file(text: str) -> str:
     """The type of an option that names a picture, which is a PNG whatever its name."""
     if Path(text).suffix.lower() not in ("", ".png"):

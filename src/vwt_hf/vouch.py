@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .checks import sides
 from .families import NotVouched, Tower, find_layers, not_vouched
 from .weights import is_in_parts
 
@@ -102,8 +103,7 @@ def vouch_rows(model: PreTrainedModel, tower: Tower) -> None:
 
 def _noise(tower: Tower) -> torch.Tensor:
     """Two images of noise of the size that a tower is made for."""
-    size = tower.module.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = sides(tower.module.config.image_size)
     weight = next(parameter for parameter in tower.module.parameters() if parameter.is_floating_point())
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, tower.channels, height, width, generator=generator, device="cpu")

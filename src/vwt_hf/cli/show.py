@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CRITERIA, ModelFacts, VWTConfig
 from ..printable import printable, shown
-from ..terminal import options, png_file, vwt_option
+from ..terminal import add_picture, options, vwt_option
 from ..whole_saves import require_writable
 from .demo import ROWS
 from .sources import photographs_beside
@@ -64,13 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="Hub id or folder of a model: use its image processor, its patch size, mean and deviation"
     )
-    parser.add_argument(
-        "--output",
-        type=png_file,
-        default="vwt-show.png",
-        metavar="FILE.png",
-        help="for the picture (default: vwt-show.png)",
-    )
+    add_picture(parser, "picture", "vwt-show.png")
 
 
 def work(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..printable import printable
-from ..terminal import aligned, png_file
+from ..terminal import add_picture, aligned
 from ..whole_saves import require_writable, write_file
 
 if TYPE_CHECKING:
@@ -27,13 +27,7 @@ UNKNOWN = "not recorded"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("vocabulary", metavar="VOCABULARY", help="Hub id or folder")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
-    parser.add_argument(
-        "--output",
-        type=png_file,
-        default="vwt-vocab.png",
-        metavar="FILE.png",
-        help="for the sheet (default: vwt-vocab.png)",
-    )
+    add_picture(parser, "sheet", "vwt-vocab.png")
 
 
 def work(args: argparse.Namespace) -> None:

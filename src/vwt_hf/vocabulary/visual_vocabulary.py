@@ -17,6 +17,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_downlo
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
+from ..checks import sides
 from ..hub_names import check_hub_id, check_revision, check_subfolder, require_private
 from ..printable import shown
 from ..whole_saves import require_named
@@ -119,7 +120,7 @@ class VisualVocabulary:
             require_raw(self.words)
         except ValueError as error:  # their directions can still be used
             warnings.warn(str(error), stacklevel=2)
-        height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        height, width = sides(patch_size)
         named = f"{self.source}: " if self.source else ""
         if (height, width) != (self.patch_size, self.patch_size):
             raise ValueError(
