@@ -255,14 +255,14 @@ def test_folders_that_differ_are_each_read_whole(processor: Any, tmp_path: Path)
     """As where machines have a disk each: two with two processes, of which one has many more images."""
     disks = [write(tmp_path / "a" / "photographs", 41), write(tmp_path / "b" / "photographs", 7, seed=1)]
     progress = tmp_path / "progress"
-    save, saves = learning._write_checkpoint, []
+    save, saves = learning.save_checkpoint, []
 
     def count(*args: Any) -> None:
         saves.append(1)
         save(*args)
 
     def work(index: int) -> Any:
-        learning._write_checkpoint = count  # of this process, which ends
+        learning.save_checkpoint = count  # of this process, which ends
         return *learn(disks[index // 2], processor, checkpoint=progress / f"{index}", progress=True), len(saves)
 
     ends = together(4, work, tmp_path / "ends")

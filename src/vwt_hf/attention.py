@@ -240,8 +240,8 @@ def _by_plan_or_plain(by_plan: Callable[..., Any], base: str) -> Callable[..., A
     def attend(module: nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         if forward_within(module) is not None:
             return by_plan(module, (query, key, value), *args, **kwargs)
-        own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(base, own)(module, query, key, value, *args, **kwargs)
+        eager_forward: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_forward)(module, query, key, value, *args, **kwargs)
 
     return attend
 
@@ -380,8 +380,8 @@ def separate(
     bias = relative_position_bias
     if module.has_relative_position_bias:
         assert resolution is not None
-        own = module.relative_position_bias(tuple(size // module.config.patch_size for size in resolution))
-        bias = own if bias is None else own + bias
+        layer_bias = module.relative_position_bias(tuple(size // module.config.patch_size for size in resolution))
+        bias = layer_bias if bias is None else layer_bias + bias
     dropout = module.dropout.p if module.training else 0.0
     attend = eager if module.config._attn_implementation == BY_PLAN + "eager" else sdpa
     output, _ = attend(module, (query, key, value), bias, dropout=dropout)

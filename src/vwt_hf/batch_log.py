@@ -57,9 +57,9 @@ class BatchLog:
 
     def __init__(self, folder: Path, process: int, of: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        found = (batch for file in sorted(folder.glob("evaluate-*.jsonl")) for batch in _read(file, of))
+        batches = (batch for file in sorted(folder.glob("evaluate-*.jsonl")) for batch in _read(file, of))
         # An image that could not be read may be readable now, as on a disk that was not there.
-        self.before = {batch.number: batch for batch in found if not batch.unreadable}
+        self.before = {batch.number: batch for batch in batches if not batch.unreadable}
         self._path = folder / f"evaluate-{process}.jsonl"
         self._file = self._path.open("ab")
         if self._file.tell():
@@ -68,7 +68,7 @@ class BatchLog:
 
     def add(self, batch: Batch) -> None:
         """Writes a batch to the file of this process."""
-        answers = [{name: _to_json(values) for name, values in own.items()} for own in batch.answers]
+        answers = [{name: _to_json(values) for name, values in by_name.items()} for by_name in batch.answers]
         self._write({**vars(batch), "answers": answers, "counts": [vars(count) for count in batch.counts]})
 
     def close(self) -> None:
@@ -106,15 +106,15 @@ def _read(file: Path, of: dict[str, Any]) -> Iterator[Batch]:
 def _batch(content: dict[str, Any]) -> Batch:
     samples = [Sample._make(fields) for fields in content["samples"]]
     samples = [sample._replace(captions=tuple(sample.captions)) for sample in samples]
-    answers = [{name: _from_json(values) for name, values in own.items()} for own in content["answers"]]
+    answers = [{name: _from_json(values) for name, values in by_name.items()} for by_name in content["answers"]]
     counts = [TokenCount(**count) for count in content["counts"]]
     batch = Batch(**content | {"samples": samples, "answers": answers, "counts": counts})
-    of_each_image = [values for own in answers for values in own.values()]
+    of_each_image = [values for by_name in answers for values in by_name.values()]
     models = len(counts) if samples else 0  # of no image there are no answers
     if (
         len(counts) != len(batch.seconds)
         or len(answers) != models
-        or any(len(own) != len(samples) for own in of_each_image)
+        or any(len(by_name) != len(samples) for by_name in of_each_image)
     ):
         raise ValueError(f"batch {shown(batch.number)} has no answer of each model for each image")
     if not is_int(batch.number) or not all(map(is_number, batch.seconds)) or not isinstance(batch.unreadable, list):

@@ -120,8 +120,8 @@ def padded_blocks(places: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 def cut_blocks(patches: torch.Tensor, members: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
     """Blocks of padded patches, by `padded_blocks`, as images of their own: (batch · blocks, channels, 2 · height,
     2 · width); zeros where there is no block."""
-    found = gather_patches(pad(patches, (0, 0, 0, 1)), members.flatten(1))
-    blocks = found.unflatten(1, (-1, 2, 2)).unflatten(-1, (*patch_size, -1))
+    pixels = gather_patches(pad(patches, (0, 0, 0, 1)), members.flatten(1))
+    blocks = pixels.unflatten(1, (-1, 2, 2)).unflatten(-1, (*patch_size, -1))
     return blocks.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4).flatten(0, 1)
 
 

@@ -247,19 +247,19 @@ class Calibration:
             )
             bar.total = bar.n
         # All settings from `first` on agree too little, or are fast or short enough.
-        found = CHOICES[first : first + 1]
+        chosen = CHOICES[first : first + 1]
         if target == "agreement":  # of these the heaviest need not be the fastest
             enough = [level for level in self.tried if not _is_beyond(target, wanted, level)]
-            found = tuple(level.choice for level in sorted(enough, key=lambda level: level.speed))
-        if not found:
+            chosen = tuple(level.choice for level in sorted(enough, key=lambda level: level.speed))
+        if not chosen:
             nearest = {
                 "agreement": self.tried[0],
                 "speed": max(self.tried, key=lambda level: level.speed),
                 "tokens": min(self.tried, key=lambda level: level.tokens),
             }[target]
             raise ValueError(self._refusal(target, wanted, nearest))
-        evidence = self._evidence(self._tried[found[-1]], f"{target}={wanted:g}")
-        return dataclasses.replace(self._setting(found[-1]), evidence=evidence)
+        evidence = self._evidence(self._tried[chosen[-1]], f"{target}={wanted:g}")
+        return dataclasses.replace(self._setting(chosen[-1]), evidence=evidence)
 
     def _setting(self, choice: Choice) -> VWTConfig:
         return VWTConfig(**choice._asdict(), image_std=self._image_std)
@@ -416,8 +416,8 @@ def _choose(images: Any, seed: int, most: int) -> ImagePart:
 
 def _timed(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
     """Answers to a batch, (images, values) float32 on the CPU, and the seconds that they took."""
-    found, seconds = stopwatch(functools.partial(answer, model, **on_device(batch, model)), device_of(model))
-    return found.float().cpu(), seconds
+    answers, seconds = stopwatch(functools.partial(answer, model, **on_device(batch, model)), device_of(model))
+    return answers.float().cpu(), seconds
 
 
 def _read(file: Path, of: dict[str, Any]) -> list[Level]:
@@ -428,9 +428,9 @@ def _read(file: Path, of: dict[str, Any]) -> list[Level]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        found = content["of"]
+        earlier = content["of"]
         levels = [_level(row) for row in content["levels"]]
-        different = difference({name: found.get(name) for name in of}, of)
+        different = difference({name: earlier.get(name) for name in of}, of)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{file} is no file of a search ({error}), which `resume` alone writes; name another file, or delete it."

@@ -421,7 +421,7 @@ def _take_out(model: PreTrainedModel) -> None:
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """Every config that a module of `model` holds, and the configs within those, each once."""
     held = configs_of_modules(model.modules())
-    return list({id(config): config for own in held for _, config in configs_within(own)}.values())
+    return list({id(config): config for outer in held for _, config in configs_within(outer)}.values())
 
 
 def parts_of(model: nn.Module) -> list[PreTrainedModel]:

@@ -166,7 +166,7 @@ def backbone_tensors(graph: Any) -> dict[str, torch.Tensor]:
     def tensor(name: str) -> torch.Tensor:
         return torch.from_numpy(numpy_helper.to_array(constants[name]).copy())
 
-    found = {name.removeprefix(PREFIX): tensor(name) for name in constants if name.startswith(PREFIX)}
+    tensors = {name.removeprefix(PREFIX): tensor(name) for name in constants if name.startswith(PREFIX)}
     for node in graph.node:
         if node.op_type == "Add":  # a linear layer: the sum of a named bias and a product with an unnamed weight
             for bias, other in (node.input, reversed(node.input)):
@@ -175,11 +175,11 @@ def backbone_tensors(graph: Any) -> dict[str, torch.Tensor]:
                     continue
                 if bias.startswith(PREFIX):
                     weight = bias.removeprefix(PREFIX).removesuffix("bias") + "weight"
-                    found[weight] = tensor(product.input[1]).T.contiguous()
+                    tensors[weight] = tensor(product.input[1]).T.contiguous()
         elif node.op_type == "Concat" and node.input[0] in constants:  # position of CLS, then of the resized grid
             grid = node.input[1]
             while grid in producers and producers[grid].input:
                 grid = producers[grid].input[0]
             if grid in constants:
-                found["embeddings.position_embeddings"] = torch.cat((tensor(node.input[0]), tensor(grid)), dim=1)
-    return found
+                tensors["embeddings.position_embeddings"] = torch.cat((tensor(node.input[0]), tensor(grid)), dim=1)
+    return tensors

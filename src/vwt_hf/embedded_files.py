@@ -160,10 +160,10 @@ class Shards:
             if any(self._folder.glob("train-*")):
                 raise ValueError(f"{self._folder} holds train-* files and no {MANIFEST}; name another folder.")
             return
-        found = _read_manifest(manifest)
-        if found != of:
+        earlier = _read_manifest(manifest)
+        if earlier != of:
             raise ValueError(
-                f"{self._folder} holds features of another run ({difference(found, of)}); name another folder, or "
+                f"{self._folder} holds features of another run ({difference(earlier, of)}); name another folder, or "
                 "delete it."
             )
 

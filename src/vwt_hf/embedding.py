@@ -169,13 +169,13 @@ def embed(
     if trial.pads:
         processor = _with_words(processor, model, finds=True)
     run = _Run(model, processor, batch_size, WINDOW if trial.pads or trial.sizes_differ else 1)
-    own = shards.missing(lambda row: _is_in_reach(rows, row))
-    total = sum(len(shards.rows(number)) for number in own)
+    numbers = shards.missing(lambda row: _is_in_reach(rows, row))
+    total = sum(len(shards.rows(number)) for number in numbers)
 
     def make() -> None:
         hidden = not progress or place()[0] > 0
         with run.timed("total"), tqdm(total=total, desc="Embedding", unit="image", disable=hidden) as bar:
-            out_of_reach = _write(run, run.shards(rows, own, shards, workers, trial.values, bar), shards)
+            out_of_reach = _write(run, run.shards(rows, numbers, shards, workers, trial.values, bar), shards)
         if out_of_reach:
             raise OSError(
                 f"{len(out_of_reach)} images could not be had, from {out_of_reach[0]['name']} on "
@@ -203,8 +203,8 @@ def _write(run: _Run, made: Iterator[tuple[int, Shard]], shards: Shards) -> list
 
 def _embedded(shards: Shards, images: int, unreadable: list[dict[str, Any]], values: int, run: _Run) -> Embedded:
     """What lies in the folder, and what all processes took."""
-    own = (run.images, run.embedded, run.tokens, run.seconds)
-    read, embedded, tokens, times = zip(*gathered(lambda: own), strict=True)
+    work = (run.images, run.embedded, run.tokens, run.seconds)
+    read, embedded, tokens, times = zip(*gathered(lambda: work), strict=True)
     return Embedded(
         images=images,
         unreadable=unreadable,
@@ -241,17 +241,17 @@ class Reader(Dataset[ReadBatch]):
     def __getitem__(self, numbers: range) -> ReadBatch:
         begun = time.perf_counter()
         names: dict[int, str] = {}
-        made: list[Batch] = []
+        images: list[Batch] = []
         unreadable = []
         for row in numbers:
             name, item = self._rows[row]
             try:
-                made.append(([row], processed(item, self._image_processor, name)))
+                images.append(([row], processed(item, self._image_processor, name)))
                 names[row] = name
             except UnreadableImage as error:  # one is no reason to lose a run of hours
                 known = {"row": row, "name": name, "reason": str(error)}
                 unreadable.append(known | ({AGAIN: True} if error.is_out_of_reach else {}))
-        alike = _alike(made, len(numbers), self._image_processor)
+        alike = _alike(images, len(numbers), self._image_processor)
         batches = [(rows, {name: value.numpy() for name, value in own.items()}) for rows, own in alike]
         return ReadBatch(names, batches, unreadable, time.perf_counter() - begun)
 
@@ -262,8 +262,8 @@ def _alike(made: Sequence[Batch], size: int, image_processor: Any) -> Iterator[B
     for rows, values in made:
         lengths = token_lengths(values[PATCH_WORDS]) if PATCH_WORDS in values else [0] * len(rows)
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            own = {name: value[index : index + 1] for name, value in values.items()}
-            images.append((own["pixel_values"].shape, -length, row, own))
+            single = {name: value[index : index + 1] for name, value in values.items()}
+            images.append((single["pixel_values"].shape, -length, row, single))
     images.sort(key=lambda image: image[:3])
     for _, same in itertools.groupby(images, key=lambda image: image[0]):
         while some := list(itertools.islice(same, size)):
@@ -344,9 +344,9 @@ class _Run:
                 bar.set_postfix_str(f"{self.tokens / self.embedded:.1f} tokens", refresh=False)
         bar.update(len(unreadable))
         self.images += count
-        found = dict(zip(order, torch.cat(features), strict=True))
-        rows = sorted(found)
-        together = torch.stack([found[row] for row in rows]) if rows else features[0]
+        by_row = dict(zip(order, torch.cat(features), strict=True))
+        rows = sorted(by_row)
+        together = torch.stack([by_row[row] for row in rows]) if rows else features[0]
         return Shard([names[row] for row in rows], rows, together, unreadable)
 
     def _features(self, made: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -436,10 +436,10 @@ def _with_words(image_processor: Any, model: PreTrainedModel, finds: bool) -> An
         return image_processor
     if not finds:
         return without_words(image_processor)
-    own = copy.deepcopy(image_processor)
+    copied = copy.deepcopy(image_processor)
     tower = find_tower(model, family_of(model))
-    own.vwt = HostTokenizer(setting, tower.patch_size, channels=tower.channels)
-    return own
+    copied.vwt = HostTokenizer(setting, tower.patch_size, channels=tower.channels)
+    return copied
 
 
 def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) -> dict[str, Any]:

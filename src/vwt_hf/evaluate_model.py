@@ -283,9 +283,9 @@ def _rows(
             vwt=json.loads(json.dumps(setting, default=_in_json)),
             tokens=_total([batch.counts[index] for part in parts for batch in part]).mean,
             seconds=max(sum(batch.seconds[index] for batch in part) for part in parts),
-            figures=found,
+            figures=by_name,
         )
-        for index, (name, setting, found) in enumerate(zip(names, settings, figures, strict=True))
+        for index, (name, setting, by_name) in enumerate(zip(names, settings, figures, strict=True))
     ]
 
 
@@ -294,8 +294,8 @@ def _copies(model: PreTrainedModel, settings: Sequence[Any], processor: Any) -> 
     plain = restore(copy_sharing_weights(model)).eval()
     models = [plain]
     for setting in settings[1:]:
-        own: Any = VWTConfig.parse(setting)
-        models.append(compress_by(copy_sharing_weights(plain), own, trusted=True, image_processor=processor))
+        parsed: Any = VWTConfig.parse(setting)
+        models.append(compress_by(copy_sharing_weights(plain), parsed, trusted=True, image_processor=processor))
     return models
 
 
@@ -436,8 +436,8 @@ def _tokenizer_of(task: Task) -> str | None:
     except Exception:  # it has no such backend, or one with a part in Python
         vocabulary = getattr(tokenizer, "get_vocab", None)
         fields = vocabulary() if vocabulary is not None else {"name": getattr(tokenizer, "name_or_path", None)}
-    own = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    return f"{type(tokenizer).__name__} {own.hexdigest()[:16]}"
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    return f"{type(tokenizer).__name__} {digest.hexdigest()[:16]}"
 
 
 def _merged(batches: Sequence[Batch], models: int) -> tuple[Answers, list[str]]:

@@ -156,13 +156,13 @@ class Classification(Task):
         self.labelled = images.has_labels
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
-        kind, found = named_answer(model, **made)
+        kind, logits = named_answer(model, **made)
         if kind != "logits":
             raise ValueError(
                 f"the {type(model).__name__} gives no labels but a {kind}; expected an image classifier, such as "
                 "ViTForImageClassification. The task 'features' compares what other models make of images."
             )
-        return found.float().cpu()
+        return logits.float().cpu()
 
     def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
         return {
@@ -199,10 +199,10 @@ class Classification(Task):
             )
         if known and not any(truth):
             names = list((config.id2label or {}).values())
-            own = f"such as {shown(names[0])}" if names else "its config names none"
+            example = f"such as {shown(names[0])}" if names else "its config names none"
             remarks.append(
-                f"No label of the images (such as {shown(known[0])}) is one of the model's ({own}): they are compared "
-                "by name, and there is no accuracy."
+                f"No label of the images (such as {shown(known[0])}) is one of the model's ({example}): they are "
+                "compared by name, and there is no accuracy."
             )
         return truth, remarks
 
@@ -217,25 +217,25 @@ class Classification(Task):
         given = [answers[index] for index in known]
         # Each of several labels of the same name is right.
         right = [at if at in truth[index] else min(truth[index]) for index, at in zip(known, given, strict=True)]
-        of = [groups[index] for index in known]
-        grouped = sum(group is not None for group in of)
+        known_groups = [groups[index] for index in known]
+        grouped = sum(group is not None for group in known_groups)
         # `evaluate` takes no column of `None` alone.
         metrics = [Accuracy, WorstGroup] if grouped else [Accuracy]
-        found = compute(metrics, predictions=given, references=right, groups=of)
+        computed = compute(metrics, predictions=given, references=right, groups=known_groups)
         # A metric of `evaluate` tells no interval.
-        count, worst = len(known), found.get("worst_group")
-        figures = {"accuracy": Figure(found["accuracy"], share_interval(found["accuracy"], count), count)}
+        count, worst = len(known), computed.get("worst_group")
+        figures = {"accuracy": Figure(computed["accuracy"], share_interval(computed["accuracy"], count), count)}
         if worst is not None:
-            figures["worst_group"] = Figure(worst, worst_group_interval(are_alike(given, right), of), grouped)
+            figures["worst_group"] = Figure(worst, worst_group_interval(are_alike(given, right), known_groups), grouped)
         return figures
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
         from .metrics import Agreement, compute
 
         given, expected = answers["answer"].tolist(), plain["answer"].tolist()
-        found = compute([Agreement], predictions=given, plain_predictions=expected)
+        computed = compute([Agreement], predictions=given, plain_predictions=expected)
         return {
-            "agreement": Figure(found["agreement"], share_interval(found["agreement"], len(given))),
+            "agreement": Figure(computed["agreement"], share_interval(computed["agreement"], len(given))),
             "kl": self.mean(answers["kl"]),
             "max_difference": Figure(answers["difference"].max().item()),
         }
@@ -355,8 +355,8 @@ class Retrieval(Task):
         index, processes = place()
 
         def encoded() -> torch.Tensor:
-            own = texts[len(texts) * index // processes : len(texts) * (index + 1) // processes]
-            return text_features(self.model, self.tokenizer, own) if own else torch.zeros(0, 1, device="cpu")
+            share = texts[len(texts) * index // processes : len(texts) * (index + 1) // processes]
+            return text_features(self.model, self.tokenizer, share) if share else torch.zeros(0, 1, device="cpu")
 
         return torch.cat([own for own in gathered(encoded) if len(own)])
 
@@ -367,10 +367,10 @@ class Retrieval(Task):
 
 def _rows_of(images: Sequence[str]) -> list[list[int]]:
     """The rows of each image, of which a data set may have one for each caption."""
-    found: dict[str, list[int]] = {}
+    rows: dict[str, list[int]] = {}
     for row, image in enumerate(images):
-        found.setdefault(image, []).append(row)
-    return list(found.values())
+        rows.setdefault(image, []).append(row)
+    return list(rows.values())
 
 
 class Captions(Task):
@@ -424,8 +424,8 @@ class Captions(Task):
         }
 
     def _f1(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Figure:
-        found = [token_f1(text, of) for text, of in zip(texts, references, strict=True)]
-        return self.mean(torch.tensor(found, dtype=torch.float64, device="cpu"), len(found))
+        scores = [token_f1(text, others) for text, others in zip(texts, references, strict=True)]
+        return self.mean(torch.tensor(scores, dtype=torch.float64, device="cpu"), len(scores))
 
 
 def _left_out(known: Sequence[Collection[Any]], remark: str) -> list[str]:
@@ -546,15 +546,15 @@ def ranks_of(queries: torch.Tensor, candidates: torch.Tensor, right: Sequence[Se
     Args:
         right: for each query the numbers of the candidates that are right.
     """
-    found = []
+    parts = []
     for start in range(0, len(queries), QUERIES):
         similarity = queries[start : start + QUERIES] @ candidates.T
         # For all queries at once it would not fit into memory.
         is_right = torch.zeros(similarity.shape, dtype=torch.bool, device=similarity.device)
         for row, own in enumerate(right[start : start + QUERIES]):
             is_right[row, list(own)] = True
-        found.append(ranks(similarity, is_right))
-    return torch.cat(found)
+        parts.append(ranks(similarity, is_right))
+    return torch.cat(parts)
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

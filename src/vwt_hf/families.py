@@ -286,8 +286,8 @@ def family_of(model: PreTrainedModel) -> Family:
     require_supported(type(model), restores=True)
     row = _row_of(type(model))
     if row is None and _model_type(type(model)) in HOLDERS:
-        of_embeddings = ((module, own) for module in model.modules() for own in FAMILIES)
-        row = next((own for module, own in of_embeddings if is_of(module, own.embeddings)), None)
+        of_embeddings = ((module, family) for module in model.modules() for family in FAMILIES)
+        row = next((family for module, family in of_embeddings if is_of(module, family.embeddings)), None)
     return _general_family(model) if row is None else row
 
 
@@ -378,7 +378,7 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
         ValueError: there is none with the embeddings that transformers gives this family, or more than one.
     """
     above: dict[nn.Module, nn.Module] = {}
-    found: dict[nn.Module, nn.Module] = {}
+    towers: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         above.update((child, module) for child in module.children() if child not in above)
         if is_of(module, family.embeddings):
@@ -388,19 +388,19 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
             while tower is not None and not (_is_transformers(tower) and hasattr(tower, "config")):
                 embeddings, tower = tower, above.get(tower)
             if tower is not None:
-                found.setdefault(tower, embeddings)
-    if not found:
+                towers.setdefault(tower, embeddings)
+    if not towers:
         raise ValueError(
             f"{type(model).__name__} has no {family.embeddings} of transformers, where {family.name} models turn pixel "
             "values into tokens, so it cannot be compressed. Load it without `vwt`."
         )
-    if len(found) > 1:
-        names = [name for name, module in model.named_modules() if module in found]
+    if len(towers) > 1:
+        names = [name for name, module in model.named_modules() if module in towers]
         raise ValueError(
-            f"{type(model).__name__} has {len(found)} vision towers ({', '.join(names)}), of which a setting shortens "
+            f"{type(model).__name__} has {len(towers)} vision towers ({', '.join(names)}), of which a setting shortens "
             f"one. Compress each by itself, as by vwt_hf.compress(model.{names[0]})."
         )
-    ((tower, embeddings),) = found.items()
+    ((tower, embeddings),) = towers.items()
     config: Any = tower.config
     height, width = sides(config.patch_size)
     return Tower(tower, embeddings, (height, width), getattr(config, "num_channels", 3))

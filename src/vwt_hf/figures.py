@@ -70,7 +70,7 @@ def are_right(answers: Sequence[int], truth: Sequence[Collection[int]]) -> list[
 
 def accuracy(correct: Sequence[bool | None]) -> float | None:
     """Share of right answers (`are_right`) among images of known label, in [0, 1]; `None` without such images."""
-    known = [own for own in correct if own is not None]
+    known = [one for one in correct if one is not None]
     return sum(known) / len(known) if known else None
 
 
@@ -83,16 +83,16 @@ def worst_group(correct: Sequence[bool | None], groups: Sequence[str | None]) ->
         correct: for each image, as `are_right` gives it.
         groups: the name of each image's group; `None` for an image in none, which is left out.
     """
-    return min((sum(own) / len(own) for own in _judged_groups(correct, groups)), default=None)
+    return min((sum(members) / len(members) for members in _judged_groups(correct, groups)), default=None)
 
 
 def _judged_groups(correct: Sequence[bool | None], groups: Sequence[str | None]) -> list[list[bool]]:
     """Whether the images of known label are right, for each group that is large enough, in the order of their names."""
     members: dict[str, list[bool]] = {}
-    for own, group in zip(correct, groups, strict=True):
-        if own is not None and group is not None:
-            members.setdefault(group, []).append(own)
-    return [own for _, own in sorted(members.items()) if len(own) >= FEWEST_OF_GROUP]
+    for right, group in zip(correct, groups, strict=True):
+        if right is not None and group is not None:
+            members.setdefault(group, []).append(right)
+    return [right for _, right in sorted(members.items()) if len(right) >= FEWEST_OF_GROUP]
 
 
 def token_f1(text: str, references: Sequence[str]) -> float:
@@ -172,7 +172,7 @@ def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str | 
     members = _judged_groups(correct, groups)
     if not members:
         raise ValueError(f"no group has {FEWEST_OF_GROUP} images of known label; expected one that has.")
-    counts = {(sum(own), len(own)) for own in members}
+    counts = {(sum(group), len(group)) for group in members}
     low = min(1 - _highest_share(size - right, size, 0.025) for right, size in counts)
     return low, min(_highest_share(right, size, 0.025 / len(members)) for right, size in counts)
 
@@ -187,6 +187,6 @@ def _highest_share(right: int, count: int, chance: float) -> float:
     low, high = right / count, 1.0
     for _ in range(50):  # halvings: to the last digits of a float
         middle = (low + high) / 2
-        found = np.exp(ways + fewer * math.log(middle) + (count - fewer) * math.log1p(-middle)).sum()
-        low, high = (middle, high) if found > chance else (low, middle)
+        probability = np.exp(ways + fewer * math.log(middle) + (count - fewer) * math.log1p(-middle)).sum()
+        low, high = (middle, high) if probability > chance else (low, middle)
     return high

@@ -199,11 +199,11 @@ class Traced(Forward):
 
 def _ids(module: nn.Module) -> list[int]:
     """`id` of a module and of all within it; `module.modules()` keeps a set of modules, which is not traced."""
-    found = [id(module)]
+    ids = [id(module)]
     for child in module._modules.values():
         if child is not None:
-            found += _ids(child)
-    return found
+            ids += _ids(child)
+    return ids
 
 
 class _InGraphs:

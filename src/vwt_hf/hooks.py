@@ -259,11 +259,11 @@ class Reduce(Hook):
         patches = self.patches(output, args, kwargs)
         for image in patches.of_words(given.take(patches.pixel_values).words, given.repeats):
             stay = image[image != DROPPED]
-            tokens, own = len(stay.unique()), patches.count if self.family.padded is None else len(stay)
-            if tokens != own:
+            tokens, expected = len(stay.unique()), patches.count if self.family.padded is None else len(stay)
+            if tokens != expected:
                 raise ValueError(
-                    f"patch_words leave {tokens} tokens of {own} patches, and the setting of the model keeps all. Load "
-                    "image processor and model with the same `vwt`."
+                    f"patch_words leave {tokens} tokens of {expected} patches, and the setting of the model keeps all. "
+                    "Load image processor and model with the same `vwt`."
                 )
 
     def patches(self, output: Any, args: Any, kwargs: dict[str, Any], mask: torch.Tensor | None = None) -> Patches:
@@ -385,8 +385,8 @@ class Join(Hook):
         after = forward.after.get(layer)
         if after is None:  # else the layer is repeated for its gradient
             _require_one_batch(tokens, self.setting)
-            found = self.setting.seek(before, tokens.detach(), self.wanted)
-            after = before if found is None else before.joined(*found, [plan.shape for plan in forward.plans])
+            joins = self.setting.seek(before, tokens.detach(), self.wanted)
+            after = before if joins is None else before.joined(*joins, [plan.shape for plan in forward.plans])
             forward.after[layer] = after
         if after is before:
             return output

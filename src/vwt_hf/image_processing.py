@@ -164,10 +164,10 @@ def _is_padding(values: torch.Tensor, counts: list[int] | None) -> torch.Tensor:
     """
     places = torch.arange(values.shape[1], device=values.device)
     if counts is None:
-        own = (values.flatten(2).any(dim=2) * (places + 1)).amax(dim=1)
+        tiles = (values.flatten(2).any(dim=2) * (places + 1)).amax(dim=1)
     else:
-        own = torch.tensor(counts, device=values.device)
-    return places >= own[:, None]
+        tiles = torch.tensor(counts, device=values.device)
+    return places >= tiles[:, None]
 
 
 def _is_child() -> bool:
@@ -505,15 +505,15 @@ def _require_finding(processor: Any, setting: VWTConfig, source: Any) -> None:
             f"method={setting.method!r} goes by patch_words that something else makes, and an image processor is to "
             "make them. Load it with the setting to find them by, as method='intra' or 'inter'."
         )
-    made = processor.model_input_names
-    if not isinstance(made, (list, tuple)) or not all(isinstance(name, str) for name in made):
+    names = processor.model_input_names
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"model_input_names of the image processor of {printable(source)} is {shown(made)}; expected a list of "
+            f"model_input_names of the image processor of {printable(source)} is {shown(names)}; expected a list of "
             "names, as ['pixel_values']. Mend its preprocessor_config.json, or load it without `vwt`."
         )
-    if "pixel_values" not in made or "image_grid_thw" in made:
+    if "pixel_values" not in names or "image_grid_thw" in names:
         raise ValueError(
-            f"the {plain_class(type(processor)).__name__} makes {shown(made)}; expected pixel_values of whole "
+            f"the {plain_class(type(processor)).__name__} makes {shown(names)}; expected pixel_values of whole "
             "images, of which patches can be cut. Load it without `vwt`."
         )
 
@@ -537,10 +537,10 @@ def _normalises_by(processor: Any, **given: Any) -> tuple[Any, Any] | None:
     Args:
         given: arguments of a call (`_NORMALISING`), in place of the image processor's own.
     """
-    of = {name: given.get(name, getattr(processor, name, None)) for name in _NORMALISING}
-    if of["do_normalize"] is False:
-        return None if of["do_rescale"] is False else (0.0, 1.0)
-    return of["image_mean"], of["image_std"]
+    stated = {name: given.get(name, getattr(processor, name, None)) for name in _NORMALISING}
+    if stated["do_normalize"] is False:
+        return None if stated["do_rescale"] is False else (0.0, 1.0)
+    return stated["image_mean"], stated["image_std"]
 
 
 def _are_same(values: Any, others: Any) -> bool:
@@ -558,10 +558,10 @@ def _has_statistics(setting: VWTConfig, processor: Any) -> bool:
     if not known or any(getattr(processor, name, None) is None for name in _STATISTICS):
         return False
     try:
-        found = processor_statistics(processor, len(next(iter(known.values()))))
+        stated = processor_statistics(processor, len(next(iter(known.values()))))
     except (TypeError, ValueError, OverflowError):
         return False
-    return all(np.allclose(known[name], own) for name, own in zip(_STATISTICS, found, strict=True) if name in known)
+    return all(np.allclose(known[name], own) for name, own in zip(_STATISTICS, stated, strict=True) if name in known)
 
 
 def _are_values(images: Any) -> bool:

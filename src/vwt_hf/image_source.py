@@ -236,8 +236,8 @@ def _endings() -> set[str]:
 def require_apart(picture: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Refuses a picture to be written where a search of the folder of images would find it from then on."""
     # A folder that a link among the images leads to is searched, too.
-    found = any(_is_searched(path(picture), path(folder)) for path in (os.path.realpath, os.path.abspath))
-    if found and os.path.splitext(picture)[1].lower() in _endings():
+    is_searched = any(_is_searched(path(picture), path(folder)) for path in (os.path.realpath, os.path.abspath))
+    if is_searched and os.path.splitext(picture)[1].lower() in _endings():
         raise ValueError(
             f"{printable(picture)} would be a picture among the images of {printable(folder)}, and one of them in the "
             "next run; name a file elsewhere."
@@ -301,9 +301,9 @@ class _DatasetRows:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> tuple[str, Any]:
-        found = self._rows[row]
-        item = found[self._column]
-        name = found.get(self.KEY) if self._column != self.KEY else None
+        cells = self._rows[row]
+        item = cells[self._column]
+        name = cells.get(self.KEY) if self._column != self.KEY else None
         return name or (item and item["path"]) or f"row {row}", item
 
 
@@ -425,8 +425,8 @@ def undecoded(dataset: Any, column: str, others: Iterable[str] = ()) -> Any:
             f"column {column!r} of the data set is of datasets.Image(mode={mode!r}), and images are read in RGB; "
             "expected datasets.Image(). Change them by dataset.map, or cast the column."
         )
-    found = dataset.select_columns(sorted({column, *others})).cast_column(column, datasets.Image(decode=False))
-    return found.with_format(None)
+    encoded = dataset.select_columns(sorted({column, *others})).cast_column(column, datasets.Image(decode=False))
+    return encoded.with_format(None)
 
 
 def _looks_like_image(value: Any) -> bool:
@@ -441,13 +441,14 @@ def find_image_column(features: Mapping[str, Any], column: str | None) -> str:
     """
     import datasets
 
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if column is None and found:
-        return found[0]
-    if column in found:
+    image_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if column is None and image_columns:
+        return image_columns[0]
+    if column in image_columns:
         return str(column)
     asked = "no column of images" if column is None else f"no column of images {column!r}"
     raise ValueError(
         f"the data set has {asked}; its columns are {', '.join(map(printable, features))}, those with images: "
-        f"{', '.join(map(printable, found)) or 'none'}. Cast one with dataset.cast_column(name, datasets.Image())."
+        f"{', '.join(map(printable, image_columns)) or 'none'}. Cast one with dataset.cast_column(name, "
+        "datasets.Image())."
     )

@@ -112,9 +112,9 @@ class LabelledImages:
             return
         images = range(len(self.data))
         for number in range(process, -(-len(images) // batch_size), processes):
-            own = images[number * batch_size : (number + 1) * batch_size]
+            batch = images[number * batch_size : (number + 1) * batch_size]
             is_known = number in (known or ())
-            yield number, None if is_known else [self._sample(index, self.data[index]) for index in own]
+            yield number, None if is_known else [self._sample(index, self.data[index]) for index in batch]
 
     def _of_stream(
         self, process: int, processes: int, batch_size: int, known: Mapping[int, Sequence[Sample]] | None
@@ -222,8 +222,8 @@ def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int |
     files = find_images([folder])
     names = tuple(sorted(set(map(folder_name, files))))  # also those of which the limit leaves no image
     files = [files[index] for index in spread(len(files), limit)]
-    own = None if groups is None else groups_of(files, folder, Path(groups))
-    return LabelledImages(files, folder.resolve().name, len(files), names, {}, own)
+    group_of_each = None if groups is None else groups_of(files, folder, Path(groups))
+    return LabelledImages(files, folder.resolve().name, len(files), names, {}, group_of_each)
 
 
 def folder_name(image: Path) -> str:
@@ -278,7 +278,7 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
         dataset, total = dataset.select(rows), len(rows)
     elif limit is not None:
         dataset = dataset.take(limit)
-    label_names, group_names = (None if own is None else tuple(own) for own in (names, group_names))
+    label_names, group_names = (None if known is None else tuple(known) for known in (names, group_names))
     return LabelledImages(dataset, name, total, label_names, columns, rows=rows, group_names=group_names)
 
 

@@ -35,10 +35,10 @@ else:
         def __get__(self, instance: Any, owner: type | None = None) -> Any:
             if instance is None:
                 return self
-            found = self.function(instance)
+            value = self.function(instance)
             if not torch.compiler.is_dynamo_compiling():
-                instance.__dict__[self.function.__name__] = found
-            return found
+                instance.__dict__[self.function.__name__] = value
+            return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,8 +406,8 @@ def pool_pairs(values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]
 def by_token(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     """(batch, prefix + patches) → (sequences, tokens), int64: the number that all patches of a token share; 0 for
     padding."""
-    found = torch.zeros_like(layout.sizes, dtype=torch.int64).flatten()
-    return found.scatter_(0, layout.rows.flatten(), values.flatten()).view_as(layout.sizes)
+    numbers = torch.zeros_like(layout.sizes, dtype=torch.int64).flatten()
+    return numbers.scatter_(0, layout.rows.flatten(), values.flatten()).view_as(layout.sizes)
 
 
 def join(values: torch.Tensor, before: Layout, after: Layout) -> torch.Tensor:

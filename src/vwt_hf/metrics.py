@@ -126,8 +126,8 @@ class TokenF1(_OfImages):
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]], **_: Any) -> dict[str, float]:
         if without := [number for number, others in enumerate(references) if not others]:
             raise ValueError(f"text {without[0]} has no references; expected one at least for each. Leave it out.")
-        found = [token_f1(text, others) for text, others in zip(predictions, references, strict=True)]
-        return {"token_f1": torch.tensor(found, dtype=torch.float64, device="cpu").mean().item()}
+        scores = [token_f1(text, others) for text, others in zip(predictions, references, strict=True)]
+        return {"token_f1": torch.tensor(scores, dtype=torch.float64, device="cpu").mean().item()}
 
 
 def compute(metrics: Sequence[type[evaluate.Metric]], **columns: Sequence[Any]) -> dict[str, Any]:

@@ -135,8 +135,8 @@ def _metaclass(plain: Any, by_plan: bool) -> Any:
 
 def _new_config(plain: Any, by_plan: bool) -> PreTrainedConfig:
     """An instance of `config_subclass` without fields, which unpickling sets."""
-    own = config_subclass(plain, by_plan)
-    return own.__new__(own)
+    config_class = config_subclass(plain, by_plan)
+    return config_class.__new__(config_class)
 
 
 def is_typed(vwt: Any) -> bool:

@@ -37,16 +37,16 @@ def reading_configs(original: Any) -> Any:
 
     @functools.wraps(original)
     def from_dict(cls: Any, config_dict: dict[str, Any], vwt: Any = NOT_GIVEN, **kwargs: Any) -> Any:
-        made = original(cls, config_dict, **kwargs)
+        loaded = original(cls, config_dict, **kwargs)
         if vwt is NOT_GIVEN:
-            return made
-        if isinstance(made, tuple):
-            return made[0], made[1] | {"vwt": vwt}
+            return loaded
+        if isinstance(loaded, tuple):
+            return loaded[0], loaded[1] | {"vwt": vwt}
         setting = VWTConfig.parse(vwt)
-        for _, config in configs_within(made):
+        for _, config in configs_within(loaded):
             config.vwt = None
-        made.vwt = setting
-        return made
+        loaded.vwt = setting
+        return loaded
 
     return from_dict
 
@@ -103,8 +103,8 @@ def _resolved_revision(source: Any, hub_kwargs: dict[str, Any]) -> Any:
     revision = hub_kwargs.get("revision")
     if resolve_revision is None:
         return revision
-    of = {name: hub_kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in hub_kwargs}
-    return resolve_revision(source, revision, **of)
+    where = {name: hub_kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in hub_kwargs}
+    return resolve_revision(source, revision, **where)
 
 
 def _commit_of(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:

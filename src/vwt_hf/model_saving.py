@@ -145,8 +145,8 @@ def _save_sealed(
     def upload_sealed(working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any) -> Any:
         """Called by `original` when all is written: uploads what was not there before it began."""
         seal()
-        own = set(map(words_folder, saved_as))
-        before = {name: time for name, time in files_timestamps.items() if name not in own}
+        new = set(map(words_folder, saved_as))
+        before = {name: time for name, time in files_timestamps.items() if name not in new}
         return upload(working_dir, repo_id, before, **kwargs)
 
     model.__dict__["_upload_modified_files"] = upload_sealed
@@ -292,7 +292,7 @@ def _why_not_of_part(
     inside = {module for twin in twins for module in twin.modules()}
     others = configs_of_modules(module for module in model.modules() if module not in inside)
     # By value: a part that was compressed and restored holds a copy of its config.
-    if any(_same_but_setting(config, own) for own in others):
+    if any(_same_but_setting(config, other) for other in others):
         return "the one like it is that of other parts, too"
     return None
 

@@ -93,8 +93,8 @@ def _takes(tensor: torch.Tensor) -> bool:
 def _kernels(device: torch.device) -> ModuleType | None:
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    found = importlib.util.find_spec("triton")
-    if os.environ.get(SWITCH) == "0" or found is None or found.origin is None:  # a folder of that name has no origin
+    spec = importlib.util.find_spec("triton")
+    if os.environ.get(SWITCH) == "0" or spec is None or spec.origin is None:  # a folder of that name has no origin
         return None
     try:
         kernels = importlib.import_module(".kernels", __package__)

@@ -207,11 +207,12 @@ class Patches:
             kind = patch_words.dtype if isinstance(patch_words, torch.Tensor) else type(patch_words).__name__
             raise TypeError(f"patch_words is a {kind}; expected a tensor of integers (batch, patches).")
         batch, given = len(self.pixel_values), tuple(patch_words.shape)
-        own = f"{self.count}" if self.grid is None else f"{self.count} ({self.grid[0]} × {self.grid[1]})"
+        number = f"{self.count}" if self.grid is None else f"{self.count} ({self.grid[0]} × {self.grid[1]})"
         wanted = f"({batch}, {self.count}). Make them with an image processor for this model, from the same images."
         if patch_words.dim() < 2 or given[-1] != self.count:
             raise ValueError(
-                f"patch_words are {given}, and the model cuts {batch} images into {own} patches each: expected {wanted}"
+                f"patch_words are {given}, and the model cuts {batch} images into {number} patches each: expected "
+                f"{wanted}"
             )
         images = int((patch_words != DROPPED).any(dim=-1).sum())
         if repeats > 1 and images * repeats == batch:

@@ -46,13 +46,13 @@ def look_up(processor: Any, images: Sequence[np.ndarray], steps: dict[str, Any])
     tables = {channels: _values(processor, channels, steps) for channels in {len(image) for image in images}}
     shapes = [image.shape for image in images]
     if steps.get("return_tensors") is not None and len(set(shapes)) == 1:
-        found: Any = np.empty((len(shapes), *shapes[0]), np.float32)
+        result: Any = np.empty((len(shapes), *shapes[0]), np.float32)
     else:
-        found = [np.empty(shape, np.float32) for shape in shapes]
-    for image, values in zip(images, found, strict=True):
+        result = [np.empty(shape, np.float32) for shape in shapes]
+    for image, values in zip(images, result, strict=True):
         for plane, table, made in zip(image, tables[len(image)], values, strict=True):
             np.take(table, plane, out=made, mode="clip")
-    return found
+    return result
 
 
 def _values(processor: Any, channels: int, steps: dict[str, Any]) -> np.ndarray:

@@ -43,8 +43,8 @@ def pixel_batches(items: Sequence[Any], image_processor: Any, batch_size: int) -
         ValueError: the processor gives images of a batch different sizes.
     """
     for start in range(0, len(items), batch_size):
-        made = [processed(item, image_processor) for item in items[start : start + batch_size]]
-        yield one_batch(made, image_processor)
+        images = [processed(item, image_processor) for item in items[start : start + batch_size]]
+        yield one_batch(images, image_processor)
 
 
 def one_batch(made: Sequence[dict[str, torch.Tensor]], image_processor: Any) -> dict[str, torch.Tensor]:
@@ -106,22 +106,22 @@ def _pixels_between(image: Any, image_processor: Any) -> int:
     area = stated("size", "do_resize", "height") * stated("size", "do_resize", "width")
     # Some resize to more, of which they crop this share.
     share = min(1, max(_numbers(getattr(image_processor, "crop_pct", None)), default=1))
-    found = [round(max(_by_edges(image_processor, longer, shorter), area) / max(share, 1e-6) ** 2)]
+    pixels = [round(max(_by_edges(image_processor, longer, shorter), area) / max(share, 1e-6) ** 2)]
     for field, asked, height, width in (
         ("size", "do_resize", "max_height", "max_width"),
         ("crop_size", "do_center_crop", "height", "width"),
         ("pad_size", "do_pad", "height", "width"),
     ):
-        found.append(stated(field, asked, height) * stated(field, asked, width))
+        pixels.append(stated(field, asked, height) * stated(field, asked, width))
     if stated("size", "do_pad", "height"):  # to a square, as OWLv2's does
-        found.append(longer**2)
+        pixels.append(longer**2)
     # Images are resized to the one of these that fits best, and cut into tiles.
-    found += [
+    pixels += [
         int(height) * int(width) for height, width in getattr(image_processor, "image_grid_pinpoints", None) or ()
     ]
     if type(image_processor).__name__.startswith("Perceiver"):  # which crops first, to a share of the shorter side
-        found.append(shorter**2 * area // max(1, stated("crop_size", "do_center_crop", "height")) ** 2)
-    return max(*found, *_by_names(image_processor, longer, area))
+        pixels.append(shorter**2 * area // max(1, stated("crop_size", "do_center_crop", "height")) ** 2)
+    return max(*pixels, *_by_names(image_processor, longer, area))
 
 
 def _stated(image_processor: Any, field: str, asked: str, name: str) -> int:

@@ -124,14 +124,14 @@ def everywhere(work: Callable[[], Made], tell: Callable[[Made], Any] = lambda ma
         return made, [tell(made)]
     from accelerate.utils import gather_object
 
-    own: list[Made] = []
+    results: list[Made] = []
 
     def told() -> Any:
-        own.append(work())
-        return tell(own[0])
+        results.append(work())
+        return tell(results[0])
 
     others = _exchanged(told, gather_object)
-    return own[0], others
+    return results[0], others
 
 
 def _exchanged(work: Callable[[], Any], exchange: Callable[[list[Any]], list[Any]]) -> list[Any]:
@@ -197,8 +197,8 @@ def summed(values: Made) -> Made:
 
     device = find_device(values)
     with _talking():
-        found = reduce(send_to_device(values, PartialState().device), reduction="sum")
-    return send_to_device(found, device)
+        total = reduce(send_to_device(values, PartialState().device), reduction="sum")
+    return send_to_device(total, device)
 
 
 @contextlib.contextmanager

@@ -125,9 +125,9 @@ def without_words(image_processor: Any) -> Any:
     """An image processor that finds no words: as it is, or a copy if it does find some."""
     if getattr(image_processor, "vwt", None) is None:
         return image_processor
-    own = copy.deepcopy(image_processor)
-    own.vwt = None
-    return own
+    copied = copy.deepcopy(image_processor)
+    copied.vwt = None
+    return copied
 
 
 def patch_size_of(checkpoint: str) -> int:

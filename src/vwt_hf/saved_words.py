@@ -67,16 +67,16 @@ def require_same_words(folder: Path, saved_as: list[str], variant: str | None) -
     Raises:
         ValueError: the message names the weights. The words that were written are removed.
     """
-    own = {present_info(folder / words_folder(each)).get("sha256") for each in saved_as}
+    new_words = {present_info(folder / words_folder(each)).get("sha256") for each in saved_as}
     stay = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and _variant_of(path.name) != variant]
     sealed = []
     for seal in folder.glob(f"{FOLDER}-*/{SEAL}") if stay else ():
         with contextlib.suppress(OSError, ValueError):  # one that is damaged tells nothing
             sealed.append((_prints_in(seal), present_info(seal.parent).get("sha256")))
     for path in stay:
-        found = _fingerprint_of(path)
-        words = {of for prints, of in sealed if prints.get(path.name) == found}
-        if words and not words & own:
+        fingerprint = _fingerprint_of(path)
+        words = {of for prints, of in sealed if prints.get(path.name) == fingerprint}
+        if words and not words & new_words:
             for each in saved_as:
                 shutil.rmtree(folder / words_folder(each), ignore_errors=True)
             raise ValueError(
@@ -102,12 +102,12 @@ def _prints_in(seal: Path) -> dict[str, str]:
 
 def weights_in(folder: Path) -> dict[str, tuple[int, int, int]]:
     """`identity_of` each file of weights in a folder, by its name."""
-    found = {}
+    weights = {}
     for path in folder.glob("*"):
         if WEIGHTS.fullmatch(path.name):
             with contextlib.suppress(OSError):  # a link to nothing, or a file that is being replaced
-                found[path.name] = identity_of(path)
-    return found
+                weights[path.name] = identity_of(path)
+    return weights
 
 
 def left_in(folder: Path, before: dict[str, tuple[int, int, int]], variant: str | None) -> set[str]:
@@ -127,8 +127,8 @@ def seal_words(folder: Path, saved_as: list[str], named: str = FOLDER, left: Col
         left: names of weights in the folder that are of another save.
     """
     files = sorted(folder.iterdir()) if named == FOLDER else []
-    own = [path for path in files if WEIGHTS.fullmatch(path.name) and path.is_file() and path.name not in left]
-    prints = {path.name: _fingerprint_of(path) for path in own}
+    weights = [path for path in files if WEIGHTS.fullmatch(path.name) and path.is_file() and path.name not in left]
+    prints = {path.name: _fingerprint_of(path) for path in weights}
     content = json.dumps({"weights": prints}, indent=1).encode()
     for each in saved_as:
         write_files(folder / words_folder(each, named), {SEAL: content})
@@ -136,10 +136,10 @@ def seal_words(folder: Path, saved_as: list[str], named: str = FOLDER, left: Col
 
 def remove_other_words(folder: Path, saved_as: list[str], named: str = FOLDER) -> None:
     """Removes the folders of words that other saves left in a model's folder."""
-    own = {words_folder(each, named) for each in saved_as}
+    kept = {words_folder(each, named) for each in saved_as}
     of_a_save = re.compile(f"{named}-{SAVED_AS.pattern}")
     for path in folder.iterdir():
-        if of_a_save.fullmatch(path.name) and path.name not in own and path.is_dir() and not path.is_symlink():
+        if of_a_save.fullmatch(path.name) and path.name not in kept and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -152,15 +152,15 @@ def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any], na
         hub_kwargs: how `source` is read, its `revision` and `subfolder` among them.
         named: `FOLDER`, or `PROCESSOR_FOLDER` for an image processor's.
     """
-    own = dict(hub_kwargs)
-    within = posixpath.normpath(os.fspath(own.get("subfolder") or ""))  # transformers takes "sub/" and paths, too
-    own["subfolder"] = posixpath.join("" if within == "." else within, words_folder(saved_as, named))
-    vocabulary = load_vocabulary(source, trusted=True, pickles=False, **own)
+    where = dict(hub_kwargs)
+    within = posixpath.normpath(os.fspath(where.get("subfolder") or ""))  # transformers takes "sub/" and paths, too
+    where["subfolder"] = posixpath.join("" if within == "." else within, words_folder(saved_as, named))
+    vocabulary = load_vocabulary(source, trusted=True, pickles=False, **where)
     if saved_as is not None:
-        folder = Path(source, own["subfolder"])
+        folder = Path(source, where["subfolder"])
         if not os.path.isdir(source):  # a repository, whose files are in huggingface_hub's cache
-            seal = download_if_there(repo_id=source, filename=SEAL, **own)
-            folder = Path(seal or hf_hub_download(source, INFO_FILE, **own)).parent
+            seal = download_if_there(repo_id=source, filename=SEAL, **where)
+            folder = Path(seal or hf_hub_download(source, INFO_FILE, **where)).parent
         require_sealed(folder)
     return vocabulary
 
@@ -200,13 +200,13 @@ def require_sealed(words: Path) -> None:
 def _fingerprint_of(path: Path) -> str:
     """A hash of a file's length and of blocks spread over it, which differs for weights of another training."""
     length = path.stat().st_size
-    found = hashlib.sha256(str(length).encode())
+    digest = hashlib.sha256(str(length).encode())
     block = LOOKED_AT // BLOCKS
     with path.open("rb") as file:
         if length <= 2 * LOOKED_AT:
-            found.update(file.read())
+            digest.update(file.read())
         else:
             for number in range(BLOCKS):
                 file.seek((length - block) * number // (BLOCKS - 1), os.SEEK_SET)
-                found.update(file.read(block))
-    return found.hexdigest()
+                digest.update(file.read(block))
+    return digest.hexdigest()

@@ -65,15 +65,15 @@ def _orthonormal(columns: np.ndarray) -> np.ndarray:
     `np.linalg.qr` takes many steps, before each of which its threads wait for one another: a second and more where
     other processes have the cores.
     """
-    found = np.zeros(columns.shape[::-1])
+    basis = np.zeros(columns.shape[::-1])
     for number, column in enumerate(columns.T.astype(np.float64)):
-        before, rest = found[:number], column
+        before, rest = basis[:number], column
         for _ in range(2):  # the second time removes what rounding left the first time
             rest = rest - np.einsum("ij,i->j", before, np.einsum("ij,j->i", before, rest))
         length = np.sqrt(np.einsum("i,i", rest, rest))
         if length > 1e-9 * np.sqrt(np.einsum("i,i", column, column)):
-            found[number] = rest / length
-    return found.T.astype(columns.dtype)
+            basis[number] = rest / length
+    return basis.T.astype(columns.dtype)
 
 
 def _along(words: np.ndarray, directions: np.ndarray) -> np.ndarray:
@@ -134,5 +134,5 @@ def _products(patches: np.ndarray, patch: np.ndarray, words: np.ndarray, word: n
     """The inner products of pairs of a patch and a word, which are given by their numbers: (pairs,)."""
     parts = [slice(start, start + PAIRS) for start in range(0, len(patch), PAIRS)]
     # By BLAS, which rounds by less than a millionth: einsum and torch.bmm by ten and forty times as much.
-    found = [patches[patch[part]][:, None] @ words[word[part]][:, :, None] for part in parts]
-    return np.concatenate(found)[:, 0, 0]
+    products = [patches[patch[part]][:, None] @ words[word[part]][:, :, None] for part in parts]
+    return np.concatenate(products)[:, 0, 0]

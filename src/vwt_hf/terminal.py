@@ -149,14 +149,14 @@ def vwt_option(text: str) -> Any:
     wanted = 'expected true, false, or fields, as \'{"method": "local", "keep_ratio": 0.7}\'; a vocabulary stands '
     wanted += "in quotes, as '\"me/my-words\"'"
     try:
-        found = json.loads(text)
+        setting = json.loads(text)
     except (ValueError, RecursionError):
         is_word = text.isidentifier() and text not in ("True", "False", "None")
         named = f', and a method as \'{{"method": "{text}"}}\', if it is one' if is_word else ""
         raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON; {wanted}{named}") from None
-    if found is not None and not isinstance(found, (bool, dict, str)):
+    if setting is not None and not isinstance(setting, (bool, dict, str)):
         raise argparse.ArgumentTypeError(f"{shown(text)} is no setting; {wanted}")
-    return found
+    return setting
 
 
 def add_picture(parser: argparse.ArgumentParser, kind: str, usual: str) -> None:

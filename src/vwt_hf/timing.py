@@ -64,9 +64,9 @@ def stopwatch(run: Callable[[], Made], device: torch.device) -> tuple[Made, floa
     """The result of one call, and its seconds."""
     synchronize(device)
     start = time.perf_counter()
-    made = run()
+    result = run()
     synchronize(device)
-    return made, time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def time_in_turn(

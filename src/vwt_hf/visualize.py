@@ -233,8 +233,8 @@ def group_by_words(
         ValueError: an image is smaller than a patch.
     """
     patches = Patches.of_images(pixel_values, patch_size)
-    found = nearest_words(patches.pixels_as_words(), index_words(words), threshold)
-    return patches, patches.group(found, packed=False, exponent=0)
+    nearest = nearest_words(patches.pixels_as_words(), index_words(words), threshold)
+    return patches, patches.group(nearest, packed=False, exponent=0)
 
 
 def shared_words(patches: Patches, plan: Grouped) -> torch.Tensor:

@@ -89,12 +89,12 @@ def fingerprint_of(model: PreTrainedModel) -> str:
 
     It changes with training, and with any field of the config that changes answers. Every weight is read.
     """
-    own = hashlib.sha256(json.dumps(lasting(model.config.to_dict()), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(lasting(model.config.to_dict()), sort_keys=True).encode())
     for name, value in model.state_dict().items():
-        own.update(name.encode())
-        _hash_value(own, _fetched(model, name, value))
-    own.update(json.dumps(list(_adapters_of(model)), sort_keys=True, default=str).encode())
-    return f"{type(model).__name__} {own.hexdigest()[:16]}"
+        digest.update(name.encode())
+        _hash_value(digest, _fetched(model, name, value))
+    digest.update(json.dumps(list(_adapters_of(model)), sort_keys=True, default=str).encode())
+    return f"{type(model).__name__} {digest.hexdigest()[:16]}"
 
 
 def _adapters_of(model: nn.Module) -> Iterator[Any]:
@@ -102,7 +102,7 @@ def _adapters_of(model: nn.Module) -> Iterator[Any]:
     for name, module in model.named_modules():
         if hasattr(module, "merged_adapters"):
             state = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
-            yield name, [getattr(module, own, None) for own in state]
+            yield name, [getattr(module, field, None) for field in state]
 
 
 _PASSING = {"architectures", "dtype", "problem_type", "torch_dtype", "transformers_version", "vwt"}
@@ -161,8 +161,8 @@ def require_unsharded(model: PreTrainedModel) -> None:
     Raises:
         ValueError: it is one, by FSDP, DeepSpeed or tensor parallelism.
     """
-    for name, own in model.named_parameters():
-        if is_in_parts(own):
+    for name, parameter in model.named_parameters():
+        if is_in_parts(parameter):
             raise ValueError(
                 f"{printable(name)} of the {type(model).__name__} lies in parts in several processes (by FSDP, "
                 "DeepSpeed or tensor parallelism); expected each process to hold the whole model. Load it in each."

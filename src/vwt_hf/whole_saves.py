@@ -86,8 +86,8 @@ class Save:
 
     def left_overs(self) -> list[Path]:
         """Folders that other saves write in. If `is_alone()` is true afterwards, all of them are of killed saves."""
-        found = [path for path in self.folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
-        return [path for path in found if path != self.new and path.is_dir() and not path.is_symlink()]
+        folders = [path for path in self.folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
+        return [path for path in folders if path != self.new and path.is_dir() and not path.is_symlink()]
 
 
 @contextlib.contextmanager
@@ -264,8 +264,8 @@ def _is_mounted(file: Path) -> bool:
     except OSError:  # there is no such list here
         return False
     escapes = {byte: f"\\{byte:03o}".encode() for byte in b" \t\n\\"}
-    own = b"".join(escapes.get(byte, bytes([byte])) for byte in os.fsencode(os.path.realpath(file)))
-    return any(line.split(b" ")[4:5] == [own] for line in lines)
+    mount = b"".join(escapes.get(byte, bytes([byte])) for byte in os.fsencode(os.path.realpath(file)))
+    return any(line.split(b" ")[4:5] == [mount] for line in lines)
 
 
 def require_named(folder: str | os.PathLike[str]) -> None:

@@ -159,19 +159,19 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     @torch.compiler.assume_constant_result
     def constant(*args: Any) -> torch.Tensor:
         key = (choose, *args)
-        found = _cached(key)
-        if found is None:
+        tensor = _cached(key)
+        if tensor is None:
             # Outside inference mode, so that a later training step may save it for its backward pass.
             with torch.inference_mode(False):
-                found = choose(*args)
+                tensor = choose(*args)
             # Static sizes. Else dynamo takes a length that was less in a constant for another image size for one that
             # changes, and finds no input that it comes from. (`mark_static` is for inputs alone.)
-            found._dynamo_static_indices = set(range(found.dim()))  # type: ignore[attr-defined]
+            tensor._dynamo_static_indices = set(range(tensor.dim()))  # type: ignore[attr-defined]
             # torch.export sees tensors without values, and torch.jit.trace checks that it sees the same steps twice.
-            if type(found) is torch.Tensor and found.nbytes <= _CACHE_BYTES and not torch.jit.is_tracing():
-                _cache_for(key, found)
-        _hold(found)
-        return found
+            if type(tensor) is torch.Tensor and tensor.nbytes <= _CACHE_BYTES and not torch.jit.is_tracing():
+                _cache_for(key, tensor)
+        _hold(tensor)
+        return tensor
 
     # Torch names a constant after the code of the function that gave it, and a graph cannot hold two of one name.
     constant.__code__ = constant.__code__.replace(co_name=choose.__name__)
@@ -179,19 +179,19 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     @functools.wraps(choose)
     def chosen(*args: Any) -> torch.Tensor:
         # Sizes are tensors in torch.jit.trace, and symbols in torch.compile.
-        found = constant(*[one if isinstance(one, tuple) else operator.index(one) for one in args[:-1]], args[-1])
+        tensor = constant(*[one if isinstance(one, tuple) else operator.index(one) for one in args[:-1]], args[-1])
         # `detach`, as dynamo computes sums and indexing of a constant itself while it traces, without static sizes.
-        return found.detach() if torch.compiler.is_dynamo_compiling() else found
+        return tensor.detach() if torch.compiler.is_dynamo_compiling() else tensor
 
     return chosen
 
 
 def _cached(key: tuple[Any, ...]) -> torch.Tensor | None:
     with _cache_lock:
-        found = _cache.get(key)
-        if found is not None:
+        tensor = _cache.get(key)
+        if tensor is not None:
             _cache.move_to_end(key)
-        return found
+        return tensor
 
 
 def _cache_for(key: tuple[Any, ...], made: torch.Tensor) -> None:
@@ -321,12 +321,13 @@ def nearest_kept(
         marks = [None] * len(pieces) if real is None else real.split(step, dim=1)
         sums = []
         for piece, mark in zip(pieces, marks, strict=True):
-            found = _distances(piece, of_kept)
-            sums.append(_sums(found, None if mark is None or stays is None else mark.unsqueeze(2) & stays.unsqueeze(1)))
+            distances = _distances(piece, of_kept)
+            counts = None if mark is None or stays is None else mark.unsqueeze(2) & stays.unsqueeze(1)
+            sums.append(_sums(distances, counts))
         look, place, number = (functools.reduce(operator.add, each) for each in zip(*sums, strict=True))
         means = [(total / number).clamp(min=1e-6) for total in (look, place)]
         if len(pieces) == 1:
-            nearest = _nearest(found, means, stays)
+            nearest = _nearest(distances, means, stays)
         else:
             nearest = torch.cat([_nearest(_distances(piece, of_kept), means, stays) for piece in pieces], dim=1)
         kept = kept.expand(nearest.shape[0], -1)
@@ -431,8 +432,8 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
     at_once = min(at_once, _ROWS) if patches.is_cpu else at_once
     parts = zip(patches.flatten(0, 1).split(at_once), lengths.split(at_once), strict=True)
     with without_autocast(patches.device):  # which would search in half precision
-        found = [_largest_cosines(rows, length, index, least) for rows, length in parts]
-    largest, words = (torch.cat(each) for each in zip(*found, strict=True))
+        cosines = [_largest_cosines(rows, length, index, least) for rows, length in parts]
+    largest, words = (torch.cat(each) for each in zip(*cosines, strict=True))
     near = largest >= least
     if threshold < 1:
         near &= lengths > 0
@@ -442,10 +443,10 @@ def nearest_words(patches: torch.Tensor, index: WordIndex, threshold: float) -> 
 def _rounds_as_float32() -> bool:
     """Whether products of matrices on a CPU are in float32, as they are unless a user allows for less."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    own = getattr(matmul, "fp32_precision", None)
-    if own is None:  # before torch 2.9
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision is None:  # before torch 2.9
         return torch.get_float32_matmul_precision() == "highest"
-    return own in ("none", "ieee")  # the function above raises where this is set for one kind of device alone
+    return precision in ("none", "ieee")  # the function above raises where this is set for one kind of device alone
 
 
 def _largest_cosines(
@@ -455,9 +456,9 @@ def _largest_cosines(
     cosine of `least`, what `screened_cosines` says."""
     # Where torch may round to fewer bits, a screen would rule words out wrongly.
     if index.screen is not None and not is_followed() and _rounds_as_float32():
-        found = screened_cosines(rows, lengths, index.words, index.screen, least, _SAME)
-        if found is not None:
-            return found
+        screened = screened_cosines(rows, lengths, index.words, index.screen, least, _SAME)
+        if screened is not None:
+            return screened
     cosines = (rows @ index.words.T).div_(lengths.clamp(min=TINY).unsqueeze(1))
     largest = cosines.amax(dim=1)
     return largest, first_of(cosines.ge_((largest - _SAME).unsqueeze(1)))

@@ -47,15 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name, verb in VERBS.items():
-        own = verbs.add_parser(
+        verb_parser = verbs.add_parser(
             name,
             help=verb.HELP,
             description=verb.DESCRIPTION,
             epilog=verb.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        verb.add_arguments(own)
-        own.set_defaults(work=verb.work, prog=own.prog)
+        verb.add_arguments(verb_parser)
+        verb_parser.set_defaults(work=verb.work, prog=verb_parser.prog)
     return parser
 
 

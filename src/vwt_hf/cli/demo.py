@@ -151,18 +151,18 @@ def measure(
 
     plain = models[0]
     seconds = torch.zeros(len(models), repeats, device="cpu")
-    found: list[list[float]] = [[] for _ in models]
+    by_model: list[list[float]] = [[] for _ in models]
     tokens = [0.0] * len(models)
     drawn: list[torch.Tensor] = []
     with torch.inference_mode():
-        for made in batches:
-            pixel_values = whole_images(made).to(plain.device, plain.dtype)
+        for batch in batches:
+            pixel_values = whole_images(batch).to(plain.device, plain.dtype)
             features: list[torch.Tensor] = []
             for i, model in enumerate(models):
                 with count_tokens(model) as count:
                     feature, values = named_answer(model, pixel_values=pixel_values)
                 features.append(values)
-                found[i] += cosines(features[i], features[0]).tolist()
+                by_model[i] += cosines(features[i], features[0]).tolist()
                 tokens[i] += count.mean * count.images
             runs = [functools.partial(answer, model, pixel_values=pixel_values) for model in models]
             seconds += torch.tensor(time_in_turn(runs, plain.device, repeats), device="cpu")
@@ -173,7 +173,7 @@ def measure(
                     f"{checkpoint}: the image processor gives images of shapes {tuple(drawn[0].shape[1:])} and "
                     f"{tuple(pixel_values.shape[1:])}; expected one for all, which a picture can hold."
                 )
-    return Measured(seconds, found, tokens, feature, torch.cat(drawn))
+    return Measured(seconds, by_model, tokens, feature, torch.cat(drawn))
 
 
 def table(settings: Sequence[str], made: Measured, images: int) -> list[tuple[str, ...]]:

@@ -85,7 +85,7 @@ def work(args: argparse.Namespace) -> None:
 
     with joined(args.device):
         (model, source, processor), _ = everywhere(prepare)
-        made = embed(
+        embedded = embed(
             model,
             source,
             args.output,
@@ -95,11 +95,11 @@ def work(args: argparse.Namespace) -> None:
         if place()[0] > 0:
             return
         print(f"{type(model).__name__} from {printable(args.model)}\n")
-        print(aligned(facts(made)))
-        for image in made.unreadable[:NAMED]:
+        print(aligned(facts(embedded)))
+        for image in embedded.unreadable[:NAMED]:
             print(f"unreadable: {printable(image['reason'])}")
-        if len(made.unreadable) > NAMED:
-            print(f"and {len(made.unreadable) - NAMED:,} more: {printable(args.output)}/embed.json")
+        if len(embedded.unreadable) > NAMED:
+            print(f"and {len(embedded.unreadable) - NAMED:,} more: {printable(args.output)}/embed.json")
 
 
 def facts(made: Embedded) -> list[tuple[str, str]]:

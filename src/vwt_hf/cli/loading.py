@@ -33,8 +33,8 @@ def own_class(config: Any) -> Any:
 
     from ..model_configs import plain_class
 
-    found = [getattr(transformers, name, None) for name in config.architectures or []]
-    return next((own for own in found if getattr(own, "config_class", None) is plain_class(type(config))), None)
+    classes = [getattr(transformers, name, None) for name in config.architectures or []]
+    return next((each for each in classes if getattr(each, "config_class", None) is plain_class(type(config))), None)
 
 
 def features_class(config: Any) -> Any:
@@ -44,8 +44,8 @@ def features_class(config: Any) -> Any:
     """
     from transformers import AutoModel
 
-    own = own_class(config)
-    return own if own is not None and own.__name__.endswith(("Model", "WithProjection")) else AutoModel
+    named = own_class(config)
+    return named if named is not None and named.__name__.endswith(("Model", "WithProjection")) else AutoModel
 
 
 def load(
@@ -133,14 +133,14 @@ def load_whole(checkpoint: str) -> PreTrainedModel:
     from transformers import AutoConfig, __version__
 
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    own = own_class(config)
-    if own is None:
+    model_class = own_class(config)
+    if model_class is None:
         raise ValueError(
             f"{checkpoint} has architectures {shown(config.architectures)} in its config.json; expected a class of "
             f"transformers {__version__} for a {type(config).__name__}: saved as another the model may lose weights. "
             "Correct it, or leave out --output and load the model with the setting that is printed."
         )
-    return load(checkpoint, torch.device("cpu"), auto=own, dtype="auto")
+    return load(checkpoint, torch.device("cpu"), auto=model_class, dtype="auto")
 
 
 def tokenizer_beside(checkpoint: str) -> Any:

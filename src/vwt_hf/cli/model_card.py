@@ -115,11 +115,12 @@ def _model_name(model: str) -> str:
 
 def warn_of_another(file: Path, card: ModelCard, model: str) -> None:
     """Warns where a card's `model-index` is of another model than the one of this Hub id or folder."""
-    own, name = Path(str(card.entry["name"])).name, _model_name(model)
-    if own != name:
+    there, name = Path(str(card.entry["name"])).name, _model_name(model)
+    if there != name:
         warnings.warn(
-            f"{printable(file)} has a model-index of {shown(own)}, and what is measured is {shown(name)}: its figures "
-            "go in there, in place of those of the same name. If these are two models, name another file by --card.",
+            f"{printable(file)} has a model-index of {shown(there)}, and what is measured is {shown(name)}: its "
+            "figures go in there, in place of those of the same name. If these are two models, name another file by "
+            "--card.",
             stacklevel=2,
         )
 
@@ -141,10 +142,10 @@ def write_card(file: Path, result: Evaluation, split: str | None, config: str | 
     (new,) = made["results"]
     require_same_images(card, _subject(new), total, exact=True)
     results = card.entry["results"]
-    alike = [own for own in results if _subject(own) == _subject(new)]
+    alike = [entry for entry in results if _subject(entry) == _subject(new)]
     replaced = {_name_of(figure) for figure in new["metrics"]}
-    for own in alike:
-        own["metrics"] = [figure for figure in own["metrics"] if _name_of(figure) not in replaced]
+    for entry in alike:
+        entry["metrics"] = [figure for figure in entry["metrics"] if _name_of(figure) not in replaced]
     if alike:
         alike[0]["metrics"] += new["metrics"]
     else:
@@ -161,7 +162,8 @@ def require_same_images(card: ModelCard, subject: tuple[Any, ...], total: int | 
         total: how many images there are; `None` if that is not known.
         exact: whether `total` is exact; if not, as for a stream that may end before its limit, there may be fewer.
     """
-    for figure in [figure for own in card.entry["results"] if _subject(own) == subject for figure in own["metrics"]]:
+    alike = [entry for entry in card.entry["results"] if _subject(entry) == subject]
+    for figure in [figure for entry in alike for figure in entry["metrics"]]:
         args = figure.get("args")
         if total is None or not isinstance(args, dict) or not is_int(args.get("images")):
             continue
@@ -204,8 +206,8 @@ def _place_of_index(metadata: str) -> tuple[int, int]:
 def _all_but_index(metadata: str) -> dict[str, Any]:
     """The metadata without `model-index`, all values as texts: a number or date may be written in many ways."""
     # With a line end, which the last line may have or lack.
-    found = yaml.load(f"{metadata}\n", Loader=yaml.BaseLoader) or {}
-    return {name: value for name, value in found.items() if name != "model-index"}
+    fields = yaml.load(f"{metadata}\n", Loader=yaml.BaseLoader) or {}
+    return {name: value for name, value in fields.items() if name != "model-index"}
 
 
 def _subject(result: dict[str, Any]) -> tuple[Any, ...]:

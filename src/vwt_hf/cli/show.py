@@ -136,8 +136,8 @@ def load_seen(paths: Sequence[Path], model: str | None, words: VisualVocabulary 
     processor = load_processor(model)
     patch_size = patch_size_of(model)
     mean, std = processor_statistics(processor, channels=3)
-    made = pixel_batches(paths, processor, len(paths))
-    pixel_values = torch.cat([whole_images(batch).float() for batch in made])
+    batches = pixel_batches(paths, processor, len(paths))
+    pixel_values = torch.cat([whole_images(batch).float() for batch in batches])
     return Seen(names, pixel_values, patch_size, mean, std)
 
 
@@ -187,5 +187,5 @@ def default_pixel_values(
     side = max(1, round(SIDE / patch_size)) * patch_size
     squares = [ImageOps.fit(read_image(path), (side, side), Image.Resampling.BICUBIC) for path in paths]
     pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2).float() / 255
-    subtract, divide = (torch.tensor(own, dtype=torch.float32, device="cpu").view(-1, 1, 1) for own in (mean, std))
+    subtract, divide = (torch.tensor(one, dtype=torch.float32, device="cpu").view(-1, 1, 1) for one in (mean, std))
     return (pixels - subtract) / divide

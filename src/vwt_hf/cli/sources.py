@@ -132,13 +132,13 @@ def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -
 def _is_described(folder: Path) -> bool:
     """Whether a folder has files that `datasets` reads for its images; those that `embed` writes do not count."""
     kinds = ("metadata.csv", "metadata.jsonl", *(f"[!.]*.{ending}" for ending in ("parquet", "arrow", "tar")))
-    found = (file for within in ("", "[!.]*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
+    files = (file for within in ("", "[!.]*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
     of_embed = re.compile(r"train-\d+-of-\d+\.parquet")
-    return any(not (of_embed.fullmatch(file.name) and (file.parent / "embed.json").exists()) for file in found)
+    return any(not (of_embed.fullmatch(file.name) and (file.parent / "embed.json").exists()) for file in files)
 
 
 def _one_of(splits: Sequence[str], usual: Sequence[str], name: str) -> str:
-    found = splits if len(splits) == 1 else [split for split in usual if split in splits]
-    if not found:
+    choices = splits if len(splits) == 1 else [split for split in usual if split in splits]
+    if not choices:
         raise ValueError(f"{name} has the splits {', '.join(splits)}; name one by --split.")
-    return found[0]
+    return choices[0]

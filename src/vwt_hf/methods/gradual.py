@@ -129,11 +129,11 @@ class GradualConfig(LocalConfig):
         if given is None:
             return {}
         by_layer = given if isinstance(given, tuple) else (given,) * len(numbers)
-        found: dict[int, float] = {}
+        wanted: dict[int, float] = {}
         for number, one in zip(numbers, by_layer, strict=True):
             if 0 < number < layers:
-                found.setdefault(number, one)  # a model of few layers has one for several depths
-        return found
+                wanted.setdefault(number, one)  # a model of few layers has one for several depths
+        return wanted
 
     def seek(self, plan: Grouped, hidden_states: torch.Tensor, wanted: float) -> tuple[torch.Tensor, int | None] | None:
         if not plan.layout.runs:  # no images

@@ -51,7 +51,7 @@ def render_card(
         base_model=info.base_model if info.base_model and _is_hub_id(info.base_model) else None,
     )
     template = importlib.resources.files(__package__) / "card.md"
-    made = ModelCard.from_template(
+    card = ModelCard.from_template(
         data,
         template_str=template.read_text(encoding="utf-8"),
         source=", ".join(
@@ -64,7 +64,7 @@ def render_card(
         code=_code,
         picture=PICTURE_FILE,
     )
-    return str(made).encode()
+    return str(card).encode()
 
 
 def is_card_of_words(readme: bytes) -> bool:

@@ -248,10 +248,11 @@ def _require_arguments(size: Any, patch_size: Any, seed: Any, batch_size: Any, m
 
 
 def _described(image_processor: Any) -> dict[str, Any]:
-    """What a run that goes on must find the same of an image processor."""
-    mean, std = _recorded_statistics(image_processor)
-    made = image_processor.to_dict()
-    cuts = ", ".join(f"{name} {made[name]}" for name in CUTS if name in made)
+    """What a run that goes on must find the same of an image processor; its mean and deviation are recorded, too."""
+    is_known = white_of(image_processor) is not None  # else nothing says of which values they are
+    mean, std = map(list, processor_statistics(image_processor, CHANNELS)) if is_known else (None, None)
+    fields = image_processor.to_dict()
+    cuts = ", ".join(f"{name} {fields[name]}" for name in CUTS if name in fields)
     # With its class: Pillow resizes to other pixels than torchvision.
     return {"image_mean": mean, "image_std": std, "image_processor": f"{type(image_processor).__name__}, {cuts}"}
 
@@ -290,14 +291,6 @@ def _learn(
             save()
     if whole:
         save()
-
-
-def _recorded_statistics(image_processor: Any) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation of an image processor, to record; `None` if it does not say what white is."""
-    if white_of(image_processor) is None:
-        return None, None
-    mean, std = processor_statistics(image_processor, CHANNELS)
-    return list(mean), list(std)
 
 
 def _default_device() -> torch.device | str:

@@ -290,16 +290,16 @@ class VisualVocabulary:
 def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, token: str | bool | None) -> bytes:
     """The README.md where words are to be pushed; empty if there is none."""
     # Not from the cache, which may hold an old one, and may not be writable.
-    with tempfile.TemporaryDirectory() as own:
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            found = hf_hub_download(
-                repo_id, REPOCARD_NAME, subfolder=subfolder, revision=revision, token=token, local_dir=own
+            file = hf_hub_download(
+                repo_id, REPOCARD_NAME, subfolder=subfolder, revision=revision, token=token, local_dir=folder
             )
         except (EntryNotFoundError, RevisionNotFoundError) as error:
             if isinstance(error, LocalEntryNotFoundError):  # which leaves open whether it is there
                 raise
             return b""
-        return Path(found).read_bytes()
+        return Path(file).read_bytes()
 
 
 def _is_foreign(readme: bytes, place: str) -> bool:

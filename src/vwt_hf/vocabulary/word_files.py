@@ -121,14 +121,14 @@ def _described_tensors(
     words, counts = tensors["words"], tensors.get("frequencies")
     if words["dtype"] not in _DTYPES:
         raise ValueError(f"words are {shown(words['dtype'])}; expected floating point: {', '.join(_DTYPES)}")
-    found = tuple(words["shape"])
-    if found != shape:
-        raise ValueError(f"words have shape {shown(found)}, but vocabulary.json says {shown(shape)}")
-    _require_bytes(math.prod(found))
-    if counts is not None and (counts["dtype"] != "I64" or tuple(counts["shape"]) != found[:1]):
+    words_shape = tuple(words["shape"])
+    if words_shape != shape:
+        raise ValueError(f"words have shape {shown(words_shape)}, but vocabulary.json says {shown(shape)}")
+    _require_bytes(math.prod(words_shape))
+    if counts is not None and (counts["dtype"] != "I64" or tuple(counts["shape"]) != words_shape[:1]):
         raise ValueError(
             f"frequencies are {shown(counts['dtype'])} of shape {shown(tuple(counts['shape']))}; "
-            f"expected I64 {found[:1]}"
+            f"expected I64 {words_shape[:1]}"
         )
     return words, counts
 
@@ -240,16 +240,16 @@ def _require_short_directory(path: Path) -> None:
 
 def _records(archive: zipfile.ZipFile, length: int) -> dict[str, zipfile.ZipInfo]:
     """The archive's records, by their names within its one folder."""
-    found = archive.infolist()
-    if len(found) > _MOST_RECORDS:
-        raise _Another(f"it has {len(found)} records, and one tensor has {_MOST_RECORDS} at most")
-    for record in found:
+    entries = archive.infolist()
+    if len(entries) > _MOST_RECORDS:
+        raise _Another(f"it has {len(entries)} records, and one tensor has {_MOST_RECORDS} at most")
+    for record in entries:
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
             raise _Another(f"its record {shown(record.filename)} is compressed, which torch.save does not do")
         if record.file_size > length:
             raise _Another(f"its record {shown(record.filename)} claims more bytes than the file has")
-    records = {record.filename.partition("/")[2]: record for record in found}
-    if len(records) != len(found) or "data.pkl" not in records:
+    records = {record.filename.partition("/")[2]: record for record in entries}
+    if len(records) != len(entries) or "data.pkl" not in records:
         raise _Another("its records are not those of a file that torch.save wrote")
     if records["data.pkl"].file_size > _MOST_PICKLE_BYTES:
         raise _Another("it holds a description that is longer than one tensor's")
