@@ -259,8 +259,8 @@ def test_features_of_another_kind_of_device_or_version_are_not_gone_on_with(chan
     elif changed == "most_pixels":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     elif changed == "device":
-        made_with = vwt_hf.embedding.made_with
-        monkeypatch.setattr(vwt_hf.embedding, "made_with", lambda model: made_with(model) | {"device": "meta"})
+        made_with = vwt_hf.provenance.made_with
+        monkeypatch.setattr(vwt_hf.provenance, "made_with", lambda model: made_with(model) | {"device": "meta"})
     else:
         monkeypatch.setattr(sys.modules[changed], "__version__", "0.1")
     with pytest.raises(ValueError, match=rf"features of another run \({changed}"):

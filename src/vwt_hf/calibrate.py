@@ -31,10 +31,10 @@ from .on_gpu import has_kernels
 from .printable import difference, shown
 from .processed_images import one_batch, processed
 from .processors import processor_of, processor_statistics, without_words
-from .provenance import cpu_name, made_with
+from .provenance import cpu_name, run_of
 from .timing import FEWEST_TURNS, count_flops, stopwatch
 from .token_count import count_tokens
-from .weights import copy_sharing_weights, device_of, fingerprint_of
+from .weights import copy_sharing_weights, device_of
 from .whole_saves import require_writable, write_file
 
 
@@ -366,19 +366,18 @@ class Calibration:
                 pixels.update(values.contiguous().numpy().tobytes())
         device = device_of(self._plain)
         is_timed_on_cpu = self._by == "time" and device.type == "cpu"
-        return {
-            "format": FORMAT,
-            "model": fingerprint_of(self._plain),
-            **made_with(self._plain),
-            "images": f"{self.images} {pixels.hexdigest()[:16]}",
-            "batch_size": self._batch_size,
-            "by": self._by,
-            "seed": self._seed,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "processor": cpu_name() if is_timed_on_cpu else None,
-            "threads": torch.get_num_threads() if is_timed_on_cpu else None,
-            "kernels": has_kernels(device) if self._by == "time" else None,
-        }
+        return run_of(
+            self._plain,
+            FORMAT,
+            images=f"{self.images} {pixels.hexdigest()[:16]}",
+            batch_size=self._batch_size,
+            by=self._by,
+            seed=self._seed,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            processor=cpu_name() if is_timed_on_cpu else None,
+            threads=torch.get_num_threads() if is_timed_on_cpu else None,
+            kernels=has_kernels(device) if self._by == "time" else None,
+        )
 
 
 def target_of(**targets: float | None) -> tuple[str, float]:

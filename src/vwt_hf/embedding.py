@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -37,10 +36,10 @@ from .printable import shown
 from .processed_images import one_batch, processed
 from .processes import everywhere, gathered, join, place
 from .processors import described_processor, processor_of, without_words
-from .provenance import compression_of, made_with
+from .provenance import compression_of, run_of
 from .timing import return_memory
 from .token_count import count_tokens
-from .weights import fingerprint_of, require_unsharded
+from .weights import require_unsharded
 from .whole_saves import require_folder
 
 FORMAT = 4
@@ -443,14 +442,6 @@ def _with_words(image_processor: Any, model: PreTrainedModel, finds: bool) -> An
 
 
 def _fingerprint(model: PreTrainedModel, image_processor: Any, rows: ImageRows) -> dict[str, Any]:
-    """What the files of one collection must have in common, as JSON holds it."""
-    of = {
-        "format": FORMAT,
-        "model": fingerprint_of(model),
-        **made_with(model),
-        **compression_of(model),
-        "image_processor": described_processor(image_processor),
-        **_reading_limits(),
-        "images": rows.order,
-    }
-    return json.loads(json.dumps(of))
+    """What the files of one collection must have in common."""
+    by = compression_of(model) | {"image_processor": described_processor(image_processor)} | _reading_limits()
+    return run_of(model, FORMAT, **by, images=rows.order)

@@ -49,10 +49,10 @@ from .processors import (
     require_vocabulary,
     without_words,
 )
-from .provenance import compression_of, made_with
+from .provenance import compression_of, made_with, run_of
 from .timing import stopwatch
 from .token_count import TokenCount, count_tokens
-from .weights import copy_sharing_weights, device_of, fingerprint_of
+from .weights import copy_sharing_weights, device_of
 
 FORMAT = 7
 """Of what `resume` keeps of a run."""
@@ -392,22 +392,20 @@ class _Comparison:
         return Batch(number, read, unreadable, answers, counts, seconds)
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What two runs must share for one to go on from the other, as JSON holds it."""
+        """What two evaluations must have in common for one to go on from the other."""
         task, plain = self.task, self.models[0]
-        of = {
-            "format": FORMAT,
-            "model": fingerprint_of(plain),
-            **made_with(plain),
-            "settings": {str(number): compression_of(model) for number, model in enumerate(self.models)},
-            "image_processor": described_processor(self.processor),
-            "tokenizer": _tokenizer_of(task),
-            "generation": plain.generation_config.to_dict() if isinstance(task, Captions) else None,
-            "task": task.name,
-            "options": {name: value for name, value in task.options.items() if name != "seed"},
-            "images": self.images.order(place()[1]),
-            "batch_size": self.batch_size,
-        }
-        return json.loads(json.dumps(of))
+        return run_of(
+            plain,
+            FORMAT,
+            settings={str(number): compression_of(model) for number, model in enumerate(self.models)},
+            image_processor=described_processor(self.processor),
+            tokenizer=_tokenizer_of(task),
+            generation=plain.generation_config.to_dict() if isinstance(task, Captions) else None,
+            task=task.name,
+            options={name: value for name, value in task.options.items() if name != "seed"},
+            images=self.images.order(place()[1]),
+            batch_size=self.batch_size,
+        )
 
 
 def _answers(

@@ -348,15 +348,13 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
         raise TypeError(f"images is a {type(dataset).__name__}; expected a Dataset or an IterableDataset.")
     name = getattr(dataset.info, "dataset_name", None)
     of = "".join(f"{known}, " for known in (name, dataset.info.config_name, dataset.split) if known)
+    column = find_image_column(features_of(dataset), column)
+    encoded = undecoded(dataset, column)
     if isinstance(dataset, datasets.Dataset):
-        column = find_image_column(dataset.features, column)
-        encoded = undecoded(dataset, column)
         part_of_rows = _shuffled(len(dataset), seed, lambda i: (f"row {i}", encoded[i][column]))
         ends = [encoded[i] for i in sorted({0, len(dataset) - 1})] if len(dataset) else []
         of += f"first and last: {described_images(ends, column)}"
         return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows ({of})", part_of_rows)
-    column = find_image_column(features_of(dataset), column)
-    encoded = undecoded(dataset, column)
     # Streams of files have the same name, whichever the files are.
     of += f"first: {described_images(itertools.islice(encoded, 1), column)}, "
     shuffled = encoded.shuffle(seed=seed, buffer_size=SHUFFLED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .compress import lexicon_of, setting_of
-from .weights import device_of
+from .weights import device_of, fingerprint_of
 
 
 def cpu_name() -> str:
@@ -37,6 +38,18 @@ def made_with(model: PreTrainedModel) -> dict[str, Any]:
         "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
         "float32": _float32_products(),
     }
+
+
+def run_of(model: PreTrainedModel, form: int, **more: Any) -> dict[str, Any]:
+    """What two runs must have in common for one to go on from the other, as JSON holds it.
+
+    Args:
+        model: whose answers are kept.
+        form: the number of the format in which they are.
+        more: what else it depends on; of a name of `made_with`, in place of that.
+    """
+    common = {"format": form, "model": fingerprint_of(model), **made_with(model), **more}
+    return json.loads(json.dumps(common))
 
 
 def _float32_products() -> list[str]:

@@ -95,7 +95,7 @@ class InterConfig(RaggedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.threshold) or not 0 <= self.threshold <= 2:
+        if not is_number(self.threshold, 0, 2):
             raise ValueError(f"VWTConfig.threshold is {shown(self.threshold)}; expected a cosine distance in [0, 2].")
         if not (self.vocabulary is None or is_vocabulary(self.vocabulary)):
             raise ValueError(

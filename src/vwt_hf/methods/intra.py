@@ -123,7 +123,7 @@ class IntraConfig(VWTConfig):
             return None
         values = centre(patches.pixels()) if self.criterion == "variance" or self.groups else None
         if patches.real is not None:
-            kept, stays = self._choose_real(patches, values, keep)
+            kept, stays = self._choose_padded(patches, values, keep)
         else:
             kept, stays = self._choose(patches, values, keep), None
         if not self.groups:
@@ -147,7 +147,7 @@ class IntraConfig(VWTConfig):
         assert patches.grid is not None  # images are not padded
         return grid_patches(*patches.grid, keep, patches.device)
 
-    def _choose_real(self, patches: Patches, values: Centred | None, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _choose_padded(self, patches: Patches, values: Centred | None, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Chooses patches where images are padded: `keep_ratio` of each image's real patches stay, at least one.
 
         Returns:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checks import is_int
 from ..printable import printable, shown
 
 MOST_BYTES = 2**32
@@ -299,7 +300,7 @@ def _tensor(stored: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tens
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return is_int(value) and 0 <= value < 2**63
 
 
 def _require_dense(tensor: _Tensor, values: int, records: dict[str, zipfile.ZipInfo]) -> zipfile.ZipInfo:
