@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
-from . import attention
+from . import attention, hooks
 from .config import ModelFacts, VWTConfig
 from .families import (
     Family,
@@ -32,25 +32,6 @@ from .families import (
     why_every_patch,
 )
 from .forward import GivenWords, call_with, current_forward, traced_within, words_to_generate_by
-from .hooks import (
-    Begin,
-    Bias,
-    End,
-    EndWords,
-    Expand,
-    Hook,
-    Join,
-    MaskPadding,
-    OfWholeImage,
-    Reduce,
-    RefuseMask,
-    Repaint,
-    Rotate,
-    RotateTokens,
-    TakeWords,
-    attending_layers,
-    is_even,
-)
 from .model_configs import attend_by_plan, configs_of_modules, is_among, is_by_plan
 from .own_thread import in_own_thread
 from .processors import configs_within
@@ -166,7 +147,7 @@ def compress_by(
 def _is_hooked(model: PreTrainedModel, tower: Tower) -> bool:
     """Whether `model` was compressed itself, and not only another one that shares embeddings or layers with it."""
     return any(
-        isinstance(hook, (TakeWords, Begin, RefuseMask))
+        isinstance(hook, (hooks.TakeWords, hooks.Begin, hooks.RefuseMask))
         for part in (tower.module, *models_around(model, tower))
         for hook in part._forward_pre_hooks.values()
     )
@@ -174,7 +155,7 @@ def _is_hooked(model: PreTrainedModel, tower: Tower) -> bool:
 
 def _has_hooked_parts(module: nn.Module) -> bool:
     """Whether embeddings or layers within a module have hooks of this package."""
-    return any(isinstance(hook, Hook) for part in module.modules() for hook in part._forward_hooks.values())
+    return any(isinstance(hook, hooks.Hook) for part in module.modules() for hook in part._forward_hooks.values())
 
 
 def _require_own_parts(tower: Tower) -> None:
@@ -220,41 +201,41 @@ def _hook_in(model: PreTrainedModel, tower: Tower, family: Family, setting: VWTC
     follows = by_sizes or (setting.shortens and relative)
     entered = models_around(model, tower)
     for holder in entered:
-        holder.register_forward_pre_hook(TakeWords(follows), with_kwargs=True)
+        holder.register_forward_pre_hook(hooks.TakeWords(follows), with_kwargs=True)
     _replace_methods(model, begins=follows and model is tower.module)
     if follows:
         by_interface = by_sizes and not _replaced_attentions(tower, family)
-        begin = Begin(relative, by_sizes, family.padded is not None, by_interface, is_even(setting, family))
+        begin = hooks.Begin(relative, by_sizes, family.padded is not None, by_interface, hooks.is_even(setting, family))
         tower.module.register_forward_pre_hook(begin, with_kwargs=True)
     if setting.shortens and not by_sizes:
-        tower.module.register_forward_pre_hook(RefuseMask(), with_kwargs=True)
+        tower.module.register_forward_pre_hook(hooks.RefuseMask(), with_kwargs=True)
     _hook_embeddings(tower, family, setting, follows)
     for module in tower.module.modules():
         if by_sizes and is_of(module, family.padded):
-            module.register_forward_pre_hook(MaskPadding())
+            module.register_forward_pre_hook(hooks.MaskPadding())
         if follows and is_of(module, family.relative):
-            module.register_forward_pre_hook(OfWholeImage(), with_kwargs=True)
-            module.register_forward_hook(Bias())
+            module.register_forward_pre_hook(hooks.OfWholeImage(), with_kwargs=True)
+            module.register_forward_hook(hooks.Bias())
     if by_sizes:
         _hook_layers(tower, family, setting)
     if follows:
-        layers = len(attending_layers(tower.module)[0]) if by_sizes else 0
-        tower.module.register_forward_hook(End(layers), always_call=True)
+        layers = len(hooks.attending_layers(tower.module)[0]) if by_sizes else 0
+        tower.module.register_forward_hook(hooks.End(layers), always_call=True)
     for holder in entered:
-        holder.register_forward_hook(EndWords(follows), always_call=True)
+        holder.register_forward_hook(hooks.EndWords(follows), always_call=True)
 
 
 def _hook_embeddings(tower: Tower, family: Family, setting: VWTConfig, follows: bool) -> None:
     """Has the embeddings of a tower make tokens, and its rotary positions follow."""
     runs: list[Any] = [tower.module, *(stack for stack, _ in find_stacks(tower.module))]
     own_rows = any(not type(part).forward.__module__.startswith("transformers.") for part in runs)
-    reduce = Reduce(setting, family, tower.patch_size, tower.channels, follows, own_rows)
+    reduce = hooks.Reduce(setting, family, tower.patch_size, tower.channels, follows, own_rows)
     if setting.shortens and setting.repaints:
-        tower.embeddings.register_forward_pre_hook(Repaint(reduce), with_kwargs=True)
+        tower.embeddings.register_forward_pre_hook(hooks.Repaint(reduce), with_kwargs=True)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
     for module in tower.module.modules():
         if is_of(module, family.rotary):
-            module.register_forward_hook(Rotate(reduce), with_kwargs=True)
+            module.register_forward_hook(hooks.Rotate(reduce), with_kwargs=True)
 
 
 def _hook_layers(tower: Tower, family: Family, setting: VWTConfig) -> None:
@@ -269,20 +250,20 @@ def _hook_layers(tower: Tower, family: Family, setting: VWTConfig) -> None:
     # is what the layer gives, whenever it began to. Reentrant checkpointing knows no other tensor's gradient.
     if setting.restores:
         for layer in places[-1]:
-            layer.register_forward_hook(Expand(), prepend=True)
+            layer.register_forward_hook(hooks.Expand(), prepend=True)
     for number, wanted in joins.items():
         for layer in places[number - 1]:
-            layer.register_forward_hook(Join(setting, wanted), prepend=True)
+            layer.register_forward_hook(hooks.Join(setting, wanted), prepend=True)
     if joins and family.rotary is not None:
         for layer in itertools.chain(*places[min(joins) :]):
-            layer.register_forward_pre_hook(RotateTokens(), with_kwargs=True)
+            layer.register_forward_pre_hook(hooks.RotateTokens(), with_kwargs=True)
     if setting.restores:
         expanding = [stack for stack, _ in find_stacks(tower.module)]
         # A backbone's maps are of what the stack gave, expanded, less prefix tokens: they may have the shape of a plan.
         if not isinstance(tower.module, BackboneMixin):
             expanding.append(tower.module)
         for module in dict.fromkeys(expanding):
-            module.register_forward_hook(Expand())
+            module.register_forward_hook(hooks.Expand())
 
 
 def _replace_methods(model: PreTrainedModel, begins: bool) -> None:
@@ -346,7 +327,7 @@ def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any)
 
     A wrapper that somebody put around `model.forward` may still call this after `restore`.
     """
-    if _is_running(model) or not any(isinstance(hook, Begin) for hook in model._forward_pre_hooks.values()):
+    if _is_running(model) or not any(isinstance(hook, hooks.Begin) for hook in model._forward_pre_hooks.values()):
         return type(model).forward(model, *args, **kwargs)
     return model(*args, **kwargs)
 
@@ -404,12 +385,12 @@ def _take_out(model: PreTrainedModel) -> None:
                 module.__dict__[name] = types.MethodType(type(module).forward, module)
             else:
                 delattr(module, name)
-        for hooks, beside in (
+        for present, beside in (
             (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
             (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
         ):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
-                del hooks[key]
+            for key in [key for key, hook in present.items() if isinstance(hook, hooks.Hook)]:
+                del present[key]
                 for also in beside:
                     also.pop(key, None)
         attention.give_back_checkpoint(module)
@@ -439,14 +420,14 @@ def setting_of(model: nn.Module) -> VWTConfig | None:
     return None
 
 
-def reduce_hook_of(module: nn.Module) -> Reduce | None:
+def reduce_hook_of(module: nn.Module) -> hooks.Reduce | None:
     """The hook of embeddings that makes tokens of their patches; `None` for a module without it."""
-    return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Reduce)), None)
+    return next((hook for hook in module._forward_hooks.values() if isinstance(hook, hooks.Reduce)), None)
 
 
 def takes_words(model: nn.Module) -> bool:
     """Whether a call of `model` itself hands `patch_words` to its vision tower."""
-    return any(isinstance(hook, TakeWords) for hook in model._forward_pre_hooks.values())
+    return any(isinstance(hook, hooks.TakeWords) for hook in model._forward_pre_hooks.values())
 
 
 def lexicon_of(model: nn.Module) -> Any:
@@ -490,7 +471,7 @@ def joining_layers(tower: nn.Module) -> list[int]:
     return [
         number
         for number, copies in enumerate(find_places(tower), 1)
-        if any(isinstance(hook, Join) for layer in copies for hook in layer._forward_hooks.values())
+        if any(isinstance(hook, hooks.Join) for layer in copies for hook in layer._forward_hooks.values())
     ]
 
 

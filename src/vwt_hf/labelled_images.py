@@ -11,17 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import image_source
 from .checks import require_whole
-from .image_source import (
-    described_files,
-    described_images,
-    features_of,
-    find_image_column,
-    find_images,
-    folder_of,
-    spread,
-    undecoded,
-)
 from .printable import printable, shown
 
 LABEL_COLUMNS = ("label", "labels")
@@ -84,12 +75,13 @@ class LabelledImages:
         """
         known = hashlib.sha256(repr((self.label_names, self.groups, self.columns)).encode("utf-8", "backslashreplace"))
         if isinstance(self.data, list):
-            files = described_files(Path(os.path.commonpath([file.parent for file in self.data])), self.data)
+            folder = Path(os.path.commonpath([file.parent for file in self.data]))
+            files = image_source.described_files(folder, self.data)
         elif hasattr(self.data, "__len__"):
             files = f"a data set of {len(self.data)} rows (fingerprint: {self.data._fingerprint})"
         else:
             of = f"{self.name}, {self.data.info.config_name}, {self.data.split}, {self.source}"
-            first = described_images(itertools.islice(self.data, 1), self.columns["image"])
+            first = image_source.described_images(itertools.islice(self.data, 1), self.columns["image"])
             files = f"{self.total or 'all'} images of a stream ({of}, first: {first}) for {processes} processes"
         return f"{files}, known of them: {known.hexdigest()[:16]}"
 
@@ -133,7 +125,7 @@ class LabelledImages:
             first, whose = number // processes * batch_size, f" of process {process}" if processes > 1 else ""
             samples = [self._sample(first + index, row, whose) for index, row in enumerate(batch)]
             if known is not None:
-                contents = [described_images([row], self.columns["image"]) for row in batch]
+                contents = [image_source.described_images([row], self.columns["image"]) for row in batch]
                 samples = [one._replace(content=of) for one, of in zip(samples, contents, strict=True)]
             before = (known or {}).get(number)
             is_same = before is not None and [sample._replace(item=None) for sample in samples] == list(before)
@@ -203,7 +195,7 @@ def open_labelled(
     if limit is not None:
         require_whole("limit", limit)
     columns = {"image": image_column, "label": label_column, "captions": caption_column, "group": group_column}
-    folder = folder_of(images)
+    folder = image_source.folder_of(images)
     if folder is not None:
         asked = [name for name, column in columns.items() if column is not None]
         if asked:
@@ -219,9 +211,9 @@ def open_labelled(
 
 
 def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int | None) -> LabelledImages:
-    files = find_images([folder])
+    files = image_source.find_images([folder])
     names = tuple(sorted(set(map(folder_name, files))))  # also those of which the limit leaves no image
-    files = [files[index] for index in spread(len(files), limit)]
+    files = [files[index] for index in image_source.spread(len(files), limit)]
     group_of_each = None if groups is None else groups_of(files, folder, Path(groups))
     return LabelledImages(files, folder.resolve().name, len(files), names, {}, group_of_each)
 
@@ -263,9 +255,9 @@ def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[
 def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -> LabelledImages:
     import datasets
 
-    features = features_of(dataset)
+    features = image_source.features_of(dataset)
     columns = _columns(features, asked)
-    dataset = undecoded(dataset, columns["image"], columns.values())
+    dataset = image_source.undecoded(dataset, columns["image"], columns.values())
     name = getattr(dataset.info, "dataset_name", None) or "a data set"
     names, group_names = (getattr(features.get(columns.get(kind, "")), "names", None) for kind in ("label", "group"))
     total, rows = limit, None
@@ -274,7 +266,7 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
             # Of all rows: the limit says how many are looked at, not of what.
             written = dataset[columns["label"]][:]
             names = sorted({label for label in written if isinstance(label, str)}) or None
-        rows = spread(len(dataset), limit)
+        rows = image_source.spread(len(dataset), limit)
         dataset, total = dataset.select(rows), len(rows)
     elif limit is not None:
         dataset = dataset.take(limit)
@@ -286,7 +278,7 @@ def _columns(features: Mapping[str, Any], asked: Mapping[str, str | None]) -> di
     """The columns for `image`, `label`, `captions` and `group`: those asked for, else those that a data set has."""
     import datasets
 
-    columns = {"image": find_image_column(features, asked["image"])}
+    columns = {"image": image_source.find_image_column(features, asked["image"])}
     for kind, found in {
         "label": _label_column(features),
         "captions": next((name for name in CAPTION_COLUMNS if _may_hold_texts(features, name)), None),

@@ -7,17 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ..blocks import (
-    chosen_by,
-    cut_blocks,
-    detail_lost,
-    grid_blocks,
-    halve,
-    padded_blocks,
-    put_back,
-    with_halves,
-    words_of,
-)
+from .. import blocks
 from ..patches import Patches
 from ..plans import Grouped, Kept
 from ..words import highest, marked, without_autocast
@@ -65,15 +55,15 @@ class CoarseConfig(GradualConfig):
         members = _members(patches)
         with without_autocast(patches.device):
             images = _images(patches, members)
-            halves = halve(images)
+            halves = blocks.halve(images)
             if words is None:
                 words = self._choose(patches, members, images.detach(), halves.detach())
             if not _has_blocks(patches, members):
                 return words, patches.pixel_values
             grid = (1, 1) if patches.grid is None else (patches.grid[0] // 2, patches.grid[1] // 2)
-            chosen = chosen_by(words, members).reshape(-1, *grid)
-            shown = with_halves(images, halves, chosen, patches.patch_size, enlarged)
-            return words, shown if patches.grid is not None else put_back(patches.pixel_values, shown, members)
+            chosen = blocks.chosen_by(words, members).reshape(-1, *grid)
+            shown = blocks.with_halves(images, halves, chosen, patches.patch_size, enlarged)
+            return words, shown if patches.grid is not None else blocks.put_back(patches.pixel_values, shown, members)
 
     def _choose(
         self, patches: Patches, members: torch.Tensor, images: torch.Tensor, halves: torch.Tensor
@@ -84,7 +74,7 @@ class CoarseConfig(GradualConfig):
         batch = patches.pixel_values.shape[0]
         if not _has_blocks(patches, members):
             return torch.arange(patches.count, device=patches.device).repeat(batch, 1)
-        lost = detail_lost(images, halves, patches.patch_size, self.image_std).view(batch, members.shape[1])
+        lost = blocks.detail_lost(images, halves, patches.patch_size, self.image_std).view(batch, members.shape[1])
         exists = members[:, :, 0] < patches.count
         if self.tolerance is not None:
             chosen = (lost < self.tolerance**2) & exists
@@ -93,7 +83,7 @@ class CoarseConfig(GradualConfig):
         else:
             number = self._number_of_blocks(*patches.grid)
             chosen = marked(highest(-lost, number), lost.shape[1])
-        return words_of(chosen, members, patches.count)
+        return blocks.words_of(chosen, members, patches.count)
 
     def _number_of_blocks(self, rows: int, columns: int) -> int:
         """How many blocks of an image of so many rows and columns of patches become one token; each saves three."""
@@ -124,7 +114,7 @@ class CoarseConfig(GradualConfig):
         members = _members(patches)
         with without_autocast(patches.device), torch.no_grad():
             images = _images(patches, members)
-            return self._choose(patches, members, images, halve(images))
+            return self._choose(patches, members, images, blocks.halve(images))
 
     def plan_repainted(self, patches: Patches, words: torch.Tensor) -> Grouped:
         if self.even and patches.grid is not None:
@@ -149,9 +139,9 @@ class CoarseConfig(GradualConfig):
 def _members(patches: Patches) -> torch.Tensor:
     """The patches of each block: (batch or 1, blocks, 4)."""
     if patches.grid is not None:
-        return grid_blocks(*patches.grid, patches.device)
+        return blocks.grid_blocks(*patches.grid, patches.device)
     assert patches.real is not None
-    return padded_blocks(patches.places.long(), patches.real)
+    return blocks.padded_blocks(patches.places.long(), patches.real)
 
 
 def _has_blocks(patches: Patches, members: torch.Tensor) -> bool:
@@ -163,4 +153,4 @@ def _images(patches: Patches, members: torch.Tensor) -> torch.Tensor:
     """The images that blocks are part of; where these are padded, an image of each block."""
     if patches.grid is not None or not _has_blocks(patches, members):
         return patches.pixel_values
-    return cut_blocks(patches.pixel_values, members, patches.patch_size)
+    return blocks.cut_blocks(patches.pixel_values, members, patches.patch_size)
