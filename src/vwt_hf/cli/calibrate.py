@@ -134,21 +134,19 @@ def save(whole: PreTrainedModel, setting: VWTConfig, others: Iterable[Any], fold
 
 def table(levels: list[Level], measure: str, setting: VWTConfig) -> list[tuple[str, ...]]:
     """Rows of a table, the chosen setting marked by an arrow."""
-    names = ("", "method", "tolerance", "similarity", "tokens", "speed", measure, "95 % interval")
-    rows: list[tuple[str, ...]] = [names]
-    for level in levels:
-        is_chosen = level.choice == (setting.method, setting.tolerance, setting.similarity)
-        low, high = level.interval
-        rows.append(
-            (
-                "→" if is_chosen else "",
-                level.method,
-                f"{level.tolerance:g}",
-                f"{level.similarity:g}",
-                f"{level.tokens:.1f} of {level.of_tokens:g}",
-                f"{level.speed:.2f}",
-                f"{level.value:.4f}",
-                f"{low:.4f} to {high:.4f}",
-            )
+    titles = ("", "method", "tolerance", "similarity", "tokens", "speed", measure, "95 % interval")
+    chosen = (setting.method, setting.tolerance, setting.similarity)
+    rows = [
+        (
+            "→" if level.choice == chosen else "",
+            level.method,
+            f"{level.tolerance:g}",
+            f"{level.similarity:g}",
+            f"{level.tokens:.1f} of {level.of_tokens:g}",
+            f"{level.speed:.2f}",
+            f"{level.value:.4f}",
+            " to ".join(f"{end:.4f}" for end in level.interval),
         )
-    return rows
+        for level in levels
+    ]
+    return [titles, *rows]

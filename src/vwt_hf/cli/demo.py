@@ -178,22 +178,22 @@ def measure(
 
 def table(settings: Sequence[str], made: Measured, images: int) -> list[tuple[str, ...]]:
     """A row for each setting, below the columns' titles."""
-    rows: list[tuple[str, ...]] = [("setting", "tokens", "ms per image", "time ratio", "cosine mean", "cosine min")]
+    titles = ("setting", "tokens", "ms per image", "time ratio", "cosine mean", "cosine min")
     milliseconds = [1000 * statistics.median(turns) / images for turns in made.seconds.tolist()]
     tokens = [round(count / images) for count in made.tokens]
-    for i, name in enumerate(settings, start=1):
-        rows.append(
-            (
-                name,
-                f"{tokens[0]} → {tokens[i]}",
-                f"{milliseconds[0]:.1f} → {milliseconds[i]:.1f}",
-                # The turns' own ratios are moved least by bursts of other work on the machine.
-                f"{statistics.median((made.seconds[i] / made.seconds[0]).tolist()):.2f}",
-                f"{statistics.mean(made.cosines[i]):.4f}",
-                f"{min(made.cosines[i]):.4f}",
-            )
+    rows = [
+        (
+            name,
+            f"{tokens[0]} → {tokens[i]}",
+            f"{milliseconds[0]:.1f} → {milliseconds[i]:.1f}",
+            # The turns' own ratios are moved least by bursts of other work on the machine.
+            f"{statistics.median((made.seconds[i] / made.seconds[0]).tolist()):.2f}",
+            f"{statistics.mean(made.cosines[i]):.4f}",
+            f"{min(made.cosines[i]):.4f}",
         )
-    return rows
+        for i, name in enumerate(settings, start=1)
+    ]
+    return [titles, *rows]
 
 
 def default_folder() -> Path:
