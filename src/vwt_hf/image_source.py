@@ -43,10 +43,9 @@ class ImageSource:
     """What they are, as part of a sentence: "a folder of 12 image files ...". Images with the same text and seed come
     in the same order, so a checkpoint records it and refuses others."""
     part: Callable[..., ImagePart]
-    """`part(skip=0, max_images=None, index=0, number=1)` gives the images that one of `number` processes reads: of a
-    folder or `Dataset` each `number`-th, from `index` on. So many are left out from its start, and it ends after so
-    many, skipped ones included. A stream or iterable with fewer than `skip` images raises `ValueError` while it is
-    iterated over."""
+    """`part(skip=0, max_images=None, index=0, number=1)`: the images that one of `number` processes reads, of a folder
+    or `Dataset` each `number`-th from `index` on, without the first `skip`, up to `max_images`, skipped ones included.
+    A stream or iterable of fewer than `skip` images raises `ValueError` while they are iterated over."""
     divides: bool = True
     """Whether processes get different images of it by `part`. Else each process has images of its own."""
 

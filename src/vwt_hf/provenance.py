@@ -1,4 +1,5 @@
-"""What a figure was measured with (CPU, versions, setting and words), ready for JSON."""
+"""What a figure was measured with (CPU, versions, setting and words), and what a run that goes on from another must
+have in common with it; ready for JSON."""
 
 from __future__ import annotations
 
