@@ -114,7 +114,7 @@ def _batch(content: dict[str, Any]) -> Batch:
     if (
         len(counts) != len(batch.seconds)
         or len(answers) != models
-        or any(len(by_name) != len(samples) for by_name in of_each_image)
+        or any(len(values) != len(samples) for values in of_each_image)
     ):
         raise ValueError(f"batch {shown(batch.number)} has no answer of each model for each image")
     if not is_int(batch.number) or not all(map(is_number, batch.seconds)) or not isinstance(batch.unreadable, list):
