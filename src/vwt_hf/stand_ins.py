@@ -31,7 +31,8 @@ class StandIn:
             with such a method of its own, `super()` reaches what `owner` had.
         name: of the method.
         function: is called as `function(method, module, *args, **kwargs)`, `method` being that of the class.
-        parameter: name of a keyword that the signature of the method then shows, too.
+        parameter: name of a keyword that the signature of the method shows, too, as long as there is such a stand-in: a
+            method has one signature for all modules of its class.
     """
 
     def __init__(self, owner: type, name: str, function: Callable[..., Any], parameter: str | None = None) -> None:
@@ -39,7 +40,10 @@ class StandIn:
         self.name = name
         self.function = function
         self.parameter = parameter
-        _replace(owner, name, parameter)
+        method = _replace(owner, name)
+        if parameter is not None:
+            method._shown_by.add(weakref.ref(self, functools.partial(_hide, method)))
+            method.__signature__ = _with_keyword(inspect.signature(method._method), parameter)
 
     def __reduce__(self) -> Any:
         return StandIn, (self.owner, self.name, self.function, self.parameter)
@@ -49,15 +53,29 @@ def _slot(name: str) -> str:
     return f"_vwt_hf_{name}"
 
 
-def _replace(owner: type, name: str, parameter: str | None) -> None:
-    """Has a method of a class ask its module for a stand-in, if it does not yet."""
-    method = vars(owner)[name]
-    if not _asks(method):
-        setattr(owner, name, _asking(owner, name, method, parameter))
+def _hide(method: Any, gone: Any) -> None:
+    """Has a method show its own signature again, if `gone` was the last that had it show another."""
+    signature = method.__signature__
+    method._shown_by.discard(gone)
+    method.__signature__ = inspect.signature(method._method)
+    if method._shown_by:  # also if another thread added one meanwhile
+        method.__signature__ = signature
+
+
+def _with_keyword(signature: inspect.Signature, name: str) -> inspect.Signature:
+    added = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="torch.Tensor | None")
+    return signature.replace(parameters=sorted((*signature.parameters.values(), added), key=lambda one: one.kind))
+
+
+def _replace(owner: type, name: str) -> Any:
+    """Has a method of a class ask its module for a stand-in, and returns the one that does."""
+    if not _asks(vars(owner)[name]):
+        setattr(owner, name, _asking(owner, name, vars(owner)[name]))
         _classes.add(owner)
+    return vars(owner)[name]
 
 
-def _asking(owner: type, name: str, method: Any, parameter: str | None) -> Any:
+def _asking(owner: type, name: str, method: Any) -> Any:
     """What `_replace` puts in place of a method."""
     slot = _slot(name)
 
@@ -69,12 +87,10 @@ def _asking(owner: type, name: str, method: Any, parameter: str | None) -> Any:
         return stand_in.function(method, self, *args, **kwargs)
 
     replaced: Any = with_code_of_its_own(asking, f"{owner.__qualname__}.{name}")
-    replaced._asks_for_stand_in = True
-    if parameter is not None:
-        signature = inspect.signature(method)
-        shown = inspect.Parameter(parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Any")
-        parameters = sorted((*signature.parameters.values(), shown), key=lambda one: one.kind)
-        replaced.__signature__ = signature.replace(parameters=parameters)
+    replaced._method, replaced._itself = method, replaced  # what wraps it has its attributes, too
+    del replaced.__wrapped__  # through which accelerate goes down to the first where it unwraps a model
+    replaced.__signature__ = inspect.signature(method)
+    replaced._shown_by = set()
     return replaced
 
 
@@ -89,12 +105,12 @@ def with_code_of_its_own(function: Any, name: str) -> Any:
 
 def _asks(method: Any) -> bool:
     """Whether a method is one that `_replace` put there."""
-    return vars(method).get("_asks_for_stand_in", False) if isinstance(method, types.FunctionType) else False
+    return isinstance(method, types.FunctionType) and vars(method).get("_itself") is method
 
 
 def _of_class(method: Any) -> Any:
     """The method that a class had before `_replace`."""
-    return method.__wrapped__ if _asks(method) else method
+    return method._method if _asks(method) else method
 
 
 def put(module: nn.Module, name: str, function: Callable[..., Any], parameter: str | None = None) -> None:
@@ -114,9 +130,12 @@ def has_stand_in(module: nn.Module, name: str) -> bool:
 
 
 def take_out(module: nn.Module) -> None:
-    """Takes all stand-ins out of a module."""
+    """Takes all stand-ins out of a module, and a forward that accelerate left there where it unwrapped the module."""
     for slot in [slot for slot, value in vars(module).items() if isinstance(value, StandIn)]:
         del module.__dict__[slot]
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, types.MethodType) and _asks(forward.__func__):
+        del module.__dict__["forward"]
 
 
 def give_back() -> None:
@@ -124,7 +143,7 @@ def give_back() -> None:
     for one in list(_classes):
         for name, method in list(vars(one).items()):
             if _asks(method):
-                setattr(one, name, method.__wrapped__)
+                setattr(one, name, method._method)
     _classes.clear()
 
 
