@@ -296,19 +296,29 @@ def test_pictures_that_an_earlier_run_left_among_the_photographs_are_none_of_the
         assert run_learn(folder, checkpoint, folder / "words") == 0
         assert facts_of(capsys.readouterr().out)["images"] == f"{IMAGES}"
     for _ in range(2):
-        assert main(["show", str(folder), "--keep-ratio", "0.5", "--output", str(folder / "shown.png")]) == 0
+        assert main(["show", str(folder), "--keep-ratio", "0.5", "--output", str(folder / "vwt-show.png")]) == 0
         assert capsys.readouterr().out.count(" patches") == IMAGES
-    assert (folder / "shown.png").exists() and (folder / "words" / "words.png").exists()
-    assert main(["show", "--keep-ratio=1", str(folder / "shown.png"), "--output", str(folder / "shown.png")]) == 2
-    assert "is a photograph to draw, and to be written; name another output" in capsys.readouterr().err
-    (tmp_path / "drawn").mkdir()
-    shutil.copy(folder / "shown.png", tmp_path / "drawn")
-    drawn = [str(tmp_path / "drawn"), "--output", str(tmp_path / "drawn" / "shown.png")]
-    assert main(["show", "--keep-ratio=1", *drawn]) == 2
-    assert "shown.png is the only image, and to be written; name photographs" in capsys.readouterr().err
+    assert (folder / "vwt-show.png").exists() and (folder / "words" / "words.png").exists()
     for name in ("--output", "--checkpoint"):
         assert run_learn(folder, checkpoint, tmp_path / "more", name, "") == 2
         assert "No folder is named, but an empty text" in capsys.readouterr().err
+
+
+def test_show_writes_no_picture_in_place_of_a_photograph_or_beside_those_of_a_folder(photographs, tmp_path, capsys):
+    folder = shutil.copytree(photographs, tmp_path / "photographs")
+    own = next(folder.glob("*.png"))
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    (tmp_path / "link.png").symlink_to(own)
+    is_drawn = "is a photograph to draw, and to be written; name another output"
+    for images, output, reason in (
+        (folder, own, is_drawn),
+        (own, own, is_drawn),
+        (folder, tmp_path / "link.png", is_drawn),
+        (folder, folder / "new" / "drawn.png", f"would be a picture among the images of {folder}, and one of them in"),
+    ):
+        assert main(["show", str(images), "--keep-ratio=1", "--output", str(output)]) == 2
+        assert f"{output} {reason}" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_show_draws_the_kept_patches(photographs, checkpoint, tmp_path, capsys):

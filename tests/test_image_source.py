@@ -107,6 +107,7 @@ def test_pictures_that_commands_draw_by_names_of_their_own_are_none_of_the_image
         *(("a.png", True), ("new/a.PNG", True), ("link/a.png", True), ("away/a.png", True)),
         *(("../a.png", False), ("../photographs-drawn/a.png", False), ("a.pdf", False), ("a", False)),
         *((".a.png", False), (".hidden/a.png", False)),
+        (OWN_PICTURES[0], False),
     ],
 )
 def test_a_picture_to_be_written_is_refused_where_it_would_be_one_of_the_images(picture, is_among, tmp_path):

@@ -234,9 +234,14 @@ def _endings() -> set[str]:
 
 def require_apart(picture: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Refuses a picture to be written where a search of the folder of images would find it from then on."""
+
+    def is_found(picture: str, folder: str) -> bool:
+        name = os.path.basename(picture)
+        is_image = os.path.splitext(name)[1].lower() in _endings() and name not in OWN_PICTURES
+        return is_image and _is_searched(picture, folder)
+
     # A folder that a link among the images leads to is searched, too.
-    is_searched = any(_is_searched(path(picture), path(folder)) for path in (os.path.realpath, os.path.abspath))
-    if is_searched and os.path.splitext(picture)[1].lower() in _endings():
+    if any(is_found(path(picture), path(folder)) for path in (os.path.realpath, os.path.abspath)):
         raise ValueError(
             f"{printable(picture)} would be a picture among the images of {printable(folder)}, and one of them in the "
             "next run; name a file elsewhere."

@@ -70,15 +70,19 @@ def open_source(
 
 
 def photographs_beside(output: str | os.PathLike[str], images: Sequence[str]) -> list[Path]:
-    """The photographs that a user names, without the picture to be written, which an earlier run may have left."""
-    from ..image_source import find_images
+    """The photographs that a user names, in the order of `find_images`.
 
-    written = os.path.realpath(output)
-    if written in map(os.path.realpath, images):
+    Args:
+        output: the picture to be written. It may be none of them, and none that a search of their folders would find
+            from then on.
+    """
+    from ..image_source import find_images, require_apart
+
+    paths = find_images(images)
+    if os.path.realpath(output) in map(os.path.realpath, paths):
         raise ValueError(f"{printable(output)} is a photograph to draw, and to be written; name another output.")
-    paths = [path for path in find_images(images) if os.path.realpath(path) != written]
-    if not paths:
-        raise ValueError(f"{printable(output)} is the only image, and to be written; name photographs.")
+    for folder in filter(os.path.isdir, images):
+        require_apart(output, folder)
     return paths
 
 
