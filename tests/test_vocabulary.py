@@ -1012,6 +1012,17 @@ def test_a_readme_of_something_else_stays(tmp_path: Path, hub: Any, own: bytes) 
         assert torch.equal(VisualVocabulary.from_pretrained(source).words, vocabulary.words)
 
 
+def test_a_picture_that_is_no_vocabularys_stays(tmp_path: Path) -> None:
+    vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4))
+    (tmp_path / "words.png").write_bytes(b"a photograph of words")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"has a words\.png that is not of visual words, which stays"):
+            vocabulary.save_pretrained(tmp_path)
+        assert (tmp_path / "words.png").read_bytes() == b"a photograph of words"
+    assert not (tmp_path / "README.md").exists()
+    assert torch.equal(VisualVocabulary.from_pretrained(tmp_path).words, vocabulary.words)
+
+
 def test_the_card_of_words_that_lay_there_before_is_replaced(tmp_path: Path, hub: Any) -> None:
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "README.md").write_text("\n")

@@ -215,7 +215,7 @@ class VisualVocabulary:
 
         Args:
             card: whether to write `README.md` and `words.png`; if not, those in the folder stay. A `README.md` that is
-                not a vocabulary's card stays in any case, and a warning says so.
+                not a vocabulary's card, and a `words.png` without such a card, stay in any case, and a warning says so.
             repo_id: what the card's usage snippet loads; by default the folder.
 
         Raises:
@@ -224,8 +224,9 @@ class VisualVocabulary:
         """
         require_named(save_directory)
         folder, contents = Path(save_directory), self._files()
-        present = folder / REPOCARD_NAME
-        if card and not _is_foreign(present.read_bytes() if present.is_file() else b"", str(folder)):
+        # Looked for before the card, which is written first: another save may write both meanwhile.
+        has_picture, present = (folder / PICTURE_FILE).exists(), folder / REPOCARD_NAME
+        if card and not _is_foreign(present.read_bytes() if present.is_file() else b"", str(folder), has_picture):
             contents |= self._card(repo_id or str(save_directory))
         write_vocabulary(folder, contents)
 
@@ -302,12 +303,14 @@ def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, toke
         return Path(file).read_bytes()
 
 
-def _is_foreign(readme: bytes, place: str) -> bool:
-    """Whether a README.md is something else than a vocabulary's card; if so, a warning says that it stays."""
-    if not readme.strip() or is_card_of_words(readme):
+def _is_foreign(readme: bytes, place: str, has_picture: bool = False) -> bool:
+    """Whether a README.md is something else than a vocabulary's card, or a picture lies there without such a card; if
+    so, a warning says that it stays."""
+    if is_card_of_words(readme) or not (has_picture or readme.strip()):
         return False
+    file = REPOCARD_NAME if readme.strip() else PICTURE_FILE
     warnings.warn(
-        f"{place} has a {REPOCARD_NAME} that is not of visual words, which stays; no card is written of these.",
+        f"{place} has a {file} that is not of visual words, which stays; no card is written of these.",
         stacklevel=3,
     )
     return True
