@@ -22,7 +22,7 @@ from vwt_hf.cli import main as run_cli
 from vwt_hf.cli.evaluate import add_groups
 from vwt_hf.cli.loading import DTYPES
 from vwt_hf.evaluate_model import SHOWN
-from vwt_hf.terminal import run_command, vwt_option
+from vwt_hf.terminal import json_file, run_command, vwt_option
 from vwt_hf.whole_saves import require_writable, write_file
 
 RATIOS = (0.75, 0.5, 0.25)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="torch device; default: a GPU if there is one")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="use so many images, spread evenly over the folder")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--json", type=json_file, help="also write the rows here")
     options = parser.parse_args(arguments)
     require_writable(options.json)
     command = ["evaluate", options.model, "--dataset", options.images, "--task", "classification"]

@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from sklearn.cluster import MiniBatchKMeans as ScikitLearn
@@ -23,7 +22,7 @@ from sklearn.cluster import MiniBatchKMeans as ScikitLearn
 from vwt_hf.image_source import open_images
 from vwt_hf.processed_images import patch_batches
 from vwt_hf.processors import load_processor
-from vwt_hf.terminal import markdown, require_whole_options, run_command
+from vwt_hf.terminal import json_file, markdown, require_whole_options, run_command
 from vwt_hf.vocabulary.kmeans import MiniBatchKMeans, statistics
 from vwt_hf.whole_saves import require_writable, write_file
 
@@ -36,7 +35,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--rounds", type=int, default=2, help="each method runs this often, in turn, with other seeds")
     parser.add_argument("--max-images", type=int)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--json", type=json_file, help="also write the rows here")
     return parser.parse_args(arguments)
 
 

@@ -31,7 +31,7 @@ from vwt_hf.layout import pool
 from vwt_hf.plans import Grouped
 from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor, whole_images
-from vwt_hf.terminal import markdown, run_command
+from vwt_hf.terminal import json_file, markdown, run_command
 from vwt_hf.whole_saves import require_writable, write_file
 from vwt_hf.words import patch_places
 
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="images of a step")
     parser.add_argument("--limit", type=int, default=300, help="images to compare on")
     parser.add_argument("--weights", type=Path, help="file that keeps the weights learned")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--json", type=json_file, help="also write the rows here")
     return parser.parse_args()
 
 

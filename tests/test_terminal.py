@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from vwt_hf.terminal import aligned, markdown, png_file, printable, run_command
+from vwt_hf.cli import main
+from vwt_hf.terminal import aligned, json_file, markdown, png_file, printable, run_command
 
 CLI = [sys.executable, "-W", "ignore", "-m", "vwt_hf.cli"]
 
@@ -128,6 +129,36 @@ def test_a_picture_has_a_name_of_one():
     for name in ("a.jpg", "front.pdf"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"is to be a PNG picture; expected a name that ends in"):
             png_file(name)
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path):
+    names = {"text": b"mine", "picture.png": b"\x89PNG\r\n", "rows.json": b" [1]", "row.json": b"{}", "empty.png": b""}
+    for name, content in names.items():
+        (tmp_path / name).write_bytes(content)
+
+    def taken(of) -> set[str]:
+        found = set()
+        for name in [*names, "new"]:
+            try:
+                assert str(of(str(tmp_path / name))) == str(tmp_path / name)
+                found.add(name)
+            except argparse.ArgumentTypeError as error:
+                assert "is there and is no" in str(error) or "is to be a PNG picture" in str(error)
+        return found
+
+    assert taken(png_file) == {"picture.png", "empty.png", "new"}
+    assert taken(json_file) == {"rows.json", "row.json", "empty.png", "new"}
+
+
+@pytest.mark.parametrize("verb", ["calibrate model images --tokens 9", "evaluate model --dataset images"])
+def test_figures_take_the_place_of_no_photograph(verb, tmp_path, capsys):
+    photograph = tmp_path / "a.png"
+    photograph.write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(SystemExit) as end:
+        main([*verb.split(), "--json", str(photograph)])
+    assert end.value.code == 2
+    reason = "a.png' is there and is no file of JSON, and would be replaced by one; name another file, or delete it"
+    assert reason in capsys.readouterr().err and photograph.read_bytes() == b"\x89PNG\r\n"
 
 
 def test_an_interrupt_that_an_import_hides_is_one(capsys):

@@ -19,6 +19,7 @@ from typing import Any
 
 from .checks import require_whole
 from .printable import printable, shown
+from .whole_saves import stream_into
 
 PLAIN = {"→": "->", "×": "x", "−": "-", "·": "*", "≤": "<=", "≥": ">=", "Δ": "delta", "…": "..."}
 """What is printed for a character that the output's encoding lacks; for any other, its code."""
@@ -169,4 +170,24 @@ def png_file(text: str) -> str:
     """The type of an option that names a picture, which is a PNG whatever its name."""
     if Path(text).suffix.lower() not in ("", ".png"):
         raise argparse.ArgumentTypeError(f"{text!r} is to be a PNG picture; expected a name that ends in .png")
+    _require_kind(text, "PNG picture", b"\x89PNG")
     return text
+
+
+def json_file(text: str) -> Path:
+    """The type of an option that names a file for JSON."""
+    _require_kind(text, "file of JSON", b"{", b"[")
+    return Path(text)
+
+
+def _require_kind(text: str, kind: str, *begins: bytes) -> None:
+    """Refuses a file to be written that would take the place of one of another kind, which is most likely a slip."""
+    file = Path(text)
+    if not file.is_file() or stream_into(file):
+        return
+    with contextlib.suppress(OSError), file.open("rb") as opened:  # whether it can be written is seen later
+        content = opened.read(1000).lstrip()
+        if content and not content.startswith(begins):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is there and is no {kind}, and would be replaced by one; name another file, or delete it"
+            )

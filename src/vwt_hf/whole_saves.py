@@ -179,7 +179,7 @@ def write_file(file: str | os.PathLike[str], content: str | bytes) -> None:
     """
     path = Path(file)
     data = content.encode() if isinstance(content, str) else content
-    if stream := _stream_into(path):
+    if stream := stream_into(path):
         stream.flush()
         with open(stream.fileno(), "wb", closefd=False) as opened:
             opened.write(data)
@@ -206,7 +206,7 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
     for file in (Path(file) for file in files if file is not None):
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder; expected the name of a file to write.")
-        if _stream_into(file):
+        if stream_into(file):
             continue
         if _takes_all(file):
             if file.is_socket() or not os.access(file, os.W_OK):
@@ -240,7 +240,7 @@ def _takes_all(file: Path) -> bool:
     return file.exists() and not file.is_file()
 
 
-def _stream_into(file: Path) -> TextIO | None:
+def stream_into(file: Path) -> TextIO | None:
     """The stream that prints into this very file: it is /dev/stdout, or the log that a shell sends all output to."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, has no descriptor, or is None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned, do_all, options, png_file
+from ..terminal import aligned, do_all, json_file, options, png_file
 from ..whole_saves import naming, require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, load_model, load_whole, tokenizer_beside
 from .sources import IMAGES, open_source
@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="of the data set (default: its only one, or train)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
     parser.add_argument("--output", metavar="FOLDER", help="save the whole model here, shortened by the setting")
-    parser.add_argument("--json", metavar="FILE", help="write the setting and all that was measured here")
+    parser.add_argument(
+        "--json", type=json_file, metavar="FILE", help="write the setting and all that was measured here"
+    )
     parser.add_argument("--plot", type=png_file, metavar="FILE.png", help="draw all that was measured here")
     parser.add_argument(
         "--resume", metavar="FILE", help="keep here what was measured, and go on from it if it is there already"

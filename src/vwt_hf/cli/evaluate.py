@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import do_all, markdown, options, vwt_option
+from ..terminal import do_all, json_file, markdown, options, vwt_option
 from ..whole_saves import require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, features_class, load
 from .sources import open_source
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="keep here what was measured of each batch, and go on from it if it is there already",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all that was measured here")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="write all that was measured here")
     parser.add_argument(
         "--dataset-name", help="what the figures call the data set (default: its Hub id, or its folder's name)"
     )
