@@ -149,6 +149,51 @@ def test_a_card_in_which_the_figures_alone_cannot_be_replaced_is_refused(metadat
     assert card.read_text() == f"---\n{metadata}\n---\n"
 
 
+IN_TABLE = "expected names with values, among them "
+OF_A_RESULT = "task: {type: t}, dataset: {type: d, name: d}"
+
+
+@pytest.mark.parametrize(
+    ("index", "found"),
+    [
+        ("hello", "its model-index is 'hello'; expected a list"),
+        ("{name: x}", "its model-index is {'name': 'x'}; expected a list"),
+        ("[[a], [b]]", f"an entry of its model-index is ['a']; {IN_TABLE}name, results"),
+        ("[5]", f"an entry of its model-index is 5; {IN_TABLE}name, results"),
+        ("[{results: []}, {}]", f"an entry of its model-index is {{'results': []}}; {IN_TABLE}name, results"),
+        ("[{name: m, results: 3}]", "'results' in its model-index is 3; expected a list"),
+        ("[{name: m, results: [{}]}]", f"a result in its model-index is {{}}; {IN_TABLE}task, dataset, metrics"),
+        (
+            "[{name: m, results: [{task: t, dataset: d, metrics: []}]}]",
+            f"a task in its model-index is 't'; {IN_TABLE}type",
+        ),
+        (
+            "[{name: m, results: [{task: {type: t}, dataset: {type: d}, metrics: []}]}]",
+            f"a dataset in its model-index is {{'type': 'd'}}; {IN_TABLE}type, name",
+        ),
+        (
+            f"[{{name: m, results: [{{{OF_A_RESULT}, metrics: m}}]}}]",
+            "'metrics' in its model-index is 'm'; expected a list",
+        ),
+        (
+            f"[{{name: m, results: [{{{OF_A_RESULT}, metrics: [{{type: m}}]}}]}}]",
+            f"a metric in its model-index is {{'type': 'm'}}; {IN_TABLE}type, value",
+        ),
+        (
+            f"[{{name: m, results: [{{{OF_A_RESULT}, metrics: [], source: me}}]}}]",
+            "a source in its model-index is 'me'; expected names with values",
+        ),
+    ],
+)
+def test_a_model_index_that_is_damaged_is_refused_by_what_is_wrong(index, found, tmp_path, capsys):
+    card = tmp_path / "README.md"
+    card.write_text(f"---\nmodel-index: {index}\n---\n")
+    assert main(["evaluate", "nowhere/at-all", "--dataset", "nowhere", "--card", str(card)]) == 2
+    error = capsys.readouterr().err
+    assert f"{card} is no model card ({found}); mend what stands" in error and error.count("\n") == 1
+    assert card.read_text() == f"---\nmodel-index: {index}\n---\n"
+
+
 @pytest.mark.parametrize(
     "metadata", ["{}", "null", "text: |\n  a", "text: >-\n  a", "model-index: []", "# nothing yet"]
 )

@@ -89,6 +89,7 @@ def read_card(file: Path, model: str) -> ModelCard:
         if not isinstance(known, dict):
             raise ValueError(f"its metadata is a {type(known).__name__}; expected names with values")
         models = known.get("model-index") or [{"name": name, "results": []}]
+        _require_index(models)
         card = ModelCard(before, metadata, after, models[0])
         if len(models) == 1:
             _, results = model_index_to_eval_results(models)
@@ -105,6 +106,33 @@ def read_card(file: Path, model: str) -> ModelCard:
             "expected one model. Name another file."
         )
     return card
+
+
+def _require_index(models: Any) -> None:
+    """Raises `ValueError` unless a `model-index` has the form that the Hub asks for, as far as it is read here."""
+    _require_list(models, "its model-index")
+    for model in models:
+        _require_table(model, "an entry of its model-index", "name", "results")
+        _require_list(model["results"], "'results' in its model-index")
+        for result in model["results"]:
+            _require_table(result, "a result in its model-index", "task", "dataset", "metrics")
+            _require_table(result["task"], "a task in its model-index", "type")
+            _require_table(result["dataset"], "a dataset in its model-index", "type", "name")
+            _require_list(result["metrics"], "'metrics' in its model-index")
+            for figure in result["metrics"]:
+                _require_table(figure, "a metric in its model-index", "type", "value")
+            _require_table(result.get("source") or {}, "a source in its model-index")
+
+
+def _require_list(there: Any, what: str) -> None:
+    if not isinstance(there, list):
+        raise ValueError(f"{what} is {shown(there)}; expected a list")
+
+
+def _require_table(there: Any, what: str, *names: str) -> None:
+    if not isinstance(there, dict) or not there.keys() >= set(names):
+        among = f", among them {', '.join(names)}" if names else ""
+        raise ValueError(f"{what} is {shown(there)}; expected names with values{among}")
 
 
 def _model_name(model: str) -> str:
