@@ -206,6 +206,15 @@ def test_metadata_that_ends_in_any_way_gets_figures(metadata, tmp_path):
     assert card.read_text().endswith("\n---\n# Mine\n")
 
 
+@pytest.mark.parametrize("name", ["rows.json", "a.png", "README"])
+def test_a_file_that_is_no_card_gets_no_metadata(name, tmp_path):
+    (tmp_path / name).write_bytes(b"mine\n")
+    with pytest.raises(ValueError, match=f"{name} is no model card: it has no metadata .* does not end in .md. Name"):
+        read_card(tmp_path / name, "me/model")
+    (tmp_path / name).write_bytes(b"---\nlicense: mit\n---\n")
+    assert read_card(tmp_path / name, "me/model").metadata == "license: mit"
+
+
 def test_figures_of_another_source_stay_whatever_they_are_of(tmp_path):
     card = tmp_path / "README.md"
     theirs = """model-index:

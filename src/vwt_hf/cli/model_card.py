@@ -81,6 +81,11 @@ def read_card(file: Path, model: str) -> ModelCard:
     text = file.read_bytes().decode("utf-8", "surrogateescape")  # what is not ours may be in any encoding
     text = text.removeprefix(_MARK)  # behind which some versions of huggingface_hub find no metadata
     parts = _METADATA.fullmatch(text)
+    if parts is None and text.strip() and file.suffix.lower() != ".md":
+        raise ValueError(
+            f"{file} is no model card: it has no metadata between lines of ---, and its name does not end in .md. Name "
+            "another file."
+        )
     before, metadata, after = parts.groups() if parts else ("---\n", "", f"\n---\n{text}")
     try:
         known = yaml.safe_load(metadata) or {}
