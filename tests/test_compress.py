@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 import vwt_hf
 from settings import SETTINGS, coarse, fixed, local
 from tiny import TINY, answers, forward, inputs, require_restored, sample_pixel_values, tiny_model, watch_embeddings
-from vwt_hf import VWTConfig, compress, restore
+from vwt_hf import VWTConfig, calibrate, compress, count_tokens, embed, evaluate_model, restore
 from vwt_hf.words import centre, gather_patches, grid_patches, highest, patchify
 
 BY_PLACE = [
@@ -463,9 +463,26 @@ def test_masked_patches_are_refused(pixel_values):
         model(pixel_values, bool_masked_pos=torch.zeros(3, 64, dtype=torch.bool))
 
 
-def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match=r"is a Linear; expected a transformers\.PreTrainedModel"):
-        compress(torch.nn.Linear(1, 1))
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(compress, restore, lambda model: count_tokens(model).__enter__()),
+        lambda model: calibrate(model, [], tokens=9),
+        *(lambda model: evaluate_model(model, []), lambda model: embed(model, [], "")),
+    ],
+)
+def test_what_is_no_model_is_refused_and_of_what_wraps_one_is_said_where_it_is(call):
+    model = transformers.ViTModel(transformers.ViTConfig(**TINY))
+    of_devices, compiled = torch.nn.DataParallel(model), torch.compile(model, backend="eager")
+    for given, said in (
+        (torch.nn.Linear(1, 1), r"a Linear; expected a transformers\.PreTrainedModel\.$"),
+        (torch.nn.DataParallel(torch.nn.Linear(1, 1)), r"a DataParallel; expected a transformers\.PreTrainedModel\.$"),
+        (compiled, r"an OptimizedModule; .*; give the model that it wraps, model\._orig_mod\.$"),
+        (of_devices, r"a DataParallel; .*; give the model that it wraps, model\.module\.$"),
+        (torch.compile(of_devices, backend="eager"), r"an OptimizedModule; .* wraps, model\._orig_mod\.module\.$"),
+    ):
+        with pytest.raises(TypeError, match=f"^model is {said}"):
+            call(given)
 
 
 def test_a_model_that_holds_a_supported_tower_is_not_taken_for_one():

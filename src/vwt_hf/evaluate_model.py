@@ -37,6 +37,7 @@ from .evaluation_tasks import (
     require_texts,
     task_for,
 )
+from .families import model_of
 from .labelled_images import LabelledImages, Sample, open_labelled
 from .printable import printable, shown
 from .processed_images import one_batch, processed
@@ -218,7 +219,7 @@ def evaluate_model(
     Raises:
         ValueError: an argument is not valid, the images do not have what the task needs, none can be read, the model
             answers one by NaN or infinity, plain or under a setting, or `resume` holds another run.
-        TypeError: `images` or a setting is of another type.
+        TypeError: `model` is no transformers model, or `images` or a setting is of another type.
         OSError: `resume` cannot be read or written.
 
     Example:
@@ -226,6 +227,7 @@ def evaluate_model(
         >>> result.rows[1].figures["agreement"].value, result.rows[1].tokens  # doctest: +SKIP
         (0.985, 153.1)
     """
+    model_of(model)
     vwt = _listed(vwt)
     require_options(vwt, batch_size, max_new_tokens, prompt, seed)
     if task is not None and task not in TASKS:

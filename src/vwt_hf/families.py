@@ -469,6 +469,20 @@ def model_of(model: object) -> PreTrainedModel:
         TypeError: it is not.
     """
     if not isinstance(model, PreTrainedModel):
-        wrapped = "; give its get_base_model()" if hasattr(model, "get_base_model") else ""
-        raise TypeError(f"model is a {type(model).__name__}; expected a transformers.PreTrainedModel{wrapped}.")
+        name = type(model).__name__
+        given = f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
+        raise TypeError(f"model is {given}; expected a transformers.PreTrainedModel{_where_within(model)}.")
     return model
+
+
+def _where_within(model: object) -> str:
+    """Ends a sentence by how to get the transformers model out of a wrapper; empty if that is not known."""
+    if hasattr(model, "get_base_model"):  # PEFT's
+        return "; give its get_base_model()"
+    inner, path = model, "model"
+    while isinstance(inner, nn.Module) and not isinstance(inner, PreTrainedModel):
+        # Of torch.compile, and of DataParallel and its kin. Looked up as modules: torch.compile's has all attributes of
+        # the one within.
+        name = next((name for name in ("_orig_mod", "module") if name in inner._modules), "")
+        inner, path = inner._modules.get(name), f"{path}.{name}"
+    return f"; give the model that it wraps, {path}" if isinstance(inner, PreTrainedModel) else ""
