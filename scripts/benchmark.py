@@ -70,7 +70,7 @@ from vwt_hf.printable import printable
 from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import described_processor, load_processor, whole_images
 from vwt_hf.provenance import compression_of, cpu_name
-from vwt_hf.terminal import markdown, run_command, vwt_option
+from vwt_hf.terminal import markdown, require_alone, run_command, vwt_option
 from vwt_hf.timing import FEWEST_TURNS, count_flops, stopwatch, synchronize, time_in_turn, usable_device
 from vwt_hf.visualize import require_matplotlib
 from vwt_hf.weights import copy_sharing_weights, fingerprint_of
@@ -107,6 +107,7 @@ LEARN_FROM = 64
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    require_alone()
     require_writable(options.json, options.markdown, options.plot)
     if options.plot:
         require_format(options.plot)

@@ -27,7 +27,7 @@ from vwt_hf.layout import Layout, attention_bias, group
 from vwt_hf.plans import Grouped
 from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor, processor_statistics, whole_images
-from vwt_hf.terminal import markdown, require_whole_options, run_command
+from vwt_hf.terminal import markdown, require_alone, require_whole_options, run_command
 from vwt_hf.timing import time_in_turn
 from vwt_hf.words import index_words, nearest_words, patchify
 
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--turns", type=int, default=9)
     options = parser.parse_args(arguments)
+    require_alone()
     require_whole_options(options, "batch_sizes", "heads", "head_size", "turns")
     processor = load_processor(options.model)
     vocabulary = VisualVocabulary.from_pretrained(options.vocabulary)

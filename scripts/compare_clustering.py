@@ -22,7 +22,7 @@ from sklearn.cluster import MiniBatchKMeans as ScikitLearn
 from vwt_hf.image_source import open_images
 from vwt_hf.processed_images import patch_batches
 from vwt_hf.processors import load_processor
-from vwt_hf.terminal import json_file, markdown, require_whole_options, run_command
+from vwt_hf.terminal import json_file, markdown, require_alone, require_whole_options, run_command
 from vwt_hf.vocabulary.kmeans import MiniBatchKMeans, statistics
 from vwt_hf.whole_saves import require_writable, write_file
 
@@ -41,6 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    require_alone()
     require_writable(options.json)
     require_whole_options(options, "sizes", "patch_size", "rounds", "max_images")
     source = open_images(options.images).part(max_images=options.max_images)

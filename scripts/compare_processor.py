@@ -31,7 +31,7 @@ from vwt_hf.hooks import Reduce
 from vwt_hf.image_source import find_images
 from vwt_hf.printable import printable
 from vwt_hf.processors import quiet_transformers
-from vwt_hf.terminal import json_file, markdown, require_whole_options, run_command, vwt_option
+from vwt_hf.terminal import json_file, markdown, require_alone, require_whole_options, run_command, vwt_option
 from vwt_hf.whole_saves import require_writable, write_file
 
 SETTINGS: list[dict[str, Any]] = [
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="use the first so many images, spread evenly over the folder")
     parser.add_argument("--json", type=json_file, help="also write the rows here, after each setting")
     options = parser.parse_args(arguments)
+    require_alone()
     require_writable(options.json)
     require_whole_options(options, "batch_size", "limit")
     settings = options.vwt or SETTINGS

@@ -31,7 +31,7 @@ from vwt_hf.layout import pool
 from vwt_hf.plans import Grouped
 from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor, whole_images
-from vwt_hf.terminal import json_file, markdown, run_command
+from vwt_hf.terminal import json_file, markdown, require_alone, run_command
 from vwt_hf.whole_saves import require_writable, write_file
 from vwt_hf.words import patch_places
 
@@ -46,6 +46,7 @@ RENAMED = (
 
 def main() -> None:
     args = parse()
+    require_alone()
     require_writable(args.weights, args.json)
     teacher = AutoModelForImageClassification.from_pretrained(
         args.teacher, dtype=torch.float32, trust_remote_code=False

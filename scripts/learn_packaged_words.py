@@ -20,7 +20,7 @@ from pathlib import Path
 from vwt_hf import VisualVocabulary
 from vwt_hf.packaged_words import FOLDER
 from vwt_hf.processors import load_processor
-from vwt_hf.terminal import markdown, run_command
+from vwt_hf.terminal import markdown, require_alone, run_command
 from vwt_hf.vocabulary.files import WORDS_FILE, vocabulary_files, write_vocabulary
 
 SIZES = {14: 1000, 16: 1000, 32: 500}
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--patch-sizes", type=int, nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder (default: in the package)")
     options = parser.parse_args(arguments)
+    require_alone()
     processor = load_processor(options.image_processor)
     rows = []
     for patch_size in options.patch_sizes:

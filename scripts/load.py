@@ -49,7 +49,7 @@ from vwt_hf.image_source import find_images
 from vwt_hf.printable import printable
 from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor
-from vwt_hf.terminal import json_file, markdown, require_whole_options, run_command, vwt_option
+from vwt_hf.terminal import json_file, markdown, require_alone, require_whole_options, run_command, vwt_option
 from vwt_hf.timing import usable_device
 from vwt_hf.whole_saves import require_writable, write_file
 
@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--serve", default="", metavar="OPTIONS", help="more options of serve.py, as one argument")
     parser.add_argument("--json", type=json_file, help="also write the rows here, after each")
     options = parser.parse_args(arguments)
+    require_alone()
     require_writable(options.json)
     require_whole_options(options, "limit", "clients")
     for name in ("seconds", "minutes", "tolerance"):

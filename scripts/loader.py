@@ -38,7 +38,7 @@ from vwt_hf.evaluate_model import name_of, require_shortening
 from vwt_hf.image_source import find_images
 from vwt_hf.plans import PATCH_WORDS
 from vwt_hf.printable import printable
-from vwt_hf.terminal import json_file, markdown, require_whole_options, run_command, vwt_option
+from vwt_hf.terminal import json_file, markdown, require_alone, require_whole_options, run_command, vwt_option
 from vwt_hf.timing import time_in_turn
 from vwt_hf.weights import copy_sharing_weights
 from vwt_hf.whole_saves import require_writable, write_file
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=7, help="timed epochs and forwards of each (default: 7)")
     parser.add_argument("--json", type=json_file, help="also write the rows here")
     options = parser.parse_args(arguments)
+    require_alone()
     require_writable(options.json)
     require_whole_options(options, "batch_size", "limit", "turns")
     require_whole("--workers", options.workers, least=0)

@@ -47,6 +47,29 @@ def test_help_of_every_script_can_be_printed_in_any_encoding(name, monkeypatch):
     assert end.value.code == 0 and b"usage: " in output.buffer.getvalue()
 
 
+OPTIONS = {
+    "benchmark": "--model no --images no",
+    "compare_attention": "--model no --images no --vocabulary no",
+    "compare_clustering": "--images no --processor no",
+    "compare_processor": "--model no --images no",
+    "compare_rotary": "--teacher no --train no --images no --vocabulary no",
+    "learn_packaged_words": "no --image-processor no",
+    "load": "--model no --images no",
+    "loader": "--model no --images no",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_script_that_shares_no_work_is_refused_in_several_processes(name, monkeypatch):
+    if name == "load":
+        pytest.importorskip("aiohttp", reason='needs aiohttp: pip install "vwt-hf[serve]"')
+    script = importlib.import_module(name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *OPTIONS[name].split()])
+    with pytest.raises(ValueError, match=r"was started in 2 processes \(WORLD_SIZE\), each of which would"):
+        script.main()
+
+
 def test_words_of_image_processor_and_model_are_compared_over_a_folder(tmp_path, capsys):
     write(tmp_path / "model")
     (tmp_path / "images").mkdir()

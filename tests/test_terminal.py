@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from vwt_hf.cli import main
-from vwt_hf.terminal import aligned, json_file, markdown, png_file, printable, run_command
+from vwt_hf.terminal import aligned, json_file, markdown, png_file, printable, require_alone, run_command
 
 CLI = [sys.executable, "-W", "ignore", "-m", "vwt_hf.cli"]
 
@@ -159,6 +159,19 @@ def test_figures_take_the_place_of_no_photograph(verb, tmp_path, capsys):
     assert end.value.code == 2
     reason = "a.png' is there and is no file of JSON, and would be replaced by one; name another file, or delete it"
     assert reason in capsys.readouterr().err and photograph.read_bytes() == b"\x89PNG\r\n"
+
+
+@pytest.mark.parametrize(
+    "verb", ["calibrate nowhere nowhere --tokens 9", "demo --images no", "show no --vwt true", "vocab nowhere"]
+)
+def test_a_command_that_shares_no_work_is_refused_in_several_processes(verb, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(verb.split()) == 2
+    error = capsys.readouterr().err
+    assert "this was started in 2 processes (WORLD_SIZE), each of which would do the whole work; expected one" in error
+    assert error.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    require_alone()
 
 
 def test_an_interrupt_that_an_import_hides_is_one(capsys):

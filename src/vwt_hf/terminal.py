@@ -61,6 +61,21 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
     return 0
 
 
+def require_alone() -> None:
+    """Refuses to be one of several processes that a launcher started, for commands that do not share their work.
+
+    Raises:
+        ValueError: there are several. Each would do all of the work, slow the others down while they measure times, and
+            write the same files.
+    """
+    number = os.environ.get("WORLD_SIZE", "")
+    if number.isdigit() and int(number) > 1:
+        raise ValueError(
+            f"this was started in {number} processes (WORLD_SIZE), each of which would do the whole work; expected "
+            "one. Start it without a launcher such as `accelerate launch`."
+        )
+
+
 def do_all(*steps: Callable[[], object]) -> None:
     """Does each step, also after one has failed, and raises the first error; later ones are warnings."""
     errors: list[BaseException] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from ..terminal import aligned, do_all, json_file, options, png_file
+from ..terminal import aligned, do_all, json_file, options, png_file, require_alone
 from ..whole_saves import naming, require_folder, require_writable, write_file
 from .loading import add_device, add_dtype, load_model, load_whole, tokenizer_beside
 from .sources import IMAGES, open_source
@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
+    require_alone()
     require_writable(args.json, args.plot, args.resume)
     if args.output is not None:
         require_folder(args.output)

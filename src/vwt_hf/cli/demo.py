@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..checks import require_whole
 from ..config import CRITERIA, VWTConfig
 from ..printable import printable
-from ..terminal import aligned
+from ..terminal import aligned, require_alone
 from ..whole_saves import require_folder, require_writable
 from .loading import add_device, load
 from .sources import photographs_beside
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
+    require_alone()
     settings: dict[str, Any] = {"vwt=True": True}
     for ratio in args.keep_ratio:
         settings[f"keep_ratio={ratio:.12g}"] = VWTConfig(keep_ratio=ratio, criterion=args.criterion, seed=args.seed)

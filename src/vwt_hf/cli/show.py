@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CRITERIA, ModelFacts, VWTConfig
 from ..printable import printable, shown
-from ..terminal import add_picture, options, vwt_option
+from ..terminal import add_picture, options, require_alone, vwt_option
 from ..whole_saves import require_writable
 from .demo import ROWS
 from .sources import photographs_beside
@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
+    require_alone()
     setting = asked_setting(args)
     require_writable(args.output)
 

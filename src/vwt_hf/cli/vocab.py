@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..printable import printable
-from ..terminal import add_picture, aligned
+from ..terminal import add_picture, aligned, require_alone
 from ..whole_saves import require_writable, write_file
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
+    require_alone()
     require_writable(args.output)
     from ..vocabulary import VisualVocabulary
     from ..vocabulary.card import SHOWN, render_words
