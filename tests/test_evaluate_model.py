@@ -525,6 +525,7 @@ def test_the_worst_group_is_of_the_labels_or_of_those_that_a_file_or_a_column_na
     model = loaded(folder, transformers.AutoModelForImageClassification)
     found = evaluate_model(model, grouped, vwt=[HALF], group_column="where", progress=False)
     assert values(found.rows[0])["worst_group"] == pytest.approx(9 / 13)
+    assert plain["figures"]["worst_group"]["count"] == found.rows[0].figures["worst_group"].count == 13
 
 
 @pytest.mark.parametrize("missing", [None, -1])

@@ -37,6 +37,7 @@ from .figures import (
     cosines,
     divergences,
     first_answers,
+    judged_groups,
     mean_interval,
     ranks,
     share_interval,
@@ -218,15 +219,16 @@ class Classification(Task):
         # Each of several labels of the same name is right.
         right = [at if at in truth[index] else min(truth[index]) for index, at in zip(known, given, strict=True)]
         known_groups = [groups[index] for index in known]
-        grouped = sum(group is not None for group in known_groups)
         # `evaluate` takes no column of `None` alone.
-        metrics = [Accuracy, WorstGroup] if grouped else [Accuracy]
+        metrics = [Accuracy] if all(group is None for group in known_groups) else [Accuracy, WorstGroup]
         computed = compute(metrics, predictions=given, references=right, groups=known_groups)
         # A metric of `evaluate` tells no interval.
         count, worst = len(known), computed.get("worst_group")
         figures = {"accuracy": Figure(computed["accuracy"], share_interval(computed["accuracy"], count), count)}
         if worst is not None:
-            figures["worst_group"] = Figure(worst, worst_group_interval(are_alike(given, right), known_groups), grouped)
+            correct = are_alike(given, right)
+            judged = sum(map(len, judged_groups(correct, known_groups)))
+            figures["worst_group"] = Figure(worst, worst_group_interval(correct, known_groups), judged)
         return figures
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:

@@ -83,10 +83,10 @@ def worst_group(correct: Sequence[bool | None], groups: Sequence[str | None]) ->
         correct: for each image, as `are_right` gives it.
         groups: the name of each image's group; `None` for an image in none, which is left out.
     """
-    return min((sum(members) / len(members) for members in _judged_groups(correct, groups)), default=None)
+    return min((sum(members) / len(members) for members in judged_groups(correct, groups)), default=None)
 
 
-def _judged_groups(correct: Sequence[bool | None], groups: Sequence[str | None]) -> list[list[bool]]:
+def judged_groups(correct: Sequence[bool | None], groups: Sequence[str | None]) -> list[list[bool]]:
     """Whether the images of known label are right, for each group that is large enough, in the order of their names."""
     members: dict[str, list[bool]] = {}
     for right, group in zip(correct, groups, strict=True):
@@ -169,7 +169,7 @@ def worst_group_interval(correct: Sequence[bool | None], groups: Sequence[str | 
     Raises:
         ValueError: no group is large enough.
     """
-    members = _judged_groups(correct, groups)
+    members = judged_groups(correct, groups)
     if not members:
         raise ValueError(f"no group has {FEWEST_OF_GROUP} images of known label; expected one that has.")
     counts = {(sum(group), len(group)) for group in members}
