@@ -102,6 +102,21 @@ def test_fewer_distinct_patches_than_words_give_fewer_words() -> None:
     torch.testing.assert_close(words[words.argmax(dim=1).argsort()], distinct)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_copies_of_one_patch_are_one_word_also_where_rounding_decides_which_is_nearest(processes: int) -> None:
+    distinct = torch.rand(5, 48, generator=torch.Generator().manual_seed(0))
+    patches = distinct[torch.arange(40_000) % 5]
+    kmeans = learned(patches[:20_000], size=50, batch=4000)
+    for batch in patches[20_000:].split(4000):
+        assert kmeans.words is not None
+        parts = [statistics(part, kmeans.words) for part in batch.chunk(processes)]
+        if kmeans.merge(type(parts[0])(*map(sum, zip(*parts, strict=True)))):
+            kmeans.restart_rare(batch)
+    words, counts = kmeans.finish()
+    assert counts.tolist() == [8000] * 5
+    torch.testing.assert_close(words[words[:, 0].argsort()], distinct[distinct[:, 0].argsort()], rtol=0, atol=1e-4)
+
+
 def test_a_page_of_white_patches_leaves_words_for_the_rest() -> None:
     rest = clustered(600, clusters=6)
     white = torch.ones(39_400, 12)

@@ -74,6 +74,23 @@ def _is_first(rows: torch.Tensor) -> torch.Tensor:
     return own.scatter_reduce(0, kind, own, "amin", include_self=False)[kind] == own
 
 
+def _without_copies(words: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words that are the same as an earlier one left out, and their patches counted as that one's.
+
+    Args:
+        words: (size, values) float32, on the CPU.
+        counts: (size,) int64.
+    """
+    exact = words.double()
+    limit = (SAME * words.shape[1]) ** 0.5
+    parts = exact.split(max(1, HELD // max(1, len(words))))
+    first = torch.cat([(torch.cdist(part, exact) <= limit).byte().argmax(dim=1) for part in parts])
+    while not torch.equal(first, first[first]):
+        first = first[first]
+    stays = first == torch.arange(len(words), device="cpu")
+    return words[stays], torch.zeros_like(counts).index_add(0, first, counts)[stays]
+
+
 class MiniBatchKMeans:
     """Words learned from batches of patches.
 
@@ -196,7 +213,10 @@ class MiniBatchKMeans:
             self._seed_words()
         assert self.words is not None
         order = self.counts.argsort(descending=True, stable=True)[: int((self.counts > 0).sum())]
-        return self.words[order].cpu(), self.counts[order].cpu()
+        # Several words that began as copies of one patch may have patches, as rounding decides which is nearest.
+        words, counts = _without_copies(self.words[order].cpu(), self.counts[order].cpu())
+        order = counts.argsort(descending=True, stable=True)
+        return words[order], counts[order]
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in tensors and plain numbers, from which `load_state_dict` goes on as if never interrupted."""
