@@ -341,6 +341,27 @@ def test_pixels_that_are_no_numbers_do_not_vanish_from_the_answer(setting, value
     assert found[2].isnan().any() and found[:2].isfinite().all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["vit", "siglip2-vision"])
+def test_pixels_that_are_no_numbers_do_not_vanish_where_the_fewest_patches_stay(name, value, images):
+    model = compress(tiny_model(name), local(num_patches=1))
+    given = inputs(model, images)
+    last = given["spatial_shapes"][2].prod() - 1 if "spatial_shapes" in given else (0, -1)
+    given["pixel_values"][2][last][-1] = value  # of the last patch, behind all that always stay
+    with torch.no_grad():
+        found = model(**given)[0]
+    assert found[2].isnan().any() and found[[0, 1, 3]].isfinite().all()
+
+
+def test_a_patch_that_is_no_number_stays_in_place_of_the_only_one_and_the_words_say_so():
+    images = torch.zeros(2, 3, 16, 16)
+    images[1, 0, -1, -1] = torch.nan
+    patches = Patches.of_images(images, (4, 4))
+    assert local(num_patches=1).patch_words(patches).tolist() == [[0] * 16, [15] * 16]
+    plan = local(num_patches=1).plan(patches)
+    assert plan.sources.tolist() == [[0], [16 + 15]] and plan.layout.sizes.tolist() == [[16.0], [16.0]]
+
+
 def test_no_number_leaves_fewer_than_one_in_each_block_or_more_than_there_are(images):
     for number, tokens in ((1, 4), (100, 64)):
         model = compress(tiny_model("vit"), local(num_patches=number))
@@ -382,11 +403,12 @@ def test_an_image_processors_words_are_those_that_the_model_finds(fields, images
         answers(by_words, images, patch_words=wrong)
 
 
-def test_a_fixed_number_can_be_exported(images, tmp_path):
+@pytest.mark.parametrize("number", [1, 20])
+def test_a_fixed_number_can_be_exported(number, images, tmp_path):
     class Tokens(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = compress(tiny_model("vit"), local(num_patches=20))
+            self.model = compress(tiny_model("vit"), local(num_patches=number))
 
         def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
             return self.model(pixel_values=pixel_values).last_hidden_state
@@ -398,6 +420,9 @@ def test_a_fixed_number_can_be_exported(images, tmp_path):
         torch.export.save(program, tmp_path / "model.pt2")
         loaded = torch.export.load(tmp_path / "model.pt2").module()
         torch.testing.assert_close(loaded(pixel_values=images[:2]), model(pixel_values=images[:2]))
+        images[1, 0, -1, -1] = torch.nan
+        found = loaded(pixel_values=images[:2])
+        assert found[0].isfinite().all() and found[1].isnan().all()
 
 
 def test_ragged_images_are_not_exported_and_the_error_says_what_is(images):

@@ -93,6 +93,11 @@ def describe(patches: torch.Tensor, patch_size: tuple[int, int], image_std: tupl
     return torch.cat((slow.flatten(2), FINE * fine.unsqueeze(-1)), dim=-1)
 
 
+def are_numbers(looks: torch.Tensor) -> torch.Tensor:
+    """Whether each patch is free of NaN and infinity, by what `describe` gives: (batch, patches), bool."""
+    return looks[..., -1] < torch.inf  # else the texture is NaN
+
+
 def find_neighbours(looks: torch.Tensor, grid: tuple[int, int]) -> Neighbours:
     """The neighbours of each patch of a grid of so many rows and columns, by what `describe` gives."""
     index, later, passes = _beside(*grid, looks.device).unbind(0)

@@ -12,6 +12,7 @@ from ..checks import is_number, require_count, require_share
 from ..config import ModelFacts
 from ..neighbours import (
     Neighbours,
+    are_numbers,
     at,
     cover,
     cover_by,
@@ -128,8 +129,7 @@ class LocalConfig(RaggedConfig):
         with without_autocast(patches.device), torch.no_grad():
             if not self.even or patches.grid is None:
                 return patches.lead(self._leaders(patches), self.packs(patches), self.size_exponent)
-            neighbours, kept, stays = self._stay_on_grid(patches)
-            nearest = at(stays.cumsum(dim=1) - 1, leaders(neighbours, stays))
+            kept, nearest = self._stay_on_grid(patches)
             return patches.represent(nearest, kept, None, self.size_exponent)
 
     def patch_words(self, patches: Patches) -> torch.Tensor | None:
@@ -142,8 +142,7 @@ class LocalConfig(RaggedConfig):
             assert self.image_std is not None  # `prepared` came before
             return find_leaders(patches.pixel_values, patches.patch_size, patches.grid, self.image_std, self.tolerance)
         if patches.grid is not None:
-            neighbours, _, stays = self._stay_on_grid(patches)
-            return leaders(neighbours, stays)
+            return at(*self._stay_on_grid(patches))
         assert patches.real is not None
         neighbours = find_padded_neighbours(self._looks(patches), patches.places, patches.real)
         if self.tolerance is not None:
@@ -156,17 +155,26 @@ class LocalConfig(RaggedConfig):
         assert self.image_std is not None  # `prepared` came before
         return describe(patches.pixels_as_words().float(), patches.patch_size, self.image_std)
 
-    def _stay_on_grid(self, patches: Patches) -> tuple[Neighbours, torch.Tensor, torch.Tensor]:
+    def _stay_on_grid(self, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:
         """Which patches stay, as many of each image, where images are not padded.
 
         Returns:
-            The neighbours; which patches stay, (batch, keep) int64, ascending; and the same as (batch, patches) bool.
+            Which patches stay, (batch, keep) int64, ascending; and which of these stands for each patch, (batch,
+            patches) int64 in [0, keep).
         """
         assert patches.grid is not None
-        neighbours, keep = find_neighbours(self._looks(patches), patches.grid), self._number(*patches.grid)
-        kept = highest(cover_by(neighbours, keep), keep)
+        looks, keep = self._looks(patches), self._number(*patches.grid)
+        neighbours = find_neighbours(looks, patches.grid)
+        scores, fewest = cover_by(neighbours, keep), keep == _fewest(*patches.grid)
+        if fewest:
+            # A patch that holds NaN takes the place of one that always stays, which any other may stand for then.
+            scores = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(~are_numbers(looks), torch.inf)
+        kept = highest(scores, keep)
         stays = marked(kept, patches.count)
-        return neighbours, kept, stays
+        places = stays.cumsum(dim=1) - 1
+        if fewest:  # the first patch may not stay
+            places = places.clamp(min=0)
+        return kept, at(places, leaders(neighbours, stays))
 
     def _stay_by_number(self, patches: Patches, neighbours: Neighbours) -> torch.Tensor:
         """Which patches stay, (batch, patches) bool, where images are padded."""
@@ -187,8 +195,8 @@ class LocalConfig(RaggedConfig):
 
     def _number(self, rows: int, columns: int) -> int:
         """How many patches of an image of so many rows and columns stay."""
-        count, fewest = rows * columns, -(-rows // 4) * -(-columns // 4)
-        return min(max(self._wanted(count), fewest), count)
+        count = rows * columns
+        return min(max(self._wanted(count), _fewest(rows, columns)), count)
 
     def _numbers(self, patches: Patches) -> torch.Tensor:
         """How many patches of each image of a padded batch stay: (batch,)."""
@@ -204,3 +212,8 @@ class LocalConfig(RaggedConfig):
             count: patches of an image, or (batch,), int64, of each of several.
         """
         return whole_share(count, self.keep_ratio) if self.keep_ratio is not None else self.num_patches or 0
+
+
+def _fewest(rows: int, columns: int) -> int:
+    """How many patches of an image of so many rows and columns always stay."""
+    return -(-rows // 4) * -(-columns // 4)
