@@ -15,7 +15,7 @@ from test_families import assert_near, sample_images
 from tiny import answers, forward, inputs, padded_patches, sample_pixel_values, tiny_model, watch_embeddings
 from vwt_hf import VWTConfig, compress, count_tokens
 from vwt_hf.blocks import cut_blocks, detail_lost, grid_blocks, halve, padded_blocks, put_back, with_halves
-from vwt_hf.families import find_layers
+from vwt_hf.families import family_of, find_layers, find_tower
 from vwt_hf.patches import Patches, padded_places
 from vwt_hf.plans import Grouped
 from vwt_hf.words import patchify
@@ -176,6 +176,30 @@ def test_images_of_another_number_of_channels_are_refused_as_by_the_plain_model(
     model = compress(tiny_model("vit"), coarse())
     with pytest.raises(ValueError, match="channel dimension"):
         model(pixel_values=torch.zeros(1, 4, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip2-vision"])
+def test_a_hook_that_changes_images_once_blocks_are_chosen_is_refused_until_it_runs_first(name, images):
+    model = compress(tiny_model(name), coarse())
+    given = inputs(model, images)
+    with torch.no_grad():
+        expected = model(**given | {"pixel_values": given["pixel_values"] / 4})[0]
+    embeddings = find_tower(model, family_of(model)).embeddings
+    embeddings.register_forward_pre_hook(lambda module, args: (args[0] / 4, *args[1:]))
+    with pytest.raises(ValueError, match=r"the embeddings got other images .* so that it runs first"):
+        answers(model, images)
+    compress(model, model.config.vwt)
+    with torch.no_grad():
+        assert torch.equal(model(**given)[0], expected)
+
+
+def test_a_hook_may_copy_images_and_change_their_data_type(images):
+    images[3, 0, 0, 0] = torch.nan
+    model = compress(tiny_model("vit").double(), coarse())
+    expected = answers(model, images.double())
+    model.embeddings.register_forward_pre_hook(lambda module, args: (args[0].double().clone(), *args[1:]))
+    for given in (images.double(), images):
+        torch.testing.assert_close(answers(model, given)[:3], expected[:3], atol=1e-5, rtol=1e-5)
 
 
 def test_tokens_are_joined_after_some_layers_where_a_setting_says_so(images):

@@ -96,6 +96,8 @@ class Forward:
     """The `patch_words` of the call that this is, or runs within; `None` if it was given none."""
     words: torch.Tensor | None = None
     """(batch, patches), int64: set by `hooks.Repaint` where the setting chooses words before patches are embedded."""
+    shown: torch.Tensor | None = None
+    """The images that `hooks.Repaint` gave to the embeddings, until these have run; `None` in a graph."""
     plan: Kept | Grouped | None = None
     """Which tokens the patches became; `None` before the embeddings ran, and where all patches stay as they are."""
     real: torch.Tensor | None = None

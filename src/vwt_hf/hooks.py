@@ -221,6 +221,10 @@ class Reduce(Hook):
     def _reduce_and_store(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         forward, tokens = forward_of(module), _tokens_of(output)
         patches = self.patches(output, args, kwargs, forward.real)
+        if forward.shown is not None and not is_compiling():
+            if patches.pixel_values is not forward.shown:
+                _require_same_images(patches.pixel_values, forward.shown, self.setting)
+            forward.shown = None
         if forward.plan is not None:
             forward = forward.begin_again()
         if not is_even(self.setting, self.family):
@@ -302,6 +306,8 @@ class Repaint(Hook):
         words, shown = setting.repainted(patches, given)
         if given is None:
             forward.words = words
+        if not is_compiling():
+            forward.shown = shown
         if args:
             return (shown, *args[1:]), kwargs
         return args, kwargs | {"pixel_values": shown}
@@ -319,6 +325,18 @@ def _require_one_batch(tensor: torch.Tensor, setting: VWTConfig) -> None:
             f"torch.func.vmap runs a model with method={setting.method!r} on many batches at once, which differ in "
             "what shares a token. Call it with all images as one batch and one set of weights at a time, compress it "
             "with method='intra' and dropped='discard', or call vwt_hf.restore(model) before."
+        )
+
+
+def _require_same_images(pixel_values: torch.Tensor, shown: torch.Tensor, setting: VWTConfig) -> None:
+    """Raises `ValueError` where embeddings ran on other images than `Repaint` gave them. Another data type or device
+    makes no other images."""
+    same_shape = pixel_values.shape == shown.shape
+    if not same_shape or not torch.allclose(pixel_values, shown.to(pixel_values), rtol=0, atol=0, equal_nan=True):
+        raise ValueError(
+            f"the embeddings got other images {tuple(pixel_values.shape)} than method={setting.method!r} gave them "
+            f"{tuple(shown.shape)}, as where a forward pre-hook that was registered after vwt_hf.compress changes "
+            "images. Register it before, or call vwt_hf.compress(model, model.config.vwt) now, so that it runs first."
         )
 
 
