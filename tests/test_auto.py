@@ -420,6 +420,33 @@ def test_a_part_compressed_alone_is_saved_and_loaded_with_the_whole(whole, setti
     assert "vwt" not in (tmp_path / "restored/config.json").read_text()
 
 
+@pytest.mark.parametrize("setting", [VWTConfig(dropped="merge"), inter()], ids=["merge", "inter"])
+def test_a_save_of_a_whole_leaves_its_configs_in_memory_as_they_were(whole, setting, monkeypatch, tmp_path):
+    model, name = whole
+    vwt_hf.compress(model.get_submodule(name), setting)
+    held = [(module, module.config) for module in model.modules() if "config" in vars(module)]
+    told = [config.to_dict() for _, config in held]
+
+    def saved(folder):
+        model.save_pretrained(tmp_path / folder)
+        fields = json.loads((tmp_path / folder / "config.json").read_text())
+        (part,) = (part for part in fields.values() if isinstance(part, dict) and "vwt" in part)
+        assert (part["vwt"].pop("saved_as", None) is None) == (setting.method == "intra")
+        return fields
+
+    def fail(*args):
+        raise OSError("no space")
+
+    first = saved("first")
+    assert saved("second") == first
+    monkeypatch.setattr("vwt_hf.model_saving.require_same_words", fail)
+    with pytest.raises(OSError, match="no space"):
+        model.save_pretrained(tmp_path / "third")
+    assert all(module.config is config for module, config in held)
+    assert [config.to_dict() for _, config in held] == told
+    assert type(model)(model.config).get_submodule(name).config.vwt is None  # as a teacher that goes by one config
+
+
 def test_the_setting_of_one_model_is_not_saved_with_another_that_shares_its_config(tmp_path):
     config = llava().config
     short, plain = (transformers.LlavaForConditionalGeneration(config) for _ in range(2))
@@ -464,8 +491,10 @@ def test_a_part_that_no_config_can_be_told_to_be_of_is_not_saved(tmp_path):
     model = captioner()
     vwt_hf.compress(model.encoder, HALF)
     model.config.encoder.hidden_size += 1
+    config = model.config
     with pytest.raises(ValueError, match=r"ViTModel that was compressed alone, and no config .* alone: 0 are like it"):
         model.save_pretrained(tmp_path)
+    assert model.config is config
 
 
 def test_towers_of_equal_configs_that_have_one_setting_are_saved(tmp_path):

@@ -101,21 +101,24 @@ def saving_models(original: Any) -> Any:
 def _parts_to_save(model: PreTrainedModel) -> Iterator[dict[PreTrainedModel, VWTConfig]]:
     """Yields the models whose configs hold a setting to save with `model`, each with that setting.
 
+    A part of `model` may have been compressed alone: then a copy of the config of `model` holds its setting meanwhile.
     `model` may be part of another model whose config alone holds the setting: then its own holds it meanwhile.
     """
     if any(config.vwt for config in configs_of(model)):
         _require_embeddings(model)
     parts = _compressed_parts(model)
-    _gather_settings(model, parts)
+    configs = [(module, module.__dict__["config"]) for module in model.modules() if "config" in module.__dict__]
     setting = None if parts else setting_of(model)
-    if setting is None:
-        yield parts
-        return
-    model.config.vwt = setting.to_dict()
     try:
-        yield {model: setting}
+        _gather_settings(model, parts)
+        if setting is not None:
+            model.config.vwt = setting.to_dict()
+        yield parts if setting is None else {model: setting}
     finally:
-        model.config.vwt = None
+        if setting is not None:
+            model.config.vwt = None
+        for module, config in configs:
+            module.__dict__["config"] = config
 
 
 def _require_embeddings(model: PreTrainedModel) -> None:
