@@ -271,7 +271,6 @@ def test_unregistered_transformers_is_as_if_the_plugin_had_never_been_imported(t
     """In a process of its own: what stood in the classes and registries before the import stands there again."""
     tiny_model("vit").save_pretrained(tmp_path)
     script = f"""
-import inspect
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -280,14 +279,11 @@ def state():
     held = [dict(vars(one)) for one in (*classes, transformers.VisionEncoderDecoderModel)]
     return held, dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping), dict(
         CONFIG_MAPPING._extra_content)
-before, forward = state(), transformers.ViTModel.forward
+before = state()
 import vwt_hf
-model = AutoModel.from_pretrained({str(tmp_path)!r}, vwt=True)
-assert "patch_words" in inspect.signature(model.forward).parameters
 assert state() != before
-vwt_hf.restore(model)
 vwt_hf.unregister()
-assert state() == before and transformers.ViTModel.forward is forward
+assert state() == before
 vwt_hf.unregister()
 assert not hasattr(AutoConfig.from_pretrained({str(tmp_path)!r}), "vwt")
 vwt_hf.register()

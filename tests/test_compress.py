@@ -6,13 +6,11 @@ import collections
 import contextlib
 import copy
 import functools
-import gc
 import inspect
 import os
 import pickle
 import subprocess
 import sys
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -66,50 +64,6 @@ def test_methods_of_a_model_that_no_variable_holds_can_be_called(pixel_values):
     made = compress(tiny_model("clip"), {"keep_ratio": 0.5}).get_image_features(pixel_values)
     forward = pickle.loads(pickle.dumps(compress(tiny_model("vit"), local()).forward))
     assert made.pooler_output.shape[0] == len(pixel_values) == len(forward(pixel_values)[0])
-
-
-@pytest.mark.parametrize("setting", [local(), fixed(), {"keep_ratio": 0.5}], ids=["local", "gradual", "intra"])
-def test_a_model_goes_as_soon_as_nobody_holds_it(model, pixel_values, setting):
-    compress(model, setting)
-    answers(model, pixel_values)
-    copied = compress(copy.deepcopy(model), setting)
-    answers(copied, pixel_values)
-    gone = weakref.ref(copied)
-    gc.disable()  # which would find what holds itself some time later
-    try:
-        del copied
-        assert gone() is None
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("name", ["vit-classifier", "blip-vision", "data2vec"])
-def test_others_of_the_class_of_a_compressed_model_answer_as_before(name, pixel_values):
-    plain = tiny_model(name)
-    expected = answers(plain, pixel_values)
-    compressed = compress(tiny_model(name), local())
-    short = answers(compressed, pixel_values)
-    for _ in range(2):
-        assert torch.equal(answers(plain, pixel_values), expected)
-        assert torch.equal(answers(compressed, pixel_values), short) and not torch.equal(short, expected)
-    assert plain.__dict__.keys() == tiny_model(name).__dict__.keys()
-
-
-class Dimmed(transformers.ViTModel):
-    def forward(self, pixel_values: torch.Tensor, **kwargs):
-        return [super(Dimmed, self).forward(pixel_values * dim, **kwargs) for dim in (0.25, 0.5)][-1]
-
-
-@pytest.mark.parametrize("made", [lambda model: model, copy.copy, copy.deepcopy], ids=["itself", "shallow", "deep"])
-def test_a_class_below_a_compressed_one_reaches_the_forward_above_it(pixel_values, made):
-    above = compress(tiny_model("vit"), local())
-    below = Dimmed(above.config.__class__.from_dict(tiny_model("vit").config.to_dict())).eval()
-    below.load_state_dict(above.state_dict())
-    model, seen = made(compress(below, local())), []
-    model.embeddings.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    by_call, by_forward = model(pixel_values=pixel_values)[0], model.forward(pixel_values=pixel_values)[0]
-    assert len(seen) == 4 and all(torch.equal(seen[place], pixel_values * 0.5) for place in (1, 3))
-    assert torch.equal(by_call, by_forward) and torch.equal(by_call, above(pixel_values * 0.5)[0])
 
 
 FORKED_AFTER = """

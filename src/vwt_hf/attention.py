@@ -342,10 +342,10 @@ def flash_attention_2(
     return _by_boundaries(attend, heads, plan, scaling), None
 
 
-def fused(forward: Any, module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stands in for the `forward` of an attention module with one `qkv` projection that uses no interface (BLIP)."""
+def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replaces the forward of an attention module with one `qkv` projection that uses no interface (BLIP)."""
     if not _has_plan(module):
-        return forward(module, hidden_states, **kwargs)
+        return type(module).forward(module, hidden_states, **kwargs)
     heads = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     dropout = module.dropout.p if module.training else 0.0
     output, _ = sdpa(module, heads, None, scaling=module.scale, dropout=dropout)
@@ -353,7 +353,6 @@ def fused(forward: Any, module: Any, hidden_states: torch.Tensor, **kwargs: Any)
 
 
 def separate(
-    forward: Any,
     module: Any,
     hidden_states: torch.Tensor,
     output_attentions: bool = False,
@@ -361,8 +360,8 @@ def separate(
     interpolate_pos_encoding: bool = False,
     resolution: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Stands in for the `forward` of an attention module with `query`, `key` and `value` projections and a relative
-    position bias that uses no interface (Data2Vec-vision).
+    """Replaces the forward of an attention module with `query`, `key` and `value` projections and a relative position
+    bias that uses no interface (Data2Vec-vision).
 
     Args:
         output_attentions: whether to return what stands for attention weights, too; `hooks.End` refuses them.
@@ -371,7 +370,7 @@ def separate(
         resolution: height and width of the images.
     """
     if not _has_plan(module):
-        return forward(
+        return type(module).forward(
             module, hidden_states, output_attentions, relative_position_bias, interpolate_pos_encoding, resolution
         )
     query, key, value = (

@@ -45,7 +45,7 @@ from .model_loading import (
 )
 from .model_saving import saving_models, saving_processors, uploading_models
 from .printable import shown
-from .stand_ins import give_back, has_stand_in, with_code_of_its_own
+from .stand_ins import StandIn
 
 _replaced: dict[tuple[type, str], tuple[Any, Any]] = {}
 """For each method of transformers that was replaced: the original (`NOT_GIVEN` if it was inherited), and the
@@ -70,8 +70,7 @@ def register() -> None:
 def unregister() -> None:
     """Undoes `register`: transformers is as if vwt_hf had not been imported.
 
-    Restore compressed models first (`restore`): their layers need the attention that is taken away, and their classes
-    lose the methods that ask for a model's own.
+    Restore compressed models first (`restore`): their layers need the attention that is taken away.
 
     Raises:
         RuntimeError: another library has wrapped one of the methods since, and would lose what it calls.
@@ -92,7 +91,6 @@ def unregister() -> None:
         del ImageProcessingMixin.vwt  # type: ignore[attr-defined]
         attention.unregister()
     _replaced.clear()
-    give_back()
 
 
 class _Calling:
@@ -113,11 +111,14 @@ class _Calling:
         self.numbers = itertools.count()
 
     def __get__(self, model: Any, model_class: type) -> Any:
-        owner = model if model is not None and has_stand_in(model, "forward") else model_class
+        owner = model if model is not None and isinstance(vars(model).get("forward"), StandIn) else model_class
         function = self.functions.get(owner)
         if function is None:
+            function = _calling(self.original)
+            # Torch tells functions, and the shapes that it has met in them, apart by their code and its name.
             name = f"{model_class.__qualname__} {next(self.numbers)}"
-            function = self.functions.setdefault(owner, with_code_of_its_own(_calling(self.original), name))
+            function.__code__ = function.__code__.replace(co_name=name)
+            function = self.functions.setdefault(owner, function)
         return function if model is None else types.MethodType(function, model)
 
 

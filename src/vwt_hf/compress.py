@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import types
 from typing import Any
 
 from torch import nn
@@ -33,9 +34,8 @@ from .families import (
 from .forward import GivenWords, call_with, current_forward, traced_within, words_to_generate_by
 from .model_configs import attend_by_plan, configs_of_modules, is_among, is_by_plan
 from .own_thread import in_own_thread
-from .plans import PATCH_WORDS
 from .processors import configs_within
-from .stand_ins import own_forward, put, require_replaceable, take_out
+from .stand_ins import StandIn, class_forward, is_ours, own_forward, require_replaceable, slot_of
 from .vouch import may_change_rows, vouch, vouch_rows
 from .weights import loaded_by, source_of
 
@@ -243,7 +243,7 @@ def _hook_layers(tower: Tower, family: Family, setting: VWTConfig) -> None:
     for config in configs_of_modules(tower.module.modules()):  # copies of PEFT's have configs of their own
         attend_by_plan(config)
     for module, stand_in in _replaced_attentions(tower, family):
-        put(module, "forward", stand_in)
+        setattr(module, slot_of(module), StandIn(stand_in, module))
     places = find_places(tower.module)
     joins = setting.joins(len(places))
     # The first hooks of a layer, of which joining is the first: what transformers records as the layer's hidden states
@@ -270,10 +270,10 @@ def _replace_methods(model: PreTrainedModel, begins: bool) -> None:
     """Gives `model` methods that take `patch_words` in place of those by which a user gives it images."""
     model_class: Any = type(model)
     for name in _methods_for_images(model_class):
-        put(model, name, _generate_by_words if name == "generate" else _call_by_words)
+        if name not in vars(model):
+            setattr(model, name, _stand_in_for(model, name, _call_by_words, name))
     if own_forward(model) is None:
-        # In its signature, as `Trainer` drops the columns of a data set that the signature lacks.
-        put(model, "forward", _forward_within_a_call if begins else _forward_by_words, PATCH_WORDS)
+        model.forward = _forward_with_words(model, begins)
 
 
 @functools.cache
@@ -288,22 +288,48 @@ def _methods_for_images(model_class: type) -> tuple[str, ...]:
     )
 
 
-def _forward_by_words(
-    method: Any, model: PreTrainedModel, /, *args: Any, patch_words: Any = None, **kwargs: Any
-) -> Any:
-    """Stands in for the forward of a model. Where it is called by itself and with words, the model is called instead.
+def _stand_in_for(model: PreTrainedModel, name: str, function: Any, *given: Any) -> StandIn:
+    """What calls `function(model, *given, ...)` under the name and signature of a method of the class of `model`."""
+    stand_in = StandIn(function, model, *given)
+    method = getattr(type(model), name)
+    functools.update_wrapper(stand_in, method)
+    stand_in.__signature__ = inspect.signature(method.__get__(model))  # type: ignore[attr-defined]
+    return stand_in
 
-    In a call of the model `TakeWords` took the words out before.
+
+def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
+    """A forward for `model` with `patch_words` in its signature: `Trainer` drops the columns of a data set that the
+    signature lacks. In a call of the model `TakeWords` takes the words out before.
+
+    Args:
+        begins: whether `model` is a tower that goes by a plan, which is found within a call alone.
     """
+    stand_in = _stand_in_for(model, "forward", _forward_within_a_call if begins else _forward_by_words)
+    signature = stand_in.__signature__  # type: ignore[attr-defined]
+    words = inspect.Parameter(
+        "patch_words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="torch.Tensor | None"
+    )
+    parameters = sorted((*signature.parameters.values(), words), key=lambda parameter: parameter.kind)
+    stand_in.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    stand_in.__func__ = class_forward(stand_in.__signature__)  # type: ignore[attr-defined]
+    return stand_in
+
+
+def _forward_by_words(model: PreTrainedModel, /, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
+    """The forward of the class of `model`. Where it is called by itself and with words, the model is called instead."""
     if patch_words is None:
-        return method(model, *args, **kwargs)
+        return type(model).forward(model, *args, **kwargs)
     return model(*args, patch_words=patch_words, **kwargs)
 
 
-def _forward_within_a_call(method: Any, model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the forward of a tower that goes by a plan, which is found within a call alone: where it is called
-    by itself, as by sentence-transformers, the tower is called instead."""
-    return method(model, *args, **kwargs) if _is_running(model) else model(*args, **kwargs)
+def _forward_within_a_call(model: PreTrainedModel, /, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the class of `model`. Where it is called by itself, as by sentence-transformers, the model is.
+
+    A wrapper that somebody put around `model.forward` may still call this after `restore`.
+    """
+    if _is_running(model) or not any(isinstance(hook, hooks.Begin) for hook in model._forward_pre_hooks.values()):
+        return type(model).forward(model, *args, **kwargs)
+    return model(*args, **kwargs)
 
 
 @traced_within
@@ -313,21 +339,14 @@ def _is_running(tower: PreTrainedModel) -> bool:
     return forward is not None and forward.tower is tower and forward.plan is None
 
 
-def _call_by_words(method: Any, model: PreTrainedModel, /, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
-    """Stands in for a method that is given images, and has the tower go by `patch_words` if there are any."""
+def _call_by_words(model: PreTrainedModel, name: str, /, *args: Any, patch_words: Any = None, **kwargs: Any) -> Any:
+    """Calls a method of the class of `model`, and has the tower go by `patch_words` if there are any."""
+    method = getattr(type(model), name)
     if patch_words is None:
         return method(model, *args, **kwargs)
-    with call_with(model, GivenWords(patch_words)):
-        return method(model, *args, **kwargs)
-
-
-def _generate_by_words(
-    method: Any, model: PreTrainedModel, /, *args: Any, patch_words: Any = None, **kwargs: Any
-) -> Any:
-    """`_call_by_words` for `generate`, which repeats images for beams."""
-    if patch_words is None:
-        return method(model, *args, **kwargs)
-    with call_with(model, words_to_generate_by(model, patch_words, args, kwargs)):
+    generates = name == "generate"
+    given = words_to_generate_by(model, patch_words, args, kwargs) if generates else GivenWords(patch_words)
+    with call_with(model, given):
         return method(model, *args, **kwargs)
 
 
@@ -354,10 +373,18 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+_KEPT_BY_ACCELERATE = ("_old_forward", "_original_forward")
+"""Where accelerate keeps the forward of a module that it wraps, for its hooks and for `Accelerator.unwrap_model`."""
+
+
 def _take_out(model: PreTrainedModel) -> None:
     """`restore` for a model that shares its config with no other."""
     for module in model.modules():
-        take_out(module)
+        for name in [name for name, value in vars(module).items() if is_ours(value)]:
+            if name in _KEPT_BY_ACCELERATE:
+                module.__dict__[name] = types.MethodType(type(module).forward, module)
+            else:
+                delattr(module, name)
         for present, beside in (
             (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
             (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),

@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from .plans import Grouped, Kept
-from .stand_ins import with_code_of_its_own
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,7 +49,9 @@ class GivenWords:
         """Whether a module is a part of the called model, and not of another that a hook runs within the call."""
         if self.model is None:
             return True
-        return any(part is module for part in self.model.modules())
+        # A shallow copy has the forward of the model that it was copied from.
+        copied_from = getattr(self.model.__dict__.get("forward"), "args", ())
+        return any(part is module for part in (*copied_from, *self.model.modules()))
 
     def take(self, pixel_values: torch.Tensor) -> GivenWords:
         """Marks the words as used for images and returns them.
@@ -253,7 +254,10 @@ def traced_within(function: Callable[..., Any]) -> Callable[..., Any]:
             return outside(*args, **kwargs)
         return function(*args, **kwargs)
 
-    return with_code_of_its_own(run, function.__name__)
+    # Torch limits how often it compiles one code object, which all functions made here would share.
+    named: Any = run
+    named.__code__ = named.__code__.replace(co_name=function.__name__)
+    return named
 
 
 def begin_forward(tower: nn.Module, members: weakref.WeakSet[nn.Module], relative: bool) -> Forward:
