@@ -6,11 +6,13 @@ import collections
 import contextlib
 import copy
 import functools
+import gc
 import inspect
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -102,6 +104,44 @@ def test_layers_may_lie_in_a_sequence(pixel_values):
             if child is holder:
                 setattr(parent, name, torch.nn.Sequential(*holder))
     assert torch.equal(answers(compress(model, local()), pixel_values), expected)
+
+
+def test_a_large_model_that_was_dropped_is_freed_when_another_is_compressed(pixel_values, monkeypatch):
+    module = sys.modules["vwt_hf.compress"]
+    monkeypatch.setattr(module, "_large", weakref.WeakSet())
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)  # on, but never by itself
+    try:
+        gone = []
+        for least in (0, 0, 2**20):
+            monkeypatch.setattr(module, "_LARGE", least)
+            model = compress(tiny_model("vit"), local())
+            answers(model, pixel_values)
+            gone.append(weakref.ref(model))
+            del model
+        assert [ref() is None for ref in gone] == [True, False, False]  # the last is small, and waits for no other
+    finally:
+        gc.set_threshold(*thresholds)
+    kept = compress(tiny_model("vit"), local())
+    monkeypatch.setattr(module, "_LARGE", 0)
+    expected = answers(kept, pixel_values)
+    compress(tiny_model("vit"), local())
+    assert torch.equal(answers(kept, pixel_values), expected)
+
+
+def test_methods_that_take_images_and_no_model_stay_as_they_are(pixel_values):
+    class Normalizes(transformers.ViTModel):
+        @staticmethod
+        def normalized(pixel_values: torch.Tensor, by: float = 2.0) -> torch.Tensor:
+            return pixel_values / by
+
+        def forward(self, pixel_values: torch.Tensor, patch_words: torch.Tensor | None = None, **kwargs):
+            return super().forward(pixel_values, **kwargs)
+
+    model = compress(Normalizes(tiny_model("vit").config).eval(), {"keep_ratio": 0.5})
+    assert torch.equal(model.normalized(pixel_values), pixel_values / 2)
+    assert list(inspect.signature(model.forward).parameters) == ["pixel_values", "patch_words", "kwargs"]
+    assert model(pixel_values)[0].shape[1] == 33
 
 
 @pytest.mark.parametrize("setting", [None, {"keep_ratio": 0.5}])

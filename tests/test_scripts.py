@@ -65,6 +65,7 @@ def test_a_script_that_shares_no_work_is_refused_in_several_processes(name, monk
         pytest.importorskip("aiohttp", reason='needs aiohttp: pip install "vwt-hf[serve]"')
     script = importlib.import_module(name)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *OPTIONS[name].split()])
     with pytest.raises(ValueError, match=r"was started in 2 processes \(WORLD_SIZE\), each of which would"):
         script.main()

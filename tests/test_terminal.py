@@ -166,6 +166,8 @@ def test_figures_take_the_place_of_no_photograph(verb, tmp_path, capsys):
 )
 def test_a_command_that_shares_no_work_is_refused_in_several_processes(verb, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    require_alone()  # a cluster sets it for each shell of a job
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(verb.split()) == 2
     error = capsys.readouterr().err
     assert "this was started in 2 processes (WORLD_SIZE), each of which would do the whole work; expected one" in error

@@ -13,6 +13,7 @@ from torch import nn
 from settings import SETTINGS, coarse, fixed, gradual, inter, local
 from tiny import sample_pixel_values, tiny_model
 from vwt_hf import compress, restore
+from vwt_hf.families import find_layers
 
 GROUPS = {
     "merge": SETTINGS["merge"],
@@ -114,6 +115,16 @@ def test_attention_that_goes_by_no_plan_is_an_error(how, setting):
     with pytest.raises(ValueError, match="1 of the 3 layers of the ViTModel did not attend by the tokens of each"):
         states(model, images())
     assert torch.equal(states(restore(model), images()), plain)
+
+
+def test_attention_put_in_after_compress_where_ours_stands_in_is_an_error():
+    model = compress(tiny_model("blip-vision", num_hidden_layers=3), SETTINGS["local"])
+    fresh = find_layers(tiny_model("blip-vision", num_hidden_layers=3))[1]
+    states(model, images())
+    for part, module in fresh.named_children():
+        setattr(find_layers(model)[1], part, module)
+    with pytest.raises(ValueError, match="1 of the 3 layers of the BlipVisionModel did not attend"):
+        states(model, images())
 
 
 def test_attention_that_needs_no_plan_may_be_any():

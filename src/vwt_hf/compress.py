@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import inspect
 import itertools
 import types
+import weakref
 from typing import Any
 
 from torch import nn
@@ -107,6 +109,7 @@ def compress_by(
             loaded from.
         image_processor: the one that makes the model's images; by default the one that lies in `source`.
     """
+    _free_dropped(model)
     family = family_of(model)
     tower = find_tower(model, family)
     needs_all = why_every_patch(model, tower)
@@ -142,6 +145,25 @@ def compress_by(
     _hook_in(model, tower, family, setting)
     model.config.vwt = setting.to_dict()
     return model
+
+
+_LARGE = 2**26
+"""Bytes of weights (64 MiB) from which on a compressed model must not be left in memory."""
+_large: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+"""Models of that size that were compressed and are still in memory."""
+
+
+def _free_dropped(model: PreTrainedModel) -> None:
+    """Frees compressed models that nobody holds any more, before another large one is compressed.
+
+    They hold methods of their own, and so themselves. Python's garbage collector alone can free them, and it goes by
+    the number of objects, not by gigabytes of weights. A user who has turned it off is left alone.
+    """
+    if sum(each.nbytes for each in model.parameters()) < _LARGE:
+        return
+    if gc.isenabled() and any(other is not model and takes_words(other) for other in list(_large)):
+        gc.collect()
+    _large.add(model)
 
 
 def _is_hooked(model: PreTrainedModel, tower: Tower) -> bool:
@@ -276,16 +298,16 @@ def _replace_methods(model: PreTrainedModel, begins: bool) -> None:
         model.forward = _forward_with_words(model, begins)
 
 
-@functools.cache
-def _methods_for_images(model_class: type) -> tuple[str, ...]:
+def _methods_for_images(model_class: type) -> list[str]:
     """Names of the methods beside `forward` by which a user gives images to a model of that class."""
-    return tuple(
+    return [
         name
         for name, method in inspect.getmembers(model_class, inspect.isfunction)
         if not name.startswith(("_", "prepare_"))
         and name != "forward"
+        and not isinstance(inspect.getattr_static(model_class, name), staticmethod)
         and "pixel_values" in inspect.signature(method).parameters
-    )
+    ]
 
 
 def _stand_in_for(model: PreTrainedModel, name: str, function: Any, *given: Any) -> StandIn:
@@ -309,7 +331,8 @@ def _forward_with_words(model: PreTrainedModel, begins: bool) -> StandIn:
     words = inspect.Parameter(
         "patch_words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="torch.Tensor | None"
     )
-    parameters = sorted((*signature.parameters.values(), words), key=lambda parameter: parameter.kind)
+    named = dict(signature.parameters) | {"patch_words": words}  # a class of a user's may have it itself
+    parameters = sorted(named.values(), key=lambda parameter: parameter.kind)
     stand_in.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     stand_in.__func__ = class_forward(stand_in.__signature__)  # type: ignore[attr-defined]
     return stand_in

@@ -18,7 +18,6 @@ _NAME = re.compile("[a-z][a-z0-9_]{0,39}")
 # Without what would end a cell of a table, code in it, or a comment.
 _TEXT = re.compile("(?:(?![<>`|])[ -~]){0,200}")
 _BEGIN, _END = "<!-- vwt-hf -->", "<!-- /vwt-hf -->"
-_SECTION = re.compile(f"{_BEGIN}.*?{_END}[\r\n]*", re.DOTALL)
 _LABELS = {
     "images": "unlabelled images",
     "measure": "measured as",
@@ -85,8 +84,13 @@ def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
 
 def _without_section(card: str, end: str) -> str:
     """A card without what `_section` made. One line end takes the place of each section and the line ends around it."""
-    *before, rest = _SECTION.split(card)
-    return end.join([*(part.rstrip("\r\n") for part in before), rest])
+    parts, at = [], 0  # no pattern: a stranger's card of many beginnings without an end would take one minutes
+    while (begin := card.find(_BEGIN, at)) >= 0 and (stop := card.find(_END, begin)) >= 0:
+        parts.append(card[at:begin].rstrip("\r\n"))
+        at = stop + len(_END)
+        while card[at : at + 1] in ("\r", "\n"):
+            at += 1
+    return end.join([*parts, card[at:]])
 
 
 def _section(evidence: list[dict[str, Any]]) -> str:

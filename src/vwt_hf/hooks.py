@@ -38,7 +38,6 @@ from .layout import join
 from .on_gpu import is_compiling, is_one_of_many
 from .patches import Patches
 from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
-from .stand_ins import StandIn
 
 ONE_GRAPH = torch.__version__ >= "2.11.0a0"
 """Whether this torch compiles a whole forward into one graph. An older one breaks graphs within transformers anyway, so
@@ -503,9 +502,9 @@ def attending_layers(tower: nn.Module) -> list[list[nn.Module]]:
     return [[layer for layer in run if attends(layer)] for _, run in find_stacks(tower)]
 
 
-def _kind_of(layer: nn.Module) -> list[tuple[type, bool]]:
-    """The kind of a layer: of each of its modules the class, and whether nobody but us replaced its forward."""
-    return [(type(part), isinstance(part.__dict__.get("forward"), (StandIn, type(None)))) for part in layer.modules()]
+def _kind_of(layer: nn.Module) -> list[tuple[type, type]]:
+    """The kind of a layer: of each of its modules the class, and of what type the forward is that replaces its own."""
+    return [(type(part), type(part.__dict__.get("forward"))) for part in layer.modules()]
 
 
 def _require_attention(tower: Any, forward: Forward) -> None:

@@ -69,7 +69,8 @@ def require_alone() -> None:
             write the same files.
     """
     number = os.environ.get("WORLD_SIZE", "")
-    if number.isdigit() and int(number) > 1:
+    # A cluster may set WORLD_SIZE for every shell of a job; launchers set LOCAL_RANK, too.
+    if number.isdigit() and int(number) > 1 and "LOCAL_RANK" in os.environ:
         raise ValueError(
             f"this was started in {number} processes (WORLD_SIZE), each of which would do the whole work; expected "
             "one. Start it without a launcher such as `accelerate launch`."
