@@ -298,16 +298,22 @@ def _replace_methods(model: PreTrainedModel, begins: bool) -> None:
         model.forward = _forward_with_words(model, begins)
 
 
+_names: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
+"""What `_methods_for_images` found of each class."""
+
+
 def _methods_for_images(model_class: type) -> list[str]:
     """Names of the methods beside `forward` by which a user gives images to a model of that class."""
-    return [
-        name
-        for name, method in inspect.getmembers(model_class, inspect.isfunction)
-        if not name.startswith(("_", "prepare_"))
-        and name != "forward"
-        and not isinstance(inspect.getattr_static(model_class, name), staticmethod)
-        and "pixel_values" in inspect.signature(method).parameters
-    ]
+    if model_class not in _names:
+        _names[model_class] = [
+            name
+            for name, method in inspect.getmembers(model_class, inspect.isfunction)
+            if not name.startswith(("_", "prepare_"))
+            and name != "forward"
+            and not isinstance(inspect.getattr_static(model_class, name), staticmethod)
+            and "pixel_values" in inspect.signature(method).parameters
+        ]
+    return _names[model_class]
 
 
 def _stand_in_for(model: PreTrainedModel, name: str, function: Any, *given: Any) -> StandIn:
