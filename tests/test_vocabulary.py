@@ -1016,7 +1016,7 @@ def test_a_picture_that_is_no_vocabularys_stays(tmp_path: Path) -> None:
     vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4))
     (tmp_path / "words.png").write_bytes(b"a photograph of words")
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"has a words\.png that is not of visual words, which stays"):
+        with pytest.warns(UserWarning, match=r"has a words\.png beside no card of words, which stays"):
             vocabulary.save_pretrained(tmp_path)
         assert (tmp_path / "words.png").read_bytes() == b"a photograph of words"
     assert not (tmp_path / "README.md").exists()

@@ -308,11 +308,10 @@ def _is_foreign(readme: bytes, place: str, has_picture: bool = False) -> bool:
     so, a warning says that it stays."""
     if is_card_of_words(readme) or not (has_picture or readme.strip()):
         return False
-    file = REPOCARD_NAME if readme.strip() else PICTURE_FILE
-    warnings.warn(
-        f"{place} has a {file} that is not of visual words, which stays; no card is written of these.",
-        stacklevel=3,
+    has = (
+        f"{REPOCARD_NAME} that is not of visual words" if readme.strip() else f"{PICTURE_FILE} beside no card of words"
     )
+    warnings.warn(f"{place} has a {has}, which stays; no card is written of these.", stacklevel=3)
     return True
 
 
