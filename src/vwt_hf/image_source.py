@@ -42,12 +42,24 @@ class ImageSource:
     order: str
     """What they are, as part of a sentence: "a folder of 12 image files ...". Images with the same text and seed come
     in the same order, so a checkpoint records it and refuses others."""
-    part: Callable[..., ImagePart]
-    """`part(skip=0, max_images=None, index=0, number=1)`: the images that one of `number` processes reads, of a folder
-    or `Dataset` each `number`-th from `index` on, without the first `skip`, up to `max_images`, skipped ones included.
-    A stream or iterable of fewer than `skip` images raises `ValueError` while they are iterated over."""
+    cut: Callable[[int, int, int, int | None], ImagePart]
+    """Does `part` for this kind of source."""
     divides: bool = True
     """Whether processes get different images of it by `part`. Else each process has images of its own."""
+
+    def part(self, *, skip: int = 0, max_images: int | None = None, index: int = 0, number: int = 1) -> ImagePart:
+        """The images that one of several processes reads: of a folder or `Dataset` each `number`-th, from `index` on.
+
+        Args:
+            skip: leave out this many from the start of the part.
+            max_images: end the part after this many, skipped ones included.
+            index: which part, counted from 0.
+            number: how many parts there are.
+
+        Raises:
+            ValueError: while the images are iterated over: a stream or iterable has fewer than `skip`.
+        """
+        return self.cut(index, number, skip, max_images)
 
 
 def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> ImageSource:
@@ -72,8 +84,8 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
         raise ValueError(f"column is {shown(column)}, which is for data sets; leave it out.")
     if folder is not None:
         files = find_images([folder])
-        part_of_files = _shuffled(len(files), seed, lambda i: (str(files[i]), files[i]))
-        return ImageSource(folder.resolve().name, described_files(folder, files), part_of_files)
+        cut_files = _shuffled(len(files), seed, lambda i: (str(files[i]), files[i]))
+        return ImageSource(folder.resolve().name, described_files(folder, files), cut_files)
     if is_dataset:
         return _dataset(images, column, seed)
     if not hasattr(images, "__iter__"):
@@ -81,12 +93,12 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
             f"images is a {type(images).__name__}; expected a data set, a folder or an iterable of PIL images."
         )
 
-    def part(skip: int = 0, max_images: int | None = None, index: int = 0, number: int = 1) -> ImagePart:
+    def cut(_index: int, _number: int, skip: int, max_images: int | None) -> ImagePart:
         total = len(range(len(images))[:max_images]) if hasattr(images, "__len__") else None
         numbered = ((f"image {i}", image) for i, image in enumerate(images))
         return ImagePart(_after(skip, itertools.islice(numbered, max_images)), total)
 
-    return ImageSource(None, "images in their own order", part, divides=False)
+    return ImageSource(None, "images in their own order", cut, divides=False)
 
 
 def folder_of(images: Any) -> Path | None:
@@ -108,14 +120,14 @@ def folder_of(images: Any) -> Path | None:
 
 
 def _shuffled(images: int, seed: int, get: Callable[[int], tuple[str, Any]]) -> Callable[..., ImagePart]:
-    """`ImageSource.part` of images that `get` finds by their numbers, in the order of a seed."""
+    """`ImageSource.cut` for images that `get` finds by their numbers, in the order of a seed."""
 
-    def part(skip: int = 0, max_images: int | None = None, index: int = 0, number: int = 1) -> ImagePart:
+    def cut(index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
         generator = torch.Generator("cpu").manual_seed(seed)
         mine = torch.randperm(images, generator=generator, device="cpu").tolist()[index::number][:max_images]
         return ImagePart(map(get, mine[skip:]), len(mine))
 
-    return part
+    return cut
 
 
 def _after(skip: int, items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -355,22 +367,22 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
     column = find_image_column(features_of(dataset), column)
     encoded = undecoded(dataset, column)
     if isinstance(dataset, datasets.Dataset):
-        part_of_rows = _shuffled(len(dataset), seed, lambda i: (f"row {i}", encoded[i][column]))
+        cut_rows = _shuffled(len(dataset), seed, lambda i: (f"row {i}", encoded[i][column]))
         ends = [encoded[i] for i in sorted({0, len(dataset) - 1})] if len(dataset) else []
         of += f"first and last: {described_images(ends, column)}"
-        return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows ({of})", part_of_rows)
+        return ImageSource(name, f"column {column!r} of a data set of {len(dataset)} rows ({of})", cut_rows)
     # Streams of files have the same name, whichever the files are.
     of += f"first: {described_images(itertools.islice(encoded, 1), column)}, "
     shuffled = encoded.shuffle(seed=seed, buffer_size=SHUFFLED)
 
-    def part(skip: int = 0, max_images: int | None = None, index: int = 0, number: int = 1) -> ImagePart:
+    def cut(index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
         # In whole shards if their number allows it; else every process reads all rows and keeps its own.
         mine = shuffled if number == 1 else split_dataset_by_node(shuffled, index, number)
         whose = "" if number == 1 else f" of part {index}"
         rows = ((f"image {i} of the shuffled stream{whose}", row[column]) for i, row in enumerate(mine))
         return ImagePart(_after(skip, itertools.islice(rows, max_images)), max_images)
 
-    return ImageSource(name, f"column {column!r} of a streaming data set ({of}as it comes)", part)
+    return ImageSource(name, f"column {column!r} of a streaming data set ({of}as it comes)", cut)
 
 
 def described_images(rows: Iterable[Any], column: str) -> str:
