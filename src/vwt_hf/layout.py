@@ -242,10 +242,7 @@ def regroup(
     else:
         own = torch.arange(into.numel(), device=into.device)
         first = own.scatter_reduce(0, into, own, "amin")[into]
-        leads = first == own
-        if not before.dense:  # rows of padding are no tokens
-            leads = leads & (before.sizes.flatten() > 0)
-        place = leads.cumsum(0) - 1
+        place = (first == own).cumsum(0) - 1  # rows of padding, too, which lie behind those of their image
         starts, ends = before.bounds
         begin = place[starts]
         counts = place[ends - 1] - begin + 1
@@ -480,8 +477,7 @@ def attention_bias(layout: Layout, exponent: float) -> torch.Tensor | None:
         (sequences, tokens), float32; `None` if there is nothing to add.
     """
     if exponent:
-        bias = layout.sizes.log()
-        return bias if exponent == 1 else bias * exponent
+        return layout.sizes.log() * exponent
     if layout.gapless:  # attention does not look at what follows the last image
         return None
     return torch.where(layout.sizes > 0, 0.0, -torch.inf)
