@@ -17,7 +17,7 @@ import torch
 
 from .layout import Layout
 from .on_gpu import is_compiling, kernels_for
-from .words import HELD, best, marked, whole_share, without_autocast
+from .words import HELD, best, whole_share, without_autocast
 
 EARLIER, PLACES = 1e-4, 128
 """Where the token most like another is chosen, candidate i counts as `EARLIER` · min(i, `PLACES`) less alike. So of
@@ -153,17 +153,13 @@ def join_share(hidden_states: torch.Tensor, layout: Layout, share: float) -> tor
     pairs = find_pairs(hidden_states, layout)
     # The most alike first, of equals the earlier first.
     order = best(pairs.alike, pairs.alike.shape[1])
-    if (number := number_to_join(layout, share)) is not None:
-        joins = marked(order[:, :number], pairs.tokens.shape[1])
-    else:
-        first, ends = layout.bounds
-        counts = (ends - first - layout.prefix).to(order.device)
-        joins = order.argsort(dim=1) < whole_share(counts, share).unsqueeze(1)
-    return pairs.into(joins, layout)
+    first, ends = layout.bounds
+    counts = (ends - first - layout.prefix).to(order.device)
+    return pairs.into(order.argsort(dim=1) < whole_share(counts, share).unsqueeze(1), layout)
 
 
 def number_to_join(layout: Layout, share: float) -> int | None:
     """How many tokens of each image `join_share` joins; `None` where images have different numbers of tokens."""
-    if layout.packed or layout.real is not None or len(layout.runs) != 1:
+    if layout.real is not None or len(layout.runs) != 1:
         return None
     return whole_share(layout.longest - layout.prefix, share)
