@@ -75,11 +75,10 @@ class CoarseConfig(GradualConfig):
         if not _has_blocks(patches, members):
             return torch.arange(patches.count, device=patches.device).repeat(batch, 1)
         lost = blocks.detail_lost(images, halves, patches.patch_size, self.image_std).view(batch, members.shape[1])
-        exists = members[:, :, 0] < patches.count
         if self.tolerance is not None:
-            chosen = (lost < self.tolerance**2) & exists
+            chosen = lost < self.tolerance**2  # where there is no block, too, which is no word of any patch
         elif patches.grid is None:
-            chosen = self._choose_padded(patches, lost.masked_fill(~exists, torch.inf), exists)
+            chosen = self._choose_padded(patches, lost.masked_fill(members[:, :, 0] == patches.count, torch.inf))
         else:
             number = self._number_of_blocks(*patches.grid)
             chosen = marked(highest(-lost, number), lost.shape[1])
@@ -90,18 +89,16 @@ class CoarseConfig(GradualConfig):
         count = rows * columns
         return min(max(-(-(count - self._wanted(count)) // 3), 0), (rows // 2) * (columns // 2))
 
-    def _choose_padded(self, patches: Patches, lost: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    def _choose_padded(self, patches: Patches, lost: torch.Tensor) -> torch.Tensor:
         """Which blocks of padded images become one token, (batch, blocks) bool: those that lose least.
 
         Args:
             lost: (batch, blocks): what each loses; infinite where there is no block.
-            exists: (batch, blocks), bool: where there is one.
         """
         assert patches.real is not None
         counts = patches.real.sum(dim=1)
-        numbers = (counts - self._wanted(counts) + 2).div(3, rounding_mode="floor").clamp(min=0)
-        order = lost.argsort(dim=1, stable=True).argsort(dim=1)
-        return (order < numbers.unsqueeze(1)) & exists
+        numbers = (counts - self._wanted(counts) + 2).div(3, rounding_mode="floor")
+        return lost.argsort(dim=1, stable=True).argsort(dim=1) < numbers.unsqueeze(1)
 
     def plan(self, patches: Patches) -> Grouped:
         return self.plan_repainted(patches, self._own_words(patches))
