@@ -106,6 +106,28 @@ def test_in_a_long_image_a_token_far_down_is_chosen_if_it_is_more_alike():
     torch.testing.assert_close(pairs.alike, 1 - torch.full((1, 500), 0.47 / (1 - 1.03 / 500)))
 
 
+def test_the_only_two_tokens_of_an_image_are_not_alike():
+    """They differ as much as two of the image do on average."""
+    values = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]])
+    assert find_pairs(values, represent(torch.tensor([[0, 1]]), 2)).alike.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_images_of_one_length_have_the_pairs_that_they_have_without_padding_behind_each():
+    words = torch.arange(6).expand(2, -1)
+    tight, wide = group(words, 0, packed=True), group(words, 0, packed=False)
+    values = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(values, (0, 0, 0, 1))
+    assert tight.even and wide.sizes.shape == (2, 7) and not wide.even
+    found, expected = find_pairs(padded, wide), find_pairs(values.view(1, 12, 4), tight)
+    torch.testing.assert_close(found.alike, expected.alike)
+    assert torch.equal(found.others[1] - 7, expected.others[1] - 6)
+
+
+def test_images_with_padding_may_differ_in_how_many_of_a_share_are_joined():
+    real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    assert number_to_join(represent(torch.arange(6).expand(2, -1), 6, real=real), 0.5) is None
+
+
 def test_a_token_that_stands_for_no_patch_is_no_more_alike_than_one_of_a_single_patch():
     token_of_patch = torch.arange(6).view(1, -1)
     values = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))

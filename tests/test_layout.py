@@ -124,7 +124,7 @@ def test_tokens_that_become_one_lie_as_if_their_patches_had_shared_a_word_from_t
 
 def test_an_empty_batch_has_an_empty_layout(lay):
     layout = lay(WORDS[:0], 1)
-    assert layout.sizes.numel() == 0 and layout.tokens == layout.longest == 0
+    assert layout.sizes.numel() == 0 and layout.tokens == layout.longest == 0 and not layout.packed
     assert expand(torch.zeros(*layout.sizes.shape, 4), layout).shape == (0, 7, 4)
 
 
@@ -292,6 +292,7 @@ def test_many_patches_are_gone_through_in_pieces_to_the_same_end(at_once, monkey
     stays = real.gather(1, kept)
     for marks in ((None, None), (real, stays)):
         whole = nearest_kept(centre(patches), kept, places, *marks)
+        assert marks == (None, None) or stays.gather(1, whole).all()  # none is left to one that does not stay
         with monkeypatch.context() as patched:
             patched.setattr("vwt_hf.words.HELD", at_once)
             assert torch.equal(nearest_kept(centre(patches), kept, places, *marks), whole)

@@ -91,3 +91,18 @@ def test_groups_are_means_of_real_patches(packed):
     found = plan.expand(plan.reduce(values))[..., 0]
     assert found[0].tolist() == [0.5, 0.5, 2.5, 2.5, 4.5, 4.5] and found[1, :2].tolist() == [6.5, 6.5]
     assert sorted(plan.layout.sizes[plan.layout.sizes > 0].tolist()) == [2, 2, 2, 2]
+    assert plan.layout.runs == ((1, 1), (3, 1))  # padding makes no tokens
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_padding_leads_no_token_and_stands_for_none(packed):
+    plan = padded().lead(torch.tensor([[0, 0, 2, 2, 4, 4], [1, 1, 2, 3, 4, 5]]), packed, 1.0)
+    assert plan.layout.runs == ((1, 1), (3, 1))
+    found = plan.expand(plan.reduce(torch.arange(12.0).view(2, 6, 1)))[..., 0]
+    assert found[0].tolist() == [0, 0, 2, 2, 4, 4] and found[1, :2].tolist() == [7, 7]
+
+
+def test_a_padded_patch_that_stands_for_others_and_not_for_itself_is_refused():
+    words = torch.tensor([[1, 2, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
+    with pytest.raises(ValueError, match="give patch 0 of image 0 the word 1; expected the index of one that has its"):
+        padded().led_by(words, True, 1.0)
