@@ -42,13 +42,11 @@ class GivenWords:
     """Whether the call is `generate`, which without a cache embeds its images anew at every step."""
     embedded: torch.Tensor | None = None
     """The `pixel_values` that they were used for; `None` until embeddings use them."""
-    model: nn.Module | None = None
-    """The model that is called with them; `None` until the call begins."""
+    model: Any = None
+    """The model that is called with them, set as the call begins."""
 
     def are_for(self, module: nn.Module) -> bool:
         """Whether a module is a part of the called model, and not of another that a hook runs within the call."""
-        if self.model is None:
-            return True
         # A shallow copy has the forward of the model that it was copied from.
         copied_from = getattr(self.model.__dict__.get("forward"), "args", ())
         return any(part is module for part in (*copied_from, *self.model.modules()))
