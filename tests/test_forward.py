@@ -210,3 +210,20 @@ def test_vmap_over_images_or_weights_answers_as_each_alone_or_says_what_to_do(se
                 with pytest.raises(ValueError, match=rf"vmap .*='{setting.method}'.* as one batch .*restore\(model\)"):
                     torch.func.vmap(function)(values)
     torch.testing.assert_close(answers(model, given), expected)
+
+
+class InHalves(transformers.ViTModel):
+    """Embeds the images of one call in two batches."""
+
+    def forward(self, pixel_values, **kwargs):
+        halves = [super(InHalves, self).forward(half, **kwargs)[0] for half in pixel_values.split(2)]
+        return (torch.cat(halves),)
+
+
+@pytest.mark.parametrize("setting", [SETTINGS["merge"], gradual()], ids=["merge", "gradual"])
+def test_a_tower_that_embeds_two_batches_goes_by_the_plan_of_each(setting):
+    model = compress(tiny_model("vit"), setting)
+    expected = torch.cat([answers(model, half) for half in images(4).split(2)])
+    whole = InHalves(transformers.ViTConfig.from_dict(tiny_model("vit").config.to_dict())).eval()
+    whole.load_state_dict(tiny_model("vit").state_dict())
+    torch.testing.assert_close(answers(compress(whole, setting), images(4)), expected)

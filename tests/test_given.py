@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from settings import SETTINGS, inter
 from test_families import sample_images
 from test_generation import IMAGE_TOKEN, IMAGE_TOKENS, blip, blip_2, built, llava, paligemma
-from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
+from tiny import MODELS, TINY, answers, forward, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, register, restore, unregister
 from vwt_hf.families import family_of
 from vwt_hf.forward import GivenWords, call_with, current_forward
@@ -179,6 +179,17 @@ def test_a_model_that_keeps_everything_takes_no_words_that_group(images):
     assert torch.equal(answers(model, images, patch_words=own), answers(model, images))
     with pytest.raises(ValueError, match=r"leave 1 tokens of 64 patches, and the setting of the model keeps all"):
         answers(model, images, patch_words=torch.zeros_like(own))
+    with pytest.raises(ValueError, match="leave 63 tokens of 64 patches"):
+        answers(model, images, patch_words=own.masked_fill(own == 5, -1))
+
+
+def test_a_model_that_reads_every_patch_takes_no_words_that_leave_some_out(images):
+    model = transformers.AutoBackbone.from_config(transformers.Dinov2Config(**TINY, reshape_hidden_states=True)).eval()
+    compress(model, GIVEN)
+    own = torch.arange(64).expand(4, -1)
+    assert model(images, patch_words=own).feature_maps[-1].shape[2:] == (8, 8)
+    with pytest.raises(ValueError, match="give patch 5 of image 0 the word -1; expected the number of a word"):
+        model(images, patch_words=own.masked_fill(own == 5, -1))
 
 
 def test_padded_patches_that_are_all_kept_take_no_words_that_group():

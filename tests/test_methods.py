@@ -231,3 +231,12 @@ def test_numbers_of_numpy_are_numbers():
     assert VWTConfig(keep_ratio=np.float64(0.5)) == VWTConfig()
     with pytest.raises(ValueError, match=r"tolerance is 2\.0"):
         VWTConfig("local", tolerance=np.float32(2))
+
+
+@pytest.mark.parametrize("criterion", ["variance", "random", "grid"])
+def test_of_a_padded_image_at_least_one_patch_stays(criterion):
+    """Of the second, of two patches, a fifth would be none."""
+    shapes = torch.tensor([[2, 3], [1, 2]])
+    pixels = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(0))
+    plan = VWTConfig(keep_ratio=0.2, criterion=criterion).plan(Patches.of_padded(pixels, (2, 2), shapes))
+    assert plan.stays.tolist() == [[True], [True]]

@@ -102,7 +102,16 @@ def test_padding_leads_no_token_and_stands_for_none(packed):
     assert found[0].tolist() == [0, 0, 2, 2, 4, 4] and found[1, :2].tolist() == [7, 7]
 
 
-def test_a_padded_patch_that_stands_for_others_and_not_for_itself_is_refused():
+def test_a_leader_that_is_padding_or_does_not_stand_for_itself_is_refused():
     words = torch.tensor([[1, 2, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
     with pytest.raises(ValueError, match="give patch 0 of image 0 the word 1; expected the index of one that has its"):
         padded().led_by(words, True, 1.0)
+    with pytest.raises(ValueError, match="give patch 0 of image 1 the word 4; expected the index of one that has its"):
+        padded().led_by(torch.tensor([[0, 1, 2, 3, 4, 5], [4, 1, 2, 3, 4, 5]]), True, 1.0)  # of padding
+
+
+def test_of_whole_images_words_keep_some_patches_and_of_no_images_none_need_to():
+    with pytest.raises(ValueError, match="keep 0 to 0 patches of an image; expected the same number of each"):
+        whole().kept_by(torch.full((2, 6), -1))
+    none = Patches(torch.zeros(0, 3, 4, 6), (2, 2), 1, (2, 3))
+    assert none.kept_by(torch.zeros(0, 6, dtype=torch.int64)).kept.shape == (0, 0)
