@@ -193,6 +193,13 @@ def test_a_hook_that_changes_images_once_blocks_are_chosen_is_refused_until_it_r
         assert torch.equal(model(**given)[0], expected)
 
 
+def test_a_hook_that_gives_embeddings_fewer_images_than_blocks_are_of_is_refused(images):
+    model = compress(tiny_model("vit"), coarse())
+    model.embeddings.register_forward_pre_hook(lambda module, args: (args[0][:2], *args[1:]))
+    with pytest.raises(ValueError, match=r"the embeddings got other images \(2, .*gave them \(4, "):
+        answers(model, images)
+
+
 def test_a_hook_may_copy_images_and_change_their_data_type(images):
     images[3, 0, 0, 0] = torch.nan
     model = compress(tiny_model("vit").double(), coarse())

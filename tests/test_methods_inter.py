@@ -390,6 +390,17 @@ def test_a_wrong_patch_size_or_channel_count_is_refused_before_the_model_runs():
     assert getattr(model.config, "vwt", None) is None
 
 
+def test_of_a_mean_and_a_deviation_the_one_that_is_not_given_is_the_image_processors(vocabulary, tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path)
+    transformers.ViTImageProcessorPil(image_mean=[0.4] * 3, image_std=[0.2] * 3).save_pretrained(tmp_path)
+    for given in ({"image_mean": [0.3] * 3}, {"image_std": [0.25] * 3}):
+        model = transformers.AutoModel.from_pretrained(
+            tmp_path, vwt=VWTConfig(method="inter", vocabulary=vocabulary, **given)
+        )
+        found = {name: model.config.vwt[name] for name in ("image_mean", "image_std")}
+        assert found == {"image_mean": [0.4] * 3, "image_std": [0.2] * 3} | given
+
+
 def test_a_model_that_does_not_say_how_its_images_are_normalised_is_refused(vocabulary):
     with pytest.raises(ValueError, match=r'Give VWTConfig\(method="inter", image_mean=\.\.\., image_std=\.\.\.\)'):
         compress(tiny_model("vit"), vocabulary)

@@ -377,15 +377,17 @@ def test_the_fewest_are_one_of_each_four_rows_and_columns(side, fewest):
     assert plan.layout.runs == ((fewest, 2),)
 
 
-@pytest.mark.parametrize("fields", [{"num_patches": 20}, {"keep_ratio": 0.5, "tolerance": None}])
+@pytest.mark.parametrize("fields", [{"num_patches": 20}, {"keep_ratio": 0.5, "tolerance": None}, {"num_patches": 1}])
 def test_padded_images_keep_their_own_number(fields, images):
     model = compress(tiny_model("siglip2-vision"), local(**fields))
     taken = watch_embeddings(model)
     answers(model, images)
     plan = taken[-1][1]
-    patches = padded_patches(images, 4)["spatial_shapes"].prod(dim=1).tolist()
+    shapes = padded_patches(images, 4)["spatial_shapes"].tolist()
     lengths = (plan.layout.rows.amax(dim=1) - plan.layout.rows.amin(dim=1) + 1).tolist()
-    assert lengths == [20 if "num_patches" in fields else count // 2 for count in patches]
+    wanted = [fields.get("num_patches", rows * columns // 2) for rows, columns in shapes]
+    fewest = [-(-rows // 4) * -(-columns // 4) for rows, columns in shapes]  # every fourth of every fourth row
+    assert lengths == [max(pair) for pair in zip(wanted, fewest, strict=True)]
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_patches": 20}])
@@ -488,6 +490,7 @@ def test_a_tolerance_means_the_same_however_images_are_normalised(images):
         ({"method": "gradual", "join_ratio": [0.1]}, r"join_ratio is \[0.1\]; .* or 3 of them"),
         ({"method": "gradual", "join_ratio": 0.1, "similarity": 0.9}, "is 0.9 and join_ratio is 0.1; expected one"),
         ({"method": "gradual", "layers": [0]}, r"layers is \[0\]; expected None or numbers of layers"),
+        ({"method": "gradual", "layers": [1.5]}, r"layers is \[1.5\]; expected None or numbers of layers"),
     ],
 )
 def test_a_bad_setting_is_refused_by_field_value_and_range(fields, words):

@@ -226,6 +226,8 @@ def traces(model: transformers.PreTrainedModel) -> list[tuple]:
         (
             list(module._forward_hooks.values()),
             list(module._forward_pre_hooks.values()),
+            [*module._forward_hooks_with_kwargs, *module._forward_hooks_always_called],
+            list(module._forward_pre_hooks_with_kwargs),
             sorted(vars(module)),
             module.__dict__.get("forward"),
             type(module.__dict__.get("config")).__mro__,
