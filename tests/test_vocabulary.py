@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 import warnings
@@ -821,6 +822,9 @@ ZIPS: dict[str, Any] = {
     "a memo that fills memory": lambda new, name, content: new.writestr(
         name, content[:-1] + b"r\xff\xff\xff\x7f." if name.endswith("data.pkl") else content
     ),
+    "a long description": lambda new, name, content: new.writestr(
+        name, content[:-1] + b"q\x00" * 3000 + b"." if name.endswith("data.pkl") else content
+    ),
 }
 
 
@@ -848,6 +852,7 @@ def test_words_of_more_bytes_than_are_taken_are_refused(
     [
         ("more records than a list holds", r"its list of records takes \d+,\d+ bytes"),
         ("deflated", "is compressed, which torch.save does not do"),
+        ("a long description", "it holds a description that is longer than one tensor's"),
     ],
 )
 def test_a_vocab_pt_is_refused_before_its_records_are_read(tmp_path: Path, name: str, said: str) -> None:
@@ -871,9 +876,16 @@ def with_longer_record(content: bytes) -> bytes:
     return head + listed.replace(size + size, (2**30).to_bytes(4, "little") * 2)
 
 
+def with_large_numbers(content: bytes, record: bytes = b"", place: int = 0) -> bytes:
+    """A zip that says that a `record` of larger numbers (zip64) lies at a `place`."""
+    return content[:-22] + record + b"PK\6\7" + struct.pack("<IQI", 0, place, 1) + content[-22:]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (lambda content: with_large_numbers(content, place=len(content) - 78), "does not end as a file that torch.s"),
+        (lambda content: with_large_numbers(content, b"PK\6\6" + bytes(52)), "does not end as a file that torch.save"),
         (lambda content: content[:-30], "does not end as a file that torch.save wrote"),
         (lambda content: content + b"more", "does not end as a file that torch.save wrote"),
         (with_longer_record, "data/0' claims more bytes than the file has"),
