@@ -176,6 +176,14 @@ def test_restore_gives_the_exact_plain_model_back(model, pixel_values):
     require_restored(model, pixel_values, {"keep_ratio": 0.3}, {"keep_ratio": 0.6})
 
 
+@pytest.mark.parametrize("name", ["dinov3", "beit"])
+def test_a_model_whose_images_have_no_more_patches_than_are_kept_answers_as_the_plain_one(name, pixel_values):
+    """Its rotations, or its bias between patches, stay, too."""
+    expected = answers(tiny_model(name), pixel_values)
+    model = compress(tiny_model(name), {"dropped": "merge", "num_patches": 64})
+    assert torch.equal(answers(model, pixel_values), expected)
+
+
 @pytest.mark.parametrize("undo", [restore, lambda model: compress(model, False)], ids=["restore", "compress"])
 def test_a_plain_model_made_by_the_config_of_a_compressed_one_is_restored_alone(pixel_values, undo):
     model = compress(tiny_model("vit"), local(tolerance=0.2))
@@ -254,6 +262,7 @@ def test_an_unsupported_family_is_refused_by_name():
         ("gradual", r"vwt is 'gradual', which as text would name a vocabulary; give \{'method': 'gradual'\}"),
         ("True", "vwt is 'True', which as text would name a vocabulary; give True"),
         ({"criterion": 3}, "criterion is 3.*variance"),
+        ({"output": "full"}, "output is 'full', but dropped is 'discard'.*use dropped='merge'"),
         (
             {"method": "local", "image_std": functools.reduce(lambda inner, _: [inner], range(2000), 1)},
             "holds lists within 9 lists",

@@ -256,6 +256,15 @@ def test_padded_patches_become_the_blocks_that_whole_images_become(images):
         assert torch.equal(shown[~padded.real], padded.pixel_values[~padded.real])
 
 
+def test_padded_images_go_by_words_as_by_the_number_that_found_them(images):
+    model = compress(tiny_model("siglip2-vision"), coarse(num_patches=20))
+    given, taken = inputs(model, images), watch_embeddings(model)
+    with torch.no_grad():
+        expected = model(**given).pooler_output
+        words = taken[-1][1].patch_words(4, given["pixel_values"].shape[1])
+        torch.testing.assert_close(model(**given, patch_words=words).pooler_output, expected)
+
+
 @pytest.mark.parametrize("shapes", [[[1, 64], [64, 1]], [[8, 8], [1, 3]], [[5, 7], [2, 2]], [[3, 3], [2, 32]]])
 def test_blocks_of_padded_patches_lie_within_their_image(shapes):
     places, real = padded_places(torch.tensor(shapes), 64)
