@@ -225,6 +225,17 @@ def test_hooks_of_a_model_from_another_process_stay_where_others_are_registered(
     assert torch.equal(answers(twin, pixel_values), expected)
 
 
+@pytest.mark.parametrize("kind", ["discard", "local", "inter"])
+def test_a_compressed_model_pickles_to_the_same_bytes_whatever_hooks_come_and_go(kind):
+    """`datasets.map` finds what it has mapped before by a hash of them."""
+    model = compress(tiny_model("vit"), SETTINGS[kind])
+    before = pickle.dumps(model)
+    tiny_model("vit").register_forward_hook(_halved)
+    with count_tokens(model):
+        pass
+    assert pickle.dumps(model) == before
+
+
 def test_gradients_reach_every_parameter_that_the_plain_model_trains(model, pixel_values):
     def trained() -> set[str]:
         model.zero_grad(set_to_none=True)
@@ -355,6 +366,19 @@ def test_images_with_a_wrong_number_of_channels_are_refused_with_both_numbers(mo
     compress(model)
     with pytest.raises((ValueError, RuntimeError), match=r"3 but got 4|3 channels, but got 4"):
         answers(model, torch.zeros(1, 4, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "setting", [SETTINGS["inter"], local(), local(keep_ratio=0.5, tolerance=None), fixed(), coarse()], ids=str
+)
+def test_channels_that_a_user_changed_in_the_embeddings_alone_are_refused_with_both_numbers(setting):
+    model = compress(tiny_model("vit"), setting)
+    patches = model.embeddings.patch_embeddings
+    patches.projection, patches.num_channels = torch.nn.Conv2d(1, model.config.hidden_size, 4, 4), 1
+    with pytest.raises(ValueError, match=r"\(2, 1, 32, 32\) have 1 channels; expected 3, .*again"):
+        answers(model, torch.zeros(2, 1, 32, 32))
+    model.config.num_channels = 1
+    assert answers(compress(model, {"method": "local", "image_std": [0.5]}), torch.zeros(2, 1, 32, 32)).isfinite().all()
 
 
 def test_one_image_and_none(model, pixel_values):

@@ -53,13 +53,14 @@ class Hook:
     """Base of this package's hooks."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"numbered_below": RemovableHandle.next_id}
+        # Not anew each time: `datasets.map` tells by a model's pickle whether it has mapped by it before.
+        self.__dict__.setdefault("numbered_below", RemovableHandle.next_id)
+        return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fields = dict(state)
+        self.__dict__.update(state)
         # Torch numbers hooks from 0 in each process, and a new one takes the place of one that came with its number.
-        RemovableHandle.next_id = max(RemovableHandle.next_id, fields.pop("numbered_below", 0))
-        self.__dict__.update(fields)
+        RemovableHandle.next_id = max(RemovableHandle.next_id, state.get("numbered_below", 0))
 
 
 @dataclasses.dataclass(eq=False)
@@ -280,6 +281,12 @@ class Reduce(Hook):
         pixel_values = args[0] if args else kwargs["pixel_values"]
         if self.setting.groups:
             _require_one_batch(pixel_values, self.setting)
+        if self.setting.statistics and self.family.padded is None and pixel_values.shape[1] != self.channels:
+            raise ValueError(
+                f"pixel_values {tuple(pixel_values.shape)} have {pixel_values.shape[1]} channels; expected "
+                f"{self.channels}, as the model's config said when it was compressed. Set num_channels in its vision "
+                f"config, and compress it again with a setting of method={self.setting.method!r} for such images."
+            )
         if self.family.padded is not None:
             spatial_shapes = args[1] if len(args) > 1 else kwargs["spatial_shapes"]
             return Patches.of_padded(pixel_values, self.patch_size, spatial_shapes, mask)
