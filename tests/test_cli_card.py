@@ -92,6 +92,8 @@ INDEX = """model-index:
     metrics: [{type: accuracy, value: 0.5, mine: kept}]
     notes: kept
 """
+ENDLESS = "".join(f"n{i}: &n{i} [{', '.join([f'*n{i - 1}'] * 9) if i else 'x'}]\n" for i in range(20))
+"""Each list names the one before nine times: written out, 9 to the power of 19 letters."""
 INDENTED = INDEX.replace("\n", "\n  ").rstrip(" ")
 
 
@@ -139,7 +141,10 @@ def test_all_but_the_figures_stays_to_the_byte(metadata, line_end, tmp_path):
         ),
         ("model-index: 3", "no model card"),
         ("[a]", "its metadata is a list; expected names with values"),
+        (ENDLESS, r"names a value by an alias, \*, .*write the value out"),
+        (f"{ENDLESS}model-index: {{a: *n19}}", r"names a value by an alias, \*, .*write the value out"),
     ],
+    ids=str,
 )
 def test_a_card_in_which_the_figures_alone_cannot_be_replaced_is_refused(metadata, reason, tmp_path):
     card = tmp_path / "README.md"

@@ -88,6 +88,8 @@ def read_card(file: Path, model: str) -> ModelCard:
         )
     before, metadata, after = parts.groups() if parts else ("---\n", "", f"\n---\n{text}")
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(metadata)):
+            raise ValueError("it names a value by an alias, *, which may make it endless; write the value out")
         known = yaml.safe_load(metadata) or {}
         if metadata.strip() in ("{}", "null", "~"):
             metadata = ""
