@@ -144,7 +144,6 @@ def test_all_but_the_figures_stays_to_the_byte(metadata, line_end, tmp_path):
         (ENDLESS, r"names a value by an alias, \*, .*write the value out"),
         (f"{ENDLESS}model-index: {{a: *n19}}", r"names a value by an alias, \*, .*write the value out"),
     ],
-    ids=str,
 )
 def test_a_card_in_which_the_figures_alone_cannot_be_replaced_is_refused(metadata, reason, tmp_path):
     card = tmp_path / "README.md"
