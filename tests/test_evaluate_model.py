@@ -535,7 +535,8 @@ def test_images_without_a_group_are_left_out_of_the_worst_group_and_said_to_be(m
     of = datasets.Value("string") if missing is None else datasets.ClassLabel(names=["many", "few"])
     first = "many" if missing is None else 0
     grouped = dataset.add_column("where", [first] * 12 + [missing] * 5, feature=of)
-    for given in (grouped, grouped.to_iterable_dataset()):
+    last_first = grouped.select([*range(12, 17), *range(12)])
+    for given in (grouped, grouped.to_iterable_dataset(), last_first):
         found = evaluate_model(model, given, vwt=[HALF], group_column="where", progress=False)
         figure = found.rows[0].figures["worst_group"]
         assert (figure.value, figure.count) == (9 / 12, 12) and figure.interval[0] > 0.4

@@ -48,9 +48,12 @@ def test_combined_they_take_all_columns_in_one_call():
     assert evaluate.combine([Accuracy(), Agreement()]).compute(**columns) == {"accuracy": 0.5, "agreement": 0.5}
 
 
-def test_images_without_a_group_are_in_no_group_that_is_judged():
+def test_images_without_a_group_are_in_no_group_that_is_judged(tmp_path):
     given = {"predictions": [1] * 10, "references": [1] * 5 + [0] * 5, "groups": ["a"] * 5 + [None] * 5}
-    assert compute([WorstGroup], **given) == {"worst_group": 1.0}
+    for each in (given, {name: column[::-1] for name, column in given.items()}):
+        assert compute([WorstGroup], **each) == {"worst_group": 1.0}
+        assert WorstGroup(cache_dir=str(tmp_path)).compute(**each) == {"worst_group": 1.0}
+    assert compute([WorstGroup], **given | {"groups": [None] * 10}) == {"worst_group": None}
 
 
 def test_accuracy_is_that_of_scikit_learn():

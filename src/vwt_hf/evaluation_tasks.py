@@ -219,11 +219,9 @@ class Classification(Task):
         # Each of several labels of the same name is right.
         right = [at if at in truth[index] else min(truth[index]) for index, at in zip(known, given, strict=True)]
         known_groups = [groups[index] for index in known]
-        # `evaluate` takes no column of `None` alone.
-        metrics = [Accuracy] if all(group is None for group in known_groups) else [Accuracy, WorstGroup]
-        computed = compute(metrics, predictions=given, references=right, groups=known_groups)
+        computed = compute([Accuracy, WorstGroup], predictions=given, references=right, groups=known_groups)
         # A metric of `evaluate` tells no interval.
-        count, worst = len(known), computed.get("worst_group")
+        count, worst = len(known), computed["worst_group"]
         figures = {"accuracy": Figure(computed["accuracy"], share_interval(computed["accuracy"], count), count)}
         if worst is not None:
             correct = are_alike(given, right)

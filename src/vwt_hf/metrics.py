@@ -28,6 +28,7 @@ import torch
 from .figures import accuracy, are_alike, divergences, share_alike, token_f1, worst_group
 
 LABEL, TEXT = datasets.Value("int64"), datasets.Value("string")
+GROUP = datasets.Value("large_string")  # `evaluate` takes no column of `string` that begins with `None`
 LOGITS = datasets.Sequence(datasets.Value("float32"))
 AT_ONCE = 1024
 """Images whose logits are made a tensor together."""
@@ -103,7 +104,7 @@ class WorstGroup(_OfImages):
         groups: the name of its group; an image with `None` is left out.
     """
 
-    columns: ClassVar[dict[str, Any]] = {"predictions": LABEL, "references": LABEL, "groups": TEXT}
+    columns: ClassVar[dict[str, Any]] = {"predictions": LABEL, "references": LABEL, "groups": GROUP}
 
     def _compute(
         self, predictions: Sequence[int], references: Sequence[int], groups: Sequence[str | None], **_: Any
