@@ -313,8 +313,9 @@ def test_no_program_is_run_for_a_file_that_asks_for_one(tmp_path, monkeypatch):
 
 
 def test_a_row_without_an_image_says_so():
-    with pytest.raises(UnreadableImage, match=r"row 3 cannot be read \(ValueError: it holds no image\)"):
-        read_image(None, "row 3")
+    for item in (None, {"bytes": None, "path": None}):
+        with pytest.raises(UnreadableImage, match=r"row 3 cannot be read \(ValueError: it holds no image\)"):
+            read_image(item, "row 3")
 
 
 def test_a_damaged_exif_is_no_reason_to_leave_an_image_out_and_none_is_left_in_it():

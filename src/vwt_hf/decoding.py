@@ -248,7 +248,7 @@ def _opened(item: Any) -> Iterator[Any]:
 
 def _file(item: Any) -> Any:
     """The path of an image, or a file in memory."""
-    if item is None:
+    if item is None or (isinstance(item, Mapping) and item["bytes"] is None and item["path"] is None):
         raise ValueError("it holds no image")
     if not isinstance(item, Mapping):
         return item
