@@ -239,7 +239,13 @@ def test_the_labels_are_those_of_all_images_whatever_the_limit(tmp_path, photogr
     assert values(evaluate_model(model, photographs, limit=1, **of).rows[1])["kl"] > 0  # of one label it would be 0
     with pytest.raises(ValueError, match=r"the images have one label alone \('cat'\), which any model would find"):
         evaluate_model(model, photographs / "cat", **of)
-    assert evaluate_model(model, photographs / "cat", **of | {"task": None}).task == "features"
+    same = texts.map(lambda row: {"label": "sea_cat" if row["id"] % 2 else "sea cat"})
+    with pytest.raises(
+        ValueError, match=r"one label alone \('sea cat', 'sea_cat'\), .* differ by more than _ and a space"
+    ):
+        evaluate_model(model, same, **of)
+    for images in (photographs / "cat", same.remove_columns("caption")):
+        assert evaluate_model(model, images, **of | {"task": None}).task == "features"
 
 
 @pytest.mark.parametrize(("start", "given"), [("cat", "."), ("cat", ".."), ("cat/more", ".."), ("", "cat/more/..")])

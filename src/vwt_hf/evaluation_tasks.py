@@ -254,13 +254,13 @@ class ZeroShot(Classification):
                 "folder of folders, a column of datasets.ClassLabel, or a column of names in a data set that is no "
                 "stream."
             )
-        if len(images.label_names) < 2:
+        self.names = [_spoken(name) for name in images.label_names]
+        if len(set(self.names)) < 2:
             raise ValueError(
                 f"the images have one label alone ({', '.join(map(shown, images.label_names))}), which any model would "
-                "find; expected at least two, such as a folder with a folder for each. Without labels, the task "
-                "'features' compares what the model makes of images."
+                "find; expected at least two, such as a folder with a folder for each, that differ by more than _ and "
+                "a space. Without labels, the task 'features' compares what the model makes of images."
             )
-        self.names = [_spoken(name) for name in images.label_names]
         texts = [self.options["prompt"].replace("{}", name) for name in self.names]
         for text in texts:
             if text.encode(errors="ignore").decode() != text:
@@ -489,7 +489,7 @@ def task_for(architectures: Sequence[str], model_type: str, images: LabelledImag
     if model_type in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         if images.has_captions and not images.has_labels:
             return Retrieval.name
-        if len(images.label_names or ()) > 1:
+        if len(set(map(_spoken, images.label_names or ()))) > 1:
             return ZeroShot.name
     return Features.name
 
