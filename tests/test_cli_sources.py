@@ -100,6 +100,18 @@ def test_a_data_set_that_is_empty_or_damaged_is_named(tmp_path, data, monkeypatc
             open_source(str(tmp_path / name), described=True)
 
 
+def test_a_folder_of_tables_alone_is_refused_with_how_to_make_a_data_set_of_it(tmp_path, data, checkpoint, capsys):
+    (tmp_path / "tables").mkdir()
+    data.to_parquet(tmp_path / "tables" / "train.parquet")
+    model, tables = str(checkpoint), str(tmp_path / "tables")
+    for given in (
+        ["embed", tables, "--model", model, "--output", str(tmp_path / "out")],
+        ["calibrate", model, tables, "--agreement", "0.9"],
+    ):
+        assert main(given) == 2
+        assert "make one of Parquet or tar files: datasets.load_dataset, save_to_disk" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", [calibrate, embed, evaluate, learn])
 def test_no_verb_names_a_split_by_itself(verb):
     parser = argparse.ArgumentParser()

@@ -1468,6 +1468,7 @@ def test_what_was_measured_of_another_stream_is_refused(tmp_path, dataset, capsy
         ),
         (["--seed", "-1"], "seed is -1; expected a whole number in [0, 2**63)"),
         (["--groups", "{model}/deep.json"], "deep.json, which is no JSON (maximum recursion depth"),
+        (["--groups", ""], "groups is ., which is no JSON ([Errno 21] Is a directory: '.'); expected an object"),
         (["--dataset", ""], "no images are named, but an empty text; expected a folder of images"),
         (["--vwt", "false"], "vwt holds False, which leaves the model plain; leave it out"),
         (["--vwt", '{{"keep_ratio": 2}}'], "keep_ratio is 2; expected a number in (0, 1]"),

@@ -200,7 +200,10 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 def _no_images(folder: Path) -> str:
     some = ", ".join((".jpg", ".png", ".webp", ".tiff", ".gif", ".bmp"))
-    return f"{folder} holds no image files; expected some that end in {some} and so on, and are not hidden."
+    return (
+        f"{folder} holds no image files; expected some that end in {some} and so on, and are not hidden. Where a data "
+        "set is taken, too, make one of Parquet or tar files: datasets.load_dataset, save_to_disk."
+    )
 
 
 def _image_names(folder: Path) -> Iterator[str]:
