@@ -84,7 +84,7 @@ def test_a_data_set_that_is_empty_or_damaged_is_named(tmp_path, data, monkeypatc
         (tmp_path / name).mkdir()
         data["image"][0].save(tmp_path / name / "a.png")
     (tmp_path / "table" / "a.parquet").write_bytes(b"cut off")
-    (tmp_path / "text" / "metadata.csv").write_text("nonsense")
+    (tmp_path / "text" / "metadata.csv").write_text("not_a_file_name_at_all")
     (file,) = (tmp_path / "cut").glob("*.arrow")
     file.write_bytes(file.read_bytes()[:100])
     (tmp_path / "gone" / file.name).unlink()
@@ -159,11 +159,13 @@ def test_only_files_that_datasets_reads_make_a_folder_of_images_a_data_set(tmp_p
     hidden.mkdir()
     Image.new("RGB", (8, 8)).save(images / "metadata.png")
     for file in (tmp_path / "metadata.txt", images / "metadata.json", hidden / "metadata.csv", images / "._a.parquet"):
-        file.write_text("taken in 2024")
+        file.write_text("file_name")
+    for own in (tmp_path / "metadata.csv", images / "metadata.jsonl"):  # of a user, who does not name the images there
+        own.write_text('{"id": 1}\n{"note": "file_name"}')
     assert open_source(str(tmp_path), described=True) == (tmp_path, None)
     for name in ("metadata.csv", "metadata.jsonl", "a.parquet", "a.arrow", "a.tar"):
         for folder in (tmp_path, images):
-            (folder / name).touch()
+            (folder / name).write_text("file_name,label")
             assert sources._is_described(tmp_path)
             (folder / name).unlink()
 

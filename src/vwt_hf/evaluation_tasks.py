@@ -45,7 +45,7 @@ from .figures import (
     worst_group_interval,
 )
 from .labelled_images import LabelledImages, Sample
-from .printable import shown
+from .printable import printable, shown
 from .processes import gathered, place
 from .weights import device_of, parameter_of
 
@@ -154,7 +154,12 @@ class Classification(Task):
     def prepare(self, images: LabelledImages) -> None:
         require_labels(self.model)
         require_label_names(self.model)
-        self.labelled = images.has_labels
+        self.unlabelled = (
+            "No image has a label that is known, as where those of a split are hidden: there is no accuracy."
+            if images.has_labels
+            else "No column is known to hold labels, so there is no accuracy: name one by label_column "
+            f"(--label-column). The columns are {', '.join(map(printable, images.column_names))}."
+        )
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         kind, logits = named_answer(model, **made)
@@ -194,11 +199,9 @@ class Classification(Task):
                 remarks.append(f"None of them is from 0 to {count - 1}: there is no accuracy.")
             return truth, remarks
         truth, remarks = true_labels([None if label is None else str(label) for label in labels], config)
-        if not known and self.labelled:
-            remarks.append(
-                "No image has a label that is known, as where those of a split are hidden: there is no accuracy."
-            )
-        if known and not any(truth):
+        if not known:
+            remarks.append(self.unlabelled)
+        elif not any(truth):
             names = list((config.id2label or {}).values())
             example = f"such as {shown(names[0])}" if names else "its config names none"
             remarks.append(

@@ -58,6 +58,8 @@ class LabelledImages:
     """The row of each image in the whole data set, which messages name."""
     source: str = ""
     """Where a stream comes from, such as a Hub id; set by whoever opened it."""
+    column_names: tuple[str, ...] = ()
+    """All columns of the data set, which messages name."""
 
     @property
     def has_labels(self) -> bool:
@@ -271,7 +273,9 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     elif limit is not None:
         dataset = dataset.take(limit)
     label_names, group_names = (None if known is None else tuple(known) for known in (names, group_names))
-    return LabelledImages(dataset, name, total, label_names, columns, rows=rows, group_names=group_names)
+    return LabelledImages(
+        dataset, name, total, label_names, columns, rows=rows, group_names=group_names, column_names=tuple(features)
+    )
 
 
 def _columns(features: Mapping[str, Any], asked: Mapping[str, str | None]) -> dict[str, str]:

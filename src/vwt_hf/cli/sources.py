@@ -134,11 +134,22 @@ def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -
 
 
 def _is_described(folder: Path) -> bool:
-    """Whether a folder has files that `datasets` reads for its images; those that `embed` writes do not count."""
-    kinds = ("metadata.csv", "metadata.jsonl", *(f"[!.]*.{ending}" for ending in ("parquet", "arrow", "tar")))
+    """Whether a folder has files that `datasets` reads for its images; those that `embed` writes do not count.
+
+    Nor does a metadata file of a user's own, which does not name the images in a column `file_name` or like it.
+    """
+    named = ("metadata.csv", "metadata.jsonl")
+    kinds = (*named, *(f"[!.]*.{ending}" for ending in ("parquet", "arrow", "tar")))
     files = (file for within in ("", "[!.]*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
     of_embed = re.compile(r"train-\d+-of-\d+\.parquet")
-    return any(not (of_embed.fullmatch(file.name) and (file.parent / "embed.json").exists()) for file in files)
+
+    def counts(file: Path) -> bool:
+        if file.name in named:
+            with file.open("rb") as opened:
+                return b"file_name" in opened.readline()
+        return not (of_embed.fullmatch(file.name) and (file.parent / "embed.json").exists())
+
+    return any(map(counts, files))
 
 
 def _one_of(splits: Sequence[str], usual: Sequence[str], name: str) -> str:
