@@ -109,7 +109,10 @@ def test_a_folder_of_tables_alone_is_refused_with_how_to_make_a_data_set_of_it(t
         ["calibrate", model, tables, "--agreement", "0.9"],
     ):
         assert main(given) == 2
-        assert "make one of Parquet or tar files: datasets.load_dataset, save_to_disk" in capsys.readouterr().err
+        assert (
+            "Parquet and tar files become a data set by datasets.load_dataset(...).save_to_disk(...)."
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize("verb", [calibrate, embed, evaluate, learn])

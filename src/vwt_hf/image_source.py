@@ -201,8 +201,8 @@ def spread(count: int, limit: int | None) -> list[int]:
 def _no_images(folder: Path) -> str:
     some = ", ".join((".jpg", ".png", ".webp", ".tiff", ".gif", ".bmp"))
     return (
-        f"{folder} holds no image files; expected some that end in {some} and so on, and are not hidden. Where a data "
-        "set is taken, too, make one of Parquet or tar files: datasets.load_dataset, save_to_disk."
+        f"{folder} holds no image files; expected some that end in {some} and so on, and are not hidden. Parquet "
+        "and tar files become a data set by datasets.load_dataset(...).save_to_disk(...)."
     )
 
 
