@@ -83,7 +83,7 @@ def _without_copies(words: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Te
     """
     exact = words.double()
     limit = (SAME * words.shape[1]) ** 0.5
-    parts = exact.split(max(1, HELD // max(1, len(words))))
+    parts = exact.split(max(1, HELD // len(words)))
     first = torch.cat([(torch.cdist(part, exact) <= limit).byte().argmax(dim=1) for part in parts])
     while not torch.equal(first, first[first]):
         first = first[first]
@@ -135,8 +135,6 @@ class MiniBatchKMeans:
     def update(self, patches: torch.Tensor) -> None:
         """Learns from `patches`, as `checked` takes them, or keeps them until there are enough to seed the words."""
         patches = self.checked(patches)
-        if not len(patches):
-            return
         if self.words is None:
             self._buffer.append(patches)
             if sum(map(len, self._buffer)) >= max(BUFFERED * self.size, BUFFERED_AT_LEAST):
@@ -242,7 +240,7 @@ class MiniBatchKMeans:
         self.words = state["words"].to(self.device) if len(state["words"]) else None
         self.weights = state["weights"].to(self.device)
         self.counts = state["counts"].to(self.device)
-        self._buffer = [state["buffer"].to(self.device)] if len(state["buffer"]) else []
+        self._buffer = [state["buffer"].to(self.device)]
         self._generator.set_state(state["generator"].cpu())
         self.seen = int(state["seen"])
         self.inertia = float(state["inertia"])
@@ -257,9 +255,8 @@ class MiniBatchKMeans:
         self.words = patches[self._choose(held, self.size)]
         for remaining in reversed(range(ROUNDS)):
             batch = statistics(patches, self.words)
-            self.words = torch.where(
-                batch.counts.unsqueeze(1) > 0, batch.sums / batch.counts.clamp_min(1).unsqueeze(1), self.words
-            )
+            counts = batch.counts.unsqueeze(1)
+            self.words = torch.where(counts > 0, batch.sums / counts, self.words)
             self.counts, self.weights = batch.counts, batch.counts.float()
             # Words that start again need some rounds to settle.
             if remaining > 2:
