@@ -29,11 +29,11 @@ def answer(model: Any, **images: torch.Tensor) -> torch.Tensor:
 
 def named_answer(model: Any, **images: torch.Tensor) -> tuple[str, torch.Tensor]:
     """As `answer`, after its name, such as "logits"."""
-    of_images, forward = getattr(model, "get_image_features", None), getattr(type(model), "forward", None)
+    of_images = getattr(model, "get_image_features", None)
     try:
         output = (of_images or model)(**images)
     except Exception as error:  # whatever a model says of a text that it lacks
-        if of_images or forward is None or "input_ids" not in inspect.signature(forward).parameters:
+        if of_images or "input_ids" not in inspect.signature(type(model).forward).parameters:
             raise
         raise _no_rows(model, f"answers about a text beside the image ({type(error).__name__}: {error})") from error
     for name in ("logits", "image_embeds", "pooler_output"):
