@@ -123,11 +123,8 @@ def _require_little_work(image: Any) -> None:
             f"{MOST_IN_PYTHON:,}. Save it as PNG"
         )
     if image.format in ("JPEG", "MPO"):
-        at = image.fp.tell()
-        image.fp.seek(0)
-        scans = _count_scans(image.fp.read(), MOST_SCANS)
-        image.fp.seek(at)
-        if scans > MOST_SCANS:
+        image.fp.seek(0)  # it is read from where its pixels begin, wherever one was
+        if _count_scans(image.fp.read(), MOST_SCANS) > MOST_SCANS:
             raise ValueError(f"it has more than {MOST_SCANS} scans; expected some ten. Save it anew")
 
 
