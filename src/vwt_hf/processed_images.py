@@ -163,7 +163,7 @@ number of patches or tiles."""
 
 def _numbers(value: Any) -> list[float]:
     """The finite numbers in a field of an image processor, also within lists and tables."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)):
         return [value] if math.isfinite(value) else []
     if isinstance(value, Mapping) or hasattr(value, "longest_edge"):  # transformers' own tables of sizes
         return _numbers([value[name] for name in dict(value)])
