@@ -380,7 +380,7 @@ def _dataset(dataset: Any, column: str | None, seed: int) -> ImageSource:
 
     def cut(index: int, number: int, skip: int, max_images: int | None) -> ImagePart:
         # In whole shards if their number allows it; else every process reads all rows and keeps its own.
-        mine = shuffled if number == 1 else split_dataset_by_node(shuffled, index, number)
+        mine = split_dataset_by_node(shuffled, index, number)
         whose = "" if number == 1 else f" of part {index}"
         rows = ((f"image {i} of the shuffled stream{whose}", row[column]) for i, row in enumerate(mine))
         return ImagePart(_after(skip, itertools.islice(rows, max_images)), max_images)
