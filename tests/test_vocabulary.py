@@ -26,6 +26,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -269,6 +270,8 @@ def test_a_finished_run_goes_on_with_more_images_as_if_it_had_them_from_the_star
 def test_an_iterable_may_have_more_images_at_its_end(tmp_path: Path, processor: Any) -> None:
     images = photographs(19)
     make(images[:10], processor, checkpoint=tmp_path)
+    with safe_open(tmp_path / learning.CHECKPOINT, "pt") as opened:
+        assert json.loads(opened.metadata()["state"])["done"]["read"] == [8]  # the two whole batches
     grown, whole = make(iter(images), processor, checkpoint=tmp_path, resume=True), make(images, processor)
     assert torch.equal(grown.words, whole.words) and grown.info == whole.info
 

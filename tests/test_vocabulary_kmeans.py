@@ -163,6 +163,57 @@ def test_the_buffer_does_not_grow_with_the_stream() -> None:
     assert held[-1] == 0
 
 
+def test_a_batch_without_patches_changes_nothing() -> None:
+    """As of images none of which can be read, before words are seeded and after."""
+    parts, none = clustered(20_000).split(2000), torch.zeros(0, 12)
+    plain, with_none = MiniBatchKMeans(30, 12), MiniBatchKMeans(30, 12)
+    for part in parts:
+        plain.update(part)
+        with_none.update(none)
+        with_none.update(part)
+    assert plain.inertia == with_none.inertia
+    for ours, theirs in zip(plain.finish(), with_none.finish(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_words_and_inertia_go_half_by_old_patches_where_as_many_are_new() -> None:
+    kmeans = MiniBatchKMeans(1, 1)
+    kmeans.update(torch.tensor([0.0, 2.0]).repeat(BUFFERED_AT_LEAST // 2)[:, None])
+    assert (kmeans.words, kmeans.inertia) == (1, 1)
+    new = torch.full((BUFFERED_AT_LEAST, 1), 3.0)
+    again = [kmeans.merge(statistics(new, kmeans.words)) for _ in range(1)]
+    assert kmeans.words.item() == pytest.approx(1 + 2 / 1.5)
+    assert kmeans.inertia == pytest.approx(1 + (4 - 1) / 1.5)
+    again += [kmeans.merge(statistics(new, kmeans.words)) for _ in range(3)]
+    assert again == [True, False, True, False]  # rare words start again each time that patches have doubled
+
+
+def test_of_rare_words_the_rarest_start_again_and_weigh_more_then() -> None:
+    kmeans = MiniBatchKMeans(5, 1)
+    kmeans.words, kmeans.weights = torch.arange(5.0)[:, None], torch.tensor([100.0, 100, 100, 5, 2])
+    kmeans.restart_rare(torch.tensor([[1.0], [9.0]]))
+    assert kmeans.words.flatten().tolist() == [0, 1, 2, 3, 9]
+    assert kmeans.weights.tolist() == [100, 100, 100, 5, 10]
+
+
+def test_words_that_differ_by_less_than_pixels_do_are_one_with_the_patches_of_all() -> None:
+    kmeans = MiniBatchKMeans(4, 100)
+    kmeans.words = (torch.tensor([[1.0], [0], [0.08], [0.16]]) / 255).expand(-1, 100)
+    kmeans.counts = torch.tensor([7, 5, 3, 2])
+    words, counts = kmeans.finish()
+    assert counts.tolist() == [10, 7]  # the last is like the one before, which is like the first of them
+    assert not words[0].any()
+
+
+def test_the_nearest_word_is_found_in_full_precision_and_is_no_less_than_nothing_away() -> None:
+    patches = torch.rand(500, 48, generator=torch.Generator().manual_seed(0))
+    indices, distances = closest_words(patches, patches)
+    assert indices.tolist() == list(range(500)) and distances.min() >= 0
+    with torch.autocast("cpu", torch.bfloat16):
+        for found, expected in zip(closest_words(patches, patches), (indices, distances), strict=True):
+            assert torch.equal(found, expected)
+
+
 def test_equally_near_words_give_the_first() -> None:
     indices, distances = closest_words(torch.zeros(1, 2), torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 1.0]]))
     assert indices.tolist() == [1]
@@ -186,5 +237,6 @@ def test_copies_of_one_patch_become_one_word_where_rare_words_are_moved() -> Non
     kmeans = MiniBatchKMeans(3, 1)
     kmeans.update(torch.zeros(BUFFERED_AT_LEAST, 1))
     kmeans.update(torch.ones(BUFFERED_AT_LEAST + 4000, 1))
+    assert (kmeans.words == 1).sum() == 1
     words, _ = kmeans.finish()
     assert len(words) == len(words.unique()) == 2
