@@ -11,7 +11,7 @@ import transformers
 
 from tiny import TINY, sample_pixel_values, tiny_model
 from vwt_hf import compress
-from vwt_hf.answers import answer, are_finite, classifies, label_ids, require_finite, true_labels
+from vwt_hf.answers import answer, are_finite, classifies, label_ids, require_finite, require_labels, true_labels
 
 
 def test_an_answer_that_is_not_finite_is_refused_with_its_image():
@@ -25,6 +25,13 @@ def test_an_answer_that_is_not_finite_is_refused_with_its_image():
         require_finite(compress(model, {"method": "coarse", "image_std": [0.5] * 3}), [False], ["a.png"])
 
 
+class Maps(torch.nn.Module):
+    """Gives a map for each image, as convolutions do."""
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(last_hidden_state=pixel_values)
+
+
 def test_an_answer_that_is_no_row_for_each_image_is_refused(pixel_values):
     """A segmenter's cosine would be that of rows of pixels."""
     segmenter = transformers.BeitForSemanticSegmentation(
@@ -32,7 +39,11 @@ def test_an_answer_that_is_no_row_for_each_image_is_refused(pixel_values):
     )
     stages = {"out_features": ["stage1"], "reshape_hidden_states": False}
     backbone = transformers.Dinov2Backbone(transformers.Dinov2Config(**TINY, **stages))
-    for model, given in ((segmenter.eval(), r"\(3, 2, \d+, \d+\)"), (backbone.eval(), "a BackboneOutput")):
+    for model, given in (
+        (segmenter.eval(), r"\(3, 2, \d+, \d+\)"),
+        (backbone.eval(), "a BackboneOutput"),
+        (Maps(), r"\(3, 3, \d+, \d+\)"),
+    ):
         with pytest.raises(ValueError, match=rf"{type(model).__name__} gives {given} .*expected a row of values"):
             answer(model, pixel_values=pixel_values)
 
@@ -46,6 +57,20 @@ def test_an_answer_is_the_logits_the_embedding_or_the_pooled_output():
     vit.pooler = None
     assert torch.equal(answer(vit, pixel_values=images), vit(images).last_hidden_state[:, 0])
     assert torch.equal(answer(ijepa, pixel_values=images), ijepa(images).last_hidden_state.mean(1))
+
+
+@pytest.mark.parametrize("name", ["clip", "vit"])
+def test_what_a_model_says_of_an_image_is_not_taken_for_want_of_a_text(name, pixel_values):
+    with pytest.raises(ValueError, match=r"^Input image size"):
+        answer(tiny_model(name), pixel_values=pixel_values[:, :, :16])
+
+
+def test_labels_of_which_an_image_has_several_are_refused_where_the_first_is_compared():
+    model = tiny_model("vit-classifier")
+    model.config.problem_type = "multi_label_classification"
+    require_labels(model, several=True)
+    with pytest.raises(ValueError, match="it gives each image any number of labels"):
+        require_labels(model)
 
 
 def test_a_class_of_ones_own_classifies_as_the_one_it_is_made_from():

@@ -20,6 +20,7 @@ from vwt_hf.figures import (
     mean_interval,
     ranks,
     share_interval,
+    token_f1,
     worst_group,
     worst_group_interval,
 )
@@ -71,6 +72,10 @@ def test_intervals_are_those_worked_out_by_hand():
     assert share_interval(0.98, 200) == pytest.approx((0.949722, 0.992193), abs=1e-5)
     assert share_interval(1.0, 50) == pytest.approx((50 / (50 + 1.959964**2), 1), abs=1e-6)
     assert share_interval(0.0, 50) == pytest.approx((0, 1 - 50 / (50 + 1.959964**2)), abs=1e-6)
+    for count in range(1, 200):
+        for share in (0, 1 / count, 1):
+            low, high = share_interval(share, count)
+            assert 0 <= low <= share <= high <= 1
     values = torch.randn(400, generator=torch.Generator().manual_seed(0))
     low, high = mean_interval(values, seed=0)
     half = 1.96 * values.std().item() / 20
@@ -133,6 +138,15 @@ def test_the_interval_of_the_worst_group_is_of_its_images():
     assert worst_group_interval([True] * 15 + of_none[0], ["a"] * 6 + ["b"] * 9 + of_none[1]) == (low, high)
     with pytest.raises(ValueError, match="no group has 5 images"):
         worst_group_interval([True] * 4, ["a"] * 4)
+
+
+def test_cosines_are_those_of_full_precision():
+    features, expected = torch.rand(2, 5, 400, generator=torch.Generator().manual_seed(0)).half()
+    assert torch.equal(cosines(features, expected), cosines(features.float(), expected.float()))
+
+
+def test_articles_do_not_count_as_words():
+    assert token_f1("The cat ate an apple, a pear", ["cat ate apple pear"]) == 1
 
 
 def test_wrong_candidates_that_are_as_near_as_the_right_one_stand_before_it():
