@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from PIL.PngImagePlugin import PngInfo
 
 from vwt_hf import decoding
 from vwt_hf.decoding import UnreadableImage, read_image
@@ -98,6 +99,20 @@ def test_a_dark_scan_of_16_bits_stays_dark(tmp_path):
     for name, kind in (("a.png", np.uint16), ("a.pgm", np.int32)):
         PIL.Image.fromarray(np.full((8, 8), 200, kind)).save(tmp_path / name)
         assert np.asarray(read_image(tmp_path / name)).max() == 1
+
+
+def test_a_value_a_little_above_white_is_white(tmp_path):
+    bright = PIL.Image.fromarray(np.array([[0, 0.5, 1.09]], np.float32))
+    assert np.asarray(read_image(bright))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_numbers_with_a_sign_are_no_large_ones(tmp_path):
+    PIL.Image.fromarray(np.array([[-5, 0, 255]], np.int32)).save(tmp_path / "a.tif")
+    assert np.asarray(read_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 0, 255]
+
+
+def test_a_row_may_be_longer_than_what_is_scaled_at_once():
+    assert read_image(PIL.Image.new("I;16", (2**20 + 1, 1), 65535)).getextrema() == ((255, 255),) * 3
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa"])
@@ -204,6 +219,12 @@ def test_a_tiff_of_very_many_values_is_refused_before_lists_are_made_of_them(ord
             read_image(item)
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
+
+
+def test_a_tiff_that_says_it_has_more_tags_than_memory_holds_is_refused():
+    content = b"II" + struct.pack("<HHHQQ", 43, 8, 0, 16, 2**62)
+    with pytest.raises(UnreadableImage, match=rf"a TIFF of {2**62:,} tags"):
+        read_image({"bytes": content, "path": None})
 
 
 def test_bytes_in_a_tag_of_a_tiff_may_be_many(tmp_path):
@@ -328,6 +349,11 @@ def test_a_damaged_exif_is_no_reason_to_leave_an_image_out_and_none_is_left_in_i
         read = read_image({"bytes": file.getvalue(), "path": None})
         assert is_upright(read) if b"odd" in exif else read.size == (16, 32)
         assert read.info == {}  # by which another library would turn it once more
+    odd = PngInfo()
+    odd.add_text("Raw profile type exif", "\nexif\n4\nno hex")
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=odd)
+    assert read_image({"bytes": file.getvalue(), "path": None}).size == (16, 32)
 
 
 def progressive(scans: int) -> bytes:
@@ -346,7 +372,13 @@ def test_a_jpeg_of_very_many_scans_is_refused_and_what_follows_its_end_does_not_
         assert read_image({"bytes": content, "path": None}).getpixel((5, 5)) == (90, 90, 90)
     file = tmp_path / "a.jpg"
     file.write_bytes(progressive(decoding.MOST_SCANS + 1))
-    for item in (file, {"bytes": file.read_bytes(), "path": None}):
+    two = io.BytesIO()
+    grey = PIL.Image.new("L", (64, 64), 90)
+    grey.save(two, "MPO", save_all=True, append_images=[grey], progressive=True)
+    first, end, more = two.getvalue().partition(b"\xff\xd9")
+    assert read_image(two).getpixel((5, 5)) == (90, 90, 90)
+    many = first + first[first.rindex(b"\xff\xda") :] * decoding.MOST_SCANS + end + more
+    for item in (file, {"bytes": file.read_bytes(), "path": None}, io.BytesIO(many)):
         with pytest.raises(UnreadableImage, match="more than 100 scans; expected some ten"):
             read_image(item)
 
