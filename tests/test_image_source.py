@@ -64,6 +64,44 @@ def test_what_is_neither_a_folder_nor_a_data_set_is_refused_by_its_type():
         open_labelled(datasets.Dataset.from_dict({}), groups="groups.json")
 
 
+def test_other_images_of_as_many_rows_are_told_apart(noise_images):
+    def photos(*paths):
+        data = datasets.Dataset.from_dict({"photo": list(map(str, paths))})
+        return data.cast_column("photo", datasets.Image())
+
+    one, other, away = photos(*noise_images[:2]), photos(*noise_images[1:3]), photos("https://host/a.png")
+    assert image_rows(one).order != image_rows(other).order
+    assert open_images(one).order != open_images(other).order
+    assert open_images(away).order == open_images(photos("https://host/a.png")).order
+    assert open_images(photos()).part().total == 0
+
+
+@pytest.mark.parametrize("text", ["string", "large_string"])
+def test_rows_are_named_by_their_key_or_number_and_there_is_one(text, noise_images):
+    features = datasets.Features({"photo": datasets.Image(), "__key__": datasets.Value(text)})
+    of_a_photo = {"photo": [str(noise_images[0]), None], "__key__": ["cat", None]}
+    rows = image_rows(datasets.Dataset.from_dict(of_a_photo, features=features))
+    assert [rows[number][0] for number in range(len(rows))] == ["cat", "row 1"]
+    with pytest.raises(ValueError, match="the data set has no rows; expected images"):
+        image_rows(datasets.Dataset.from_dict({"photo": [], "__key__": []}, features=features))
+
+
+@pytest.mark.parametrize("form", ["folder", "data set"])
+def test_each_process_reads_as_many_images_as_it_is_told_to(form, noise_images, tmp_path):
+    photos = datasets.Dataset.from_dict({"photo": list(map(str, noise_images))})
+    images = open_images(tmp_path if form == "folder" else photos.cast_column("photo", datasets.Image()))
+    names = [name for name, _ in images.part().items]
+    part = images.part(index=1, number=2, max_images=2)
+    assert part.total == 2 and [name for name, _ in part.items] == names[1:4:2]
+    assert [name for name, _ in images.part(index=1, number=2, max_images=2, skip=1).items] == names[3:4]
+
+
+@pytest.mark.parametrize("opened", [open_images, image_rows])
+def test_a_column_of_a_folder_is_refused(opened, noise_images, tmp_path):
+    with pytest.raises(ValueError, match=r"column is 'photo'.* data sets"):
+        opened(tmp_path, column="photo")
+
+
 def test_links_are_followed_to_each_folder_once_and_one_to_nothing_is_an_unreadable_image(tmp_path):
     inside, outside = tmp_path / "in", tmp_path / "out"
     for name in ("in/b/1.png", "in/d.png", "out/1.png", "out/deep/2.png"):
@@ -105,6 +143,7 @@ def test_pictures_that_commands_draw_by_names_of_their_own_are_none_of_the_image
     ("picture", "is_among"),
     [
         *(("a.png", True), ("new/a.PNG", True), ("link/a.png", True), ("away/a.png", True)),
+        ("../to/a.png", True),
         *(("../a.png", False), ("../photographs-drawn/a.png", False), ("a.pdf", False), ("a", False)),
         *((".a.png", False), (".hidden/a.png", False)),
         (OWN_PICTURES[0], False),
@@ -115,6 +154,7 @@ def test_a_picture_to_be_written_is_refused_where_it_would_be_one_of_the_images(
     folder.mkdir()
     (folder / "link").symlink_to(folder)
     (folder / "away").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "to").symlink_to(folder)
     if is_among:
         with pytest.raises(ValueError, match=r"would be a picture among the images of .*, and one of them in"):
             require_apart(folder / picture, folder)
@@ -170,6 +210,8 @@ def test_what_holds_no_images_is_refused_in_the_same_words(opened, tmp_path):
     splits = datasets.DatasetDict({"test": data, "dev": data})
     with pytest.raises(ValueError, match=r"has the splits test, dev; pass one of them, as images\['test'\]"):
         opened(splits)
+    with pytest.raises(ValueError, match=r"has the splits ; pass one of them, as images\['train'\]"):
+        opened({})
     with pytest.raises(ValueError, match="has no column of images; its columns are text, those with images: none"):
         opened(data)
 
