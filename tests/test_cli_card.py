@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from vwt_hf.cli import main
-from vwt_hf.cli.model_card import read_card, warn_of_another, write_card
+from vwt_hf.cli.model_card import read_card, require_same_images, subject_of, warn_of_another, write_card
 from vwt_hf.evaluate_model import Evaluation, Row
 from vwt_hf.evaluation_tasks import Figure
 
@@ -42,6 +43,32 @@ def test_a_card_keeps_all_figures_but_those_of_the_same_name(tmp_path):
     found = {(one.metric_type, one.metric_name): one.metric_value for one in data.eval_results}
     author = {("f1", None): 0.9, ("accuracy", "of the author"): 0.8}
     assert data.model_name == "first" and found == author | {("accuracy", "accuracy (uncompressed)"): 0.5}
+
+
+def test_a_byte_order_mark_before_the_metadata_hides_no_figures(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("\ufeff" + CARD, encoding="utf-8")
+    write_card(card, evaluation("me/model"), None, None)
+    assert len(huggingface_hub.ModelCard(card.read_text(encoding="utf-8")).data.eval_results) == 3
+
+
+def test_figures_of_another_number_of_images_are_known_and_unreadable_images_count(tmp_path):
+    result = dataclasses.replace(evaluation("me/model"), unreadable=["a.png"])
+    write_card(tmp_path / "README.md", result, None, None)
+    card = read_card(tmp_path / "README.md", "me/model")
+    subject = subject_of("image-classification", "own", None, None)
+    for total, exact in ((11, True), (11, False), (200, False), (None, True)):
+        require_same_images(card, subject, total, exact)
+    for total, exact in ((10, True), (12, True), (10, False)):
+        with pytest.raises(ValueError, match=f"the card has figures of 11 images of 'own', and there are {total} now"):
+            require_same_images(card, subject, total, exact)
+
+
+def test_a_model_in_the_folder_that_one_is_in_has_the_name_of_that(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "run")
+    names = [read_card(tmp_path / "new.md", model).entry["name"] for model in (".", "..", "../run")]
+    assert names == ["run", "mine", "run"]
 
 
 def test_a_card_of_several_models_is_refused_before_anything_is_read(tmp_path, capsys):

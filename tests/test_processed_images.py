@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from vwt_hf.decoding import UnreadableImage, read_image
-from vwt_hf.processed_images import patch_batches, pixel_batches, processed, require_room
+from vwt_hf.processed_images import image_patches, patch_batches, pixel_batches, processed, require_room
 
 
 def test_an_image_that_a_processor_would_make_enormous_is_refused_and_a_panorama_is_not(tmp_path):
@@ -37,6 +37,7 @@ def test_an_image_that_a_processor_would_make_enormous_is_refused_and_a_panorama
         ({"size": {"height": 600, "width": 600}}, "360,000"),
         ({"size": {"shortest_edge": 600}}, "360,000"),
         ({"size": {"shortest_edge": 500, "longest_edge": 600}}, "250,000"),
+        ({"size": {"shortest_edge": 600, "longest_edge": 500}}, "250,000"),
         ({"size": {"height": 600.0, "width": 600.0}}, "360,000"),
         ({"size": {"shortest_edge": 32}, "crop_size": {"height": 600, "width": 600}}, "360,000"),
         ({"do_pad": True, "pad_size": {"height": 600, "width": 600}}, "360,000"),
@@ -79,6 +80,8 @@ def test_an_image_processor_that_cuts_enormous_images_into_tiles_is_refused(monk
             marks=pytest.mark.newest,
         ),
         ("Swin2SR", {"size_divisor": 500}, "250,000"),
+        ("Flava", {"codebook_size": {"height": 3000, "width": 3000}}, "9,000,000"),
+        ("Detr", {"size": {"max_height": 600, "max_width": 600}}, "360,000"),
         ("Qwen2VL", {"size": {"shortest_edge": 3136, "longest_edge": 250_000}}, "250,000"),
     ],
 )
@@ -86,6 +89,15 @@ def test_what_other_image_processors_state_in_ways_of_their_own_counts_too(kind,
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100_000)
     processor = getattr(transformers, f"{kind}ImageProcessorPil")(**fields)
     with pytest.raises(UnreadableImage, match=f"would have {pixels} pixels"):
+        processed(PIL.Image.new("RGB", (10, 8)), processor)
+
+
+@pytest.mark.parametrize("name", ["max_slice_nums", "max_soft_tokens", "max_tiles"])
+def test_numbers_of_parts_count_as_so_many_images(name, monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100_000)
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    setattr(processor, name, 1000)
+    with pytest.raises(UnreadableImage, match="would have 1,024,000 pixels"):
         processed(PIL.Image.new("RGB", (10, 8)), processor)
 
 
@@ -105,6 +117,19 @@ def test_a_batch_is_what_the_processor_makes_of_all_of_its_images(noise_images):
     whole = processor([read_image(path) for path in noise_images], return_tensors="pt")["pixel_values"]
     batches = [made["pixel_values"] for made in pixel_batches(noise_images, processor, 2)]
     assert [len(batch) for batch in batches] == [2, 2, 1] and torch.equal(torch.cat(batches), whole)
+
+
+def test_patches_are_of_raw_colours_or_refused():
+    def makes(values):
+        return lambda **options: {"pixel_values": torch.tensor(values).expand(1, 3, 16, 16)}
+
+    image = PIL.Image.new("RGB", (16, 16))
+    for value, raw in ((-0.05, 0.0), (0.5, 0.5), (1.05, 1.0)):
+        (patch,) = image_patches(image, makes(value), "a.png", 16)
+        assert patch.unique().tolist() == [raw]
+    for value in (-2.0, 2.0):
+        with pytest.raises(ValueError, match=r"expected raw RGB in \[0, 1\]"):
+            image_patches(image, makes(value), "a.png", 16)
 
 
 def test_one_image_is_decoded_at_a_time(noise_images, monkeypatch):
