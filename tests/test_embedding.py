@@ -203,6 +203,8 @@ def test_a_file_of_which_all_images_are_out_of_reach_is_not_made_and_the_others_
         out_of_reach(patched, names[:16], OSError(errno.EIO, "Input/output error"))
         with pytest.raises(OSError, match=r"^16 images could not be had, from .*Once they are in reach, the same call"):
             run(shard_size=16, workers=0)
+        made = run("longer", shard_size=17)  # of which the last image is there, or can never be had
+        assert len(made.unreadable) >= 16 and made.made == COUNT
     assert [path.name[:11] for path in (tmp_path / "out").glob("train-*")] == ["train-00001"]
     made = run(shard_size=16, workers=0)
     assert made.images == COUNT - 1 and made.made == 16
@@ -564,6 +566,22 @@ def test_the_setting_is_that_of_the_model_whatever_that_of_the_image_processor_i
     assert len(one) > 1 and one == two
 
 
+def test_a_model_that_goes_by_words_gets_those_of_the_image_processor(checkpoint, run, folder):
+    processor = AutoImageProcessor.from_pretrained(checkpoint, vwt={"dropped": "merge", "num_patches": 9})
+    model = compress(tiny_model("dinov2"), {"method": "given"})
+    made = run(model=model, image_processor=processor)
+    embedded, name = table(made.files), "a/1.png"
+    (found,) = embedded[embedded["name"] == name]["embedding"]
+    torch.testing.assert_close(torch.tensor(found), alone(model, processor, folder / name))
+    assert made.tokens == 10
+
+
+def test_the_image_processor_stays_as_it_was(run):
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    run(image_processor=processor)
+    assert processor.vwt is None
+
+
 def test_a_run_that_makes_lost_files_again_says_nothing_of_all_before_it_ends(run, tmp_path, monkeypatch):
     run()
     (tmp_path / "out" / "train-00001-of-00005.parquet").unlink()
@@ -637,6 +655,12 @@ def test_models_that_classify_train_or_leave_patches_out_at_random_are_refused(r
     at_random.config.mask_ratio = 0.75
     with pytest.raises(ValueError, match=r"ViT-MAE drops 75% of the patches at random .* mask_ratio=0\.0"):
         run(model=at_random)
+
+
+def test_random_numbers_of_the_program_stay_as_they_were(run):
+    before = torch.get_rng_state()
+    run()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_model_can_be_trained_after_it_has_embedded(run, folder):

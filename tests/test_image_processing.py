@@ -28,7 +28,7 @@ from test_pipeline import LLAVA, PHOTOGRAPHS, image_processor_class, tokenizer_w
 from tiny import MODELS, TINY, inputs, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, count_tokens, register, token_lengths, unregister
 from vwt_hf.families import FAMILIES
-from vwt_hf.image_processing import AT_ONCE
+from vwt_hf.image_processing import AT_ONCE, _is_padding
 from vwt_hf.patches import Patches
 from vwt_hf.plans import PATCH_WORDS as NAME
 from vwt_hf.whole_saves import sharing
@@ -329,6 +329,11 @@ def test_black_tiles_have_words_and_padding_has_none(given, tmp_path):
         words = torch.as_tensor(words)
         assert len(words) == len(pixels) == (own if "do_pad" in given else 5)
         assert (words[:own] >= 0).all() and (words[own:] == -1).all()
+
+
+def test_a_black_tile_before_another_is_no_padding():
+    values = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])[:, :, None, None, None].expand(2, 4, 3, 2, 2)
+    assert _is_padding(values, None).tolist() == [[False] * 3 + [True], [False] * 2 + [True] * 2]
 
 
 def test_several_images_of_one_sample_have_words_each(tmp_path):

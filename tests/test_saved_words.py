@@ -301,6 +301,9 @@ def test_a_damaged_seal_is_told_by_its_name(seal, tmp_path):
     (folder / "sealed.json").write_bytes(seal)
     with pytest.raises(ValueError, match=r"sealed\.json is damaged.*Save the model again, or say with `vwt="):
         load(tmp_path)
+    model(0).save_pretrained(tmp_path, variant="ft")  # beside the weights that it does not tell of
+    model(0).save_pretrained(tmp_path)
+    load(tmp_path)
 
 
 @pytest.mark.parametrize("saved_as", ["../../etc", "", 5, "A" * 16, "0" * 17])
