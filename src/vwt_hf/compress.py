@@ -220,7 +220,7 @@ def _hook_in(model: PreTrainedModel, tower: Tower, family: Family, setting: VWTC
     """Puts hooks, stand-ins for methods and configs into a plain model, by which it runs compressed."""
     by_sizes = _attends_by_sizes(setting, family)
     relative = any(is_of(module, family.relative) for module in tower.module.modules())
-    follows = by_sizes or (setting.shortens and (relative or family.rotary is not None))
+    follows = by_sizes or (setting.shortens and relative)
     entered = models_around(model, tower)
     for holder in entered:
         holder.register_forward_pre_hook(hooks.TakeWords(follows), with_kwargs=True)
@@ -256,8 +256,8 @@ def _hook_embeddings(tower: Tower, family: Family, setting: VWTConfig, follows: 
         tower.embeddings.register_forward_pre_hook(hooks.Repaint(reduce), with_kwargs=True)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
     for module in tower.module.modules():
-        if follows and is_of(module, family.rotary):
-            module.register_forward_hook(hooks.Rotate())
+        if is_of(module, family.rotary):
+            module.register_forward_hook(hooks.Rotate(reduce), with_kwargs=True)
 
 
 def _hook_layers(tower: Tower, family: Family, setting: VWTConfig) -> None:

@@ -352,11 +352,23 @@ def _words_for(module: nn.Module) -> GivenWords | None:
     return None if is_compiling() else given_words(module)
 
 
+@dataclasses.dataclass(eq=False)
 class Rotate(Hook):
     """Forward hook of rotary positions: makes rotations of tokens of those of patches."""
 
+    reduce: Reduce
+
+    def __call__(self, rotary: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.reduce.setting.shortens:
+            return output
+        if self.reduce.follows:
+            return self._rotate_as_stored(rotary, output)
+        patches = self.reduce.patches(None, args, kwargs)  # a rotation is of a patch, so prefix tokens do not matter
+        plan = self.reduce.plan(patches, _words_for(rotary))
+        return output if plan is None else plan.rotate(output)
+
     @traced_within
-    def __call__(self, rotary: nn.Module, args: Any, output: Any) -> Any:
+    def _rotate_as_stored(self, rotary: nn.Module, output: Any) -> Any:
         forward = forward_within(rotary)
         if forward is None or forward.plan is None:
             return output
