@@ -164,12 +164,20 @@ def test_only_files_that_datasets_reads_make_a_folder_of_images_a_data_set(tmp_p
     for file in (tmp_path / "metadata.txt", images / "metadata.json", hidden / "metadata.csv", images / "._a.parquet"):
         file.write_text("file_name")
     for own in (tmp_path / "metadata.csv", images / "metadata.jsonl"):  # of a user, who does not name the images there
-        own.write_text('{"id": 1}\n{"note": "file_name"}')
+        own.write_text('{"id": 1}\n{"note": "a file"}')
+    with pytest.warns(UserWarning, match="metadata.csv names no images in a column file_name, and is left out"):
+        assert open_source(str(tmp_path), described=True) == (tmp_path, None)
+    for own in (tmp_path / "metadata.csv", images / "metadata.jsonl"):
+        own.unlink()
+    (images / "metadata.csv").mkdir()
     assert open_source(str(tmp_path), described=True) == (tmp_path, None)
+    (images / "metadata.csv").rmdir()
     for name in ("metadata.csv", "metadata.jsonl", "a.parquet", "a.arrow", "a.tar"):
         for folder in (tmp_path, images):
-            (folder / name).write_text("file_name,label")
-            assert sources._is_described(tmp_path)
+            for written in ("file_name,label", '\n{"label": 1,\n "file_name": "a.png"}'):
+                for encoding in ("utf-8", "utf-16"):
+                    (folder / name).write_text(written, encoding=encoding)
+                    assert sources._is_described(tmp_path)
             (folder / name).unlink()
 
 

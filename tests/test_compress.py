@@ -214,6 +214,7 @@ def test_hooks_of_a_model_from_another_process_stay_where_others_are_registered(
     """Torch numbers hooks anew in each process, and a number that is taken names one hook no more."""
     monkeypatch.setattr(RemovableHandle, "next_id", 0)
     model = compress(tiny_model("vit"), SETTINGS["local"])
+    copy.deepcopy(model)  # which goes by the same methods as pickle
     model.layers[0].register_forward_hook(_halved)
     expected, data = answers(model, pixel_values), pickle.dumps(model)
     RemovableHandle.next_id = 0

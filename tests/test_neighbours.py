@@ -15,6 +15,7 @@ from vwt_hf.neighbours import (
     cover,
     cover_by,
     describe,
+    find_leaders,
     find_neighbours,
     find_padded_neighbours,
     leaders,
@@ -179,6 +180,11 @@ def test_looks_are_the_same_under_another_default_dtype_and_after_it(monkeypatch
     monkeypatch.setattr("vwt_hf.words._cache", collections.OrderedDict())
     expected = describe(patches, (4, 4), std)
     assert torch.equal(other, expected) and torch.equal(after, expected)
+
+
+def test_statistics_of_other_channels_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 4, 16, 16\) have 4 channels.*\(0.5, 0.5, 0.5\) numbers for 3"):
+        find_leaders(torch.zeros(1, 4, 16, 16), (8, 8), (2, 2), (0.5, 0.5, 0.5), 0.1)
 
 
 def test_patches_of_one_colour_differ_by_the_distance_of_their_colours():

@@ -53,14 +53,15 @@ class Hook:
     """Base of this package's hooks."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # Not anew each time: `datasets.map` tells by a model's pickle whether it has mapped by it before.
-        self.__dict__.setdefault("numbered_below", RemovableHandle.next_id)
-        return self.__dict__
+        # It stays when hooks come and go: `datasets.map` tells by the pickle of a model what it has mapped before.
+        above = max(2**20, 1 << RemovableHandle.next_id.bit_length())
+        return self.__dict__ | {"numbered_below": above}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        fields = dict(state)
         # Torch numbers hooks from 0 in each process, and a new one takes the place of one that came with its number.
-        RemovableHandle.next_id = max(RemovableHandle.next_id, state.get("numbered_below", 0))
+        RemovableHandle.next_id = max(RemovableHandle.next_id, fields.pop("numbered_below", 0))
+        self.__dict__.update(fields)
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .on_gpu import kernels_for
+from .printable import shown
 from .words import first_of, gather_patches, patchify, same_for_all, whole_numbers
 
 OFFSETS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, -1), (-1, 0), (-1, -1), (-1, 1))
@@ -272,6 +273,11 @@ def find_leaders(
     tolerance: float,
 ) -> torch.Tensor:
     """`leaders` of images of one size, (batch, channels, height, width), if those patches stay that `cover` says."""
+    if pixel_values.shape[1] != len(image_std):
+        raise ValueError(
+            f"pixel_values {tuple(pixel_values.shape)} have {pixel_values.shape[1]} channels, and image_std "
+            f"{shown(image_std)} numbers for {len(image_std)}; expected as many."
+        )
     if kernels := kernels_for(pixel_values):
         device, values = pixel_values.device, len(image_std) * math.prod(patch_size)
         looks_by = _waves(*patch_size, device), _weights(tuple(image_std), values, device), FINE

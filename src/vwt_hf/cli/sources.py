@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ IMAGES = (
     "a folder of images, searched recursively but for what is hidden, a data set saved to disk, or the Hub id of one"
 )
 """Help of an option or argument that names them."""
+_HEAD = 2**16
+"""Bytes at the beginning of a file in which the names of its columns stand."""
 
 
 def open_source(
@@ -144,10 +147,15 @@ def _is_described(folder: Path) -> bool:
     of_embed = re.compile(r"train-\d+-of-\d+\.parquet")
 
     def counts(file: Path) -> bool:
-        if file.name in named:
-            with file.open("rb") as opened:
-                return b"file_name" in opened.readline()
-        return not (of_embed.fullmatch(file.name) and (file.parent / "embed.json").exists())
+        if not file.is_file():
+            return False
+        if file.name not in named:
+            return not (of_embed.fullmatch(file.name) and (file.parent / "embed.json").exists())
+        with file.open("rb") as opened:
+            names_images = b"file_name" in opened.read(_HEAD).replace(b"\0", b"")  # in UTF-16, too
+        if not names_images:
+            warnings.warn(f"{printable(file)} names no images in a column file_name, and is left out.", stacklevel=2)
+        return names_images
 
     return any(map(counts, files))
 
