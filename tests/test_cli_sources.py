@@ -165,7 +165,7 @@ def test_only_files_that_datasets_reads_make_a_folder_of_images_a_data_set(tmp_p
         file.write_text("file_name")
     for own in (tmp_path / "metadata.csv", images / "metadata.jsonl"):  # of a user, who does not name the images there
         own.write_text('{"id": 1}\n{"note": "a file"}')
-    with pytest.warns(UserWarning, match="metadata.csv names no images in a column file_name, and is left out"):
+    with pytest.warns(UserWarning, match=r"metadata\.csv names no images in a column file_name, and is left out; add"):
         assert open_source(str(tmp_path), described=True) == (tmp_path, None)
     for own in (tmp_path / "metadata.csv", images / "metadata.jsonl"):
         own.unlink()

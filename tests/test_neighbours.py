@@ -182,13 +182,13 @@ def test_looks_are_the_same_under_another_default_dtype_and_after_it(monkeypatch
     assert torch.equal(other, expected) and torch.equal(after, expected)
 
 
-def test_statistics_of_other_channels_are_refused():
-    with pytest.raises(ValueError, match=r"\(1, 4, 16, 16\) have 4 channels.*\(0.5, 0.5, 0.5\) numbers for 3"):
-        find_leaders(torch.zeros(1, 4, 16, 16), (8, 8), (2, 2), (0.5, 0.5, 0.5), 0.1)
-
-
 def test_patches_of_one_colour_differ_by_the_distance_of_their_colours():
     patches = torch.zeros(1, 2, 3, 16)
     patches[0, 1] = 0.3
     looks = describe(patches.flatten(2), (4, 4), (0.5,) * 3)
     assert (looks[0, 0] - looks[0, 1]).norm().item() == pytest.approx(0.15, abs=1e-6)
+
+
+def test_statistics_of_other_channels_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 4, 16, 16\) have 4 channels.*\(0.5, 0.5, 0.5\) numbers for 3.*again"):
+        find_leaders(torch.zeros(1, 4, 16, 16), (8, 8), (2, 2), (0.5, 0.5, 0.5), 0.1)

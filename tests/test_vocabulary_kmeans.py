@@ -181,7 +181,7 @@ def test_words_and_inertia_go_half_by_old_patches_where_as_many_are_new() -> Non
     kmeans.update(torch.tensor([0.0, 2.0]).repeat(BUFFERED_AT_LEAST // 2)[:, None])
     assert (kmeans.words, kmeans.inertia) == (1, 1)
     new = torch.full((BUFFERED_AT_LEAST, 1), 3.0)
-    again = [kmeans.merge(statistics(new, kmeans.words)) for _ in range(1)]
+    again = [kmeans.merge(statistics(new, kmeans.words))]
     assert kmeans.words.item() == pytest.approx(1 + 2 / 1.5)
     assert kmeans.inertia == pytest.approx(1 + (4 - 1) / 1.5)
     again += [kmeans.merge(statistics(new, kmeans.words)) for _ in range(3)]

@@ -53,7 +53,7 @@ class Hook:
     """Base of this package's hooks."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # It stays when hooks come and go: `datasets.map` tells by the pickle of a model what it has mapped before.
+        # This stays as hooks come and go: `datasets.map` tells by the pickle of a model what it has mapped before.
         above = max(2**20, 1 << RemovableHandle.next_id.bit_length())
         return self.__dict__ | {"numbered_below": above}
 

@@ -276,7 +276,8 @@ def find_leaders(
     if pixel_values.shape[1] != len(image_std):
         raise ValueError(
             f"pixel_values {tuple(pixel_values.shape)} have {pixel_values.shape[1]} channels, and image_std "
-            f"{shown(image_std)} numbers for {len(image_std)}; expected as many."
+            f"{shown(image_std)} numbers for {len(image_std)}; expected as many. Compress the model, whose images have "
+            "other channels now, again, with their VWTConfig(image_std=...)."
         )
     if kernels := kernels_for(pixel_values):
         device, values = pixel_values.device, len(image_std) * math.prod(patch_size)

@@ -154,7 +154,11 @@ def _is_described(folder: Path) -> bool:
         with file.open("rb") as opened:
             names_images = b"file_name" in opened.read(_HEAD).replace(b"\0", b"")  # in UTF-16, too
         if not names_images:
-            warnings.warn(f"{printable(file)} names no images in a column file_name, and is left out.", stacklevel=2)
+            warnings.warn(
+                f"{printable(file)} names no images in a column file_name, and is left out; add one if it describes "
+                "images.",
+                stacklevel=2,
+            )
         return names_images
 
     return any(map(counts, files))

@@ -76,7 +76,7 @@ class CoarseConfig(GradualConfig):
             return torch.arange(patches.count, device=patches.device).repeat(batch, 1)
         lost = blocks.detail_lost(images, halves, patches.patch_size, self.image_std).view(batch, members.shape[1])
         if self.tolerance is not None:
-            chosen = lost < self.tolerance**2  # where there is no block, too, which is no word of any patch
+            chosen = lost < self.tolerance**2  # also where there is no block: no patch has its word
         elif patches.grid is None:
             chosen = self._choose_padded(patches, lost.masked_fill(members[:, :, 0] == patches.count, torch.inf))
         else:
