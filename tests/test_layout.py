@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from vwt_hf.layout import attention_bias, expand, group, medoids, pool, pool_pairs, regroup, represent
+from vwt_hf.layout import attention_bias, group, medoids, pool, pool_pairs, regroup, represent
 from vwt_hf.plans import Grouped
 from vwt_hf.words import (
     centre,
@@ -125,7 +125,7 @@ def test_tokens_that_become_one_lie_as_if_their_patches_had_shared_a_word_from_t
 def test_an_empty_batch_has_an_empty_layout(lay):
     layout = lay(WORDS[:0], 1)
     assert layout.sizes.numel() == 0 and layout.tokens == layout.longest == 0 and not layout.packed
-    assert expand(torch.zeros(*layout.sizes.shape, 4), layout).shape == (0, 7, 4)
+    assert Grouped(layout, 1, None).expand(torch.zeros(*layout.sizes.shape, 4)).shape == (0, 7, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,7 +153,7 @@ def test_gradients_of_pooling_are_shared_by_the_patches_of_a_token(lay):
 def test_expanding_gives_each_patch_its_token_and_leaves_prefix_tokens(lay):
     layout = lay(WORDS, 2)
     hidden_states = torch.randn(*layout.sizes.shape, 4)
-    full = expand(hidden_states, layout)
+    full = Grouped(layout, 1, None).expand(hidden_states)
     for image, tokens in enumerate(by_image(hidden_states, layout)):
         assert torch.equal(full[image], tokens[[0, 1, *(2 + token for token in TOKENS[image])]])
 

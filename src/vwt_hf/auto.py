@@ -181,7 +181,7 @@ def _explaining(original: Any) -> Any:
     return __init__
 
 
-def _naming(part: str, original: Any) -> Any:
+def _refusing_for_two(part: str, original: Any) -> Any:
     """Wraps what makes a whole of two checkpoints to refuse `vwt`: it would reach the config of the whole alone.
 
     Args:
@@ -213,7 +213,7 @@ _WRAPS: dict[tuple[type, str], Callable[[Any], Any]] = {
     (ProcessorMixin, "save_pretrained"): saving_processors,
     (PreTrainedTokenizerBase, "from_pretrained"): loading_tokenizers,
     (Pipeline, "__init__"): _explaining,
-    (VisionEncoderDecoderModel, "from_encoder_decoder_pretrained"): functools.partial(_naming, "encoder"),
-    (VisionTextDualEncoderModel, "from_vision_text_pretrained"): functools.partial(_naming, "vision"),
+    (VisionEncoderDecoderModel, "from_encoder_decoder_pretrained"): functools.partial(_refusing_for_two, "encoder"),
+    (VisionTextDualEncoderModel, "from_vision_text_pretrained"): functools.partial(_refusing_for_two, "vision"),
 }
 """The methods of transformers that `register` replaces, and what makes each replacement."""

@@ -121,8 +121,7 @@ def compress_by(
         refuse_masked(type(part))
     require_whole_images(tower, family)
     present = setting_of(model)
-    if not _is_hooked(model, tower):
-        _require_own_parts(tower)
+    _require_own_parts(model, tower)
     if present is None:
         if family.tried:
             in_own_thread(vouch, model, tower)
@@ -156,7 +155,7 @@ _large: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 def _free_dropped(model: PreTrainedModel) -> None:
     """Frees compressed models that nobody holds any more, before another large one is compressed.
 
-    They hold methods of their own, and so themselves. Python's garbage collector alone can free them, and it goes by
+    A compressed model holds methods bound to itself, a cycle that only Python's garbage collector frees. That goes by
     the number of objects, not by gigabytes of weights. A user who has turned it off is left alone.
     """
     if sum(each.nbytes for each in model.parameters()) < _LARGE:
@@ -166,23 +165,16 @@ def _free_dropped(model: PreTrainedModel) -> None:
     _large.add(model)
 
 
-def _is_hooked(model: PreTrainedModel, tower: Tower) -> bool:
-    """Whether `model` was compressed itself, and not only another one that shares embeddings or layers with it."""
-    return any(
-        isinstance(hook, (hooks.TakeWords, hooks.Begin, hooks.RefuseMask))
-        for part in (tower.module, *models_around(model, tower))
-        for hook in part._forward_pre_hooks.values()
-    )
-
-
 def _has_hooked_parts(module: nn.Module) -> bool:
     """Whether embeddings or layers within a module have hooks of this package."""
     return any(isinstance(hook, hooks.Hook) for part in module.modules() for hook in part._forward_hooks.values())
 
 
-def _require_own_parts(tower: Tower) -> None:
+def _require_own_parts(model: PreTrainedModel, tower: Tower) -> None:
     """Raises `ValueError` where a plain tower shares embeddings or layers with a compressed one."""
-    if _has_hooked_parts(tower.module):
+    pre_hooks = (part._forward_pre_hooks.values() for part in (tower.module, *models_around(model, tower)))
+    is_plain = not any(isinstance(hook, hooks.Hook) for each in pre_hooks for hook in each)
+    if is_plain and _has_hooked_parts(tower.module):
         raise ValueError(
             f"Embeddings or layers of the {type(tower.module).__name__} belong to another vision tower, too, which is "
             "compressed. Call vwt_hf.restore on that model first, or give each tower its own (copy.deepcopy)."

@@ -75,8 +75,8 @@ class UnreadableImage(ValueError):
 def read_image(item: Any, name: str | None = None, formats: Sequence[str] = FORMATS) -> Any:
     """An RGB PIL image, upright, from a PIL image, a path, or a data set's undecoded `{"bytes", "path"}`.
 
-    Transparency is left out, as transformers does. Grey of 16 bits is scaled to 8. Grey of 32 bits is scaled, too: what
-    is white is the least of 255 (1 in floating point), 65535 and 2**31 - 1 that no value exceeds by a tenth.
+    Transparency is left out, as transformers does. Grey of 16 or 32 bits is scaled to 8. White of 32 bits is the
+    smallest of 255 (1 in floating point), 65535 and 2**31 - 1 that no value exceeds by more than a tenth.
 
     Args:
         name: what an error calls it; by default its path.
@@ -100,7 +100,7 @@ def read_image(item: Any, name: str | None = None, formats: Sequence[str] = FORM
 
 def _upright(item: Any, formats: Sequence[str]) -> Any:
     if isinstance(item, PIL.Image.Image):
-        return _in_eight_bits(_turned(item), item.format, getattr(item, "tag_v2", {}))
+        return _in_eight_bits(item)
     if hasattr(item, "__array__") and not isinstance(item, (str, bytes)):  # numpy's or torch's, and no text of numpy's
         raise TypeError(
             f"it is a {type(item).__name__}; expected a PIL image, as PIL.Image.fromarray makes of an array"
@@ -111,7 +111,7 @@ def _upright(item: Any, formats: Sequence[str]) -> Any:
         _require_few_values(file)
         with PIL.Image.open(file, formats=known) as image:
             _require_little_work(image)
-            return _in_eight_bits(_turned(image), image.format, getattr(image, "tag_v2", {}))
+            return _in_eight_bits(image)
 
 
 def _require_little_work(image: Any) -> None:
@@ -186,25 +186,26 @@ def _turned(image: Any) -> Any:
     return image if turn is None else image.transpose(turn)
 
 
-def _in_eight_bits(image: Any, kind: str | None, tags: Mapping[int, Any]) -> Any:
-    """`image` in RGB and without EXIF. Grey of more than eight bits is scaled; Pillow would make all above 255 white.
+def _in_eight_bits(image: Any) -> Any:
+    """`image` upright, in RGB and without EXIF. Grey of more than eight bits is scaled; Pillow would make all above 255
+    white."""
+    turned, mode = _turned(image), image.mode[:4]  # I;16B is I;16 of another byte order
+    if mode in WHITE:
+        return _scaled(turned, mode, image.format, getattr(image, "tag_v2", {})).convert("RGB")
+    # Palettes that are partly transparent, and colours multiplied by their opacity, have no direct way to RGB.
+    through = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(turned.mode)
+    rgb = (turned if through is None else turned.convert(through)).convert("RGB")
+    rgb.info = {}  # by which it would be turned once more
+    return rgb
+
+
+def _scaled(image: Any, mode: str, kind: str | None, tags: Mapping[int, Any]) -> Any:
+    """Grey of more than eight bits in eight: white is the least of the values in `WHITE` that fits all pixels.
 
     Args:
         kind: the file's format.
         tags: of a TIFF. They may say that 12 bits of 16 are used, or that the largest value is black.
     """
-    mode = image.mode[:4]  # I;16B is I;16 of another byte order
-    if mode in WHITE:
-        return _scaled(image, mode, kind, tags).convert("RGB")
-    # Palettes that are partly transparent, and colours multiplied by their opacity, have no direct way to RGB.
-    through = {"P": "RGBA", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}.get(image.mode)
-    image = (image if through is None else image.convert(through)).convert("RGB")
-    image.info = {}  # by which it would be turned once more
-    return image
-
-
-def _scaled(image: Any, mode: str, kind: str | None, tags: Mapping[int, Any]) -> Any:
-    """Grey of more than eight bits in eight: white is the least of the values in `WHITE` that fits all pixels."""
     whites = (65535,) if mode == "I" and kind in ("PNG", "PPM") else WHITE[mode]  # these have no more than 16 bits
     bits, sample_format = (np.ravel(tags.get(tag, default))[0] for tag, default in ((_BITS, 0), (_SAMPLE_FORMAT, 1)))
     unsigned = mode == "I" and bits == 32 and sample_format == 1  # which Pillow takes for numbers with a sign

@@ -85,7 +85,7 @@ class Row:
     """Of an image: the mean over images and layers."""
     seconds: float
     """That its answers took, without reading, in the process that took longest. What a device does once counts, such
-    as compiling kernels. So does, in a run that was resumed, the time before, also on another machine."""
+    as compiling kernels, and so does the time before a run was resumed, even on another machine."""
     figures: dict[str, Figure]
     """By name. The plain model has none of those that compare with it."""
 
@@ -478,8 +478,8 @@ def fields_of(setting: Any, *, statistics: bool = False) -> dict[str, Any]:
     if isinstance(setting, VWTConfig):
         usual = VWTConfig(setting.method).to_dict()
         left_out = {"evidence"} if statistics else {"evidence", *setting.statistics}
-        told = {name: value for name, value in setting.to_dict().items() if name not in left_out}
-        return {"method": setting.method} | {name: value for name, value in told.items() if value != usual[name]}
+        told = {name: value for name, value in setting.to_dict().items() if value != usual[name]}
+        return {"method": setting.method} | {name: told[name] for name in told if name not in left_out}
     if isinstance(setting, dict):
         method = setting.get("method", None if setting else VWTConfig().method)
         return setting if method is None else {"method": method} | setting

@@ -50,7 +50,7 @@ from .processes import gathered, place
 from .weights import device_of, parameter_of
 
 RECALLED = (1, 5, 10)
-"""A right candidate must be among so many of the most similar ones."""
+"""The k of each recall@k: a right candidate must be among so many of the most similar ones."""
 TEXTS = 64
 """Texts in one forward pass."""
 QUERIES = 1024

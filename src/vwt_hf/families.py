@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -94,16 +94,12 @@ class Family:
     """Shortens the output of its embeddings by a plan."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Unfit:
-    """A family that users ask for and that cannot be compressed."""
+class Unfit(NamedTuple):
+    """A family that users ask for and that cannot be compressed; `reason` ends the sentence "it …" of the message."""
 
     name: str
-    """Name in messages and tables."""
     model_types: tuple[str, ...]
-    """`model_type` of their configs."""
     reason: str
-    """Ends the sentence "it …" of the message."""
 
 
 def _like_vit(name: str, model_type: str, class_name: str, pools: str = "CLS", **fields: Any) -> Family:
@@ -292,10 +288,10 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 class NotVouched(ValueError):
-    """The general rule does not hold for a model. The message is what follows "it" in that of `not_vouched`."""
+    """The general rule does not hold for a model. `not_vouched` adds the subject that its message lacks."""
 
 
-def not_vouched(model: PreTrainedModel, reason: NotVouched) -> NotVouched:
+def not_vouched(model: PreTrainedModel, reason: object) -> NotVouched:
     """`reason` as a whole sentence that names `model` and says what to do."""
     return NotVouched(
         f"{type(model).__name__} (model type {_model_type(type(model))!r}) cannot be compressed: it {reason}. Load it "
@@ -326,7 +322,7 @@ def _general_family(model: PreTrainedModel) -> Family:
         if name.endswith("Embeddings") and _is_transformers(module) and _cuts_patches(module):
             cls = {"cls_token", "class_embedding"} & dict(module.named_parameters(recurse=False)).keys()
             return Family(_model_type(type(model)), (), name, "", prefix="CLS" if cls else "none", tried=True)
-    raise not_vouched(model, NotVouched("has no embeddings whose only convolution makes a row of each patch"))
+    raise not_vouched(model, "has no embeddings whose only convolution makes a row of each patch")
 
 
 def _cuts_patches(module: nn.Module) -> bool:

@@ -177,8 +177,8 @@ def _is_child() -> bool:
 
 
 _PROCESS = None if _is_child() else os.getpid()
-"""The process that imported this module, if it has threads of its own: not if it may have been forked before. Any other
-was forked since, as by `datasets.map(..., num_proc=...)`."""
+"""The process that imported this module; `None` if that may be a fork itself. In a fork, as by
+`datasets.map(..., num_proc=...)`, torch would wait for threads that only the parent has."""
 
 
 def _use_one_thread() -> Callable[[], None]:

@@ -43,7 +43,7 @@ class ImageSource:
     """What they are, as part of a sentence: "a folder of 12 image files ...". Images with the same text and seed come
     in the same order, so a checkpoint records it and refuses others."""
     cut: Callable[[int, int, int, int | None], ImagePart]
-    """Does `part` for this kind of source."""
+    """What `part` calls, as cut(index, number, skip, max_images)."""
     divides: bool = True
     """Whether processes get different images of it by `part`. Else each process has images of its own."""
 
@@ -199,10 +199,9 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 
 def _no_images(folder: Path) -> str:
-    some = ", ".join((".jpg", ".png", ".webp", ".tiff", ".gif", ".bmp"))
     return (
-        f"{folder} holds no image files; expected some that end in {some} and so on, and are not hidden. Parquet "
-        "and tar files become a data set by datasets.load_dataset(...).save_to_disk(...)."
+        f"{folder} holds no image files; expected some that end in .jpg, .png, .webp, .tiff, .gif, .bmp and so on, and "
+        "are not hidden. Parquet and tar files become a data set by datasets.load_dataset(...).save_to_disk(...)."
     )
 
 
@@ -249,18 +248,14 @@ def _endings() -> set[str]:
 
 def require_apart(picture: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Refuses a picture to be written where a search of the folder of images would find it from then on."""
-
-    def is_found(picture: str, folder: str) -> bool:
-        name = os.path.basename(picture)
+    for path in (os.path.realpath, os.path.abspath):  # a folder that a link among the images leads to is searched, too
+        name = os.path.basename(path(picture))
         is_image = os.path.splitext(name)[1].lower() in _endings() and name not in OWN_PICTURES
-        return is_image and _is_searched(picture, folder)
-
-    # A folder that a link among the images leads to is searched, too.
-    if any(is_found(path(picture), path(folder)) for path in (os.path.realpath, os.path.abspath)):
-        raise ValueError(
-            f"{printable(picture)} would be a picture among the images of {printable(folder)}, and one of them in the "
-            "next run; name a file elsewhere."
-        )
+        if is_image and _is_searched(path(picture), path(folder)):
+            raise ValueError(
+                f"{printable(picture)} would be a picture among the images of {printable(folder)}, and one of them in "
+                "the next run; name a file elsewhere."
+            )
 
 
 def _is_searched(folder: str, top: str) -> bool:

@@ -288,7 +288,7 @@ def _lay_out(
         shape = 1, rows
     else:
         longest = max(counted, default=1)
-        # Never as long as the patches, so that a shape tells tokens from what `expand` gives.
+        # Never as many rows as prefix tokens and patches: hooks tell tokens from expanded patches by the shape alone.
         while longest == whole or (batch, longest) in not_as:
             longest += 1
         shape, starts = (batch, longest), [image * longest for image in range(batch)]
@@ -461,11 +461,6 @@ def medoids(layout: Layout, grid: tuple[int, int]) -> torch.Tensor:
     nearest = torch.where(distance == least[patch_rows], index, patches).flatten()
     none = torch.full_like(least, patches, dtype=torch.int64)
     return none.scatter_reduce(0, rows, nearest, "amin").view_as(layout.sizes)
-
-
-def expand(hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """(sequences, tokens, hidden) → (batch, prefix + patches, hidden): each patch gets its token's hidden state."""
-    return hidden_states.flatten(0, 1)[layout.rows.to(hidden_states.device)]
 
 
 def attention_bias(layout: Layout, exponent: float) -> torch.Tensor | None:

@@ -98,8 +98,8 @@ def loading_models(original: Any) -> Any:
 
 
 def _resolved_revision(source: Any, hub_kwargs: dict[str, Any]) -> Any:
-    """The asked revision, which where transformers resolves it knows the commit that it names now; `None` if none was
-    asked and none is known."""
+    """The revision to read by, which also knows its commit where transformers resolves it; `None` if neither was asked
+    nor is known."""
     revision = hub_kwargs.get("revision")
     if resolve_revision is None:
         return revision

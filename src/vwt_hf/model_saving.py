@@ -281,8 +281,9 @@ def _are_twins(one: PreTrainedModel, other: PreTrainedModel) -> bool:
 def _why_not_of_part(
     config: PreTrainedConfig, model: PreTrainedModel, part: PreTrainedModel, twins: Collection[PreTrainedModel]
 ) -> str | None:
-    """Why a setting in `config`, which is within that of `model`, would be that of more than `part` and its `twins`,
-    the parts with an equal config and the same setting; `None` if it would not."""
+    """Why `config`, which lies within that of `model`, must not take the setting of `part`: it is also the config of
+    something else than `part` and its `twins`, the parts with an equal config and the same setting. `None` if it may.
+    """
     if config is model.config:
         try:
             tower = find_tower(model, family_of(model))

@@ -211,8 +211,8 @@ def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def cover(neighbours: Neighbours, tolerance: float | torch.Tensor) -> torch.Tensor:
     """Which patches stay, if one goes where a neighbour of a later turn differs from it by less than a tolerance.
 
-    No turn has to wait for another: at a patch's turn all neighbours of later turns are still there, and an alike one
-    of an earlier turn has gone, as the patch itself was there then.
+    All turns are decided at once. Neighbours of later turns are still there at a patch's turn. An alike one of an
+    earlier turn is gone: at its turn, this patch was still there.
 
     Args:
         tolerance: a number, or (batch, 1, 1).

@@ -243,8 +243,8 @@ class Patches:
     def represented_by(self, words: torch.Tensor, exponent: float, tokens: int | None = None) -> Grouped:
         """The plan of `represent` that a caller's words tell: each is the index of the patch that stands for the patch,
         and for itself, too. `tokens` is as for `kept_by`."""
-        own, target = self._require_leaders(words)
-        kept, counts = self._kept_of(self._require_same_number(words == own), tokens)
+        stays, target = self._require_leaders(words)
+        kept, counts = self._kept_of(self._require_same_number(stays), tokens)
         place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         nearest = torch.zeros_like(words).scatter_(1, kept, place).gather(1, target)
         return self.represent(nearest, kept, counts, exponent)
@@ -255,14 +255,14 @@ class Patches:
         return self.lead(target, packed, exponent)
 
     def _require_leaders(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each patch's own index, and that of the patch that stands for it, (batch, patches) both. Refuses words by
-        which a patch stands for others and not for itself."""
+        """Whether each patch stands for itself, and the index of the patch that stands for it, (batch, patches) both.
+        Refuses words by which a patch stands for others and not for itself."""
         own = torch.arange(self.count, device=words.device).expand_as(words)
         stays = words == own if self.real is None else (words == own) & self.real
         target = words.clamp(0, self.count - 1)
         fits = (words == target) & stays.gather(1, target)
         self._refuse(words, ~fits, "the index of one that has its own")
-        return own, target
+        return stays, target
 
     def grouped_by(self, words: torch.Tensor, packed: bool, exponent: float) -> Grouped:
         """The plan of `group` that a caller's words tell, which are not negative."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .layout import Layout, attention_bias, by_token, expand, lazy, medoids, pool, pool_pairs, regroup, represent
+from .layout import Layout, attention_bias, by_token, lazy, medoids, pool, pool_pairs, regroup, represent
 from .words import gather_pairs, gather_patches, with_prefix
 
 PATCH_WORDS = "patch_words"
@@ -105,7 +105,7 @@ class Grouped:
 
     def expand(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(sequences, prefix + tokens, hidden) → (batch, prefix + patches, hidden): each patch gets its token's."""
-        return expand(hidden_states, self.layout)
+        return hidden_states.flatten(0, 1)[self.layout.rows.to(hidden_states.device)]
 
     def rotate(self, rotations: Rotations) -> Rotations:
         """(patches, head size) → (sequences, 1, prefix + tokens, head size).

@@ -46,7 +46,7 @@ def run_of(model: PreTrainedModel, form: int, **more: Any) -> dict[str, Any]:
 
     Args:
         model: whose answers are kept.
-        form: the number of the format in which they are.
+        form: version of the format of the file that keeps them.
         more: what else it depends on; of a name of `made_with`, in place of that.
     """
     common = {"format": form, "model": fingerprint_of(model), **made_with(model), **more}

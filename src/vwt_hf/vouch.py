@@ -40,7 +40,7 @@ def vouch(model: PreTrainedModel, tower: Tower) -> None:
     except NotVouched as error:
         raise not_vouched(model, error) from error
     except Exception as error:  # a model may raise anything
-        reason = NotVouched(f"cannot be tried on an image ({type(error).__name__}: {str(error)[:200]})")
+        reason = f"cannot be tried on an image ({type(error).__name__}: {str(error)[:200]})"
         raise not_vouched(model, reason) from error
 
 

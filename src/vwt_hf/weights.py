@@ -20,8 +20,7 @@ _loaded_by: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakK
 """The `revision`, `subfolder`, `token` and the like that a model was loaded with, if there were any. They are not
 attributes of the model: a pickle of it must not hold a token."""
 _PLACE = "_vwt_hf_place"
-"""The attribute of a model that holds, for its copies, where it was loaded from, if its `name_or_path` alone does not
-say that."""
+"""The attribute that says where a model was loaded from, if its `name_or_path` alone does not; copies keep it."""
 
 
 def remember_load(model: PreTrainedModel, hub_kwargs: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ class Save:
     def write(self, contents: dict[str, bytes]) -> None:
         """Writes files, down to the disk, into a folder where nobody looks for them yet."""
         for name, content in contents.items():
-            with _naming(self.folder / name), open(self.new / name, "wb") as file:
+            with naming(self.folder / name, instead=True), open(self.new / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -58,7 +58,7 @@ class Save:
         new, old = self.new / name, self.folder / name
         with contextlib.suppress(OSError):  # there is none, or the file system has no permissions
             os.chmod(new, os.stat(old).st_mode & 0o777)
-        with _naming(old):
+        with naming(old, instead=True):
             os.replace(new, old)
         self._flush()
 
@@ -91,30 +91,20 @@ class Save:
 
 
 @contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Has errors of the system name this file, where they name none or a temporary one."""
+def naming(place: str | os.PathLike[str], instead: bool = False) -> Iterator[None]:
+    """Adds this file or folder to errors that name none, such as that of a full disk.
+
+    Args:
+        instead: whether errors that name another file, a temporary one, name this one, too.
+    """
     try:
         yield
     except OSError as error:
-        raise _named(error, file) from error
-
-
-@contextlib.contextmanager
-def naming(place: str | os.PathLike[str]) -> Iterator[None]:
-    """Has errors of what others write name this file or folder, where they name none, as for a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if not instead and (error.errno is None or error.filename is not None):
             raise
-        raise _named(error, place) from error
+        raise OSError(error.errno, f"{error.strerror or error}, while it was written", os.fspath(place)) from error
     except SafetensorError as error:
         raise OSError(f"{os.fspath(place)} cannot be written ({error}).") from error
-
-
-def _named(error: OSError, place: str | os.PathLike[str]) -> OSError:
-    """The same error, of this file or folder."""
-    return OSError(error.errno, f"{error.strerror or error}, while it was written", os.fspath(place))
 
 
 @contextlib.contextmanager

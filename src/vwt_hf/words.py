@@ -151,9 +151,9 @@ def same_for_all(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     """Decorator: caches a tensor that depends on sizes alone, and makes it a constant of graphs that torch records.
 
     Args:
-        choose: takes whole numbers or tuples of numbers and, last, a device. It must work without torch and make a
-            tensor in one step at the end: what torch.export or torch.jit.trace makes would repeat its steps, and draw
-            other random numbers, in every call.
+        choose: takes whole numbers or tuples of numbers and, last, a device. It computes without torch, and makes the
+            tensor in one call at the end: torch.export and torch.jit.trace would record any other call of torch, and
+            repeat it, with other random numbers, whenever their program runs.
     """
 
     @torch.compiler.assume_constant_result
@@ -388,10 +388,6 @@ class WordIndex(NamedTuple):
     """(size, channels · patch height · patch width), float32: each of length 1."""
     screen: Screen | None = None
     """What rules most words out, on a CPU; `None` where products with all words are as fast."""
-
-    def to(self, device: torch.device) -> WordIndex:
-        """The words on another device, without the screen, which is for CPUs."""
-        return self if device == self.words.device else WordIndex(self.words.to(device))
 
 
 def index_words(words: torch.Tensor) -> WordIndex:

@@ -13,15 +13,7 @@ from ..shared_changes import SharedChange
 from ..terminal import run_command
 from . import calibrate, demo, embed, evaluate, learn, show, vocab
 
-VERBS = {
-    "demo": demo,
-    "learn": learn,
-    "vocab": vocab,
-    "show": show,
-    "calibrate": calibrate,
-    "evaluate": evaluate,
-    "embed": embed,
-}
+VERBS = (demo, learn, vocab, show, calibrate, evaluate, embed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`vwt-hf VERB --help` tells what a verb does, its options and examples.",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for name, verb in VERBS.items():
+    for verb in VERBS:
         verb_parser = verbs.add_parser(
-            name,
+            verb.__name__.rpartition(".")[2],
             help=verb.HELP,
             description=verb.DESCRIPTION,
             epilog=verb.EXAMPLES,

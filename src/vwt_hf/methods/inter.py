@@ -48,7 +48,7 @@ class ReadyWords:
                 if device == cpu:
                     index = index_words(self.vocabulary.normalized(self.image_mean, self.image_std))
                 else:
-                    index = self.on(cpu).to(device)
+                    index = WordIndex(self.on(cpu).words.to(device))  # without the screen, which is for CPUs
             # Tracing (torch.export) sees tensors without values, which must not be kept.
             if type(index.words) is torch.Tensor:
                 self._on[device] = index

@@ -163,23 +163,28 @@ class LocalConfig(RaggedConfig):
             patches) int64 in [0, keep).
         """
         assert patches.grid is not None
-        looks, keep = self._looks(patches), self._number(*patches.grid)
+        rows, columns = patches.grid
+        fewest = -(-rows // 4) * -(-columns // 4)  # so many always stay
+        keep = min(max(self._wanted(patches.count), fewest), patches.count)
+        looks = self._looks(patches)
         neighbours = find_neighbours(looks, patches.grid)
-        scores, fewest = cover_by(neighbours, keep), keep == _fewest(*patches.grid)
-        if fewest:
+        scores = cover_by(neighbours, keep)
+        if keep == fewest:
             # A patch that holds NaN takes the place of one that always stays, which any other may stand for then.
             scores = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(~are_numbers(looks), torch.inf)
         kept = highest(scores, keep)
         stays = marked(kept, patches.count)
         places = stays.cumsum(dim=1) - 1
-        if fewest:  # the first patch may not stay
+        if keep == fewest:  # the first patch may not stay
             places = places.clamp(min=0)
         return kept, at(places, leaders(neighbours, stays))
 
     def _stay_by_number(self, patches: Patches, neighbours: Neighbours) -> torch.Tensor:
         """Which patches stay, (batch, patches) bool, where images are padded."""
         assert patches.real is not None
-        numbers = self._numbers(patches)
+        counts = patches.real.sum(dim=1)
+        always = (patches.places.long() % 4 == 0).all(dim=-1) & patches.real
+        numbers = always.sum(dim=1).clamp(min=self._wanted(counts)).minimum(counts)
         # Padding has no neighbours, so it counts among what stays.
         scores = cover_by(neighbours, numbers + (~patches.real).sum(dim=1))
         scores = scores.masked_fill(~patches.real, -torch.inf)
@@ -193,18 +198,6 @@ class LocalConfig(RaggedConfig):
             patches.even_number(words)  # refuses words by which images differ in it
         return patches.led_by(words, self.packs(patches), self.size_exponent)
 
-    def _number(self, rows: int, columns: int) -> int:
-        """How many patches of an image of so many rows and columns stay."""
-        count = rows * columns
-        return min(max(self._wanted(count), _fewest(rows, columns)), count)
-
-    def _numbers(self, patches: Patches) -> torch.Tensor:
-        """How many patches of each image of a padded batch stay: (batch,)."""
-        assert patches.real is not None
-        counts = patches.real.sum(dim=1)
-        always = (patches.places.long() % 4 == 0).all(dim=-1) & patches.real
-        return always.sum(dim=1).clamp(min=self._wanted(counts)).minimum(counts)
-
     def _wanted(self, count: Any) -> Any:
         """How many patches `num_patches` or `keep_ratio` asks for.
 
@@ -212,8 +205,3 @@ class LocalConfig(RaggedConfig):
             count: patches of an image, or (batch,), int64, of each of several.
         """
         return whole_share(count, self.keep_ratio) if self.keep_ratio is not None else self.num_patches or 0
-
-
-def _fewest(rows: int, columns: int) -> int:
-    """How many patches of an image of so many rows and columns always stay."""
-    return -(-rows // 4) * -(-columns // 4)

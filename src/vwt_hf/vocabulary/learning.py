@@ -51,7 +51,7 @@ CUTS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pc
 
 
 class StepRead(NamedTuple):
-    """What a process tells the others of its part of a step."""
+    """What one process read in one step."""
 
     images: int
     unreadable: list[str]

@@ -13,16 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RevisionNotFoundError
 
 from ..checks import sides
 from ..hub_names import check_hub_id, check_revision, check_subfolder, require_private
 from ..printable import shown
 from ..whole_saves import require_named
 from .card import PICTURE_FILE, is_card_of_words, render_card, render_words
-from .files import LEGACY_FILE, VocabularyInfo, locate, read_vocabulary, require_raw, vocabulary_files, write_vocabulary
+from .files import (
+    LEGACY_FILE,
+    VocabularyInfo,
+    download_if_there,
+    locate,
+    read_vocabulary,
+    require_raw,
+    vocabulary_files,
+    write_vocabulary,
+)
 from .learning import learn
 
 LARGEST_MAPPED = 1e15
@@ -292,15 +301,12 @@ def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, toke
     """The README.md where words are to be pushed; empty if there is none."""
     # Not from the cache, which may hold an old one, and may not be writable.
     with tempfile.TemporaryDirectory() as folder:
+        of = {"subfolder": subfolder, "revision": revision, "token": token, "local_dir": folder}
         try:
-            file = hf_hub_download(
-                repo_id, REPOCARD_NAME, subfolder=subfolder, revision=revision, token=token, local_dir=folder
-            )
-        except (EntryNotFoundError, RevisionNotFoundError) as error:
-            if isinstance(error, LocalEntryNotFoundError):  # which leaves open whether it is there
-                raise
+            file = download_if_there(repo_id=repo_id, filename=REPOCARD_NAME, **of)
+        except RevisionNotFoundError:
             return b""
-        return Path(file).read_bytes()
+        return b"" if file is None else file.read_bytes()
 
 
 def _is_foreign(readme: bytes, place: str, has_picture: bool = False) -> bool:
