@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import types
 
 import PIL.Image
@@ -10,8 +11,19 @@ import pytest
 import torch
 import transformers
 
+from vwt_hf import processed_images
 from vwt_hf.decoding import UnreadableImage, read_image
 from vwt_hf.processed_images import image_patches, patch_batches, pixel_batches, processed, require_room
+
+
+def test_torch_makes_its_threads_before_others_read_images(monkeypatch):
+    """In a forked process those that read would make them, several at once, and torch raise an error in one."""
+    events = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: events.append((threading.current_thread(), number)))
+    monkeypatch.setattr(processed_images, "image_patches", lambda *of: events.append("read") or torch.zeros(1, 12))
+    number = torch.get_num_threads()
+    assert len(list(patch_batches(iter([("a", None), ("b", None)]), None, 2, 1))) == 2
+    assert events == [(threading.current_thread(), number), "read", "read"]
 
 
 def test_an_image_that_a_processor_would_make_enormous_is_refused_and_a_panorama_is_not(tmp_path):

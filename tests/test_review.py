@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import os
 import pickle
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from settings import ViTImageProcessor
 from test_generation import llava
@@ -27,7 +29,7 @@ from test_pipeline import PHOTOGRAPHS
 from test_vouch import tiny
 from tiny import TINY, answers, sample_pixel_values, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, collate_images, compress, count_tokens, restore, token_lengths
-from vwt_hf.compress import setting_of
+from vwt_hf.compress import lexicon_of, setting_of
 from vwt_hf.forward import current_forward
 from vwt_hf.image_processing import HostTokenizer
 from vwt_hf.pictures import fade, photographs_of
@@ -444,17 +446,74 @@ def test_a_config_of_a_compressed_model_is_equal_to_its_copy():
         assert config == copy.deepcopy(config) == pickle.loads(pickle.dumps(config))
 
 
-def test_words_that_lie_beside_no_folder_are_not_replaced_by_others():
+def test_words_in_memory_are_those_of_the_setting_wherever_it_is_given(tmp_path):
+    """Of patches that the package has words for, too, which took their place."""
+    tiny_model("vit", patch_size=16, image_size=64).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 64, "width": 64}, **HALVES).save_pretrained(tmp_path)
+    words, photographs = of_16(), PHOTOGRAPHS[:2]
+    by_words = VWTConfig("inter", vocabulary=words, threshold=0.4)
+    model = transformers.AutoModel.from_pretrained(tmp_path, vwt=by_words)
+    vwt, plain = model.config.vwt, VWTConfig("inter", vocabulary=words, threshold=0.4).to_dict()
+    assert vwt["saved_as"] == plain["saved_as"] is not None and vwt["vocabulary"] is None
+
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt=vwt)
+    given = processor(photographs, return_tensors="pt")
+    expected = answers(model, given["pixel_values"])
+    assert torch.equal(model(**given)[0], expected)
+    again = AutoImageProcessor.from_pretrained(tmp_path, vwt=processor.vwt)
+    assert torch.equal(again(photographs, return_tensors="pt")["patch_words"], given["patch_words"])
+    loaded = transformers.AutoModel.from_pretrained(tmp_path, vwt=vwt)
+    built = transformers.AutoModel.from_config(model.config).eval()
+    built.load_state_dict(model.state_dict())
+    for other in (
+        loaded,
+        built,
+        compress(tiny_model("vit", patch_size=16, image_size=64), plain | HALVES),
+        compress(restore(loaded), vwt),
+    ):
+        assert (
+            torch.equal(lexicon_of(other).vocabulary.words, words.words)
+            and other.config.vwt["saved_as"] == vwt["saved_as"]
+        )
+        assert torch.equal(answers(other, given["pixel_values"]), expected)
+
+
+def test_words_given_beside_the_setting_of_others_are_taken_and_named():
     model = compress(tiny_model("vit", patch_size=16, image_size=64), VWTConfig("inter", vocabulary=of_16(), **HALVES))
-    with pytest.raises(ValueError, match="this model was loaded from nowhere"):
-        transformers.AutoModel.from_config(model.config)
+    vwt, others = model.config.vwt, of_16(seed=1)
+    compress(model, vwt | {"vocabulary": others})
+    assert (
+        torch.equal(lexicon_of(model).vocabulary.words, others.words)
+        and model.config.vwt["saved_as"] != vwt["saved_as"]
+    )
+    compress(model, model.config.vwt | {"threshold": 0.3})
+    assert torch.equal(lexicon_of(model).vocabulary.words, others.words)
+    first = compress(tiny_model("vit", patch_size=16, image_size=64), VWTConfig("inter", vocabulary=of_16(), **HALVES))
+    compress(model, first.config.vwt)
+    assert torch.equal(lexicon_of(model).vocabulary.words, of_16().words)
+
+
+def test_words_that_are_gone_are_not_replaced_by_others(tmp_path):
+    tiny_model("vit", patch_size=16, image_size=64).save_pretrained(tmp_path)
+    words = of_16(seed=2)
+    model = compress(tiny_model("vit", patch_size=16, image_size=64), VWTConfig("inter", vocabulary=words, **HALVES))
+    config, vwt = copy.deepcopy(model.config), model.config.vwt
+    words.words[0] = 0  # they are no longer those that the setting names
+    restore(model)
+    gc.collect()
+    for refused in (lambda: compress(model, vwt), lambda: transformers.AutoModel.from_config(config)):
+        with pytest.raises(ValueError, match="Here they are not in memory, and this model was loaded from nowhere"):
+            refused()
+    with pytest.raises(FileNotFoundError, match=f"visual_words-{vwt['saved_as']} holds no vocabulary.json"):
+        transformers.AutoModel.from_pretrained(tmp_path, vwt=vwt)
+    assert model.config.vwt is None
 
 
 HALVES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def of_16() -> VisualVocabulary:
-    return VisualVocabulary(torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+def of_16(seed: int = 0) -> VisualVocabulary:
+    return VisualVocabulary(torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))
 
 
 def test_statistics_of_another_number_of_channels_are_no_model_s(tmp_path, caplog):

@@ -477,7 +477,7 @@ def fields_of(setting: Any, *, statistics: bool = False) -> dict[str, Any]:
         return {"method": RECOMMENDED}
     if isinstance(setting, VWTConfig):
         usual = VWTConfig(setting.method).to_dict()
-        left_out = {"evidence"} if statistics else {"evidence", *setting.statistics}
+        left_out = {"evidence", "saved_as", *(() if statistics else setting.statistics)}
         told = {name: value for name, value in setting.to_dict().items() if value != usual[name]}
         return {"method": setting.method} | {name: told[name] for name in told if name not in left_out}
     if isinstance(setting, dict):

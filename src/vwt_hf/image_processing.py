@@ -66,7 +66,7 @@ class HostTokenizer:
     def to_dict(self) -> dict[str, Any]:
         """The field `vwt` of preprocessor_config.json."""
         fields = self.setting.to_dict() | {"patch_size": list(self.patch_size)}
-        return fields if self.setting.words_to_save() is None else fields | {"saved_as": self.saved_as}
+        return fields if self.saved_as is None else fields | {"saved_as": self.saved_as}
 
     def words(self, made: Mapping[str, Any], tiles: list[int] | None = None) -> Any:
         """The words of the patches of images, in the form of `pixel_values`: a tensor, an array or a list of arrays.

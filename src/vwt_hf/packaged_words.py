@@ -31,3 +31,8 @@ def packaged_words(patch_size: tuple[int, int], channels: int) -> VisualVocabula
             "pixels. Give a Hub id, a folder or a VisualVocabulary; `vwt-hf learn` makes one."
         )
     return load_vocabulary(FOLDER / f"patch{height}", trusted=True, pickles=False)
+
+
+def is_packaged(vocabulary: VisualVocabulary) -> bool:
+    """Whether a vocabulary was loaded by `packaged_words`."""
+    return vocabulary.source is not None and Path(vocabulary.source).parent == FOLDER

@@ -212,6 +212,9 @@ def patch_batches(
         none = torch.zeros(0, 3 * patch_size**2, dtype=torch.float32, device="cpu")
         return PatchBatch(torch.cat(patches) if patches else none, lengths, unreadable)
 
+    # In a process that was forked, torch makes a new pool of threads with this call. The threads that read images would
+    # make it, too, and if two do so at once, torch raises an error in one.
+    torch.set_num_threads(torch.get_num_threads())
     workers = min(4, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vwt-images")
     ahead: collections.deque[Future[PatchBatch]] = collections.deque()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 from typing import Any, ClassVar
 
 import torch
 
 from ..checks import is_number
 from ..config import ModelFacts, is_vocabulary
-from ..packaged_words import packaged_words
+from ..packaged_words import is_packaged, packaged_words
 from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
@@ -20,6 +21,22 @@ from ..vocabulary import VisualVocabulary, load_vocabulary
 from ..vocabulary.files import NotReached
 from ..words import WordIndex, index_words, nearest_words
 from .ragged import RaggedConfig
+
+_named: dict[str, weakref.WeakSet[VisualVocabulary]] = {}
+"""Words in memory that dicts of settings name by `saved_as`, by the digits that do."""
+
+
+def _name_in_memory(vocabulary: VisualVocabulary) -> str:
+    """A `saved_as` by which settings of this process find words that lie in no folder and on no Hub."""
+    name = vocabulary.fingerprint()[:16]
+    _named.setdefault(name, weakref.WeakSet()).add(vocabulary)
+    return name
+
+
+def _in_memory(saved_as: str | None) -> VisualVocabulary | None:
+    """The words that `_name_in_memory` gave this name, if they are still there and the same."""
+    found = list(_named.get(saved_as or "", ()))
+    return next((words for words in found if words.fingerprint()[:16] == saved_as), None)
 
 
 class ReadyWords:
@@ -77,7 +94,8 @@ class InterConfig(RaggedConfig):
             How the model's images are normalised, for each channel; by default as its image processor says.
         saved_as (`str`, *optional*):
             Written by `save_pretrained`: 16 hexadecimal digits. The model's own words lie in the folder
-            `visual_words-<saved_as>` beside its weights.
+            `visual_words-<saved_as>` beside its weights. In `config.vwt` of a model that was not saved, it names words
+            in memory, for image processors and other models of the same process.
     """
 
     beside_choice: ClassVar[frozenset[str]] = RaggedConfig.beside_choice | {"saved_as"}
@@ -115,7 +133,10 @@ class InterConfig(RaggedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        fields["vocabulary"] = self.vocabulary if isinstance(self.vocabulary, str) else None
+        if isinstance(self.vocabulary, VisualVocabulary):
+            fields["vocabulary"] = None
+            if self.saved_as is None and not is_packaged(self.vocabulary):
+                fields["saved_as"] = _name_in_memory(self.vocabulary)
         return fields
 
     def words_to_save(self) -> VisualVocabulary | None:
@@ -153,6 +174,7 @@ class InterConfig(RaggedConfig):
             setting,
             vocabulary=vocabulary.source if on_hub else vocabulary,
             revision=vocabulary.revision if on_hub else None,
+            saved_as=setting.saved_as if self.vocabulary is None else None,  # of other words
             image_mean=mean,
             image_std=std,
         )
@@ -165,11 +187,13 @@ class InterConfig(RaggedConfig):
             elsewhere = {name: value for name, value in hub_kwargs if name not in ("revision", "subfolder")}
             return self, load_vocabulary(self.vocabulary, trusted=model.trusted, revision=self.revision, **elsewhere)
         if self.vocabulary is not None:
+            _name_in_memory(self.vocabulary)  # a restored model lets go of its copy
             return self, self.vocabulary.copy()  # the model is saved with the words that it runs by
         if isinstance(model.present, InterConfig) and model.present.words is not None:
-            words = model.present.words
-            mean, std = self.image_mean or words.image_mean, self.image_std or words.image_std
-            return dataclasses.replace(self, image_mean=mean, image_std=std), words.vocabulary
+            words, named = model.present.words, model.present.to_dict()["saved_as"]
+            if self.saved_as in (None, named):
+                mean, std = self.image_mean or words.image_mean, self.image_std or words.image_std
+                return dataclasses.replace(self, saved_as=named, image_mean=mean, image_std=std), words.vocabulary
         setting = self._as_saved(model)
         return setting, setting._saved_or_packaged(model)
 
@@ -181,11 +205,15 @@ class InterConfig(RaggedConfig):
         return self if saved is None else self.with_saved(saved)
 
     def _saved_or_packaged(self, model: ModelFacts) -> VisualVocabulary:
-        """The words that lie beside the model's weights or, if a user's setting finds none there, the package's."""
-        if not model.source and not model.trusted:
+        """The words that the setting names in memory, or that lie beside the model's weights or, if a user's setting
+        finds none there, the package's."""
+        if (words := _in_memory(self.saved_as)) is not None:
+            return words
+        if not model.source and (self.saved_as is not None or not model.trusted):
             raise ValueError(
-                "VWTConfig.vocabulary is None, as of a model whose words are saved beside its weights, and this model "
-                "was loaded from nowhere. Give vwt={'method': 'inter', 'vocabulary': ...}, or vwt=False."
+                "VWTConfig.vocabulary is None, as of a model whose words are in memory or saved beside its weights. "
+                "Here they are not in memory, and this model was loaded from nowhere. Give vwt={'method': 'inter', "
+                "'vocabulary': ...}, or vwt=False."
             )
         try:
             if model.source:

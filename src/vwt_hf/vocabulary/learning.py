@@ -162,10 +162,6 @@ def learn(
     """
     join(device)
     index, processes = place()
-    if processes > 1:
-        # Where a process was forked, as by accelerate's notebook_launcher, torch makes a new pool of threads with this
-        # call. The threads that read images would make it, too, and if two do so at once, torch raises an error in one.
-        torch.set_num_threads(torch.get_num_threads())
     image_processor = without_words(getattr(image_processor, "image_processor", image_processor))
 
     def begin() -> tuple[MiniBatchKMeans, dict[str, Any], ImageSource]:

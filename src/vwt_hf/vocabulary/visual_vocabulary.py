@@ -87,13 +87,13 @@ class VisualVocabulary:
     @property
     def is_on_hub(self) -> bool:
         """Whether `source` and `revision` are enough to find these words: not if they were changed since."""
-        return self._named is not None and self._named == self._fingerprint()
+        return self._named is not None and self._named == self.fingerprint()
 
     def _lies_in(self, source: str, revision: str | None, subfolder: str | None, imported: bool = False) -> None:
         """Notes where the words are. A config.json may not name words that were `imported` from a `vocab.pt`."""
         self.source, self.revision, self.subfolder = source, revision, subfolder
         is_named = revision is not None and not subfolder and not imported  # a setting has no field for a subfolder
-        self._named = self._fingerprint() if is_named else None
+        self._named = self.fingerprint() if is_named else None
 
     def copy(self) -> VisualVocabulary:
         """A vocabulary of copies of the words.
@@ -107,7 +107,8 @@ class VisualVocabulary:
         copied.frequencies = None if frequencies is None else frequencies.clone()
         return copied
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """A hash of the words, in hexadecimal digits; not of their frequencies, nor of where they lie."""
         words = self.words.detach().cpu().contiguous()
         content = hashlib.sha256(f"{words.dtype} {tuple(words.shape)}".encode())
         content.update(words.flatten().view(torch.uint8).numpy().data)
