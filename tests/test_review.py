@@ -493,6 +493,19 @@ def test_words_given_beside_the_setting_of_others_are_taken_and_named():
     assert torch.equal(lexicon_of(model).vocabulary.words, of_16().words)
 
 
+def test_a_dict_names_the_folder_of_words_as_its_setting_does(tmp_path):
+    of_16().save_pretrained(tmp_path)
+    for folder in (tmp_path, str(tmp_path)):
+        vwt = VWTConfig("inter", vocabulary=folder, **HALVES).to_dict()
+        assert vwt["vocabulary"] == str(tmp_path) and vwt["saved_as"] is None
+    model = compress(tiny_model("vit", patch_size=16, image_size=64), vwt)
+    assert model.config.vwt["vocabulary"] is None
+    assert torch.equal(
+        lexicon_of(compress(tiny_model("vit", patch_size=16, image_size=64), model.config.vwt)).vocabulary.words,
+        of_16().words,
+    )
+
+
 def test_words_that_are_gone_are_not_replaced_by_others(tmp_path):
     tiny_model("vit", patch_size=16, image_size=64).save_pretrained(tmp_path)
     words = of_16(seed=2)

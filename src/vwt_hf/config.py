@@ -343,8 +343,8 @@ class VWTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The setting as a JSON-ready dict; `VWTConfig.parse` reads it back.
 
-        A vocabulary that is no Hub id becomes `None`: it is saved beside the model's weights. `evidence` is left out
-        where there is none.
+        A vocabulary in memory becomes `None`: it is saved beside the weights of a model, and in this process `saved_as`
+        names it. `evidence` is left out where there is none.
         """
         fields = {name: getattr(self, name) for name in _field_names(type(self))}
         if self.evidence is None:

@@ -22,21 +22,24 @@ from ..vocabulary.files import NotReached
 from ..words import WordIndex, index_words, nearest_words
 from .ragged import RaggedConfig
 
-_named: dict[str, weakref.WeakSet[VisualVocabulary]] = {}
-"""Words in memory that dicts of settings name by `saved_as`, by the digits that do."""
+_named: dict[str, weakref.WeakValueDictionary[int, VisualVocabulary]] = {}
+"""Words in memory that dicts of settings name, by their `saved_as`: all vocabularies of these words, by `id`."""
 
 
 def _name_in_memory(vocabulary: VisualVocabulary) -> str:
     """A `saved_as` by which settings of this process find words that lie in no folder and on no Hub."""
     name = vocabulary.fingerprint()[:16]
-    _named.setdefault(name, weakref.WeakSet()).add(vocabulary)
+    _named.setdefault(name, weakref.WeakValueDictionary())[id(vocabulary)] = vocabulary
     return name
 
 
 def _in_memory(saved_as: str | None) -> VisualVocabulary | None:
-    """The words that `_name_in_memory` gave this name, if they are still there and the same."""
-    found = list(_named.get(saved_as or "", ()))
-    return next((words for words in found if words.fingerprint()[:16] == saved_as), None)
+    """A copy of the words that `_name_in_memory` gave this name, if some are still there and the same."""
+    references = _named[saved_as].valuerefs() if saved_as in _named else []  # a list that no thread changes
+    for words in (reference() for reference in references):
+        if words is not None and words.fingerprint()[:16] == saved_as:
+            return words.copy()
+    return None
 
 
 class ReadyWords:
@@ -133,10 +136,11 @@ class InterConfig(RaggedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        if isinstance(self.vocabulary, VisualVocabulary):
-            fields["vocabulary"] = None
-            if self.saved_as is None and not is_packaged(self.vocabulary):
-                fields["saved_as"] = _name_in_memory(self.vocabulary)
+        if not isinstance(self.vocabulary, VisualVocabulary):
+            return fields if self.vocabulary is None else fields | {"vocabulary": os.fspath(self.vocabulary)}
+        fields["vocabulary"] = None
+        if self.saved_as is None and not is_packaged(self.vocabulary):
+            fields["saved_as"] = _name_in_memory(self.vocabulary)
         return fields
 
     def words_to_save(self) -> VisualVocabulary | None:
