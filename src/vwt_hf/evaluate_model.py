@@ -478,8 +478,8 @@ def fields_of(setting: Any, *, statistics: bool = False) -> dict[str, Any]:
     if isinstance(setting, VWTConfig):
         usual = VWTConfig(setting.method).to_dict()
         left_out = {"evidence", "saved_as", *(() if statistics else setting.statistics)}
-        told = {name: value for name, value in setting.to_dict().items() if value != usual[name]}
-        return {"method": setting.method} | {name: told[name] for name in told if name not in left_out}
+        told = {name: value for name, value in setting.to_dict().items() if name not in left_out}
+        return {"method": setting.method} | {name: value for name, value in told.items() if value != usual[name]}
     if isinstance(setting, dict):
         method = setting.get("method", None if setting else VWTConfig().method)
         return setting if method is None else {"method": method} | setting
