@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from PIL import Image
 from transformers import AutoModel, GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from settings import ViTImageProcessor, inter
 from tiny import tiny_model
-from vwt_hf import compress, evaluate_model
+from vwt_hf import VisualVocabulary, compress, evaluate_model
+from vwt_hf.hub_names import NotReached
 from vwt_hf.processors import (
     config_beside,
     load_processor,
+    patch_size_of,
     processor_of,
     require_vocabulary,
     stated_channels,
@@ -66,6 +70,80 @@ def test_a_strangers_file_that_transformers_cannot_take_is_named(name, value, tm
     with pytest.raises(ValueError, match=rf"^{named} of {tmp_path} holds what transformers cannot take") as raised:
         (load_processor if name == "image_processor_type" else config_beside)(tmp_path)
     assert str(raised.value).isprintable()
+
+
+def test_a_config_that_is_no_json_is_damaged_and_not_missing(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"^config\.json of {tmp_path} holds what transformers cannot take"):
+        config_beside(tmp_path)
+
+
+@pytest.fixture
+def on_hub(hub, tmp_path) -> str:
+    """A repository of a model with words of its own, and of its image processor."""
+    model = tiny_model("vit", patch_size=16, image_size=32)
+    words = VisualVocabulary(torch.rand(20, 3, 16, 16))
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path / "own")
+    model.save_pretrained(tmp_path / "own")
+    compress(AutoModel.from_pretrained(tmp_path / "own"), {"method": "inter", "vocabulary": words}).push_to_hub(
+        "me/own"
+    )
+    processor.push_to_hub("me/own")
+    return "me/own"
+
+
+INTER = {"method": "inter", "patch_size": 16}  # for these patches the package has words, too
+
+
+def loaded_words(**kwargs) -> int:
+    return len(
+        AutoImageProcessor.from_pretrained("me/own", vwt=INTER, **kwargs).tokenizer_of_patches.setting.words.vocabulary
+    )
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_config_that_the_hub_does_not_answer_for_is_not_taken_for_missing(status, hub, on_hub):
+    hub.fail(next=None, path="/config.json", status=status)
+    for vwt in (INTER, {"method": "inter"}, {"method": "local", "patch_size": 16}):
+        with pytest.raises(NotReached, match=r"^config\.json of me/own cannot be had.*load it once where the Hub can"):
+            AutoImageProcessor.from_pretrained(on_hub, vwt=vwt)
+    with pytest.raises(NotReached, match=r"^config\.json of me/own cannot be had"):
+        patch_size_of(on_hub)
+    assert AutoImageProcessor.from_pretrained(on_hub).vwt is None
+    hub.heal()
+    assert loaded_words() == 20
+
+
+def test_a_config_that_is_not_in_the_cache_is_not_taken_for_missing_where_no_network_is_asked_for(hub, on_hub):
+    assert AutoImageProcessor.from_pretrained(on_hub).vwt is None  # of which alone there is a copy
+    with pytest.raises(NotReached, match=r"^config\.json of me/own cannot be had"):
+        loaded_words(local_files_only=True)
+    hub.offline()
+    with pytest.raises(NotReached, match=r"^config\.json of me/own cannot be had"):
+        loaded_words()
+    hub.online()
+    assert loaded_words() == 20
+    asked = len(hub.requests)
+    assert loaded_words(local_files_only=True) == 20 and len(hub.requests) == asked
+
+
+def test_an_image_processor_without_a_model_beside_it_is_loaded_again_without_a_network(hub, on_hub):
+    """The cache keeps that a repository does not have a file."""
+    files = hub.files("me/own")
+    hub.put("me/own", {"preprocessor_config.json": files["preprocessor_config.json"]}, keep=False)
+    assert config_beside("me/own") is None and loaded_words() > 20
+    asked = len(hub.requests)
+    assert config_beside("me/own", local_files_only=True) is None and len(hub.requests) == asked
+    hub.offline()
+    assert config_beside("me/own") is None
+
+
+def test_an_image_processor_that_names_all_it_needs_is_loaded_where_the_config_is_not_reached(hub, on_hub):
+    AutoImageProcessor.from_pretrained(on_hub, vwt=INTER).push_to_hub("me/own")
+    hub.fail(next=None, path="/config.json", status=503)
+    processor = AutoImageProcessor.from_pretrained(on_hub)
+    assert len(processor.tokenizer_of_patches.setting.words.vocabulary) == 20
 
 
 STD = {"image_std": [0.125] * 3}

@@ -1,10 +1,13 @@
-"""Checks of repository ids, revisions and subfolders, so that none can lead to another place than it seems to."""
+"""Checks of repository ids, revisions and subfolders, so that none can lead to another place than it seems to; and
+whether a file was looked for there."""
 
 from __future__ import annotations
 
+import os
 import re
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -13,6 +16,24 @@ from .printable import shown
 _ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+-]*(/[A-Za-z0-9_][A-Za-z0-9._@+-]*)*")
 _LONGEST_REVISION = 200
+
+
+class NotReached(FileNotFoundError):
+    """The Hub was asked for a file and did not answer, or may not be asked, so that the file may be there."""
+
+
+def kept_answer(
+    repo_id: str, name: str, *, revision: str | None = None, subfolder: Any = None, cache_dir: Any = None, **_: Any
+) -> Any:
+    """What huggingface_hub's cache holds of a file: its path, `_CACHED_NO_EXIST` if the repository was asked and does
+    not have it, and `None` if it does not say.
+
+    Args:
+        revision, subfolder, cache_dir: as `hf_hub_download` takes them, whose other arguments are ignored.
+    """
+    path = "/".join(filter(None, (os.fspath(subfolder or ""), name)))
+    # A branch by its name would be looked up anew.
+    return try_to_load_from_cache(repo_id, path, cache_dir, getattr(revision, "resolved", revision))
 
 
 def require_private(api: HfApi, repo_id: str) -> None:

@@ -27,6 +27,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 from .checks import sides
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
+from .hub_names import NotReached
 from .model_configs import PLAIN, plain_class
 from .own_thread import in_own_thread
 from .patches import Patches
@@ -410,7 +411,12 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
         if setting is None:
             processor.vwt = None
             return
-        beside = config_beside(source, **hub_kwargs)
+        try:
+            beside = config_beside(source, **hub_kwargs)
+        except NotReached:
+            if patch_size is None:
+                raise
+            beside = None  # which a file that says the size of patches and the words does without
         _prepare(
             processor, setting, patch_size, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False, model_config=beside
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from huggingface_hub import _CACHED_NO_EXIST
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
@@ -17,6 +19,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from .checks import is_int, sides
+from .hub_names import NotReached, kept_answer
 from .printable import printable, shown
 from .shared_changes import SharedChange
 from .weights import loaded_by, source_of
@@ -148,14 +151,30 @@ def patch_size_of(checkpoint: str) -> int:
 def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
     """The config of the model beside an image processor, or `None`. Code in its repository is never run.
 
+    Args:
+        checkpoint: Hub id or folder.
+
     Raises:
+        NotReached: it is on the Hub, and nothing says whether it is there.
         ValueError: its file is damaged.
     """
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub_kwargs)
-    except (OSError, ValueError):
+    except ValueError:  # there is none, or it is not of a model that transformers knows
         return None
+    except OSError as error:
+        require_checkpoint(checkpoint)
+        if os.path.exists(checkpoint):
+            raise _unreadable("config.json", checkpoint, error) from error
+        with contextlib.suppress(ValueError):  # what is no Hub id
+            if kept_answer(checkpoint, "config.json", **hub_kwargs) is _CACHED_NO_EXIST:
+                return None
+        reason = " ".join(str(error).split())
+        raise NotReached(
+            f"config.json of {printable(checkpoint)} cannot be had, which says what patches and words its model has: "
+            f"load it once where the Hub can be reached, or give a folder that it was downloaded to. ({reason})"
+        ) from error
     except Exception as error:  # of what a stranger wrote, transformers may raise anything
         raise _unreadable("config.json", checkpoint, error) from error
 

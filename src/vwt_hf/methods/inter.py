@@ -11,6 +11,7 @@ import torch
 
 from ..checks import is_number
 from ..config import ModelFacts, is_vocabulary
+from ..hub_names import NotReached
 from ..packaged_words import is_packaged, packaged_words
 from ..patches import Patches
 from ..plans import Grouped
@@ -18,7 +19,6 @@ from ..printable import shown
 from ..processors import config_beside, model_statistics, saved_setting
 from ..saved_words import FOLDER, SAVED_AS, read_words
 from ..vocabulary import VisualVocabulary, load_vocabulary
-from ..vocabulary.files import NotReached
 from ..words import WordIndex, index_words, nearest_words
 from .ragged import RaggedConfig
 

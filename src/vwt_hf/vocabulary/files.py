@@ -26,12 +26,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import safetensors.torch
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..checks import checked_statistics, is_number
-from ..hub_names import check_revision, check_subfolder
+from ..hub_names import NotReached, check_revision, check_subfolder, kept_answer
 from ..printable import printable, shown
 from ..whole_saves import Save, remove, saving
 from .word_files import MOST_BYTES, read_bare_tensor, read_safetensors
@@ -49,10 +49,6 @@ _ATTEMPTS = 100
 """To read a folder that is being saved into."""
 _UNSETTLED = re.compile(r"vocabulary-[0-9a-f]{16}\.safetensors")
 """The name of words until they are renamed to `WORDS_FILE`."""
-
-
-class NotReached(FileNotFoundError):
-    """The Hub was asked for a file and did not answer, so that the file may be there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +162,8 @@ def _locate_on_hub(names: Sequence[str], where: str, download: dict[str, Any]) -
         try:
             path = hf_hub_download(filename=name, **download)
         except LocalEntryNotFoundError as error:  # which leaves open whether it is there
-            pinned = getattr(revision, "resolved", revision)  # a branch by its name would be looked up anew
-            cached = try_to_load_from_cache(
-                source, "/".join(filter(None, (subfolder, name))), download.get("cache_dir"), pinned
-            )
             was_asked = not (constants.HF_HUB_OFFLINE or download.get("local_files_only"))
-            left_open = was_asked and cached is None
+            left_open = was_asked and kept_answer(name=name, **download) is None
             if name == names[-1] or left_open:
                 raise (NotReached if left_open else FileNotFoundError)(
                     f"{where} cannot be had: load it once where the Hub can be reached, or give a folder that it was "
