@@ -880,6 +880,21 @@ def test_an_image_processor_that_was_not_made_ready_for_its_setting_says_how_it_
         processor(Image.new("RGB", (32, 32)))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["alone", "with texts"])
+def test_an_image_processor_whose_setting_was_assigned_is_not_saved_in_place_of_a_good_one(whole, folder):
+    saved = AutoImageProcessor.from_pretrained(folder, vwt=inter())
+    assigned = copy.deepcopy(saved)
+    assigned.vwt = assigned.vwt
+    if whole:
+        tokenizer = tokenizer_with({"<s>": 97, "</s>": 98, "<pad>": 1})
+        saved, assigned = (transformers.CLIPProcessor(each, tokenizer) for each in (saved, assigned))
+    saved.save_pretrained(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"was not made ready for it\. Load it with from_pretrained\(\.\.\., vwt"):
+        assigned.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} == before
+
+
 class BaseVideoProcessor(OldStyle):
     """What reads videos, by the name that transformers gives it where there is torchvision."""
 

@@ -245,7 +245,7 @@ class Tokenizing:
 
     @property
     def tokenizer_of_patches(self) -> HostTokenizer:
-        """What makes its `patch_words`; an error if the image processor was made from a dict, and not loaded."""
+        """What makes its `patch_words`; an error if its setting came from a dict or was assigned, and not loaded."""
         held = self.__dict__.get("vwt")
         if not isinstance(held, HostTokenizer):
             raise ValueError(
@@ -269,7 +269,7 @@ class Tokenizing:
 
     def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """As without `vwt`, with `patch_words` beside `pixel_values`."""
-        self.require_statistics(**{name: kwargs[name] for name in _NORMALISING if kwargs.get(name) is not None})
+        self.require_ready(**{name: kwargs[name] for name in _NORMALISING if kwargs.get(name) is not None})
         with holding(_tiles, None):
             made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
             tiles = _tiles.get()
@@ -286,14 +286,15 @@ class Tokenizing:
         _tiles.set([len(tiles) for tiles in pixel_values])
         return super()._pad_for_batching(pixel_values, *args, **kwargs)  # type: ignore[misc]
 
-    def require_statistics(self, **given: Any) -> None:
-        """Refuses another mean or deviation than the setting was prepared for: words would be those of other images.
+    def require_ready(self, **given: Any) -> None:
+        """Refuses a setting that was not prepared, which names words that nobody saves; and another mean or deviation
+        than it was prepared for: words would be those of other images.
 
         Args:
             given: arguments of a call (`_NORMALISING`), in place of the image processor's own.
         """
-        held = self.__dict__.get("vwt")
-        if not isinstance(held, HostTokenizer) or held.normalised_by is None:
+        held = None if self.vwt is None else self.tokenizer_of_patches
+        if held is None or held.normalised_by is None:
             return
         now = _normalises_by(self, **given)
         if now is None or all(map(_are_same, now, held.normalised_by)):

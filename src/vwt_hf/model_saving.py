@@ -189,7 +189,7 @@ def saving_processors(original: Any) -> Any:
         if folder.is_file():
             return original(self, save_directory, **kwargs)
         if isinstance(processor, image_processing.Tokenizing):
-            processor.require_statistics()
+            processor.require_ready()
         options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
         # Every process of a distributed run may come here. None removes the words that another's file names.
         with sharing(folder, _TURN if image_processing.words_of(processor) else 0) as (_, is_alone):
