@@ -363,6 +363,18 @@ def test_calibrate_names_the_folder_where_the_disk_is_full(
     assert "No space left on device" in said and str(tmp_path / "out") in said
 
 
+def test_calibrate_saves_nothing_where_another_image_processor_would_be_read(many, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vwt_hf.cli.calibrate.load_model", pytest.fail)
+    checkpoint, output = save(tiny_model("clip"), tmp_path), tmp_path / "out"
+    tokenizer = tokenizer_with({"<pad>": 1, "<s>": 97, "</s>": 98})
+    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(output)
+    given = ["--tokens", "64", "--by", "flops", "--device", "cpu", "--output", str(output)]
+    assert main(["calibrate", checkpoint, str(many), *given]) == 2
+    assert f"{output} holds processor_config.json, whose image processor" in capsys.readouterr().err
+    assert not (output / "config.json").exists()
+
+
 def test_calibrate_saves_no_model_of_a_class_that_transformers_lacks(many, tmp_path, checkpoint, capsys):
     config = json.loads((Path(checkpoint) / "config.json").read_text())
     (Path(checkpoint) / "config.json").write_text(json.dumps(config | {"architectures": ["ViTOfMine"]}))

@@ -804,6 +804,25 @@ def test_an_image_processor_saved_with_another_setting_than_its_model_is_told_of
     assert not caplog.text
 
 
+def test_an_image_processor_saved_beside_another_that_is_read_in_its_place_is_told_of(folders, tmp_path, caplog):
+    processor = AutoImageProcessor.from_pretrained(folders("clip"), vwt={"method": "local", "tolerance": 0.1})
+    tokenizer = tokenizer_with({"<s>": 97, "</s>": 98, "<pad>": 1})
+    processor.save_pretrained(tmp_path)
+    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert not caplog.text
+    other = AutoImageProcessor.from_pretrained(folders("clip"), vwt={"method": "local", "tolerance": 0.2})
+    other.save_pretrained(tmp_path)
+    assert "holds processor_config.json with another image processor, and transformers reads that" in caplog.text
+    caplog.clear()
+    transformers.CLIPProcessor(other, tokenizer).save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").rename(tmp_path / "unread")
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')  # as of long ago
+    processor.save_pretrained(tmp_path)
+    assert not caplog.text and AutoImageProcessor.from_pretrained(tmp_path).vwt == processor.vwt
+
+
 def test_a_plain_image_processor_removes_the_words_of_one_that_was_saved_there(folder):
     AutoImageProcessor.from_pretrained(folder, vwt=inter()).save_pretrained(folder)
     assert list(folder.glob("processor_words-*"))

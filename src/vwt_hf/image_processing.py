@@ -11,6 +11,7 @@ import contextvars
 import copy
 import dataclasses
 import functools
+import json
 import logging
 import os
 import re
@@ -606,6 +607,28 @@ def words_named_in(folder: Path) -> list[str]:
     files = [folder / name for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)]
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
     return [name for text in texts for name in re.findall(rf'"saved_as": "({SAVED_AS.pattern})"', text)]
+
+
+def read_in_place(folder: Path) -> dict[str, Any] | None:
+    """What the processor_config.json of a folder holds of an image processor, if there is one: transformers reads that
+    and not the file of an image processor that is saved beside it."""
+    try:
+        held = json.loads((folder / PROCESSOR_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # none, or damaged, which loading it says
+        return None
+    inner = held.get("image_processor") if isinstance(held, dict) else None
+    return inner if isinstance(inner, dict) else None
+
+
+def warn_if_not_read(processor: Any, folder: Path) -> None:
+    """Warns if an image processor was saved beside a processor_config.json that holds one with another setting."""
+    other = read_in_place(folder)
+    if other is not None and other.get("vwt") != processor.vwt:
+        logger.warning(
+            f"{folder} holds {PROCESSOR_NAME} with another image processor, and transformers reads that one, not the "
+            f"{type(processor).__name__} that was saved beside it. Save the processor of texts and images that holds "
+            "it, or into another folder."
+        )
 
 
 def words_of(processor: Any) -> VisualVocabulary | None:

@@ -198,6 +198,8 @@ def saving_processors(original: Any) -> Any:
             if is_alone():
                 in_use = saved_as + image_processing.words_named_in(folder)
                 remove_other_words(folder, in_use, image_processing.PROCESSOR_FOLDER)
+        if processor is self and processor.vwt is not None:
+            image_processing.warn_if_not_read(processor, folder)
         if push_to_hub:  # the original uploads what it wrote itself
             self.push_to_hub(options.pop("repo_id", folder.name), token=kwargs.get("token"), **options)
         return saved

@@ -76,6 +76,7 @@ def work(args: argparse.Namespace) -> None:
         require_folder(args.output)
 
     from ..calibrate import Calibration, target_of
+    from ..image_processing import PROCESSOR_NAME, read_in_place
     from ..image_source import require_apart
     from ..processors import load_processor, require_checkpoint
     from ..timing import usable_device
@@ -83,6 +84,11 @@ def work(args: argparse.Namespace) -> None:
 
     targets = options(args, "agreement", "speed", "tokens")
     target_of(**targets)
+    if args.output is not None and read_in_place(Path(args.output)) is not None:
+        raise FileExistsError(
+            f"{args.output} holds {PROCESSOR_NAME}, whose image processor transformers would read in place of that "
+            "which is saved there. Name another folder, or remove that file."
+        )
     if args.plot is not None:
         require_matplotlib()
     require_checkpoint(args.model)
