@@ -258,6 +258,21 @@ def test_a_processor_of_texts_and_images_takes_and_saves_the_setting(name, folde
     assert len(list((tmp_path / "saved").glob("processor_words-*"))) == 2
 
 
+@pytest.mark.parametrize("beside_a_model", [False, True], ids=["alone", "beside a model"])
+def test_a_processor_of_texts_and_images_takes_a_patch_size(beside_a_model, folders, tmp_path):
+    if beside_a_model:
+        tiny_model("clip").save_pretrained(tmp_path)
+    tokenizer = tokenizer_with({"<pad>": 1, "<s>": 97, "</s>": 98})
+    transformers.CLIPProcessor(AutoImageProcessor.from_pretrained(folders("clip")), tokenizer).save_pretrained(tmp_path)
+    vwt = {"keep_ratio": 0.5, "patch_size": 4}
+    for kind in (transformers.CLIPProcessor, AutoProcessor):
+        processor = kind.from_pretrained(tmp_path, vwt=vwt)
+        assert processor.image_processor.vwt["patch_size"] == [4, 4]
+        assert processor(images=PHOTOGRAPHS, return_tensors="pt")[NAME].shape[1] == 64
+    with pytest.raises(ValueError, match=r"patch_size.*Image processors alone take patch_size, as a model has its own"):
+        compress(tiny_model("clip"), vwt)
+
+
 def test_blip_takes_words_from_its_processor(tmp_path, plans):
     from test_generation import blip, built
 

@@ -381,6 +381,8 @@ def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str
                 f"method={' or '.join(owners)}."
             )
         hint = nearest_hint(name, names)
+        if name == "patch_size":
+            hint = " Image processors alone take patch_size, as a model has its own: leave it out."
         its_own = ", ".join(sorted(names))
         raise ValueError(f"VWTConfig has no field {shown(name)}; the fields of method={method!r} are {its_own}.{hint}")
 

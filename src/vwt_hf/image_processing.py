@@ -409,7 +409,7 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
         processor.vwt = None  # its class may be that of one with a setting
         return
     try:
-        setting, patch_size = _parsed(vwt)
+        setting, patch_size = parsed(vwt)
         if setting is None:
             processor.vwt = None
             return
@@ -448,7 +448,7 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
     """Gives a new image processor the setting that a user asks for, whatever its own file says."""
     saved = processor.vwt
     processor.vwt = None
-    setting, patch_size = _parsed(vwt)
+    setting, patch_size = parsed(vwt)
     if setting is None or _reads_videos(type(processor)):
         return
     model_config = config_beside(source, **hub_kwargs)
@@ -458,11 +458,11 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
         setting = setting.with_saved(of_model)
     elif isinstance(saved, dict):
         setting, folder = setting.with_saved(saved), PROCESSOR_FOLDER
-        patch_size = patch_size or _parsed(saved)[1]
+        patch_size = patch_size or parsed(saved)[1]
     _prepare(processor, setting, patch_size, source, hub_kwargs, folder, trusted=True, model_config=model_config)
 
 
-def _parsed(vwt: Any) -> tuple[VWTConfig | None, tuple[int, int] | None]:
+def parsed(vwt: Any) -> tuple[VWTConfig | None, tuple[int, int] | None]:
     """A setting, and the patch size, if its dict has one."""
     if not isinstance(vwt, dict) or "patch_size" not in vwt:
         return VWTConfig.parse(vwt), None

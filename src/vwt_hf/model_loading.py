@@ -42,7 +42,8 @@ def reading_configs(original: Any) -> Any:
             return loaded
         if isinstance(loaded, tuple):
             return loaded[0], loaded[1] | {"vwt": vwt}
-        setting = VWTConfig.parse(vwt)
+        # Without `patch_size` of an image processor: its `vwt` also reaches the config by which a tokenizer is found.
+        setting, _ = image_processing.parsed(vwt)
         for _, config in configs_within(loaded):
             config.vwt = None
         loaded.vwt = setting
