@@ -838,6 +838,16 @@ def test_an_image_processor_saved_beside_another_that_is_read_in_its_place_is_to
     assert not caplog.text and AutoImageProcessor.from_pretrained(tmp_path).vwt == processor.vwt
 
 
+def test_an_image_processor_is_loaded_by_the_name_of_its_file_with_the_words_beside_it(folder, monkeypatch):
+    AutoImageProcessor.from_pretrained(folder, vwt=inter()).save_pretrained(folder)
+    expected = AutoImageProcessor.from_pretrained(folder)(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    monkeypatch.chdir(folder)
+    for file in (folder / "preprocessor_config.json", "preprocessor_config.json"):
+        for given in ({}, {"vwt": inter()}):
+            made = ViTImageProcessor.from_pretrained(file, **given)(PHOTOGRAPHS, return_tensors="pt")
+            assert torch.equal(made[NAME], expected)
+
+
 def test_a_plain_image_processor_removes_the_words_of_one_that_was_saved_there(folder):
     AutoImageProcessor.from_pretrained(folder, vwt=inter()).save_pretrained(folder)
     assert list(folder.glob("processor_words-*"))

@@ -145,6 +145,8 @@ def loading_processors(original: Any) -> Any:
         loaded = original(cls, *args, **kwargs)
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if source and os.path.isfile(source):  # the image processor's own, with words and a model's config beside it
+            source = os.path.dirname(os.path.abspath(source))
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         if vwt is NOT_GIVEN:
             image_processing.follow(processor, source, hub_kwargs)
