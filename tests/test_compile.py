@@ -227,6 +227,25 @@ def test_a_compiled_model_follows_another_setting_and_autocast():
 
 
 @pytest.mark.newest
+@pytest.mark.parametrize("put", [True, False], ids=["put in its place", "in place"])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_part_that_is_compiled_follows_the_settings_of_the_whole(name, put):
+    """Torch guards no hooks; without patches that are grouped, nothing but hooks would change in the part."""
+    pixel_values = sample_pixel_values()
+    whole, expected = tiny_model(name, num_hidden_layers=1), []
+    for setting in (False, EVEN["discard"]):
+        expected.append(answers(compress(tiny_model(name, num_hidden_layers=1), setting), pixel_values))
+    assert not torch.allclose(*expected)
+    if put:
+        whole.vision_model = torch.compile(whole.vision_model, backend="eager")
+    else:
+        whole.vision_model.compile(backend="eager")
+    for short in (False, True, False, True):
+        found = answers(compress(whole, EVEN["discard"] if short else False), pixel_values)
+        torch.testing.assert_close(found, expected[short])
+
+
+@pytest.mark.newest
 def test_tokens_of_a_compiled_model_are_counted():
     model, pixel_values = compress(tiny_model("vit-classifier"), EVEN["gradual"]), sample_pixel_values()
     compiled, counts = torch.compile(model, fullgraph=True, backend="eager"), []

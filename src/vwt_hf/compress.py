@@ -216,7 +216,7 @@ def _hook_in(model: PreTrainedModel, tower: Tower, family: Family, setting: VWTC
     entered = models_around(model, tower)
     for holder in entered:
         holder.register_forward_pre_hook(hooks.TakeWords(follows), with_kwargs=True)
-    _replace_methods(model, begins=follows and model is tower.module)
+        _replace_methods(holder, begins=follows and holder is tower.module)
     if follows:
         by_interface = by_sizes and not _replaced_attentions(tower, family)
         begin = hooks.Begin(relative, by_sizes, family.padded is not None, by_interface, hooks.is_even(setting, family))
