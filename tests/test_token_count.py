@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from settings import SETTINGS, gradual, inter
 from test_families import sample_images
 from tiny import MODELS, TEXT, TINY, answers, padded_patches, sample_pixel_values, tiny_model
 from vwt_hf import compress
+from vwt_hf.compress import reduce_hook_of
 
 PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "registers": 4, "clip": 1, "beit": 1, "ijepa": 0, "siglip": 0, "dinov3": 4}
 
@@ -101,6 +104,29 @@ def test_parts_that_are_compiled_alone_are_counted(setting, before, compiled):
         assert (count.by_layer, count.images) == (expected.by_layer, 4)
     assert count.by_layer[0] < 65 * 4
     assert (count.by_layer[0] > count.by_layer[2]) == (setting.method == "gradual")
+
+
+@pytest.mark.parametrize("change", [lambda model: compress(model, {"keep_ratio": 0.25}), vwt_hf.restore])
+@pytest.mark.parametrize("before", [None, {"keep_ratio": 0.5}, SETTINGS["merge"]], ids=["plain", "discard", "merge"])
+def test_a_setting_that_changes_while_tokens_are_counted_is_an_error(before, change):
+    model = tiny_model("vit")
+    if before is not None:
+        compress(model, before)
+    with vwt_hf.count_tokens(model) as count:
+        answers(model, sample_pixel_values())
+        copied = copy.deepcopy(model)
+        assert count.tokens == 3 * (65 if before is None else 33)
+        present = reduce_hook_of(model.embeddings)
+        change(model)
+        counted = count.tokens
+        if reduce_hook_of(model.embeddings) is not present:
+            with pytest.raises(ValueError, match=r"called within count_tokens.*anew after each change"):
+                answers(model, sample_pixel_values())
+        assert count.tokens == counted
+        answers(copied, sample_pixel_values())
+    with vwt_hf.count_tokens(model) as count:
+        answers(model, sample_pixel_values())
+    assert count.mean == (65 if change is vwt_hf.restore else 17)
 
 
 def test_a_mean_of_nothing_is_an_error_and_an_unsupported_model_is_refused():

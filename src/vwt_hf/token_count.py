@@ -38,7 +38,10 @@ class TokenCount:
             ValueError: no forward ran.
         """
         if not self.images:
-            raise ValueError("no tokens were counted; call the model inside `with count_tokens(model)`.")
+            raise ValueError(
+                "no tokens were counted; call the model inside `with count_tokens(model)`. Of what torch.compile "
+                "compiled, and ran before, nothing may be counted; call torch.compiler.reset() first."
+            )
         return sum(self.by_layer) / len(self.by_layer) / self.images
 
 
@@ -51,7 +54,8 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
             its forwards inside the block count, of any thread.
 
     Raises:
-        ValueError: the family is not supported, or several parts were compressed alone.
+        ValueError: the family is not supported, or several parts were compressed alone; of a forward, that the setting
+            changed inside the block.
         TypeError: `model` is no transformers model; what torch.compile and DataParallel make of one is none.
 
     Example:
@@ -83,6 +87,12 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
     count = TokenCount([0] * len(places))
 
     def add(embeddings: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # A setting that came since reduces behind this. Copies and replicas have hooks of their own.
+        if embeddings is counted and reduce_hook_of(embeddings) is not reduce:
+            raise ValueError(
+                "vwt_hf.compress or vwt_hf.restore was called within count_tokens, which counts by the setting that "
+                "the model had as the block began. Write `with count_tokens(model)` anew after each change."
+            )
         images, tokens = _images_and_tokens(embeddings, args, kwargs, output)
         count.images += images
         add_from(0, tokens)
@@ -100,9 +110,10 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
                 add_from(number, forward.after[layer].layout.tokens - before.layout.tokens)
 
     # Behind `Reduce`, which is a hook of the embeddings or of a wrapper around them, such as torch.compile's.
-    reduced = (part for part in tower.embeddings.modules() if reduce_hook_of(part))
+    counted = next((part for part in tower.embeddings.modules() if reduce_hook_of(part)), tower.embeddings)
+    reduce = reduce_hook_of(counted)
     with contextlib.ExitStack() as hooks:
-        hooks.enter_context(next(reduced, tower.embeddings).register_forward_hook(add, with_kwargs=True))
+        hooks.enter_context(counted.register_forward_hook(add, with_kwargs=True))
         for number in joining_layers(tower.module):
             for layer in places[number - 1]:
                 hooks.enter_context(layer.register_forward_hook(functools.partial(fewer, number), with_kwargs=True))
