@@ -24,8 +24,27 @@ from torch.utils.hooks import RemovableHandle
 
 import vwt_hf
 from settings import SETTINGS, coarse, fixed, local
-from tiny import TINY, answers, forward, inputs, require_restored, sample_pixel_values, tiny_model, watch_embeddings
-from vwt_hf import VWTConfig, calibrate, compress, count_tokens, embed, evaluate_model, restore
+from tiny import (
+    TINY,
+    answers,
+    forward,
+    inputs,
+    require_restored,
+    sample_pixel_values,
+    tiny_model,
+    watch_embeddings,
+)
+from vwt_hf import (
+    VWTConfig,
+    calibrate,
+    compress,
+    count_tokens,
+    embed,
+    evaluate_model,
+    register,
+    restore,
+    unregister,
+)
 from vwt_hf.words import centre, gather_patches, grid_patches, highest, patchify
 
 BY_PLACE = [
@@ -584,3 +603,20 @@ def test_a_model_in_float64_computes_in_it(setting):
             ends.append(loss())
             weight -= step * direction
     torch.testing.assert_close((ends[0] - ends[1]) / 2e-7, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "blip-vision"])
+@pytest.mark.parametrize("setting", [SETTINGS["discard"], SETTINGS["merge"]], ids=["discard", "merge"])
+def test_what_was_unregistered_can_be_restored(name, setting, pixel_values):
+    model = tiny_model(name)
+    plain, told = answers(model, pixel_values), model.config.to_json_string()
+    compress(model, setting)
+    unregister()
+    try:
+        restore(model)
+        assert torch.equal(answers(model, pixel_values), plain)
+        assert model.config.to_json_string() == told
+        assert vars(type(model.config)).get("_vwt_plain_class") is None
+    finally:
+        register()
+    assert model.config.vwt is None

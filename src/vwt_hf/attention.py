@@ -108,13 +108,17 @@ def _base_of(tower: Any) -> str:
     return (tower.config._attn_implementation or "eager").removeprefix(BY_PLAN)
 
 
-def require_registered(tower: Any) -> None:
-    """Raises `RuntimeError` where `unregister` took this package's attention out of transformers."""
+def require_registered(tower: Any, or_else: str = "") -> None:
+    """Raises `RuntimeError` where `unregister` took this package's attention out of transformers.
+
+    Args:
+        or_else: what else to do about it than to register.
+    """
     name = BY_PLAN + _base_of(tower)
     if name not in ALL_ATTENTION_FUNCTIONS:
         raise RuntimeError(
             f"transformers knows no attention {name!r}, by which the {type(tower).__name__} is to attend: "
-            "vwt_hf.unregister() took it out. Call vwt_hf.register(), or vwt_hf.restore(model) for the plain model."
+            f"vwt_hf.unregister() took it out. Call vwt_hf.register(){or_else}."
         )
 
 

@@ -34,7 +34,7 @@ from .families import (
     why_every_patch,
 )
 from .forward import GivenWords, call_with, current_forward, traced_within, words_to_generate_by
-from .model_configs import attend_by_plan, configs_of_modules, is_among, is_by_plan
+from .model_configs import attend_by_plan, configs_of_modules, is_among, is_by_plan, read_setting, write_setting
 from .own_thread import in_own_thread
 from .processors import configs_within
 from .stand_ins import StandIn, class_forward, is_ours, own_forward, require_replaceable, slot_of
@@ -142,7 +142,7 @@ def compress_by(
         _require_usable_attention(tower, family)
     _take_out(model)  # nothing is refused from here on: a model keeps the setting that it has
     _hook_in(model, tower, family, setting)
-    model.config.vwt = setting.to_dict()
+    write_setting(model.config, setting.to_dict())
     return model
 
 
@@ -387,7 +387,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             "Call vwt_hf.restore on that one."
         )
     is_plain, held = setting_of(model) is None, configs_of_modules(model.modules())
-    told = [config for config in configs_of(model) if config.vwt is not None or is_by_plan(config)]
+    told = [config for config in configs_of(model) if read_setting(config) is not None or is_by_plan(config)]
     if any(is_plain or not is_among(config, held) for config in told):
         own_config(model)  # others may go by these, or be built from them
     _take_out(model)
@@ -416,7 +416,7 @@ def _take_out(model: PreTrainedModel) -> None:
                     also.pop(key, None)
         attention.give_back_checkpoint(module)
     for config in configs_of(model):
-        config.vwt = None
+        write_setting(config, None)
         attend_by_plan(config, False)
 
 
@@ -428,7 +428,7 @@ def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 def parts_of(model: nn.Module) -> list[PreTrainedModel]:
     """`model` if its config holds a setting, else the models within it whose configs do: parts compressed alone."""
-    if isinstance(model, PreTrainedModel) and model.config.vwt is not None:
+    if isinstance(model, PreTrainedModel) and read_setting(model.config) is not None:
         return [model]
     return list(dict.fromkeys(part for child in model.children() for part in parts_of(child)))
 

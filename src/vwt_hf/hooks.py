@@ -161,7 +161,7 @@ class Begin(Hook):
                     "groups patches; leave out dynamo, or give dynamo=True."
                 )
         if self.by_interface:
-            attention.require_registered(tower)
+            attention.require_registered(tower, ", or vwt_hf.restore(model) for the plain model")
         if torch.is_grad_enabled():
             attention.carry_through_checkpoints(tower)
         members = self._members

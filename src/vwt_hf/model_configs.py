@@ -27,11 +27,13 @@ BY_PLAN = "vwt_"
 """Prefix of the names of this package's attention implementations: `vwt_sdpa` is sdpa by the plan of the forward."""
 
 
-def _read_setting(config: PreTrainedConfig) -> Any:
+def read_setting(config: PreTrainedConfig) -> Any:
+    """`config.vwt`, also where `unregister` took that field out of transformers."""
     return config.__dict__.get("vwt")
 
 
-def _write_setting(config: PreTrainedConfig, vwt: Any) -> None:
+def write_setting(config: PreTrainedConfig, vwt: Any) -> None:
+    """Sets `config.vwt`, as `read_setting` reads it."""
     config.__dict__.pop("vwt", None)
     if vwt is not None and vwt is not False:
         config.__dict__["vwt"] = vwt
@@ -144,7 +146,7 @@ def is_typed(vwt: Any) -> bool:
     return isinstance(vwt, (VWTConfig, VisualVocabulary, os.PathLike))
 
 
-SETTING = property(_read_setting, _write_setting, doc="What `vwt` asks for: a setting as JSON, or `None`.")
+SETTING = property(read_setting, write_setting, doc="What `vwt` asks for: a setting as JSON, or `None`.")
 
 
 def configs_of_modules(modules: Iterable[nn.Module]) -> list[PreTrainedConfig]:
