@@ -271,6 +271,9 @@ def test_a_processor_of_texts_and_images_takes_a_patch_size(beside_a_model, fold
         assert processor(images=PHOTOGRAPHS, return_tensors="pt")[NAME].shape[1] == 64
     with pytest.raises(ValueError, match=r"patch_size.*Image processors alone take patch_size, as a model has its own"):
         compress(tiny_model("clip"), vwt)
+    if beside_a_model:
+        with pytest.raises(ValueError, match=r"vwt\['patch_size'\] is \(8, 8\), and the model's config says \(4, 4\)"):
+            transformers.AutoConfig.from_pretrained(tmp_path, vwt={"patch_size": 8})
 
 
 def test_blip_takes_words_from_its_processor(tmp_path, plans):
@@ -836,6 +839,10 @@ def test_an_image_processor_saved_beside_another_that_is_read_in_its_place_is_to
     (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')  # as of long ago
     processor.save_pretrained(tmp_path)
     assert not caplog.text and AutoImageProcessor.from_pretrained(tmp_path).vwt == processor.vwt
+    by_words = AutoImageProcessor.from_pretrained(folders("clip"), vwt=inter())
+    transformers.CLIPProcessor(by_words, tokenizer).save_pretrained(tmp_path / "words")
+    by_words.save_pretrained(tmp_path / "words")
+    assert not caplog.text
 
 
 def test_an_image_processor_is_loaded_by_the_name_of_its_file_with_the_words_beside_it(folder, monkeypatch):

@@ -478,6 +478,36 @@ def test_words_in_memory_are_those_of_the_setting_wherever_it_is_given(tmp_path)
         assert torch.equal(answers(other, given["pixel_values"]), expected)
 
 
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "built"])
+def test_words_keep_their_name_once_they_are_saved(tmp_path, loaded):
+    """A save gives them another, which the config holds from then on."""
+    model, setting = tiny_model("vit", patch_size=16, image_size=64), VWTConfig("inter", vocabulary=of_16(), **HALVES)
+    model.save_pretrained(tmp_path / "a")
+    ViTImageProcessor(size={"height": 64, "width": 64}, **HALVES).save_pretrained(tmp_path / "a")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "a") if loaded else model
+    before = compress(model, setting).config.vwt
+    model.save_pretrained(tmp_path / "b")
+    assert model.config.vwt["saved_as"] not in (None, before["saved_as"])
+    again = transformers.AutoModel.from_pretrained(tmp_path / "b")
+    assert again.config.vwt == model.config.vwt
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "a", vwt=before)
+    processor.save_pretrained(tmp_path / "c")
+    for vwt in (before, model.config.vwt):
+        compress(model, vwt | {"threshold": 0.3})
+        assert torch.equal(lexicon_of(model).vocabulary.words, of_16().words)
+        assert torch.equal(lexicon_of(transformers.AutoModel.from_config(again.config)).vocabulary.words, of_16().words)
+        found = [AutoImageProcessor.from_pretrained(tmp_path / "a", vwt=one) for one in (vwt, processor.vwt)]
+        assert all(torch.equal(one.tokenizer_of_patches.setting.words.vocabulary.words, of_16().words) for one in found)
+
+
+def test_an_image_processor_hashes_no_words_when_it_is_called(tmp_path, monkeypatch):
+    tiny_model("vit", patch_size=16, image_size=64).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 64, "width": 64}, **HALVES).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt=VWTConfig("inter", vocabulary=of_16()))
+    monkeypatch.setattr(VisualVocabulary, "fingerprint", None)
+    assert "patch_words" in processor(PHOTOGRAPHS[:1], return_tensors="pt")
+
+
 def test_words_given_beside_the_setting_of_others_are_taken_and_named():
     model = compress(tiny_model("vit", patch_size=16, image_size=64), VWTConfig("inter", vocabulary=of_16(), **HALVES))
     vwt, others = model.config.vwt, of_16(seed=1)

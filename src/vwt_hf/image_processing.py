@@ -274,7 +274,7 @@ class Tokenizing:
         with holding(_tiles, None):
             made = super().preprocess(images, *args, **kwargs)  # type: ignore[misc]
             tiles = _tiles.get()
-        if self.vwt is None:  # made by its class, which gives it no setting
+        if self.__dict__.get("vwt") is None:  # made by its class, which gives it no setting
             return made
         if tiles is None and hasattr(plain_class(type(self)), "_pad_for_batching"):  # it was told not to pad
             tiles = [len(one) for one in made["pixel_values"]]
@@ -294,7 +294,7 @@ class Tokenizing:
         Args:
             given: arguments of a call (`_NORMALISING`), in place of the image processor's own.
         """
-        held = None if self.vwt is None else self.tokenizer_of_patches
+        held = None if self.__dict__.get("vwt") is None else self.tokenizer_of_patches
         if held is None or held.normalised_by is None:
             return
         now = _normalises_by(self, **given)
@@ -621,9 +621,14 @@ def read_in_place(folder: Path) -> dict[str, Any] | None:
 
 
 def warn_if_not_read(processor: Any, folder: Path) -> None:
-    """Warns if an image processor was saved beside a processor_config.json that holds one with another setting."""
+    """Warns if an image processor was saved beside a processor_config.json that holds one with another setting.
+
+    Each save gives words another name, so these are not compared.
+    """
     other = read_in_place(folder)
-    if other is not None and other.get("vwt") != processor.vwt:
+    vwt = None if other is None else other.get("vwt")
+    nameless = {"saved_as": None}
+    if other is not None and not (isinstance(vwt, dict) and vwt | nameless == processor.vwt | nameless):
         logger.warning(
             f"{folder} holds {PROCESSOR_NAME} with another image processor, and transformers reads that one, not the "
             f"{type(processor).__name__} that was saved beside it. Save the processor of texts and images that holds "

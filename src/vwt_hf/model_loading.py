@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from transformers.utils import hub
 
 from . import image_processing
-from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of, restore
+from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of, restore, setting_of
 from .config import VWTConfig
 from .families import require_supported
 from .model_configs import is_among, is_typed
-from .processors import configs_within, saved_setting
+from .processors import configs_within, saved_setting, stated_patch_size
 from .saved_words import weights_in
 from .shared_changes import holding
 from .weights import remember_load
@@ -43,7 +43,10 @@ def reading_configs(original: Any) -> Any:
         if isinstance(loaded, tuple):
             return loaded[0], loaded[1] | {"vwt": vwt}
         # Without `patch_size` of an image processor: its `vwt` also reaches the config by which a tokenizer is found.
-        setting, _ = image_processing.parsed(vwt)
+        setting, patch_size = image_processing.parsed(vwt)
+        own = stated_patch_size(loaded)
+        if None not in (patch_size, own) and patch_size != own:
+            raise ValueError(f"vwt['patch_size'] is {patch_size}, and the model's config says {own}; leave it out.")
         for _, config in configs_within(loaded):
             config.vwt = None
         loaded.vwt = setting
@@ -87,7 +90,7 @@ def loading_models(original: Any) -> Any:
             _follow(model, named or source, hub_kwargs)  # of an adapter's folder: that of its base
         else:
             _apply(model, setting, hub_kwargs)
-        has_own_words = any(part.config.vwt.get("saved_as") for part in parts_of(model))
+        has_own_words = any(getattr(setting_of(part), "saved_as", None) for part in parts_of(model))
         if folder is not None and has_own_words and weights_in(folder) != before:
             raise ValueError(
                 f"{folder}: a model was saved into it while this one was loaded, so weights and words may be of two "

@@ -67,4 +67,7 @@ def compression_of(model: PreTrainedModel) -> dict[str, Any]:
     """The setting of `model`, and a hash of its words; `None` for what it does not have."""
     setting, lexicon = setting_of(model), lexicon_of(model)
     words = None if lexicon is None else hashlib.sha256(lexicon.vocabulary.words.numpy().tobytes()).hexdigest()[:16]
-    return {"vwt": None if setting is None else setting.to_dict(), "words": words}
+    told = None if setting is None else setting.to_dict()
+    if told is not None and "saved_as" in told:  # without a name in memory, as `words` says more
+        told["saved_as"] = getattr(setting, "saved_as", None)
+    return {"vwt": told, "words": words}

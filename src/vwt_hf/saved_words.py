@@ -15,6 +15,7 @@ import posixpath
 import re
 import secrets
 import shutil
+import weakref
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,29 @@ LOOKED_AT = 1 << 20
 """Bytes of a file of weights that are hashed, spread over the file."""
 BLOCKS = 64
 SAVED_AS = re.compile("[0-9a-f]{16}")
-"""The form of `VWTConfig.saved_as`: random for each save, and the end of its folder's name."""
+"""The form of `VWTConfig.saved_as`: random for each save, and the end of its folder's name. Of words that are in no
+folder it is the beginning of their hash."""
+
+
+_named: dict[str, weakref.WeakKeyDictionary[VisualVocabulary, str]] = {}
+"""Words in memory by their `VWTConfig.saved_as`, each with a hash of what they were then."""
+
+
+def name_in_memory(vocabulary: VisualVocabulary, saved_as: str | None = None) -> str:
+    """Has `in_memory` find words by a `VWTConfig.saved_as`, by default one made of the words; returns that."""
+    content = vocabulary.fingerprint()
+    name = saved_as or content[:16]
+    _named.setdefault(name, weakref.WeakKeyDictionary())[vocabulary] = content
+    return name
+
+
+def in_memory(saved_as: str | None) -> VisualVocabulary | None:
+    """A copy of the words that this process knows by that name, if they are still there and the same."""
+    known = _named.get(saved_as or "", weakref.WeakKeyDictionary())
+    for words in (reference() for reference in known.keyrefs()):  # a list that no thread changes
+        if words is not None and words.fingerprint() == known.get(words):
+            return words.copy()
+    return None
 
 
 def words_folder(saved_as: str | None, named: str = FOLDER) -> str:
@@ -51,7 +74,7 @@ def write_words(folder: Path, vocabulary: VisualVocabulary, named: str = FOLDER)
     """Writes words below a model's folder, unsealed, and returns their `VWTConfig.saved_as`."""
     saved_as = secrets.token_hex(8)
     vocabulary.save_pretrained(folder / words_folder(saved_as, named), card=False)
-    return saved_as
+    return name_in_memory(vocabulary, saved_as)
 
 
 def require_same_words(folder: Path, saved_as: list[str], variant: str | None) -> None:
@@ -162,6 +185,7 @@ def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any], na
             seal = download_if_there(repo_id=source, filename=SEAL, **where)
             folder = Path(seal or hf_hub_download(source, INFO_FILE, **where)).parent
         require_sealed(folder)
+        name_in_memory(vocabulary, saved_as)
     return vocabulary
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -17,29 +16,10 @@ from ..patches import Patches
 from ..plans import Grouped
 from ..printable import shown
 from ..processors import config_beside, model_statistics, saved_setting
-from ..saved_words import FOLDER, SAVED_AS, read_words
+from ..saved_words import FOLDER, SAVED_AS, in_memory, name_in_memory, read_words
 from ..vocabulary import VisualVocabulary, load_vocabulary
 from ..words import WordIndex, index_words, nearest_words
 from .ragged import RaggedConfig
-
-_named: dict[str, weakref.WeakValueDictionary[int, VisualVocabulary]] = {}
-"""Words in memory that dicts of settings name, by their `saved_as`: all vocabularies of these words, by `id`."""
-
-
-def _name_in_memory(vocabulary: VisualVocabulary) -> str:
-    """A `saved_as` by which settings of this process find words that lie in no folder and on no Hub."""
-    name = vocabulary.fingerprint()[:16]
-    _named.setdefault(name, weakref.WeakValueDictionary())[id(vocabulary)] = vocabulary
-    return name
-
-
-def _in_memory(saved_as: str | None) -> VisualVocabulary | None:
-    """A copy of the words that `_name_in_memory` gave this name, if some are still there and the same."""
-    references = _named[saved_as].valuerefs() if saved_as in _named else []  # a list that no thread changes
-    for words in (reference() for reference in references):
-        if words is not None and words.fingerprint()[:16] == saved_as:
-            return words.copy()
-    return None
 
 
 class ReadyWords:
@@ -97,8 +77,8 @@ class InterConfig(RaggedConfig):
             How the model's images are normalised, for each channel; by default as its image processor says.
         saved_as (`str`, *optional*):
             Written by `save_pretrained`: 16 hexadecimal digits. The model's own words lie in the folder
-            `visual_words-<saved_as>` beside its weights. In `config.vwt` of a model that was not saved, it names words
-            in memory, for image processors and other models of the same process.
+            `visual_words-<saved_as>` beside its weights. In `config.vwt` it also names words in memory, for image
+            processors and other models of the same process.
     """
 
     beside_choice: ClassVar[frozenset[str]] = RaggedConfig.beside_choice | {"saved_as"}
@@ -140,7 +120,7 @@ class InterConfig(RaggedConfig):
             return fields if self.vocabulary is None else fields | {"vocabulary": os.fspath(self.vocabulary)}
         fields["vocabulary"] = None
         if self.saved_as is None and not is_packaged(self.vocabulary):
-            fields["saved_as"] = _name_in_memory(self.vocabulary)
+            fields["saved_as"] = name_in_memory(self.vocabulary)
         return fields
 
     def words_to_save(self) -> VisualVocabulary | None:
@@ -191,7 +171,7 @@ class InterConfig(RaggedConfig):
             elsewhere = {name: value for name, value in hub_kwargs if name not in ("revision", "subfolder")}
             return self, load_vocabulary(self.vocabulary, trusted=model.trusted, revision=self.revision, **elsewhere)
         if self.vocabulary is not None:
-            _name_in_memory(self.vocabulary)  # a restored model lets go of its copy
+            name_in_memory(self.vocabulary)  # a restored model lets go of its copy
             return self, self.vocabulary.copy()  # the model is saved with the words that it runs by
         if isinstance(model.present, InterConfig) and model.present.words is not None:
             words, named = model.present.words, model.present.to_dict()["saved_as"]
@@ -211,7 +191,8 @@ class InterConfig(RaggedConfig):
     def _saved_or_packaged(self, model: ModelFacts) -> VisualVocabulary:
         """The words that the setting names in memory, or that lie beside the model's weights or, if a user's setting
         finds none there, the package's."""
-        if (words := _in_memory(self.saved_as)) is not None:
+        words = in_memory(self.saved_as)
+        if words is not None and (not model.source or words.fingerprint().startswith(self.saved_as or "")):
             return words
         if not model.source and (self.saved_as is not None or not model.trusted):
             raise ValueError(
@@ -223,6 +204,8 @@ class InterConfig(RaggedConfig):
             if model.source:
                 return read_words(model.source, self.saved_as, model.hub_kwargs, model.words_folder or FOLDER)
         except FileNotFoundError as error:
+            if words is not None and model.trusted:
+                return words
             # Words that the model was saved with may be there; others in their place would change the answers.
             is_gone = os.path.isabs(model.source) and not os.path.isdir(model.source)
             if self.saved_as is not None or not model.trusted or isinstance(error, NotReached) or is_gone:
