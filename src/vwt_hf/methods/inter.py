@@ -192,7 +192,9 @@ class InterConfig(RaggedConfig):
         """The words that the setting names in memory, or that lie beside the model's weights or, if a user's setting
         finds none there, the package's."""
         words = in_memory(self.saved_as)
-        if words is not None and (not model.source or words.fingerprint().startswith(self.saved_as or "")):
+        # A folder's name for words says nothing of them, and a stranger's config.json may hold any.
+        is_own_name = words is not None and words.fingerprint().startswith(self.saved_as or "")
+        if words is not None and (is_own_name or (model.trusted and not model.source)):
             return words
         if not model.source and (self.saved_as is not None or not model.trusted):
             raise ValueError(
