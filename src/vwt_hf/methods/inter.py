@@ -171,8 +171,9 @@ class InterConfig(RaggedConfig):
             elsewhere = {name: value for name, value in hub_kwargs if name not in ("revision", "subfolder")}
             return self, load_vocabulary(self.vocabulary, trusted=model.trusted, revision=self.revision, **elsewhere)
         if self.vocabulary is not None:
-            name_in_memory(self.vocabulary)  # a restored model lets go of its copy
-            return self, self.vocabulary.copy()  # the model is saved with the words that it runs by
+            own = self.vocabulary.copy()  # the model is saved with the words that it runs by
+            name_in_memory(self.vocabulary)  # a restored model lets go of its own
+            return self, own
         if isinstance(model.present, InterConfig) and model.present.words is not None:
             words, named = model.present.words, model.present.to_dict()["saved_as"]
             if self.saved_as in (None, named):
