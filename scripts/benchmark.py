@@ -386,7 +386,7 @@ def peers_of(options: argparse.Namespace, plain: PreTrainedModel) -> Iterator[Ca
         yield lambda: Method("int8", "int8", peers.dynamic_int8(plain), counts_flops=False)
     if plain.dtype == torch.bfloat16 or not {"bf16", "bf16+settings"}.intersection(options.peers):
         return
-    bf16 = copy.deepcopy(plain).to(torch.bfloat16)
+    bf16 = peers.bfloat16(plain)
     if "bf16" in options.peers:
         yield lambda: Method("bf16", "bf16", bf16)
     for setting in options.settings if "bf16+settings" in options.peers else ():

@@ -9,6 +9,7 @@ attention and the MLP of a layer, and differ in which tokens they pair or drop.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -637,6 +638,11 @@ def dynamic_int8(model: PreTrainedModel) -> PreTrainedModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that torchao is to take this over
         return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` in bfloat16."""
+    return copy.deepcopy(model).to(torch.bfloat16)
 
 
 def weight_bytes(model: nn.Module) -> int:
