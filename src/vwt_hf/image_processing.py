@@ -288,8 +288,8 @@ class Tokenizing:
         return super()._pad_for_batching(pixel_values, *args, **kwargs)  # type: ignore[misc]
 
     def require_ready(self, **given: Any) -> None:
-        """Refuses a setting that was not prepared, which names words that nobody saves; and another mean or deviation
-        than it was prepared for: words would be those of other images.
+        """Refuses a setting that was assigned and not loaded, whose words would not be saved; and another mean or
+        deviation than the setting was loaded for, by which words would be those of other images.
 
         Args:
             given: arguments of a call (`_NORMALISING`), in place of the image processor's own.
