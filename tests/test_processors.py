@@ -78,6 +78,21 @@ def test_a_config_that_is_no_json_is_damaged_and_not_missing(tmp_path):
         config_beside(tmp_path)
 
 
+@pytest.mark.parametrize("fields", [{"model_type": "my-vit"}, {"model_type": "my", "auto_map": {"AutoConfig": "m.C"}}])
+def test_words_beside_a_model_of_unknown_code_are_found_and_not_the_package_s(fields, tmp_path):
+    words = VisualVocabulary(torch.rand(20, 3, 16, 16))
+    ViTImageProcessor().save_pretrained(tmp_path)
+    tiny_model("vit", patch_size=16).save_pretrained(tmp_path)
+    model = compress(AutoModel.from_pretrained(tmp_path), {"method": "inter", "vocabulary": words})
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | fields))
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt={"method": "inter"})
+    assert len(processor.tokenizer_of_patches.setting.words.vocabulary) == 20
+    assert processor.tokenizer_of_patches.patch_size == (16, 16)
+
+
 @pytest.fixture
 def on_hub(hub, tmp_path) -> str:
     """A repository of a model with words of its own, and of its image processor."""

@@ -151,6 +151,8 @@ def patch_size_of(checkpoint: str) -> int:
 def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
     """The config of the model beside an image processor, or `None`. Code in its repository is never run.
 
+    The config of a model that only such code knows has the fields of its file.
+
     Args:
         checkpoint: Hub id or folder.
 
@@ -160,9 +162,11 @@ def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
     """
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub_kwargs)
-    except ValueError:  # there is none, or it is not of a model that transformers knows
-        return None
+            try:
+                return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub_kwargs)
+            except ValueError:  # it is of a model that transformers does not know, or there is none
+                fields = PreTrainedConfig.get_config_dict(checkpoint, **hub_kwargs)[0]
+                return PreTrainedConfig.from_dict(fields) if fields else None
     except OSError as error:
         require_checkpoint(checkpoint)
         if os.path.exists(checkpoint):
