@@ -14,6 +14,7 @@ import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,15 +33,18 @@ from tiny import (
     require_restored,
     sample_pixel_values,
     tiny_model,
+    traces,
     watch_embeddings,
 )
 from vwt_hf import (
     VWTConfig,
+    attention,
     calibrate,
     compress,
     count_tokens,
     embed,
     evaluate_model,
+    hooks,
     register,
     restore,
     unregister,
@@ -193,6 +197,36 @@ def test_a_batch_answers_as_its_images_do_alone(model, pixel_values, criterion):
 
 def test_restore_gives_the_exact_plain_model_back(model, pixel_values):
     require_restored(model, pixel_values, {"keep_ratio": 0.3}, {"keep_ratio": 0.6})
+
+
+def interrupt(*given: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("before", [None, SETTINGS["merge"]], ids=["plain", "merge"])
+def test_an_interrupted_compress_leaves_the_plain_model(before, pixel_values, monkeypatch):
+    model = tiny_model("vit")
+    expected, plain = answers(model, pixel_values), traces(model)
+    compress(model, before)
+    monkeypatch.setattr(hooks, "Join", interrupt)  # which comes after the hooks of the embeddings
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, {"method": "gradual", "image_std": [0.5] * 3})
+    assert model.config.vwt is None and traces(model) == plain
+    assert torch.equal(answers(model, pixel_values), expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "dinov3"])
+def test_a_restore_goes_on_after_an_interrupt_of_any_part(name, monkeypatch):
+    model = tiny_model(name)
+    plain = traces(model)
+    for done in range(len(list(model.modules()))):
+        compress(model, local(tolerance=0.2))
+        calls = [None] * done + [KeyboardInterrupt]
+        monkeypatch.setattr(attention, "give_back_checkpoint", Mock(side_effect=calls))
+        with pytest.raises(KeyboardInterrupt):
+            restore(model)
+        monkeypatch.undo()
+        assert traces(restore(model)) == plain
 
 
 @pytest.mark.parametrize("name", ["dinov3", "beit"])

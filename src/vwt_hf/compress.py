@@ -140,9 +140,13 @@ def compress_by(
     if _attends_by_sizes(setting, family):
         setting.joins(len(find_layers(tower.module)))  # refuses layers that the model lacks
         _require_usable_attention(tower, family)
-    _take_out(model)  # nothing is refused from here on: a model keeps the setting that it has
-    _hook_in(model, tower, family, setting)
-    write_setting(model.config, setting.to_dict())
+    try:  # nothing is refused from here on: a model keeps the setting that it has
+        _take_out(model)
+        _hook_in(model, tower, family, setting)
+        write_setting(model.config, setting.to_dict())
+    except BaseException:  # an interrupt, which is not to leave half of a setting
+        _take_out(model)
+        raise
     return model
 
 
@@ -400,7 +404,8 @@ _KEPT_BY_ACCELERATE = ("_old_forward", "_original_forward")
 
 def _take_out(model: PreTrainedModel) -> None:
     """`restore` for a model that shares its config with no other."""
-    for module in model.modules():
+    # From the inside out: what an interrupt leaves is known by the hooks of the whole, and can be taken out again.
+    for module in reversed([*model.modules()]):
         for name in [name for name, value in vars(module).items() if is_ours(value)]:
             if name in _KEPT_BY_ACCELERATE:
                 module.__dict__[name] = types.MethodType(type(module).forward, module)
