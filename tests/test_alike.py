@@ -73,6 +73,15 @@ def test_a_token_that_stands_for_many_patches_is_joined_only_with_one_that_is_mo
     assert join_alike(values, layout, 1 - 1.5 * distance).tolist() == [[0, 1, 2, 2], [4, 4, 6, 6]]
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_tokens_that_are_the_same_but_for_rounding_are_alike_enough_for_any_similarity(packed):
+    layout = group(WORDS, PREFIX, packed)
+    values = torch.rand(1, 1, 384, generator=torch.Generator().manual_seed(0)).expand(*layout.sizes.shape, -1)
+    rounded = values * torch.linspace(1, 3, layout.sizes.numel()).view_as(layout.sizes).unsqueeze(-1)
+    assert (find_pairs(rounded, layout).alike < 1).any()
+    assert torch.equal(join_alike(rounded, layout, 1.0), join_alike(rounded, layout, 0.5))
+
+
 def test_what_all_tokens_of_an_image_share_makes_them_no_more_alike():
     layout = represent(torch.arange(20).view(1, -1), 20, prefix=0)
     values = torch.randn(1, 20, 6, generator=torch.Generator().manual_seed(0))

@@ -24,6 +24,8 @@ EARLIER, PLACES = 1e-4, 128
 many that are equal but for rounding, as in a plain background, the first is taken in every batch."""
 FLAT = 0.01
 """1 − m counts as no less than this: where all tokens are the same, it would be nothing but rounding."""
+SAME = 1 - 1e-3
+"""Tokens are never asked to be more alike than this: two that are the same are, but for rounding."""
 
 
 class Pairs(NamedTuple):
@@ -141,6 +143,7 @@ def _cosines(
 def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
     """Joins every second token of an image with the one among the others that is most like it, if the two are at least
     so much alike: as `Pairs.into`."""
+    least = min(least, SAME)
     if kernels := kernels_for(hidden_states):
         return kernels.join_alike(hidden_states, layout, least, EARLIER, PLACES, FLAT)
     pairs = find_pairs(hidden_states, layout)
