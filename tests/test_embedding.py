@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas
+import psutil
 import pyarrow.parquet
 import pytest
 import requests
@@ -426,6 +430,42 @@ def test_a_killed_process_leaves_whole_files_and_loses_one(at, run, whole, tmp_p
 def test_workers_read_the_same(run, whole, tmp_path):
     run(workers=2)
     assert contents(tmp_path / "out") == whole
+
+
+def is_running(process: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_workers_end_once_their_process_is_killed(run, tmp_path):
+    """Also while they wait for their images to be taken, which fill a pipe."""
+    process = os.fork()
+    if not process:
+        try:
+            torch.set_num_threads(1)
+
+            def die(*given: Any, **named: Any) -> Any:
+                workers = [worker.pid for worker in multiprocessing.active_children()]
+                (tmp_path / "workers").write_text(json.dumps(workers))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            vwt_hf.embedding._Run._features = die
+            run(workers=2, image_processor=ViTImageProcessor(size={"height": 224, "width": 224}))
+        finally:
+            os._exit(1)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    workers = json.loads((tmp_path / "workers").read_text())
+    assert len(workers) == 2
+    for _ in range(100):
+        left = list(filter(is_running, workers))
+        if not left:
+            break
+        time.sleep(0.1)
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
 
 
 def test_workers_that_are_not_forked_read_by_the_limits_of_the_program(run, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -303,7 +304,7 @@ class _Run:
             batch_size=None,
             sampler=batches,  # a batch is what the reader has by one index
             num_workers=workers,
-            worker_init_fn=functools.partial(_read_alike, **_reading_limits()),
+            worker_init_fn=functools.partial(_begin_worker, **_reading_limits()),
             collate_fn=_as_it_is,
             # A window is read while the model runs on the one before.
             prefetch_factor=max(2, -(-self._window // workers)) if workers else None,
@@ -374,9 +375,17 @@ def _reading_limits() -> dict[str, Any]:
     return {"truncated": ImageFile.LOAD_TRUNCATED_IMAGES, "most_pixels": Image.MAX_IMAGE_PIXELS}
 
 
-def _read_alike(worker: int, truncated: bool, most_pixels: int | None) -> None:
-    """Gives a worker the limits of the process that began it, which one that is not forked has not."""
+def _begin_worker(worker: int, truncated: bool, most_pixels: int | None) -> None:
+    """Gives a worker the limits of the process that began it, which one that is not forked has not, and its end."""
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = truncated, most_pixels
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends a worker once its parent is killed. By itself it would wait forever for its images to be taken."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 class Trial(NamedTuple):
