@@ -78,6 +78,12 @@ def test_a_config_that_is_no_json_is_damaged_and_not_missing(tmp_path):
         config_beside(tmp_path)
 
 
+@pytest.mark.parametrize("given", ["me/model", Path("model"), 7])
+def test_what_is_no_image_processor_is_refused_before_an_image_is_read(given):
+    with pytest.raises(TypeError, match=rf"image_processor is a {type(given).__name__}; expected a transformers"):
+        processor_of(tiny_model("vit"), given)
+
+
 @pytest.mark.parametrize("fields", [{"model_type": "my-vit"}, {"model_type": "my", "auto_map": {"AutoConfig": "m.C"}}])
 def test_words_beside_a_model_of_unknown_code_are_found_and_not_the_package_s(fields, tmp_path):
     words = VisualVocabulary(torch.rand(20, 3, 16, 16))

@@ -64,10 +64,14 @@ def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
     """The image processor that a caller gave, or the one within the processor given; by default the checkpoint's.
 
     Raises:
+        TypeError: what was given is none.
         ValueError: none was given, and `model` was not loaded from a place that has one.
     """
     if image_processor is not None:
-        return getattr(image_processor, "image_processor", image_processor)
+        given = getattr(image_processor, "image_processor", image_processor)
+        if not callable(given):
+            raise _no_processor(given)
+        return given
     return load_beside(model, load_processor, "image processor", "image_processor=AutoImageProcessor")
 
 
@@ -266,10 +270,7 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
         ValueError: it has statistics for another number of channels, or does not say what white is.
     """
     if not callable(image_processor) or not hasattr(image_processor, "do_normalize"):
-        raise TypeError(
-            f"image_processor is a {type(image_processor).__name__}; expected a transformers image processor, as "
-            "AutoImageProcessor.from_pretrained returns."
-        )
+        raise _no_processor(image_processor)
     mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
     if not image_processor.do_normalize or mean is None or std is None:
         mean, std = 0.0, 1.0
@@ -287,6 +288,13 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
             "value white has. Give the image processor that makes this model's images."
         )
     return _each_channel(mean, white, channels), _each_channel(std, white, channels)
+
+
+def _no_processor(given: Any) -> TypeError:
+    return TypeError(
+        f"image_processor is a {type(given).__name__}; expected a transformers image processor, as "
+        "AutoImageProcessor.from_pretrained returns."
+    )
 
 
 def white_of(image_processor: Any) -> float | None:
