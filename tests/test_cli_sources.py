@@ -181,6 +181,26 @@ def test_only_files_that_datasets_reads_make_a_folder_of_images_a_data_set(tmp_p
             (folder / name).unlink()
 
 
+def test_a_stray_archive_among_more_images_makes_them_no_data_set(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    for name in ("a.tar", "b.parquet"):
+        (tmp_path / name).touch()
+    assert open_source(str(tmp_path), described=True) == (tmp_path, None)
+    (tmp_path / "c.arrow").touch()  # as many tables as images
+    assert sources._is_described(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_description_of_images_is_found_at_any_depth(name, tmp_path):
+    folder = tmp_path / "train" / "part" / "first"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    assert not sources._is_described(tmp_path)
+    (folder / name).write_text("file_name,label")
+    assert sources._is_described(tmp_path)
+
+
 def test_a_pooler_that_the_checkpoint_does_not_hold_is_left_out(checkpoint):
     model = load(str(checkpoint), usable_device("cpu"))
     assert model.pooler is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 
 import datasets
 import numpy as np
@@ -51,6 +52,17 @@ def test_folders_are_searched_through_all_levels_for_what_pillow_decodes_itself(
             find(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png does not exist"):
         find_images([tmp_path / "nowhere.png"])
+
+
+def test_photographs_of_formats_that_are_not_read_are_counted_in_a_warning(tmp_path, recwarn):
+    for name in ("a.png", "1.HEIC", "b/2.heic", "b/3.dng", "b/.hidden.heic", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images([tmp_path]) == [tmp_path / "a.png"]
+    assert [re.search(r"holds (.*), which are left out", str(warned.message))[1] for warned in recwarn] == [
+        "2 files that end in .heic",
+        "1 files that end in .dng",
+    ]
 
 
 def test_what_is_neither_a_folder_nor_a_data_set_is_refused_by_its_type():

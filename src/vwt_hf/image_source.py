@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,8 @@ SHUFFLED = 1000
 """Images of a stream that are shuffled together; they are held encoded."""
 OWN_PICTURES = ("vwt-show.png", "vwt-vocab.png", "kept_patches.png")
 """What commands draw if no name is given, into the folder that one is in or, `demo`, into one there."""
+UNREAD = {".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+"""Endings of photographs that Pillow does not decode by itself."""
 
 
 class ImagePart(NamedTuple):
@@ -177,7 +181,7 @@ def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = No
             raise ValueError("An image is named by an empty text; expected its path, or that of a folder of images.")
         place = Path(given)
         if place.is_dir():
-            within = [place / name for name in _image_names(place)]
+            within = [place / name for name in image_names(place)]
             if not within:
                 raise ValueError(_no_images(place))
             files += within
@@ -205,16 +209,18 @@ def _no_images(folder: Path) -> str:
     )
 
 
-def _image_names(folder: Path) -> Iterator[str]:
+def image_names(folder: Path) -> Iterator[str]:
     """The paths, relative to `folder` and with /, of the image files at any depth below it, in their order.
 
     Links are followed. A folder that several links lead to is searched once: where it lies if that is below `folder`,
     else at the first link. A link to nothing is among the files, so that it is named when it cannot be read. Hidden
-    files, `OWN_PICTURES`, and the picture of words beside a vocabulary, are left out.
+    files, `OWN_PICTURES`, and the picture of words beside a vocabulary, are left out. Photographs of formats that are
+    not read are warned of.
     """
     endings = _endings()
     top = os.path.realpath(folder)
     searched = set()
+    unread: collections.Counter[str] = collections.Counter()
 
     def within(path: str, below: str) -> Iterator[str]:
         searched.add(os.path.realpath(path))
@@ -235,10 +241,20 @@ def _image_names(folder: Path) -> Iterator[str]:
                 lies_elsewhere = entry.is_symlink() and _is_searched(real, top)
                 if real not in searched and not lies_elsewhere:
                     yield from within(entry.path, f"{below}{entry.name}/")
-            elif os.path.splitext(entry.name)[1].lower() in endings and _is_file(entry):
+                continue
+            ending = os.path.splitext(entry.name)[1].lower()
+            if ending in endings and _is_file(entry):
                 yield below + entry.name
+            elif ending in UNREAD:
+                unread[ending] += 1
 
-    return within(os.fspath(folder), "")
+    yield from within(os.fspath(folder), "")
+    for ending, count in unread.items():
+        warnings.warn(
+            f"{printable(folder)} holds {count} files that end in {ending}, which are left out: photographs of this "
+            "format are not read. Convert them, as to .jpg.",
+            stacklevel=2,
+        )
 
 
 def _endings() -> set[str]:
@@ -281,7 +297,7 @@ class _FolderRows:
         import pyarrow as pa
 
         # In Arrow, in which a million names take some 50 MB. As bytes, since names of files may not be valid text.
-        names, chunks = map(os.fsencode, _image_names(folder)), []
+        names, chunks = map(os.fsencode, image_names(folder)), []
         while some := list(itertools.islice(names, 10_000)):
             chunks.append(pa.array(some, pa.binary()))
         self._folder = folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import warnings
@@ -18,6 +19,7 @@ IMAGES = (
 """Help of an option or argument that names them."""
 _HEAD = 2**16
 """Bytes at the beginning of a file in which the names of its columns stand."""
+_OF_EMBED = re.compile(r"train-\d+-of-\d+\.parquet")
 
 
 def open_source(
@@ -137,31 +139,35 @@ def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -
 
 
 def _is_described(folder: Path) -> bool:
-    """Whether a folder has files that `datasets` reads for its images; those that `embed` writes do not count.
+    """Whether a folder has, at any depth, files that `datasets` reads for its images.
 
-    Nor does a metadata file of a user's own, which does not name the images in a column `file_name` or like it.
+    Such are metadata files with a column `file_name` or like it. Archives and tables are, if the folder has no more
+    images than these; those that `embed` writes are not.
     """
-    named = ("metadata.csv", "metadata.jsonl")
-    kinds = (*named, *(f"[!.]*.{ending}" for ending in ("parquet", "arrow", "tar")))
-    files = (file for within in ("", "[!.]*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
-    of_embed = re.compile(r"train-\d+-of-\d+\.parquet")
+    from ..image_source import image_names
 
-    def counts(file: Path) -> bool:
-        if not file.is_file():
-            return False
-        if file.name not in named:
-            return not (of_embed.fullmatch(file.name) and (file.parent / "embed.json").exists())
-        with file.open("rb") as opened:
-            names_images = b"file_name" in opened.read(_HEAD).replace(b"\0", b"")  # in UTF-16, too
-        if not names_images:
-            warnings.warn(
-                f"{printable(file)} names no images in a column file_name, and is left out; add one if it describes "
-                "images.",
-                stacklevel=2,
-            )
-        return names_images
+    tables = 0
+    for within, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in names:
+            if name in ("metadata.csv", "metadata.jsonl"):
+                if _names_images(Path(within, name)):
+                    return True
+            elif name[0] != "." and name.endswith((".parquet", ".arrow", ".tar")):
+                tables += not (_OF_EMBED.fullmatch(name) and "embed.json" in names)
+    return tables > 0 and len(list(itertools.islice(image_names(folder), tables + 1))) <= tables
 
-    return any(map(counts, files))
+
+def _names_images(file: Path) -> bool:
+    with file.open("rb") as opened:
+        names_images = b"file_name" in opened.read(_HEAD).replace(b"\0", b"")  # in UTF-16, too
+    if not names_images:
+        warnings.warn(
+            f"{printable(file)} names no images in a column file_name, and is left out; add one if it describes "
+            "images.",
+            stacklevel=2,
+        )
+    return names_images
 
 
 def _one_of(splits: Sequence[str], usual: Sequence[str], name: str) -> str:
