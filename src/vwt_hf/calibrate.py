@@ -11,6 +11,7 @@ import json
 import math
 import os
 import statistics
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from .attention import is_slow_for_new_lengths
 from .checks import is_number, require_seed, require_whole
 from .compress import compress, restore
 from .config import VWTConfig
+from .decoding import UnreadableImage
 from .families import family_of, find_tower, model_of
 from .figures import cosines, first_answers, mean_interval, share_interval
 from .image_source import ImagePart, open_images
@@ -123,6 +125,7 @@ def calibrate(
         model: a transformers model of a supported family, plain or compressed, on the device and in the data type that
             it is to run in.
         images: at least 50, like those that the model is for: a folder, a `datasets` data set, or PIL images or paths.
+            Those that cannot be read are left out, with a warning.
         agreement: asks for the fastest setting, of those that are tried, with which at least this share of the images,
             in (0, 1], gets the plain model's first answer. For a model without a classifier, at least this mean cosine
             of its output (the image embedding, else the pooled output, else CLS or the mean of the tokens).
@@ -148,7 +151,6 @@ def calibrate(
         ValueError: an argument is not valid, there are too few images, the model is not supported or answers by NaN or
             infinity, plain or shortened, the file to resume is of another search, or no setting reaches the target;
             the message says which comes nearest.
-        UnreadableImage: an image cannot be read.
         OSError: `resume` cannot be read or written.
         TypeError: `model` is no transformers model, or `images` no images.
 
@@ -209,13 +211,21 @@ class Calibration:
         self._plain = restore(copy_sharing_weights(model)).eval()
         _, self._image_std = processor_statistics(processor, channels)
         items, total = _choose(images, seed, max_images)
+        named, unreadable = [], []
         with tqdm(items, "Reading images", total, unit="image", disable=not progress) as bar:
-            named = [(name, processed(item, processor, name)) for name, item in bar]
+            for name, item in bar:
+                try:
+                    named.append((name, processed(item, processor, name)))
+                except UnreadableImage as error:
+                    unreadable.append(str(error))
+        left_out = f"{len(unreadable)} could not be read and were left out. The first: {'; '.join(unreadable[:3])}."
         if len(named) < FEWEST:
             raise ValueError(
                 f"images holds {len(named)} images; expected at least {FEWEST}: of fewer that all agree, the 95 % "
-                "interval of agreement would still reach below 93 %."
+                f"interval of agreement would still reach below 93 %.{' ' + left_out if unreadable else ''}"
             )
+        if unreadable:
+            warnings.warn(f"Of {len(named) + len(unreadable)} images {left_out}", stacklevel=3)
         self.images, self._batch_size = len(named), min(batch_size, len(named))
         parts = [named[start : start + batch_size] for start in range(0, len(named), batch_size)]
         self._names = [[name for name, _ in part] for part in parts]
