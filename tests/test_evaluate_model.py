@@ -320,6 +320,21 @@ def test_texts_that_a_tokenizer_does_not_tell_apart_are_refused(task, tmp_path, 
     assert evaluate_model(model, dataset, tokenizer=differing("tea.", "tea"), **of).images == 17  # the last text alone
 
 
+@pytest.mark.parametrize("name", ["evaluate.py", "evaluate/__init__.py", "datasets.py"])
+def test_a_users_file_that_hides_a_package_is_named_before_anything_is_measured(
+    tmp_path, photographs, monkeypatch, name
+):
+    model = loaded(random_classifier(tmp_path), AUTO)
+    own = tmp_path / "program" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path / "program")
+    monkeypatch.delitem(sys.modules, name.replace(".", "/").split("/")[0])
+    monkeypatch.setattr(evaluate_module, "_answers", lambda *_: pytest.fail("an image was measured"))
+    with pytest.raises(ImportError, match=rf"{re.escape(str(own))} hides the package '\w+', .* Rename it"):
+        evaluate_model(model, photographs, vwt=[HALF], progress=False)
+
+
 def test_an_image_that_the_processor_refuses_is_called_by_its_name(tmp_path, dataset):
     class Refuses(transformers.ViTImageProcessorPil):
         def __call__(self, images, **options):

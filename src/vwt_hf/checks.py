@@ -1,7 +1,9 @@
-"""Checks of numbers that a user or a file gives, among them the mean and standard deviation of images."""
+"""Checks of numbers that a user or a file gives, among them the mean and standard deviation of images; of packages."""
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import sys
 from typing import Any, TypeGuard
 
@@ -67,3 +69,18 @@ def require_count(name: str, value: object) -> None:
     """Raises `ValueError` unless `value` is `None` or a possible number of patches."""
     if value is not None and not (is_int(value) and 1 <= value < 2**31):
         raise ValueError(f"{name} is {shown(value)}; expected None or an integer of at least 1, and less than 2**31.")
+
+
+def require_unhidden(package: str, module: str) -> None:
+    """Raises `ImportError` if a file of a user's own is imported in place of a package; the file is not run.
+
+    Args:
+        module: one that the package has.
+    """
+    found = importlib.util.find_spec(package)
+    places = getattr(found, "submodule_search_locations", None) or []
+    if found is not None and importlib.machinery.PathFinder.find_spec(f"{package}.{module}", places) is None:
+        raise ImportError(
+            f"{found.origin} hides the package {package!r}, which is needed for the figures; expected no file or "
+            "folder of that name beside the program or in the current folder. Rename it."
+        )

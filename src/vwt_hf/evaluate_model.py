@@ -220,6 +220,7 @@ def evaluate_model(
         ValueError: an argument is not valid, the images do not have what the task needs, none can be read, the model
             answers one by NaN or infinity, plain or under a setting, or `resume` holds another run.
         TypeError: `model` is no transformers model, or `images` or a setting is of another type.
+        ImportError: a file of a user's own hides `datasets` or `evaluate`, by which labels are judged.
         OSError: `resume` cannot be read or written.
 
     Example:

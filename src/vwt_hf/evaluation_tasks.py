@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,7 @@ from .answers import (
     true_labels,
     without_answer,
 )
+from .checks import require_unhidden
 from .families import HOLDERS
 from .figures import (
     are_alike,
@@ -154,6 +156,7 @@ class Classification(Task):
     def prepare(self, images: LabelledImages) -> None:
         require_labels(self.model)
         require_label_names(self.model)
+        self.metrics = _metrics()
         self.unlabelled = (
             "No image has a label that is known, as where those of a split are hidden: there is no accuracy."
             if images.has_labels
@@ -213,8 +216,6 @@ class Classification(Task):
     def _right(
         self, answers: Sequence[int], truth: Sequence[set[int]], groups: Sequence[str | None]
     ) -> dict[str, Figure]:
-        from .metrics import Accuracy, WorstGroup, compute  # `evaluate` takes a second to import
-
         known = [index for index, right in enumerate(truth) if right]
         if not known:
             return {}
@@ -222,7 +223,8 @@ class Classification(Task):
         # Each of several labels of the same name is right.
         right = [at if at in truth[index] else min(truth[index]) for index, at in zip(known, given, strict=True)]
         known_groups = [groups[index] for index in known]
-        computed = compute([Accuracy, WorstGroup], predictions=given, references=right, groups=known_groups)
+        metrics = [self.metrics.Accuracy, self.metrics.WorstGroup]
+        computed = self.metrics.compute(metrics, predictions=given, references=right, groups=known_groups)
         # A metric of `evaluate` tells no interval.
         count, worst = len(known), computed["worst_group"]
         figures = {"accuracy": Figure(computed["accuracy"], share_interval(computed["accuracy"], count), count)}
@@ -233,15 +235,23 @@ class Classification(Task):
         return figures
 
     def to_plain(self, answers: dict[str, Any], plain: dict[str, Any]) -> dict[str, Figure]:
-        from .metrics import Agreement, compute
-
         given, expected = answers["answer"].tolist(), plain["answer"].tolist()
-        computed = compute([Agreement], predictions=given, plain_predictions=expected)
+        agreement = [self.metrics.Agreement]
+        computed = self.metrics.compute(agreement, predictions=given, plain_predictions=expected)
         return {
             "agreement": Figure(computed["agreement"], share_interval(computed["agreement"], len(given))),
             "kl": self.mean(answers["kl"]),
             "max_difference": Figure(answers["difference"].max().item()),
         }
+
+
+def _metrics() -> ModuleType:
+    """`metrics`, before anything is measured: what it imports may be hidden, and takes a second."""
+    require_unhidden("datasets", "arrow_dataset")
+    require_unhidden("evaluate", "evaluation_suite")
+    from . import metrics
+
+    return metrics
 
 
 class ZeroShot(Classification):
@@ -271,6 +281,7 @@ class ZeroShot(Classification):
                     f"a zero-shot classifier would read {shown(text)}, which is no valid text; expected labels that "
                     "are. Rename the folder or the class."
                 )
+        self.metrics = _metrics()
         require_told_apart(self.model, self.tokenizer, texts)
         self.texts = text_features(self.model, self.tokenizer, texts)
 
