@@ -335,6 +335,24 @@ def test_a_users_file_that_hides_a_package_is_named_before_anything_is_measured(
         evaluate_model(model, photographs, vwt=[HALF], progress=False)
 
 
+@pytest.mark.parametrize("task", ["zero-shot", "retrieval"])
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("change", ["padding", "ids"])
+def test_a_tokenizer_that_does_not_fit_is_refused_before_images_are_measured(
+    task, streams, change, tmp_path, dataset, monkeypatch
+):
+    model = loaded(two_towers("clip", tmp_path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "clip")
+    if change == "padding":
+        tokenizer.pad_token = None
+    else:
+        model.text_model.embeddings.token_embedding.weight.data = torch.ones(3, 32)  # of fewer tokens
+    images = dataset.to_iterable_dataset() if streams else dataset
+    monkeypatch.setattr(evaluate_module, "_answers", lambda *_: pytest.fail("an image was measured"))
+    with pytest.raises((ValueError, IndexError), match="padding token|out of range"):
+        evaluate_model(model, images, tokenizer=tokenizer, task=task, vwt=[HALF], progress=False)
+
+
 def test_an_image_that_the_processor_refuses_is_called_by_its_name(tmp_path, dataset):
     class Refuses(transformers.ViTImageProcessorPil):
         def __call__(self, images, **options):

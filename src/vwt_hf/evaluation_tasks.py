@@ -314,6 +314,8 @@ class Retrieval(Task):
                 f"the images have no captions, which {self.name} is about; expected a data set with a column of texts: "
                 "name it."
             )
+        # Else a tokenizer that does not fit the model would cost the whole run.
+        text_features(self.model, self.tokenizer, images.first_captions(TEXTS) or [PROMPT])
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         return unit(answer(model, **made))

@@ -147,6 +147,11 @@ class LabelledImages:
             self._captions(row.get(self.columns.get("captions"))),
         )
 
+    def first_captions(self, most: int) -> list[str]:
+        """Some captions, of the first images; none of a stream."""
+        rows = self.data[:most][self.columns["captions"]] if hasattr(self.data, "__len__") else []
+        return [text for row in rows for text in self._captions(row)][:most]
+
     def _captions(self, value: Any) -> tuple[str, ...]:
         texts = [value] if isinstance(value, str) or value is None else value
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) or text is None for text in texts):
