@@ -790,6 +790,7 @@ def test_captions_are_compared_with_the_plain_models_and_with_the_references(tmp
         (lambda: tiny_model("vit"), "zero-shot", "the ViTModel has no tower for texts"),
         (lambda: tiny_model("vit"), "classification", "the ViTModel gives no labels but a pooler_output; expected"),
         (lambda: tiny_model("clip"), "classification", "the CLIPModel gives no labels"),
+        (lambda: tiny_model("clip-classifier"), "features", r"answers with labels; .* such as its model\.vision_model"),
         (lambda: built(blip), "features", "writes texts and gives no features of images; expected its vision tower"),
         (lambda: tiny_model("vit"), "segmentation", "expected one of 'classification', 'zero-shot'"),
     ],
@@ -942,6 +943,15 @@ def test_a_model_without_a_head_is_measured_by_its_features(tmp_path, photograph
         expected, found = model(pixels)[1], compress(model, HALF)(pixels)[1]
     cosine = torch.cosine_similarity(found, expected).mean().item()
     assert values(plain) == {} and values(half) == {"cosine": pytest.approx(cosine, abs=1e-6)} and cosine < 0.9999
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "vit-msn", "beit", "ijepa"])
+def test_a_classifiers_features_are_those_of_the_model_below_its_head(tmp_path, photographs, name):
+    model = tiny_model(f"{name}-classifier")
+    folder = saved(model, tmp_path / "model")
+    _, expected = run(folder, photographs, "--task", "features", "--vwt", json.dumps(HALF))
+    _, found = evaluate_model(loaded(folder, type(model)), photographs, vwt=HALF, task="features", progress=False).rows
+    assert values(found) == values(expected) and found.tokens == expected["tokens"] < 40
 
 
 def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path, photographs, dataset, capsys):

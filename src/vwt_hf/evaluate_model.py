@@ -55,7 +55,7 @@ from .timing import stopwatch
 from .token_count import TokenCount, count_tokens
 from .weights import copy_sharing_weights, device_of
 
-FORMAT = 7
+FORMAT = 8
 """Of what `resume` keeps of a run."""
 SHOWN: dict[str, tuple[str, int, int]] = {
     "accuracy": ("top-1 %", 100, 2),

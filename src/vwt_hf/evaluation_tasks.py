@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLA
 from .answers import (
     answer,
     are_finite,
+    classifies,
     named_answer,
     require_finite,
     require_label_names,
@@ -466,7 +467,7 @@ class _Watch(LogitsProcessor):
 
 
 class Features(Task):
-    """The features that a model without a head gives for an image."""
+    """The features that a model without a head gives for an image, or the one below a head for labels."""
 
     name, hub_name = "features", "image-feature-extraction"
 
@@ -476,9 +477,14 @@ class Features(Task):
                 f"the {type(self.model).__name__} writes texts and gives no features of images; expected its vision "
                 "tower, or another model of images alone."
             )
+        if classifies(self.model) and self.model.base_model is self.model:
+            raise ValueError(
+                f"the {type(self.model).__name__} answers with labels; expected a model of features, such as its "
+                "model.vision_model, or the task 'classification'."
+            )
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
-        return answer(model, **made).float().cpu()
+        return answer(model.base_model if classifies(model) else model, **made).float().cpu()
 
     def keep(self, found: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:
         return {"cosine": cosines(found, plain)}
