@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -474,10 +475,27 @@ def test_a_classifier_without_names_for_its_labels_has_no_accuracy_by_names(tmp_
     model = loaded(random_classifier(tmp_path), AUTO)
     expected = evaluate_model(model, photographs, vwt=[HALF], progress=False)
     model.config.id2label, model.config.label2id = {}, {}
-    found = evaluate_model(model, photographs, vwt=[HALF], progress=False)
+    with pytest.warns(UserWarning, match="No label of the images"):
+        found = evaluate_model(model, photographs, vwt=[HALF], progress=False)
     said = "No label of the images (such as 'cat') is one of the model's (its config names none): they are compared by "
-    assert found.said == [f"{said}name, and there is no accuracy."] and values(found.rows[0]) == {}
+    assert found.said[0].startswith(f"{said}name, and there is no accuracy. If the model was trained on these labels, ")
+    assert len(found.said) == 1 and values(found.rows[0]) == {}
     assert values(found.rows[1])["agreement"] == values(expected.rows[1])["agreement"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_labels_without_names_are_told_of_before_images_are_measured(tmp_path, dataset, monkeypatch, named):
+    names = LABELS if named else ("LABEL_0", "LABEL_1", "LABEL_2")
+    model = loaded(classifier(tmp_path, dict(enumerate(names))), AUTO)
+    told = r"such as 'LABEL_0', which .* have no names\).* set id2label"
+    with warnings.catch_warnings(record=True) as warned, monkeypatch.context() as patched:
+        warnings.simplefilter("always")
+        patched.setattr(evaluate_module, "_answers", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate_model(model, dataset, vwt=[], progress=False)
+    assert [bool(re.search(told, str(each.message))) for each in warned] == [True] * (not named)
+    said = evaluate_model(model, dataset, vwt=[], progress=False).said
+    assert said == [str(each.message) for each in warned]
 
 
 def test_of_labels_that_are_called_the_same_each_is_right(tmp_path, photographs):

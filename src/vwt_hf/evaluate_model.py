@@ -196,7 +196,8 @@ def evaluate_model(
         model: of a supported family, plain or compressed; it is not changed.
         images: a folder, whose images' labels are the names of the folders that they lie in; a `datasets.Dataset`; a
             `datasets.IterableDataset`; or what `open_labelled` made of one of them, with the options there in place of
-            those here. Labels are matched to the model's by name, or by number if they have no names.
+            those here. The images' labels are matched to the model's by name (`config.id2label`), or by number where
+            they are bare numbers.
         vwt: a list of settings, each as `from_pretrained(vwt=...)` takes it, or one of them; by default the model's own
             or, if it is plain, `True`.
         task: "classification"; "zero-shot", by the labels' names; "retrieval" of captions by images and images by

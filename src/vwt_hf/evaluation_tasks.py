@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from .answers import (
     answer,
     are_finite,
     classifies,
+    label_ids,
     named_answer,
     require_finite,
     require_label_names,
@@ -164,6 +166,9 @@ class Classification(Task):
             else "No column is known to hold labels, so there is no accuracy: name one by label_column "
             f"(--label-column). The columns are {', '.join(map(printable, images.column_names))}."
         )
+        names = images.label_names or ()
+        if len(names) > 1 and not label_ids(self.model.config).keys() & set(names):
+            warnings.warn(self._unmatched(names[0]), stacklevel=2)  # now, as images may take hours
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         kind, logits = named_answer(model, **made)
@@ -206,13 +211,20 @@ class Classification(Task):
         if not known:
             remarks.append(self.unlabelled)
         elif not any(truth):
-            names = list((config.id2label or {}).values())
-            example = f"such as {shown(names[0])}" if names else "its config names none"
-            remarks.append(
-                f"No label of the images (such as {shown(known[0])}) is one of the model's ({example}): they are "
-                "compared by name, and there is no accuracy."
-            )
+            remarks.append(self._unmatched(known[0]))
         return truth, remarks
+
+    def _unmatched(self, label: str | int) -> str:
+        """What is said where the model has none of the labels of the images, such as `label`."""
+        names = list((self.model.config.id2label or {}).values())
+        example = f"such as {shown(names[0])}" if names else "its config names none"
+        if names and names == [f"LABEL_{number}" for number in range(len(names))]:
+            example += ", which transformers writes where labels have no names"
+        return (
+            f"No label of the images (such as {shown(label)}) is one of the model's ({example}): they are compared by "
+            "name, and there is no accuracy. If the model was trained on these labels, set id2label, in its config, to "
+            "their names, in the order of its logits."
+        )
 
     def _right(
         self, answers: Sequence[int], truth: Sequence[set[int]], groups: Sequence[str | None]
