@@ -1584,6 +1584,22 @@ def test_masks_that_are_called_labels_are_none_and_are_not_read(column):
         open_labelled(data, label_column=column)
 
 
+def test_numbers_with_an_empty_cell_among_them_are_labels_by_number(tmp_path, photographs, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = classifier(tmp_path, {0: "tea", 1: "dogs", 2: "cat"})  # which answers 0
+    files = [file.relative_to(photographs).as_posix() for file in sorted(photographs.rglob("*.png"))]
+    lines = [f"{file},{'' if index == 4 else index % 2},{index % 2 if index else ''}" for index, file in enumerate(files)]
+    (photographs / "metadata.csv").write_text("\n".join(["file_name,label,team", *lines]))
+    plain, _ = run(folder, photographs, "--vwt", json.dumps(HALF), "--group-column", "team")
+    assert values(plain)["accuracy"] == 8 / 16 and values(plain)["worst_group"] == 0
+    printed = capsys.readouterr().out
+    assert "by their numbers.\n1 of 17 images have no label" in printed and "1 images without a group" in printed
+    opened = open_labelled(datasets.load_dataset(str(photographs), split="train"), group_column="team")
+    samples = [sample for _, batch in opened.batches(0, 1, 17) for sample in batch]
+    assert [sample.label for sample in samples[2:6]] == [0, 1, None, 1]
+    assert [sample.group for sample in samples[:3]] == [None, "1", "0"]
+
+
 def test_a_label_of_another_kind_is_a_text():
     images = [Image.new("RGB", (8, 8))] * 2
     dates = [datetime.date(2020, 1, day) for day in (1, 2)]

@@ -166,6 +166,8 @@ def _named(value: Any, names: Sequence[str] | None) -> str | int | None:
     """A label or group as a data set has it: its name, or its number where there are no names."""
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, float) and (value != value or value.is_integer()):  # as pandas has numbers with a gap
+        return None if value != value else _named(int(value), names)
     if not isinstance(value, int):  # a date, say
         return str(value)
     if names is None:
