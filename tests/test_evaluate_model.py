@@ -993,6 +993,11 @@ def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path, photographs
     assert result.images == 16 and result.unreadable[0].startswith("row 3 cannot be read")
     with pytest.raises(ValueError, match=r"no image can be read of 1: row 0 cannot"):
         evaluate_model(model, damaged.select([3]), vwt=[HALF], progress=False)
+    file = str(photographs / "dogs" / "text.jpg")
+    named = datasets.Dataset.from_dict({"image": [file]}, features=datasets.Features({"image": datasets.Image()}))
+    for images in (named, named.to_iterable_dataset()):
+        with pytest.raises(ValueError, match=rf"of 1: row 0 \({re.escape(file)}\) cannot be read"):
+            evaluate_model(model, images, vwt=[HALF], progress=False)
 
 
 def test_photographs_that_lie_on_their_side_are_seen_upright(tmp_path):

@@ -139,9 +139,11 @@ class LabelledImages:
             return Sample(str(row), row, name, name if self.groups is None else self.groups[number], ())
         label = _named(row.get(self.columns.get("label")), self.label_names)
         group = _named(row[self.columns["group"]], self.group_names) if "group" in self.columns else label
+        item = row[self.columns["image"]]
+        path = item.get("path") if isinstance(item, Mapping) else None
         return Sample(
-            f"row {number if self.rows is None else self.rows[number]}{whose}",
-            row[self.columns["image"]],
+            f"row {number if self.rows is None else self.rows[number]}{whose}{f' ({path})' if path else ''}",
+            item,
             label,
             None if group is None else str(group),
             self._captions(row.get(self.columns.get("captions"))),
