@@ -350,7 +350,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_images_are_measured(
         model.text_model.embeddings.token_embedding.weight.data = torch.ones(3, 32)  # of fewer tokens
     images = dataset.to_iterable_dataset() if streams else dataset
     monkeypatch.setattr(evaluate_module, "_answers", lambda *_: pytest.fail("an image was measured"))
-    with pytest.raises((ValueError, IndexError), match="padding token|out of range"):
+    with pytest.raises((ValueError, IndexError), match=r"padding token|out of range"):
         evaluate_model(model, images, tokenizer=tokenizer, task=task, vwt=[HALF], progress=False)
 
 
@@ -1425,6 +1425,37 @@ def test_rows_of_a_stream_that_moved_are_measured_again(tmp_path, dataset, monke
         assert [row.figures for row in found.rows] == [row.figures for row in expected.rows] and shown == again
 
 
+@pytest.mark.parametrize("order", [range(17), range(16, -1, -1)], ids=["as stored", "reversed"])
+def test_rows_whose_files_were_replaced_are_measured_again(tmp_path, photographs, dataset, monkeypatch, order):
+    """Batches of 4. Every fourth row holds its image, the others name files."""
+    model = loaded(random_classifier(tmp_path), AUTO)
+    files = sorted(photographs.rglob("*.png"))
+    stored = [
+        str(file) if index % 4 else {"path": None, "bytes": file.read_bytes()} for index, file in enumerate(files)
+    ]
+    images = datasets.Dataset.from_dict({"image": stored}, features=dataset.select_columns("image").features)
+    images = images.select(order)
+    of = {"vwt": HALF, "batch_size": 4, "progress": False}
+    measured = cut_off(monkeypatch, -1)
+
+    def again() -> list[int]:
+        measured.clear()
+        figures[:] = [row.figures for row in evaluate_model(model, images, **of, resume=tmp_path / "measured").rows]
+        return list(measured)
+
+    figures: list[dict] = []
+    away = files[1].rename(tmp_path / "away.png")
+    assert sorted(again()) == [1, 3, 4, 4, 4]
+    away.rename(files[1])  # it is in reach
+    assert again() == [4] and again() == []
+    for index in (8, 9):  # the row of one holds a copy
+        Image.open(files[index]).rotate(90).resize((90, 70)).save(files[index])
+    assert again() == [4]
+    assert figures == [row.figures for row in evaluate_model(model, images, **of).rows]
+    files[9].unlink()  # on a drive that is gone now
+    assert again() == []
+
+
 class PlantNet(transformers.ViTPreTrainedModel):
     """A classifier of a user's own, whose class does not say that it is one."""
 
@@ -1593,7 +1624,9 @@ def test_numbers_with_an_empty_cell_among_them_are_labels_by_number(tmp_path, ph
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = classifier(tmp_path, {0: "tea", 1: "dogs", 2: "cat"})  # which answers 0
     files = [file.relative_to(photographs).as_posix() for file in sorted(photographs.rglob("*.png"))]
-    lines = [f"{file},{'' if index == 4 else index % 2},{index % 2 if index else ''}" for index, file in enumerate(files)]
+    lines = [
+        f"{file},{'' if index == 4 else index % 2},{index % 2 if index else ''}" for index, file in enumerate(files)
+    ]
     (photographs / "metadata.csv").write_text("\n".join(["file_name,label,team", *lines]))
     plain, _ = run(folder, photographs, "--vwt", json.dumps(HALF), "--group-column", "team")
     assert values(plain)["accuracy"] == 8 / 16 and values(plain)["worst_group"] == 0

@@ -214,7 +214,8 @@ def evaluate_model(
         resume: a folder for what was measured of each batch, made if it is not there. A run that was cut off goes on
             from it, also with another number of processes if `images` is no stream; batches with an image that could
             not be read are tried again. Another model, other settings or other images are refused: files are compared
-            by their names and sizes, links by where they lead, a stream by its first image.
+            by their names and sizes, links by where they lead, a stream by its first image. Rows of a data set whose
+            files have other sizes now are measured again.
         progress: whether to show a bar.
 
     Raises:

@@ -414,6 +414,16 @@ def described_images(rows: Iterable[Any], column: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def files_of_rows(dataset: Any, column: str) -> Any:
+    """For each row of a `Dataset` the path of its file, in Arrow; `None` where the row holds the image itself."""
+    import pyarrow.compute as pc
+
+    # By columns, of which that of images is not read.
+    content, path = (pc.struct_field(dataset.data.column(column), name) for name in ("bytes", "path"))
+    paths = pc.if_else(pc.is_null(content), path, None)
+    return paths if dataset._indices is None else paths.take(dataset._indices.column(0))
+
+
 def features_of(dataset: Any) -> Mapping[str, Any]:
     """The type of each column of a data set.
 

@@ -33,7 +33,8 @@ class Sample(NamedTuple):
     """`None` if it is in none."""
     captions: tuple[str, ...]
     content: str = ""
-    """A hash of the stored image, for streams that may be resumed; else empty."""
+    """Where a run may be resumed, of a stream a hash of the stored image, and of a row the size of the file that it
+    names; else empty."""
 
 
 @dataclasses.dataclass
@@ -98,17 +99,25 @@ class LabelledImages:
 
         Args:
             known: the samples, without images, of the batches that were measured before, by number. In place of such a
-                batch comes `None`, unless a stream has other images there now. `None` if nothing is to be resumed, now
-                or later: then images are not hashed.
+                batch comes `None`, unless a stream has other images there now, or a file that a row names has another
+                size. `None` if nothing is to be resumed, now or later: then images are not hashed.
         """
         if not hasattr(self.data, "__len__"):
             yield from self._of_stream(process, processes, batch_size, known)
             return
-        images = range(len(self.data))
+        images, files = range(len(self.data)), None
+        if known is not None and not isinstance(self.data, list):
+            files = image_source.files_of_rows(self.data, self.columns["image"])
         for number in range(process, -(-len(images) // batch_size), processes):
             batch = images[number * batch_size : (number + 1) * batch_size]
-            is_known = number in (known or ())
-            yield number, None if is_known else [self._sample(index, self.data[index]) for index in batch]
+            named = [None] * len(batch) if files is None else files[batch.start : batch.stop].to_pylist()
+            sizes = [str(os.path.getsize(file)) if file and os.path.exists(file) else "" for file in named]
+            before = (known or {}).get(number)
+            if before is not None and all(size in ("", one.content) for size, one in zip(sizes, before, strict=True)):
+                yield number, None
+            else:
+                samples = [self._sample(index, self.data[index]) for index in batch]
+                yield number, [one._replace(content=size) for one, size in zip(samples, sizes, strict=True)]
 
     def _of_stream(
         self, process: int, processes: int, batch_size: int, known: Mapping[int, Sequence[Sample]] | None
