@@ -19,6 +19,7 @@ from settings import SETTINGS, coarse, fixed, gradual, local
 from tiny import MODELS, answers, forward, inputs, sample_pixel_values, tiny_model
 from vwt_hf import VWTConfig, compress, count_tokens, restore
 from vwt_hf.families import FAMILIES, family_of, find_layers, find_tower
+from vwt_hf.forward import current_forward, words_are_given
 
 
 def family_name(model_class: type[transformers.PreTrainedModel]) -> str:
@@ -418,6 +419,19 @@ def test_words_are_not_exported_or_traced_and_say_why():
                 torch.jit.trace(FirstOutput(model), sample_images())
     fresh = compress(tiny_model("vit"), SETTINGS["inter"])
     assert torch.equal(answers(model, sample_images()), answers(fresh, sample_images()))
+
+
+@pytest.mark.parametrize("setting", [{"method": "given"}, SETTINGS["discard"], SETTINGS["merge"], fixed()])
+def test_words_of_a_caller_are_no_input_of_a_program_and_leave_nothing_behind(setting):
+    model = compress(tiny_model("vit"), setting)
+    given = {"pixel_values": sample_images(), "patch_words": torch.arange(64).expand(len(sample_images()), -1)}
+    for record in (
+        lambda: torch.jit.trace(lambda images, words: model(images, patch_words=words)[0], (*given.values(),)),
+        lambda: torch.export.export(model, (), given, strict=False),
+    ):
+        with pytest.raises(ValueError, match="patch_words were given to a model that is exported or traced"):
+            record()
+        assert not words_are_given() and current_forward() is None
 
 
 @pytest.mark.parametrize("kind", [None, *SETTINGS])

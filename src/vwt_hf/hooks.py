@@ -35,7 +35,7 @@ from .forward import (
     words_are_given,
 )
 from .layout import join
-from .on_gpu import is_compiling, is_one_of_many
+from .on_gpu import is_compiling, is_exported, is_one_of_many
 from .patches import Patches
 from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
 
@@ -78,8 +78,14 @@ class TakeWords(Hook):
         kwargs = dict(kwargs)
         patch_words = kwargs.pop(PATCH_WORDS)
         if patch_words is not None:
-            if not self.follows and is_compiling():
-                self._refuse_in_graph()
+            if torch.compiler.is_dynamo_compiling():
+                if not self.follows:
+                    self._refuse_in_graph()
+            elif is_exported():
+                raise ValueError(
+                    "patch_words were given to a model that is exported or traced. The program would hold how many "
+                    "tokens these make, and answer wrongly by others. Leave them out."
+                )
             begin_call(model, patch_words)
         return args, kwargs
 

@@ -58,6 +58,12 @@ def is_recorded() -> bool:
     return get_proxy_mode() is not None
 
 
+def is_exported() -> bool:
+    """Whether `torch.export` or `torch.jit.trace` records what runs in this thread, other than by dynamo."""
+    is_exporting = getattr(torch.compiler, "is_exporting", bool)  # which torch 2.6 lacks
+    return torch.jit.is_tracing() or (is_exporting() and torch._C._len_torch_dispatch_stack() > 0)
+
+
 def is_followed() -> bool:
     """Whether only torch's own operations may run, because something records or replaces them: `torch.compile`, export,
     tracing, `vmap`, other ways to differentiate than autograd, and modes that count or keep operations."""
