@@ -22,6 +22,7 @@ from tiny import answers, tiny_model
 from vwt_hf import VisualVocabulary, VWTConfig, compress, evaluate_model, model_loading, restore
 from vwt_hf.compress import lexicon_of
 from vwt_hf.processors import load_beside, load_processor
+from vwt_hf.saved_words import require_sealed, seal_words, words_folder, write_words
 from vwt_hf.whole_saves import sharing
 
 
@@ -133,6 +134,38 @@ def test_weights_or_words_of_another_save_are_noticed(what, tmp_path):
     assert load(tmp_path / "0", vwt=inter(words(3))).config.vwt["method"] == "inter"
 
 
+def test_large_weights_are_told_apart_by_blocks_from_their_first_byte_to_their_last(tmp_path):
+    length = 3 << 20
+    (tmp_path / "model.safetensors").write_bytes(bytes(length))
+    saved_as = write_words(tmp_path, words(0))
+    seal_words(tmp_path, [saved_as])
+    require_sealed(tmp_path / words_folder(saved_as))
+    for place in (0, 1_540_000, length - 1):
+        changed = bytearray(length)
+        changed[place] = 1
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        with pytest.raises(ValueError, match=r"model\.safetensors holds other weights"):
+            require_sealed(tmp_path / words_folder(saved_as))
+
+
+def test_a_save_removes_the_words_of_other_saves_and_no_folder_of_a_user(tmp_path):
+    of_a_save, *mine = (tmp_path / f"visual_words-{end}" for end in ("0" * 16, "0" * 16 + "-mine", "mine"))
+    for folder in (of_a_save, *mine):
+        folder.mkdir()
+    model(0).save_pretrained(tmp_path)
+    assert not of_a_save.exists() and all(folder.exists() for folder in mine)
+
+
+def test_a_seal_tells_of_no_files_but_weights(tmp_path):
+    model(0).save_pretrained(tmp_path / "model")
+    (tmp_path / "notes.txt").write_text("mine")
+    (seal,) = tmp_path.glob("model/visual_words-*/sealed.json")
+    content = json.loads(seal.read_text())
+    content["weights"] |= {"../notes.txt": "0", "config.json": "0"}
+    seal.write_text(json.dumps(content))
+    assert load(tmp_path / "model").config.vwt["method"] == "inter"
+
+
 def test_a_model_whose_embeddings_were_replaced_since_is_not_saved_as_a_plain_one(tmp_path):
     model = compress(tiny_model("vit-classifier"), {"keep_ratio": 0.5})
     model.vit.embeddings = tiny_model("vit-classifier").vit.embeddings
@@ -173,6 +206,8 @@ def test_weights_of_another_variant_do_not_meet_other_words(first, shards, pixel
     for variant in (None, "ft"):
         found = answers(load(tmp_path, variant=variant), pixel_values)
         torch.testing.assert_close(found, answers(model(1), pixel_values))
+    with pytest.raises(ValueError, match="which was saved with other words"):  # the last seal tells of both variants
+        model(2).save_pretrained(tmp_path, variant=second, **of)
 
 
 @pytest.mark.parametrize("with_words", [True, False])
@@ -193,22 +228,24 @@ def test_weights_in_one_file_that_stay_beside_shards_do_not_meet_other_words(wit
     torch.testing.assert_close(answers(load(tmp_path), pixel_values), answers(model(1), pixel_values))
 
 
-def test_weights_that_are_saved_while_a_model_is_loaded_do_not_meet_its_words(tmp_path, monkeypatch):
+@pytest.mark.parametrize("subfolder", ["", "sub"])
+def test_weights_that_are_saved_while_a_model_is_loaded_do_not_meet_its_words(subfolder, tmp_path, monkeypatch):
     """A save that ends after the weights were read and before the words are, whose seal fits what lies there then."""
-    model(0).save_pretrained(tmp_path)
+    folder = tmp_path / subfolder
+    model(0).save_pretrained(folder)
     follow = model_loading._follow
 
     def saved_meanwhile(*of):
         monkeypatch.undo()
         saved = model(1)
-        saved.save_pretrained(tmp_path)
+        saved.save_pretrained(folder)
         of[0].config.vwt = saved.config.vwt  # as config.json names them, which is written before the weights
         follow(*of)
 
     monkeypatch.setattr(model_loading, "_follow", saved_meanwhile)
-    with pytest.raises(ValueError, match=rf"{tmp_path}: a model was saved into it while this one was loaded.*again"):
-        load(tmp_path)
-    assert load(tmp_path).config.vwt["threshold"] == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=rf"{folder}: a model was saved into it while this one was loaded.*again"):
+        load(tmp_path, subfolder=subfolder)
+    assert load(folder).config.vwt["threshold"] == pytest.approx(0.3)
 
 
 def test_a_link_to_nothing_beside_the_weights_changes_nothing(pixel_values, tmp_path):
@@ -238,6 +275,13 @@ def test_a_copy_finds_what_lies_beside_the_weights_also_from_another_folder(how,
     compress(restore(found), {"method": "inter"})
     assert torch.equal(lexicon_of(found).vocabulary.words, words(0).words)
     assert list(load_beside(found, load_processor, "image processor", "").image_std) == [0.2] * 3
+
+
+def test_a_part_finds_what_lies_beside_the_weights_of_the_whole(tmp_path):
+    tiny_model("clip").save_pretrained(tmp_path / "sub")
+    ViTImageProcessor(image_std=[0.2] * 3).save_pretrained(tmp_path / "sub")
+    part = load(tmp_path, subfolder="sub").vision_model
+    assert compress(part, True).config.vwt["image_std"] == [0.2] * 3
 
 
 def test_of_a_project_that_moved_the_model_of_its_name_counts(tmp_path, monkeypatch):
