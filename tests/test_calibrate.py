@@ -201,12 +201,30 @@ def test_of_those_that_agree_enough_the_fastest_is_taken(on_a_line, monkeypatch)
     assert choice_of(setting) == CHOICES[9] and setting.evidence["speed"] == 2.0
 
 
-@pytest.mark.parametrize(("target", "asked"), [("speed", 1.5), ("agreement", 0.5)])
-def test_nothing_is_advised_that_would_be_refused(on_a_line, monkeypatch, target, asked):
-    worse = Level(*CHOICES[0], -0.2, (-0.3, -0.1), 60, 65, 0.64)
-    monkeypatch.setattr(
-        Calibration, "_measure", lambda self, choice, bar: dataclasses.replace(worse, **choice._asdict())
-    )
+def make_all_alike(monkeypatch, *figures) -> None:
+    """Has each level measured with these figures."""
+    monkeypatch.setattr(Calibration, "_measure", lambda self, choice, bar: Level(*choice, *figures))
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "advised"),
+    [
+        ("agreement", 0.9, "agreement=0.856 at most"),
+        ("speed", 1.5, "speed=1.23 at most"),
+        ("tokens", 40, "tokens=49 at least"),
+    ],
+)
+def test_what_is_advised_is_rounded_to_what_a_level_reaches(on_a_line, monkeypatch, target, asked, advised):
+    make_all_alike(monkeypatch, 0.8567, (0.8, 0.9), 48.4, 65, 1.236)
+    with pytest.raises(ValueError, match=rf"Ask for {advised}, or leave the model plain\.$"):
+        on_a_line.find(**{target: asked})
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "value"), [("speed", 1.5, -0.2), ("agreement", 0.5, -0.2), ("agreement", 0.5, 0.0004)]
+)
+def test_nothing_is_advised_that_would_be_refused(on_a_line, monkeypatch, target, asked, value):
+    make_all_alike(monkeypatch, value, (-0.3, -0.1), 60, 65, 0.64)
     with pytest.raises(ValueError, match=rf"^{target} is {asked}, and .* on 60 images\. Leave the model plain\.$"):
         on_a_line.find(**{target: asked})
 
@@ -265,6 +283,16 @@ def test_the_model_is_given_back_as_it_was_whatever_happens(classifier, images, 
 
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_model_that_is_in_training_is_measured_as_it_answers_afterwards(images, processor):
+    """Without dropout; and a batch holds no more images than there are."""
+    model = tiny_model("vit-classifier", num_labels=40, hidden_dropout_prob=0.5).requires_grad_(False)
+    found, expected = (
+        calibrate(model.train(training), images, tokens=60, **options(processor, batch_size=500)).evidence
+        for training in (True, False)
+    )
+    assert found["value"] == expected["value"] and found["batch_size"] == COUNT
 
 
 def test_a_search_that_was_cut_off_goes_on_where_it_was(classifier, images, processor, tmp_path, monkeypatch):
