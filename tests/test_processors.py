@@ -24,6 +24,7 @@ from vwt_hf.processors import (
     require_vocabulary,
     stated_channels,
     stated_patch_size,
+    white_of,
 )
 from vwt_hf.weights import copy_sharing_weights
 
@@ -240,3 +241,12 @@ def test_a_tokenizer_made_of_no_files_is_refused(kind):
     """Those of T5 and MBart know the token of a space, too."""
     with pytest.raises(ValueError, match=rf"the {kind} knows no tokens but \d+ special ones, as where its files are"):
         require_vocabulary(getattr(transformers, kind)())
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "white"),
+    [(0.0, 58.0, 255.0), (120.0, 1.0, 255.0), (0.0, 0.25, 1.0), (0.5, 0.5, 1.0), (0.0, 1.0, None)],
+)
+def test_statistics_of_images_that_are_not_rescaled_tell_the_value_of_white(mean, std, white):
+    processor = transformers.ViTImageProcessorPil(do_rescale=False, image_mean=[mean] * 3, image_std=[std] * 3)
+    assert white_of(processor) == white
