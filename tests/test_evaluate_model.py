@@ -30,6 +30,7 @@ from test_generation import blip, built, llava
 from test_pipeline import tokenizer_with
 from tiny import tiny_model
 from vwt_hf import VisualVocabulary, compress, count_tokens, evaluate_model, evaluation_tasks
+from vwt_hf.batch_log import Batch, BatchLog
 from vwt_hf.cli import evaluate, main, model_card
 from vwt_hf.compress import setting_of
 from vwt_hf.evaluate_model import _tokenizer_of, name_of
@@ -40,6 +41,7 @@ from vwt_hf.image_source import find_images
 from vwt_hf.labelled_images import groups_of, open_labelled
 from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor
+from vwt_hf.token_count import TokenCount
 
 AUTO = transformers.AutoModelForImageClassification
 HALF = {"keep_ratio": 0.5}
@@ -1379,6 +1381,25 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_with_the_figures_of_one(
         shown.clear()
         assert evaluate_model(model, images, **of, resume=resume).rows[1].figures == found.rows[1].figures
         assert not shown
+
+
+def test_a_log_of_which_a_kill_left_no_whole_line_is_gone_on_with(tmp_path, photographs):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    of = {"vwt": [HALF], "batch_size": 8, "progress": False, "resume": tmp_path / "measured"}
+    expected = evaluate_model(model, photographs, **of)
+    (file,) = (tmp_path / "measured").iterdir()
+    file.write_bytes(file.read_bytes()[:30])
+    for _ in range(2):  # what is measured now follows the line that was cut short, and is read the second time
+        found = evaluate_model(model, photographs, **of)
+        assert [row.figures for row in found.rows] == [row.figures for row in expected.rows]
+
+
+def test_a_log_is_in_its_file_before_it_is_closed(tmp_path):
+    """A kill closes nothing."""
+    log = BatchLog(tmp_path, 0, {"batch_size": 8})
+    log.add(Batch(0, [], ["one.png: no image"], [], [TokenCount([])], [0.0]))
+    of, batch = map(json.loads, (tmp_path / "evaluate-0.jsonl").read_text().splitlines())
+    assert of == {"of": {"batch_size": 8}} and batch["unreadable"] == ["one.png: no image"]
 
 
 @pytest.mark.parametrize("task", ["retrieval", "captions"])
