@@ -545,3 +545,5 @@ def test_a_setting_of_the_whole_takes_the_place_of_one_of_its_tower(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, vwt={**MERGE, "keep_ratio": 0.25})
     assert loaded.config.vwt["keep_ratio"] == 0.25 and loaded.config.vision_config.vwt is None
+    config = AutoConfig.from_pretrained(tmp_path, vwt=False)
+    assert config.vwt is None and config.vision_config.vwt is None
