@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -639,6 +640,39 @@ def test_padded_patches_are_decoded_to_images_of_many_sizes(folders):
     ]
 
 
+def test_more_padded_images_than_are_looked_at_together_have_the_words_that_each_has_alone(folders):
+    processor = AutoImageProcessor.from_pretrained(folders("siglip2"), vwt=SETTINGS["merge"])
+    images = [PHOTOGRAPHS[0].resize((20 + 4 * number, 32)) for number in range(AT_ONCE + 1)]
+    together = processor(images, return_tensors="pt")[NAME]
+    for image, words in zip(images, together, strict=True):
+        assert torch.equal(processor(image, return_tensors="pt")[NAME][0], words)
+
+
+def test_floating_point_images_with_channels_last_are_decoded_as_images(folder):
+    processor = AutoImageProcessor.from_pretrained(folder, vwt=SETTINGS["merge"])
+    words = processor(PHOTOGRAPHS[0], return_tensors="pt")[NAME]
+    found, expected = (
+        processor.decode(words, image)[0] for image in (np.asarray(PHOTOGRAPHS[0], np.float32), PHOTOGRAPHS[0])
+    )
+    assert np.abs(np.asarray(found, np.int64) - np.asarray(expected, np.int64)).max() <= 1
+
+
+def test_an_image_processor_is_pushed_by_the_token_and_to_the_branch_that_are_given(hub, folder, monkeypatch):
+    processor = AutoImageProcessor.from_pretrained(folder, vwt=inter())
+    processor.push_to_hub("me/pushed")
+    huggingface_hub.create_branch("me/pushed", branch="words")
+    token = hub.token
+    monkeypatch.setenv("HF_TOKEN", hub.read_token)
+    given = {"push_to_hub": True, "repo_id": "me/pushed", "revision": "words"}
+    with pytest.raises(huggingface_hub.errors.HfHubHTTPError):
+        processor.save_pretrained(folder / "here", **given)
+    processor.save_pretrained(folder / "here", **given, token=token)
+    assert (
+        AutoImageProcessor.from_pretrained("me/pushed", revision="words").vwt["saved_as"] == processor.vwt["saved_as"]
+    )
+    assert AutoImageProcessor.from_pretrained("me/pushed").vwt["saved_as"] != processor.vwt["saved_as"]
+
+
 @pytest.mark.parametrize("setting", [VWTConfig(dropped="merge"), inter()], ids=["merge", "inter"])
 def test_a_pushed_image_processor_comes_back_with_its_words(setting, hub, folder):
     processor = AutoImageProcessor.from_pretrained(folder, vwt=setting)
@@ -922,6 +956,13 @@ def test_an_image_processor_that_says_nothing_of_statistics_takes_a_setting_that
     OldStyle().save_pretrained(folder)
     processor = OldStyle.from_pretrained(folder, vwt=vwt)
     assert processor([Image.new("RGB", (32, 32))], return_tensors="pt")[NAME].shape == (1, 64)
+
+
+def test_without_a_model_the_setting_tells_how_many_channels_images_have(tmp_path):
+    OldStyle().save_pretrained(tmp_path)
+    vwt = {"method": "local", "image_std": [1.0], "tolerance": 0.1, "patch_size": 4}
+    processor = OldStyle.from_pretrained(tmp_path, vwt=vwt)
+    assert processor([np.zeros((32, 32, 1))], return_tensors="pt")[NAME].shape == (1, 64)
 
 
 def test_an_image_processor_that_was_not_made_ready_for_its_setting_says_how_it_is():
