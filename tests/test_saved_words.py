@@ -152,8 +152,11 @@ def test_a_save_removes_the_words_of_other_saves_and_no_folder_of_a_user(tmp_pat
     of_a_save, *mine = (tmp_path / f"visual_words-{end}" for end in ("0" * 16, "0" * 16 + "-mine", "mine"))
     for folder in (of_a_save, *mine):
         folder.mkdir()
+    link, file = (tmp_path / f"visual_words-{digit * 16}" for digit in "12")
+    link.symlink_to(mine[1])
+    file.write_text("mine")
     model(0).save_pretrained(tmp_path)
-    assert not of_a_save.exists() and all(folder.exists() for folder in mine)
+    assert not of_a_save.exists() and all(path.exists() for path in (*mine, link, file))
 
 
 def test_a_seal_tells_of_no_files_but_weights(tmp_path):

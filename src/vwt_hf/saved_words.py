@@ -162,8 +162,8 @@ def remove_other_words(folder: Path, saved_as: list[str], named: str = FOLDER) -
     kept = {words_folder(each, named) for each in saved_as}
     of_a_save = re.compile(f"{named}-{SAVED_AS.pattern}")
     for path in folder.iterdir():
-        if of_a_save.fullmatch(path.name) and path.name not in kept and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+        if of_a_save.fullmatch(path.name) and path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)  # which leaves files and links
 
 
 def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any], named: str = FOLDER) -> VisualVocabulary:
