@@ -21,8 +21,8 @@ import vwt_hf
 from test_pipeline import tokenizer_with
 from tiny import tiny_model
 from vwt_hf import visualize
-from vwt_hf.cli import main
-from vwt_hf.cli.loading import features_class
+from vwt_hf.cli import demo, main
+from vwt_hf.cli.loading import features_class, leave_out_random
 from vwt_hf.cli.show import default_pixel_values
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -213,6 +213,42 @@ def test_more_photographs_than_a_picture_holds_all_count(checkpoint, tmp_path, c
     assert run_demo(checkpoint, folder, "--keep-ratio", "0.5", "--batch-size", "5") == 0
     printed = capsys.readouterr().out
     assert "14 photographs at 32×32" in printed and "(the first 12 photographs)" in printed
+    for index in (12, 13):
+        (folder / f"{index:02}.png").unlink()
+    assert run_demo(checkpoint, folder, "--keep-ratio", "0.5", "--batch-size", "5") == 0
+    assert "the first" not in capsys.readouterr().out
+
+
+def test_demo_goes_by_the_seed_and_the_batch_size_and_draws_the_cosines_that_it_prints(
+    checkpoint, photographs, monkeypatch, capsys
+):
+    figures, batches, measure = [], [], demo.measure
+    monkeypatch.setattr(visualize, "kept_patches_figure", lambda *args, **kwargs: figures.append((args, kwargs)))
+    monkeypatch.setattr(visualize, "write_png", lambda figure, file: None)
+    monkeypatch.setattr(
+        demo, "measure", lambda models, given, *rest: measure(models, batches.extend(given) or batches, *rest)
+    )
+    asked = ["--criterion", "random", "--seed", "7", "--keep-ratio", "0.5", "0.25", "--batch-size", "2"]
+    assert run_demo(checkpoint, photographs, *asked) == 0
+    assert [len(batch["pixel_values"]) for batch in batches] == [2]
+    ((_, _, settings), kwargs), printed = figures[0], capsys.readouterr().out
+    assert settings["keep_ratio=0.5"].seed == settings["keep_ratio=0.25"].seed == 7
+    means = [float(line.split()[-2]) for line in printed.splitlines() if "→" in line]
+    drawn = [[float(caption.split()[-1]) for caption in of_one] for of_one in kwargs["captions"]]
+    assert np.mean(drawn, axis=0) == pytest.approx(means, abs=1e-3)
+
+
+def test_the_table_of_demo_is_of_one_image_and_of_the_medians_of_turns():
+    seconds = torch.tensor([[1.0, 4.0, 2.0], [1.5, 1.0, 2.0]])
+    made = demo.Measured(seconds, [[1.0, 1.0], [0.5, 0.75]], [130.0, 66.0], "CLS", torch.empty(0))
+    _, row = demo.table(["half"], made, images=2)
+    assert row == ("half", "65 → 33", "1000.0 → 750.0", "1.00", "0.6250", "0.5000")
+
+
+@pytest.mark.parametrize(("patch_size", "side"), [(14, 224), (48, 240), (500, 500)])
+def test_without_a_model_show_cuts_squares_of_whole_patches(photographs, patch_size, side):
+    pixel_values = default_pixel_values([photographs / "noise.png"], patch_size, (0.5,) * 3, (0.5,) * 3)
+    assert pixel_values.shape == (1, 3, side, side)
 
 
 @pytest.mark.parametrize("verb", ["demo", "show", "learn", "vocab", "calibrate", "embed"])
@@ -433,6 +469,13 @@ def test_features_are_of_the_class_that_the_checkpoint_names_unless_it_has_a_hea
     for folder in (checkpoint, compressed):
         config = transformers.AutoConfig.from_pretrained(folder)
         assert type(features_class(config).from_pretrained(folder)).__name__ == expected
+
+
+@pytest.mark.parametrize(("missing", "named"), [("cab", r"a, b, c\."), ("edcba", r"a, b, c and 2 more\.")])
+def test_of_missing_weights_three_are_named_and_a_mask_token_is_none(missing, named):
+    leave_out_random(None, ["embeddings.mask_token"], "me/model")
+    with pytest.raises(ValueError, match=rf"me/model lacks weights of .*: {named} Expected a complete checkpoint"):
+        leave_out_random(None, missing, "me/model")
 
 
 def test_torchs_defaults_change_no_photograph_that_show_draws(photographs):
