@@ -11,9 +11,11 @@ import torch
 import transformers
 
 from vwt_hf import VisualVocabulary
-from vwt_hf.cli import main
+from vwt_hf.cli import main, vocab
+from vwt_hf.cli.show import default_statistics
 from vwt_hf.visualize import group_by_words, shared_words, tint, token_counts, word_captions, word_color, words_figure
 from vwt_hf.vocabulary import kmeans, learning
+from vwt_hf.vocabulary.files import VocabularyInfo
 
 Image = pytest.importorskip("PIL.Image", reason='needs pillow: pip install "vwt-hf[demo]"')
 pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "vwt-hf[demo]"')
@@ -63,10 +65,11 @@ def test_learn_writes_a_vocabulary_that_loads_and_prints_what_it_learned_from(
     monkeypatch.setattr(kmeans, "BUFFERED_AT_LEAST", 100)
     monkeypatch.setattr(kmeans, "BUFFERED", 1)
     output = tmp_path / "words"
-    assert run_learn(photographs, checkpoint, output) == 0
+    assert run_learn(photographs, checkpoint, output, "--seed", "3") == 0
     printed = capsys.readouterr()
     vocabulary = VisualVocabulary.from_pretrained(output)
     assert (len(vocabulary), vocabulary.patch_size, vocabulary.info.images) == (SIZE, PATCH_SIZE, IMAGES)
+    assert vocabulary.info.seed == 3
     facts = facts_of(printed.out)
     assert facts["patches"] == f"{IMAGES * PATCHES}" and facts["images"] == f"{IMAGES}" and facts["unreadable"] == "0"
     assert float(facts["seconds"]) >= 0 and f"{vocabulary.info.inertia:.4g}," in facts["inertia"]
@@ -206,6 +209,19 @@ def test_vocab_says_what_a_vocabulary_does_not_record(tmp_path, capsys):
     assert facts["inertia"] == facts["ten most frequent words"] == facts["its mean"] == "not recorded"
 
 
+def test_vocab_prints_each_figure_beside_its_name(tmp_path, capsys):
+    info = VocabularyInfo(image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6), patches=1200, inertia=0.25)
+    words = VisualVocabulary(torch.rand(12, 3, 4, 4), torch.tensor([1, *[100] * 9, 1, 98]), info)
+    words.save_pretrained(tmp_path / "words", card=False)
+    assert main(["vocab", str(tmp_path / "words"), "--output", str(tmp_path / "sheet.png")]) == 0
+    facts = facts_of(capsys.readouterr().out)
+    assert facts["its mean"] == "0.1, 0.2, 0.3" and facts["its standard deviation"] == "0.4, 0.5, 0.6"
+    assert facts["patches"] == "1,200" and facts["inertia"] == "0.25"
+    assert facts["ten most frequent words"] == "99.8 % of the patches"
+    many = VisualVocabulary(words.words, torch.full((12,), 2**62))  # whose sum no integer of 64 bits holds
+    assert dict(vocab.facts(many))["ten most frequent words"] == "83.3 % of the patches"
+
+
 @pytest.mark.parametrize("with_model", [False, True])
 def test_show_writes_a_picture_and_a_line_for_each_photograph(
     photographs, checkpoint, words, tmp_path, capsys, with_model
@@ -326,6 +342,7 @@ def test_show_draws_the_kept_patches(photographs, checkpoint, tmp_path, capsys):
     assert main([*arguments, "--output", str(tmp_path / "kept.png")]) == 0
     printed = capsys.readouterr().out
     assert printed.count(f"{PATCHES // 4} of {PATCHES} patches") == IMAGES
+    assert printed.splitlines()[-1] == f"picture: {tmp_path / 'kept.png'}"  # which holds all of them
     assert (tmp_path / "kept.png").exists()
 
 
@@ -364,6 +381,17 @@ def test_show_by_words_draws_as_many_tokens_as_a_model_has(photographs, words, c
     assert main([*asked, "--vocabulary", str(words), "--threshold", "0.3"]) == 0
     by_words = [line.split(" → ")[1].split()[0] for line in capsys.readouterr().out.splitlines()[:-1]]
     assert shown == by_words and len(shown) == IMAGES and int(shown[0]) < PATCHES
+    assert main([*asked, "--vocabulary", str(words), "--threshold", "0"]) == 0
+    assert capsys.readouterr().out.count(f"{PATCHES} patches → {PATCHES} ") == IMAGES
+
+
+def test_show_takes_the_statistics_of_a_vocabulary_that_records_both():
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    for fields, expected in (
+        ({"image_mean": mean, "image_std": std}, (mean, std)),
+        ({"image_mean": mean}, ((0.5,) * 3, (0.5,) * 3)),
+    ):
+        assert default_statistics(VisualVocabulary(torch.rand(2, 3, 4, 4), info=VocabularyInfo(**fields))) == expected
 
 
 @pytest.mark.parametrize(
