@@ -312,6 +312,23 @@ def test_a_mask_is_refused_where_attention_is_given_a_bias(name, setting, images
             model(pixel_values=images, attention_mask=mask)
 
 
+@pytest.mark.parametrize("setting", [SETTINGS["merge"], local(), coarse()], ids=["merge", "local", "coarse"])
+def test_a_mask_is_refused_where_a_forward_takes_it_by_its_place(setting, images):
+    mask = torch.arange(65).expand(4, 65) > 30
+    with pytest.raises(ValueError, match=r"attention_mask \(4, 65\) masks patches of the whole image"):
+        compress(tiny_model("beit"), setting)(images, None, False, mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout"), [("blip-vision", "attention_dropout"), ("data2vec", "attention_probs_dropout_prob")]
+)
+def test_attention_without_an_interface_drops_weights_in_training_alone(name, dropout, images):
+    model = compress(tiny_model(name, **{dropout: 0.5}), SETTINGS["merge"])
+    expected = model(pixel_values=images)[0]
+    assert torch.equal(model(pixel_values=images)[0], expected)
+    assert (model.train()(pixel_values=images)[0] - expected).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     "setting", [SETTINGS["discard"], SETTINGS["merge"], local()], ids=["discard", "merge", "local"]
 )
