@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from settings import ViTImageProcessor
-from vwt_hf import VisualVocabulary, processed_images
+from vwt_hf import VisualVocabulary, processed_images, processes
 from vwt_hf.processes import everywhere, gathered, in_main, joined, place, summed
 from vwt_hf.vocabulary import kmeans, learning
 
@@ -461,6 +461,34 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
         kind, told, said, sums, all_ = ended.made
         assert (kind, told, said, all_) == (object, [0, 10, 20], "from 0", [0, 1, 2])
         assert sums[0].tolist() == [3.0, 3.0] and sums[1].item() == 3
+
+
+def test_an_error_of_its_own_is_raised_by_a_process_that_has_lost_another():
+    def exchange(outcomes):
+        raise RuntimeError("Connection closed by peer. More of it.")
+
+    def work():
+        raise KeyError("mine")
+
+    with pytest.raises(processes.ProcessLost, match=r"lost another one, .*\(Connection closed by peer\)$"):
+        processes._exchanged(lambda: None, exchange)
+    with pytest.raises(KeyError, match="mine"):
+        processes._exchanged(work, exchange)
+
+
+def test_an_error_without_a_message_is_told_by_its_kind_and_known_by_its_cause():
+    assert processes._described(ValueError()) == (ValueError, "ValueError: ")
+    assert processes._described(KeyError("x")) == (RuntimeError, "KeyError: 'x'")
+    told = processes._again(1, ValueError, "bad")
+    with pytest.raises(TypeError) as raised:
+        raise TypeError("worse") from told
+    assert processes._is_known(raised.value) and not processes._is_known(TypeError("worse"))
+
+
+def test_what_a_launcher_has_set_stays(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"RANK": "5"})
+    processes._tell_environment(cpu=True)
+    assert os.environ == {"RANK": "5", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
 def test_one_process_makes_no_group_and_asks_accelerate_for_nothing(
