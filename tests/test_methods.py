@@ -240,3 +240,19 @@ def test_of_a_padded_image_at_least_one_patch_stays(criterion):
     pixels = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(0))
     plan = VWTConfig(keep_ratio=0.2, criterion=criterion).plan(Patches.of_padded(pixels, (2, 2), shapes))
     assert plan.stays.tolist() == [[True], [True]]
+
+
+@pytest.mark.parametrize("name", ["local", "true", "{words}"])
+def test_a_folder_of_words_may_have_a_name_that_means_something_else(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="vwt is "):
+        VWTConfig.parse(name)
+    (tmp_path / name).mkdir()
+    assert VWTConfig.parse(name).vocabulary == name
+
+
+def test_an_empty_text_names_no_vocabulary_and_an_empty_list_is_of_no_channels():
+    with pytest.raises(TypeError, match="vwt is ''; expected True, False, None"):
+        VWTConfig.parse("")
+    with pytest.raises(ValueError, match=r"image_std is \[\]; expected None or positive numbers, one for each channel"):
+        VWTConfig("local", image_std=[])
