@@ -475,6 +475,8 @@ def test_a_copy_of_the_embeddings_that_peft_trains_is_what_tokens_are_of(setting
     plain = answers(expected, images)
     torch.testing.assert_close(answers(adapted.eval(), images), plain)
 
+    with pytest.raises(TypeError, match=r"; give its get_base_model\(\)\.$"):
+        compress(adapted, setting)
     entering = []
     for model in (compress(expected, setting), compress(adapted.get_base_model(), setting)):
         find_layers(model)[0].register_forward_pre_hook(lambda layer, args: entering.append(args[0]))
