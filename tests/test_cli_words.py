@@ -184,7 +184,9 @@ def test_learn_pushes_where_it_is_asked_to(photographs, checkpoint, tmp_path, hu
     assert run_learn(photographs, checkpoint, tmp_path / "words", "--push-to-hub", "me/words", "--private") == 0
     on_hub = VisualVocabulary.from_pretrained("me/words")
     assert torch.equal(on_hub.words, VisualVocabulary.from_pretrained(tmp_path / "words").words)
-    assert on_hub.revision in capsys.readouterr().out
+    assert on_hub.revision in capsys.readouterr().out and hub.repos["me/words"].private
+    hub.repos["me/words"].private = False  # which words that are pushed without --private may be
+    assert run_learn(photographs, checkpoint, tmp_path / "again", "--push-to-hub", "me/words") == 0
 
 
 def test_vocab_prints_the_facts_and_writes_the_sheet(words, tmp_path, capsys):
