@@ -184,21 +184,32 @@ def test_only_files_that_datasets_reads_make_a_folder_of_images_a_data_set(tmp_p
 def test_a_stray_archive_among_more_images_makes_them_no_data_set(tmp_path):
     for number in range(3):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
-    for name in ("a.tar", "b.parquet"):
+    for name in ("a.tar", "b.tar"):
         (tmp_path / name).touch()
     assert open_source(str(tmp_path), described=True) == (tmp_path, None)
-    (tmp_path / "c.arrow").touch()  # as many tables as images
+    (tmp_path / "c.tar").touch()  # as many archives as images
+    assert sources._is_described(tmp_path)
+
+
+def test_tables_beside_more_pictures_are_a_data_set_as_a_clone_from_the_hub_is(tmp_path):
+    for name in ("data/train-00000-of-00001.parquet", "assets/1.png", "assets/2.png", "assets/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     assert sources._is_described(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
-def test_a_description_of_images_is_found_at_any_depth(name, tmp_path):
-    folder = tmp_path / "train" / "part" / "first"
+def test_a_description_further_down_counts_if_it_is_above_all_images(name, tmp_path):
+    folder = tmp_path / "train" / "first" / "deep"
     folder.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / "1.png")
+    (folder.parent / name).symlink_to(tmp_path / "nowhere")
     assert not sources._is_described(tmp_path)
-    (folder / name).write_text("file_name,label")
+    (folder.parent / name).unlink()
+    (folder.parent / name).write_text("file_name,label")
     assert sources._is_described(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "another.png")
+    assert open_source(str(tmp_path), described=True) == (tmp_path, None)
 
 
 def test_a_pooler_that_the_checkpoint_does_not_hold_is_left_out(checkpoint):

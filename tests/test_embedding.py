@@ -439,7 +439,8 @@ def is_running(process: int) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_workers_end_once_their_process_is_killed(run, tmp_path):
+@pytest.mark.parametrize(("begun_by", "count"), [("fork", 2), pytest.param("forkserver", 1, marks=pytest.mark.newest)])
+def test_workers_end_once_their_process_is_killed(begun_by, count, run, tmp_path):
     """Also while they wait for their images to be taken, which fill a pipe."""
     process = os.fork()
     if not process:
@@ -452,12 +453,14 @@ def test_workers_end_once_their_process_is_killed(run, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
 
             vwt_hf.embedding._Run._features = die
-            run(workers=2, image_processor=ViTImageProcessor(size={"height": 224, "width": 224}))
+            begun = functools.partial(vwt_hf.embedding.DataLoader, multiprocessing_context=begun_by)
+            vwt_hf.embedding.DataLoader = begun
+            run(workers=count, image_processor=ViTImageProcessor(size={"height": 224, "width": 224}))
         finally:
             os._exit(1)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
     workers = json.loads((tmp_path / "workers").read_text())
-    assert len(workers) == 2
+    assert len(workers) == count
     for _ in range(100):
         left = list(filter(is_running, workers))
         if not left:

@@ -38,7 +38,7 @@ from vwt_hf.evaluation_tasks import ZeroShot
 from vwt_hf.figures import agreement, divergence, ranks, share_interval, token_f1
 from vwt_hf.image_processing import HostTokenizer
 from vwt_hf.image_source import find_images
-from vwt_hf.labelled_images import groups_of, open_labelled
+from vwt_hf.labelled_images import LabelledImages, groups_of, open_labelled
 from vwt_hf.processed_images import pixel_batches
 from vwt_hf.processors import load_processor
 from vwt_hf.token_count import TokenCount
@@ -332,7 +332,7 @@ def test_a_users_file_that_hides_a_package_is_named_before_anything_is_measured(
     own.parent.mkdir(parents=True)
     own.write_text("raise SystemExit('it ran')")
     monkeypatch.syspath_prepend(tmp_path / "program")
-    monkeypatch.delitem(sys.modules, name.replace(".", "/").split("/")[0])
+    monkeypatch.delitem(sys.modules, name.replace(".", "/").split("/")[0], raising=False)
     monkeypatch.setattr(evaluate_module, "_answers", lambda *_: pytest.fail("an image was measured"))
     with pytest.raises(ImportError, match=rf"{re.escape(str(own))} hides the package '\w+', .* Rename it"):
         evaluate_model(model, photographs, vwt=[HALF], progress=False)
@@ -1657,6 +1657,28 @@ def test_numbers_with_an_empty_cell_among_them_are_labels_by_number(tmp_path, ph
     samples = [sample for _, batch in opened.batches(0, 1, 17) for sample in batch]
     assert [sample.label for sample in samples[2:6]] == [0, 1, None, 1]
     assert [sample.group for sample in samples[:3]] == [None, "1", "0"]
+
+
+def test_numbers_that_are_not_whole_are_no_labels_by_number():
+    images = [Image.new("RGB", (8, 8))] * 3
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("float64")})
+    data = datasets.Dataset.from_dict({"image": images, "label": [0.0, 0.5, 1.0]}, features=features)
+    samples = [sample for _, batch in open_labelled(data).batches(0, 1, 3) for sample in batch]
+    assert [sample.label for sample in samples] == ["0.0", "0.5", "1.0"]
+
+
+def test_a_stream_whose_files_lie_elsewhere_now_is_the_same(photographs, tmp_path):
+    def opened(folder: Path) -> LabelledImages:
+        files = [str(path) for path in sorted(folder.rglob("*.png"))[:4]]
+        data = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+        return open_labelled(data.to_iterable_dataset())
+
+    known = {
+        number: [sample._replace(item=None) for sample in batch]
+        for number, batch in opened(photographs).batches(0, 1, 2, known={})
+    }
+    photographs.rename(tmp_path / "elsewhere")
+    assert list(opened(tmp_path / "elsewhere").batches(0, 1, 2, known=known)) == [(0, None), (1, None)]
 
 
 def test_a_label_of_another_kind_is_a_text():

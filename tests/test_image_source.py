@@ -55,7 +55,7 @@ def test_folders_are_searched_through_all_levels_for_what_pillow_decodes_itself(
 
 
 def test_photographs_of_formats_that_are_not_read_are_counted_in_a_warning(tmp_path, recwarn):
-    for name in ("a.png", "1.HEIC", "b/2.heic", "b/3.dng", "b/.hidden.heic", "notes.txt"):
+    for name in ("a.png", "a.CR2", "1.HEIC", "b/2.heic", "b/3.dng", "b/.hidden.heic", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert find_images([tmp_path]) == [tmp_path / "a.png"]

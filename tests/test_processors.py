@@ -86,7 +86,8 @@ def test_what_is_no_image_processor_is_refused_before_an_image_is_read(given):
 
 
 @pytest.mark.parametrize("fields", [{"model_type": "my-vit"}, {"model_type": "my", "auto_map": {"AutoConfig": "m.C"}}])
-def test_words_beside_a_model_of_unknown_code_are_found_and_not_the_package_s(fields, tmp_path):
+@pytest.mark.parametrize("around", [lambda own: own, lambda own: {"vision_config": own}], ids=["model", "tower"])
+def test_words_beside_a_model_of_unknown_code_are_found_and_not_the_package_s(fields, around, tmp_path):
     words = VisualVocabulary(torch.rand(20, 3, 16, 16))
     ViTImageProcessor().save_pretrained(tmp_path)
     tiny_model("vit", patch_size=16).save_pretrained(tmp_path)
@@ -94,7 +95,14 @@ def test_words_beside_a_model_of_unknown_code_are_found_and_not_the_package_s(fi
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     saved = json.loads(file.read_text())
-    file.write_text(json.dumps(saved | fields))
+    odd = {
+        "num_labels": None,
+        "id2label": {"cat": 1},
+        "rope_scaling": {"type": "own"},
+        "dtype": "auto",
+        "layer_types": [7],
+    }
+    file.write_text(json.dumps(around(saved | odd) | fields))
     processor = AutoImageProcessor.from_pretrained(tmp_path, vwt={"method": "inter"})
     assert len(processor.tokenizer_of_patches.setting.words.vocabulary) == 20
     assert processor.tokenizer_of_patches.patch_size == (16, 16)

@@ -142,7 +142,7 @@ def _cosines(
 
 def join_alike(hidden_states: torch.Tensor, layout: Layout, least: float) -> torch.Tensor:
     """Joins every second token of an image with the one among the others that is most like it, if the two are at least
-    so much alike: as `Pairs.into`."""
+    so much alike, or `SAME` if that is less: as `Pairs.into`."""
     least = min(least, SAME)
     if kernels := kernels_for(hidden_states):
         return kernels.join_alike(hidden_states, layout, least, EARLIER, PLACES, FLAT)

@@ -218,14 +218,18 @@ class Calibration:
                     named.append((name, processed(item, processor, name)))
                 except UnreadableImage as error:
                     unreadable.append(str(error))
-        left_out = f"{len(unreadable)} could not be read and were left out. The first: {'; '.join(unreadable[:3])}."
+        left_out = (
+            f"Of {len(named) + len(unreadable)} images {len(unreadable)} could not be read and were left out. The "
+            f"first: {'; '.join(unreadable[:3])}."
+        )
         if len(named) < FEWEST:
+            advice = f" {left_out} If there are more, raise max_images." if unreadable else ""
             raise ValueError(
                 f"images holds {len(named)} images; expected at least {FEWEST}: of fewer that all agree, the 95 % "
-                f"interval of agreement would still reach below 93 %.{' ' + left_out if unreadable else ''}"
+                f"interval of agreement would still reach below 93 %.{advice}"
             )
         if unreadable:
-            warnings.warn(f"Of {len(named) + len(unreadable)} images {left_out}", stacklevel=3)
+            warnings.warn(left_out, stacklevel=3)
         self.images, self._batch_size = len(named), min(batch_size, len(named))
         parts = [named[start : start + batch_size] for start in range(0, len(named), batch_size)]
         self._names = [[name for name, _ in part] for part in parts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from typing import Any, TypeGuard
 
@@ -77,9 +78,13 @@ def require_unhidden(package: str, module: str) -> None:
     Args:
         module: one that the package has.
     """
-    found = importlib.util.find_spec(package)
-    places = getattr(found, "submodule_search_locations", None) or []
-    if found is not None and importlib.machinery.PathFinder.find_spec(f"{package}.{module}", places) is None:
+    try:
+        found = importlib.util.find_spec(package)
+    except ValueError:  # something stands in for the package, without a spec
+        return
+    if found is None or not os.path.isfile(found.origin or ""):
+        return
+    if importlib.machinery.PathFinder.find_spec(f"{package}.{module}", found.submodule_search_locations or []) is None:
         raise ImportError(
             f"{found.origin} hides the package {package!r}, which is needed for the figures; expected no file or "
             "folder of that name beside the program or in the current folder. Rename it."

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import os
 import threading
 import time
@@ -376,14 +377,16 @@ def _reading_limits() -> dict[str, Any]:
 
 
 def _begin_worker(worker: int, truncated: bool, most_pixels: int | None) -> None:
-    """Gives a worker the limits of the process that began it, which one that is not forked has not, and its end."""
+    """Has a worker read by the limits of the process that began it, and end once that is killed."""
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = truncated, most_pixels
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_when_killed, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """Ends a worker once its parent is killed. By itself it would wait forever for its images to be taken."""
-    while os.getppid() == parent:
+def _end_when_killed() -> None:
+    """Ends this worker once the process that began it is gone: it would wait forever for its images to be taken."""
+    began_it, above = multiprocessing.parent_process(), os.getppid()
+    # A fork server is above its workers and lives on; other forks may keep open what tells of the process.
+    while began_it is not None and began_it.is_alive() and os.getppid() == above:
         time.sleep(1)
     os._exit(1)
 

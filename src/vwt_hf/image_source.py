@@ -215,7 +215,7 @@ def image_names(folder: Path) -> Iterator[str]:
     Links are followed. A folder that several links lead to is searched once: where it lies if that is below `folder`,
     else at the first link. A link to nothing is among the files, so that it is named when it cannot be read. Hidden
     files, `OWN_PICTURES`, and the picture of words beside a vocabulary, are left out. Photographs of formats that are
-    not read are warned of.
+    not read are warned of, unless an image beside them has the same name but for its ending.
     """
     endings = _endings()
     top = os.path.realpath(folder)
@@ -235,6 +235,7 @@ def image_names(folder: Path) -> Iterator[str]:
         is_of_words = any(entry.name == "vocabulary.json" for entry in entries)
         drawn = (*OWN_PICTURES, "words.png") if is_of_words else OWN_PICTURES
         entries = [entry for entry in entries if entry.name not in drawn]
+        others, stems = [], set()
         for entry in entries:
             if _is_folder(entry):
                 real = os.path.realpath(entry.path)
@@ -242,11 +243,13 @@ def image_names(folder: Path) -> Iterator[str]:
                 if real not in searched and not lies_elsewhere:
                     yield from within(entry.path, f"{below}{entry.name}/")
                 continue
-            ending = os.path.splitext(entry.name)[1].lower()
-            if ending in endings and _is_file(entry):
+            stem, ending = os.path.splitext(entry.name)
+            if ending.lower() in endings and _is_file(entry):
+                stems.add(stem)
                 yield below + entry.name
-            elif ending in UNREAD:
-                unread[ending] += 1
+            elif ending.lower() in UNREAD:
+                others.append((stem, ending.lower()))
+        unread.update(ending for stem, ending in others if stem not in stems)
 
     yield from within(os.fspath(folder), "")
     for ending, count in unread.items():

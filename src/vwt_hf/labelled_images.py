@@ -61,6 +61,9 @@ class LabelledImages:
     """Where a stream comes from, such as a Hub id; set by whoever opened it."""
     column_names: tuple[str, ...] = ()
     """All columns of the data set, which messages name."""
+    whole: frozenset[str] = frozenset()
+    """Of `label` and `group` those whose numbers are whole, though of floating point: pandas makes such of whole ones
+    that have an empty cell among them."""
 
     @property
     def has_labels(self) -> bool:
@@ -111,7 +114,7 @@ class LabelledImages:
         for number in range(process, -(-len(images) // batch_size), processes):
             batch = images[number * batch_size : (number + 1) * batch_size]
             named = [None] * len(batch) if files is None else files[batch.start : batch.stop].to_pylist()
-            sizes = [str(os.path.getsize(file)) if file and os.path.exists(file) else "" for file in named]
+            sizes = list(map(_size_of, named))
             before = (known or {}).get(number)
             if before is not None and all(size in ("", one.content) for size, one in zip(sizes, before, strict=True)):
                 yield number, None
@@ -139,15 +142,17 @@ class LabelledImages:
                 contents = [image_source.described_images([row], self.columns["image"]) for row in batch]
                 samples = [one._replace(content=of) for one, of in zip(samples, contents, strict=True)]
             before = (known or {}).get(number)
-            is_same = before is not None and [sample._replace(item=None) for sample in samples] == list(before)
+            # Not by name: a stream's files may lie elsewhere now.
+            now, then = ([one._replace(item=None, name="") for one in each] for each in (samples, before or ()))
+            is_same = before is not None and now == then
             yield number, None if is_same else samples
 
     def _sample(self, number: int, row: Any, whose: str = "") -> Sample:
         if isinstance(row, Path):
             name = folder_name(row)
             return Sample(str(row), row, name, name if self.groups is None else self.groups[number], ())
-        label = _named(row.get(self.columns.get("label")), self.label_names)
-        group = _named(row[self.columns["group"]], self.group_names) if "group" in self.columns else label
+        label = _named(self._cell(row, "label"), self.label_names)
+        group = _named(self._cell(row, "group"), self.group_names) if "group" in self.columns else label
         item = row[self.columns["image"]]
         path = item.get("path") if isinstance(item, Mapping) else None
         return Sample(
@@ -158,9 +163,16 @@ class LabelledImages:
             self._captions(row.get(self.columns.get("captions"))),
         )
 
+    def _cell(self, row: Any, kind: str) -> Any:
+        value = row.get(self.columns.get(kind))
+        return int(value) if kind in self.whole and value is not None and value == value else value
+
     def first_captions(self, most: int) -> list[str]:
         """Some captions, of the first images; none of a stream."""
-        rows = self.data[:most][self.columns["captions"]] if hasattr(self.data, "__len__") else []
+        if not hasattr(self.data, "__len__"):
+            return []
+        column = self.columns["captions"]
+        rows = self.data.select_columns(column)[:most][column]  # and not their images
         return [text for row in rows for text in self._captions(row)][:most]
 
     def _captions(self, value: Any) -> tuple[str, ...]:
@@ -173,12 +185,20 @@ class LabelledImages:
         return tuple(filter(None, texts))
 
 
+def _size_of(file: str | None) -> str:
+    """The size of a file in bytes; empty if there is none."""
+    try:
+        return str(os.stat(file).st_size) if file else ""
+    except OSError:
+        return ""
+
+
 def _named(value: Any, names: Sequence[str] | None) -> str | int | None:
     """A label or group as a data set has it: its name, or its number where there are no names."""
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, float) and (value != value or value.is_integer()):  # as pandas has numbers with a gap
-        return None if value != value else _named(int(value), names)
+    if value != value:  # as pandas has cells that are empty
+        return None
     if not isinstance(value, int):  # a date, say
         return str(value)
     if names is None:
@@ -280,19 +300,32 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     dataset = image_source.undecoded(dataset, columns["image"], columns.values())
     name = getattr(dataset.info, "dataset_name", None) or "a data set"
     names, group_names = (getattr(features.get(columns.get(kind, "")), "names", None) for kind in ("label", "group"))
-    total, rows = limit, None
+    total, rows, whole = limit, None, set()
     if isinstance(dataset, datasets.Dataset):
         if names is None and _may_hold_texts(features, columns.get("label")):
             # Of all rows: the limit says how many are looked at, not of what.
             written = dataset[columns["label"]][:]
             names = sorted({label for label in written if isinstance(label, str)}) or None
+        for kind in {"label", "group"} & columns.keys():
+            if getattr(features[columns[kind]], "dtype", None) in ("float32", "float64"):
+                written = dataset[columns[kind]][:]
+                if all(value is None or value != value or value.is_integer() for value in written):
+                    whole.add(kind)
         rows = image_source.spread(len(dataset), limit)
         dataset, total = dataset.select(rows), len(rows)
     elif limit is not None:
         dataset = dataset.take(limit)
     label_names, group_names = (None if known is None else tuple(known) for known in (names, group_names))
     return LabelledImages(
-        dataset, name, total, label_names, columns, rows=rows, group_names=group_names, column_names=tuple(features)
+        dataset,
+        name,
+        total,
+        label_names,
+        columns,
+        rows=rows,
+        group_names=group_names,
+        column_names=tuple(features),
+        whole=frozenset(whole),
     )
 
 

@@ -170,7 +170,7 @@ def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
                 return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub_kwargs)
             except ValueError:  # it is of a model that transformers does not know, or there is none
                 fields = PreTrainedConfig.get_config_dict(checkpoint, **hub_kwargs)[0]
-                return PreTrainedConfig.from_dict(fields) if fields else None
+                return _as_written(fields) if fields else None
     except OSError as error:
         require_checkpoint(checkpoint)
         if os.path.exists(checkpoint):
@@ -185,6 +185,14 @@ def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
         ) from error
     except Exception as error:  # of what a stranger wrote, transformers may raise anything
         raise _unreadable("config.json", checkpoint, error) from error
+
+
+def _as_written(fields: dict[str, Any]) -> PreTrainedConfig:
+    """A config with the fields of a file, whatever they mean; fields that have fields themselves are configs, too."""
+    config = PreTrainedConfig()
+    for name, value in fields.items():
+        vars(config)[name] = _as_written(value) if isinstance(value, dict) and name != "vwt" else value
+    return config
 
 
 def _unreadable(name: str, checkpoint: Any, error: Exception) -> ValueError:

@@ -139,26 +139,37 @@ def _require_same(folder: Path, name: str, asked: str | None, own: str | None) -
 
 
 def _is_described(folder: Path) -> bool:
-    """Whether a folder has, at any depth, files that `datasets` reads for its images.
+    """Whether a folder has files that `datasets` reads for its images.
 
-    Such are metadata files with a column `file_name` or like it. Archives and tables are, if the folder has no more
-    images than these; those that `embed` writes are not.
+    In the folder, or one folder down, these are Parquet and Arrow files that `embed` did not write, and metadata files
+    with a column `file_name` or like it. Archives count if there are no more images than these, and metadata files
+    further down if each image lies below one.
     """
     from ..image_source import image_names
 
-    tables = 0
+    archives, described = 0, []
     for within, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
+        below = os.path.relpath(within, folder)
+        is_near = os.sep not in below
         for name in names:
-            if name in ("metadata.csv", "metadata.jsonl"):
-                if _names_images(Path(within, name)):
+            if name in ("metadata.csv", "metadata.jsonl") and _names_images(Path(within, name)):
+                if is_near:
                     return True
-            elif name[0] != "." and name.endswith((".parquet", ".arrow", ".tar")):
-                tables += not (_OF_EMBED.fullmatch(name) and "embed.json" in names)
-    return tables > 0 and len(list(itertools.islice(image_names(folder), tables + 1))) <= tables
+                described.append(below.replace(os.sep, "/") + "/")
+            elif is_near and name[0] != "." and name.endswith((".parquet", ".arrow")):
+                if not (_OF_EMBED.fullmatch(name) and "embed.json" in names):
+                    return True
+            elif is_near and name[0] != "." and name.endswith(".tar"):
+                archives += 1
+    if archives and len(list(itertools.islice(image_names(folder), archives + 1))) <= archives:
+        return True
+    return bool(described) and all(name.startswith(tuple(described)) for name in image_names(folder))
 
 
 def _names_images(file: Path) -> bool:
+    if not file.is_file():  # a folder, or a link to nothing
+        return False
     with file.open("rb") as opened:
         names_images = b"file_name" in opened.read(_HEAD).replace(b"\0", b"")  # in UTF-16, too
     if not names_images:
