@@ -33,8 +33,8 @@ class Sample(NamedTuple):
     """`None` if it is in none."""
     captions: tuple[str, ...]
     content: str = ""
-    """Where a run may be resumed, of a stream a hash of the stored image, and of a row the size of the file that it
-    names; else empty."""
+    """Tells a resumed run whether the image is still the same: a hash of what a stream holds, or the size of the file
+    that a row names. Empty for files of a folder, and where nothing is to be resumed."""
 
 
 @dataclasses.dataclass
