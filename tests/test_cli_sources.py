@@ -198,6 +198,21 @@ def test_tables_beside_more_pictures_are_a_data_set_as_a_clone_from_the_hub_is(t
     assert sources._is_described(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "a.parquet", "a.arrow", "a.tar"])
+def test_links_to_folders_are_followed_and_links_to_nothing_describe_nothing(name, tmp_path):
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    images.mkdir()
+    elsewhere.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "1.png")
+    (images / name).symlink_to(elsewhere / name)
+    (images / "train").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(images)
+    assert open_source(str(images), described=True) == (images, None)
+    (images / name).unlink()
+    (elsewhere / name).write_text("file_name,label")
+    assert sources._is_described(images)
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_a_description_further_down_counts_if_it_is_above_all_images(name, tmp_path):
     folder = tmp_path / "train" / "first" / "deep"

@@ -20,6 +20,7 @@ IMAGES = (
 _HEAD = 2**16
 """Bytes at the beginning of a file in which the names of its columns stand."""
 _OF_EMBED = re.compile(r"train-\d+-of-\d+\.parquet")
+_METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def open_source(
@@ -147,29 +148,24 @@ def _is_described(folder: Path) -> bool:
     """
     from ..image_source import image_names
 
-    archives, described = 0, []
-    for within, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]
-        below = os.path.relpath(within, folder)
-        is_near = os.sep not in below
-        for name in names:
-            if name in ("metadata.csv", "metadata.jsonl") and _names_images(Path(within, name)):
-                if is_near:
-                    return True
-                described.append(below.replace(os.sep, "/") + "/")
-            elif is_near and name[0] != "." and name.endswith((".parquet", ".arrow")):
-                if not (_OF_EMBED.fullmatch(name) and "embed.json" in names):
-                    return True
-            elif is_near and name[0] != "." and name.endswith(".tar"):
-                archives += 1
+    kinds = (*_METADATA, *(f"[!.]*.{ending}" for ending in ("parquet", "arrow", "tar")))
+    found = (file for within in ("", "[!.]*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
+    near = list(filter(Path.is_file, found))
+    if any(map(_describes, near)):
+        return True
+    archives = sum(file.suffix == ".tar" for file in near)
     if archives and len(list(itertools.islice(image_names(folder), archives + 1))) <= archives:
         return True
-    return bool(described) and all(name.startswith(tuple(described)) for name in image_names(folder))
+    deep = (file for name in _METADATA for file in folder.glob(f"[!.]*/[!.]*/**/{name}") if file.is_file())
+    above = tuple(f"{file.parent.relative_to(folder).as_posix()}/" for file in deep if _describes(file))
+    return bool(above) and all(name.startswith(above) for name in image_names(folder))
 
 
-def _names_images(file: Path) -> bool:
-    if not file.is_file():  # a folder, or a link to nothing
-        return False
+def _describes(file: Path) -> bool:
+    """Whether a file, other than an archive, is one that `datasets` reads for images."""
+    if file.name not in _METADATA:
+        of_embed = _OF_EMBED.fullmatch(file.name) and (file.parent / "embed.json").exists()
+        return file.suffix != ".tar" and not of_embed
     with file.open("rb") as opened:
         names_images = b"file_name" in opened.read(_HEAD).replace(b"\0", b"")  # in UTF-16, too
     if not names_images:
