@@ -1,4 +1,4 @@
-"""Checks of numbers that a user or a file gives, among them the mean and standard deviation of images; of packages."""
+"""Checks of numbers that a user or a file gives, and of packages that a user's own files may hide."""
 
 from __future__ import annotations
 

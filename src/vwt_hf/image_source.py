@@ -421,7 +421,7 @@ def files_of_rows(dataset: Any, column: str) -> Any:
     """For each row of a `Dataset` the path of its file, in Arrow; `None` where the row holds the image itself."""
     import pyarrow.compute as pc
 
-    # By columns, of which that of images is not read.
+    # Of stored images only whether they are there is asked.
     content, path = (pc.struct_field(dataset.data.column(column), name) for name in ("bytes", "path"))
     paths = pc.if_else(pc.is_null(content), path, None)
     return paths if dataset._indices is None else paths.take(dataset._indices.column(0))

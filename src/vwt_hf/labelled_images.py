@@ -62,8 +62,7 @@ class LabelledImages:
     column_names: tuple[str, ...] = ()
     """All columns of the data set, which messages name."""
     whole: frozenset[str] = frozenset()
-    """Of `label` and `group` those whose numbers are whole, though of floating point: pandas makes such of whole ones
-    that have an empty cell among them."""
+    """Which of the columns for `label` and `group` hold whole numbers as floats: pandas does where a cell is empty."""
 
     @property
     def has_labels(self) -> bool:
@@ -164,11 +163,12 @@ class LabelledImages:
         )
 
     def _cell(self, row: Any, kind: str) -> Any:
+        """What a row holds in the column for `label` or `group`."""
         value = row.get(self.columns.get(kind))
         return int(value) if kind in self.whole and value is not None and value == value else value
 
     def first_captions(self, most: int) -> list[str]:
-        """Some captions, of the first images; none of a stream."""
+        """At most `most` captions, those of the first images; none of a stream, which is read once."""
         if not hasattr(self.data, "__len__"):
             return []
         column = self.columns["captions"]

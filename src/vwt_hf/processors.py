@@ -188,7 +188,7 @@ def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
 
 
 def _as_written(fields: dict[str, Any]) -> PreTrainedConfig:
-    """A config with the fields of a file, whatever they mean; fields that have fields themselves are configs, too."""
+    """A config with the fields of a config.json, unchecked; the objects within it become configs, too."""
     config = PreTrainedConfig()
     for name, value in fields.items():
         vars(config)[name] = _as_written(value) if isinstance(value, dict) and name != "vwt" else value
