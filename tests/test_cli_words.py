@@ -180,6 +180,20 @@ def test_learn_asks_who_pushes_before_it_learns(photographs, checkpoint, tmp_pat
     assert "is invalid" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "reason"),
+    [("--push-to-hub", "me/../words", "me/../words"), ("--checkpoint", "file", "file is no folder")],
+)
+def test_learn_finds_before_it_learns_that_nothing_can_be_kept(
+    argument, value, reason, photographs, checkpoint, tmp_path, hub, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(VisualVocabulary, "learn", lambda *_, **__: pytest.fail("learned"))
+    assert run_learn(photographs, checkpoint, tmp_path / "words", argument, value) == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_learn_pushes_where_it_is_asked_to(photographs, checkpoint, tmp_path, hub, capsys):
     assert run_learn(photographs, checkpoint, tmp_path / "words", "--push-to-hub", "me/words", "--private") == 0
     on_hub = VisualVocabulary.from_pretrained("me/words")

@@ -72,6 +72,16 @@ def test_a_save_with_words_waits_for_another_into_its_folder_and_one_without_doe
     assert load(tmp_path).config.vwt["method"] == "inter"
 
 
+def test_a_pickle_in_place_of_a_saved_models_words_is_not_read(tmp_path):
+    saved = model(0)
+    saved.save_pretrained(tmp_path)
+    [folder] = tmp_path.glob("visual_words-*")
+    (folder / "vocabulary.json").unlink()
+    torch.save(words(1).words.flatten(1), folder / "vocab.pt")
+    with pytest.raises(FileNotFoundError, match=r"holds no vocabulary\.json"):
+        load(tmp_path)
+
+
 def test_what_saves_still_tells_its_arguments_and_what_it_does():
     assert "max_shard_size" in inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters
     for kind in (transformers.PreTrainedModel, ViTImageProcessor, transformers.ProcessorMixin):

@@ -46,3 +46,13 @@ def test_transformers_says_as_much_as_before_where_threads_overlap():
     leave.set()
     thread.join()
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_progress_bars_that_a_user_turned_off_stay_off():
+    logging.disable_progress_bar()
+    try:
+        with quiet_transformers():
+            pass
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
