@@ -89,13 +89,13 @@ class HostTokenizer:
                 f"The image processor makes {known} pixel_values, of which patches could be cut. Load it without `vwt`."
             )
         values = made["pixel_values"]
+        made = {name: made[name] for name in made if name in _READ}
         with contextlib.nullcontext() if os.getpid() == _PROCESS else _one_thread():
             if isinstance(values, (list, tuple)):
-                made = {name: made[name] for name in made if name in _READ}
                 each = [{name: as_tensor(own[i])[None] for name, own in made.items()} for i in range(len(values))]
                 counts = [None] * len(each) if tiles is None else [[count] for count in tiles]
                 return [self._of_batch(*one)[0].cpu().numpy() for one in zip(each, counts, strict=True)]
-            found = self._of_batch({name: as_tensor(made[name]) for name in made if name in _READ}, tiles)
+            found = self._of_batch({name: as_tensor(own) for name, own in made.items()}, tiles)
             return found if isinstance(values, torch.Tensor) else found.numpy()
 
     def _of_batch(self, made: dict[str, torch.Tensor], counts: list[int] | None) -> torch.Tensor:
@@ -124,7 +124,13 @@ class HostTokenizer:
         """The patches of a batch of whole images, or of padded patches; anything else is refused."""
         values = made["pixel_values"].float()
         if values.dim() == 3 and "spatial_shapes" in made:
-            self._require_rows(values)
+            height, width = self.patch_size
+            if values.shape[2] != self.channels * height * width:
+                raise ValueError(
+                    f"pixel_values {tuple(values.shape)} have {values.shape[2]} values for each patch; expected "
+                    f"{self.channels * height * width}, of {self.channels} channels and {height} × {width} pixels. "
+                    "Give images with as many channels, and no other patch_size than the model's."
+                )
             return Patches.of_padded(values, self.patch_size, made["spatial_shapes"], made.get("pixel_attention_mask"))
         if values.dim() != 4 or values.shape[1] not in (1, 3, 4, self.channels):
             raise ValueError(
@@ -139,16 +145,6 @@ class HostTokenizer:
                 "of a model of such images."
             )
         return Patches.of_images(values, self.patch_size)
-
-    def _require_rows(self, values: torch.Tensor) -> None:
-        """Raises `ValueError` unless the rows of padded patches are as long as the model's patches have values."""
-        height, width = self.patch_size
-        if values.shape[2] != self.channels * height * width:
-            raise ValueError(
-                f"pixel_values {tuple(values.shape)} have {values.shape[2]} values for each patch; expected "
-                f"{self.channels * height * width}, of {self.channels} channels and {height} × {width} pixels. Give "
-                "images with as many channels, and no other patch_size than the model's."
-            )
 
     def plan(self, patches: Patches, patch_words: torch.Tensor) -> Kept | Grouped:
         """The plan by `patch_words`: which token each patch becomes part of. Words that do not fit are refused."""
@@ -212,7 +208,7 @@ def _write_setting(processor: Any, vwt: Any) -> None:
         processor.__class__ = plain
     else:
         processor.__dict__["vwt"] = vwt
-        processor.__class__ = _class_with_setting(plain)
+        processor.__class__ = processor_subclass(plain)
 
 
 SETTING = property(_read_setting, _write_setting, doc="The setting by which it makes `patch_words`, or `None`.")
@@ -221,10 +217,6 @@ SETTING = property(_read_setting, _write_setting, doc="The setting by which it m
 
 def _reads_videos(processor_class: type) -> bool:
     return any(kind.__name__ == "BaseVideoProcessor" for kind in processor_class.__mro__)
-
-
-def _class_with_setting(plain: Any) -> Any:
-    return plain if issubclass(plain, Tokenizing) else processor_subclass(plain)
 
 
 _tokenized: contextvars.ContextVar[Any] = contextvars.ContextVar("vwt_hf tokenized", default=None)
@@ -384,8 +376,10 @@ def _as_batch(images: Mapping[str, Any], patch_words: Any) -> tuple[dict[str, to
 
 
 @functools.cache
-def processor_subclass(plain: Any) -> type[BaseImageProcessor]:
-    """The subclass of an image processor's class, of the same name, that makes `patch_words` and saves its setting."""
+def processor_subclass(plain: Any) -> Any:
+    """The class, or its subclass of the same name, that makes `patch_words` and saves its setting."""
+    if issubclass(plain, Tokenizing):
+        return plain
     body = {
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
@@ -398,7 +392,7 @@ def processor_subclass(plain: Any) -> type[BaseImageProcessor]:
 
 def _empty(plain: Any) -> BaseImageProcessor:
     """An image processor without fields, which `pickle` and `copy` fill."""
-    processor_class = _class_with_setting(plain)
+    processor_class = processor_subclass(plain)
     return processor_class.__new__(processor_class)
 
 
