@@ -261,19 +261,20 @@ class Calibration:
             )
             bar.total = bar.n
         # All settings from `first` on agree too little, or are fast or short enough.
-        chosen = CHOICES[first : first + 1]
+        reached = [self._tried[choice] for choice in CHOICES[first : first + 1]]
         if target == "agreement":  # of these the heaviest need not be the fastest
             enough = [level for level in self.tried if not _is_beyond(target, wanted, level)]
-            chosen = tuple(level.choice for level in sorted(enough, key=lambda level: level.speed))
-        if not chosen:
+            reached = sorted(enough, key=lambda level: level.speed)
+        if not reached:
             nearest = {
                 "agreement": self.tried[0],
                 "speed": max(self.tried, key=lambda level: level.speed),
                 "tokens": min(self.tried, key=lambda level: level.tokens),
             }[target]
             raise ValueError(self._refusal(target, wanted, nearest))
-        evidence = self._evidence(self._tried[chosen[-1]], f"{target}={wanted:g}")
-        return dataclasses.replace(self._setting(chosen[-1]), evidence=evidence)
+        best = reached[-1]
+        evidence = self._evidence(best, f"{target}={wanted:g}")
+        return dataclasses.replace(self._setting(best.choice), evidence=evidence)
 
     def _setting(self, choice: Choice) -> VWTConfig:
         return VWTConfig(**choice._asdict(), image_std=self._image_std)

@@ -363,6 +363,6 @@ def _label_column(features: Mapping[str, Any]) -> str | None:
     import datasets
 
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    named = (name for name in LABEL_COLUMNS if name in features)
     # Masks of segmentation are called labels, too.
-    return next(iter([*classes, *(name for name in named if not isinstance(features[name], datasets.Image))]), None)
+    named = [name for name in LABEL_COLUMNS if name in features and not isinstance(features[name], datasets.Image)]
+    return next(iter(classes + named), None)

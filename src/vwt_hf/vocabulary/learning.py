@@ -53,16 +53,13 @@ CUTS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pc
 class StepRead(NamedTuple):
     """What one process read in one step."""
 
-    images: int
+    number: int
+    """Of images, also those that could not be read."""
     unreadable: list[str]
 
-    @classmethod
-    def of(cls, batch: PatchBatch) -> StepRead:
-        return cls(len(batch.lengths) - len(batch.unreadable), batch.unreadable)
-
     @property
-    def number(self) -> int:
-        return self.images + len(self.unreadable)
+    def images(self) -> int:
+        return self.number - len(self.unreadable)
 
 
 @dataclasses.dataclass
@@ -261,13 +258,7 @@ def _learn(
     save: Callable[[], None],
     bar: Any,
 ) -> None:
-    """Learns from this process's batches in step with the others, counts them in `done`, and saves progress.
-
-    Args:
-        share: images in a whole batch of one process.
-        save: saves `kmeans` and `done` as they are.
-        bar: the progress bar.
-    """
+    """Learns from this process's batches, `share` images in each, in step with the others, and saves progress."""
     ended = [False] * place()[1]
     whole = True
     started, before = time.monotonic(), kmeans.seen
@@ -361,7 +352,7 @@ def steps_of(batches: Iterator[PatchBatch], kmeans: MiniBatchKMeans) -> Iterator
         return batch._replace(patches=kmeans.checked(batch.patches))
 
     while True:
-        batch, reads = everywhere(read, StepRead.of)
+        batch, reads = everywhere(read, lambda batch: StepRead(len(batch.lengths), batch.unreadable))
         if not any(read.number for read in reads):
             return
         yield batch, reads
