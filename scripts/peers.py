@@ -107,8 +107,6 @@ def match_alike(keys: torch.Tensor, prefix: int, least: float, sizes: torch.Tens
     """As `match`, of all patches whose best match has a cosine of at least `least`; `None` if no image has such.
 
     Args:
-        keys: (batch, tokens, head size), averaged over heads.
-        prefix: how many tokens come before the patches.
         sizes: (batch, tokens): 0 for padding, which is matched to nothing.
     """
     batch, tokens = sizes.shape
@@ -147,12 +145,8 @@ def match_by_energy(keys: torch.Tensor, prefix: int, r: int, margin: float) -> M
 
     The energy of a patch is the mean of f(cosine with another patch's key), f(x) = x from `margin` on, else
     exp(x − margin) − 1. The `2 r` of the highest energy are split alternately, in the order of energy, into two sets,
-    and each of the first is merged with the one of the second that is most like it.
-
-    Args:
-        keys: (batch, tokens, head size), averaged over heads.
-        prefix: how many tokens come before the patches.
-        r: at most half of the patches.
+    and each of the first is merged with the one of the second that is most like it. The other arguments are those of
+    `match`.
     """
     directions = nn.functional.normalize(keys[:, prefix:], dim=-1)
     cosine = directions @ directions.transpose(1, 2)
@@ -173,7 +167,6 @@ def match_pruned(hidden_states: torch.Tensor, scores: torch.Tensor, prefix: int,
     Args:
         hidden_states: (batch, tokens, hidden).
         scores: (batch, patches).
-        prefix: how many tokens come before the patches.
     """
     order = scores.argsort(dim=-1, descending=True)
     kept, pruned = prefix + order[:, :keep], prefix + order[:, keep:]
@@ -189,11 +182,8 @@ def match_or_drop(keys: torch.Tensor, scores: torch.Tensor, drops: torch.Tensor,
     A dropped patch ends in the one left that is most like it, in which it counts for nothing.
 
     Args:
-        keys: (batch, tokens, head size), averaged over heads.
         scores: (batch, patches).
         drops: (batch,), bool: of which images patches are dropped.
-        prefix: how many tokens come before the patches.
-        r: at most half of the patches.
     """
     lowest = scores.topk(r, dim=-1, largest=False).indices
     stays = torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False)
@@ -348,13 +338,13 @@ def tome(model: PreTrainedModel, r: int | Sequence[int]) -> PreTrainedModel:
         Unsupported: the layers are of a class that is not known here.
         ValueError: `r` is negative, or of another number of layers.
     """
-    by_layer = _by_layer(model, r)
+    return merge_in_layers(model, functools.partial(_best_pairs, _by_layer(model, r)))
 
-    def pair(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
-        r = _at_most_half(by_layer[merging.layer], hidden_states, merging.prefix)
-        return match(merging.keys, merging.prefix, r) if r else None
 
-    return merge_in_layers(model, pair)
+def _best_pairs(by_layer: Sequence[int], merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
+    """What Token Merging merges in the layer under way."""
+    r = _pairs(by_layer, merging, hidden_states)
+    return match(merging.keys, merging.prefix, r) if r else None
 
 
 def tome_decreasing(model: PreTrainedModel, r: int) -> PreTrainedModel:
@@ -405,7 +395,7 @@ def pitome(model: PreTrainedModel, r: int) -> PreTrainedModel:
     by_layer = _by_layer(model, r)
 
     def pair(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
-        r = _at_most_half(by_layer[merging.layer], hidden_states, merging.prefix)
+        r = _pairs(by_layer, merging, hidden_states)
         margin = 0.9 * (1 - merging.layer / len(by_layer))
         return match_by_energy(merging.keys, merging.prefix, r, margin) if r else None
 
@@ -444,14 +434,13 @@ def ppt(model: PreTrainedModel, r: int, pixel_values: torch.Tensor) -> PreTraine
 
     def learn(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
         found.append(scores_of(merging).var(dim=-1))
-        r = _at_most_half(by_layer[merging.layer], hidden_states, merging.prefix)
-        return match(merging.keys, merging.prefix, r) if r else None
+        return _best_pairs(by_layer, merging, hidden_states)
 
     merge_in_layers(model, learn)(pixel_values=pixel_values)
     threshold = torch.cat(found).median()
 
     def pair(merging: Merging, hidden_states: torch.Tensor) -> Merge | None:
-        r = _at_most_half(by_layer[merging.layer], hidden_states, merging.prefix)
+        r = _pairs(by_layer, merging, hidden_states)
         if not r:
             return None
         scores = scores_of(merging)
@@ -516,9 +505,9 @@ def _by_layer(model: PreTrainedModel, r: int | Sequence[int]) -> list[int]:
     return by_layer
 
 
-def _at_most_half(r: int, hidden_states: torch.Tensor, prefix: int) -> int:
-    """`r`, or half of the patches if that is less."""
-    return min(r, (hidden_states.shape[1] - prefix) // 2)
+def _pairs(by_layer: Sequence[int], merging: Merging, hidden_states: torch.Tensor) -> int:
+    """Pairs of the layer under way: those of `by_layer`, or half of the patches if these are fewer."""
+    return min(by_layer[merging.layer], (hidden_states.shape[1] - merging.prefix) // 2)
 
 
 def merge_in_layers(model: PreTrainedModel, pair: Pairing) -> PreTrainedModel:

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -497,26 +498,17 @@ def encoded(model: Any, output: torch.Tensor) -> dict[str, Any]:
     }
 
 
-class Metrics(NamedTuple):
-    """What is counted, over all processes."""
-
-    requests: Any
-    images: Any
-    tokens: Any
-    seconds: Any
-
-
 @functools.cache
-def metrics() -> Metrics:
-    """The counters of this process."""
+def metrics() -> types.SimpleNamespace:
+    """The counters of this process, which are summed over all processes."""
     # Not from the top: when it is imported, it looks for the folder that processes share.
     from prometheus_client import Counter, Histogram
 
-    return Metrics(
-        Counter("vwt_requests", "Requests to /predict that were answered.", ["status"]),
-        Counter("vwt_images", "Images that the model ran on."),
-        Counter("vwt_tokens", "Tokens of these images, prefix tokens included: means over the layers."),
-        Histogram("vwt_seconds", "Of whole requests, and of forward passes of one batch each.", ["of"]),
+    return types.SimpleNamespace(
+        requests=Counter("vwt_requests", "Requests to /predict that were answered.", ["status"]),
+        images=Counter("vwt_images", "Images that the model ran on."),
+        tokens=Counter("vwt_tokens", "Tokens of these images, prefix tokens included: means over the layers."),
+        seconds=Histogram("vwt_seconds", "Of whole requests, and of forward passes of one batch each.", ["of"]),
     )
 
 

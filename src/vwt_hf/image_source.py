@@ -162,11 +162,7 @@ def described_files(folder: Path, files: Iterable[Path]) -> str:
 
 
 def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = None) -> list[Path]:
-    """Image files: those named, and all in the folders named, at any depth, in the order of their names.
-
-    Links are followed, and each folder is searched once. A link to nothing counts as an image, which cannot be read.
-    Hidden files and folders, whose names begin with a dot, are left out, and so are pictures of commands that lie in
-    their usual place.
+    """Image files: those named, and those that `image_names` finds in the folders named.
 
     Args:
         limit: take no more than these, spread evenly.

@@ -146,11 +146,7 @@ def locate(
 
 
 def _locate_on_hub(names: Sequence[str], where: str, download: dict[str, Any]) -> Located:
-    """The first file of these names that a repository has.
-
-    Args:
-        where: what an error calls the place.
-        download: arguments of `hf_hub_download`.
+    """The first file of these names that a repository has, by arguments of `hf_hub_download`.
 
     Raises:
         EntryNotFoundError: it has none of them.
@@ -339,10 +335,7 @@ def tensor_bytes(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> by
 
 
 def vocabulary_files(words: torch.Tensor, frequencies: torch.Tensor | None, info: VocabularyInfo) -> dict[str, bytes]:
-    """The contents of `vocabulary.safetensors` and `vocabulary.json`.
-
-    Args:
-        words, frequencies: as `VisualVocabulary` takes them.
+    """The contents of `vocabulary.safetensors` and `vocabulary.json`, of what `VisualVocabulary` takes.
 
     Raises:
         ValueError: they would not be read again: the words are too many, or their values too large.
@@ -378,11 +371,10 @@ def _json(fields: dict[str, Any]) -> bytes:
 def write_vocabulary(folder: Path, contents: dict[str, bytes]) -> None:
     """Writes a vocabulary, and the files beside it, into `folder`, which is made if need be.
 
-    An error leaves the old vocabulary as it was. However this ends, the folder holds the old vocabulary or the new one.
-    The files beside it are written last: a process that is killed before that leaves the old ones.
+    However this ends, the folder holds the old vocabulary or the new one. The files beside it are written last.
 
     Args:
-        contents: `vocabulary.safetensors` and `vocabulary.json`, as `vocabulary_files` makes them, and other files.
+        contents: what `vocabulary_files` makes, and other files.
     """
     unsettled = f"vocabulary-{secrets.token_hex(8)}.safetensors"
     beside = {name: content for name, content in contents.items() if name not in (WORDS_FILE, INFO_FILE)}
