@@ -124,8 +124,6 @@ class Seen(NamedTuple):
 
 def load_seen(paths: Sequence[Path], model: str | None, words: VisualVocabulary | None) -> Seen:
     """Photographs as `model` sees them, or without one as the vocabulary records, or else as ViT does."""
-    import torch
-
     from ..processed_images import pixel_batches
     from ..processors import load_processor, patch_size_of, processor_statistics, whole_images
 
@@ -137,9 +135,8 @@ def load_seen(paths: Sequence[Path], model: str | None, words: VisualVocabulary 
     processor = load_processor(model)
     patch_size = patch_size_of(model)
     mean, std = processor_statistics(processor, channels=3)
-    batches = pixel_batches(paths, processor, len(paths))
-    pixel_values = torch.cat([whole_images(batch).float() for batch in batches])
-    return Seen(names, pixel_values, patch_size, mean, std)
+    (made,) = pixel_batches(paths, processor, len(paths))
+    return Seen(names, whole_images(made).float(), patch_size, mean, std)
 
 
 def kept(seen: Seen, setting: VWTConfig, heading: str, model: str | None) -> tuple[Figure, list[str]]:
