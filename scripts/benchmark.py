@@ -82,8 +82,7 @@ MERGING: dict[str, tuple[str, str, Callable[[PreTrainedModel, Any], PreTrainedMo
     "pitome": ("PiToMe, r {}", "tome_r", peers.pitome),
     "tps": ("TPS, keep {}", "tps_keep", peers.tps),
 }
-"""Peers that merge tokens and learn nothing: name of a method, with a place for its number; the option that has the
-numbers; what changes a model."""
+"""Peers that merge tokens and learn nothing: name, with a place for a number; its option; what changes a model."""
 FITTED: dict[str, tuple[str, Callable[..., PreTrainedModel]]] = {
     "tome-alike": ("ToMe alike, r {}", peers.tome_alike),
     "ppt": ("PPT, r {}", peers.ppt),

@@ -145,8 +145,7 @@ def match_by_energy(keys: torch.Tensor, prefix: int, r: int, margin: float) -> M
 
     The energy of a patch is the mean of f(cosine with another patch's key), f(x) = x from `margin` on, else
     exp(x − margin) − 1. The `2 r` of the highest energy are split alternately, in the order of energy, into two sets,
-    and each of the first is merged with the one of the second that is most like it. The other arguments are those of
-    `match`.
+    and each of the first is merged with the one of the second that is most like it. Args as of `match`.
     """
     directions = nn.functional.normalize(keys[:, prefix:], dim=-1)
     cosine = directions @ directions.transpose(1, 2)

@@ -16,8 +16,7 @@ from .whole_saves import saving, write_files
 
 MANIFEST = "embed.json"
 KEY = "vwt_hf"
-"""Key in a file's metadata. The JSON there says how many images the file has, which could not be read and, in
-safetensors, the names of all."""
+"""Key in a file's metadata, of JSON: how many images it has, which could not be read and, in safetensors, all names."""
 AGAIN = "again"
 """Key of an unreadable image that was out of reach, as on a drive that was gone: a later run tries it again."""
 
@@ -81,8 +80,7 @@ FORMATS: dict[str, tuple[Callable[[Shard], bytes], Callable[[Path], dict[str, An
     "parquet": (_to_parquet, _parquet_metadata),
     "safetensors": (_to_safetensors, _safetensors_metadata),
 }
-"""The formats of files, by their ending: what writes one, and what reads from it how many `images` it has and which
-are `unreadable`."""
+"""By a file's ending: what writes it, and what reads from it how many `images` it has and which are `unreadable`."""
 
 
 class Shards:
@@ -101,10 +99,7 @@ class Shards:
 
     def missing(self, is_in_reach: Callable[[int], bool]) -> list[int]:
         """This process's share of the files to make: those that are not there, and those that lack images which were
-        out of reach and can be read now.
-
-        Args:
-            is_in_reach: whether the image of a row can be read.
+        out of reach and can be read now, as `is_in_reach` says of a row.
         """
         index, processes = place()
 

@@ -227,8 +227,7 @@ class ReadBatch(NamedTuple):
     names: dict[int, str]
     """By row, of the images that could be read."""
     batches: list[tuple[list[int], dict[str, np.ndarray]]]
-    """As `Batch`, but of arrays, which workers send through pipes: tensors need shared memory, of which containers have
-    little."""
+    """As `Batch`, of arrays, which go through pipes: tensors need shared memory, of which containers have little."""
     unreadable: list[dict[str, Any]]
     seconds: float
 

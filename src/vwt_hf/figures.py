@@ -123,8 +123,7 @@ def _f1(words: collections.Counter[str], expected: collections.Counter[str]) -> 
 def ranks(similarity: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """How many wrong candidates stand before the best right one of each query, (queries,) int64.
 
-    A wrong candidate that is as similar as the right one counts as before it: a model to which all is alike finds
-    nothing.
+    A wrong candidate as similar as the right one counts as before it: a model to which all is alike finds nothing.
 
     Args:
         similarity: (queries, candidates).

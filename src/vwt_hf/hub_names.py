@@ -1,5 +1,4 @@
-"""Checks of repository ids, revisions and subfolders, so that none can lead to another place than it seems to; and
-whether a file was looked for there."""
+"""Checks of repository ids, revisions and subfolders, so that none leads to another place; what the cache knows."""
 
 from __future__ import annotations
 

@@ -57,8 +57,7 @@ class HostTokenizer:
     saved_as: str | None = None
     """Which words below its image processor's folder are its own."""
     normalised_by: tuple[Any, Any] | None = None
-    """Mean and deviation of the image processor (`_normalises_by`) when the setting was prepared; `None` if the setting
-    has none, or others than the image processor."""
+    """Mean and deviation of the image processor when the setting was prepared, if it has the same, else `None`."""
     channels: int = 3
     """Of the model's images."""
 
@@ -77,8 +76,7 @@ class HostTokenizer:
             made: what an image processor made. `pixel_values` are whole images (batch, channels, height, width);
                 images in tiles (batch, tiles, channels, height, width); or padded patches, beside their
                 `spatial_shapes` and `pixel_attention_mask`.
-            tiles: how many tiles each image has; the others are padding, without words. `None`: tiles of zeros at the
-                end are padding.
+            tiles: of each image; others are padding, without words. `None`: tiles of zeros at the end are padding.
 
         Returns:
             int64 (batch, patches) or (batch, tiles, patches).

@@ -78,8 +78,7 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
         column: the data set's image column; by default its first.
 
     Raises:
-        ValueError: the folder has no images, the data set has no such column or several splits, or there is a column
-            and no data set.
+        ValueError: the folder has no images or is given a column; the data set has no such column or several splits.
         TypeError: `images` is of another type.
     """
     folder = folder_of(images)

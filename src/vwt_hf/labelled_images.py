@@ -75,8 +75,7 @@ class LabelledImages:
     def order(self, processes: int) -> str:
         """A text that differs for images of another number, order, name, size, label or group.
 
-        For a stream, which is not known before it is read, the text differs by its source, its first image and the
-        number of processes.
+        For a stream, which is unknown before it is read, it differs by source, first image and number of processes.
         """
         known = hashlib.sha256(repr((self.label_names, self.groups, self.columns)).encode("utf-8", "backslashreplace"))
         if isinstance(self.data, list):

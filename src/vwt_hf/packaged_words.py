@@ -17,8 +17,7 @@ PATCH_SIZES = (14, 16, 32)
 def packaged_words(patch_size: tuple[int, int], channels: int) -> VisualVocabulary:
     """The words for patches of that height and width, in pixels.
 
-    A model that goes by them has them saved beside its weights, so those of a later version of the package never change
-    its answers.
+    A model that goes by them saves them beside its weights, so a later version of the package changes no answer.
 
     Raises:
         ValueError: there are none for such patches.

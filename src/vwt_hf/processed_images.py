@@ -157,8 +157,7 @@ def _by_names(image_processor: Any, longer: int, area: int) -> Iterator[int]:
 _SIDES = re.compile("size|resolution")
 _MULTIPLES = re.compile("divisor|multiple")
 _COUNTS = re.compile("patches|tiles|slice|tokens")
-"""Names of an image processor's fields that state the length of a side, a number that sides are a multiple of, or a
-number of patches or tiles."""
+"""Names of fields that state the length of a side, what sides are a multiple of, or a number of patches or tiles."""
 
 
 def _numbers(value: Any) -> list[float]:

@@ -1,5 +1,4 @@
-"""What a figure was measured with (CPU, versions, setting and words), and what a run that goes on from another must
-have in common with it; ready for JSON."""
+"""What a figure was measured with, and what a run that goes on from another must have in common with it; for JSON."""
 
 from __future__ import annotations
 

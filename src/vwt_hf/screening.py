@@ -62,8 +62,7 @@ def make_screen(words: np.ndarray) -> Screen | None:
 def _orthonormal(columns: np.ndarray) -> np.ndarray:
     """Gram-Schmidt: orthonormal columns that span the same as `columns`, (values, n); 0 for one that adds nothing.
 
-    `np.linalg.qr` takes many steps, before each of which its threads wait for one another: a second and more where
-    other processes have the cores.
+    Before each of the many steps of `np.linalg.qr` threads wait for one another: for seconds, on cores that are busy.
     """
     basis = np.zeros(columns.shape[::-1])
     for number, column in enumerate(columns.T.astype(np.float64)):

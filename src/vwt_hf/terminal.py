@@ -65,8 +65,7 @@ def require_alone() -> None:
     """Refuses to be one of several processes that a launcher started, for commands that do not share their work.
 
     Raises:
-        ValueError: there are several. Each would do all of the work, slow the others down while they measure times, and
-            write the same files.
+        ValueError: there are several. Each would do all work, slow the others down, and write the same files.
     """
     number = os.environ.get("WORLD_SIZE", "")
     # A cluster may set WORLD_SIZE for every shell of a job; launchers set LOCAL_RANK, too.

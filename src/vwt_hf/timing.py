@@ -45,8 +45,7 @@ def synchronize(device: torch.device) -> None:
 def return_memory() -> None:
     """Has the C library give free memory back to the system, if it can (glibc).
 
-    Tensors of changing sizes leave gaps in its memory, so a process that runs for long on batches of different lengths
-    would grow.
+    Tensors of changing sizes leave gaps in its memory, so that a process with batches of many lengths would grow.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: on Windows
         ctypes.CDLL(None).malloc_trim(0)

@@ -209,8 +209,7 @@ def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     if small:
-        # The octree keeps rare hues that median cut, Pillow's default, merges away; Pillow dithers to a given palette
-        # only.
+        # The octree keeps rare hues that median cut, the default, merges away; Pillow dithers to a given palette only.
         palette = picture.quantize(256, Image.Quantize.FASTOCTREE)
         picture = picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
     file = io.BytesIO()

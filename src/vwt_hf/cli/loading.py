@@ -60,8 +60,7 @@ def load(
         vwt: the setting, by default none; `None`: the checkpoint's own, if it has one.
 
     Raises:
-        ValueError: the checkpoint lacks other weights of the model or has some of another shape, or the model's family
-            is not supported.
+        ValueError: the checkpoint lacks other weights or has some of another shape, or the family is not supported.
         OSError: there is no such checkpoint.
     """
     from transformers import AutoModel

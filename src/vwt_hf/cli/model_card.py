@@ -167,8 +167,7 @@ def write_card(file: Path, result: Evaluation, split: str | None, config: str | 
         split, config: of the data set.
 
     Raises:
-        ValueError: the file is no model card, or one of several models, or has figures that would be replaced by those
-            of other images.
+        ValueError: as `read_card`; or figures would be replaced by those of other images.
         OSError: it cannot be written.
     """
     card = read_card(file, result.model)

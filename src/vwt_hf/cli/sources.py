@@ -39,8 +39,7 @@ def open_source(
         images: a folder of images, one that `save_to_disk` of `datasets` wrote, or a data set's Hub id.
         column: as a user named it; only data sets have columns.
         usual: the splits to choose from, the best first, if `split` names none.
-        described: whether a folder may be read as a data set, by files in it that `datasets` reads: metadata.jsonl,
-            Parquet, ...
+        described: whether a folder may be read as a data set, by its files for `datasets`: metadata.jsonl, Parquet, ...
 
     Raises:
         ValueError: `images` is a file, a folder with options that only a data set has, a data set that is damaged or
@@ -79,8 +78,7 @@ def photographs_beside(output: str | os.PathLike[str], images: Sequence[str]) ->
     """The photographs that a user names, in the order of `find_images`.
 
     Args:
-        output: the picture to be written. It may be none of them, and none that a search of their folders would find
-            from then on.
+        output: the picture to be written: none of them, and none that a search of their folders would find then.
     """
     from ..image_source import find_images, require_apart
 

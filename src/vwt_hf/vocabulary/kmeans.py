@@ -160,8 +160,7 @@ class MiniBatchKMeans:
         """Moves the words by the statistics of a batch, to which other processes may have added theirs.
 
         Returns:
-            Whether it is time for `restart_rare`: each time the stream has doubled, which is early enough to learn from
-            what follows and seldom enough to settle.
+            Whether it is time for `restart_rare`: the stream has doubled, which leaves time to learn, and to settle.
         """
         assert self.words is not None, "the words are not seeded"
         before, patches = self.seen, int(batch.counts.sum())
@@ -201,8 +200,7 @@ class MiniBatchKMeans:
         """The words and how many patches were assigned to each, most frequent first. Learning may go on afterwards.
 
         Returns:
-            (words, values) float32 and (words,) int64, on the CPU. There are fewer than `size` words if there are fewer
-            distinct patches.
+            (words, values) float32 and (words,) int64, on the CPU; fewer than `size` if fewer patches are distinct.
 
         Raises:
             ValueError: fewer patches were seen than words are wanted.

@@ -311,8 +311,7 @@ def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, toke
 
 
 def _is_foreign(readme: bytes, place: str, has_picture: bool = False) -> bool:
-    """Whether a README.md is something else than a vocabulary's card, or a picture lies there without such a card; if
-    so, a warning says that it stays."""
+    """Warns, and says so, if a README.md is no vocabulary's card, or a picture lies there without such a card."""
     if is_card_of_words(readme) or not (has_picture or readme.strip()):
         return False
     has = (
