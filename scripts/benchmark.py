@@ -283,11 +283,7 @@ def energy_meter(device: torch.device) -> Meter | None:
 
 
 def header(options: argparse.Namespace, machine: dict[str, Any], judged: dict[str, str]) -> dict[str, Any]:
-    """What two runs must have in common for their rows to stand in one file.
-
-    Args:
-        judged: what tells images and weights from others under the same names.
-    """
+    """What two runs must have in common to share a file; `judged` tells images and weights from others so called."""
     apart = ("json", "markdown", "plot", "vwt", "vocabulary")  # where results go, and what `settings` holds
     asked = {name: value for name, value in vars(options).items() if name not in apart}
     places = {"images": str(options.images), "groups": options.groups and str(options.groups)}

@@ -409,8 +409,7 @@ def ppt(model: PreTrainedModel, r: int, pixel_values: torch.Tensor) -> PreTraine
     those of all patches. In an image whose scores vary by more than a threshold those of the lowest score are dropped,
     in another one pairs are merged as in Token Merging. The paper sets the threshold for each model; here it is the
     median over images and layers while all of `pixel_values` are merged. The score and the choice were written down
-    from memory of the paper and not compared with it. A dropped patch has the hidden state of the one left that is most
-    like it.
+    from memory of the paper and not compared with it. A dropped patch has the state of the one left most like it.
 
     Args:
         model: as for `tome`, with a CLS token.

@@ -316,11 +316,7 @@ class Calibration:
         return Level(*choice, values.mean().item(), interval, tokens.mean, of_tokens.mean, speed)
 
     def _speed(self, pair: tuple[PreTrainedModel, PreTrainedModel], seconds: list[tuple[float, float]]) -> float:
-        """How many times as fast the second model is.
-
-        Args:
-            seconds: of both, for each batch of as many images as the first.
-        """
+        """How many times as fast the second model is, from `seconds` of both for each batch as large as the first."""
         if self._by == "flops":
             batch = on_device(self._batches[0], self._plain)
             plain, short = (count_flops(functools.partial(answer, model, **batch)) for model in pair)

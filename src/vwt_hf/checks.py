@@ -73,11 +73,7 @@ def require_count(name: str, value: object) -> None:
 
 
 def require_unhidden(package: str, module: str) -> None:
-    """Raises `ImportError` if a file of a user's own is imported in place of a package; the file is not run.
-
-    Args:
-        module: one that the package has.
-    """
+    """Raises `ImportError` if a user's own file, without that `module`, hides a package; the file is not run."""
     try:
         found = importlib.util.find_spec(package)
     except ValueError:  # something stands in for the package, without a spec

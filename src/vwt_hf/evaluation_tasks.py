@@ -575,11 +575,7 @@ def _longest(model: Any) -> int:
 
 
 def ranks_of(queries: torch.Tensor, candidates: torch.Tensor, right: Sequence[Sequence[int]]) -> torch.Tensor:
-    """As `ranks`, from the features of queries and candidates, (…, values) of length 1.
-
-    Args:
-        right: for each query the numbers of the candidates that are right.
-    """
+    """As `ranks`, from features, (…, values) of length 1, and the numbers of the candidates `right` for each query."""
     parts = []
     for start in range(0, len(queries), QUERIES):
         similarity = queries[start : start + QUERIES] @ candidates.T

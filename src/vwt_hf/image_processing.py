@@ -155,8 +155,7 @@ class HostTokenizer:
 def _is_padding(values: torch.Tensor, counts: list[int] | None) -> torch.Tensor:
     """Which tiles come after those of an image, bool (batch, tiles).
 
-    Args:
-        counts: how many tiles each image has; `None`: all up to the last one that is not of zeros.
+    Without `counts` of each image's tiles, these are all after the last that is not of zeros.
     """
     places = torch.arange(values.shape[1], device=values.device)
     if counts is None:
@@ -279,10 +278,7 @@ class Tokenizing:
 
     def require_ready(self, **given: Any) -> None:
         """Refuses a setting that was assigned and not loaded, whose words would not be saved; and another mean or
-        deviation than the setting was loaded for, by which words would be those of other images.
-
-        Args:
-            given: arguments of a call (`_NORMALISING`), in place of the image processor's own.
+        deviation, as by arguments `given` to a call, than it was loaded for: words would be those of other images.
         """
         held = None if self.__dict__.get("vwt") is None else self.tokenizer_of_patches
         if held is None or held.normalised_by is None:
@@ -402,9 +398,7 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
         return
     try:
         setting, patch_size = parsed(vwt)
-        if setting is None:
-            processor.vwt = None
-            return
+        assert setting is not None  # else there would be no `vwt`
         try:
             beside = config_beside(source, **hub_kwargs)
         except NotReached:
@@ -534,8 +528,7 @@ def _channels(processor: Any, setting: VWTConfig, model_config: Any) -> int:
 def _normalises_by(processor: Any, **given: Any) -> tuple[Any, Any] | None:
     """Mean and deviation by which an image processor normalises; `None` if it takes pixels as they are.
 
-    Args:
-        given: arguments of a call (`_NORMALISING`), in place of the image processor's own.
+    Arguments that a call has `given` (`_NORMALISING`) take the place of its own.
     """
     stated = {name: given.get(name, getattr(processor, name, None)) for name in _NORMALISING}
     if stated["do_normalize"] is False:

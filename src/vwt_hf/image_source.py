@@ -438,9 +438,7 @@ def features_of(dataset: Any) -> Mapping[str, Any]:
 def undecoded(dataset: Any, column: str, others: Iterable[str] = ()) -> Any:
     """The same rows with the images as stored, so that an image which cannot be decoded does not fail the data set.
 
-    Args:
-        column: of the images.
-        others: columns that stay beside it.
+    Only the column of images and `others` stay.
 
     Raises:
         ValueError: the data set changes its images as it decodes them, by a transform or into another mode than RGB.

@@ -11,8 +11,7 @@
 
 Metrics of the Hub, such as `evaluate.load("f1")`, combine with them: `predictions` and `references` are the numbers of
 labels, as there. Columns that one metric does not take are left to the others. Several processes share a metric by
-`num_process` and `process_id`, as any of `evaluate`, but each by itself: what `combine` made of some fails in `compute`
-of all processes but the first.
+`num_process` and `process_id`, but not what `combine` made: its `compute` fails in all processes but the first.
 """
 
 from __future__ import annotations

@@ -95,9 +95,6 @@ def joined(device: str | None) -> Iterator[None]:
     """As `join`, for a command: the main process alone prints an error that all processes have.
 
     An error that the others do not have is raised where it arose.
-
-    Args:
-        device: as for `join`.
     """
     state = join(device)
     if state is None:

@@ -153,12 +153,9 @@ def patch_size_of(checkpoint: str) -> int:
 
 
 def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
-    """The config of the model beside an image processor, or `None`. Code in its repository is never run.
+    """The config of the model of a Hub id or folder, or `None`. Code in its repository is never run.
 
     The config of a model that only such code knows has the fields of its file.
-
-    Args:
-        checkpoint: Hub id or folder.
 
     Raises:
         NotReached: it is on the Hub, and nothing says whether it is there.

@@ -138,11 +138,7 @@ class Column(NamedTuple):
 
 
 def draw(columns: Sequence[Column], names: Sequence[str], panel: float) -> Figure:
-    """A figure with a row for each photograph. The heading of the first column, of the originals, is not bold.
-
-    Args:
-        panel: width of a picture, in inches.
-    """
+    """A figure with a row for each photograph. Pictures are `panel` inches wide; the first heading is not bold."""
     figure_class = require_matplotlib()
     height, width = columns[0].pictures.shape[1:3]
     size = (panel * len(columns) + 0.3, (panel * height / width + 0.2) * len(names) + 0.3)
@@ -197,11 +193,7 @@ def require_matplotlib() -> type[Figure]:
 
 
 def write_png(figure: Figure, path: Path, *, small: bool = True) -> None:
-    """Writes `figure` as a PNG, whole or not at all; makes its folder.
-
-    Args:
-        small: with 256 dithered colours, for a third of the size.
-    """
+    """Writes `figure` as a PNG, whole or not at all; makes its folder. `small`: in 256 colours, a third of the size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 

@@ -66,10 +66,7 @@ class ModelCard:
 
 
 def read_card(file: Path, model: str) -> ModelCard:
-    """A model card; a new one if there is no file.
-
-    Args:
-        model: Hub id or folder of its model.
+    """A model card; if there is no file, a new one of the model of this Hub id or folder.
 
     Raises:
         ValueError: the file is no model card, or one of several models.
@@ -162,9 +159,6 @@ def warn_of_another(file: Path, card: ModelCard, model: str) -> None:
 
 def write_card(file: Path, result: Evaluation, split: str | None, config: str | None) -> None:
     """Puts figures into the `model-index` of a model card, in place of those of the same task, data set and name.
-
-    Args:
-        split, config: of the data set.
 
     Raises:
         ValueError: as `read_card`; or figures would be replaced by those of other images.

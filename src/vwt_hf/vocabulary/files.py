@@ -1,8 +1,7 @@
 """A vocabulary on disk and on the Hub: which files, how they are written whole, and what is refused on reading.
 
 `vocabulary.safetensors` holds `words` (size, channels, p, p) float32 in raw RGB [0, 1] and, if known, `frequencies`
-(size,) int64. `vocabulary.json` names that file, its SHA-256 and shape, and how the words came about. Nothing read is
-ever executed.
+(size,) int64. `vocabulary.json` names that file, its SHA-256 and shape, and tells of the words. Nothing is executed.
 
 Replacing `vocabulary.json` is what makes a save count: until then the folder holds the old vocabulary, and from then on
 the new one. So the new words are first written under another name, which the new `vocabulary.json` gives; after that

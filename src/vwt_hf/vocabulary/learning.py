@@ -108,11 +108,10 @@ def learn(
     same words, bit for bit, on one machine.
 
     Under `accelerate launch`, or in a program whose processes an `accelerate.Accelerator`, `PartialState` or
-    `torch.distributed` has joined, processes learn together, and all have to make this call. Each reads its part of
-    the images, and all get the same words. They are the words of one process, but for rounding, if `batch_size` is
-    a multiple of the number of processes and no shards of a stream are divided. The same number of processes gives
-    the same words, bit for bit. An error in one process is raised in all. `vwt_hf.processes.join` says how they are
-    joined.
+    `torch.distributed` has joined (`vwt_hf.processes.join`), processes learn together, and all have to make this call.
+    Each reads its part of the images, and all get the same words, which as many processes find again, bit for bit. They
+    are the words of one process, but for rounding, if `batch_size` is a multiple of the number of processes and no
+    shards of a stream are divided. An error in one process is raised in all.
 
     Images that cannot be read are left out with a warning. If the images have fewer distinct patches than words are
     wanted, the vocabulary is smaller, with a warning.
@@ -408,8 +407,7 @@ def _require_images(done: Progress) -> None:
 def save_checkpoint(file: Path, kmeans: MiniBatchKMeans, settings: dict[str, Any], done: Progress) -> None:
     """Writes what a run needs to go on into one file, whole or not at all.
 
-    Args:
-        kmeans, done: as they are after a whole batch, so that a run which goes on has the same batches.
+    That is the state after a whole batch, so that the run which goes on has the same batches.
     """
     state = kmeans.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
