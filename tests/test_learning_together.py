@@ -479,9 +479,10 @@ def test_an_error_of_its_own_is_raised_by_a_process_that_has_lost_another():
 def test_an_error_without_a_message_is_told_by_its_kind_and_known_by_its_cause():
     assert processes._described(ValueError()) == (ValueError, "ValueError: ")
     assert processes._described(KeyError("x")) == (RuntimeError, "KeyError: 'x'")
-    told = processes._again(1, ValueError, "bad")
+    with pytest.raises(ValueError, match=r"^process 1 of 1: bad$") as told:
+        processes._exchanged(lambda: None, lambda mine: [*mine, (None, (ValueError, "bad"))])
     with pytest.raises(TypeError) as raised:
-        raise TypeError("worse") from told
+        raise TypeError("worse") from told.value
     assert processes._is_known(raised.value) and not processes._is_known(TypeError("worse"))
 
 

@@ -148,12 +148,16 @@ def _exchanged(work: Callable[[], Any], exchange: Callable[[list[Any]], list[Any
         if failed is None:
             raise
     else:
-        _mark_known(failed)
+        if failed is not None:
+            setattr(failed, KNOWN, True)
     if failed is not None:
         raise failed
-    for other, (_, description) in enumerate(outcomes):
+    for index, (_, description) in enumerate(outcomes):
         if description is not None:
-            raise _again(other, *description)
+            kind, message = description
+            error = kind(f"process {index} of {place()[1]}: {message}")
+            setattr(error, KNOWN, True)
+            raise error
     return [told for told, _ in outcomes]
 
 
@@ -215,18 +219,6 @@ def _described(error: Exception) -> tuple[type[Exception], str]:
     """Kind and message of an error, which itself cannot always be pickled."""
     kind = next((kind for kind in RAISED_AGAIN if isinstance(error, kind)), None)
     return kind or RuntimeError, str(error) if kind and str(error) else f"{type(error).__name__}: {error}"
-
-
-def _again(index: int, kind: type[Exception], message: str) -> Exception:
-    """The error of process `index`, to be raised in another."""
-    error = kind(f"process {index} of {place()[1]}: {message}")
-    _mark_known(error)
-    return error
-
-
-def _mark_known(error: Exception | None) -> None:
-    if error is not None:
-        setattr(error, KNOWN, True)
 
 
 def _is_known(error: BaseException | None) -> bool:
