@@ -106,8 +106,7 @@ def best_matches(keys: torch.Tensor, prefix: int, r: int) -> tuple[torch.Tensor,
 def match_alike(keys: torch.Tensor, prefix: int, least: float, sizes: torch.Tensor) -> Merge | None:
     """As `match`, of all patches whose best match has a cosine of at least `least`; `None` if no image has such.
 
-    Args:
-        sizes: (batch, tokens): 0 for padding, which is matched to nothing.
+    `sizes`, (batch, tokens), are 0 for padding, which is matched to nothing.
     """
     batch, tokens = sizes.shape
     real = sizes > 0

@@ -150,13 +150,10 @@ def load_backbone(onnx_path: Path) -> Dinov2Model:
 
 
 def backbone_tensors(graph: Any) -> dict[str, torch.Tensor]:
-    """The backbone's parameters under the names that DINOv2 checkpoints use.
+    """The backbone's parameters in an `onnx.GraphProto`, under the names that DINOv2 checkpoints use.
 
     The exporter kept the names of most parameters. It folded others into unnamed constants: weights of linear layers,
     transposed, and position embeddings, split in two. These are found by where the graph uses them.
-
-    Args:
-        graph: an `onnx.GraphProto`.
     """
     from onnx import numpy_helper
 

@@ -161,10 +161,7 @@ def described_files(folder: Path, files: Iterable[Path]) -> str:
 
 
 def find_images(places: Sequence[str | os.PathLike[str]], limit: int | None = None) -> list[Path]:
-    """Image files: those named, and those that `image_names` finds in the folders named.
-
-    Args:
-        limit: take no more than these, spread evenly.
+    """Image files: those named, and those that `image_names` finds in folders named; at most `limit`, spread evenly.
 
     Raises:
         ValueError: a folder holds no image, or a place is an empty text.

@@ -131,12 +131,7 @@ class TokenF1(_OfImages):
 
 
 def compute(metrics: Sequence[type[evaluate.Metric]], **columns: Sequence[Any]) -> dict[str, Any]:
-    """The figures of metrics for images that are all in memory. Nothing is left on the disk.
-
-    Args:
-        metrics: classes of this module.
-        columns: what they take, a value for each image.
-    """
+    """The figures of metrics of this module for images whose columns are in memory. Nothing is left on the disk."""
     with tempfile.TemporaryDirectory() as folder:
         combined = evaluate.combine([metric(keep_in_memory=True, cache_dir=folder) for metric in metrics])
         combined.add_batch(**columns)

@@ -33,10 +33,7 @@ class PatchBatch(NamedTuple):
 
 
 def pixel_batches(items: Sequence[Any], image_processor: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """What an image processor makes of images, in batches of tensors (images, ...). Images are decoded one by one.
-
-    Args:
-        items: each as `read_image` takes it.
+    """What an image processor makes of items that `read_image` takes, one by one, in batches of tensors (images, ...).
 
     Raises:
         UnreadableImage: one cannot be read, or the processor cannot take it.

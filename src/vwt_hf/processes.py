@@ -186,11 +186,7 @@ def require_same(settings: Sequence[dict[str, Any]]) -> None:
 
 
 def summed(values: Made) -> Made:
-    """The sums of tensors over all processes, the same in all, on the device of the tensors.
-
-    Args:
-        values: a tensor, or a tuple, list or dict of tensors, of the same shapes in all processes.
-    """
+    """The sums over all processes of a tensor, or a tuple, list or dict of some, of equal shapes, on their device."""
     if not together():
         return values
     from accelerate import PartialState

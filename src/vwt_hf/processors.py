@@ -41,10 +41,7 @@ def require_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
 
 
 def load_processor(checkpoint: str | os.PathLike[str], **hub_kwargs: Any) -> Any:
-    """The image processor of a Hub id or folder.
-
-    Args:
-        hub_kwargs: how it is read: `revision`, `subfolder`, `token`, ...
+    """The image processor of a Hub id or folder, read by `revision`, `subfolder`, `token` and so on.
 
     Raises:
         OSError: there is no such checkpoint, or it has no image processor.
@@ -94,8 +91,7 @@ def load_tokenizer(checkpoint: str | os.PathLike[str], **hub_kwargs: Any) -> Any
 def require_vocabulary(tokenizer: Any) -> None:
     """Refuses a text tokenizer that knows special tokens alone, as transformers makes one of a config without files.
 
-    Args:
-        tokenizer: a processor with one, or what takes texts in any other way, which passes if it has no `get_vocab`.
+    A processor is judged by its own. What takes texts in any other way passes if it has no `get_vocab`.
     """
     own = getattr(tokenizer, "tokenizer", tokenizer)
     if hasattr(own, "get_vocab") and set(own.get_vocab()) - set(own.all_special_tokens) <= {_SPACE}:
@@ -106,11 +102,7 @@ def require_vocabulary(tokenizer: Any) -> None:
 
 
 def load_beside(model: PreTrainedModel, load: Callable[..., Any], what: str, instead: str) -> Any:
-    """What `load` finds beside the weights of a model.
-
-    Args:
-        what: its name in an error.
-        instead: how a caller gives it, up to `.from_pretrained`.
+    """What `load` finds beside the weights of a model. An error calls it `what`, and tells what to give `instead`.
 
     Raises:
         ValueError: `model` was not loaded from a place that has it.
@@ -320,11 +312,8 @@ def white_of(image_processor: Any) -> float | None:
 def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """As `processor_statistics`, for a model's image processor. Code in its repository is never run.
 
-    Args:
-        wanted: what a caller may give instead, for the error.
-
     Raises:
-        ValueError: there is none, or it does not say.
+        ValueError: there is none, or it does not say; the caller may give what is `wanted`.
     """
     try:
         processor = model.image_processor

@@ -229,10 +229,7 @@ def group_by_words(
 
 
 def shared_words(patches: Patches, plan: Grouped) -> torch.Tensor:
-    """The word of each patch that shares one with another patch of its image.
-
-    Args:
-        patches, plan: as `group_by_words` gives them.
+    """The word of each patch that shares one with another patch of its image, of what `group_by_words` gives.
 
     Returns:
         (batch, rows, columns) int64 on the CPU; −1 for a patch that is near no word, or the only one near its word.

@@ -77,8 +77,7 @@ def open_source(
 def photographs_beside(output: str | os.PathLike[str], images: Sequence[str]) -> list[Path]:
     """The photographs that a user names, in the order of `find_images`.
 
-    Args:
-        output: the picture to be written: none of them, and none that a search of their folders would find then.
+    The picture `output` may be none of them, and none that a search of their folders would find from then on.
     """
     from ..image_source import find_images, require_apart
 

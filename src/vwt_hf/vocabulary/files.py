@@ -368,12 +368,9 @@ def _json(fields: dict[str, Any]) -> bytes:
 
 
 def write_vocabulary(folder: Path, contents: dict[str, bytes]) -> None:
-    """Writes a vocabulary, and the files beside it, into `folder`, which is made if need be.
+    """Writes what `vocabulary_files` makes, and other files beside it, into `folder`, which is made if need be.
 
-    However this ends, the folder holds the old vocabulary or the new one. The files beside it are written last.
-
-    Args:
-        contents: what `vocabulary_files` makes, and other files.
+    However this ends, the folder holds the old vocabulary or the new one. The other files are written last.
     """
     unsettled = f"vocabulary-{secrets.token_hex(8)}.safetensors"
     beside = {name: content for name, content in contents.items() if name not in (WORDS_FILE, INFO_FILE)}

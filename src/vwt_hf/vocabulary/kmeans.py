@@ -38,11 +38,7 @@ class Statistics(NamedTuple):
 
 
 def closest_words(patches: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The word nearest to each patch by Euclidean distance; of equally near words the first.
-
-    Args:
-        patches: (patches, values).
-        words: (size, values).
+    """The word (size, values) nearest to each patch (patches, values) by Euclidean distance; the first of equal ones.
 
     Returns:
         Indices (patches,) int64, and squared distances (patches,) with the rounding error of |x|² − 2 x·w + |w|².
@@ -75,12 +71,7 @@ def _is_first(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _without_copies(words: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words that are the same as an earlier one left out, and their patches counted as that one's.
-
-    Args:
-        words: (size, values) float32, on the CPU.
-        counts: (size,) int64.
-    """
+    """Words (size, values) but for those that are the same as an earlier one, whose `counts` (size,) go to that one."""
     exact = words.double()
     limit = (SAME * words.shape[1]) ** 0.5
     parts = exact.split(max(1, HELD // len(words)))
