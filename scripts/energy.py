@@ -80,11 +80,7 @@ class RaplMeter:
 
 
 def find_meter(device: torch.device) -> Meter:
-    """What measures the energy of `device`.
-
-    Raises:
-        NoMeter: nothing does.
-    """
+    """What measures the energy of `device`; raises `NoMeter` if nothing does."""
     if device.type == "cpu":
         return RaplMeter()
     if device.type == "cuda" and torch.version.hip is None:

@@ -526,11 +526,7 @@ def merge_in_layers(model: PreTrainedModel, pair: Pairing) -> PreTrainedModel:
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a model's vision tower, in order.
-
-    Raises:
-        Unsupported: none of its modules is a layer of a class in `PARTS`.
-    """
+    """The layers of a model's vision tower, in order; raises `Unsupported` if it has none of a class in `PARTS`."""
     tower = find_tower(model, family_of(model)).module
     layers = [module for module in tower.modules() if type(module).__name__ in PARTS]
     if not layers:

@@ -392,11 +392,7 @@ class Calibration:
 
 
 def target_of(**targets: float | None) -> tuple[str, float]:
-    """The name and value of the one target that was given.
-
-    Raises:
-        ValueError: none or several were given, or the value is not allowed.
-    """
+    """The name and value of the target; raises `ValueError` unless there is one alone, with a value that is allowed."""
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
         said = " and ".join(f"{name} is {shown(value)}" for name, value in given.items()) or "no target is given"
@@ -431,11 +427,7 @@ def _timed(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[torc
 
 
 def _read(file: Path, of: dict[str, Any]) -> list[Level]:
-    """The settings that an earlier search tried.
-
-    Raises:
-        ValueError: the file is damaged, or of a search for another model, other images or other options.
-    """
+    """The settings that an earlier search tried; raises `ValueError` if the file is damaged, or of another search."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         earlier = content["of"]

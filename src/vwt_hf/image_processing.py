@@ -570,11 +570,7 @@ def _are_values(images: Any) -> bool:
 
 
 def write_words_of(processor: Any, folder: Path) -> list[str]:
-    """Writes the words of an image processor below the folder that it is saved to, sealed.
-
-    Returns:
-        The `saved_as` of the words, which its setting names from then on.
-    """
+    """Writes the words of an image processor, sealed, below its folder; returns their `saved_as`, which it now has."""
     vocabulary = words_of(processor)
     if vocabulary is None:
         return []

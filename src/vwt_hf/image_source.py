@@ -105,11 +105,7 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
 
 
 def folder_of(images: Any) -> Path | None:
-    """The folder of images; `None` if `images` is no path.
-
-    Raises:
-        ValueError: it is no folder, or `images` is all splits of a data set.
-    """
+    """The folder of images; `None` for no path. Raises `ValueError` for another path, or splits of a data set."""
     if isinstance(images, Mapping):
         splits = list(map(str, images))
         raise ValueError(
@@ -465,11 +461,7 @@ def _looks_like_image(value: Any) -> bool:
 
 
 def find_image_column(features: Mapping[str, Any], column: str | None) -> str:
-    """The column of images that is asked for, by default the first.
-
-    Raises:
-        ValueError: there is no such column of images.
-    """
+    """The column of images that is asked for, by default the first; raises `ValueError` if there is no such column."""
     import datasets
 
     image_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]

@@ -45,11 +45,7 @@ def pixel_batches(items: Sequence[Any], image_processor: Any, batch_size: int) -
 
 
 def one_batch(made: Sequence[dict[str, torch.Tensor]], image_processor: Any) -> dict[str, torch.Tensor]:
-    """One batch of what an image processor made of images one by one, tensors (images, ...).
-
-    Raises:
-        ValueError: the images have different sizes.
-    """
+    """One batch, tensors (images, ...), of images processed one by one; raises `ValueError` if sizes differ."""
     sizes = sorted({tuple(one["pixel_values"].shape[1:]) for one in made})
     if len(sizes) > 1:
         raise ValueError(

@@ -143,11 +143,7 @@ def load_whole(checkpoint: str) -> PreTrainedModel:
 
 
 def tokenizer_beside(checkpoint: str) -> Any:
-    """The tokenizer of a Hub id or folder; `None` if there is none.
-
-    Raises:
-        ValueError: it has only a part of its files.
-    """
+    """The tokenizer of a Hub id or folder; `None` if there is none. Raises `ValueError` if it lacks some files."""
     from transformers.utils import cached_file
 
     from ..processors import load_tokenizer

@@ -36,11 +36,7 @@ class ModelCard:
     """The one entry of the `model-index`: `name` of the model, and `results`."""
 
     def with_results(self, results: list[dict[str, Any]]) -> str:
-        """The text of the card with these results in its `model-index`.
-
-        Raises:
-            ValueError: the metadata are written so that the `model-index` alone cannot be replaced.
-        """
+        """The card's text with these results as its `model-index`; raises `ValueError` if that alone cannot change."""
         line_end = "\r\n" if "\r\n" in self.before else "\n"
         index = [self.entry | {"results": results}]
         written = _dumped({"model-index": index}).rstrip("\n").replace("\n", line_end)
