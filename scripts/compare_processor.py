@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import sys
+import unittest.mock
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,8 @@ def words_by_which_models_went() -> Iterator[list[tuple[bool, torch.Tensor]]]:
         made.append((given is not None, found.patch_words(len(patches.pixel_values), patches.count)))
         return found
 
-    Reduce.plan = watched  # type: ignore[method-assign]
-    try:
+    with unittest.mock.patch.object(Reduce, "plan", watched):
         yield made
-    finally:
-        Reduce.plan = plan  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
