@@ -155,9 +155,9 @@ def _exchanged(work: Callable[[], Any], exchange: Callable[[list[Any]], list[Any
     for index, (_, description) in enumerate(outcomes):
         if description is not None:
             kind, message = description
-            error = kind(f"process {index} of {place()[1]}: {message}")
-            setattr(error, KNOWN, True)
-            raise error
+            theirs = kind(f"process {index} of {place()[1]}: {message}")
+            setattr(theirs, KNOWN, True)
+            raise theirs
     return [told for told, _ in outcomes]
 
 
