@@ -896,6 +896,42 @@ def test_a_plain_image_processor_removes_the_words_of_one_that_was_saved_there(f
     assert not list(folder.glob("processor_words-*"))
 
 
+OTHERS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+@pytest.mark.parametrize("saved", ["model", "image processor", "model by another method"])
+@pytest.mark.parametrize("vwt", [{"method": "local", "tolerance": 0.1}, {"method": "inter", "vocabulary": WORDS}])
+def test_statistics_that_are_given_on_loading_hold_for_words_of_a_setting_that_was_saved(vwt, saved, folder):
+    image = Image.fromarray(np.random.default_rng(0).integers(90, 150, (32, 32, 3), dtype=np.uint8))
+    expected = AutoImageProcessor.from_pretrained(folder, vwt=vwt, **OTHERS)(image, return_tensors="pt")
+    asked = {"vwt": vwt}
+    if saved == "model":
+        asked = {"vwt": {name: value for name, value in vwt.items() if name != "vocabulary"}}  # that is beside it
+    if saved == "image processor":
+        AutoImageProcessor.from_pretrained(folder, vwt=vwt).save_pretrained(folder)
+        asked = {}
+    else:
+        by = {"method": "coarse"} if saved != "model" else vwt
+        transformers.AutoModel.from_pretrained(folder, vwt=by).save_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, **asked, **OTHERS)
+    made = processor(image, return_tensors="pt")
+    assert torch.equal(made[NAME], expected[NAME]) and torch.equal(made["pixel_values"], expected["pixel_values"])
+    processor.save_pretrained(folder)
+    again = AutoImageProcessor.from_pretrained(folder)
+    assert again.vwt["image_std"] == OTHERS["image_std"]
+    assert torch.equal(again(image, return_tensors="pt")[NAME], expected[NAME])
+
+
+@pytest.mark.parametrize("newer", [{"newer_field": 1}, {"tolerance": "much"}, {"method": "later"}])
+def test_a_setting_that_cannot_be_read_gives_way_to_the_one_asked_for(newer, folder):
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vwt": {"patch_size": [4, 4]} | newer}))
+    (folder / "config.json").unlink()
+    assert AutoImageProcessor.from_pretrained(folder, vwt=True)(PHOTOGRAPHS)[NAME]
+    with pytest.raises(ValueError, match=r"`vwt=False` loads the plain image processor"):
+        AutoImageProcessor.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "vwt", [{"method": "local", "tolerance": 0.1}, {"method": "coarse"}, {"method": "inter", "vocabulary": WORDS}]
 )

@@ -79,6 +79,18 @@ def test_a_config_that_is_no_json_is_damaged_and_not_missing(tmp_path):
         config_beside(tmp_path)
 
 
+@pytest.mark.parametrize("vwt", [True, {"method": "coarse"}, {"method": "inter", "threshold": 0.5}])
+def test_statistics_that_could_not_be_asked_for_are_not_assumed(vwt, hub, tmp_path):
+    tiny_model("vit", patch_size=16, image_size=64).save_pretrained(tmp_path)
+    ViTImageProcessor(image_std=[0.2, 0.3, 0.4]).save_pretrained(tmp_path)
+    hub.put("me/tiny", {file.name: file.read_bytes() for file in tmp_path.iterdir()})
+    hub.fail(next=None, path="preprocessor_config.json", status=500)
+    with pytest.raises(NotReached, match=r"^preprocessor_config\.json of me/tiny cannot be had.* or give VWTConfig\("):
+        AutoModel.from_pretrained("me/tiny", vwt=vwt)
+    hub.heal()
+    assert AutoModel.from_pretrained("me/tiny", vwt=vwt).config.vwt["image_std"] == [0.2, 0.3, 0.4]
+
+
 @pytest.mark.parametrize("given", ["me/model", Path("model"), 7])
 def test_what_is_no_image_processor_is_refused_before_an_image_is_read(given):
     with pytest.raises(TypeError, match=rf"image_processor is a {type(given).__name__}; expected a transformers"):

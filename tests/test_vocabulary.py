@@ -1017,14 +1017,33 @@ def test_a_readme_of_something_else_stays(tmp_path: Path, hub: Any, own: bytes) 
     saved.mkdir()
     (saved / "README.md").write_bytes(own)
     hub.put("me/model", {"README.md": own, "config.json": b"{}"})
-    with pytest.warns(UserWarning, match="has a README.md that is not of visual words, which stays"):
+    with pytest.warns(UserWarning, match="has a README.md that is no card of visual words, or was edited, which stays"):
         vocabulary.save_pretrained(saved)
-    with pytest.warns(UserWarning, match=r"me/model has a README\.md that is not of visual words"):
+    with pytest.warns(UserWarning, match=r"me/model has a README\.md that is no card of visual words"):
         vocabulary.push_to_hub("me/model")
     for files_of in ({path.name: path.read_bytes() for path in saved.iterdir()}, hub.files("me/model")):
         assert files_of["README.md"] == own and "words.png" not in files_of
     for source in (saved, "me/model"):
         assert torch.equal(VisualVocabulary.from_pretrained(source).words, vocabulary.words)
+
+
+def test_a_card_that_somebody_edited_stays(tmp_path: Path, hub: Any) -> None:
+    vocabulary = VisualVocabulary(torch.rand(9, 3, 4, 4))
+    vocabulary.save_pretrained(tmp_path)
+    written = (tmp_path / "README.md").read_bytes()
+    picture = (tmp_path / "words.png").read_bytes()
+    for edited in (written.replace(b"---\n", b"---\nlicense: mit\n", 1), written + b"\n## Ours\n"):
+        (tmp_path / "README.md").write_bytes(edited)
+        hub.put("me/words", {"README.md": edited})
+        with pytest.warns(UserWarning, match="or was edited, which stays"):
+            VisualVocabulary(torch.rand(7, 3, 4, 4)).save_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match="or was edited, which stays"):
+            vocabulary.push_to_hub("me/words")
+        assert (tmp_path / "README.md").read_bytes() == hub.files("me/words")["README.md"] == edited
+        assert (tmp_path / "words.png").read_bytes() == picture
+    (tmp_path / "README.md").write_bytes(written.replace(b"\n", b"\r\n"))  # as git on Windows checks it out
+    VisualVocabulary(torch.rand(7, 3, 4, 4)).save_pretrained(tmp_path)
+    assert b"# 7 visual words" in (tmp_path / "README.md").read_bytes()
 
 
 def test_a_picture_that_is_no_vocabularys_stays(tmp_path: Path) -> None:

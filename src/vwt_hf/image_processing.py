@@ -25,7 +25,6 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from .checks import sides
 from .config import ModelFacts, VWTConfig
 from .data_loading import as_tensor
 from .hub_names import NotReached
@@ -36,7 +35,14 @@ from .pictures import seen_pictures
 from .pixel_tables import are_levels, ends_with_values, look_up
 from .plans import DROPPED, PATCH_WORDS, Grouped, Kept
 from .printable import printable, shown
-from .processors import config_beside, processor_statistics, saved_setting, stated_channels, stated_patch_size
+from .processors import (
+    config_beside,
+    height_and_width,
+    processor_statistics,
+    saved_setting,
+    stated_channels,
+    stated_patch_size,
+)
 from .saved_words import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
 from .shared_changes import SharedChange, holding
 from .vocabulary import VisualVocabulary
@@ -345,9 +351,13 @@ class Tokenizing:
         return [Image.fromarray(picture.squeeze(-1).numpy()) for picture in pictures]
 
     def to_dict(self) -> dict[str, Any]:
-        """As without `vwt`, with the setting."""
+        """As without `vwt`, with the setting; a mean and deviation that are its own stand in its own fields alone, so
+        that others which are given where it is loaded hold for both."""
         fields = super().to_dict()  # type: ignore[misc]
-        return fields if self.vwt is None else fields | {"vwt": self.vwt}
+        held, vwt = self.__dict__.get("vwt"), self.vwt
+        if isinstance(held, HostTokenizer) and held.normalised_by is not None:
+            vwt = _without_statistics(vwt)
+        return fields if vwt is None else fields | {"vwt": vwt}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (plain_class(type(self)),), self.__dict__
@@ -408,7 +418,7 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
         _prepare(
             processor, setting, patch_size, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False, model_config=beside
         )
-        _warn_of_another(setting, saved_setting(beside), source)
+        _warn_of_another(processor.tokenizer_of_patches.setting, saved_setting(beside), source)
     except (FileNotFoundError, TypeError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(
@@ -423,7 +433,8 @@ def _warn_of_another(setting: VWTConfig, of_model: dict[str, Any] | None, source
         if model_setting is None or not model_setting.searches:
             return
         own, other = setting.choice, model_setting.choice
-        if any(own.get(name) != other.get(name) for name in own.keys() | other.keys()):
+        looked_up = {name for name in _STATISTICS if other.get(name) is None}  # when the model is loaded
+        if any(own.get(name) != other.get(name) for name in (own.keys() | other.keys()) - looked_up):
             logger.warning(
                 f"The image processor of {source} was saved with vwt={own}, and the model with {other}: what is given "
                 "both goes by the words of the image processor. Load and save it with the `vwt` of the model."
@@ -438,13 +449,14 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
     if setting is None or _reads_videos(type(processor)):
         return
     model_config = config_beside(source, **hub_kwargs)
-    of_model = saved_setting(model_config)
-    folder = FOLDER
-    if of_model is not None:
-        setting = setting.with_saved(of_model)
-    elif isinstance(saved, dict):
-        setting, folder = setting.with_saved(saved), PROCESSOR_FOLDER
-        patch_size = patch_size or parsed(saved)[1]
+    known, folder = saved_setting(model_config), FOLDER
+    if known is None and isinstance(saved, dict):
+        known, folder = saved, PROCESSOR_FOLDER
+        patch_size = patch_size or height_and_width(saved.get("patch_size"))
+    if known is not None:
+        # It makes the pixels, whatever the model was saved for.
+        states = _statistics_of(processor, _channels(processor, setting, model_config)) is not None
+        setting = setting.with_saved(_without_statistics(known) if states else known)
     _prepare(processor, setting, patch_size, source, hub_kwargs, folder, trusted=True, model_config=model_config)
 
 
@@ -454,11 +466,10 @@ def parsed(vwt: Any) -> tuple[VWTConfig | None, tuple[int, int] | None]:
         return VWTConfig.parse(vwt), None
     fields = dict(vwt)
     size = fields.pop("patch_size")
-    height_width = sides(size)
-    sound = isinstance(height_width, (list, tuple)) and len(height_width) == 2
-    if not sound or not all(type(side) is int and 0 < side < 2**16 for side in height_width):
+    patch_size = height_and_width(size)
+    if patch_size is None:
         raise ValueError(f"vwt['patch_size'] is {shown(size)}; expected height and width of a patch, in pixels.")
-    return VWTConfig.parse(fields), (height_width[0], height_width[1])
+    return VWTConfig.parse(fields), patch_size
 
 
 def _prepare(
@@ -550,11 +561,22 @@ def _has_statistics(setting: VWTConfig, processor: Any) -> bool:
     known: dict[str, Any] = {name: values for name, values in fields.items() if values is not None}
     if not known or any(getattr(processor, name, None) is None for name in _STATISTICS):
         return False
+    stated = _statistics_of(processor, len(next(iter(known.values()))))
+    return stated is not None and all(
+        np.allclose(known[name], own) for name, own in zip(_STATISTICS, stated, strict=True) if name in known
+    )
+
+
+def _statistics_of(processor: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """As `processor_statistics`; `None` if the image processor does not tell them."""
     try:
-        stated = processor_statistics(processor, len(next(iter(known.values()))))
+        return processor_statistics(processor, channels)
     except (TypeError, ValueError, OverflowError):
-        return False
-    return all(np.allclose(known[name], own) for name, own in zip(_STATISTICS, stated, strict=True) if name in known)
+        return None
+
+
+def _without_statistics(vwt: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in vwt.items() if name not in _STATISTICS}
 
 
 def _are_values(images: Any) -> bool:
@@ -609,7 +631,7 @@ def warn_if_not_read(processor: Any, folder: Path) -> None:
     other = read_in_place(folder)
     vwt = None if other is None else other.get("vwt")
     nameless = {"saved_as": None}
-    if other is not None and not (isinstance(vwt, dict) and vwt | nameless == processor.vwt | nameless):
+    if other is not None and not (isinstance(vwt, dict) and vwt | nameless == processor.to_dict()["vwt"] | nameless):
         logger.warning(
             f"{folder} holds {PROCESSOR_NAME} with another image processor, and transformers reads that one, not the "
             f"{type(processor).__name__} that was saved beside it. Save the processor of texts and images that holds "

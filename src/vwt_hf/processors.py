@@ -215,10 +215,15 @@ def saved_setting(config: PreTrainedConfig | None) -> dict[str, Any] | None:
 
 def stated_patch_size(config: Any) -> tuple[int, int] | None:
     """Height and width of patches, in pixels, if a model's config or an image processor states them."""
-    size = sides(getattr(_of_images(config), "patch_size", None))
-    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(is_int(side) and side > 0 for side in size):
+    return height_and_width(getattr(_of_images(config), "patch_size", None))
+
+
+def height_and_width(size: Any) -> tuple[int, int] | None:
+    """Height and width of patches as JSON states them, by one number or two; `None` if these are not possible."""
+    size = sides(size)
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
         return None
-    return (size[0], size[1])
+    return (size[0], size[1]) if all(is_int(side) and 0 < side < 2**16 for side in size) else None
 
 
 def stated_channels(config: Any) -> int | None:
@@ -313,6 +318,7 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
     """As `processor_statistics`, for a model's image processor. Code in its repository is never run.
 
     Raises:
+        NotReached: it is on the Hub, and nothing says whether it is there.
         ValueError: there is none, or it does not say; the caller may give what is `wanted`.
     """
     try:
@@ -323,6 +329,14 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
             processor = load_processor(model.source, **model.hub_kwargs)
         return processor_statistics(processor, channels)
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
+        if isinstance(error, OSError) and not os.path.exists(model.source):
+            name, reason = "preprocessor_config.json", " ".join(str(error).split())
+            with contextlib.suppress(ValueError):  # what is no Hub id
+                if kept_answer(model.source, name, **model.hub_kwargs) is None:
+                    raise NotReached(
+                        f"{name} of {printable(model.source)} cannot be had, which says how the model's images are "
+                        f"normalised: load it once where the Hub can be reached, or give {wanted}. ({reason})"
+                    ) from error
         raise ValueError(
             f"Words and tolerances are in raw RGB, and {model.source or 'the model'} has no image processor that tells "
             f"how its images are normalised ({str(error).removesuffix('.')}). Give {wanted}."

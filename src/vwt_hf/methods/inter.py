@@ -183,8 +183,9 @@ class InterConfig(RaggedConfig):
         return setting, setting._saved_or_packaged(model)
 
     def _as_saved(self, model: ModelFacts) -> InterConfig:
-        """The setting with what the config.json of the model's checkpoint says of words that lie beside it."""
-        if self.saved_as is not None or not (model.trusted and model.source):
+        """The setting with what the config.json of the model's checkpoint says of words that lie beside it, which an
+        image processor's has already."""
+        if self.saved_as is not None or not (model.trusted and model.source) or model.words_folder is not None:
             return self
         saved = saved_setting(config_beside(model.source, **model.hub_kwargs))
         return self if saved is None else self.with_saved(saved)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import io
-import itertools
 import json
 import math
 from pathlib import Path
@@ -19,10 +19,7 @@ from ..printable import printable
 from .files import VocabularyInfo
 
 PICTURE_FILE = "words.png"
-TAG, OTHER_TAG, LIBRARY = "visual-words", "token-reduction", "vwt-hf"
-"""The Hub finds cards of vocabularies by this tag, which no other card of this package has."""
-MOST_METADATA = 2**16
-"""Bytes at the start of a README.md in which its metadata are looked for."""
+LIBRARY = "vwt-hf"
 SHOWN = 144
 """Words in the picture."""
 SHOWN_TEXT = 300
@@ -46,7 +43,7 @@ def render_card(
     where = {"revision": revision, "subfolder": subfolder}
     data = ModelCardData(
         library_name=LIBRARY,
-        tags=[TAG, "vision-transformer", OTHER_TAG, f"patch{shape[-1]}", "arxiv:2411.15397"],
+        tags=["visual-words", "vision-transformer", "token-reduction", f"patch{shape[-1]}", "arxiv:2411.15397"],
         datasets=[info.dataset] if info.dataset and _is_hub_id(info.dataset) else None,
         base_model=info.base_model if info.base_model and _is_hub_id(info.base_model) else None,
     )
@@ -64,16 +61,19 @@ def render_card(
         code=_code,
         picture=PICTURE_FILE,
     )
-    return str(card).encode()
+    text = str(card).rstrip().encode()
+    return text + b"\n\n" + _seal_of(text) + b"\n"
 
 
 def is_card_of_words(readme: bytes) -> bool:
-    """Whether the metadata of a README.md have the tags and the library of a vocabulary's card."""
-    lines = readme[:MOST_METADATA].decode(errors="replace").splitlines()
-    if lines[:1] != ["---"]:
-        return False
-    metadata = {line.strip() for line in itertools.takewhile("---".__ne__, lines[1:])}
-    return {f"- {TAG}", f"- {OTHER_TAG}", f"library_name: {LIBRARY}"} <= metadata
+    """Whether a README.md is a vocabulary's card, as `render_card` wrote it and without a change since."""
+    *lines, last = readme.strip().splitlines() or [b""]
+    return last == _seal_of(b"\n".join(lines).rstrip())
+
+
+def _seal_of(card: bytes) -> bytes:
+    """A line that is not shown and tells a card from one that somebody has edited since."""
+    return f"<!-- {LIBRARY} wrote this card, sha256 {hashlib.sha256(card).hexdigest()} -->".encode()
 
 
 def _quoted(text: str) -> str:

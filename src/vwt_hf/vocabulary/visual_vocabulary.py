@@ -225,7 +225,8 @@ class VisualVocabulary:
 
         Args:
             card: whether to write `README.md` and `words.png`; if not, those in the folder stay. A `README.md` that is
-                not a vocabulary's card, and a `words.png` without such a card, stay in any case, and a warning says so.
+                not a vocabulary's card or was edited, and a `words.png` without a card, stay in any case, and a warning
+                says so.
             repo_id: what the card's usage snippet loads; by default the folder.
 
         Raises:
@@ -254,7 +255,7 @@ class VisualVocabulary:
         """Uploads the vocabulary and its card in one commit, making the repository if need be.
 
         Afterwards `source` and `revision` say where it is, the latter as the commit (unless it is a pull request). A
-        `README.md` that is not a vocabulary's card, such as a model's, stays, and a warning says so.
+        `README.md` that is not a vocabulary's card, such as a model's, or was edited stays, and a warning says so.
 
         Args:
             revision: branch to push to; made if need be.
@@ -311,12 +312,12 @@ def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, toke
 
 
 def _is_foreign(readme: bytes, place: str, has_picture: bool = False) -> bool:
-    """Warns, and says so, if a README.md is no vocabulary's card, or a picture lies there without such a card."""
+    """Warns, and says so, if a README.md is no vocabulary's card or was edited, or a picture lies there without one."""
     if is_card_of_words(readme) or not (has_picture or readme.strip()):
         return False
-    has = (
-        f"{REPOCARD_NAME} that is not of visual words" if readme.strip() else f"{PICTURE_FILE} beside no card of words"
-    )
+    has = f"{PICTURE_FILE} beside no card of words"
+    if readme.strip():
+        has = f"{REPOCARD_NAME} that is no card of visual words, or was edited"
     warnings.warn(f"{place} has a {has}, which stays; no card is written of these.", stacklevel=3)
     return True
 
