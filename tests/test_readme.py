@@ -27,7 +27,7 @@ import vwt_hf
 from loopback_hub import LoopbackHub
 from tiny import TEXT, TINY, sample_pixel_values, tiny_model
 from vwt_hf.cli import main
-from vwt_hf.families import family_table
+from vwt_hf.families import FAMILIES, HOLDERS, UNFIT
 from vwt_hf.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +93,16 @@ def test_a_default_in_a_table_is_the_codes():
             assert repr(getattr(setting, name)).replace("'", '"') == said.strip("`"), (title, name)
             found += 1
     assert found > 12
+
+
+def family_table() -> str:
+    """The families as a Markdown table."""
+    lines = ["| family | positions | prefix tokens | its heads read |", "|---|---|---|---|"]
+    lines += [f"| {row.name} | {row.positions} | {row.prefix} | {row.pools} |" for row in FAMILIES]
+    for name in HOLDERS.values():
+        lines.append(f"| {name} | its CLIP or SigLIP tower's | the tower's | a language model: every patch |")
+    lines += [f"| {unfit.name} | cannot be compressed: it {unfit.reason} | | |" for unfit in UNFIT]
+    return "\n".join(lines)
 
 
 def test_the_table_of_families_is_the_packages():

@@ -189,16 +189,6 @@ def supported() -> list[str]:
     return [*(row.name for row in FAMILIES), *HOLDERS.values()]
 
 
-def family_table() -> str:
-    """The families as a Markdown table; the README shows it."""
-    lines = ["| family | positions | prefix tokens | its heads read |", "|---|---|---|---|"]
-    lines += [f"| {row.name} | {row.positions} | {row.prefix} | {row.pools} |" for row in FAMILIES]
-    for name in HOLDERS.values():
-        lines.append(f"| {name} | its CLIP or SigLIP tower's | the tower's | a language model: every patch |")
-    lines += [f"| {unfit.name} | cannot be compressed: it {unfit.reason} | | |" for unfit in UNFIT]
-    return "\n".join(lines)
-
-
 def require_supported(model_class: type[PreTrainedModel], restores: bool) -> None:
     """Refuses a model class that cannot be compressed.
 
