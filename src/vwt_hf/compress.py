@@ -252,7 +252,7 @@ def _hook_embeddings(tower: Tower, family: Family, setting: VWTConfig, follows: 
         tower.embeddings.register_forward_pre_hook(hooks.Repaint(reduce), with_kwargs=True)
     tower.embeddings.register_forward_hook(reduce, with_kwargs=True)
     for module in tower.module.modules():
-        if is_of(module, family.rotary):
+        if setting.shortens and is_of(module, family.rotary):
             module.register_forward_hook(hooks.Rotate(reduce), with_kwargs=True)
 
 

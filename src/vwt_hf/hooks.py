@@ -58,10 +58,9 @@ class Hook:
         return self.__dict__ | {"numbered_below": above}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fields = dict(state)
         # Torch numbers hooks from 0 in each process, and a new one takes the place of one that came with its number.
-        RemovableHandle.next_id = max(RemovableHandle.next_id, fields.pop("numbered_below", 0))
-        self.__dict__.update(fields)
+        RemovableHandle.next_id = max(RemovableHandle.next_id, state.pop("numbered_below", 0))
+        self.__dict__.update(state)
 
 
 @dataclasses.dataclass(eq=False)
@@ -366,8 +365,6 @@ class Rotate(Hook):
     reduce: Reduce
 
     def __call__(self, rotary: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.reduce.setting.shortens:
-            return output
         if self.reduce.follows:
             return self._rotate_as_stored(rotary, output)
         patches = self.reduce.patches(None, args, kwargs)  # a rotation is of a patch, so prefix tokens do not matter
