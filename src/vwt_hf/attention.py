@@ -348,7 +348,7 @@ def flash_attention_2(
 
 def fused(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Replaces the forward of an attention module with one `qkv` projection that uses no interface (BLIP)."""
-    if not _has_plan(module):
+    if forward_of(module).grouped is None:
         return type(module).forward(module, hidden_states, **kwargs)
     heads = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     dropout = module.dropout.p if module.training else 0.0
@@ -373,7 +373,7 @@ def separate(
         interpolate_pos_encoding: without effect, as the bias is always made for the size of the image.
         resolution: height and width of the images.
     """
-    if not _has_plan(module):
+    if forward_of(module).grouped is None:
         return type(module).forward(
             module, hidden_states, output_attentions, relative_position_bias, interpolate_pos_encoding, resolution
         )
@@ -390,10 +390,6 @@ def separate(
     attend = eager if module.config._attn_implementation == BY_PLAN + "eager" else sdpa
     output, _ = attend(module, (query, key, value), bias, dropout=dropout)
     return (output.flatten(2), _no_weights(query)) if output_attentions else (output.flatten(2),)
-
-
-def _has_plan(module: nn.Module) -> bool:
-    return forward_of(module).grouped is not None
 
 
 def _no_weights(query: torch.Tensor) -> torch.Tensor:

@@ -118,7 +118,7 @@ class Patches:
         """
         if self.real is None:
             return Kept(kept, self.prefix)
-        kept, stays = self._real_ones(self.real, kept, stays)
+        kept, stays = self._real_ones(kept, stays)
         stays, order = stays.sort(dim=1, descending=True, stable=True)  # what does not stay is padding, at the end
         kept = kept.gather(1, order)
         # A token is padding where its patch does not stay. Patches that are left out count in no token.
@@ -140,7 +140,7 @@ class Patches:
             exponent: a token of s patches draws s to this power as much attention as a token of one.
         """
         if self.real is not None:
-            kept, stays = self._real_ones(self.real, kept, stays)
+            kept, stays = self._real_ones(kept, stays)
         layout = represent(nearest, kept.shape[1], self.prefix, self.real)
         sources = whole_rows(kept, self.pixel_values.shape[0], self.prefix, self.count)
         return Grouped(layout, exponent, self.grid, sources, stays)
@@ -157,13 +157,11 @@ class Patches:
         layout, sources = lead(leaders, self.prefix, packed, self.real, self.rounds)
         return Grouped(layout, exponent, self.grid, sources)
 
-    @staticmethod
-    def _real_ones(
-        real: torch.Tensor, kept: torch.Tensor, stays: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _real_ones(self, kept: torch.Tensor, stays: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """`kept` for each image, and which of these stay and are no padding: (batch, keep) both."""
-        kept = kept.expand(real.shape[0], -1)
-        counts = real.gather(1, kept)
+        assert self.real is not None
+        kept = kept.expand(self.real.shape[0], -1)
+        counts = self.real.gather(1, kept)
         return kept, counts if stays is None else stays & counts
 
     def group(self, words: torch.Tensor, packed: bool, exponent: float) -> Grouped:
