@@ -1,12 +1,9 @@
 """Registration with transformers: `register`, which `import vwt_hf` calls, makes `from_pretrained(..., vwt=...)` work.
 
-Models and configs stay transformers' own. Every config has the field `vwt`, by default `None`. While a config has a
-setting, it is an instance of a subclass of its class, which writes the setting to config.json.
-
-Every loading path of transformers goes through `from_pretrained` or `_from_config` of `PreTrainedModel`, so `vwt` is
-handled there (`model_loading.py`). That includes classes that no Auto class reaches, such as
-`CLIPVisionModelWithProjection`, and a folder that was saved with a setting never loads as a plain model that claims to
-have one.
+Models stay transformers' own, and so do configs without a setting (`model_configs.py`). Every loading path of
+transformers goes through `from_pretrained` or `_from_config` of `PreTrainedModel`, so `vwt` is handled there
+(`model_loading.py`), also for classes that no Auto class reaches, such as `CLIPVisionModelWithProjection`. So a folder
+that was saved with a setting never loads as a plain model that claims to have one.
 """
 
 from __future__ import annotations

@@ -44,12 +44,8 @@ _saving_one = threading.RLock()
 
 
 def saving_models(original: Any) -> Any:
-    """`PreTrainedModel.save_pretrained` that writes the settings of parts to config.json, and words beside the weights.
-
-    Each save writes words into a new folder, which config.json names, and seals it when all is written. So a save that
-    is killed leaves either what was there before, or a folder without a seal, which a load refuses (`saved_words.py`).
-    """
-
+    """`PreTrainedModel.save_pretrained` that writes the settings of parts to config.json, and words beside the weights,
+    sealed when all is written (`saved_words.py`)."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -123,12 +119,9 @@ def _parts_to_save(model: PreTrainedModel) -> Iterator[dict[PreTrainedModel, VWT
 
 def _require_embeddings(model: PreTrainedModel) -> None:
     """Raises `ValueError` where the embeddings of a tower were replaced after it was compressed."""
-    replaced = (
-        part
-        for part in model.modules()
-        if isinstance(part, PreTrainedModel) and takes_words(part) and setting_of(part) is None
-    )
-    for part in replaced:
+    for part in model.modules():
+        if not isinstance(part, PreTrainedModel) or not takes_words(part) or setting_of(part) is not None:
+            continue
         # If it holds other models, one of these is a tower that was restored or replaced, which is no mistake.
         if not any(isinstance(inner, PreTrainedModel) for inner in part.modules() if inner is not part):
             raise ValueError(
