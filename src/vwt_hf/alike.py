@@ -77,23 +77,16 @@ def find_pairs(hidden_states: torch.Tensor, layout: Layout) -> Pairs:
     return Pairs(rows[:, 1::2], rows[:, 0::2].gather(1, which), alike)
 
 
-class _Images(NamedTuple):
-    """The tokens of a batch by image, without prefix tokens."""
+def _by_image(
+    hidden_states: torch.Tensor, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Any]:
+    """The tokens of hidden states, (sequences, prefix + tokens, hidden), by image and without prefix tokens.
 
-    values: torch.Tensor
-    """(images, tokens, hidden), float32."""
-    scale: torch.Tensor
-    """(images, tokens): what makes each of length 1; 0 for padding, so that its cosines are 0."""
-    rows: torch.Tensor
-    """(images, tokens), int64: the row of each, counted over all sequences."""
-    real: torch.Tensor | None
-    """(images, tokens), bool: which are no padding; `None` where all images have as many tokens."""
-    tokens: Any
-    """How many each image has."""
-
-
-def _by_image(hidden_states: torch.Tensor, layout: Layout) -> _Images:
-    """The tokens of hidden states, (sequences, prefix + tokens, hidden), by image."""
+    Returns:
+        Their values, (images, tokens, hidden) float32. What makes each of length 1, (images, tokens): 0 for padding, so
+        that its cosines are 0. The row of each, (images, tokens) int64, counted over all sequences. Which are no
+        padding, (images, tokens) bool; `None` where all images have as many. How many each image has.
+    """
     values, real = hidden_states.float().flatten(0, 1), None
     scale = torch.linalg.vector_norm(values, dim=1).clamp(min=1e-12).reciprocal()
     tokens: Any
@@ -109,7 +102,7 @@ def _by_image(hidden_states: torch.Tensor, layout: Layout) -> _Images:
         real, tokens = rows < ends, (ends - first).flatten() - layout.prefix
         rows = torch.where(real, rows, first)
         values, scale = values[rows], scale[rows].masked_fill(~real, 0)
-    return _Images(values, scale, rows, real, tokens)
+    return values, scale, rows, real, tokens
 
 
 def _in_pieces(values: torch.Tensor, scale: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
@@ -133,7 +126,7 @@ def _cosines(
 
     Args:
         others, seconds: (images, tokens, hidden).
-        of_others, of_seconds: (images, tokens), as `_Images.scale`.
+        of_others, of_seconds: (images, tokens), what makes each of length 1.
     """
     with without_autocast(others.device):
         products = seconds @ others.transpose(1, 2)

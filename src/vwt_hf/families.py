@@ -368,13 +368,12 @@ def find_tower(model: PreTrainedModel, family: Family) -> Tower:
     for module in model.modules():
         above.update((child, module) for child in module.children() if child not in above)
         if is_of(module, family.embeddings):
-            embeddings, tower = module, above.get(module)
+            embeddings, tower = module, above[module]
             # These may lie within a wrapper (PEFT's of modules to save, FSDP's), which is not transformers', or within
             # other embeddings. The tower calls the outermost, and is the first of transformers' that has a config.
-            while tower is not None and not (_is_transformers(tower) and hasattr(tower, "config")):
-                embeddings, tower = tower, above.get(tower)
-            if tower is not None:
-                towers.setdefault(tower, embeddings)
+            while not (_is_transformers(tower) and hasattr(tower, "config")):
+                embeddings, tower = tower, above[tower]
+            towers.setdefault(tower, embeddings)
     if not towers:
         raise ValueError(
             f"{type(model).__name__} has no {family.embeddings} of transformers, where {family.name} models turn pixel "

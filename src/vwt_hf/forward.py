@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .on_gpu import is_compiling
 from .plans import Grouped, Kept
 
 
@@ -315,15 +316,15 @@ def _leave(forward: Forward) -> None:
     forward.called_by = None  # a frame holds what its call was given
 
 
-def given_words(module: nn.Module | None = None) -> GivenWords | None:
-    """The `patch_words` of the call that this code runs in; `None` if it was given none, or none for `module`."""
-    return _given_in(current_forward(), module)
+def given_words(module: nn.Module) -> GivenWords | None:
+    """The `patch_words` of the call under way that are for `module`; `None` if there are none, as in a graph."""
+    return None if is_compiling() else _given_in(current_forward(), module)
 
 
-def _given_in(forward: Forward | None, module: nn.Module | None) -> GivenWords | None:
-    """The words of a forward, if there are any, and for `module` if one is named."""
+def _given_in(forward: Forward | None, module: nn.Module) -> GivenWords | None:
+    """The words of a forward, if there are any for `module`."""
     given = None if forward is None else forward.given
-    return given if given is None or module is None or given.are_for(module) else None
+    return given if given is None or given.are_for(module) else None
 
 
 def words_are_given() -> bool:
@@ -348,7 +349,8 @@ def end_call(model: nn.Module) -> GivenWords | None:
     if isinstance(forward, Call) and forward.tower is model and not forward.by_context:
         given = forward.given
         _leave(forward)
-    _in_thread.graphs.words = given_words() is not None
+        forward = current_forward()
+    _in_thread.graphs.words = forward is not None and forward.given is not None
     return given
 
 

@@ -220,7 +220,7 @@ class Reduce(Hook):
             )
         if self.follows:
             return self._reduce_and_store(module, args, kwargs, output)
-        given, patches = _words_for(module), self.patches(output, args, kwargs)
+        given, patches = given_words(module), self.patches(output, args, kwargs)
         plan = self.plan(patches, given and given.take(patches.pixel_values))
         return output if plan is None else self.family.reduces(output, plan)
 
@@ -263,7 +263,7 @@ class Reduce(Hook):
 
     def _require_alone(self, module: nn.Module, output: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Refuses words of a caller by which some patch would not be a token of its own."""
-        given = _words_for(module)
+        given = given_words(module)
         if given is None:
             return
         patches = self.patches(output, args, kwargs)
@@ -353,11 +353,6 @@ def _require_same_images(pixel_values: torch.Tensor, shown: torch.Tensor, settin
         )
 
 
-def _words_for(module: nn.Module) -> GivenWords | None:
-    """The `patch_words` of the call for a module that runs without a `Forward`; `None` in a graph, which gets none."""
-    return None if is_compiling() else given_words(module)
-
-
 @dataclasses.dataclass(eq=False)
 class Rotate(Hook):
     """Forward hook of rotary positions: makes rotations of tokens of those of patches."""
@@ -368,7 +363,7 @@ class Rotate(Hook):
         if self.reduce.follows:
             return self._rotate_as_stored(rotary, output)
         patches = self.reduce.patches(None, args, kwargs)  # a rotation is of a patch, so prefix tokens do not matter
-        plan = self.reduce.plan(patches, _words_for(rotary))
+        plan = self.reduce.plan(patches, given_words(rotary))
         return output if plan is None else plan.rotate(output)
 
     @traced_within
