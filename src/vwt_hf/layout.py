@@ -111,13 +111,12 @@ class Layout:
         """
         starts = self.rows[:, :1]
         order = starts.flatten().argsort()
-        lengths = [length for length, _ in self.runs] if self.packed else [self.sizes.shape[1]]
-        images = [images for _, images in self.runs] if self.packed else [order.shape[0]]
+        runs = self.runs if self.packed else ((self.sizes.shape[1], order.shape[0]),)
         share = self.sizes.flatten()[self.rows].reciprocal().unsqueeze(-1)
-        shares = share.new_zeros(*self.rows.shape, max(lengths, default=0))
+        shares = share.new_zeros(*self.rows.shape, runs[-1][0])
         shares.scatter_(2, (self.rows - starts).unsqueeze(-1), share)
-        parts = shares[order].split(images)
-        return tuple(part[..., :length] for part, length in zip(parts, lengths, strict=True))
+        parts = shares[order].split([images for _, images in runs])
+        return tuple(part[..., :length] for part, (length, _) in zip(parts, runs, strict=True))
 
     def by_run(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(sequences, tokens) → (images, tokens), for each run if packed, else once for all images."""

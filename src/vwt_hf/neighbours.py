@@ -102,7 +102,7 @@ def find_neighbours(looks: torch.Tensor, grid: tuple[int, int]) -> Neighbours:
     """The neighbours of each patch of a grid of so many rows and columns, by what `describe` gives."""
     index, later, passes = _beside(*grid, looks.device).unbind(0)
     factor, none = _limits(*grid, looks.device).unbind(0)
-    return _neighbours(looks, index, later.bool(), passes.bool(), factor, none)
+    return Neighbours(index, _distances(looks, index, factor, none), later.bool(), passes.bool())
 
 
 def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torch.Tensor) -> Neighbours:
@@ -118,7 +118,8 @@ def find_padded_neighbours(looks: torch.Tensor, places: torch.Tensor, real: torc
     around = _around(row, column, rows, columns, _offsets(places.device).unbind(1))
     exists = around.exists & real.unsqueeze(2) & at(real, around.index * around.exists)
     none = torch.zeros_like(looks[..., :1]).masked_fill(~exists, torch.inf)
-    return _neighbours(looks, around.index * exists, around.later, around.passes & exists, around.factor, none)
+    index = around.index * exists
+    return Neighbours(index, _distances(looks, index, around.factor, none), around.later, around.passes & exists)
 
 
 @same_for_all
@@ -188,18 +189,12 @@ def _turn(row: Any, column: Any) -> Any:
     return turn + (turn == TURNS) * of_odd(row // 2, column // 2)
 
 
-def _neighbours(
-    looks: torch.Tensor,
-    index: torch.Tensor,
-    later: torch.Tensor,
-    passes: torch.Tensor,
-    factor: torch.Tensor,
-    none: torch.Tensor,
-) -> Neighbours:
+def _distances(looks: torch.Tensor, index: torch.Tensor, factor: torch.Tensor, none: torch.Tensor) -> torch.Tensor:
+    """`Neighbours.distance`: how much looks differ from those of the neighbours, times `factor`, and `none` added."""
     there = gather_patches(looks, index.flatten(1)).unflatten(1, index.shape[1:])
     distance = torch.linalg.vector_norm(looks.unsqueeze(2) - there, dim=-1)
     # A patch that holds NaN is like no other: it stays, and the answer is NaN, as without a setting.
-    return Neighbours(index, (none + distance * factor).nan_to_num(torch.inf, torch.inf), later, passes)
+    return (none + distance * factor).nan_to_num(torch.inf, torch.inf)
 
 
 def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
