@@ -258,8 +258,9 @@ def whole_images(made: Any) -> torch.Tensor:
     if pixel_values.dim() != 4:
         raise ValueError(
             f"The image processor gives pixel_values of shape {tuple(pixel_values.shape)}; expected whole images "
-            "(batch, channels, height, width). Use the image processor of a model that takes such images, with patches "
-            "of the same size."
+            "(batch, channels, height, width). Learn words with the image processor of a model that takes such images, "
+            "with patches of the same size. What a model sees of padded patches (SigLIP 2 NaFlex) is drawn by the "
+            "`decode` of its image processor, loaded with `vwt`."
         )
     return pixel_values
 
