@@ -922,6 +922,16 @@ def test_statistics_that_are_given_on_loading_hold_for_words_of_a_setting_that_w
     assert torch.equal(again(image, return_tensors="pt")[NAME], expected[NAME])
 
 
+@pytest.mark.parametrize("vwt", [{"method": "local", "tolerance": 0.1}, {"method": "inter", "vocabulary": WORDS}])
+def test_pixels_that_are_normalised_already_have_the_words_of_the_statistics_that_were_saved(vwt, folder):
+    image = Image.fromarray(np.random.default_rng(0).integers(90, 150, (32, 32, 3), dtype=np.uint8))
+    AutoImageProcessor.from_pretrained(folder, vwt=vwt).save_pretrained(folder)
+    expected = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")
+    as_is = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+    processor = AutoImageProcessor.from_pretrained(folder, **as_is)
+    assert torch.equal(processor(expected["pixel_values"], return_tensors="pt")[NAME], expected[NAME])
+
+
 @pytest.mark.parametrize("newer", [{"newer_field": 1}, {"tolerance": "much"}, {"method": "later"}])
 def test_a_setting_that_cannot_be_read_gives_way_to_the_one_asked_for(newer, folder):
     file = folder / "preprocessor_config.json"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoModel, GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -89,6 +90,31 @@ def test_statistics_that_could_not_be_asked_for_are_not_assumed(vwt, hub, tmp_pa
         AutoModel.from_pretrained("me/tiny", vwt=vwt)
     hub.heal()
     assert AutoModel.from_pretrained("me/tiny", vwt=vwt).config.vwt["image_std"] == [0.2, 0.3, 0.4]
+
+
+def test_statistics_that_the_hub_says_are_not_there_are_assumed(hub, tmp_path, monkeypatch):
+    """Also where huggingface_hub's cache cannot keep that answer, offline once it has, and of what is no repository."""
+    tiny_model("vit").save_pretrained(tmp_path)
+    for name in ("me/tiny", "me/other"):
+        hub.put(name, {file.name: file.read_bytes() for file in tmp_path.iterdir()})
+    mkdir = Path.mkdir
+
+    def refuse(path, *args, **kwargs):
+        if ".no_exist" in str(path):
+            raise OSError(30, "Read-only file system", str(path))
+        return mkdir(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        assert AutoModel.from_pretrained("me/tiny", vwt=True).config.vwt["image_std"] == [0.5] * 3
+    loaded = AutoModel.from_pretrained("me/other", vwt=True)
+    hub.repos.pop("me/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert AutoModel.from_pretrained("me/other", vwt=True).config.vwt == loaded.config.vwt
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    model = tiny_model("vit")
+    model.config.name_or_path = model.name_or_path = "me/tiny"
+    assert compress(model, True).config.vwt["image_std"] == [0.5] * 3
 
 
 @pytest.mark.parametrize("given", ["me/model", Path("model"), 7])

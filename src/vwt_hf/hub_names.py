@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from .printable import shown
@@ -33,6 +41,35 @@ def kept_answer(
     path = "/".join(filter(None, (os.fspath(subfolder or ""), name)))
     # A branch by its name would be looked up anew.
     return try_to_load_from_cache(repo_id, path, cache_dir, getattr(revision, "resolved", revision))
+
+
+def download_if_there(**of: Any) -> Path | None:
+    """A file on the Hub, by arguments of `hf_hub_download`; `None` if the repository was asked and does not have it."""
+    try:
+        return Path(hf_hub_download(**of))
+    except LocalEntryNotFoundError:  # which leaves open whether it is there
+        raise
+    except EntryNotFoundError:
+        return None
+
+
+def may_be_on_hub(source: str, name: str, hub_kwargs: Mapping[str, Any]) -> bool:
+    """Whether a file of a model that could not be loaded may be on the Hub: nobody can say that it is not.
+
+    Args:
+        source: Hub id or folder of the model.
+        hub_kwargs: arguments of `hf_hub_download`.
+    """
+    if os.path.exists(source):
+        return False
+    try:
+        if kept_answer(source, name, **hub_kwargs) is _CACHED_NO_EXIST:
+            return False
+        return download_if_there(repo_id=source, filename=name, **hub_kwargs) is not None
+    except (HFValidationError, RepositoryNotFoundError):  # it is no Hub id, or a folder's name that looks like one
+        return False
+    except (OSError, HfHubHTTPError):
+        return True
 
 
 def require_private(api: HfApi, repo_id: str) -> None:

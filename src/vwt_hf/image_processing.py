@@ -16,7 +16,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -351,13 +352,9 @@ class Tokenizing:
         return [Image.fromarray(picture.squeeze(-1).numpy()) for picture in pictures]
 
     def to_dict(self) -> dict[str, Any]:
-        """As without `vwt`, with the setting; a mean and deviation that are its own stand in its own fields alone, so
-        that others which are given where it is loaded hold for both."""
+        """As without `vwt`, with the setting."""
         fields = super().to_dict()  # type: ignore[misc]
-        held, vwt = self.__dict__.get("vwt"), self.vwt
-        if isinstance(held, HostTokenizer) and held.normalised_by is not None:
-            vwt = _without_statistics(vwt)
-        return fields if vwt is None else fields | {"vwt": vwt}
+        return fields if self.vwt is None else fields | {"vwt": self.vwt}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (plain_class(type(self)),), self.__dict__
@@ -400,8 +397,12 @@ def _empty(plain: Any) -> BaseImageProcessor:
     return processor_class.__new__(processor_class)
 
 
-def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
-    """Prepares an image processor for the setting in its own file, which a stranger may have written."""
+def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any], given: Collection[str] = ()) -> None:
+    """Prepares an image processor for the setting in its own file, which a stranger may have written.
+
+    Args:
+        given: the fields that it was given where it was loaded, in place of those in its file.
+    """
     vwt = processor.vwt
     if vwt is None:
         processor.vwt = None  # its class may be that of one with a setting
@@ -415,10 +416,11 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any]) -> None:
             if patch_size is None:
                 raise
             beside = None  # which a file that says the size of patches and the words does without
-        _prepare(
-            processor, setting, patch_size, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False, model_config=beside
-        )
-        _warn_of_another(processor.tokenizer_of_patches.setting, saved_setting(beside), source)
+        ready = setting
+        if isinstance(vwt, dict) and not set(given).isdisjoint(_NORMALISING):
+            ready = parsed(_with_own_statistics(vwt, processor, beside))[0] or setting
+        _prepare(processor, ready, patch_size, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False, model_config=beside)
+        _warn_of_another(setting, saved_setting(beside), source)
     except (FileNotFoundError, TypeError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(
@@ -433,8 +435,7 @@ def _warn_of_another(setting: VWTConfig, of_model: dict[str, Any] | None, source
         if model_setting is None or not model_setting.searches:
             return
         own, other = setting.choice, model_setting.choice
-        looked_up = {name for name in _STATISTICS if other.get(name) is None}  # when the model is loaded
-        if any(own.get(name) != other.get(name) for name in (own.keys() | other.keys()) - looked_up):
+        if any(own.get(name) != other.get(name) for name in own.keys() | other.keys()):
             logger.warning(
                 f"The image processor of {source} was saved with vwt={own}, and the model with {other}: what is given "
                 "both goes by the words of the image processor. Load and save it with the `vwt` of the model."
@@ -454,9 +455,7 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
         known, folder = saved, PROCESSOR_FOLDER
         patch_size = patch_size or height_and_width(saved.get("patch_size"))
     if known is not None:
-        # It makes the pixels, whatever the model was saved for.
-        states = _statistics_of(processor, _channels(processor, setting, model_config)) is not None
-        setting = setting.with_saved(_without_statistics(known) if states else known)
+        setting = setting.with_saved(_with_own_statistics(known, processor, model_config))
     _prepare(processor, setting, patch_size, source, hub_kwargs, folder, trusted=True, model_config=model_config)
 
 
@@ -523,7 +522,7 @@ def _require_finding(processor: Any, setting: VWTConfig, source: Any) -> None:
         )
 
 
-def _channels(processor: Any, setting: VWTConfig, model_config: Any) -> int:
+def _channels(processor: Any, setting: Any, model_config: Any) -> int:
     """Channels of the images: as many as the model's config says, or else as any of these has numbers for."""
     stated = stated_channels(model_config)
     if stated is not None:  # VitMatte's image processor adds a channel, for which it has no mean
@@ -575,8 +574,12 @@ def _statistics_of(processor: Any, channels: int) -> tuple[tuple[float, ...], tu
         return None
 
 
-def _without_statistics(vwt: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in vwt.items() if name not in _STATISTICS}
+def _with_own_statistics(saved: dict[str, Any], processor: Any, model_config: Any) -> dict[str, Any]:
+    """The fields of a setting that was saved, with the statistics of the image processor that makes the pixels now; as
+    they are if it does not tell them."""
+    stated = _statistics_of(processor, _channels(processor, types.SimpleNamespace(**saved), model_config))
+    own = zip(_STATISTICS, stated or (), strict=False)
+    return saved | {name: list(values) for name, values in own if name in saved}
 
 
 def _are_values(images: Any) -> bool:
@@ -631,7 +634,7 @@ def warn_if_not_read(processor: Any, folder: Path) -> None:
     other = read_in_place(folder)
     vwt = None if other is None else other.get("vwt")
     nameless = {"saved_as": None}
-    if other is not None and not (isinstance(vwt, dict) and vwt | nameless == processor.to_dict()["vwt"] | nameless):
+    if other is not None and not (isinstance(vwt, dict) and vwt | nameless == processor.vwt | nameless):
         logger.warning(
             f"{folder} holds {PROCESSOR_NAME} with another image processor, and transformers reads that one, not the "
             f"{type(processor).__name__} that was saved beside it. Save the processor of texts and images that holds "

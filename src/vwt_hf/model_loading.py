@@ -152,7 +152,7 @@ def loading_processors(original: Any) -> Any:
             source = os.path.dirname(os.path.abspath(source))
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         if vwt is NOT_GIVEN:
-            image_processing.follow(processor, source, hub_kwargs)
+            image_processing.follow(processor, source, hub_kwargs, kwargs)
         else:
             image_processing.apply(processor, vwt, source, hub_kwargs)
         return loaded

@@ -19,7 +19,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from .checks import is_int, sides
-from .hub_names import NotReached, kept_answer
+from .hub_names import NotReached, kept_answer, may_be_on_hub
 from .printable import printable, shown
 from .shared_changes import SharedChange
 from .weights import loaded_by, source_of
@@ -330,14 +330,13 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
             processor = load_processor(model.source, **model.hub_kwargs)
         return processor_statistics(processor, channels)
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
-        if isinstance(error, OSError) and not os.path.exists(model.source):
-            name, reason = "preprocessor_config.json", " ".join(str(error).split())
-            with contextlib.suppress(ValueError):  # what is no Hub id
-                if kept_answer(model.source, name, **model.hub_kwargs) is None:
-                    raise NotReached(
-                        f"{name} of {printable(model.source)} cannot be had, which says how the model's images are "
-                        f"normalised: load it once where the Hub can be reached, or give {wanted}. ({reason})"
-                    ) from error
+        name = "preprocessor_config.json"
+        if isinstance(error, OSError) and may_be_on_hub(model.source, name, model.hub_kwargs):
+            reason = " ".join(str(error).split())
+            raise NotReached(
+                f"{name} of {printable(model.source)} cannot be had, which says how the model's images are normalised: "
+                f"load it once where the Hub can be reached, or give {wanted}. ({reason})"
+            ) from error
         raise ValueError(
             f"Words and tolerances are in raw RGB, and {model.source or 'the model'} has no image processor that tells "
             f"how its images are normalised ({str(error).removesuffix('.')}). Give {wanted}."

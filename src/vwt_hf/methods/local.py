@@ -121,13 +121,9 @@ class LocalConfig(RaggedConfig):
         try:
             _, std = model_statistics(model, model.channels, f"VWTConfig(method={self.method!r}, image_std=...)")
         except ValueError as error:
-            logger.warning(f"{error} Taken for now: {ASSUMED_STD} for each channel.")
-            return self  # what was assumed is not saved: an image processor may lie beside the model by then
+            std = (ASSUMED_STD,) * model.channels
+            logger.warning(f"{error} Taken and saved: {ASSUMED_STD} for each channel.")
         return dataclasses.replace(self, image_std=std)
-
-    def deviation(self, patches: Patches) -> tuple[float, ...]:
-        """What the images are divided by, for each channel: `image_std`, or else what is assumed."""
-        return self.image_std or (ASSUMED_STD,) * patches.channels
 
     def plan(self, patches: Patches) -> Grouped:
         with without_autocast(patches.device), torch.no_grad():
@@ -143,8 +139,8 @@ class LocalConfig(RaggedConfig):
     def _leaders(self, patches: Patches) -> torch.Tensor:
         """Which patch stands for each: (batch, patches), int64."""
         if patches.grid is not None and self.tolerance is not None:
-            std = self.deviation(patches)
-            return find_leaders(patches.pixel_values, patches.patch_size, patches.grid, std, self.tolerance)
+            assert self.image_std is not None  # `prepared` came before
+            return find_leaders(patches.pixel_values, patches.patch_size, patches.grid, self.image_std, self.tolerance)
         if patches.grid is not None:
             return at(*self._stay_on_grid(patches))
         assert patches.real is not None
@@ -156,7 +152,8 @@ class LocalConfig(RaggedConfig):
         return leaders(neighbours, stays)
 
     def _looks(self, patches: Patches) -> torch.Tensor:
-        return describe(patches.pixels_as_words().float(), patches.patch_size, self.deviation(patches))
+        assert self.image_std is not None  # `prepared` came before
+        return describe(patches.pixels_as_words().float(), patches.patch_size, self.image_std)
 
     def _stay_on_grid(self, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:
         """Which patches stay, as many of each image, where images are not padded.

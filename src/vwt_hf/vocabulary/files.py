@@ -30,7 +30,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..checks import checked_statistics, is_number
-from ..hub_names import NotReached, check_revision, check_subfolder, kept_answer
+from ..hub_names import NotReached, check_revision, check_subfolder, download_if_there, kept_answer
 from ..printable import printable, shown
 from ..whole_saves import Save, remove, saving
 from .word_files import MOST_BYTES, read_bare_tensor, read_safetensors
@@ -194,16 +194,6 @@ def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None
             if located.download is not None or identity_of(located.file) == before:
                 raise
     _refuse(located, INFO_FILE, "it is being replaced all the time; load it once nobody saves into the folder")
-
-
-def download_if_there(**of: Any) -> Path | None:
-    """A file on the Hub, by arguments of `hf_hub_download`; `None` if the repository was asked and does not have it."""
-    try:
-        return Path(hf_hub_download(**of))
-    except LocalEntryNotFoundError:  # which leaves open whether it is there
-        raise
-    except EntryNotFoundError:
-        return None
 
 
 def identity_of(file: Path) -> tuple[int, int, int]:
