@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 r"""What compression changes in a classifier's answers: `vwt-hf evaluate` of a folder of images, as bare numbers.
 
-Prints what `vwt-hf evaluate` prints, by default of the settings that the README's table has. --json holds a row of bare
+Prints what `vwt-hf evaluate` prints, by default of the settings in DEFAULT_SETTINGS. --json holds a row of bare
 numbers for each setting, named as the columns of the table, without intervals.
 
     python scripts/compare.py --model google/vit-base-patch16-224 --images photographs/

@@ -6,12 +6,12 @@ r"""Answers images over HTTP: labels of a classifier, else features. LitServe ba
     curl --json '{"image": "<base64>"}' http://127.0.0.1:8000/predict
 
 A classifier answers {"labels": [{"label": ..., "score": ...}, ...]}, the five best of its labels; any other model
-{"features": [...]}: its image embedding, else its pooled output, else its CLS token. An upload that cannot be answered
-gets a status of 400 (no image, or one that is damaged, too large or too narrow), 408 (a body that takes a minute), 413
-(of over 32 MiB), 415 (of another type), 500 (the model fails on it, or answers NaN or infinity), 503 (too many requests
-at once) or 504 (it was not decoded, or not taken by the model, within --timeout), with {"detail": the reason}. GET
-/health says "ok" once the model is loaded, /metrics counts requests, images, tokens and seconds in the format of
-Prometheus, and /info names the model and its setting.
+{"features": [...]}: its image embedding, else its pooled output, else CLS or the mean of its tokens. An upload that
+cannot be answered gets a status of 400 (no image, or one that is damaged, too large or too narrow), 408 (a body that
+takes a minute), 413 (of over 32 MiB), 415 (of another type), 500 (the model fails on it, or answers NaN or infinity),
+503 (too many requests at once) or 504 (it was not decoded, or not taken by the model, within --timeout), with
+{"detail": the reason}. GET /health says "ok" once the model is loaded, /metrics counts requests, images, tokens and
+seconds in the format of Prometheus, and /info names the model and its setting.
 """
 
 # Annotations stay what they are, not strings: LitServe hands that of `decode_request` to FastAPI.

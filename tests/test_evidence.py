@@ -25,6 +25,32 @@ def test_evidence_is_part_of_a_setting_and_saved_with_the_model(tmp_path, method
     assert not (tmp_path / "README.md").exists()
 
 
+def test_evidence_of_a_setting_that_was_changed_is_left_out(caplog, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
+    measured = EVIDENCE | {"method": "gradual", "tolerance": 0.02, "similarity": 0.7}
+    found = VWTConfig("gradual", tolerance=0.02, similarity=0.7, image_std=[0.5] * 3, evidence=measured)
+    model = compress(tiny_model("vit"), found)
+    compress(model, model.config.vwt)
+    assert model.config.vwt["evidence"] == measured and not caplog.text
+    for changed in ({"tolerance": 0.3}, {"similarity": 0.1}):
+        compress(model, found)
+        compress(model, {**model.config.vwt, **changed})
+        assert "evidence" not in model.config.vwt and "changed since its evidence was measured" in caplog.text
+
+
+def test_a_save_has_the_evidence_in_a_card_follow_the_model(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("# Mine\n")
+    model = compress(tiny_model("vit"), VWTConfig(evidence=EVIDENCE))
+    model.save_pretrained(tmp_path)
+    assert card.read_text() == "# Mine\n"
+    write_section(tmp_path, [EVIDENCE])  # as a push made it, and a clone of the repository brought it
+    compress(model, VWTConfig(evidence=EVIDENCE | {"value": 0.5})).save_pretrained(tmp_path)
+    assert "0.985" not in card.read_text() and "`0.5`" in card.read_text()
+    vwt_hf.restore(model).save_pretrained(tmp_path)
+    assert card.read_text() == "# Mine\n"
+
+
 @pytest.mark.parametrize(
     "evidence",
     [

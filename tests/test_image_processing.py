@@ -873,6 +873,10 @@ def test_an_image_processor_saved_beside_another_that_is_read_in_its_place_is_to
     (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')  # as of long ago
     processor.save_pretrained(tmp_path)
     assert not caplog.text and AutoImageProcessor.from_pretrained(tmp_path).vwt == processor.vwt
+    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(tmp_path / "off")
+    AutoImageProcessor.from_pretrained(tmp_path / "off", vwt=False).save_pretrained(tmp_path / "off")
+    assert "holds processor_config.json with another image processor" in caplog.text
+    caplog.clear()
     by_words = AutoImageProcessor.from_pretrained(folders("clip"), vwt=inter())
     transformers.CLIPProcessor(by_words, tokenizer).save_pretrained(tmp_path / "words")
     by_words.save_pretrained(tmp_path / "words")
@@ -930,6 +934,13 @@ def test_pixels_that_are_normalised_already_have_the_words_of_the_statistics_tha
     as_is = {"do_resize": False, "do_rescale": False, "do_normalize": False}
     processor = AutoImageProcessor.from_pretrained(folder, **as_is)
     assert torch.equal(processor(expected["pixel_values"], return_tensors="pt")[NAME], expected[NAME])
+
+
+def test_the_patches_of_the_model_beside_go_before_those_of_a_setting_that_was_saved(folder):
+    AutoImageProcessor.from_pretrained(folder, vwt=True).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"patch_size": 8}))
+    assert AutoImageProcessor.from_pretrained(folder, vwt=True).vwt["patch_size"] == [8, 8]
 
 
 @pytest.mark.parametrize("newer", [{"newer_field": 1}, {"tolerance": "much"}, {"method": "later"}])

@@ -72,6 +72,16 @@ def test_a_save_with_words_waits_for_another_into_its_folder_and_one_without_doe
     assert load(tmp_path).config.vwt["method"] == "inter"
 
 
+def test_a_model_that_was_saved_takes_its_own_setting_again(tmp_path):
+    """Its words have another name in config.vwt since the save, and no other process has them under the first."""
+    saved = model(0)
+    saved.save_pretrained(tmp_path)
+    setting, again = saved.config.vwt, pickle.loads(pickle.dumps(saved))
+    shutil.rmtree(tmp_path)
+    compress(again, {**setting, "threshold": 0.4})
+    assert torch.equal(lexicon_of(again).vocabulary.words, words(0).words) and again.config.vwt["threshold"] == 0.4
+
+
 def test_a_pickle_in_place_of_a_saved_models_words_is_not_read(tmp_path):
     saved = model(0)
     saved.save_pretrained(tmp_path)

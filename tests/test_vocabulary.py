@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import vwt_hf
-from vwt_hf import cli, decoding, image_source, processed_images
+from vwt_hf import cli, decoding, hub_names, image_source, processed_images
 from vwt_hf.cli import vocab
 from vwt_hf.vocabulary import VisualVocabulary, card, files, learning
 from vwt_hf.vocabulary.files import VocabularyInfo
@@ -960,7 +960,8 @@ def test_both_files_are_asked_for_at_one_commit_with_what_the_user_passed(
         asked.append(kwargs)
         return str(words / kwargs["filename"])
 
-    monkeypatch.setattr(files, "hf_hub_download", download)
+    for module in (files, hub_names):
+        monkeypatch.setattr(module, "hf_hub_download", download)
     own = {"token": "t", "subfolder": "snapshots/p16", "cache_dir": "c"}
     VisualVocabulary.from_pretrained("me/words", revision="main", **own)
     assert [call["revision"] for call in asked] == ["main", "c0ffee"]
@@ -1025,6 +1026,11 @@ def test_a_readme_of_something_else_stays(tmp_path: Path, hub: Any, own: bytes) 
         assert files_of["README.md"] == own and "words.png" not in files_of
     for source in (saved, "me/model"):
         assert torch.equal(VisualVocabulary.from_pretrained(source).words, vocabulary.words)
+
+
+def test_frequencies_that_are_no_tensor_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"frequencies are a list; expected a tensor, int64 \(3,\)"):
+        VisualVocabulary(torch.rand(3, 3, 4, 4), [1, 2, 3])
 
 
 def test_a_card_that_somebody_edited_stays(tmp_path: Path, hub: Any) -> None:

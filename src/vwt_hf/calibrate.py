@@ -67,7 +67,7 @@ CHOICES = (
     Choice("coarse", 0.08, 0.61),
     Choice("coarse", 0.1, 0.5),
 )
-"""Settings from light to heavy: each leaves fewer tokens."""
+"""Settings from light to heavy: each usually leaves fewer tokens."""
 FEWEST = 50
 """Images: with fewer, the 95 % interval would reach below 0.93 even if all answers agreed."""
 MOST = 500
@@ -129,9 +129,9 @@ def calibrate(
         agreement: asks for the fastest setting, of those that are tried, with which at least this share of the images,
             in (0, 1], gets the plain model's first answer. For a model without a classifier, at least this mean cosine
             of its output (the image embedding, else the pooled output, else CLS or the mean of the tokens).
-        speed: asks for the setting of most agreement that is at least so many times as fast as the plain model.
-        tokens: asks for the setting of most agreement with at most so many tokens of an image (mean over images and
-            layers, prefix tokens included).
+        speed: asks for the lightest setting that is at least so many times as fast as the plain model.
+        tokens: asks for the lightest setting with at most so many tokens of an image (mean over images and layers,
+            prefix tokens included).
         image_processor: the model's; by default that of the checkpoint it was loaded from.
         batch_size: images in one forward pass, also when speed is measured.
         by: how speed is measured: as `"time"` on this machine, in turn with the plain model; or as `"flops"`, floating
@@ -157,7 +157,7 @@ def calibrate(
     Example:
         >>> setting = calibrate(model, "photographs/", agreement=0.98)  # doctest: +SKIP
         >>> setting.evidence["value"], setting.evidence["interval"]  # doctest: +SKIP
-        (0.985, [0.956828, 0.994879])
+        (0.985, [0.956834, 0.994886])
     """
     target_of(agreement=agreement, speed=speed, tokens=tokens)  # refused before images are read
     search = Calibration(
@@ -329,6 +329,7 @@ class Calibration:
 
     def _evidence(self, level: Level, target: str) -> dict[str, Any]:
         return {
+            **level.choice._asdict(),
             "images": self.images,
             "measure": self.measure,
             "value": round(level.value, 6),

@@ -8,6 +8,7 @@ import functools
 import gc
 import inspect
 import itertools
+import logging
 import types
 import weakref
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.backbone_utils import BackboneMixin
 
 from . import attention, hooks
 from .config import ModelFacts, VWTConfig
+from .evidence import is_evidence_of
 from .families import (
     Family,
     Tower,
@@ -41,6 +43,7 @@ from .stand_ins import StandIn, class_forward, is_ours, own_forward, require_rep
 from .vouch import may_change_rows, vouch, vouch_rows
 from .weights import loaded_by, source_of
 
+logger = logging.getLogger(__name__)
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Keyword arguments of transformers' `from_pretrained` that say where files are read from."""
 
@@ -127,6 +130,10 @@ def compress_by(
             in_own_thread(vouch, model, tower)
         elif family.padded is None and not family.masks and may_change_rows(tower):
             in_own_thread(vouch_rows, model, tower)
+    saved = read_setting(model.config)
+    if present is not None and present.is_saved_as(saved) and saved.get("saved_as"):
+        name = {"saved_as": saved["saved_as"]}  # of its words since the last save
+        present = dataclasses.replace(present, **name)
     facts = ModelFacts(
         source_of(model) if source is None else str(source),
         tower.patch_size,
@@ -137,6 +144,9 @@ def compress_by(
         image_processor=image_processor,
     )
     setting = in_own_thread(setting.prepared, facts)
+    if setting.evidence is not None and not is_evidence_of(setting.evidence, setting.to_dict()):
+        logger.warning("The setting was changed since its evidence was measured, which is left out.")
+        setting = dataclasses.replace(setting, evidence=None)
     if _attends_by_sizes(setting, family):
         setting.joins(len(find_layers(tower.module)))  # refuses layers that the model lacks
         _require_usable_attention(tower, family)

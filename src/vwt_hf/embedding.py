@@ -136,7 +136,7 @@ def embed(
 
     Raises:
         ValueError: an argument is not valid, the model is not supported, classifies, is in training, leaves patches out
-            at random or gives NaN or infinity for an image, there are no images, or `output` holds something else.
+            at random or gives NaN or infinity for an image, there are no images, or `output` holds another run's files.
         TypeError: `model` is no transformers model, or `images` neither a folder nor a data set.
         OSError: a file cannot be written, or processes wrote into different folders; or, once the other files are made,
             all images of one (16 or more) are out of reach.

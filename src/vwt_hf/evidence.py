@@ -48,6 +48,13 @@ def checked_evidence(value: Any) -> dict[str, Any]:
     }
 
 
+def is_evidence_of(evidence: dict[str, Any], setting: dict[str, Any]) -> bool:
+    """Whether an evidence is of a setting, by those of the setting's fields that `calibrate` chose it by."""
+    return all(
+        setting.get(name) == evidence[name] for name in ("method", "tolerance", "similarity") if name in evidence
+    )
+
+
 def _plain(value: Any) -> Any:
     """A value; a text of a class of its own, such as torch's version, as a `str`: YAML would name the class."""
     return str(value) if isinstance(value, str) else value
@@ -66,16 +73,21 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, bool) or is_number(value) or is_text
 
 
-def write_section(folder: Path, evidence: list[dict[str, Any]]) -> None:
-    """Puts the evidence of a model's settings into the model card in `folder`, if there is one, in place of older."""
+def write_section(folder: Path, evidence: list[dict[str, Any]], adds: bool = True) -> None:
+    """Puts the evidence of a model's settings into the model card in `folder`, if there is one, in place of older.
+
+    Args:
+        adds: whether a card that has no evidence gets it.
+    """
     file = folder / REPOCARD_NAME
     if not file.is_file():
         return
     before = file.read_bytes()
     end = "\r\n" if b"\r\n" in before else "\n"
     # What is not ours stays as it is, whatever encoding it is in.
-    card = _without_section(before.decode("utf-8", "surrogateescape"), end)
-    if evidence:
+    text = before.decode("utf-8", "surrogateescape")
+    card = _without_section(text, end)
+    if evidence and (adds or card != text):
         card = f"{card.rstrip()}{end}{end}{_section(evidence).replace(chr(10), end)}"
     after = card.encode("utf-8", "surrogateescape")
     if after != before:

@@ -453,7 +453,7 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
     known, folder = saved_setting(model_config), FOLDER
     if known is None and isinstance(saved, dict):
         known, folder = saved, PROCESSOR_FOLDER
-        patch_size = patch_size or height_and_width(saved.get("patch_size"))
+        patch_size = patch_size or stated_patch_size(model_config) or height_and_width(saved.get("patch_size"))
     if known is not None:
         setting = setting.with_saved(_with_own_statistics(known, processor, model_config))
     _prepare(processor, setting, patch_size, source, hub_kwargs, folder, trusted=True, model_config=model_config)
@@ -632,9 +632,9 @@ def warn_if_not_read(processor: Any, folder: Path) -> None:
     Each save gives words another name, so these are not compared.
     """
     other = read_in_place(folder)
-    vwt = None if other is None else other.get("vwt")
+    own, vwt = ({} if one is None else one for one in (processor.vwt, (other or {}).get("vwt")))
     nameless = {"saved_as": None}
-    if other is not None and not (isinstance(vwt, dict) and vwt | nameless == processor.vwt | nameless):
+    if other is not None and not (isinstance(vwt, dict) and vwt | nameless == own | nameless):
         logger.warning(
             f"{folder} holds {PROCESSOR_NAME} with another image processor, and transformers reads that one, not the "
             f"{type(processor).__name__} that was saved beside it. Save the processor of texts and images that holds "

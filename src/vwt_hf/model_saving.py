@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,10 @@ def saving_models(original: Any) -> Any:
         # Threads that save one model would write into its one config at once.
         turn = contextlib.nullcontext() if setting_of(self) is None else _saving_one
         with turn, _parts_to_save(self) as parts:
-            return save_parts(self, call, parts)
+            saved = save_parts(self, call, parts)
+            if self.should_save_on_this_rank(call.arguments["is_main_process"]):
+                write_section(Path(save_directory), _evidence_of(parts.values()), adds=False)
+            return saved
 
     def save_parts(self: PreTrainedModel, call: Any, parts: dict[PreTrainedModel, VWTConfig]) -> Any:
         words = {}
@@ -152,13 +155,16 @@ def _save_sealed(
         model.__dict__.pop("_upload_modified_files", None)
 
 
+def _evidence_of(settings: Iterable[VWTConfig]) -> list[dict[str, Any]]:
+    return [setting.evidence for setting in settings if setting.evidence]
+
+
 def uploading_models(original: Any) -> Any:
     """`_upload_modified_files`, which every way of pushing a model calls last, that writes evidence into its card."""
 
     @functools.wraps(original)
     def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = _compressed_parts(self).values()
-        write_section(Path(working_dir), [setting.evidence for setting in settings if setting.evidence])
+        write_section(Path(working_dir), _evidence_of(_compressed_parts(self).values()))
         return original(self, working_dir, *args, **kwargs)
 
     return _upload_modified_files
@@ -176,7 +182,8 @@ def saving_processors(original: Any) -> Any:
         processor = self if isinstance(self, ImageProcessingMixin) else getattr(self, "image_processor", None)
         folder = Path(save_directory)
         left = folder.glob(f"{image_processing.PROCESSOR_FOLDER}-*")  # words of earlier saves
-        if getattr(processor, "vwt", None) is None and next(left, None) is None:
+        is_plain = getattr(processor, "vwt", None) is None
+        if is_plain and next(left, None) is None and not (image_processing.read_in_place(folder) or {}).get("vwt"):
             return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
         require_named(save_directory)
         if folder.is_file():
@@ -191,7 +198,7 @@ def saving_processors(original: Any) -> Any:
             if is_alone():
                 in_use = saved_as + image_processing.words_named_in(folder)
                 remove_other_words(folder, in_use, image_processing.PROCESSOR_FOLDER)
-        if processor is self and processor.vwt is not None:
+        if processor is self:
             image_processing.warn_if_not_read(processor, folder)
         if push_to_hub:  # the original uploads what it wrote itself
             self.push_to_hub(options.pop("repo_id", folder.name), token=kwargs.get("token"), **options)

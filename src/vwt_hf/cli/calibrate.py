@@ -25,7 +25,7 @@ HELP = "find how far a model may be shortened on your own images, without labels
 DESCRIPTION = """\
 Compares a model with itself, plain and shortened, on at least 50 images like those that it is for. Finds which of
 twelve settings (methods gradual and coarse) meets your target: the fastest that keeps this share of the answers
-(--agreement), or the one of most agreement that is so fast (--speed) or has so few tokens (--tokens). No labels are
+(--agreement), or the lightest that is so fast (--speed) or has so few tokens (--tokens). No labels are
 needed.
 
 Prints for each setting that was tried

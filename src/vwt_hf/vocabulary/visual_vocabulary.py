@@ -392,6 +392,8 @@ def _valid_words(words: torch.Tensor) -> torch.Tensor:
 def _valid_frequencies(frequencies: torch.Tensor | None, size: int) -> torch.Tensor | None:
     if frequencies is None:
         return None
+    if not isinstance(frequencies, torch.Tensor):
+        raise ValueError(f"frequencies are a {type(frequencies).__name__}; expected a tensor, int64 ({size},).")
     if tuple(frequencies.shape) != (size,) or frequencies.dtype != torch.int64:
         raise ValueError(
             f"frequencies are {frequencies.dtype} of shape {tuple(frequencies.shape)}; expected int64 ({size},)."
