@@ -31,8 +31,9 @@ def test_evidence_of_a_setting_that_was_changed_is_left_out(caplog, monkeypatch)
     found = VWTConfig("gradual", tolerance=0.02, similarity=0.7, image_std=[0.5] * 3, evidence=measured)
     model = compress(tiny_model("vit"), found)
     compress(model, model.config.vwt)
+    compress(tiny_model("vit"), VWTConfig(evidence={"method": "by hand", "value": 0.9}))
     assert model.config.vwt["evidence"] == measured and not caplog.text
-    for changed in ({"tolerance": 0.3}, {"similarity": 0.1}):
+    for changed in ({"tolerance": 0.3}, {"similarity": 0.1}, {"layers": [1]}, {"proportional_attention": False}):
         compress(model, found)
         compress(model, {**model.config.vwt, **changed})
         assert "evidence" not in model.config.vwt and "changed since its evidence was measured" in caplog.text
@@ -49,6 +50,11 @@ def test_a_save_has_the_evidence_in_a_card_follow_the_model(tmp_path):
     assert "0.985" not in card.read_text() and "`0.5`" in card.read_text()
     vwt_hf.restore(model).save_pretrained(tmp_path)
     assert card.read_text() == "# Mine\n"
+    write_section(tmp_path, [EVIDENCE])
+    card.rename(tmp_path / "elsewhere.md")
+    card.symlink_to("elsewhere.md")
+    model.save_pretrained(tmp_path)
+    assert card.is_symlink() and card.read_text() == "# Mine\n"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,19 @@ def test_a_model_that_was_saved_takes_its_own_setting_again(tmp_path):
     assert torch.equal(lexicon_of(again).vocabulary.words, words(0).words) and again.config.vwt["threshold"] == 0.4
 
 
+def test_a_setting_that_was_read_before_a_save_is_taken_after_it(tmp_path):
+    saved = model(0)
+    before = saved.config.vwt
+    saved.save_pretrained(tmp_path / "saved")
+    for setting in (before, saved.config.vwt, before):
+        compress(saved, {**setting, "threshold": 0.4})
+        assert torch.equal(lexicon_of(saved).vocabulary.words, words(0).words)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    tiny_model("vit").save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt=saved.config.vwt)
+    assert torch.equal(processor.tokenizer_of_patches.setting.words.vocabulary.words, words(0).words)
+
+
 def test_a_pickle_in_place_of_a_saved_models_words_is_not_read(tmp_path):
     saved = model(0)
     saved.save_pretrained(tmp_path)

@@ -49,10 +49,12 @@ def checked_evidence(value: Any) -> dict[str, Any]:
 
 
 def is_evidence_of(evidence: dict[str, Any], setting: dict[str, Any]) -> bool:
-    """Whether an evidence is of a setting, by those of the setting's fields that `calibrate` chose it by."""
-    return all(
-        setting.get(name) == evidence[name] for name in ("method", "tolerance", "similarity") if name in evidence
-    )
+    """Whether an evidence that `calibrate` measured is of a setting; of any other evidence only its user knows."""
+    chosen_by, left_open = ("method", "tolerance", "similarity"), ("layers", "join_ratio", "keep_ratio", "num_patches")
+    if not all(name in evidence for name in chosen_by):
+        return True
+    is_usual = setting["proportional_attention"] and all(setting.get(name) is None for name in left_open)
+    return is_usual and all(setting.get(name) == evidence[name] for name in chosen_by)
 
 
 def _plain(value: Any) -> Any:
@@ -79,7 +81,7 @@ def write_section(folder: Path, evidence: list[dict[str, Any]], adds: bool = Tru
     Args:
         adds: whether a card that has no evidence gets it.
     """
-    file = folder / REPOCARD_NAME
+    file = (folder / REPOCARD_NAME).resolve()  # a link stays one
     if not file.is_file():
         return
     before = file.read_bytes()
@@ -91,7 +93,7 @@ def write_section(folder: Path, evidence: list[dict[str, Any]], adds: bool = Tru
         card = f"{card.rstrip()}{end}{end}{_section(evidence).replace(chr(10), end)}"
     after = card.encode("utf-8", "surrogateescape")
     if after != before:
-        write_files(folder, {REPOCARD_NAME: after})
+        write_files(file.parent, {file.name: after})
 
 
 def _without_section(card: str, end: str) -> str:

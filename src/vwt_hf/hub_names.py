@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import _CACHED_NO_EXIST, HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -63,9 +64,11 @@ def may_be_on_hub(source: str, name: str, hub_kwargs: Mapping[str, Any]) -> bool
     if os.path.exists(source):
         return False
     try:
-        if kept_answer(source, name, **hub_kwargs) is _CACHED_NO_EXIST:
+        if kept_answer(source, name, **hub_kwargs) is not None:  # it is not there, or is and cannot be read
             return False
         return download_if_there(repo_id=source, filename=name, **hub_kwargs) is not None
+    except GatedRepoError:
+        return True
     except (HFValidationError, RepositoryNotFoundError):  # it is no Hub id, or a folder's name that looks like one
         return False
     except (OSError, HfHubHTTPError):

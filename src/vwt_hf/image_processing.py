@@ -417,7 +417,7 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any], given: Colle
                 raise
             beside = None  # which a file that says the size of patches and the words does without
         ready = setting
-        if isinstance(vwt, dict) and not set(given).isdisjoint(_NORMALISING):
+        if isinstance(vwt, dict) and not set(given).isdisjoint((*_NORMALISING, "rescale_factor")):
             ready = parsed(_with_own_statistics(vwt, processor, beside))[0] or setting
         _prepare(processor, ready, patch_size, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False, model_config=beside)
         _warn_of_another(setting, saved_setting(beside), source)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "re
 _TURN = 60.0
 """For how many seconds a save with words waits until no other save into its folder runs. Not for ever, as processes
 that save together may wait for each other meanwhile."""
+logger = logging.getLogger(__name__)
 _saving_one = threading.RLock()
 """Held while a compressed model is saved, as its config names the words of that save meanwhile."""
 
@@ -57,7 +59,10 @@ def saving_models(original: Any) -> Any:
         with turn, _parts_to_save(self) as parts:
             saved = save_parts(self, call, parts)
             if self.should_save_on_this_rank(call.arguments["is_main_process"]):
-                write_section(Path(save_directory), _evidence_of(parts.values()), adds=False)
+                try:
+                    write_section(Path(save_directory), _evidence_of(parts.values()), adds=False)
+                except OSError as error:  # the model is saved
+                    logger.warning(f"The evidence in the model card of {save_directory} may be of another ({error}).")
             return saved
 
     def save_parts(self: PreTrainedModel, call: Any, parts: dict[PreTrainedModel, VWTConfig]) -> Any:

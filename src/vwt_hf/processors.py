@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 # Not from the top: there transformers 5.17 offers it only with torchvision, which reading photographs does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.utils import logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
 from .checks import is_int, sides
 from .hub_names import NotReached, kept_answer, may_be_on_hub
@@ -330,8 +330,8 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
             processor = load_processor(model.source, **model.hub_kwargs)
         return processor_statistics(processor, channels)
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
-        name = "preprocessor_config.json"
-        if isinstance(error, OSError) and may_be_on_hub(model.source, name, model.hub_kwargs):
+        names = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME) if isinstance(error, OSError) else ()
+        for name in (name for name in names if may_be_on_hub(model.source, name, model.hub_kwargs)):
             reason = " ".join(str(error).split())
             raise NotReached(
                 f"{name} of {printable(model.source)} cannot be had, which says how the model's images are normalised: "

@@ -176,7 +176,7 @@ class InterConfig(RaggedConfig):
             return self, own
         if isinstance(model.present, InterConfig) and model.present.words is not None:
             words, named = model.present.words, model.present.to_dict()["saved_as"]
-            if self.saved_as in (None, named):
+            if self.saved_as in (None, named) or words.vocabulary.fingerprint().startswith(self.saved_as):
                 mean, std = self.image_mean or words.image_mean, self.image_std or words.image_std
                 return dataclasses.replace(self, saved_as=named, image_mean=mean, image_std=std), words.vocabulary
         setting = self._as_saved(model)

@@ -317,8 +317,8 @@ def _is_foreign(readme: bytes, place: str, has_picture: bool = False) -> bool:
         return False
     has = f"{PICTURE_FILE} beside no card of words"
     if readme.strip():
-        has = f"{REPOCARD_NAME} that is no card of visual words, or was edited"
-    warnings.warn(f"{place} has a {has}, which stays; no card is written of these.", stacklevel=3)
+        has = f"{REPOCARD_NAME} that is no card of visual words, or was edited, or is of an earlier version"
+    warnings.warn(f"{place} has a {has}, which stays. Remove it to have a card of these words written.", stacklevel=3)
     return True
 
 
