@@ -62,7 +62,10 @@ def saving_models(original: Any) -> Any:
                 try:
                     write_section(Path(save_directory), _evidence_of(parts.values()), adds=False)
                 except OSError as error:  # the model is saved
-                    logger.warning(f"The evidence in the model card of {save_directory} may be of another ({error}).")
+                    logger.warning(
+                        f"The model card in {save_directory} could not be read or written ({error}), and may tell the "
+                        "evidence of an earlier setting. Remove that section from it."
+                    )
             return saved
 
     def save_parts(self: PreTrainedModel, call: Any, parts: dict[PreTrainedModel, VWTConfig]) -> Any:

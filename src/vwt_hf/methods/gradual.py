@@ -40,7 +40,7 @@ class GradualConfig(LocalConfig):
             are most alike; one for each layer, or one number for all. With `keep_ratio` or `num_patches` all images of
             a batch then have the same number of tokens, as export needs.
         layers (sequence of `int`, *optional*):
-            After which layers, 1 for the first. Default: 5, 7 and 9 of 12, and at the same places of others.
+            After which layers, 1 for the first. Default: 5, 7 and 9 of 12; 10, 14 and 18 of 24, and so on.
         tolerance, keep_ratio, num_patches, image_std, layout:
             As for `method="local"`; the default of `tolerance` is 0.022. With `tolerance=0` all patches enter the first
             layer.

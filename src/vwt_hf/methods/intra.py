@@ -33,7 +33,7 @@ class IntraConfig(VWTConfig):
 
     Args:
         keep_ratio (`float`, default 0.5):
-            Share of patches kept, in (0, 1]; of the patches times it the whole part stays. 1.0 is the plain model.
+            Share of patches kept, in (0, 1], rounded down to whole patches. 1.0 is the plain model.
         num_patches (`int`, *optional*):
             Number of patches kept, whatever the image size; overrides `keep_ratio`. An image with no more patches than
             that keeps all of them.
