@@ -236,6 +236,7 @@ class Server(litserve.LitServer):
     def _perform_graceful_shutdown(self, manager: Any, uvicorn_workers: Any, shutdown_reason: str = "normal") -> None:
         if "died" in shutdown_reason and not self.ends:
             self.died = self.died or "A worker"
+            self.uvicorn_graceful_timeout = 5  # what the dead worker had taken is never answered
         self.ends = True
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another would cut this short

@@ -118,3 +118,16 @@ def test_what_is_ambiguous_about_labels_is_said():
     beyond = labels({0: "cat"}, {"cat": 0, "unknown": -1, "dog": "last"})
     truth, said = true_labels(["cat", "unknown", "dog"], beyond)
     assert truth == [{1}, set(), set()] and said == [said[0]] and said[0].startswith("2 of 3 images have a label")
+
+
+def test_labels_are_found_however_their_accents_are_written():
+    """As macOS and most others write them: parted from their letters, and within these."""
+    parted, within = "ka\u0308tzchen", "k\u00e4tzchen"
+    assert parted != within
+    for name, other in ((parted, within), (within, parted)):
+        config = SimpleNamespace(id2label={0: name, 1: "hund"}, label2id={other: 0, "hund": 1})
+        assert label_ids(config) == {within: {0}, "hund": {1}}
+        assert true_labels([other, "hund", None], config) == (
+            [{0}, {1}, set()],
+            ["1 of 3 images have no label: top-1 is of the others."],
+        )

@@ -329,6 +329,11 @@ def test_what_another_search_left_is_refused_and_named(classifier, images, proce
     other.classifier = torch.nn.Linear(32, 40)
     with pytest.raises(ValueError, match=r"another search \(model 'ViTForImageClassification"):
         calibrate(other, images, tokens=60, **options(processor, resume=file))
+    content = json.loads(file.read_text())
+    del content["levels"][0]["method"]  # as an earlier format
+    file.write_text(json.dumps(content | {"of": content["of"] | {"format": 3}}))
+    with pytest.raises(ValueError, match=r"another search \(format 3 there"):
+        calibrate(classifier, images, tokens=60, **options(processor, resume=file))
     file.write_text("[]")
     with pytest.raises(ValueError, match="is no file of a search"):
         calibrate(classifier, images, tokens=60, **options(processor, resume=file))

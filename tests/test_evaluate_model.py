@@ -7,8 +7,10 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -1657,14 +1659,49 @@ def test_numbers_with_an_empty_cell_among_them_are_labels_by_number(tmp_path, ph
     samples = [sample for _, batch in opened.batches(0, 1, 17) for sample in batch]
     assert [sample.label for sample in samples[2:6]] == [0, 1, None, 1]
     assert [sample.group for sample in samples[:3]] == [None, "1", "0"]
+    streamed, _ = run(folder, photographs, "--vwt", json.dumps(HALF), "--group-column", "team", "--streaming")
+    assert streamed["figures"] == plain["figures"]
 
 
-def test_numbers_that_are_not_whole_are_no_labels_by_number():
+def test_numbers_that_are_not_whole_are_no_labels_by_number(tmp_path):
     images = [Image.new("RGB", (8, 8))] * 3
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("float64")})
     data = datasets.Dataset.from_dict({"image": images, "label": [0.0, 0.5, 1.0]}, features=features)
     samples = [sample for _, batch in open_labelled(data).batches(0, 1, 3) for sample in batch]
     assert [sample.label for sample in samples] == ["0.0", "0.5", "1.0"]
+    model = loaded(classifier(tmp_path, dict(enumerate(LABELS))), AUTO)
+    processor = transformers.ViTImageProcessorPil(size=SIZE)
+    for form in (data, data.to_iterable_dataset()):
+        result = evaluate_model(model, form, vwt=HALF, image_processor=processor, progress=False)
+        assert "accuracy" not in result.rows[0].figures and any("'0.0'" in remark for remark in result.said)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_folders_are_labels_however_their_accents_are_written(form, tmp_path, photographs):
+    """A Mac's zip holds names in NFD."""
+    cats = photographs / unicodedata.normalize(form, "k\u00e4tzchen")
+    (photographs / "cat").rename(cats)
+    model = loaded(classifier(tmp_path, {0: "k\u00e4tzchen", 1: "dogs"}), AUTO)
+    processor = transformers.ViTImageProcessorPil(size=SIZE)
+    groups = {
+        f"{unicodedata.normalize('NFC', file.parent.name)}/{file.name}": "all" for file in photographs.rglob("*.png")
+    }
+    (tmp_path / "groups.json").write_text(json.dumps(groups))
+    more = {"image_processor": processor, "progress": False, "groups": tmp_path / "groups.json"}
+    figures = evaluate_model(model, photographs, vwt=HALF, **more).rows[0].figures
+    assert (figures["accuracy"].value, figures["accuracy"].count) == (9 / 17, 17)
+
+
+def test_splits_that_are_measured_together_are_told(photographs, recwarn):
+    for split in ("train", "validation"):
+        shutil.copytree(photographs, photographs.parent / "both" / split)
+    with pytest.warns(
+        UserWarning, match=r"both holds train, validation, which are taken together.*name one: .*validation"
+    ):
+        assert open_labelled(photographs.parent / "both").total == 34
+    recwarn.clear()
+    assert open_labelled(photographs).total == open_labelled(photographs.parent / "both" / "train").total == 17
+    assert not recwarn.list
 
 
 def test_a_stream_whose_files_lie_elsewhere_now_is_the_same(photographs, tmp_path):

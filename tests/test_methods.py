@@ -229,6 +229,7 @@ def test_numbers_of_numpy_are_numbers():
         == VWTConfig("gradual", num_patches=40, similarity=[0.5, 0.5], layers=[5, 6], image_std=[1.0] * 3).to_dict()
     )
     assert VWTConfig(keep_ratio=np.float64(0.5)) == VWTConfig()
+    assert VWTConfig.parse(np.True_) == VWTConfig.parse(True) and VWTConfig.parse(np.False_) is None
     with pytest.raises(ValueError, match=r"tolerance is 2\.0"):
         VWTConfig("local", tolerance=np.float32(2))
 

@@ -131,6 +131,16 @@ def test_a_batch_is_what_the_processor_makes_of_all_of_its_images(noise_images):
     assert [len(batch) for batch in batches] == [2, 2, 1] and torch.equal(torch.cat(batches), whole)
 
 
+@pytest.mark.parametrize(("mean", "channels"), [([0.5], 1), ((0.5,), 1), ([0.5] * 3, 3), (0.5, 3)])
+def test_an_image_is_grey_where_the_processor_is_of_one_channel(mean, channels, noise_images):
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=mean, image_std=mean)
+    made = processed(noise_images[0], processor)["pixel_values"]
+    grey = PIL.Image.open(noise_images[0]).convert("L")
+    expected = grey if channels == 1 else PIL.Image.open(noise_images[0])
+    assert made.shape == (1, channels, 32, 32)
+    torch.testing.assert_close(made, processor(expected, return_tensors="pt")["pixel_values"], rtol=0, atol=0)
+
+
 def test_patches_are_of_raw_colours_or_refused():
     def makes(values):
         return lambda **options: {"pixel_values": torch.tensor(values).expand(1, 3, 16, 16)}

@@ -652,6 +652,7 @@ def test_a_dead_worker_is_told_and_workers_that_end_with_the_others_are_not(monk
     monkeypatch.setattr(serve.signal, "signal", lambda *given: ignored.append(given))
     server = serve.Server.__new__(serve.Server)
     server._perform_graceful_shutdown(None, {}, "Worker inference_0 died")
+    assert server.uvicorn_graceful_timeout == 5  # LitServe's 30 seconds for an answer that cannot come
     assert server.died == "A worker" and ignored == [(signal.SIGTERM, signal.SIG_IGN)]
     server = serve.Server.__new__(serve.Server)
     for reason in ("keyboard_interrupt", "Worker inference_0 died"):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+import pickle
+import threading
+import weakref
 
 import pytest
 import torch
@@ -127,6 +132,59 @@ def test_a_setting_that_changes_while_tokens_are_counted_is_an_error(before, cha
     with vwt_hf.count_tokens(model) as count:
         answers(model, sample_pixel_values())
     assert count.mean == (65 if change is vwt_hf.restore else 17)
+
+
+def test_a_forward_that_another_thread_began_before_the_block_does_not_count():
+    model = compress(tiny_model("vit"), gradual(join_ratio=0.4))
+    with vwt_hf.count_tokens(model) as alone:
+        answers(model, sample_pixel_values())
+    inside, go = threading.Event(), threading.Event()
+
+    def wait(*_) -> None:
+        if threading.current_thread() is other:
+            inside.set()
+            go.wait(60)
+
+    hook = model.layers[0].register_forward_pre_hook(wait)
+    other = threading.Thread(target=lambda: answers(model, sample_pixel_values(batch=5)))
+    other.start()
+    assert inside.wait(60)
+    with hook, vwt_hf.count_tokens(model) as count:
+        go.set()
+        other.join()
+        answers(model, sample_pixel_values())
+    assert count == alone
+
+
+def test_a_count_that_ends_within_the_forward_of_another_thread_does_not_disturb_it():
+    model = compress(tiny_model("vit"), gradual())
+    images, found = sample_pixel_values(), []
+    expected = answers(model, images)
+    counting = contextlib.ExitStack()
+    counting.enter_context(vwt_hf.count_tokens(model))
+    for module in model.modules():  # as torch is between the two tables in which it keeps a hook
+        for number in set(module._forward_hooks_with_kwargs) & set(module._forward_hooks):
+            if "count_tokens" in repr(getattr(module._forward_hooks[number], "_add", None)):
+                del module._forward_hooks_with_kwargs[number]
+                found.append(number)
+    torch.testing.assert_close(answers(model, images), expected, rtol=0, atol=0)
+    counting.close()
+    assert found
+
+
+def test_a_copy_that_is_made_within_the_block_counts_nothing_and_outlives_it(tmp_path):
+    model = compress(tiny_model("vit"), gradual())
+    expected = answers(model, sample_pixel_values())
+    with vwt_hf.count_tokens(model) as count:
+        copied, pickled = copy.deepcopy(model), pickle.dumps(model)
+        answers(copied, sample_pixel_values())
+        assert count.images == 0
+    layer = weakref.ref(model.layers[0])
+    del model
+    gc.collect()
+    assert layer() is None
+    for other in (copied, pickle.loads(pickled), pickle.loads(pickle.dumps(copied))):
+        torch.testing.assert_close(answers(other, sample_pixel_values()), expected, rtol=0, atol=0)
 
 
 def test_a_mean_of_nothing_is_an_error_and_an_unsupported_model_is_refused():

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .compress import setting_of
 from .families import family_of
-from .printable import printable, shown
+from .printable import composed, printable, shown
 from .weights import device_of
 
 
@@ -134,10 +134,10 @@ def label_ids(config: Any) -> dict[str, set[int]]:
     """
     ids: dict[str, set[int]] = {}
     for index, name in (config.id2label or {}).items():
-        ids.setdefault(str(name), set()).add(int(index))
+        ids.setdefault(composed(name), set()).add(int(index))
     for name, index in (config.label2id or {}).items():
-        if str(name) not in ids and str(index).isdecimal():
-            ids[str(name)] = {int(index)}
+        if composed(name) not in ids and str(index).isdecimal():
+            ids[composed(name)] = {int(index)}
     return ids
 
 
@@ -148,6 +148,7 @@ def true_labels(names: Sequence[str | None], config: Any) -> tuple[list[set[int]
         For each image the right answers, as `first_answers` gives them, none if no label has the name; and sentences
         about what is unclear.
     """
+    names = [None if name is None else composed(name) for name in names]
     ids, given = label_ids(config), {name for name in names if name is not None}
     truth = [set() if name is None else ids.get(name, set()) for name in names]
     remarks = [
@@ -156,6 +157,7 @@ def true_labels(names: Sequence[str | None], config: Any) -> tuple[list[set[int]
         if len(ids.get(name, ())) > 1
     ]
     for name, index in (config.label2id or {}).items():
+        name = composed(name)
         if name in given and name in ids and str(index) not in map(str, ids[name]):
             remarks.append(f"{name!r} is label {index} by label2id; id2label, which says otherwise, is trusted.")
     if len(config.id2label or ()) == 1:  # then 1 is the right answer for an image that has the label

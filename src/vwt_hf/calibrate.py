@@ -432,8 +432,8 @@ def _read(file: Path, of: dict[str, Any]) -> list[Level]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         earlier = content["of"]
-        levels = [_level(row) for row in content["levels"]]
         different = difference({name: earlier.get(name) for name in of}, of)
+        levels = [] if different else [_level(row) for row in content["levels"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{file} is no file of a search ({error}), which `resume` alone writes; name another file, or delete it."

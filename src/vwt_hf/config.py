@@ -318,6 +318,7 @@ class VWTConfig:
         """
         from .methods import METHODS
 
+        value = _without_numpy(value)
         if value is None or value is False:
             return None
         if value is True:

@@ -50,7 +50,7 @@ from .figures import (
     worst_group_interval,
 )
 from .labelled_images import LabelledImages, Sample
-from .printable import printable, shown
+from .printable import composed, printable, shown
 from .processes import gathered, place
 from .weights import device_of, parameter_of
 
@@ -167,7 +167,7 @@ class Classification(Task):
             f"(--label-column). The columns are {', '.join(map(printable, images.column_names))}."
         )
         names = images.label_names or ()
-        if len(names) > 1 and not label_ids(self.model.config).keys() & set(names):
+        if len(names) > 1 and not label_ids(self.model.config).keys() & set(map(composed, names)):
             warnings.warn(self._unmatched(names[0]), stacklevel=2)  # now, as images may take hours
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -196,6 +196,8 @@ class Classification(Task):
 
     def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
         """The right answers for each image, none if they are not known; and sentences about them."""
+        if {str, int} <= {type(label) for label in labels}:  # a stream's quantities, some of which are whole numbers
+            labels = [str(float(label)) if isinstance(label, int) else label for label in labels]
         known = [label for label in labels if label is not None]
         config = self.model.config
         if any(isinstance(label, int) for label in known):

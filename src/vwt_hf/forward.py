@@ -114,6 +114,8 @@ class Forward:
     """The numbers (`id`) of the attention modules that did; of a traced forward it stays empty."""
     after: dict[nn.Module, Grouped] = dataclasses.field(default_factory=dict)
     """By each layer after which tokens were to be joined: the plan from there on."""
+    counts: list[Any] = dataclasses.field(default_factory=list)
+    """The counts of tokens (`count_tokens`) that heard the embeddings of this forward."""
     rotations: Any = None
     """Cosine and sine of rotary positions, (patches, head size) each; `None` where the tower has none."""
 

@@ -7,17 +7,22 @@ import hashlib
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import image_source
 from .checks import require_whole
-from .printable import printable, shown
+from .printable import composed, printable, shown
 
 LABEL_COLUMNS = ("label", "labels")
 """Columns that hold labels if none is of classes."""
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences")
+_SPLITS = frozenset(("train", "training", "validation", "valid", "val", "test", "testing", "eval"))
+"""What folders are called that each hold a part of a data set, and in it the classes."""
 
 
 class Sample(NamedTuple):
@@ -62,7 +67,8 @@ class LabelledImages:
     column_names: tuple[str, ...] = ()
     """All columns of the data set, which messages name."""
     whole: frozenset[str] = frozenset()
-    """Which of the columns for `label` and `group` hold whole numbers as floats: pandas does where a cell is empty."""
+    """Which of the columns for `label` and `group` may hold whole numbers as floats: pandas writes them so where a cell
+    is empty. Of a stream, whose other rows are not known, each number is told by itself."""
 
     @property
     def has_labels(self) -> bool:
@@ -164,7 +170,8 @@ class LabelledImages:
     def _cell(self, row: Any, kind: str) -> Any:
         """What a row holds in the column for `label` or `group`."""
         value = row.get(self.columns.get(kind))
-        return int(value) if kind in self.whole and value is not None and value == value else value
+        is_whole = kind in self.whole and isinstance(value, (float, np.floating)) and value.is_integer()
+        return int(value) if is_whole else value
 
     def first_captions(self, most: int) -> list[str]:
         """At most `most` captions, those of the first images; none of a stream, which is read once."""
@@ -251,6 +258,13 @@ def open_labelled(
 
 def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int | None) -> LabelledImages:
     files = image_source.find_images([folder])
+    splits = sorted({file.relative_to(folder).parts[0] for file in files})
+    if len(splits) > 1 and _SPLITS.issuperset(map(str.lower, splits)):
+        warnings.warn(
+            f"{printable(folder)} holds {', '.join(splits)}, which are taken together. If they are splits, name one: "
+            f"{printable(folder / splits[-1])}",
+            stacklevel=2,
+        )
     names = tuple(sorted(set(map(folder_name, files))))  # also those of which the limit leaves no image
     files = [files[index] for index in image_source.spread(len(files), limit)]
     group_of_each = None if groups is None else groups_of(files, folder, Path(groups))
@@ -260,7 +274,8 @@ def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int |
 def folder_name(image: Path) -> str:
     """The name of the folder that an image lies in, also where its path names it by "." or ".." alone."""
     folder = image.parent
-    return folder.resolve().name if folder.name in ("", "..") else folder.name
+    name = folder.resolve().name if folder.name in ("", "..") else folder.name
+    return composed(os.fsencode(name).decode(errors="surrogateescape"))  # whatever the locale's encoding is
 
 
 def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[str]:
@@ -281,7 +296,8 @@ def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[
         raise ValueError(f"groups is {groups}, which is no JSON ({error}); expected an object.") from error
     if not isinstance(table, dict):
         raise ValueError(f"groups is {groups}, which holds a {type(table).__name__}; expected an object.")
-    names = [path.relative_to(images).as_posix() for path in paths]
+    table = {composed(name): group for name, group in table.items()}
+    names = [composed(path.relative_to(images).as_posix()) for path in paths]
     missing = [name for name in names if table.get(name) is None]
     if missing:
         raise ValueError(
@@ -299,17 +315,17 @@ def _of_dataset(dataset: Any, asked: dict[str, str | None], limit: int | None) -
     dataset = image_source.undecoded(dataset, columns["image"], columns.values())
     name = getattr(dataset.info, "dataset_name", None) or "a data set"
     names, group_names = (getattr(features.get(columns.get(kind, "")), "names", None) for kind in ("label", "group"))
-    total, rows, whole = limit, None, set()
+    total, rows, whole = limit, None, {"label", "group"} & columns.keys()
     if isinstance(dataset, datasets.Dataset):
         if names is None and _may_hold_texts(features, columns.get("label")):
             # Of all rows: the limit says how many are looked at, not of what.
             written = dataset[columns["label"]][:]
             names = sorted({label for label in written if isinstance(label, str)}) or None
-        for kind in {"label", "group"} & columns.keys():
-            if getattr(features[columns[kind]], "dtype", None) in ("float32", "float64"):
-                written = dataset[columns[kind]][:]
-                if all(value is None or value != value or value.is_integer() for value in written):
-                    whole.add(kind)
+        for kind in tuple(whole):
+            is_float = str(getattr(features[columns[kind]], "dtype", None)).startswith("float")
+            written = dataset[columns[kind]][:] if is_float else ()
+            if any(value == value and not value.is_integer() for value in written if value is not None):
+                whole.remove(kind)
         rows = image_source.spread(len(dataset), limit)
         dataset, total = dataset.select(rows), len(rows)
     elif limit is not None:

@@ -1,7 +1,8 @@
-"""What strangers wrote, made fit to be printed: on a terminal, in an error, in a model card."""
+"""What strangers wrote, made fit to be printed, on a terminal, in an error, in a model card, or to be compared."""
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 LONGEST = 200
@@ -32,3 +33,8 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
         elif one != other:
             said.append(f"{name} {shown(one)} there, {shown(other)} here")
     return "; ".join(said)
+
+
+def composed(name: Any) -> str:
+    """A name with its accents within its letters, as most write it; macOS may part them in names of folders."""
+    return unicodedata.normalize("NFC", str(name))

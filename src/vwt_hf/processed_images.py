@@ -60,6 +60,8 @@ def processed(
 ) -> dict[str, torch.Tensor]:
     """What an image processor makes of one image, tensors (1, ...).
 
+    The image is given to it in RGB, or in grey if its mean is of one channel.
+
     Args:
         item, formats: as `read_image` takes them.
         name: what an error calls it.
@@ -69,6 +71,8 @@ def processed(
         UnreadableImage: it cannot be read, or the processor cannot take it.
     """
     image = read_image(item, name, formats)
+    if isinstance(mean := getattr(image_processor, "image_mean", None), (list, tuple)) and len(mean) == 1:
+        image = image.convert("L")
     try:
         require_room(image, image_processor)
         with torch.device("cpu"):  # whatever torch's default is

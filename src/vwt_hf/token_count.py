@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,13 +45,28 @@ class TokenCount:
         return sum(self.by_layer) / len(self.by_layer) / self.images
 
 
+class _Counting:
+    """A hook that counts. In a copy or pickle of the model, which may outlive the block, it does nothing."""
+
+    def __init__(self, add: Callable[..., None] | None = None) -> None:
+        self._add = add
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        # While another thread takes this hook out, torch may no longer know that it takes keywords.
+        if self._add is not None and len(rest) == 2:
+            self._add(module, args, *rest)
+
+    def __reduce__(self) -> tuple[type[_Counting], tuple[()]]:
+        return _Counting, ()
+
+
 @contextlib.contextmanager
 def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
     """Counts how many tokens enter the layers of a model, prefix tokens included and padding left out.
 
     Args:
         model: of a supported family, plain or compressed; or any that holds one part which was compressed alone. All
-            its forwards inside the block count, of any thread.
+            its forwards inside the block count, of any thread; one that another thread began before does not.
 
     Raises:
         ValueError: the family is not supported, or several parts were compressed alone; of a forward, that the setting
@@ -94,6 +109,9 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
                 "the model had as the block began. Write `with count_tokens(model)` anew after each change."
             )
         images, tokens = _images_and_tokens(embeddings, args, kwargs, output)
+        forward = forward_within(embeddings)
+        if forward is not None:
+            forward.counts.append(count)
         count.images += images
         add_from(0, tokens)
 
@@ -103,7 +121,7 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
 
     def fewer(number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward = forward_within(layer)
-        if forward is not None and layer in forward.after:
+        if forward is not None and layer in forward.after and any(one is count for one in forward.counts):
             tokens = args[0] if args else kwargs["hidden_states"]
             before = forward.plan_of_shape(*tokens.shape[:2])
             if before is not None:
@@ -113,10 +131,11 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
     counted = next((part for part in tower.embeddings.modules() if reduce_hook_of(part)), tower.embeddings)
     reduce = reduce_hook_of(counted)
     with contextlib.ExitStack() as hooks:
-        hooks.enter_context(counted.register_forward_hook(add, with_kwargs=True))
+        hooks.enter_context(counted.register_forward_hook(_Counting(add), with_kwargs=True))
         for number in joining_layers(tower.module):
             for layer in places[number - 1]:
-                hooks.enter_context(layer.register_forward_hook(functools.partial(fewer, number), with_kwargs=True))
+                counting = _Counting(functools.partial(fewer, number))
+                hooks.enter_context(layer.register_forward_hook(counting, with_kwargs=True))
         yield count
 
 
