@@ -60,8 +60,7 @@ def is_recorded() -> bool:
 
 def is_exported() -> bool:
     """Whether `torch.export` or `torch.jit.trace` records what runs in this thread, other than by dynamo."""
-    is_exporting = getattr(torch.compiler, "is_exporting", bool)  # which torch 2.6 lacks
-    return torch.jit.is_tracing() or (is_exporting() and torch._C._len_torch_dispatch_stack() > 0)
+    return torch.jit.is_tracing() or (torch.compiler.is_exporting() and torch._C._len_torch_dispatch_stack() > 0)
 
 
 def is_followed() -> bool:
