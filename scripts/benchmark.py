@@ -68,10 +68,11 @@ from vwt_hf.labelled_images import folder_name, groups_of
 from vwt_hf.on_gpu import has_kernels
 from vwt_hf.printable import printable
 from vwt_hf.processed_images import pixel_batches
+from vwt_hf.processes import usable_device
 from vwt_hf.processors import described_processor, load_processor, whole_images
 from vwt_hf.provenance import compression_of, cpu_name
 from vwt_hf.terminal import markdown, require_alone, run_command, vwt_option
-from vwt_hf.timing import FEWEST_TURNS, count_flops, stopwatch, synchronize, time_in_turn, usable_device
+from vwt_hf.timing import FEWEST_TURNS, count_flops, stopwatch, synchronize, time_in_turn
 from vwt_hf.visualize import require_matplotlib
 from vwt_hf.weights import copy_sharing_weights, fingerprint_of
 from vwt_hf.whole_saves import require_writable, write_file

@@ -48,9 +48,9 @@ from vwt_hf.evaluate_model import name_of
 from vwt_hf.image_source import find_images
 from vwt_hf.printable import printable
 from vwt_hf.processed_images import pixel_batches
+from vwt_hf.processes import usable_device
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import json_file, markdown, require_alone, require_whole_options, run_command, vwt_option
-from vwt_hf.timing import usable_device
 from vwt_hf.whole_saves import require_writable, write_file
 
 SETTINGS: tuple[Any, ...] = (True, {"keep_ratio": 0.5})

@@ -21,10 +21,9 @@ import torch
 from vwt_hf.cli.loading import add_device
 from vwt_hf.image_source import open_images
 from vwt_hf.processed_images import PatchBatch, patch_batches
-from vwt_hf.processes import joined, place
+from vwt_hf.processes import joined, place, usable_device
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import markdown, run_command
-from vwt_hf.timing import usable_device
 from vwt_hf.vocabulary.kmeans import MiniBatchKMeans
 from vwt_hf.vocabulary.learning import learn_step, steps_of
 

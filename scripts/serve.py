@@ -62,9 +62,10 @@ from vwt_hf.cli.loading import add_device, add_dtype, load_model
 from vwt_hf.decoding import UnreadableImage
 from vwt_hf.embedding import require_features
 from vwt_hf.printable import LONGEST, printable, shown
+from vwt_hf.processes import usable_device
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import run_command, vwt_option
-from vwt_hf.timing import return_memory, usable_device
+from vwt_hf.timing import return_memory
 from vwt_hf.token_count import count_tokens
 
 FIELD = "image"

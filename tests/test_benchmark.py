@@ -410,7 +410,7 @@ def test_seconds_that_are_no_number_are_refused(photographs, capsys):
         ("--json .", "is a folder"),
         ("--vwt false", "vwt holds False, which leaves the model plain"),
         ('--vwt "gradual"', "vwt is 'gradual', which as text would name a vocabulary"),
-        (f"--groups {__file__}", r"test_benchmark\.py, which is no JSON"),
+        (f"--groups {__file__}", r"test_benchmark\.py, which cannot be read as JSON"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(photographs, monkeypatch, options, reason):

@@ -16,7 +16,7 @@ from vwt_hf.answers import answer
 from vwt_hf.cli import calibrate, embed, evaluate, learn, main, sources
 from vwt_hf.cli.loading import load, load_model
 from vwt_hf.cli.sources import open_source
-from vwt_hf.timing import usable_device
+from vwt_hf.processes import usable_device
 
 SIZE = {"height": 32, "width": 32}
 

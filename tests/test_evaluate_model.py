@@ -1516,6 +1516,20 @@ def test_a_setting_by_itself_is_a_list_of_one(tmp_path, photographs, vwt):
         evaluate_model(model, photographs, vwt=7, progress=False)
 
 
+def test_files_that_are_missing_or_something_else_are_named_before_the_work(tmp_path, photographs, monkeypatch):
+    model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr(evaluate_module, "_copies", pytest.fail)
+    for options, reason in (
+        ({"groups": tmp_path / "no.json"}, "no.json, which cannot be read as JSON .*No such file"),
+        ({"resume": tmp_path / "file"}, "file is no folder; expected one to write into"),
+        ({"resume": ""}, "No folder is named"),
+    ):
+        with pytest.raises((ValueError, NotADirectoryError), match=reason):
+            evaluate_model(model, photographs, progress=False, **options)
+    assert (tmp_path / "file").read_text() == "old"
+
+
 def test_what_was_measured_of_something_else_is_refused_and_says_what_differs(tmp_path, photographs, dataset):
     model = loaded(random_classifier(tmp_path), transformers.AutoModelForImageClassification)
     resume = tmp_path / "measured"
@@ -1588,8 +1602,11 @@ def test_what_was_measured_of_another_stream_is_refused(tmp_path, dataset, capsy
             "list.md is no model card (its metadata is a list; expected names",
         ),
         (["--seed", "-1"], "seed is -1; expected a whole number in [0, 2**63)"),
-        (["--groups", "{model}/deep.json"], "deep.json, which is no JSON (maximum recursion depth"),
-        (["--groups", ""], "groups is ., which is no JSON ([Errno 21] Is a directory: '.'); expected an object"),
+        (["--groups", "{model}/deep.json"], "deep.json, which cannot be read as JSON (maximum recursion depth"),
+        (
+            ["--groups", ""],
+            "groups is ., which cannot be read as JSON ([Errno 21] Is a directory: '.'); expected",
+        ),
         (["--dataset", ""], "no images are named, but an empty text; expected a folder of images"),
         (["--vwt", "false"], "vwt holds False, which leaves the model plain; leave it out"),
         (["--vwt", '{{"keep_ratio": 2}}'], "keep_ratio is 2; expected a number in (0, 1]"),

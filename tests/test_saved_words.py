@@ -100,6 +100,22 @@ def test_a_setting_that_was_read_before_a_save_is_taken_after_it(tmp_path):
     assert torch.equal(processor.tokenizer_of_patches.setting.words.vocabulary.words, words(0).words)
 
 
+def test_a_file_in_the_place_of_the_folder_to_save_into_is_named_and_stays(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+    ViTImageProcessor().save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(
+        tmp_path, vwt={"vocabulary": words(0), "method": "inter", "patch_size": 4}
+    )
+    for saved in (words(0), model(0), compress(tiny_model("vit"), {"keep_ratio": 0.5}), processor):
+        for place in (file, file / "folder"):
+            with pytest.raises(NotADirectoryError, match="file is no folder; expected one to write into"):
+                saved.save_pretrained(place)
+        with pytest.raises(NotADirectoryError, match="No folder is named"):
+            saved.save_pretrained("")
+    assert file.read_text() == "old"
+
+
 def test_a_pickle_in_place_of_a_saved_models_words_is_not_read(tmp_path):
     saved = model(0)
     saved.save_pretrained(tmp_path)

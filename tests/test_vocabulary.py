@@ -174,6 +174,7 @@ def test_what_cannot_be_learned_from_is_refused(folder: Path, tmp_path: Path, pr
         (folder, {"seed": 2**64}, ValueError, r"seed is 18446744073709551616; expected a whole number in"),
         (folder, {"seed": 0.5}, ValueError, r"seed is 0\.5; expected a whole number in"),
         (folder, {"size": 10**8}, ValueError, r"size is 100,000,000 and patch_size 8, so words would take 76,800,000,"),
+        (folder, {"device": "cuda:99"}, ValueError, r"device is 'cuda:99', which torch \S+ cannot use here; expected"),
         (folder, {"patch_size": 64}, ValueError, "none of the 24 images.*smaller than one 64×64 patch"),
         (tmp_path / "empty", {}, ValueError, "holds no image files"),
         (tmp_path / "nowhere", {}, ValueError, "no folder"),

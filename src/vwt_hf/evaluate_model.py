@@ -54,6 +54,7 @@ from .provenance import compression_of, made_with, run_of
 from .timing import stopwatch
 from .token_count import TokenCount, count_tokens
 from .weights import copy_sharing_weights, device_of
+from .whole_saves import require_folder
 
 FORMAT = 8
 """Of what `resume` keeps of a run."""
@@ -233,6 +234,8 @@ def evaluate_model(
     model_of(model)
     vwt = _listed(vwt)
     require_options(vwt, batch_size, max_new_tokens, prompt, seed)
+    if resume is not None:
+        require_folder(resume)
     if task is not None and task not in TASKS:
         raise ValueError(f"task is {shown(task)}; expected one of {', '.join(map(repr, TASKS))}.")
     columns = {

@@ -292,8 +292,10 @@ def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[
         return [folder_name(path) for path in paths]
     try:
         table = json.loads(groups.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, IsADirectoryError) as error:
-        raise ValueError(f"groups is {groups}, which is no JSON ({error}); expected an object.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"groups is {groups}, which cannot be read as JSON ({error}); expected a file with an object."
+        ) from error
     if not isinstance(table, dict):
         raise ValueError(f"groups is {groups}, which holds a {type(table).__name__}; expected an object.")
     table = {composed(name): group for name, group in table.items()}

@@ -90,6 +90,23 @@ def _tell_environment(cpu: bool) -> None:
         os.environ.setdefault(name, str(value))
 
 
+def usable_device(name: torch.device | str | None) -> torch.device:
+    """The device called `name`; by default CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: this torch cannot use it.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+        torch.zeros(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"device is {name!r}, which torch {torch.__version__} cannot use here; expected cpu, cuda, cuda:1, ... "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    return device
+
+
 @contextlib.contextmanager
 def joined(device: str | None) -> Iterator[None]:
     """As `join`, for a command: the main process alone prints an error that all processes have.

@@ -1,4 +1,4 @@
-"""Measures calls in seconds and operations, and chooses the device that they run on."""
+"""Measures calls in seconds and operations."""
 
 from __future__ import annotations
 
@@ -17,23 +17,6 @@ from tqdm.auto import tqdm
 Made = TypeVar("Made")
 FEWEST_TURNS = 5
 """The fewest turns that are timed, however long they take."""
-
-
-def usable_device(name: str | None) -> torch.device:
-    """The device called `name`; by default CUDA if there is one, else the CPU.
-
-    Raises:
-        ValueError: this torch cannot use it.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).cpu()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
-            f"device is {name!r}, which torch {torch.__version__} cannot use here; expected cpu, cuda, cuda:1, ... "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    return device
 
 
 def synchronize(device: torch.device) -> None:

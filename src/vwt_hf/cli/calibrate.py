@@ -78,8 +78,8 @@ def work(args: argparse.Namespace) -> None:
     from ..calibrate import Calibration, target_of
     from ..image_processing import PROCESSOR_NAME, read_in_place
     from ..image_source import require_apart
+    from ..processes import usable_device
     from ..processors import load_processor, require_checkpoint
-    from ..timing import usable_device
     from ..visualize import front_figure, require_matplotlib, write_png
 
     targets = options(args, "agreement", "speed", "tokens")

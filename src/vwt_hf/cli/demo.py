@@ -87,8 +87,8 @@ def work(args: argparse.Namespace) -> None:
     from ..demo_weights import convert
     from ..families import family_of, find_tower
     from ..processed_images import pixel_batches
+    from ..processes import usable_device
     from ..processors import load_processor, processor_statistics
-    from ..timing import usable_device
     from ..visualize import kept_patches_figure, require_matplotlib, write_png
     from ..weights import copy_sharing_weights
 

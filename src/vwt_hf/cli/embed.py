@@ -71,9 +71,8 @@ def work(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from ..embedding import embed
-    from ..processes import everywhere, joined, place
+    from ..processes import everywhere, joined, place, usable_device
     from ..processors import load_processor, require_checkpoint
-    from ..timing import usable_device
 
     def prepare() -> tuple[Any, Any, Any]:
         require_checkpoint(args.model)

@@ -163,8 +163,8 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedModel, LabelledImages, 
 
     from ..evaluation_tasks import TASKS, task_for
     from ..labelled_images import open_labelled
+    from ..processes import usable_device
     from ..processors import load_processor, require_checkpoint
-    from ..timing import usable_device
 
     require_checkpoint(args.model)
     device = usable_device(args.device)

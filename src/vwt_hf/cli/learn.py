@@ -102,7 +102,7 @@ def _progress(args: argparse.Namespace) -> str:
 
 def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Images, and how to learn from them: arguments of `VisualVocabulary.learn`."""
-    from ..processes import place
+    from ..processes import place, usable_device
 
     is_main = place()[0] == 0
     if is_main:
@@ -110,7 +110,6 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
             require_folder(folder)
 
     from ..processors import load_processor, patch_size_of
-    from ..timing import usable_device
 
     images, _ = open_source(args.images, column=args.column, split=args.split, streaming=args.streaming)
     processor = load_processor(args.image_processor)

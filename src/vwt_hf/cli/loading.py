@@ -18,7 +18,7 @@ NAMED = 3
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Adds the option `--device`, which `timing.usable_device` reads."""
+    """Adds the option `--device`, which `processes.usable_device` reads."""
     parser.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
 
 

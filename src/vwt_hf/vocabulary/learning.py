@@ -27,7 +27,7 @@ from ..checks import is_int, require_whole
 from ..image_source import ImagePart, ImageSource, open_images
 from ..printable import shown
 from ..processed_images import PatchBatch, patch_batches
-from ..processes import everywhere, gathered, in_main, join, place, require_same, summed, together
+from ..processes import everywhere, gathered, in_main, join, place, require_same, summed, together, usable_device
 from ..processors import processor_statistics, white_of, without_words
 from ..whole_saves import require_folder, write_files
 from .files import VocabularyInfo, tensor_bytes
@@ -143,10 +143,10 @@ def learn(
         base_model: Hub id of the model whose processor it is, to record.
 
     Raises:
-        ValueError: there are no images, none can be read, they have fewer patches than words are wanted, or the
-            checkpoint is damaged, of another version, of a run with other arguments, over other images (a folder's
-            names and sizes, a data set's rows, and how many there are, are looked at), by another number of
-            processes or over more than `max_images`; or processes have different arguments.
+        ValueError: torch cannot use `device`, there are no images, none can be read, they have fewer patches than words
+            are wanted, or the checkpoint is damaged, of another version, of a run with other arguments, over other
+            images (a folder's names and sizes, a data set's rows, and how many there are, are looked at), by another
+            number of processes or over more than `max_images`; or processes have different arguments.
         vwt_hf.processes.ProcessLost: another process was killed or cannot be reached; `resume` goes on.
         FileExistsError: `checkpoint` holds an earlier run and `resume` is `False`.
         OSError: nothing can be written into `checkpoint`.
@@ -165,7 +165,8 @@ def learn(
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
         VocabularyInfo(dataset=dataset, base_model=base_model)  # refuses what it could not record at the end
-        kmeans = MiniBatchKMeans(size, CHANNELS * patch_size**2, seed=seed, device=device or _default_device())
+        usable = usable_device(_own_device() if device is None else device)
+        kmeans = MiniBatchKMeans(size, CHANNELS * patch_size**2, seed=seed, device=usable)
         numbers = {
             "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size, "processes": processes
         }  # fmt: skip
@@ -279,12 +280,13 @@ def _learn(
         save()
 
 
-def _default_device() -> torch.device | str:
-    if together():
-        from accelerate import PartialState
+def _own_device() -> torch.device | None:
+    """The device that accelerate gave this process, if it is one of several."""
+    if not together():
+        return None
+    from accelerate import PartialState
 
-        return PartialState().device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return PartialState().device
 
 
 def _begin(

@@ -20,7 +20,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from ..checks import sides
 from ..hub_names import check_hub_id, check_revision, check_subfolder, require_private
 from ..printable import shown
-from ..whole_saves import require_named
+from ..whole_saves import require_folder
 from .card import PICTURE_FILE, is_card_of_words, render_card, render_words
 from .files import (
     LEGACY_FILE,
@@ -230,10 +230,10 @@ class VisualVocabulary:
             repo_id: what the card's usage snippet loads; by default the folder.
 
         Raises:
-            NotADirectoryError: `save_directory` is empty.
+            NotADirectoryError: `save_directory` is empty, or a file.
             ValueError: `words` or `frequencies` were set to what could not be read again.
         """
-        require_named(save_directory)
+        require_folder(save_directory)
         folder, contents = Path(save_directory), self._files()
         # Looked for before the card, which is written first: another save may write both meanwhile.
         has_picture, present = (folder / PICTURE_FILE).exists(), folder / REPOCARD_NAME
