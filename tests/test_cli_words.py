@@ -182,7 +182,11 @@ def test_learn_asks_who_pushes_before_it_learns(photographs, checkpoint, tmp_pat
 
 @pytest.mark.parametrize(
     ("argument", "value", "reason"),
-    [("--push-to-hub", "me/../words", "me/../words"), ("--checkpoint", "file", "file is no folder")],
+    [
+        ("--push-to-hub", "me/../words", "me/../words"),
+        ("--push-to-hub", "", "Repo id must"),
+        ("--checkpoint", "file", "file is no folder"),
+    ],
 )
 def test_learn_finds_before_it_learns_that_nothing_can_be_kept(
     argument, value, reason, photographs, checkpoint, tmp_path, hub, capsys, monkeypatch
@@ -424,6 +428,12 @@ def test_show_takes_the_statistics_of_a_vocabulary_that_records_both():
         ("learn {photographs} --image-processor {processor}", "give --patch-size"),
         ("learn {photographs} --image-processor {model} --streaming", "--streaming: of data sets alone, and"),
         ("learn {photographs} --image-processor {model} --device abacus", "device is 'abacus'"),
+        (
+            "learn {photographs} --image-processor {model} --private",
+            "--private is of the repository that --push-to-hub",
+        ),
+        ("vocab {words} --revision v1", "words is a folder; expected a Hub id, which alone has revisions"),
+        ("show {photographs} --vocabulary {words} --revision v1", "words is a folder; expected a Hub id, which alone"),
         ("vocab nowhere/at/all", "nowhere/at/all is no folder"),
         ("vocab {photographs}", "holds neither vocabulary.json nor"),
         ("show {photographs} --vocabulary {photographs}", "holds neither vocabulary.json nor"),

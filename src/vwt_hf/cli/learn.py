@@ -104,6 +104,8 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Images, and how to learn from them: arguments of `VisualVocabulary.learn`."""
     from ..processes import place, usable_device
 
+    if args.private and args.push_to_hub is None:
+        raise ValueError("--private is of the repository that --push-to-hub names, and none is named; give both.")
     is_main = place()[0] == 0
     if is_main:
         for folder in (args.output, _progress(args)):
@@ -115,7 +117,7 @@ def _prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     processor = load_processor(args.image_processor)
     patch_size = args.patch_size if args.patch_size is not None else patch_size_of(args.image_processor)
     device = usable_device(args.device)
-    if args.push_to_hub and is_main:
+    if args.push_to_hub is not None and is_main:
         _require_hub(args.push_to_hub, args.private)
     return images, {
         "image_processor": processor,

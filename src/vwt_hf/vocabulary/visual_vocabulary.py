@@ -201,9 +201,14 @@ class VisualVocabulary:
         Raises:
             FileNotFoundError: there is no vocabulary.
             ValueError: a file is damaged or holds something else; the message names repository or folder, and file. Or
-                `revision` or `subfolder` is not possible.
+                `revision` or `subfolder` is not possible, or a folder is to have a revision.
             huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or may not be read.
         """
+        if revision is not None and os.path.isdir(pretrained_model_name_or_path):
+            raise ValueError(
+                f"revision is {shown(revision)}, and {pretrained_model_name_or_path} is a folder; expected a Hub id, "
+                "which alone has revisions, or no revision."
+            )
         return load_vocabulary(
             pretrained_model_name_or_path,
             trusted=True,
