@@ -174,3 +174,10 @@ def test_the_picture_tells_of_each_photograph_how_many_tokens_it_becomes(pixel_v
     few, *many = [a.get_xlabel() for a in figure.axes[1::3]]
     assert few == "4 of 64 patches" and many == ["64 of 64 patches"] * 2
     assert [a.get_xlabel() for a in figure.axes[2::3]] == ["64 of 64 patches"] * 3
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason='needs matplotlib: pip install "vwt-hf[demo]"')
+@pytest.mark.parametrize(("method", "lacks"), [("inter", "words"), ("local", "image_std"), ("coarse", "image_std")])
+def test_the_picture_of_a_setting_that_no_model_has_says_what_it_lacks(pixel_values, method, lacks):
+    with pytest.raises(ValueError, match=f"VWTConfig.{lacks} is None.*expected a setting that a model runs by"):
+        kept_patches_figure(pixel_values, (4, 4), {method: VWTConfig(method)}, names=list("abc"))

@@ -206,6 +206,16 @@ class VWTConfig:
         """
         return self
 
+    def ready(self, name: str) -> Any:
+        """A field that `prepared` fills in where it is not given; raises `ValueError` if that has not been done."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(
+                f"VWTConfig.{name} is None, and is found where a model is compressed; expected a setting that a model "
+                "runs by. Take it from one: `from vwt_hf.compress import setting_of`, setting_of(model)."
+            )
+        return value
+
     def plan(self, patches: Patches) -> Kept | Grouped | None:
         """Decides which patches of a batch stay, or which become one token; `None`: all stay as they are."""
         raise NotImplementedError

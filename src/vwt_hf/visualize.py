@@ -50,7 +50,8 @@ def kept_patches_figure(
     Args:
         pixel_values: (photographs, channels, height, width), as the model gets them.
         patch_size: height and width of a patch, in pixels.
-        settings: one for each further column, by its heading; `None` for a plain model.
+        settings: one for each further column, by its heading, as `setting_of` a compressed model gives it; `None` for a
+            plain model.
         names: one for each photograph.
         captions: [photograph][setting], written after the number of tokens.
         image_mean, image_std: the image processor's, per channel; `None` for pixel values in [0, 1].

@@ -70,11 +70,11 @@ class CoarseConfig(GradualConfig):
     ) -> torch.Tensor:
         """The word of each patch, (batch, patches) int64: its own index, or where its block becomes one token that of
         the block's first patch."""
-        assert self.image_std is not None  # `prepared` came before
         batch = patches.pixel_values.shape[0]
         if not _has_blocks(patches, members):
             return torch.arange(patches.count, device=patches.device).repeat(batch, 1)
-        lost = blocks.detail_lost(images, halves, patches.patch_size, self.image_std).view(batch, members.shape[1])
+        std = self.ready("image_std")
+        lost = blocks.detail_lost(images, halves, patches.patch_size, std).view(batch, members.shape[1])
         if self.tolerance is not None:
             chosen = lost < self.tolerance**2  # also where there is no block: no patch has its word
         elif patches.grid is None:

@@ -226,9 +226,8 @@ class InterConfig(RaggedConfig):
         return patches.without_padding(self._nearest(patches)) if self.shortens else None
 
     def _nearest(self, patches: Patches) -> torch.Tensor:
-        assert self.words is not None  # `prepared` came before
         pixels = patches.pixels_as_words().float()
-        return nearest_words(pixels, self.words.on(pixels.device), self.threshold)
+        return nearest_words(pixels, self.ready("words").on(pixels.device), self.threshold)
 
     def plan_of(self, patches: Patches, words: torch.Tensor) -> Grouped:
         return patches.grouped_by(words, self.packs(patches), self.size_exponent)

@@ -139,8 +139,8 @@ class LocalConfig(RaggedConfig):
     def _leaders(self, patches: Patches) -> torch.Tensor:
         """Which patch stands for each: (batch, patches), int64."""
         if patches.grid is not None and self.tolerance is not None:
-            assert self.image_std is not None  # `prepared` came before
-            return find_leaders(patches.pixel_values, patches.patch_size, patches.grid, self.image_std, self.tolerance)
+            std = self.ready("image_std")
+            return find_leaders(patches.pixel_values, patches.patch_size, patches.grid, std, self.tolerance)
         if patches.grid is not None:
             return at(*self._stay_on_grid(patches))
         assert patches.real is not None
@@ -152,8 +152,7 @@ class LocalConfig(RaggedConfig):
         return leaders(neighbours, stays)
 
     def _looks(self, patches: Patches) -> torch.Tensor:
-        assert self.image_std is not None  # `prepared` came before
-        return describe(patches.pixels_as_words().float(), patches.patch_size, self.image_std)
+        return describe(patches.pixels_as_words().float(), patches.patch_size, self.ready("image_std"))
 
     def _stay_on_grid(self, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:
         """Which patches stay, as many of each image, where images are not padded.
