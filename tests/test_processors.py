@@ -289,6 +289,15 @@ def test_a_tokenizer_made_of_no_files_is_refused(kind):
         require_vocabulary(getattr(transformers, kind)())
 
 
+@pytest.mark.parametrize("setting", [True, inter(image_mean=None, image_std=None)], ids=["gradual", "inter"])
+@pytest.mark.parametrize("std", [0.0, -1.0, float("nan")])
+def test_a_deviation_that_is_not_positive_is_refused_with_its_file(setting, std, tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path)
+    ViTImageProcessor(image_std=[0.5, std, 0.5]).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=rf"{tmp_path}: image_std of .*preprocessor_config.json.* is \[0.5, {std}, 0.5\]"):
+        AutoModel.from_pretrained(tmp_path, vwt=setting)
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "white"),
     [(0.0, 58.0, 255.0), (120.0, 1.0, 255.0), (0.0, 0.25, 1.0), (0.5, 0.5, 1.0), (0.0, 1.0, None)],

@@ -320,6 +320,7 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
 
     Raises:
         NotReached: it is on the Hub, and nothing says whether it is there.
+        OSError: it has a deviation that is not positive.
         ValueError: there is none, or it does not say; the caller may give what is `wanted`.
     """
     try:
@@ -328,7 +329,7 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
             raise ValueError("it was loaded from nowhere")
         if processor is None:
             processor = load_processor(model.source, **model.hub_kwargs)
-        return processor_statistics(processor, channels)
+        mean, std = processor_statistics(processor, channels)
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
         names = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME) if isinstance(error, OSError) else ()
         for name in (name for name in names if may_be_on_hub(model.source, name, model.hub_kwargs)):
@@ -341,6 +342,12 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
             f"Words and tolerances are in raw RGB, and {model.source or 'the model'} has no image processor that tells "
             f"how its images are normalised ({str(error).removesuffix('.')}). Give {wanted}."
         ) from error
+    if not all(value > 0 for value in std):  # as of a damaged file, and not of a model without one
+        raise OSError(
+            f"{model.source or 'the model'}: image_std of its {type(processor).__name__} ({IMAGE_PROCESSOR_NAME}) is "
+            f"{shown(list(std))}; expected positive numbers. Correct it, or give {wanted}."
+        )
+    return mean, std
 
 
 def _each_channel(values: Any, white: float, channels: int) -> tuple[float, ...]:

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -234,13 +233,21 @@ def require_raw(words: torch.Tensor) -> None:
     """Raises `ValueError` if words cannot be raw RGB in [0, 1]: for example, values of eight bits."""
     if not words.numel():
         return
+    require_finite(words)
     low, high = (float(value) for value in words.aminmax())
-    # What is not finite is refused by VisualVocabulary, which counts it.
-    if math.isfinite(low) and math.isfinite(high) and max(-low, high) > LARGEST_VALUE:
+    if max(-low, high) > LARGEST_VALUE:
         raise ValueError(
             f"words hold values from {low:.4g} to {high:.4g}; expected raw RGB, which is in [0, 1], and nothing beyond "
             f"±{LARGEST_VALUE:g}. Divide values of eight bits by 255."
         )
+
+
+def require_finite(words: torch.Tensor) -> None:
+    """Raises `ValueError` if words hold NaN or infinity."""
+    # The extremes first, which take no memory.
+    if not torch.stack(words.aminmax()).isfinite().all():
+        broken = int((~words.flatten(1).isfinite().all(dim=1)).sum())
+        raise ValueError(f"{broken} of {len(words)} words hold values that are not finite; learn or save them again.")
 
 
 def _require_inside(located: Located, path: Path) -> None:

@@ -28,6 +28,7 @@ from .files import (
     download_if_there,
     locate,
     read_vocabulary,
+    require_finite,
     require_raw,
     vocabulary_files,
     write_vocabulary,
@@ -387,10 +388,7 @@ def _valid_words(words: torch.Tensor) -> torch.Tensor:
     if not words.numel():
         raise ValueError(f"the vocabulary is empty, of shape {tuple(words.shape)}; expected at least one word.")
     words = words.detach().to("cpu", torch.float32).contiguous()
-    # The extremes first, which take no memory.
-    if not torch.stack(words.aminmax()).isfinite().all():
-        broken = int((~words.flatten(1).isfinite().all(dim=1)).sum())
-        raise ValueError(f"{broken} of {len(words)} words hold values that are not finite; learn or save them again.")
+    require_finite(words)
     return words
 
 
