@@ -18,8 +18,8 @@ from vwt_hf.words import (
     grid_patches,
     highest,
     patchify,
-    random_order,
     random_patches,
+    random_ranks,
     with_prefix,
 )
 
@@ -85,11 +85,19 @@ def test_a_random_subset_follows_its_seed_alone():
 
 @pytest.mark.parametrize("patches", [1, 2, 64, 197, 4096])
 @pytest.mark.parametrize("seed", [0, 7, 2**32 + 3, -5])
-def test_a_random_order_is_the_one_that_torch_draws(patches, seed):
+def test_a_random_subset_is_the_one_that_torch_draws(patches, seed):
     expected = torch.randperm(patches, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(random_order(patches, seed, CPU), expected)
     keep = (patches + 1) // 2
     assert torch.equal(random_patches(patches, keep, seed, CPU), expected[:keep].sort().values.unsqueeze(0))
+
+
+@pytest.mark.parametrize("patches", [1, 2, 64, 255])
+def test_ranks_of_fewer_patches_are_in_the_order_of_those_of_more(patches):
+    ranks, some = random_ranks(256, 7, CPU), random_ranks(patches, 7, CPU)
+    assert torch.equal(ranks[:patches].argsort(), some.argsort()) and some.sort().values.tolist() == list(
+        range(patches)
+    )
+    assert not torch.equal(ranks, random_ranks(256, 8, CPU))
 
 
 def bayer(size: int) -> torch.Tensor:

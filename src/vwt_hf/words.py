@@ -217,9 +217,14 @@ def whole_numbers(values: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor(np.asarray(values).tolist(), dtype=torch.int64, device=device)
 
 
+def _draws(patches: int, seed: int) -> np.ndarray:
+    """A random number for each patch, (patches,) uint32; the first ones are the same however many there are."""
+    return np.random.RandomState(seed % 2**32).randint(0, 2**32, size=patches, dtype=np.uint32)
+
+
 def _shuffled(patches: int, seed: int) -> list[int]:
     """`torch.randperm` on a CPU with a generator of that seed, without torch: Fisher-Yates, by the Mersenne Twister."""
-    draws = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=patches, dtype=np.uint32).tolist()
+    draws = _draws(patches, seed).tolist()
     order = list(range(patches))
     for place in range(patches - 1):
         other = place + draws[place] % (patches - place)
@@ -228,9 +233,10 @@ def _shuffled(patches: int, seed: int) -> list[int]:
 
 
 @same_for_all
-def random_order(patches: int, seed: int, device: torch.device) -> torch.Tensor:
-    """Patches in a seeded random order, (patches,): the same on every device."""
-    return whole_numbers(_shuffled(patches, seed), device)
+def random_ranks(patches: int, seed: int, device: torch.device) -> torch.Tensor:
+    """The rank of each patch in a seeded random order, (patches,): the same on every device. Of fewer patches the order
+    is the same, so that an image has it with padding as without."""
+    return whole_numbers(_draws(patches, seed).argsort(kind="stable").argsort(), device)
 
 
 @same_for_all

@@ -19,8 +19,8 @@ from ..words import (
     grid_patches,
     highest,
     nearest_kept,
-    random_order,
     random_patches,
+    random_ranks,
     whole_share,
 )
 
@@ -159,7 +159,7 @@ class IntraConfig(VWTConfig):
             assert values is not None
             scores = values.variance
         elif self.criterion == "random":
-            scores = -random_order(patches.count, self.seed, patches.device).argsort().float()
+            scores = -random_ranks(patches.count, self.seed, patches.device).float()
         else:
             row, column = patches.places.long().unbind(-1)
             scores = -dithered(row, column, patches.count).float()
