@@ -221,6 +221,21 @@ def test_what_is_advised_is_rounded_to_what_a_level_reaches(on_a_line, monkeypat
 
 
 @pytest.mark.parametrize(
+    ("target", "asked", "told"),
+    [("agreement", 1.0, "agreement 0.9999 ("), ("speed", 1.5, "is 1.49 times"), ("tokens", 48, "leaves 48.1 of 65")],
+)
+def test_what_is_nearest_is_not_told_as_what_was_asked_for(on_a_line, monkeypatch, target, asked, told):
+    make_all_alike(monkeypatch, 0.99997, (0.9, 1.0), 48.02, 65, 1.498)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        on_a_line.find(**{target: asked})
+    make_all_alike(monkeypatch, 0.57, (0.9, 1.0), 48.1, 65, 1.13)
+    told = {"agreement": "agreement 0.5700 (", "speed": "is 1.13 times", "tokens": "leaves 48.1 of 65"}[target]
+    on_a_line._tried.clear()
+    with pytest.raises(ValueError, match=re.escape(told)):
+        on_a_line.find(**{target: asked})
+
+
+@pytest.mark.parametrize(
     ("target", "asked", "value"), [("speed", 1.5, -0.2), ("agreement", 0.5, -0.2), ("agreement", 0.5, 0.0004)]
 )
 def test_nothing_is_advised_that_would_be_refused(on_a_line, monkeypatch, target, asked, value):

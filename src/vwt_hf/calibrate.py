@@ -13,6 +13,7 @@ import os
 import statistics
 import warnings
 from collections.abc import Sequence
+from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -345,20 +346,21 @@ class Calibration:
 
     def _refusal(self, target: str, wanted: float, nearest: Level) -> str:
         low, high = nearest.interval
-        value = f"{self.measure} {nearest.value:.4f} (95 % interval {low:.4f} to {high:.4f})"
+        # Rounded away from the target, which it would seem to reach otherwise.
+        value = f"{self.measure} {_below(nearest.value, 4):.4f} (95 % interval {low:.4f} to {high:.4f})"
         reached, ask, possible = {
             "agreement": (
                 f"reaches {value}",
-                f"agreement={math.floor(1000 * nearest.value) / 1000:g} at most",
+                f"agreement={_below(nearest.value, 3):g} at most",
                 nearest.value >= 0.001,
             ),
             "speed": (
-                f"is {nearest.speed:.2f} times as fast, with {value}",
-                f"speed={math.floor(100 * nearest.speed) / 100:g} at most",
+                f"is {_below(nearest.speed, 2):.2f} times as fast, with {value}",
+                f"speed={_below(nearest.speed, 2):g} at most",
                 nearest.speed >= 1,
             ),
             "tokens": (
-                f"leaves {nearest.tokens:.1f} of {nearest.of_tokens:g} tokens, with {value}",
+                f"leaves {-_below(-nearest.tokens, 1):.1f} of {nearest.of_tokens:g} tokens, with {value}",
                 f"tokens={math.ceil(nearest.tokens)} at least",
                 True,
             ),
@@ -390,6 +392,11 @@ class Calibration:
             threads=torch.get_num_threads() if is_timed_on_cpu else None,
             kernels=has_kernels(device) if self._by == "time" else None,
         )
+
+
+def _below(value: float, decimals: int) -> float:
+    """A number rounded down to so many decimals."""
+    return float(Decimal(str(value)).quantize(Decimal(10) ** -decimals, ROUND_FLOOR))  # 0.57 · 100 is below 57
 
 
 def target_of(**targets: float | None) -> tuple[str, float]:
