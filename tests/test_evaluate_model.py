@@ -1524,8 +1524,9 @@ def test_files_that_are_missing_or_something_else_are_named_before_the_work(tmp_
         ({"groups": tmp_path / "no.json"}, "no.json, which cannot be read as JSON .*No such file"),
         ({"resume": tmp_path / "file"}, "file is no folder; expected one to write into"),
         ({"resume": ""}, "No folder is named"),
+        ({"groups": {"cat/00.png": "one"}}, "groups is a dict; expected the name of a JSON file"),
     ):
-        with pytest.raises((ValueError, NotADirectoryError), match=reason):
+        with pytest.raises((TypeError, ValueError, NotADirectoryError), match=reason):
             evaluate_model(model, photographs, progress=False, **options)
     assert (tmp_path / "file").read_text() == "old"
 

@@ -15,7 +15,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from settings import ViTImageProcessor, inter
 from tiny import tiny_model
-from vwt_hf import VisualVocabulary, compress, evaluate_model
+from vwt_hf import VisualVocabulary, compress, embed, evaluate_model
 from vwt_hf.hub_names import NotReached
 from vwt_hf.processors import (
     config_beside,
@@ -287,6 +287,24 @@ def test_a_tokenizer_made_of_no_files_is_refused(kind):
     """Those of T5 and MBart know the token of a space, too."""
     with pytest.raises(ValueError, match=rf"the {kind} knows no tokens but \d+ special ones, as where its files are"):
         require_vocabulary(getattr(transformers, kind)())
+
+
+def test_the_class_of_an_image_processor_is_refused_and_still_finds_words(tmp_path):
+    """Taken for one, it found no words from then on, in the whole process."""
+    tiny_model("vit").save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    image = Image.new("RGB", (40, 40))
+    image.save(tmp_path / "image.png")
+    model = AutoModel.from_pretrained(tmp_path)
+    for work in (
+        lambda: VisualVocabulary.learn(tmp_path, ViTImageProcessor, size=1, patch_size=4, progress=False),
+        lambda: evaluate_model(model, tmp_path, image_processor=ViTImageProcessor, progress=False),
+        lambda: embed(model, tmp_path, tmp_path / "features", image_processor=ViTImageProcessor, progress=False),
+    ):
+        with pytest.raises(TypeError, match=r"image_processor is the class ViTImageProcessor.*; expected a "):
+            work()
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt=True)
+    assert "patch_words" in processor(image, return_tensors="pt")
 
 
 @pytest.mark.parametrize("setting", [True, inter(image_mean=None, image_std=None)], ids=["gradual", "inter"])

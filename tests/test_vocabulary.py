@@ -1032,6 +1032,14 @@ def test_a_readme_of_something_else_stays(tmp_path: Path, hub: Any, own: bytes) 
         assert torch.equal(VisualVocabulary.from_pretrained(source).words, vocabulary.words)
 
 
+def test_facts_and_names_of_another_kind_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"info is a dict; expected a vwt_hf\.vocabulary\.files\.VocabularyInfo"):
+        VisualVocabulary(torch.rand(2, 3, 4, 4), info={"seed": 1})  # type: ignore[arg-type]
+    for name in (None, 5, ""):
+        with pytest.raises(ValueError, match="; expected a Hub id or a folder"):
+            VisualVocabulary.from_pretrained(name)  # type: ignore[arg-type]
+
+
 def test_frequencies_that_are_no_tensor_are_refused() -> None:
     with pytest.raises(ValueError, match=r"frequencies are a list; expected a tensor, int64 \(3,\)"):
         VisualVocabulary(torch.rand(3, 3, 4, 4), [1, 2, 3])

@@ -242,6 +242,8 @@ def open_labelled(
         require_whole("limit", limit)
     columns = {"image": image_column, "label": label_column, "captions": caption_column, "group": group_column}
     folder = image_source.folder_of(images)
+    if not isinstance(groups, (str, os.PathLike, type(None))):
+        raise TypeError(f"groups is a {type(groups).__name__}; expected the name of a JSON file.")
     if folder is not None:
         asked = [name for name, column in columns.items() if column is not None]
         if asked:

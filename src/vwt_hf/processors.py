@@ -65,11 +65,20 @@ def processor_of(model: PreTrainedModel, image_processor: Any = None) -> Any:
         ValueError: none was given, and `model` was not loaded from a place that has one.
     """
     if image_processor is not None:
-        given = getattr(image_processor, "image_processor", image_processor)
-        if not callable(given):
-            raise _no_processor(given)
-        return given
+        return inner_processor(image_processor)
     return load_beside(model, load_processor, "image processor", "image_processor=AutoImageProcessor")
+
+
+def inner_processor(processor: Any) -> Any:
+    """The image processor within a processor of texts and images; any other processor as it is.
+
+    Raises:
+        TypeError: it is none, such as the class of one, which would lose `vwt` for all.
+    """
+    inner = getattr(processor, "image_processor", processor)
+    if not callable(inner) or isinstance(inner, type):
+        raise _no_processor(inner)
+    return inner
 
 
 _SPACE = "▁"
@@ -294,8 +303,9 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
 
 
 def _no_processor(given: Any) -> TypeError:
+    kind = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
     return TypeError(
-        f"image_processor is a {type(given).__name__}; expected a transformers image processor, as "
+        f"image_processor is {kind}; expected a transformers image processor, as "
         "AutoImageProcessor.from_pretrained returns."
     )
 

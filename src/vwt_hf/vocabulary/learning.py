@@ -28,7 +28,7 @@ from ..image_source import ImagePart, ImageSource, open_images
 from ..printable import shown
 from ..processed_images import PatchBatch, patch_batches
 from ..processes import everywhere, gathered, in_main, join, place, require_same, summed, together, usable_device
-from ..processors import processor_statistics, white_of, without_words
+from ..processors import inner_processor, processor_statistics, white_of, without_words
 from ..whole_saves import require_folder, write_files
 from .files import VocabularyInfo, tensor_bytes
 from .kmeans import MiniBatchKMeans, statistics
@@ -158,7 +158,7 @@ def learn(
     """
     join(device)
     index, processes = place()
-    image_processor = without_words(getattr(image_processor, "image_processor", image_processor))
+    image_processor = without_words(inner_processor(image_processor))
 
     def begin() -> tuple[MiniBatchKMeans, dict[str, Any], ImageSource]:
         _require_arguments(size, patch_size, seed, batch_size, max_images)

@@ -51,6 +51,7 @@ class VisualVocabulary:
 
     Raises:
         ValueError: there are no words, or they are not finite, not floating point, or not square patches.
+        TypeError: `info` is something else, such as a dict.
 
     Example:
         >>> vocabulary = VisualVocabulary(torch.rand(100, 3, 16, 16))
@@ -65,7 +66,9 @@ class VisualVocabulary:
     ) -> None:
         self.words = _valid_words(words)
         self.frequencies = _valid_frequencies(frequencies, len(self.words))
-        self.info = info or VocabularyInfo()
+        self.info = VocabularyInfo() if info is None else info
+        if not isinstance(self.info, VocabularyInfo):
+            raise TypeError(f"info is a {type(info).__name__}; expected a vwt_hf.vocabulary.files.VocabularyInfo.")
         for name, values in (("image_mean", self.info.image_mean), ("image_std", self.info.image_std)):
             if values is not None and len(values) != self.channels:
                 raise ValueError(f"{name} has {len(values)} values; expected one for each of {self.channels} channels.")
@@ -205,13 +208,16 @@ class VisualVocabulary:
                 `revision` or `subfolder` is not possible, or a folder is to have a revision.
             huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or may not be read.
         """
-        if revision is not None and os.path.isdir(pretrained_model_name_or_path):
+        name = pretrained_model_name_or_path
+        if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+            raise ValueError(f"pretrained_model_name_or_path is {shown(name)}; expected a Hub id or a folder.")
+        if revision is not None and os.path.isdir(name):
             raise ValueError(
-                f"revision is {shown(revision)}, and {pretrained_model_name_or_path} is a folder; expected a Hub id, "
-                "which alone has revisions, or no revision."
+                f"revision is {shown(revision)}, and {os.fspath(name)} is a folder; expected a Hub id, which alone has "
+                "revisions, or no revision."
             )
         return load_vocabulary(
-            pretrained_model_name_or_path,
+            name,
             trusted=True,
             revision=revision,
             subfolder=subfolder,
