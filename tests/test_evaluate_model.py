@@ -1623,6 +1623,11 @@ def test_what_was_measured_of_another_stream_is_refused(tmp_path, dataset, capsy
         (["--dataset", "{saved}", "--image-column", "id"], "no column of images 'id'"),
         (["--dataset", "{saved}", "--split", "test"], "has no split 'test'; its splits are one, two"),
         (["--dataset", "{model}/../nothing"], "nothing holds no image files"),
+        (["--dataset-name", ""], "--dataset-name is an empty text; expected a name"),
+        (
+            ["--task", "captions"],
+            "is a model of type vit, and --task captions needs one that AutoModelForImageTextToText",
+        ),
         (["--limit", "0"], "limit is 0; expected a whole number of at least 1"),
         (["--batch-size", "0"], "batch_size is 0; expected a whole number of at least 1"),
         (["--prompt", "a photo"], "prompt is 'a photo'; expected a text with one"),

@@ -95,7 +95,7 @@ def work(args: argparse.Namespace) -> None:
     require_matplotlib()
     device = usable_device(args.device)
     paths = photographs_beside(picture, args.images) if args.images else find_photographs()
-    checkpoint = args.model or str(convert(default_folder()))
+    checkpoint = str(convert(default_folder())) if args.model is None else args.model
     processor = load_processor(checkpoint)
     plain = load(checkpoint, device)
     models = [plain, *(compress(copy_sharing_weights(plain), setting) for setting in settings.values())]

@@ -119,6 +119,8 @@ def work(args: argparse.Namespace) -> None:
     require_writable(args.json, args.card)
     if args.resume is not None:
         require_folder(args.resume)
+    if args.dataset_name == "":
+        raise ValueError("--dataset-name is an empty text; expected a name, or leave it out.")
     if args.card is not None:
         from .model_card import read_card, require_same_images, subject_of, warn_of_another, write_card
 
@@ -163,6 +165,7 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedModel, LabelledImages, 
 
     from ..evaluation_tasks import TASKS, task_for
     from ..labelled_images import open_labelled
+    from ..model_configs import plain_class
     from ..processes import usable_device
     from ..processors import load_processor, require_checkpoint
 
@@ -178,7 +181,13 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedModel, LabelledImages, 
     task = args.task or task_for(config.architectures or [], config.model_type, images)
     processor = load_processor(args.model)
     auto = TASKS[task].auto
-    auto = features_class(config) if auto is AutoModel else auto
+    if auto is AutoModel:
+        auto = features_class(config)
+    elif plain_class(type(config)) not in auto._model_mapping:  # else the error is a list of all that may
+        raise ValueError(
+            f"{args.model} is a model of type {config.model_type}, and --task {task} needs one that {auto.__name__} "
+            "loads; leave --task out for what the model is for."
+        )
     return load(args.model, device, auto=auto, dtype=args.dtype, vwt=None), images, split, task, processor
 
 
