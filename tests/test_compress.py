@@ -110,6 +110,7 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
+@pytest.mark.newest
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
 @pytest.mark.parametrize("kind", ["ViT", "Pixio"])
 def test_a_process_that_is_forked_from_one_that_compressed_runs_the_model(kind):

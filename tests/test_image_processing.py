@@ -734,6 +734,7 @@ for library in ("multiprocessing", "multiprocess"):
 """
 
 
+@pytest.mark.newest
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
 def test_a_process_that_was_forked_before_the_import_finds_words_by_one_thread(folders):
     """Its parent's threads, for which torch would wait, are not in it."""
