@@ -1699,6 +1699,20 @@ def test_numbers_that_are_not_whole_are_no_labels_by_number(tmp_path):
         assert "accuracy" not in result.rows[0].figures and any("'0.0'" in remark for remark in result.said)
 
 
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, np.int64, np.uint8])
+def test_numbers_of_numpy_in_a_stream_are_labels_by_number(number):
+    rows = [{"image": Image.new("RGB", (8, 8)), "label": number(label)} for label in (1, 0)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(np.dtype(number).name)})
+    for known in (None, features):
+        stream = datasets.IterableDataset.from_generator(lambda: iter(rows), features=known)
+        samples = [
+            sample
+            for _, batch in open_labelled(stream, image_column="image", label_column="label").batches(0, 1, 2)
+            for sample in batch
+        ]
+        assert [sample.label for sample in samples] == [1, 0]
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_folders_are_labels_however_their_accents_are_written(form, tmp_path, photographs):
     """A Mac's zip holds names in NFD."""
@@ -1716,11 +1730,9 @@ def test_folders_are_labels_however_their_accents_are_written(form, tmp_path, ph
 
 
 def test_splits_that_are_measured_together_are_told(photographs, recwarn):
-    for split in ("train", "validation"):
+    for split in ("test", "train"):
         shutil.copytree(photographs, photographs.parent / "both" / split)
-    with pytest.warns(
-        UserWarning, match=r"both holds train, validation, which are taken together.*name one: .*validation"
-    ):
+    with pytest.warns(UserWarning, match=r"both holds test, train, which are taken together.*name one: .*both.test$"):
         assert open_labelled(photographs.parent / "both").total == 34
     recwarn.clear()
     assert open_labelled(photographs).total == open_labelled(photographs.parent / "both" / "train").total == 17

@@ -133,7 +133,10 @@ def test_a_batch_is_what_the_processor_makes_of_all_of_its_images(noise_images):
 
 @pytest.mark.parametrize(("mean", "channels"), [([0.5], 1), ((0.5,), 1), ([0.5] * 3, 3), (0.5, 3)])
 def test_an_image_is_grey_where_the_processor_is_of_one_channel(mean, channels, noise_images):
-    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=mean, image_std=mean)
+    size = {"height": 32, "width": 32}
+    in_colour = transformers.ViTImageProcessorPil(size=size, image_mean=mean, do_normalize=False, do_convert_rgb=True)
+    assert processed(noise_images[0], in_colour)["pixel_values"].std(dim=1).mean() > 0.1
+    processor = transformers.ViTImageProcessorPil(size=size, image_mean=mean, image_std=mean)
     made = processed(noise_images[0], processor)["pixel_values"]
     grey = PIL.Image.open(noise_images[0]).convert("L")
     expected = grey if channels == 1 else PIL.Image.open(noise_images[0])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from accelerate.utils import compile_regions
+from torch.utils.hooks import RemovableHandle
 
 import vwt_hf
 from settings import SETTINGS, gradual, inter
@@ -185,6 +186,18 @@ def test_a_copy_that_is_made_within_the_block_counts_nothing_and_outlives_it(tmp
     assert layer() is None
     for other in (copied, pickle.loads(pickled), pickle.loads(pickle.dumps(copied))):
         torch.testing.assert_close(answers(other, sample_pixel_values()), expected, rtol=0, atol=0)
+
+
+def test_a_plain_model_that_is_pickled_within_the_block_takes_hooks_in_another_process(monkeypatch):
+    model = tiny_model("vit")
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)  # as in a process that is new
+    with vwt_hf.count_tokens(model):
+        pickled = pickle.dumps(model)
+    RemovableHandle.next_id = 0
+    loaded, seen = pickle.loads(pickled), []
+    loaded.embeddings.register_forward_hook(lambda *given: seen.append(len(given)))
+    answers(loaded, sample_pixel_values())
+    assert seen == [3]
 
 
 def test_a_mean_of_nothing_is_an_error_and_an_unsupported_model_is_refused():

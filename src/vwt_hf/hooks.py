@@ -49,8 +49,8 @@ def is_even(setting: VWTConfig, family: Family) -> bool:
     return setting.even and family.padded is None
 
 
-class Hook:
-    """Base of this package's hooks."""
+class Numbered:
+    """A hook whose number no hook of a process that unpickles it takes."""
 
     def __getstate__(self) -> dict[str, Any]:
         # This stays as hooks come and go: `datasets.map` tells by the pickle of a model what it has mapped before.
@@ -61,6 +61,10 @@ class Hook:
         # Torch numbers hooks from 0 in each process, and a new one takes the place of one that came with its number.
         RemovableHandle.next_id = max(RemovableHandle.next_id, state.pop("numbered_below", 0))
         self.__dict__.update(state)
+
+
+class Hook(Numbered):
+    """Base of the hooks of compressed models, which `restore` takes out."""
 
 
 @dataclasses.dataclass(eq=False)

@@ -170,7 +170,8 @@ class LabelledImages:
     def _cell(self, row: Any, kind: str) -> Any:
         """What a row holds in the column for `label` or `group`."""
         value = row.get(self.columns.get(kind))
-        is_whole = kind in self.whole and isinstance(value, (float, np.floating)) and value.is_integer()
+        value = value.item() if isinstance(value, np.generic) else value
+        is_whole = kind in self.whole and isinstance(value, float) and value.is_integer()
         return int(value) if is_whole else value
 
     def first_captions(self, most: int) -> list[str]:
@@ -260,11 +261,12 @@ def open_labelled(
 
 def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int | None) -> LabelledImages:
     files = image_source.find_images([folder])
-    splits = sorted({file.relative_to(folder).parts[0] for file in files})
+    splits = sorted({file.parts[len(folder.parts)] for file in files})
     if len(splits) > 1 and _SPLITS.issuperset(map(str.lower, splits)):
+        one = max(splits, key=lambda name: (not name.lower().startswith("train"), name))
         warnings.warn(
             f"{printable(folder)} holds {', '.join(splits)}, which are taken together. If they are splits, name one: "
-            f"{printable(folder / splits[-1])}",
+            f"{printable(folder / one)}",
             stacklevel=2,
         )
     names = tuple(sorted(set(map(folder_name, files))))  # also those of which the limit leaves no image
@@ -276,8 +278,12 @@ def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int |
 def folder_name(image: Path) -> str:
     """The name of the folder that an image lies in, also where its path names it by "." or ".." alone."""
     folder = image.parent
-    name = folder.resolve().name if folder.name in ("", "..") else folder.name
-    return composed(os.fsencode(name).decode(errors="surrogateescape"))  # whatever the locale's encoding is
+    return _text_of(folder.resolve().name if folder.name in ("", "..") else folder.name)
+
+
+def _text_of(path: str) -> str:
+    """What a path says, whatever the locale's encoding is, as `composed` gives it."""
+    return composed(os.fsencode(path).decode(errors="surrogateescape"))
 
 
 def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[str]:
@@ -301,7 +307,7 @@ def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[
     if not isinstance(table, dict):
         raise ValueError(f"groups is {groups}, which holds a {type(table).__name__}; expected an object.")
     table = {composed(name): group for name, group in table.items()}
-    names = [composed(path.relative_to(images).as_posix()) for path in paths]
+    names = [_text_of(path.relative_to(images).as_posix()) for path in paths]
     missing = [name for name in names if table.get(name) is None]
     if missing:
         raise ValueError(

@@ -71,7 +71,8 @@ def processed(
         UnreadableImage: it cannot be read, or the processor cannot take it.
     """
     image = read_image(item, name, formats)
-    if isinstance(mean := getattr(image_processor, "image_mean", None), (list, tuple)) and len(mean) == 1:
+    mean, as_rgb = (getattr(image_processor, name, None) for name in ("image_mean", "do_convert_rgb"))
+    if isinstance(mean, (list, tuple)) and len(mean) == 1 and not as_rgb:
         image = image.convert("L")
     try:
         require_room(image, image_processor)

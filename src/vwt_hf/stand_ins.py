@@ -16,7 +16,7 @@ class StandIn(functools.partial):
 
     @property
     def __code__(self) -> types.CodeType:
-        """The code of the function, which torch.export of torch 2.6 reads of every forward."""
+        """The code of the function, which torch.export of torch 2.7 reads of every forward."""
         return self.func.__code__
 
     def __reduce__(self) -> Any:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .compress import joining_layers, parts_of, reduce_hook_of
 from .families import family_of, find_places, find_tower, model_of
 from .forward import forward_within
+from .hooks import Numbered
 
 
 @dataclasses.dataclass
@@ -45,19 +46,19 @@ class TokenCount:
         return sum(self.by_layer) / len(self.by_layer) / self.images
 
 
-class _Counting:
+class _Counting(Numbered):
     """A hook that counts. In a copy or pickle of the model, which may outlive the block, it does nothing."""
 
-    def __init__(self, add: Callable[..., None] | None = None) -> None:
-        self._add = add
+    def __init__(self, add: Callable[..., None]) -> None:
+        self._add: Callable[..., None] | None = add
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         # While another thread takes this hook out, torch may no longer know that it takes keywords.
         if self._add is not None and len(rest) == 2:
             self._add(module, args, *rest)
 
-    def __reduce__(self) -> tuple[type[_Counting], tuple[()]]:
-        return _Counting, ()
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_add": None}
 
 
 @contextlib.contextmanager
@@ -66,7 +67,8 @@ def count_tokens(model: PreTrainedModel) -> Iterator[TokenCount]:
 
     Args:
         model: of a supported family, plain or compressed; or any that holds one part which was compressed alone. All
-            its forwards inside the block count, of any thread; one that another thread began before does not.
+            its forwards inside the block count, of any thread, but for those whose images were embedded before. Copies
+            of it do not.
 
     Raises:
         ValueError: the family is not supported, or several parts were compressed alone; of a forward, that the setting
