@@ -1626,7 +1626,7 @@ def test_what_was_measured_of_another_stream_is_refused(tmp_path, dataset, capsy
         (["--dataset-name", ""], "--dataset-name is an empty text; expected a name"),
         (
             ["--task", "captions"],
-            "is a model of type vit, and --task captions needs one that AutoModelForImageTextToText",
+            "is a model of type vit, and the task captions needs one that AutoModelForImageTextToText",
         ),
         (["--limit", "0"], "limit is 0; expected a whole number of at least 1"),
         (["--batch-size", "0"], "batch_size is 0; expected a whole number of at least 1"),

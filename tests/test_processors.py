@@ -312,7 +312,7 @@ def test_the_class_of_an_image_processor_is_refused_and_still_finds_words(tmp_pa
 def test_a_deviation_that_is_not_positive_is_refused_with_its_file(setting, std, tmp_path):
     tiny_model("vit").save_pretrained(tmp_path)
     ViTImageProcessor(image_std=[0.5, std, 0.5]).save_pretrained(tmp_path)
-    with pytest.raises(OSError, match=rf"{tmp_path}: image_std of .*preprocessor_config.json.* is \[0.5, {std}, 0.5\]"):
+    with pytest.raises(OSError, match=rf"{tmp_path}: image_std of .*preprocessor_config.json.* is \(0.5, {std}, 0.5\)"):
         AutoModel.from_pretrained(tmp_path, vwt=setting)
 
 

@@ -347,7 +347,7 @@ class Calibration:
     def _refusal(self, target: str, wanted: float, nearest: Level) -> str:
         low, high = nearest.interval
         # Rounded away from the target, which it would seem to reach otherwise.
-        value = f"{self.measure} {_below(nearest.value, 4):.4f} (95 % interval {low:.4f} to {high:.4f})"
+        value = f"{self.measure} {_below(nearest.value, 4):.4f} (95 % interval {_below(low, 4):.4f} to {high:.4f})"
         reached, ask, possible = {
             "agreement": (
                 f"reaches {value}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,8 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
         `pixel_values` and `pixel_attention_mask`, and −1 in `patch_words`.
 
     Raises:
-        TypeError: `features` is what an image processor made of several images together, or holds something else than
-            dicts of numbers, such as images.
-        ValueError: there are no images; they have different fields; or whole images or tiles have different sizes,
-            which no model takes in a batch.
+        TypeError: `features` is what an image processor made of several images together, or holds images.
+        ValueError: there are no images; or whole images or tiles have different sizes, which no model takes in a batch.
 
     Example:
         >>> words = torch.arange(64).repeat(5, 1)
@@ -45,7 +43,7 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
         >>> {name: tuple(value.shape) for name, value in collate_images(tiles).items()}
         {'pixel_values': (2, 5, 3, 32, 32), 'patch_words': (2, 5, 64)}
     """
-    if isinstance(features, Mapping) or not isinstance(features, Iterable):
+    if isinstance(features, Mapping):
         raise TypeError(
             f"features is a {type(features).__name__}; expected a list, which holds what an image processor made of "
             "each image by itself."
@@ -53,44 +51,20 @@ def collate_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
     rows = list(features)
     if not rows:
         raise ValueError("features is empty; expected what an image processor made of at least one image.")
-    padded = [_checked(row) for row in rows]
-    for row in padded:
-        if row.keys() != padded[0].keys():  # fields that the first row lacks would be left out
-            raise ValueError(
-                f"features have different fields, {', '.join(padded[0])} and {', '.join(row)}; expected the same of "
-                "each image."
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise TypeError(
+                f"features holds a {type(row).__name__}; expected dicts, as processor(image) makes of an image."
             )
-        if PATCH_WORDS in row:
-            row[PATCH_WORDS] = _integers(row[PATCH_WORDS]).long()  # in fewer bits there may be no −1
+    padded = [dict(row) for row in rows]
+    for row in padded:
+        if PATCH_WORDS in row:  # in fewer bits there may be no −1
+            row[PATCH_WORDS] = as_tensor(row[PATCH_WORDS]).long()
     for name in _FILLS.keys() & padded[0].keys():
         values = _of_one_length(name, [as_tensor(feature[name]) for feature in padded])
         for feature, value in zip(padded, values, strict=True):
             feature[name] = value
     return default_data_collator(padded)
-
-
-def _checked(row: Any) -> dict[str, Any]:
-    """A copy of a row; raises `TypeError` if it is no dict, or holds what no tensor can be made of."""
-    if not isinstance(row, Mapping):
-        raise TypeError(
-            f"features holds a {type(row).__name__}; expected dicts, as processor(image) makes of an image."
-        )
-    for name, value in row.items():
-        kinds = (list, tuple) if name in _FILLS else (list, tuple, int, float, str, type(None))
-        if not isinstance(value, kinds) and not hasattr(value, "shape"):
-            raise TypeError(
-                f"features have a {type(value).__name__} for {name!r}; expected a tensor, an array or a list, as an "
-                "image processor makes of an image. Leave out what the model does not take."
-            )
-    return dict(row)
-
-
-def _integers(words: Any) -> torch.Tensor:
-    """`patch_words` as a tensor; raises `TypeError` if they are not integers."""
-    made = as_tensor(words)
-    if made.numel() and made.is_floating_point():  # torch takes an empty list for floats
-        raise TypeError(f"patch_words are {made.dtype}; expected integers (batch, patches).")
-    return made
 
 
 def as_tensor(values: Any) -> torch.Tensor:
@@ -153,7 +127,10 @@ def token_lengths(patch_words: Any) -> list[int]:
         )
     if isinstance(patch_words, (list, tuple)):
         return [length for words in patch_words for length in token_lengths(as_tensor(words)[None])]
-    words = _integers(patch_words).long().sort(dim=-1).values
+    words = as_tensor(patch_words)
+    if words.numel() and words.is_floating_point():  # torch takes an empty list for floats
+        raise TypeError(f"patch_words are {words.dtype}; expected integers (batch, patches).")
+    words = words.long().sort(dim=-1).values
     real = words != DROPPED
     real[..., 1:] &= words[..., 1:] != words[..., :-1]
     return real.flatten(1).sum(dim=1).tolist()

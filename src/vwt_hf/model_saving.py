@@ -33,7 +33,7 @@ from .saved_words import (
     write_words,
 )
 from .weights import lasting
-from .whole_saves import require_folder, sharing
+from .whole_saves import require_place, sharing
 
 PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 """Keyword arguments of `save_pretrained` that are for the upload alone."""
@@ -81,7 +81,7 @@ def saving_models(original: Any) -> Any:
         # the words, too, and removes what killed saves left. With adapters of transformers' own none does.
         writes = self.should_save_on_this_rank(call.arguments["is_main_process"])
         if writes and parts:  # where a file lies there, transformers logs that and saves nothing
-            require_folder(call.arguments["save_directory"])
+            require_place(call.arguments["save_directory"])
         if not writes or folder.is_file() or getattr(self, "_hf_peft_config_loaded", False):
             return original(*call.args, **call.kwargs)
         with sharing(folder, _TURN if words else 0) as (_, is_alone):
@@ -193,7 +193,7 @@ def saving_processors(original: Any) -> Any:
         is_plain = getattr(processor, "vwt", None) is None
         if is_plain and next(left, None) is None and not (image_processing.read_in_place(folder) or {}).get("vwt"):
             return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
-        require_folder(save_directory)
+        require_place(save_directory)
         if isinstance(processor, image_processing.Tokenizing):
             processor.require_ready()
         options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}

@@ -355,7 +355,7 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
     if not all(value > 0 for value in std):  # as of a damaged file, and not of a model without one
         raise OSError(
             f"{model.source or 'the model'}: image_std of its {type(processor).__name__} ({IMAGE_PROCESSOR_NAME}) is "
-            f"{shown(list(std))}; expected positive numbers. Correct it, or give {wanted}."
+            f"{shown(processor.image_std)}; expected positive numbers. Correct it, or give {wanted}."
         )
     return mean, std
 

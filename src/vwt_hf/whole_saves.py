@@ -264,8 +264,8 @@ def require_named(folder: str | os.PathLike[str]) -> None:
         raise NotADirectoryError("No folder is named, but an empty text; expected one to write into.")
 
 
-def require_folder(folder: str | os.PathLike[str]) -> None:
-    """As `require_writable`, for files within `folder`."""
+def require_place(folder: str | os.PathLike[str]) -> Path:
+    """Refuses a name that no folder can have, as where a file is; returns the folder, or the nearest one around it."""
     require_named(folder)
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
@@ -273,6 +273,12 @@ def require_folder(folder: str | os.PathLike[str]) -> None:
         raise NotADirectoryError(f"{there} is no folder; expected one to write into.")
     with contextlib.suppress(FileNotFoundError):
         path.lstat()  # raises for names that none can have
+    return there
+
+
+def require_folder(folder: str | os.PathLike[str]) -> None:
+    """As `require_writable`, for files within `folder`."""
+    there = require_place(folder)
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:

@@ -185,8 +185,8 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedModel, LabelledImages, 
         auto = features_class(config)
     elif plain_class(type(config)) not in auto._model_mapping:  # else the error is a list of all that may
         raise ValueError(
-            f"{args.model} is a model of type {config.model_type}, and --task {task} needs one that {auto.__name__} "
-            "loads; leave --task out for what the model is for."
+            f"{args.model} is a model of type {config.model_type}, and the task {task} needs one that {auto.__name__} "
+            f"loads; {'leave --task out for what the model is for' if args.task else 'name another by --task'}."
         )
     return load(args.model, device, auto=auto, dtype=args.dtype, vwt=None), images, split, task, processor
 

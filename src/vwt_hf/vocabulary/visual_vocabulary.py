@@ -20,7 +20,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from ..checks import sides
 from ..hub_names import check_hub_id, check_revision, check_subfolder, require_private
 from ..printable import shown
-from ..whole_saves import require_folder
+from ..whole_saves import require_place
 from .card import PICTURE_FILE, is_card_of_words, render_card, render_words
 from .files import (
     LEGACY_FILE,
@@ -245,7 +245,7 @@ class VisualVocabulary:
             NotADirectoryError: `save_directory` is empty, or a file.
             ValueError: `words` or `frequencies` were set to what could not be read again.
         """
-        require_folder(save_directory)
+        require_place(save_directory)
         folder, contents = Path(save_directory), self._files()
         # Looked for before the card, which is written first: another save may write both meanwhile.
         has_picture, present = (folder / PICTURE_FILE).exists(), folder / REPOCARD_NAME
