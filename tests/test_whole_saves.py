@@ -7,12 +7,14 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from vwt_hf import whole_saves
-from vwt_hf.whole_saves import naming, require_folder, require_writable, saving, sharing, write_file
+from tiny import tiny_model
+from vwt_hf import compress, whole_saves
+from vwt_hf.whole_saves import naming, require_folder, require_place, require_writable, saving, sharing, write_file
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
@@ -190,3 +192,20 @@ def test_an_error_that_names_a_file_or_none_of_the_disk_stays_as_it_is(tmp_path)
         assert raised.value is error
     with pytest.raises(OSError, match=f"No space left on device, while it was written: '{tmp_path}'"), naming(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_place_is_judged_by_its_name_alone_where_files_are_written_at_once(tmp_path, monkeypatch):
+    """Storage from which nothing may be deleted takes a model, and no file that is written to try it."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: pytest.fail("a file was written to try the folder"))
+    model = compress(tiny_model("vit"), {"keep_ratio": 0.5})
+    model.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model/config.json").is_file()
+    assert require_place(tmp_path / "model/new") == tmp_path / "model"
+    for name, reason in (
+        ("model/config.json", "is no folder; expected one"),
+        ("model/config.json/new", "is no folder"),
+    ):
+        with pytest.raises(NotADirectoryError, match=reason):
+            model.save_pretrained(tmp_path / name)
+    with pytest.raises(OSError, match="File name too long"):
+        require_place(tmp_path / ("a" * 300))
