@@ -50,7 +50,7 @@ def is_even(setting: VWTConfig, family: Family) -> bool:
 
 
 class Numbered:
-    """A hook whose number no hook of a process that unpickles it takes."""
+    """A hook that stays where it is once its model was unpickled: no hook of the new process takes its number."""
 
     def __getstate__(self) -> dict[str, Any]:
         # This stays as hooks come and go: `datasets.map` tells by the pickle of a model what it has mapped before.

@@ -60,7 +60,7 @@ def processed(
 ) -> dict[str, torch.Tensor]:
     """What an image processor makes of one image, tensors (1, ...).
 
-    The image is given to it in RGB, or in grey if its mean is of one channel.
+    It gets the image in RGB, or in grey if its mean is a list of one number and it makes no RGB of grey by itself.
 
     Args:
         item, formats: as `read_image` takes them.
@@ -71,8 +71,8 @@ def processed(
         UnreadableImage: it cannot be read, or the processor cannot take it.
     """
     image = read_image(item, name, formats)
-    mean, as_rgb = (getattr(image_processor, name, None) for name in ("image_mean", "do_convert_rgb"))
-    if isinstance(mean, (list, tuple)) and len(mean) == 1 and not as_rgb:
+    mean, makes_rgb = getattr(image_processor, "image_mean", None), getattr(image_processor, "do_convert_rgb", None)
+    if isinstance(mean, (list, tuple)) and len(mean) == 1 and not makes_rgb:
         image = image.convert("L")
     try:
         require_room(image, image_processor)
