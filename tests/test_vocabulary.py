@@ -192,6 +192,12 @@ def test_what_cannot_be_learned_from_is_refused(folder: Path, tmp_path: Path, pr
         make(folder, "openai/clip-vit-base-patch16")
 
 
+def test_a_device_without_float64_is_refused(folder: Path, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "usable_device", torch.device)  # as on a Mac
+    with pytest.raises(ValueError, match=r"device is 'mps', where torch has no float64, .* expected cpu or cuda"):
+        make(folder, processor, device="mps")
+
+
 def test_what_could_not_be_recorded_at_the_end_is_refused_before_images_are_read(processor: Any) -> None:
     images = (pytest.fail("read") for _ in range(3))
     for wrong in ({"dataset": 7}, {"base_model": 7}):

@@ -166,6 +166,8 @@ def learn(
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
         VocabularyInfo(dataset=dataset, base_model=base_model)  # refuses what it could not record at the end
         usable = usable_device(_own_device() if device is None else device)
+        if usable.type == "mps":
+            raise ValueError("device is 'mps', where torch has no float64, which words need; expected cpu or cuda.")
         kmeans = MiniBatchKMeans(size, CHANNELS * patch_size**2, seed=seed, device=usable)
         numbers = {
             "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size, "processes": processes
