@@ -62,9 +62,10 @@ class HostTokenizer:
     patch_size: tuple[int, int]
     """Height and width of the model's patches, in pixels."""
     saved_as: str | None = None
-    """Which words below its image processor's folder are its own."""
+    """Names the folder of its words, below that of its image processor (`VWTConfig.saved_as`)."""
     normalised_by: tuple[Any, Any] | None = None
-    """Mean and deviation of the image processor when the setting was prepared, if it has the same, else `None`."""
+    """Mean and deviation of the image processor, if the setting holds these too: its words fit no other images. `None`:
+    the setting has none, or others that a user chose."""
     channels: int = 3
     """Of the model's images."""
 
@@ -99,31 +100,30 @@ class HostTokenizer:
             if isinstance(values, (list, tuple)):
                 each = [{name: as_tensor(own[i])[None] for name, own in made.items()} for i in range(len(values))]
                 counts = [None] * len(each) if tiles is None else [[count] for count in tiles]
-                return [self._of_batch(*one)[0].cpu().numpy() for one in zip(each, counts, strict=True)]
-            found = self._of_batch({name: as_tensor(own) for name, own in made.items()}, tiles)
+                return [self._words_of_batch(*one)[0].cpu().numpy() for one in zip(each, counts, strict=True)]
+            found = self._words_of_batch({name: as_tensor(own) for name, own in made.items()}, tiles)
             return found if isinstance(values, torch.Tensor) else found.numpy()
 
-    def _of_batch(self, made: dict[str, torch.Tensor], counts: list[int] | None) -> torch.Tensor:
+    def _words_of_batch(self, made: dict[str, torch.Tensor], counts: list[int] | None) -> torch.Tensor:
         values = made["pixel_values"]
         if not len(values):
             return torch.empty(0, dtype=torch.int64, device=values.device)
         tiles = values.flatten(0, 1) if values.dim() == 5 else values
-        patches = self.patches(made | {"pixel_values": tiles})
-        words = self._of_patches(patches)
+        words = self._words_of_patches(self.patches(made | {"pixel_values": tiles}))
         if values.dim() == 5:
             padding = _is_padding(values, counts)
             words = words.unflatten(0, padding.shape).masked_fill(padding[..., None], DROPPED)
         return words
 
-    def _of_patches(self, patches: Patches) -> torch.Tensor:
-        if patches.device.type == "cpu" and patches.real is None and len(patches.pixel_values) > AT_ONCE:
-            parts = patches.pixel_values.split(AT_ONCE)
-            return torch.cat([self._of_patches(dataclasses.replace(patches, pixel_values=part)) for part in parts])
-        batch = len(patches.pixel_values)
+    def _words_of_patches(self, patches: Patches) -> torch.Tensor:
+        images = len(patches.pixel_values)
+        if patches.device.type == "cpu" and patches.real is None and images > AT_ONCE:
+            parts = (dataclasses.replace(patches, pixel_values=part) for part in patches.pixel_values.split(AT_ONCE))
+            return torch.cat([self._words_of_patches(part) for part in parts])
         words = self.setting.patch_words(patches) if self.setting.shortens else None
-        if words is not None:
-            return words
-        return patches.without_padding(torch.arange(patches.count, device=patches.device).repeat(batch, 1))
+        if words is None:  # each patch stays as it is
+            words = patches.without_padding(torch.arange(patches.count, device=patches.device).repeat(images, 1))
+        return words
 
     def patches(self, made: Mapping[str, torch.Tensor]) -> Patches:
         """The patches of a batch of whole images, or of padded patches; anything else is refused."""
@@ -284,8 +284,9 @@ class Tokenizing:
         return super()._pad_for_batching(pixel_values, *args, **kwargs)  # type: ignore[misc]
 
     def require_ready(self, **given: Any) -> None:
-        """Refuses a setting that was assigned and not loaded, whose words would not be saved; and another mean or
-        deviation, as by arguments `given` to a call, than it was loaded for: words would be those of other images.
+        """Raises `ValueError` for a setting that was assigned and not loaded, or loaded for another mean or deviation.
+
+        `given` is what a call gives of `_NORMALISING` in place of the image processor's own.
         """
         held = None if self.__dict__.get("vwt") is None else self.tokenizer_of_patches
         if held is None or held.normalised_by is None:
@@ -408,19 +409,19 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any], given: Colle
         processor.vwt = None  # its class may be that of one with a setting
         return
     try:
-        setting, patch_size = parsed(vwt)
-        assert setting is not None  # else there would be no `vwt`
+        saved, patch_size = parsed(vwt)
+        assert saved is not None  # else there would be no `vwt`
         try:
             beside = config_beside(source, **hub_kwargs)
         except NotReached:
             if patch_size is None:
                 raise
-            beside = None  # which a file that says the size of patches and the words does without
-        ready = setting
+            beside = None  # a file that says the size of patches does without it
+        setting = saved
         if isinstance(vwt, dict) and not set(given).isdisjoint((*_NORMALISING, "rescale_factor")):
-            ready = parsed(_with_own_statistics(vwt, processor, beside))[0] or setting
-        _prepare(processor, ready, patch_size, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False, model_config=beside)
-        _warn_of_another(setting, saved_setting(beside), source)
+            setting = parsed(_with_own_statistics(vwt, processor, beside))[0] or saved
+        _prepare(processor, setting, patch_size, beside, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False)
+        _warn_of_another(saved, saved_setting(beside), source)
     except (FileNotFoundError, TypeError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(
@@ -456,7 +457,7 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
         patch_size = patch_size or stated_patch_size(model_config) or height_and_width(saved.get("patch_size"))
     if known is not None:
         setting = setting.with_saved(_with_own_statistics(known, processor, model_config))
-    _prepare(processor, setting, patch_size, source, hub_kwargs, folder, trusted=True, model_config=model_config)
+    _prepare(processor, setting, patch_size, model_config, source, hub_kwargs, folder, trusted=True)
 
 
 def parsed(vwt: Any) -> tuple[VWTConfig | None, tuple[int, int] | None]:
@@ -475,13 +476,17 @@ def _prepare(
     processor: Any,
     setting: VWTConfig,
     patch_size: tuple[int, int] | None,
+    model_config: Any,
     source: Any,
     hub_kwargs: dict[str, Any],
     folder: str,
     *,
     trusted: bool,
-    model_config: Any,
 ) -> None:
+    """Gives an image processor a setting, with all that it needs to find words.
+
+    `folder` and `trusted` are `words_folder` and `trusted` of `ModelFacts`.
+    """
     _require_finding(processor, setting, source)
     patch_size = patch_size or stated_patch_size(model_config) or stated_patch_size(processor)
     if patch_size is None:
@@ -556,30 +561,25 @@ def _are_same(values: Any, others: Any) -> bool:
 
 def _has_statistics(setting: VWTConfig, processor: Any) -> bool:
     """Whether the mean and deviation that a setting has are those of an image processor."""
-    fields = {name: getattr(setting, name, None) for name in _STATISTICS}
-    known: dict[str, Any] = {name: values for name, values in fields.items() if values is not None}
+    known = {name: values for name in _STATISTICS if (values := getattr(setting, name, None)) is not None}
     if not known or any(getattr(processor, name, None) is None for name in _STATISTICS):
         return False
     stated = _statistics_of(processor, len(next(iter(known.values()))))
-    return stated is not None and all(
-        np.allclose(known[name], own) for name, own in zip(_STATISTICS, stated, strict=True) if name in known
-    )
-
-
-def _statistics_of(processor: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """As `processor_statistics`; `None` if the image processor does not tell them."""
-    try:
-        return processor_statistics(processor, channels)
-    except (TypeError, ValueError, OverflowError):
-        return None
+    return bool(stated) and all(np.allclose(values, stated[name]) for name, values in known.items())
 
 
 def _with_own_statistics(saved: dict[str, Any], processor: Any, model_config: Any) -> dict[str, Any]:
-    """The fields of a setting that was saved, with the statistics of the image processor that makes the pixels now; as
-    they are if it does not tell them."""
+    """A setting that was saved, with the mean and deviation of this image processor in place of those that it holds."""
     stated = _statistics_of(processor, _channels(processor, types.SimpleNamespace(**saved), model_config))
-    own = zip(_STATISTICS, stated or (), strict=False)
-    return saved | {name: list(values) for name, values in own if name in saved}
+    return saved | {name: values for name, values in stated.items() if name in saved}
+
+
+def _statistics_of(processor: Any, channels: int) -> dict[str, list[float]]:
+    """`processor_statistics` by the names of a setting's fields; none if the image processor does not tell them."""
+    try:
+        return dict(zip(_STATISTICS, map(list, processor_statistics(processor, channels)), strict=True))
+    except (TypeError, ValueError, OverflowError):
+        return {}
 
 
 def _are_values(images: Any) -> bool:
@@ -595,14 +595,18 @@ def _are_values(images: Any) -> bool:
 
 
 def write_words_of(processor: Any, folder: Path) -> list[str]:
-    """Writes the words of an image processor, sealed, below its folder; returns their `saved_as`, which it now has."""
+    """Writes the words of an image processor, if it has some, below its folder, sealed.
+
+    Returns:
+        Their `saved_as`, which the image processor has from then on; empty without words.
+    """
     vocabulary = words_of(processor)
     if vocabulary is None:
         return []
-    saved_as = [write_words(folder, vocabulary, PROCESSOR_FOLDER)]
-    seal_words(folder, saved_as, PROCESSOR_FOLDER)
-    processor.vwt = dataclasses.replace(processor.__dict__["vwt"], saved_as=saved_as[0])
-    return saved_as
+    saved_as = write_words(folder, vocabulary, PROCESSOR_FOLDER)
+    seal_words(folder, [saved_as], PROCESSOR_FOLDER)
+    processor.vwt = dataclasses.replace(processor.__dict__["vwt"], saved_as=saved_as)
+    return [saved_as]
 
 
 def words_named_in(folder: Path) -> list[str]:
@@ -616,11 +620,13 @@ def words_named_in(folder: Path) -> list[str]:
 
 
 def read_in_place(folder: Path) -> dict[str, Any] | None:
-    """What the processor_config.json of a folder holds of an image processor, if there is one: transformers reads that
-    and not the file of an image processor that is saved beside it."""
+    """The image processor within the processor_config.json of a folder, as JSON; `None` if there is none.
+
+    transformers reads it in place of an image processor that is saved beside that file.
+    """
     try:
         held = json.loads((folder / PROCESSOR_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # none, or damaged, which loading it says
+    except (OSError, ValueError, RecursionError):  # there is no file; or it is damaged, as loading it says
         return None
     inner = held.get("image_processor") if isinstance(held, dict) else None
     return inner if isinstance(inner, dict) else None
@@ -632,9 +638,11 @@ def warn_if_not_read(processor: Any, folder: Path) -> None:
     Each save gives words another name, so these are not compared.
     """
     other = read_in_place(folder)
-    own, vwt = ({} if one is None else one for one in (processor.vwt, (other or {}).get("vwt")))
+    if other is None:
+        return
+    own, read = ({} if vwt is None else vwt for vwt in (processor.vwt, other.get("vwt")))
     nameless = {"saved_as": None}
-    if other is not None and not (isinstance(vwt, dict) and vwt | nameless == own | nameless):
+    if not isinstance(read, dict) or read | nameless != own | nameless:
         logger.warning(
             f"{folder} holds {PROCESSOR_NAME} with another image processor, and transformers reads that one, not the "
             f"{type(processor).__name__} that was saved beside it. Save the processor of texts and images that holds "

@@ -342,7 +342,8 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
         mean, std = processor_statistics(processor, channels)
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
         names = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME) if isinstance(error, OSError) else ()
-        for name in (name for name in names if may_be_on_hub(model.source, name, model.hub_kwargs)):
+        name = next((one for one in names if may_be_on_hub(model.source, one, model.hub_kwargs)), None)
+        if name is not None:
             reason = " ".join(str(error).split())
             raise NotReached(
                 f"{name} of {printable(model.source)} cannot be had, which says how the model's images are normalised: "
