@@ -57,8 +57,11 @@ def saving_models(original: Any) -> Any:
         # Threads that save one model would write into its one config at once.
         turn = contextlib.nullcontext() if setting_of(self) is None else _saving_one
         with turn, _parts_to_save(self) as parts:
-            saved = save_parts(self, call, parts)
-            if self.should_save_on_this_rank(call.arguments["is_main_process"]):
+            # Every process of a distributed save comes here. That which writes config.json, where words are named,
+            # writes the words, too, and removes what killed saves left.
+            writes = self.should_save_on_this_rank(call.arguments["is_main_process"])
+            saved = _save_parts(self, original, call, parts, writes)
+            if writes:
                 try:
                     write_section(Path(save_directory), _evidence_of(parts.values()), adds=False)
                 except OSError as error:  # the model is saved
@@ -68,40 +71,43 @@ def saving_models(original: Any) -> Any:
                     )
             return saved
 
-    def save_parts(self: PreTrainedModel, call: Any, parts: dict[PreTrainedModel, VWTConfig]) -> Any:
-        words = {}
-        for part, setting in parts.items():
-            require_same_layers(part)
-            if not setting.is_saved_as(part.config.vwt):
-                part.config.vwt = setting.to_dict()  # a user changed the config, and the model runs by the setting
-            if (vocabulary := setting.words_to_save()) is not None:
-                words[part] = vocabulary
-        folder = Path(call.arguments["save_directory"])
-        # Every process of a distributed save comes here. That which writes config.json, where words are named, writes
-        # the words, too, and removes what killed saves left. With adapters of transformers' own none does.
-        writes = self.should_save_on_this_rank(call.arguments["is_main_process"])
-        if writes and parts:  # where a file lies there, transformers logs that and saves nothing
-            require_place(call.arguments["save_directory"])
-        if not writes or folder.is_file() or getattr(self, "_hf_peft_config_loaded", False):
-            return original(*call.args, **call.kwargs)
-        with sharing(folder, _TURN if words else 0) as (_, is_alone):
-            saved_as = []
-            for part, vocabulary in words.items():
-                saved_as.append(write_words(folder, vocabulary))
-                part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
-            require_same_words(folder, saved_as, call.arguments["variant"])
-            before = weights_in(folder)
-
-            def seal() -> None:
-                seal_words(folder, saved_as, left=left_in(folder, before, call.arguments["variant"]))
-
-            saved = _save_sealed(self, call, original, saved_as, seal)
-            seal()
-            if is_alone():
-                remove_other_words(folder, saved_as)
-            return saved
-
     return save_pretrained
+
+
+def _save_parts(
+    model: PreTrainedModel, original: Any, call: Any, parts: dict[PreTrainedModel, VWTConfig], writes: bool
+) -> Any:
+    """Calls `original` as `call` says, and saves the words of `parts` if this process `writes`."""
+    words = {}
+    for part, setting in parts.items():
+        require_same_layers(part)
+        if not setting.is_saved_as(part.config.vwt):
+            part.config.vwt = setting.to_dict()  # a user changed the config, and the model runs by the setting
+        if (vocabulary := setting.words_to_save()) is not None:
+            words[part] = vocabulary
+    folder, variant = Path(call.arguments["save_directory"]), call.arguments["variant"]
+    if writes and parts:  # where a file lies there, transformers logs that and saves nothing
+        require_place(call.arguments["save_directory"])
+    # With adapters of transformers' own no config.json is written, in which words could be named.
+    if not writes or folder.is_file() or getattr(model, "_hf_peft_config_loaded", False):
+        return original(*call.args, **call.kwargs)
+    with sharing(folder, _TURN if words else 0) as (_, is_alone):
+        saved_as = []
+        for part, vocabulary in words.items():
+            saved_as.append(write_words(folder, vocabulary))
+            part.config.vwt = part.config.vwt | {"saved_as": saved_as[-1]}
+        require_same_words(folder, saved_as, variant)
+        before = weights_in(folder)
+
+        def seal() -> None:
+            seal_words(folder, saved_as, left=left_in(folder, before, variant))
+
+        with _uploading_sealed(model, saved_as, seal) if saved_as else contextlib.nullcontext():
+            saved = original(*call.args, **call.kwargs)
+        seal()
+        if is_alone():
+            remove_other_words(folder, saved_as)
+        return saved
 
 
 @contextlib.contextmanager
@@ -141,16 +147,13 @@ def _require_embeddings(model: PreTrainedModel) -> None:
             )
 
 
-def _save_sealed(
-    model: PreTrainedModel, call: Any, original: Any, saved_as: list[str], seal: Callable[[], None]
-) -> Any:
-    """Calls `original` as `call` says, and if that uploads what it wrote, uploads the words with it, sealed."""
-    if not saved_as:
-        return original(*call.args, **call.kwargs)
+@contextlib.contextmanager
+def _uploading_sealed(model: PreTrainedModel, saved_as: list[str], seal: Callable[[], None]) -> Iterator[None]:
+    """Within it, a save of `model` that uploads what it wrote uploads the words with it, sealed."""
     upload = model._upload_modified_files
 
     def upload_sealed(working_dir: Any, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any) -> Any:
-        """Called by `original` when all is written: uploads what was not there before it began."""
+        """Called when all is written, with the files that were there before: these are not uploaded."""
         seal()
         new = set(map(words_folder, saved_as))
         before = {name: time for name, time in files_timestamps.items() if name not in new}
@@ -158,7 +161,7 @@ def _save_sealed(
 
     model.__dict__["_upload_modified_files"] = upload_sealed
     try:
-        return original(*call.args, **call.kwargs)
+        yield
     finally:
         model.__dict__.pop("_upload_modified_files", None)
 
@@ -246,19 +249,19 @@ def _gather_settings(model: PreTrainedModel, parts: Collection[PreTrainedModel])
 
 
 def _take_setting_of(part: PreTrainedModel, model: PreTrainedModel, parts: Collection[PreTrainedModel]) -> None:
-    """Makes the config within that of `model` which is like that of `part` hold its setting.
+    """Puts the setting of `part` into the config of that part within the config of `model`.
 
-    Several may be like it, if all parts that go by such a config are among `parts` and have this setting, without
-    words of their own.
+    That is the only one with the same fields. There may be several if all parts with such a config are among `parts`
+    and have the same setting, without words of their own.
 
     Raises:
-        ValueError: no config is that of parts with this setting alone.
+        ValueError: there is none, or something else goes by it, too.
     """
     own = part.config
     alike = [(path, config) for path, config in configs_within(model.config) if _same_but_setting(config, own)]
     twins = [one for one in parts if one is part or _are_twins(one, part)]
     if len(alike) == 1 or (alike and len(twins) > 1):
-        why_not = _why_not_of_part(alike[0][1], model, part, twins)
+        why_not = _why_shared(alike[0][1], model, part, twins)
     else:
         why_not = f"{len(alike)} are like it"
     if why_not is not None:
@@ -286,11 +289,11 @@ def _are_twins(one: PreTrainedModel, other: PreTrainedModel) -> bool:
     return not has_words and one.config.vwt == other.config.vwt and _same_but_setting(one.config, other.config)
 
 
-def _why_not_of_part(
+def _why_shared(
     config: PreTrainedConfig, model: PreTrainedModel, part: PreTrainedModel, twins: Collection[PreTrainedModel]
 ) -> str | None:
-    """Why `config`, which lies within that of `model`, must not take the setting of `part`: it is also the config of
-    something else than `part` and its `twins`, the parts with an equal config and the same setting. `None` if it may.
+    """Why `config`, within that of `model`, cannot hold the setting of `part`: what else goes by it than `part` and its
+    `twins`, which have this setting, too. `None` if nothing does.
     """
     if config is model.config:
         try:
