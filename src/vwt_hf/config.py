@@ -384,18 +384,20 @@ def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str
     from .methods import METHODS
 
     names = _field_names(method_class)
-    for name in [name for name in fields if name not in names]:
-        owners = [repr(other) for other, other_class in METHODS.items() if name in _field_names(other_class)]
-        if owners:
-            raise ValueError(
-                f"VWTConfig.{name} is {shown(fields[name])}, but method is {method!r}; the field belongs to "
-                f"method={' or '.join(owners)}."
-            )
-        hint = nearest_hint(name, names)
-        if name == "patch_size":
-            hint = " Image processors alone take patch_size, as a model has its own: leave it out."
-        its_own = ", ".join(sorted(names))
-        raise ValueError(f"VWTConfig has no field {shown(name)}; the fields of method={method!r} are {its_own}.{hint}")
+    name = next((name for name in fields if name not in names), None)
+    if name is None:
+        return
+    owners = [repr(other) for other, other_class in METHODS.items() if name in _field_names(other_class)]
+    if owners:
+        raise ValueError(
+            f"VWTConfig.{name} is {shown(fields[name])}, but method is {method!r}; the field belongs to "
+            f"method={' or '.join(owners)}."
+        )
+    hint = nearest_hint(name, names)
+    if name == "patch_size":
+        hint = " Image processors alone take patch_size, as a model has its own: leave it out."
+    its_own = ", ".join(sorted(names))
+    raise ValueError(f"VWTConfig has no field {shown(name)}; the fields of method={method!r} are {its_own}.{hint}")
 
 
 def is_vocabulary(value: object) -> bool:

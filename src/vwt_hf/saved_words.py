@@ -22,8 +22,9 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from .hub_names import download_if_there
 from .vocabulary import VisualVocabulary, load_vocabulary
-from .vocabulary.files import INFO_FILE, download_if_there, identity_of, present_info
+from .vocabulary.files import INFO_FILE, identity_of, present_info
 from .whole_saves import write_files
 
 FOLDER = "visual_words"
@@ -37,7 +38,7 @@ WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)")
 """Files of weights, as transformers names them."""
 MOST_SEAL_BYTES = 1 << 20
 LOOKED_AT = 1 << 20
-"""Bytes of a file of weights that are hashed, spread over the file."""
+"""Bytes of a file of weights that are hashed, in `BLOCKS` pieces spread over the file."""
 BLOCKS = 64
 SAVED_AS = re.compile("[0-9a-f]{16}")
 """The form of `VWTConfig.saved_as`: random for each save, and the end of its folder's name. Of words that are in no
@@ -98,8 +99,8 @@ def require_same_words(folder: Path, saved_as: list[str], variant: str | None) -
             sealed.append((_prints_in(seal), present_info(seal.parent).get("sha256")))
     for path in stay:
         fingerprint = _fingerprint_of(path)
-        words = {of for prints, of in sealed if prints.get(path.name) == fingerprint}
-        if words and not words & new_words:
+        its_words = {words for prints, words in sealed if prints.get(path.name) == fingerprint}
+        if its_words and not its_words & new_words:
             for each in saved_as:
                 shutil.rmtree(folder / words_folder(each), ignore_errors=True)
             raise ValueError(
@@ -134,7 +135,7 @@ def weights_in(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def left_in(folder: Path, before: dict[str, tuple[int, int, int]], variant: str | None) -> set[str]:
-    """The weights of a variant that a save left as they were: one file, which stays beside shards.
+    """The weights of a variant that a save left as they were: an old single file, which stays beside new shards.
 
     Args:
         before: what `weights_in` said before the save.

@@ -11,6 +11,7 @@ files are as whole, but two saves at once into one folder may remove each other'
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -36,14 +37,17 @@ _PATIENCE = 2.0
 """For how many seconds a save tries to share the lock, which another holds alone for milliseconds, to tidy up."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Save:
-    """A save into a folder that is under way; `saving` makes it."""
+    """A save that is under way; `saving` makes it."""
 
-    def __init__(self, folder: Path, new: Path, lock: int | None, is_alone: Callable[[], bool]) -> None:
-        self.folder, self.new = folder, new
-        self._lock = lock
-        self.is_alone = is_alone
-        """Tells whether no other save into the folder runs. If so, none begins before this one ends."""
+    folder: Path
+    """Where the files go."""
+    new: Path
+    """Where they lie until then, within `folder`."""
+    lock: int | None
+    is_alone: Callable[[], bool]
+    """Tells whether no other save into the folder runs. If so, none begins before this one ends."""
 
     def write(self, contents: dict[str, bytes]) -> None:
         """Writes files, down to the disk, into a folder where nobody looks for them yet."""
@@ -80,9 +84,9 @@ class Save:
 
     def _flush(self) -> None:
         # Renames must reach the disk in their order. Not every file system can flush a folder.
-        if self._lock is not None:
+        if self.lock is not None:
             with contextlib.suppress(OSError):
-                os.fsync(self._lock)
+                os.fsync(self.lock)
 
     def left_overs(self) -> list[Path]:
         """Folders that other saves write in. If `is_alone()` is true afterwards, all of them are of killed saves."""
@@ -92,10 +96,10 @@ class Save:
 
 @contextlib.contextmanager
 def naming(place: str | os.PathLike[str], instead: bool = False) -> Iterator[None]:
-    """Adds this file or folder to errors that name none, such as that of a full disk.
+    """Has errors name this file or folder that name none, such as that of a full disk.
 
     Args:
-        instead: whether errors that name another file, a temporary one, name this one, too.
+        instead: also errors that name another file, as a temporary one.
     """
     try:
         yield
@@ -258,15 +262,10 @@ def _is_mounted(file: Path) -> bool:
     return any(line.split(b" ")[4:5] == [mount] for line in lines)
 
 
-def require_named(folder: str | os.PathLike[str]) -> None:
-    """Refuses an empty text, which `Path` takes for the folder that one is in."""
-    if not os.fspath(folder):
-        raise NotADirectoryError("No folder is named, but an empty text; expected one to write into.")
-
-
 def require_place(folder: str | os.PathLike[str]) -> Path:
     """Refuses a name that no folder can have, as where a file is; returns the folder, or the nearest one around it."""
-    require_named(folder)
+    if not os.fspath(folder):  # which `Path` takes for the folder that one is in
+        raise NotADirectoryError("No folder is named, but an empty text; expected one to write into.")
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not there.is_dir():

@@ -124,16 +124,16 @@ def highest(scores: torch.Tensor, keep: int) -> torch.Tensor:
     return best(scores, keep).sort(dim=1).values
 
 
-def whole_share(patches: Any, ratio: float) -> Any:
-    """`patches * ratio`, a number or (batch,) int64, rounded down as if `ratio` were exact."""
-    return (patches * round(ratio * _WHOLE) + _ROUNDED) // _WHOLE
-
-
 def best(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """As `highest`, the highest first."""
     if torch.onnx.is_in_onnx_export():  # which has no stable sort; its TopK keeps the earlier of equals
         return scores.topk(keep, dim=1).indices
     return scores.argsort(dim=1, descending=True, stable=True)[:, :keep]
+
+
+def whole_share(patches: Any, ratio: float) -> Any:
+    """`patches * ratio`, a number or (batch,) int64, rounded down as if `ratio` were exact."""
+    return (patches * round(ratio * _WHOLE) + _ROUNDED) // _WHOLE
 
 
 def marked(index: torch.Tensor, count: int) -> torch.Tensor:
@@ -361,9 +361,12 @@ def _distances(patches: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) ->
 
 def _sums(distances: Sequence[torch.Tensor], counts: torch.Tensor | None) -> list[Any]:
     """For each image the sum of each kind of distances, and their number; of those that `counts` marks, if given."""
+    number: Any
     if counts is None:
-        return [*(each.sum((1, 2), keepdim=True) for each in distances), distances[0].shape[1] * distances[0].shape[2]]
-    return [each.sum((1, 2), keepdim=True) for each in (*(each * counts for each in distances), counts)]
+        number = distances[0].shape[1] * distances[0].shape[2]
+    else:
+        distances, number = [each * counts for each in distances], counts.sum((1, 2), keepdim=True)
+    return [*(each.sum((1, 2), keepdim=True) for each in distances), number]
 
 
 def _nearest(

@@ -41,6 +41,7 @@ def render_card(
         revision, subfolder: where in the repository they are.
     """
     where = {"revision": revision, "subfolder": subfolder}
+    named = [f"{name}={_quoted(value)}" for name, value in where.items() if value is not None]
     data = ModelCardData(
         library_name=LIBRARY,
         tags=["visual-words", "vision-transformer", "token-reduction", f"patch{shape[-1]}", "arxiv:2411.15397"],
@@ -51,9 +52,7 @@ def render_card(
     card = ModelCard.from_template(
         data,
         template_str=template.read_text(encoding="utf-8"),
-        source=", ".join(
-            [_quoted(repo_id), *(f"{name}={_quoted(value)}" for name, value in where.items() if value is not None)]
-        ),
+        source=", ".join([_quoted(repo_id), *named]),
         size=shape[0],
         channels=shape[1],
         patch_size=shape[-1],

@@ -150,12 +150,14 @@ def _locate_on_hub(names: Sequence[str], where: str, download: dict[str, Any]) -
         EntryNotFoundError: it has none of them.
         FileNotFoundError: nothing says whether it has them.
     """
-    source, revision, subfolder = download["repo_id"], download["revision"], download["subfolder"]
-    failure: EntryNotFoundError | None = None
+    failures = []
     for name in names:
         try:
-            path = hf_hub_download(filename=name, **download)
-        except LocalEntryNotFoundError as error:  # which leaves open whether it is there
+            file = Path(hf_hub_download(filename=name, **download))
+        except EntryNotFoundError as error:
+            failures.append(error)
+            if not isinstance(error, LocalEntryNotFoundError):
+                continue
             was_asked = not (constants.HF_HUB_OFFLINE or download.get("local_files_only"))
             left_open = was_asked and kept_answer(name=name, **download) is None
             if name == names[-1] or left_open:
@@ -163,15 +165,11 @@ def _locate_on_hub(names: Sequence[str], where: str, download: dict[str, Any]) -
                     f"{where} cannot be had: load it once where the Hub can be reached, or give a folder that it was "
                     f"downloaded to. ({error})"
                 ) from error
-            failure = failure or error
-        except EntryNotFoundError as error:
-            failure = failure or error
         else:
-            top = Path(path).parents[len(Path(subfolder or "").parts)]
+            top = file.parents[len(Path(download["subfolder"] or "").parts)]
             commit = top.name if top.parent.name == "snapshots" else None
-            return Located(source, commit, Path(path), {**download, "revision": commit or revision})
-    assert failure is not None  # there is a name at least
-    raise failure
+            return Located(download["repo_id"], commit, file, download | {"revision": commit or download["revision"]})
+    raise failures[0]
 
 
 def read_vocabulary(located: Located) -> tuple[torch.Tensor, torch.Tensor | None, VocabularyInfo]:

@@ -18,14 +18,13 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import RevisionNotFoundError
 
 from ..checks import sides
-from ..hub_names import check_hub_id, check_revision, check_subfolder, require_private
+from ..hub_names import check_hub_id, check_revision, check_subfolder, download_if_there, require_private
 from ..printable import shown
 from ..whole_saves import require_place
 from .card import PICTURE_FILE, is_card_of_words, render_card, render_words
 from .files import (
     LEGACY_FILE,
     VocabularyInfo,
-    download_if_there,
     locate,
     read_vocabulary,
     require_finite,
@@ -93,7 +92,7 @@ class VisualVocabulary:
         """Whether `source` and `revision` are enough to find these words: not if they were changed since."""
         return self._named is not None and self._named == self.fingerprint()
 
-    def _lies_in(self, source: str, revision: str | None, subfolder: str | None, imported: bool = False) -> None:
+    def _note_place(self, source: str, revision: str | None, subfolder: str | None, imported: bool = False) -> None:
         """Notes where the words are. A config.json may not name words that were `imported` from a `vocab.pt`."""
         self.source, self.revision, self.subfolder = source, revision, subfolder
         is_named = revision is not None and not subfolder and not imported  # a setting has no field for a subfolder
@@ -249,7 +248,7 @@ class VisualVocabulary:
         folder, contents = Path(save_directory), self._files()
         # Looked for before the card, which is written first: another save may write both meanwhile.
         has_picture, present = (folder / PICTURE_FILE).exists(), folder / REPOCARD_NAME
-        if card and not _is_foreign(present.read_bytes() if present.is_file() else b"", str(folder), has_picture):
+        if card and _may_write_card(present.read_bytes() if present.is_file() else b"", str(folder), has_picture):
             contents |= self._card(repo_id or str(save_directory))
         write_vocabulary(folder, contents)
 
@@ -284,7 +283,7 @@ class VisualVocabulary:
             require_private(api, repo_id)
         if revision is not None and not create_pr and not revision.startswith("refs/pr/"):  # a pull request's
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if not _is_foreign(_card_on_hub(repo_id, subfolder, revision, token), repo_id):
+        if _may_write_card(_card_on_hub(repo_id, subfolder, revision, token), repo_id):
             contents |= self._card(repo_id, revision=revision, subfolder=subfolder)
         # All files in one commit: `upload_folder` may make several, and an interruption would leave some.
         commit = api.create_commit(
@@ -295,7 +294,7 @@ class VisualVocabulary:
             create_pr=create_pr,
         )
         if not create_pr:
-            self._lies_in(repo_id, commit.oid, subfolder)
+            self._note_place(repo_id, commit.oid, subfolder)
         return commit
 
     def _files(self) -> dict[str, bytes]:
@@ -323,15 +322,18 @@ def _card_on_hub(repo_id: str, subfolder: str | None, revision: str | None, toke
         return b"" if file is None else file.read_bytes()
 
 
-def _is_foreign(readme: bytes, place: str, has_picture: bool = False) -> bool:
-    """Warns, and says so, if a README.md is no vocabulary's card or was edited, or a picture lies there without one."""
-    if is_card_of_words(readme) or not (has_picture or readme.strip()):
-        return False
-    has = f"{PICTURE_FILE} beside no card of words"
+def _may_write_card(readme: bytes, place: str, has_picture: bool = False) -> bool:
+    """Whether a card and its picture may be written over what lies there; warns if that may be somebody's own."""
     if readme.strip():
+        if is_card_of_words(readme):
+            return True
         has = f"{REPOCARD_NAME} that is no card of visual words, or was edited, or is of an earlier version"
+    elif has_picture:
+        has = f"{PICTURE_FILE} beside no card of words"
+    else:
+        return True
     warnings.warn(f"{place} has a {has}, which stays. Remove it to have a card of these words written.", stacklevel=3)
-    return True
+    return False
 
 
 def load_vocabulary(
@@ -369,7 +371,7 @@ def load_vocabulary(
         vocabulary = VisualVocabulary(words, frequencies, info)
     except ValueError as error:
         raise ValueError(f"{located.source}: {located.file.name}: {error}") from error
-    vocabulary._lies_in(located.source, located.commit, subfolder, imported=located.file.name == LEGACY_FILE)
+    vocabulary._note_place(located.source, located.commit, subfolder, imported=located.file.name == LEGACY_FILE)
     return vocabulary
 
 

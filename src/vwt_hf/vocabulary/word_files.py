@@ -202,8 +202,8 @@ def read_bare_tensor(path: Path, shape: tuple[int, ...], scale: torch.Tensor, sh
         _require_short_directory(path)
         with zipfile.ZipFile(path) as archive:
             records = _records(archive, path.stat().st_size)
-            tensor = _described(archive.read(records["data.pkl"]))
-            record = _require_dense(tensor, values, records)
+            tensor = _tensor_in(archive.read(records["data.pkl"]))
+            record = _record_of(tensor, values, records)
             read = torch.empty(tensor.shape[0], *shape, dtype=torch.float32, device="cpu")
             with archive.open(record) as file:
                 for part in read.split(max(1, _PIECE // values)):
@@ -259,7 +259,7 @@ def _records(archive: zipfile.ZipFile, length: int) -> dict[str, zipfile.ZipInfo
     return records
 
 
-def _described(pickled: bytes) -> _Tensor:
+def _tensor_in(pickled: bytes) -> _Tensor:
     """The tensor that a pickle describes. Nothing else is understood, and nothing is called but the functions below."""
     for opcode, _, _ in pickletools.genops(pickled):
         if opcode.name not in _OPCODES:
@@ -275,7 +275,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
+            return _rebuilt_tensor
         if (module, name) == ("collections", "OrderedDict"):
             return _no_hooks
         raise ValueError(f"it asks for {module}.{name}")
@@ -292,7 +292,8 @@ def _no_hooks() -> dict[str, Any]:
     return collections.OrderedDict()
 
 
-def _tensor(stored: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
+def _rebuilt_tensor(stored: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
+    """In place of `torch._utils._rebuild_tensor_v2`."""
     counts = isinstance(shape, tuple) and isinstance(stride, tuple) and all(map(_count, (offset, *shape, *stride)))
     if not isinstance(stored, _Stored) or not counts:
         raise ValueError("it describes no tensor")
@@ -303,7 +304,7 @@ def _count(value: Any) -> bool:
     return is_int(value) and 0 <= value < 2**63
 
 
-def _require_dense(tensor: _Tensor, values: int, records: dict[str, zipfile.ZipInfo]) -> zipfile.ZipInfo:
+def _record_of(tensor: _Tensor, values: int, records: dict[str, zipfile.ZipInfo]) -> zipfile.ZipInfo:
     """The record of the tensor's values, if there is one value for each place, row by row."""
     dtype, shape = tensor.stored.dtype, tensor.shape
     if dtype not in _DTYPES.values() or len(shape) != 2 or shape[1] != values:
