@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .checks import checked_statistics, is_number
@@ -398,6 +400,16 @@ def _require_fields(method_class: type[VWTConfig], method: str, fields: dict[str
         hint = " Image processors alone take patch_size, as a model has its own: leave it out."
     its_own = ", ".join(sorted(names))
     raise ValueError(f"VWTConfig has no field {shown(name)}; the fields of method={method!r} are {its_own}.{hint}")
+
+
+@contextlib.contextmanager
+def naming_file(holder: str, what: str) -> Iterator[None]:
+    """Has errors say in which file a setting is (`holder`), and how to load what that file is of without it."""
+    try:
+        yield
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"`vwt` {holder}: {error} `vwt=False` loads the plain {what}.") from error
 
 
 def is_vocabulary(value: object) -> bool:

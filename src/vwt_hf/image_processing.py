@@ -26,7 +26,7 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from .config import ModelFacts, VWTConfig
+from .config import ModelFacts, VWTConfig, naming_file
 from .data_loading import as_tensor
 from .hub_names import NotReached
 from .model_configs import PLAIN, plain_class
@@ -258,7 +258,7 @@ class Tokenizing:
             return call(*args, **kwargs)
         with holding(_tokenized, None):
             made = call(*args, **kwargs)
-            # In another form, or under another name, they are no pixels that words are made of.
+            # Pixels of another form than `preprocess` gave, or of another name, are for another use.
             form, tiles = _tokenized.get() or (None, None)
             if PATCH_WORDS in made and _form(made.get("pixel_values")) == form:
                 made[PATCH_WORDS] = self.tokenizer_of_patches.words(made, tiles)
@@ -408,7 +408,7 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any], given: Colle
     if vwt is None:
         processor.vwt = None  # its class may be that of one with a setting
         return
-    try:
+    with naming_file(f"of the image processor of {source}", "image processor"):
         saved, patch_size = parsed(vwt)
         assert saved is not None  # else there would be no `vwt`
         try:
@@ -422,11 +422,6 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any], given: Colle
             setting = parsed(_with_own_statistics(vwt, processor, beside))[0] or saved
         _prepare(processor, setting, patch_size, beside, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False)
         _warn_of_another(saved, saved_setting(beside), source)
-    except (FileNotFoundError, TypeError, ValueError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(
-            f"`vwt` of the image processor of {source}: {error} `vwt=False` loads the plain image processor."
-        ) from error
 
 
 def _warn_of_another(setting: VWTConfig, of_model: dict[str, Any] | None, source: Any) -> None:

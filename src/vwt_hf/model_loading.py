@@ -8,7 +8,6 @@ import contextvars
 import copy
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers.utils import hub
 
 from . import image_processing
 from .compress import HUB_KWARGS, compress_by, configs_of, own_config, parts_of, restore, setting_of
-from .config import VWTConfig
+from .config import VWTConfig, naming_file
 from .families import require_supported
 from .model_configs import is_among, is_typed
 from .processors import configs_within, saved_setting, stated_patch_size
@@ -102,8 +101,7 @@ def loading_models(original: Any) -> Any:
 
 
 def _resolved_revision(source: Any, hub_kwargs: dict[str, Any]) -> Any:
-    """The revision to read by, which also knows its commit where transformers resolves it; `None` if neither was asked
-    nor is known."""
+    """The revision to load by: with its commit where transformers can find that, and else as it was asked for."""
     revision = hub_kwargs.get("revision")
     if resolve_revision is None:
         return revision
@@ -184,16 +182,9 @@ def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTCon
     return setting
 
 
-@contextlib.contextmanager
-def _naming_source(source: Any) -> Iterator[None]:
+def _naming_source(source: Any) -> contextlib.AbstractContextManager[None]:
     """Has errors name `source`, the repository or folder whose config.json holds the setting; `None` changes none."""
-    try:
-        yield
-    except (FileNotFoundError, TypeError, ValueError) as error:
-        if source is None:
-            raise
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"`vwt` in config.json of {source}: {error} `vwt=False` loads the plain model.") from error
+    return contextlib.nullcontext() if source is None else naming_file(f"in config.json of {source}", "model")
 
 
 def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> None:

@@ -89,7 +89,7 @@ def require_room(image: Any, image_processor: Any) -> None:
 
     The limit is `PIL.Image.MAX_IMAGE_PIXELS`. Without one, a file of a few bytes could take all memory.
     """
-    most, pixels = PIL.Image.MAX_IMAGE_PIXELS, _pixels_between(image, image_processor)
+    most, pixels = PIL.Image.MAX_IMAGE_PIXELS, max(_pixels_between(image, image_processor))
     if most is not None and pixels > most:
         raise ValueError(
             f"it would have {pixels:,} pixels on its way through the image processor; expected at most {most:,}. Crop "
@@ -97,29 +97,28 @@ def require_room(image: Any, image_processor: Any) -> None:
         )
 
 
-def _pixels_between(image: Any, image_processor: Any) -> int:
-    """The most pixels that an image processor makes of an image, by all sizes that it states; 0 if it states none."""
+def _pixels_between(image: Any, image_processor: Any) -> Iterator[int]:
+    """Numbers of pixels that an image processor makes of an image, by the sizes that it states; one at least."""
     stated = functools.partial(_stated, image_processor)
     longer, shorter = max(image.size), min(image.size)
     area = stated("size", "do_resize", "height") * stated("size", "do_resize", "width")
     # Some resize to more, of which they crop this share.
     share = min(1, max(_numbers(getattr(image_processor, "crop_pct", None)), default=1))
-    pixels = [round(max(_by_edges(image_processor, longer, shorter), area) / max(share, 1e-6) ** 2)]
+    yield round(max(_by_edges(image_processor, longer, shorter), area) / max(share, 1e-6) ** 2)
     for field, asked, height, width in (
         ("size", "do_resize", "max_height", "max_width"),
         ("crop_size", "do_center_crop", "height", "width"),
         ("pad_size", "do_pad", "height", "width"),
     ):
-        pixels.append(stated(field, asked, height) * stated(field, asked, width))
+        yield stated(field, asked, height) * stated(field, asked, width)
     if stated("size", "do_pad", "height"):  # to a square, as OWLv2's does
-        pixels.append(longer**2)
+        yield longer**2
     # Images are resized to the one of these that fits best, and cut into tiles.
-    pixels += [
-        int(height) * int(width) for height, width in getattr(image_processor, "image_grid_pinpoints", None) or ()
-    ]
+    for tall, wide in getattr(image_processor, "image_grid_pinpoints", None) or ():
+        yield int(tall) * int(wide)
     if type(image_processor).__name__.startswith("Perceiver"):  # which crops first, to a share of the shorter side
-        pixels.append(shorter**2 * area // max(1, stated("crop_size", "do_center_crop", "height")) ** 2)
-    return max(*pixels, *_by_names(image_processor, longer, area))
+        yield shorter**2 * area // max(1, stated("crop_size", "do_center_crop", "height")) ** 2
+    yield from _by_names(image_processor, longer, area)
 
 
 def _stated(image_processor: Any, field: str, asked: str, name: str) -> int:

@@ -144,13 +144,13 @@ def patch_size_of(checkpoint: str) -> int:
     Raises:
         ValueError: no config says it, as beside an image processor that was saved alone, or they are not square.
     """
-    height, width = stated_patch_size(config_beside(checkpoint)) or (None, None)
-    if height is None or height != width:
+    size = stated_patch_size(config_beside(checkpoint))
+    if size is None or size[0] != size[1]:
         raise ValueError(
             f"{checkpoint} has no model config that says the side of its square patches; name a vision transformer, or "
             "give --patch-size where a command has it."
         )
-    return height
+    return size[0]
 
 
 def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
@@ -335,9 +335,9 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
     """
     try:
         processor = model.image_processor
-        if processor is None and not model.source:
-            raise ValueError("it was loaded from nowhere")
         if processor is None:
+            if not model.source:
+                raise ValueError("it was loaded from nowhere")
             processor = load_processor(model.source, **model.hub_kwargs)
         mean, std = processor_statistics(processor, channels)
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:

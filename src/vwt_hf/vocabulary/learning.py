@@ -54,8 +54,9 @@ class StepRead(NamedTuple):
     """What one process read in one step."""
 
     number: int
-    """Of images, also those that could not be read."""
+    """Images, with those that could not be read."""
     unreadable: list[str]
+    """Name and reason of each of these."""
 
     @property
     def images(self) -> int:
@@ -265,7 +266,7 @@ def _learn(
     whole = True
     started, before = time.monotonic(), kmeans.seen
     for number, (batch, reads) in enumerate(steps_of(batches, kmeans), start=1):
-        # Processes without more images do not keep those that have some from whole batches.
+        # A batch is whole if each process read its share of it, or had come to the end of its images before.
         whole = all(read.number == (0 if over else share) for read, over in zip(reads, ended, strict=True))
         ended = [read.number < share for read in reads]
         if not whole:  # a run of more images makes another batch of the last ones
