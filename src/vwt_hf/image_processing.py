@@ -409,7 +409,7 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any], given: Colle
         processor.vwt = None  # its class may be that of one with a setting
         return
     with naming_file(f"of the image processor of {source}", "image processor"):
-        saved, patch_size = parsed(vwt)
+        saved, patch_size = parse_vwt(vwt)
         assert saved is not None  # else there would be no `vwt`
         try:
             beside = config_beside(source, **hub_kwargs)
@@ -419,7 +419,7 @@ def follow(processor: Any, source: Any, hub_kwargs: dict[str, Any], given: Colle
             beside = None  # a file that says the size of patches does without it
         setting = saved
         if isinstance(vwt, dict) and not set(given).isdisjoint((*_NORMALISING, "rescale_factor")):
-            setting = parsed(_with_own_statistics(vwt, processor, beside))[0] or saved
+            setting = parse_vwt(_with_own_statistics(vwt, processor, beside))[0] or saved
         _prepare(processor, setting, patch_size, beside, source, hub_kwargs, PROCESSOR_FOLDER, trusted=False)
         _warn_of_another(saved, saved_setting(beside), source)
 
@@ -442,7 +442,7 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
     """Gives a new image processor the setting that a user asks for, whatever its own file says."""
     saved = processor.vwt
     processor.vwt = None
-    setting, patch_size = parsed(vwt)
+    setting, patch_size = parse_vwt(vwt)
     if setting is None or _reads_videos(type(processor)):
         return
     model_config = config_beside(source, **hub_kwargs)
@@ -455,7 +455,7 @@ def apply(processor: Any, vwt: Any, source: Any, hub_kwargs: dict[str, Any]) -> 
     _prepare(processor, setting, patch_size, model_config, source, hub_kwargs, folder, trusted=True)
 
 
-def parsed(vwt: Any) -> tuple[VWTConfig | None, tuple[int, int] | None]:
+def parse_vwt(vwt: Any) -> tuple[VWTConfig | None, tuple[int, int] | None]:
     """A setting, and the patch size, if its dict has one."""
     if not isinstance(vwt, dict) or "patch_size" not in vwt:
         return VWTConfig.parse(vwt), None

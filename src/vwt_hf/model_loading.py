@@ -42,7 +42,7 @@ def reading_configs(original: Any) -> Any:
         if isinstance(loaded, tuple):
             return loaded[0], loaded[1] | {"vwt": vwt}
         # Without `patch_size` of an image processor: its `vwt` also reaches the config by which a tokenizer is found.
-        setting, patch_size = image_processing.parsed(vwt)
+        setting, patch_size = image_processing.parse_vwt(vwt)
         own = stated_patch_size(loaded)
         if None not in (patch_size, own) and patch_size != own:
             raise ValueError(f"vwt['patch_size'] is {patch_size}, and the model's config says {own}; leave it out.")
@@ -61,10 +61,10 @@ def loading_models(original: Any) -> Any:
     def from_pretrained(cls: type[PreTrainedModel], *args: Any, vwt: Any = NOT_GIVEN, **kwargs: Any) -> Any:
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if vwt is not NOT_GIVEN:
-            setting = _setting(cls, vwt)
+            setting = _checked_setting(cls, vwt)
         else:
             # Without a config given there is none to refuse before the weights are read.
-            _setting(cls, getattr(kwargs.get("config"), "vwt", None), source)
+            _checked_setting(cls, getattr(kwargs.get("config"), "vwt", None), source)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         resolved = _resolved_revision(source, hub_kwargs)
         if resolved is not None:
@@ -123,10 +123,10 @@ def building_models(original: Any) -> Any:
     def _from_config(cls: type[PreTrainedModel], config: Any, *, vwt: Any = NOT_GIVEN, **kwargs: Any) -> Any:
         inner = _building.get()
         if vwt is not NOT_GIVEN:
-            setting = _setting(cls, vwt)
+            setting = _checked_setting(cls, vwt)
             config = copy.deepcopy(config)
         elif not inner:
-            _setting(cls, config.vwt)
+            _checked_setting(cls, config.vwt)
         with holding(_building, True):
             model = original(cls, config, **kwargs)
         if vwt is not NOT_GIVEN:
@@ -169,7 +169,7 @@ def loading_tokenizers(original: Any) -> Any:
     return from_pretrained
 
 
-def _setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTConfig | None:
+def _checked_setting(cls: type[PreTrainedModel], vwt: Any, source: Any = None) -> VWTConfig | None:
     """Reads `vwt`, and refuses a setting that is not valid or that a model of this class cannot have.
 
     Args:
@@ -200,7 +200,7 @@ def _follow(model: PreTrainedModel, source: Any, hub_kwargs: dict[str, Any]) -> 
     asked = [(part.config, part.config.vwt) for part in parts]
     for part in parts:
         vwt = part.config.vwt
-        setting = _setting(type(part), vwt, source)
+        setting = _checked_setting(type(part), vwt, source)
         if setting is None:
             part.config.vwt = None
             continue

@@ -161,7 +161,7 @@ def learn(
     index, processes = place()
     image_processor = without_words(inner_processor(image_processor))
 
-    def begin() -> tuple[MiniBatchKMeans, dict[str, Any], ImageSource]:
+    def prepare() -> tuple[MiniBatchKMeans, dict[str, Any], ImageSource]:
         _require_arguments(size, patch_size, seed, batch_size, max_images)
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=..., the folder given to the run that was interrupted.")
@@ -173,18 +173,18 @@ def learn(
         numbers = {
             "size": size, "patch_size": patch_size, "seed": seed, "batch_size": batch_size, "processes": processes
         }  # fmt: skip
-        return kmeans, numbers | _described(image_processor), open_images(images, column=column, seed=seed)
+        return kmeans, numbers | _facts_of(image_processor), open_images(images, column=column, seed=seed)
 
-    (kmeans, settings, source), peers = everywhere(begin, lambda begun: (begun[1], begun[2].order, begun[2].name))
+    (kmeans, settings, source), peers = everywhere(prepare, lambda own: (own[1], own[2].order, own[2].name))
     all_settings, orders, names = map(list, zip(*peers, strict=True))
     everywhere(lambda: require_same(all_settings))
     file = None
     if checkpoint is not None:
         in_main(lambda: require_folder(checkpoint))  # now, and not when the first images are learned
         file = Path(checkpoint) / CHECKPOINT
-    done = in_main(lambda: _begin(file, resume, kmeans, settings, orders, max_images))
+    done = in_main(lambda: _start_or_resume(file, resume, kmeans, settings, orders, max_images))
     _hand_out(kmeans)
-    part, totals = everywhere(lambda: _part(source, orders, done, max_images), lambda found: found.total)
+    part, totals = everywhere(lambda: _own_images(source, orders, done, max_images), lambda found: found.total)
 
     def save() -> None:
         if file is not None:
@@ -195,7 +195,7 @@ def learn(
         total=None if None in totals else sum(totals),
         initial=sum(done.read),
         unit="image",
-        desc="Learning words" + _shared(source, orders),
+        desc="Learning words" + _how_shared(source, orders),
         disable=not progress or index > 0,
     ) as bar:
         _learn(kmeans, patch_batches(part.items, image_processor, patch_size, share), share, done, save, bar)
@@ -243,7 +243,7 @@ def _require_arguments(size: Any, patch_size: Any, seed: Any, batch_size: Any, m
         )
 
 
-def _described(image_processor: Any) -> dict[str, Any]:
+def _facts_of(image_processor: Any) -> dict[str, Any]:
     """What a run that goes on must find the same of an image processor; its mean and deviation are recorded, too."""
     is_known = white_of(image_processor) is not None  # else nothing says of which values they are
     mean, std = map(list, processor_statistics(image_processor, CHANNELS)) if is_known else (None, None)
@@ -292,7 +292,7 @@ def _own_device() -> torch.device | None:
     return PartialState().device
 
 
-def _begin(
+def _start_or_resume(
     file: Path | None,
     resume: bool,
     kmeans: MiniBatchKMeans,
@@ -324,7 +324,7 @@ def _begin(
     return dataclasses.replace(done, order=orders)
 
 
-def _part(source: ImageSource, orders: Sequence[str], done: Progress, max_images: int | None) -> ImagePart:
+def _own_images(source: ImageSource, orders: Sequence[str], done: Progress, max_images: int | None) -> ImagePart:
     """The images that this process reads; processes that have the same images share them."""
     index, processes = place()
     sharers = [i for i, order in enumerate(orders) if order == orders[index]] if source.divides else [index]
@@ -332,7 +332,7 @@ def _part(source: ImageSource, orders: Sequence[str], done: Progress, max_images
     return source.part(skip=done.read[index], max_images=most, index=sharers.index(index), number=len(sharers))
 
 
-def _shared(source: ImageSource, orders: Sequence[str]) -> str:
+def _how_shared(source: ImageSource, orders: Sequence[str]) -> str:
     """How the processes divide the images, for the progress bar."""
     if len(orders) == 1:
         return ""
