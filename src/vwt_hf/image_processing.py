@@ -11,20 +11,16 @@ import contextvars
 import copy
 import dataclasses
 import functools
-import json
 import logging
 import os
-import re
 import sys
 import types
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from .config import ModelFacts, VWTConfig, naming_file
 from .data_loading import as_tensor
@@ -44,9 +40,8 @@ from .processors import (
     stated_channels,
     stated_patch_size,
 )
-from .saved_words import FOLDER, PROCESSOR_FOLDER, SAVED_AS, seal_words, write_words
+from .saved_words import FOLDER, PROCESSOR_FOLDER
 from .shared_changes import SharedChange, holding
-from .vocabulary import VisualVocabulary
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 8
@@ -223,8 +218,8 @@ def _reads_videos(processor_class: type) -> bool:
     return any(kind.__name__ == "BaseVideoProcessor" for kind in processor_class.__mro__)
 
 
-_tokenized: contextvars.ContextVar[Any] = contextvars.ContextVar("vwt_hf tokenized", default=None)
-"""Within a call of an image processor: `_form` of the pixels that words were made of, and their tiles."""
+_preprocessed: contextvars.ContextVar[Any] = contextvars.ContextVar("vwt_hf preprocessed", default=None)
+"""Within a call of an image processor: `_form` of the pixels that `preprocess` made words of, and their tiles."""
 _tiles: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("vwt_hf tiles", default=None)
 """Within `preprocess`: how many tiles each image had before images were padded to as many."""
 
@@ -256,10 +251,10 @@ class Tokenizing:
         call: Any = super().__call__  # type: ignore[misc]
         if call.__module__.startswith("transformers."):  # which calls `preprocess` and no more
             return call(*args, **kwargs)
-        with holding(_tokenized, None):
+        with holding(_preprocessed, None):
             made = call(*args, **kwargs)
             # Pixels of another form than `preprocess` gave, or of another name, are for another use.
-            form, tiles = _tokenized.get() or (None, None)
+            form, tiles = _preprocessed.get() or (None, None)
             if PATCH_WORDS in made and _form(made.get("pixel_values")) == form:
                 made[PATCH_WORDS] = self.tokenizer_of_patches.words(made, tiles)
         return made
@@ -275,7 +270,7 @@ class Tokenizing:
         if tiles is None and hasattr(plain_class(type(self)), "_pad_for_batching"):  # it was told not to pad
             tiles = [len(one) for one in made["pixel_values"]]
         made[PATCH_WORDS] = self.tokenizer_of_patches.words(made, tiles)
-        _tokenized.set((_form(made["pixel_values"]), tiles))
+        _preprocessed.set((_form(made["pixel_values"]), tiles))
         return made
 
     def _pad_for_batching(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
@@ -587,65 +582,3 @@ def _are_values(images: Any) -> bool:
         return False
     tensors = map(as_tensor, listed)
     return all(one.is_floating_point() and one.dim() > 2 and one.shape[-3] in (1, 3, 4) for one in tensors)
-
-
-def write_words_of(processor: Any, folder: Path) -> list[str]:
-    """Writes the words of an image processor, if it has some, below its folder, sealed.
-
-    Returns:
-        Their `saved_as`, which the image processor has from then on; empty without words.
-    """
-    vocabulary = words_of(processor)
-    if vocabulary is None:
-        return []
-    saved_as = write_words(folder, vocabulary, PROCESSOR_FOLDER)
-    seal_words(folder, [saved_as], PROCESSOR_FOLDER)
-    processor.vwt = dataclasses.replace(processor.__dict__["vwt"], saved_as=saved_as)
-    return [saved_as]
-
-
-def words_named_in(folder: Path) -> list[str]:
-    """The `saved_as` of the words that the processors' files in this folder name.
-
-    A processor that holds an image processor is saved to another file than an image processor alone.
-    """
-    files = [folder / name for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)]
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
-    return [name for text in texts for name in re.findall(rf'"saved_as": "({SAVED_AS.pattern})"', text)]
-
-
-def read_in_place(folder: Path) -> dict[str, Any] | None:
-    """The image processor within the processor_config.json of a folder, as JSON; `None` if there is none.
-
-    transformers reads it in place of an image processor that is saved beside that file.
-    """
-    try:
-        held = json.loads((folder / PROCESSOR_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # there is no file; or it is damaged, as loading it says
-        return None
-    inner = held.get("image_processor") if isinstance(held, dict) else None
-    return inner if isinstance(inner, dict) else None
-
-
-def warn_if_not_read(processor: Any, folder: Path) -> None:
-    """Warns if an image processor was saved beside a processor_config.json that holds one with another setting.
-
-    Each save gives words another name, so these are not compared.
-    """
-    other = read_in_place(folder)
-    if other is None:
-        return
-    own, read = ({} if vwt is None else vwt for vwt in (processor.vwt, other.get("vwt")))
-    nameless = {"saved_as": None}
-    if not isinstance(read, dict) or read | nameless != own | nameless:
-        logger.warning(
-            f"{folder} holds {PROCESSOR_NAME} with another image processor, and transformers reads that one, not the "
-            f"{type(processor).__name__} that was saved beside it. Save the processor of texts and images that holds "
-            "it, or into another folder."
-        )
-
-
-def words_of(processor: Any) -> VisualVocabulary | None:
-    """The words that an image processor is saved with; `None` if there are none, or they are on the Hub."""
-    held = getattr(processor, "__dict__", {}).get("vwt")
-    return held.setting.words_to_save() if isinstance(held, HostTokenizer) else None

@@ -4,9 +4,12 @@ its evidence into the card."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
+import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from . import image_processing
 from .compress import configs_of, own_config, require_same_layers, setting_of, takes_words
@@ -24,6 +28,8 @@ from .families import family_of, find_tower, why_every_patch
 from .model_configs import attend_by_plan, configs_of_modules, is_among, is_by_plan
 from .processors import configs_within
 from .saved_words import (
+    PROCESSOR_FOLDER,
+    SAVED_AS,
     left_in,
     remove_other_words,
     require_same_words,
@@ -190,30 +196,76 @@ def saving_processors(original: Any) -> Any:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        processor = self if isinstance(self, ImageProcessingMixin) else getattr(self, "image_processor", None)
+        processor: Any = self if isinstance(self, ImageProcessingMixin) else getattr(self, "image_processor", None)
         folder = Path(save_directory)
-        left = folder.glob(f"{image_processing.PROCESSOR_FOLDER}-*")  # words of earlier saves
+        left = folder.glob(f"{PROCESSOR_FOLDER}-*")  # words of earlier saves
         is_plain = getattr(processor, "vwt", None) is None
-        if is_plain and next(left, None) is None and not (image_processing.read_in_place(folder) or {}).get("vwt"):
+        if is_plain and next(left, None) is None and not (read_in_place(folder) or {}).get("vwt"):
             return original(self, save_directory, push_to_hub=push_to_hub, **kwargs)
         require_place(save_directory)
         if isinstance(processor, image_processing.Tokenizing):
             processor.require_ready()
         options = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
+        held: Any = getattr(processor, "__dict__", {}).get("vwt")
+        vocabulary = held.setting.words_to_save() if isinstance(held, image_processing.HostTokenizer) else None
         # Every process of a distributed run may come here. None removes the words that another's file names.
-        with sharing(folder, _TURN if image_processing.words_of(processor) else 0) as (_, is_alone):
-            saved_as = image_processing.write_words_of(processor, folder)
+        with sharing(folder, 0 if vocabulary is None else _TURN) as (_, is_alone):
+            saved_as = []
+            if vocabulary is not None:
+                saved_as.append(write_words(folder, vocabulary, PROCESSOR_FOLDER))
+                seal_words(folder, saved_as, PROCESSOR_FOLDER)
+                processor.vwt = dataclasses.replace(held, saved_as=saved_as[0])
             saved = original(self, save_directory, **kwargs)
             if is_alone():
-                in_use = saved_as + image_processing.words_named_in(folder)
-                remove_other_words(folder, in_use, image_processing.PROCESSOR_FOLDER)
+                remove_other_words(folder, saved_as + _words_named_in(folder), PROCESSOR_FOLDER)
         if processor is self:
-            image_processing.warn_if_not_read(processor, folder)
+            _warn_if_not_read(processor, folder)
         if push_to_hub:  # the original uploads what it wrote itself
             self.push_to_hub(options.pop("repo_id", folder.name), token=kwargs.get("token"), **options)
         return saved
 
     return save_pretrained
+
+
+def _words_named_in(folder: Path) -> list[str]:
+    """The `saved_as` of the words that the processors' files in this folder name.
+
+    A processor that holds an image processor is saved to another file than an image processor alone.
+    """
+    files = [folder / name for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    return [name for text in texts for name in re.findall(rf'"saved_as": "({SAVED_AS.pattern})"', text)]
+
+
+def read_in_place(folder: Path) -> dict[str, Any] | None:
+    """The image processor within the processor_config.json of a folder, as JSON; `None` if there is none.
+
+    transformers reads it in place of an image processor that is saved beside that file.
+    """
+    try:
+        held = json.loads((folder / PROCESSOR_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # there is no file; or it is damaged, as loading it says
+        return None
+    inner = held.get("image_processor") if isinstance(held, dict) else None
+    return inner if isinstance(inner, dict) else None
+
+
+def _warn_if_not_read(processor: Any, folder: Path) -> None:
+    """Warns if an image processor was saved beside a processor_config.json that holds one with another setting.
+
+    Each save gives words another name, so these are not compared.
+    """
+    other = read_in_place(folder)
+    if other is None:
+        return
+    own, read = ({} if vwt is None else vwt for vwt in (processor.vwt, other.get("vwt")))
+    nameless = {"saved_as": None}
+    if not isinstance(read, dict) or read | nameless != own | nameless:
+        logger.warning(
+            f"{folder} holds {PROCESSOR_NAME} with another image processor, and transformers reads that one, not the "
+            f"{type(processor).__name__} that was saved beside it. Save the processor of texts and images that holds "
+            "it, or into another folder."
+        )
 
 
 def _compressed_parts(model: nn.Module) -> dict[PreTrainedModel, VWTConfig]:

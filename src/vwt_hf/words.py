@@ -361,9 +361,8 @@ def _distances(patches: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]) ->
 
 def _sums(distances: Sequence[torch.Tensor], counts: torch.Tensor | None) -> list[Any]:
     """For each image the sum of each kind of distances, and their number; of those that `counts` marks, if given."""
-    number: Any
     if counts is None:
-        number = distances[0].shape[1] * distances[0].shape[2]
+        number: Any = distances[0].shape[1] * distances[0].shape[2]
     else:
         distances, number = [each * counts for each in distances], counts.sum((1, 2), keepdim=True)
     return [*(each.sum((1, 2), keepdim=True) for each in distances), number]

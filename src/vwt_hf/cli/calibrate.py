@@ -76,8 +76,8 @@ def work(args: argparse.Namespace) -> None:
         require_folder(args.output)
 
     from ..calibrate import Calibration, target_of
-    from ..image_processing import PROCESSOR_NAME, read_in_place
     from ..image_source import require_apart
+    from ..model_saving import PROCESSOR_NAME, read_in_place
     from ..processes import usable_device
     from ..processors import load_processor, require_checkpoint
     from ..visualize import front_figure, require_matplotlib, write_png
