@@ -185,7 +185,7 @@ def _use_one_thread() -> Callable[[], None]:
 
 
 _one_thread = SharedChange(_use_one_thread)
-"""For a forked process: it lacks the threads of its parent, for which torch would wait forever."""
+"""`with _one_thread():` has torch use one thread, as in a forked process."""
 
 
 _READ = ("pixel_values", "spatial_shapes", "pixel_attention_mask")

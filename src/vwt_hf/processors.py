@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def require_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
-    """Raises `OSError` for a path where nothing or a file is, before it is taken for a Hub id or read as JSON."""
+    """Raises `OSError` for the path of nothing, or of a file, which would be taken for a Hub id or read as JSON."""
     checkpoint = os.fspath(checkpoint)
     is_path = Path(checkpoint).is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") > 1
     if is_path and not Path(checkpoint).exists():
@@ -164,11 +164,7 @@ def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
     """
     try:
         with quiet_transformers():
-            try:
-                return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub_kwargs)
-            except ValueError:  # it is of a model that transformers does not know, or there is none
-                fields = PreTrainedConfig.get_config_dict(checkpoint, **hub_kwargs)[0]
-                return _as_written(fields) if fields else None
+            return _read_config(checkpoint, hub_kwargs)
     except OSError as error:
         require_checkpoint(checkpoint)
         if os.path.exists(checkpoint):
@@ -183,6 +179,14 @@ def config_beside(checkpoint: Any, **hub_kwargs: Any) -> Any:
         ) from error
     except Exception as error:  # of what a stranger wrote, transformers may raise anything
         raise _unreadable("config.json", checkpoint, error) from error
+
+
+def _read_config(checkpoint: Any, hub_kwargs: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **hub_kwargs)
+    except ValueError:  # it is of a model that transformers does not know, or there is none
+        fields = PreTrainedConfig.get_config_dict(checkpoint, **hub_kwargs)[0]
+        return _as_written(fields) if fields else None
 
 
 def _as_written(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -342,7 +346,7 @@ def model_statistics(model: ModelFacts, channels: int, wanted: str) -> tuple[tup
         mean, std = processor_statistics(processor, channels)
     except (OSError, ValueError, ImportError, TypeError, OverflowError) as error:
         names = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME) if isinstance(error, OSError) else ()
-        name = next((one for one in names if may_be_on_hub(model.source, one, model.hub_kwargs)), None)
+        name = next((name for name in names if may_be_on_hub(model.source, name, model.hub_kwargs)), None)
         if name is not None:
             reason = " ".join(str(error).split())
             raise NotReached(

@@ -244,7 +244,7 @@ def _require_arguments(size: Any, patch_size: Any, seed: Any, batch_size: Any, m
 
 
 def _facts_of(image_processor: Any) -> dict[str, Any]:
-    """What a run that goes on must find the same of an image processor; its mean and deviation are recorded, too."""
+    """What of an image processor must be the same for a run to go on. With the words, mean and deviation are saved."""
     is_known = white_of(image_processor) is not None  # else nothing says of which values they are
     mean, std = map(list, processor_statistics(image_processor, CHANNELS)) if is_known else (None, None)
     fields = image_processor.to_dict()
