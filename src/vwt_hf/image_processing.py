@@ -14,7 +14,6 @@ import functools
 import logging
 import os
 import sys
-import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -484,7 +483,7 @@ def _prepare(
             f"{source} has no model config that says the size of its patches, by which the image processor is to "
             "cut. Give it beside the setting: vwt={'patch_size': 16, ...}."
         )
-    channels = _channels(processor, setting, model_config)
+    channels = _channels(processor, vars(setting), model_config)
     hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
     if os.path.isdir(str(source)):
         hub_kwargs.pop("revision", None)
@@ -517,17 +516,14 @@ def _require_finding(processor: Any, setting: VWTConfig, source: Any) -> None:
         )
 
 
-def _channels(processor: Any, setting: Any, model_config: Any) -> int:
-    """Channels of the images: as many as the model's config says, or else as any of these has numbers for."""
+def _channels(processor: Any, fields: Mapping[str, Any], model_config: Any) -> int:
+    """Channels of the images: as many as the model's config says, or else as an image processor, or the fields of a
+    setting, have numbers for."""
     stated = stated_channels(model_config)
     if stated is not None:  # VitMatte's image processor adds a channel, for which it has no mean
         return stated
-    for holder in (processor, setting):
-        for name in _STATISTICS:
-            values = getattr(holder, name, None)
-            if isinstance(values, (list, tuple)):
-                return len(values)
-    return 3
+    values = [getattr(processor, name, None) for name in _STATISTICS] + [fields.get(name) for name in _STATISTICS]
+    return next((len(numbers) for numbers in values if isinstance(numbers, (list, tuple))), 3)
 
 
 def _normalises_by(processor: Any, **given: Any) -> tuple[Any, Any] | None:
@@ -560,7 +556,7 @@ def _has_statistics(setting: VWTConfig, processor: Any) -> bool:
 
 def _with_own_statistics(saved: dict[str, Any], processor: Any, model_config: Any) -> dict[str, Any]:
     """A setting that was saved, with the mean and deviation of this image processor in place of those that it holds."""
-    stated = _statistics_of(processor, _channels(processor, types.SimpleNamespace(**saved), model_config))
+    stated = _statistics_of(processor, _channels(processor, saved, model_config))
     return saved | {name: values for name, values in stated.items() if name in saved}
 
 
