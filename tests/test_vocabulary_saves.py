@@ -139,7 +139,7 @@ def test_a_save_that_fails_at_any_step_says_so_or_has_saved(tmp_path: Path) -> N
 
 def test_a_save_within_another_at_any_step_leaves_one_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The one within waits in vain for the one around it.
-    monkeypatch.setitem(whole_saves._locked_soon.__kwdefaults__, "patience", 0.01)
+    monkeypatch.setitem(whole_saves._lock_soon.__kwdefaults__, "patience", 0.01)
     found = set()
     for number in range(100):
         folder = tmp_path / str(number)

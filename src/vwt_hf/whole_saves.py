@@ -137,10 +137,10 @@ def sharing(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, Callabl
     lock: int | None = None
     with contextlib.suppress(PermissionError):  # Windows opens no folders
         lock = os.open(folder, os.O_RDONLY)
-    has_turn = turn > 0 and lock is not None and _locked_soon(lock, alone=True, patience=turn)
+    has_turn = turn > 0 and lock is not None and _lock_soon(lock, alone=True, patience=turn)
     try:
-        shares = lock is None or has_turn or _locked_soon(lock)
-        yield lock, lambda: shares and (lock is None or _locked(lock, alone=True))
+        shares = lock is None or has_turn or _lock_soon(lock)
+        yield lock, lambda: shares and (lock is None or _try_lock(lock, alone=True))
     finally:
         if lock is not None:
             # A process forked meanwhile has the descriptor too, with which closing alone would leave it locked.
@@ -178,7 +178,7 @@ def write_file(file: str | os.PathLike[str], content: str | bytes) -> None:
         with open(stream.fileno(), "wb", closefd=False) as opened:
             opened.write(data)
         return
-    if _takes_all(path):
+    if _is_pipe_or_device(path):
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
             raise IsADirectoryError(f"{file} is a folder; expected the name of a file to write.")
         if stream_into(file):
             continue
-        if _takes_all(file):
+        if _is_pipe_or_device(file):
             if file.is_socket() or not os.access(file, os.W_OK):
                 raise PermissionError(f"{file} cannot be written to; expected a file, pipe or device that can.")
             continue
@@ -210,7 +210,7 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
         if place.is_symlink():
             raise OSError(f"{file} is a link that leads to itself; name another file.")
         require_folder(place.parent)
-        if _is_kept(place):
+        if _is_anothers(place):
             raise PermissionError(
                 f"{file} belongs to another user, in a folder in which none but its owner may replace it; name another "
                 "file."
@@ -229,8 +229,8 @@ def require_writable(*files: str | os.PathLike[str] | None) -> None:
             raise ValueError(f"{file} and {same} are one file; expected a name of its own for each output.")
 
 
-def _takes_all(file: Path) -> bool:
-    """Whether `file` is a pipe or a device, which is written into and not replaced."""
+def _is_pipe_or_device(file: Path) -> bool:
+    """Whether it is one, or another thing that is written into and not replaced."""
     return file.exists() and not file.is_file()
 
 
@@ -243,7 +243,7 @@ def stream_into(file: Path) -> TextIO | None:
     return None
 
 
-def _is_kept(file: Path) -> bool:
+def _is_anothers(file: Path) -> bool:
     """Whether a file is another user's in a folder such as /tmp, in which users replace none but their own."""
     if not hasattr(os, "geteuid") or os.geteuid() == 0 or not file.exists():
         return False
@@ -294,17 +294,17 @@ def remove(paths: Iterable[Path]) -> None:
                 path.unlink()
 
 
-def _locked_soon(descriptor: int, *, alone: bool = False, patience: float = _PATIENCE) -> bool:
-    """Tries `_locked` until it succeeds, for at most `patience` seconds."""
+def _lock_soon(descriptor: int, *, alone: bool = False, patience: float = _PATIENCE) -> bool:
+    """Tries `_try_lock` until it succeeds, for at most `patience` seconds."""
     end = time.monotonic() + patience
-    while not _locked(descriptor, alone=alone):
+    while not _try_lock(descriptor, alone=alone):
         if time.monotonic() > end:
             return False
         time.sleep(0.01)
     return True
 
 
-def _locked(descriptor: int, *, alone: bool) -> bool:
+def _try_lock(descriptor: int, *, alone: bool) -> bool:
     """Locks a folder without waiting, `alone` or shared, and returns whether it did; true where there are no locks."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
