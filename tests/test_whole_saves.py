@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,36 @@ def test_a_place_that_cannot_be_written_is_named_and_one_that_can_is_left_as_it_
         require_folder("")
     with pytest.raises(OSError, match="file is no folder"):
         require_folder(tmp_path / "file")
+
+
+@pytest.mark.parametrize("refused", [errno.EBADF, errno.ENOLCK, None])
+def test_without_locks_what_a_killed_save_left_stays_for_a_day(tmp_path, monkeypatch, refused):
+    """NFS refuses to lock a folder alone, other file systems at all, and Windows opens none (`None`)."""
+    open_file, lock = os.open, fcntl.flock
+
+    def opened(path: object, *args: int, **kwargs: int) -> int:
+        if refused is None and path == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_file(path, *args, **kwargs)
+
+    def locked(descriptor: int, how: int) -> None:
+        if refused == errno.ENOLCK or how & fcntl.LOCK_EX:
+            raise OSError(refused, os.strerror(refused))
+        lock(descriptor, how)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(whole_saves.fcntl, "flock", locked)
+    with saving(tmp_path) as save:  # as of another machine
+        write_file(tmp_path / "other.json", "other")
+        save.write({"rows.json": b"rows"})
+        save.place("rows.json")
+    assert sorted(os.listdir(tmp_path)) == ["other.json", "rows.json"]
+    for name, days in (("new", 0.9), ("old", 1.1)):
+        (tmp_path / f".vwt-save-killed_{name[:1]}").mkdir()
+        then = time.time() - days * 24 * 3600
+        os.utime(tmp_path / f".vwt-save-killed_{name[:1]}", (then, then))
+    write_file(tmp_path / "rows.json", "more")
+    assert sorted(os.listdir(tmp_path)) == [".vwt-save-killed_n", "other.json", "rows.json"]
 
 
 def test_an_error_that_names_a_file_or_none_of_the_disk_stays_as_it_is(tmp_path):

@@ -5,7 +5,8 @@ Every file is written and flushed beside its place and then renamed into it.
 Saves into one folder share a lock on it while they run, which ends with their process. A save that finds that no other
 runs removes what killed ones left behind. No save waits for others to end, except those that transformers writes file
 by file, which wait for a while. Where a file system has no such locks (Windows, some that are shared over a network)
-files are as whole, but two saves at once into one folder may remove each other's files.
+files are as whole, and what killed saves left stays for a day; but two saves of the same model or words at once may
+remove each other's.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _MOUNTS = Path("/proc/self/mountinfo")
 """Where Linux lists what is mounted, which may be single files, as in containers."""
 _PATIENCE = 2.0
 """For how many seconds a save tries to share the lock, which another holds alone for milliseconds, to tidy up."""
+_DAY = 24 * 3600
+"""After so many seconds no save is still under way, where no lock tells."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,10 @@ class Save:
     def left_overs(self) -> list[Path]:
         """Folders that other saves write in. If `is_alone()` is true afterwards, all of them are of killed saves."""
         folders = [path for path in self.folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
-        return [path for path in folders if path != self.new and path.is_dir() and not path.is_symlink()]
+        others = [path for path in folders if path != self.new and path.is_dir() and not path.is_symlink()]
+        if not others or (self.lock is not None and _try_lock(self.lock, alone=True) is not None):
+            return others
+        return [path for path in others if os.path.getmtime(path) < time.time() - _DAY]
 
 
 @contextlib.contextmanager
@@ -140,7 +146,7 @@ def sharing(folder: Path, turn: float = 0) -> Iterator[tuple[int | None, Callabl
     has_turn = turn > 0 and lock is not None and _lock_soon(lock, alone=True, patience=turn)
     try:
         shares = lock is None or has_turn or _lock_soon(lock)
-        yield lock, lambda: shares and (lock is None or _try_lock(lock, alone=True))
+        yield lock, lambda: shares and (lock is None or _try_lock(lock, alone=True) is not False)
     finally:
         if lock is not None:
             # A process forked meanwhile has the descriptor too, with which closing alone would leave it locked.
@@ -297,17 +303,19 @@ def remove(paths: Iterable[Path]) -> None:
 def _lock_soon(descriptor: int, *, alone: bool = False, patience: float = _PATIENCE) -> bool:
     """Tries `_try_lock` until it succeeds, for at most `patience` seconds."""
     end = time.monotonic() + patience
-    while not _try_lock(descriptor, alone=alone):
+    while _try_lock(descriptor, alone=alone) is False:
         if time.monotonic() > end:
             return False
         time.sleep(0.01)
     return True
 
 
-def _try_lock(descriptor: int, *, alone: bool) -> bool:
-    """Locks a folder without waiting, `alone` or shared, and returns whether it did; true where there are no locks."""
+def _try_lock(descriptor: int, *, alone: bool) -> bool | None:
+    """Locks a folder without waiting, `alone` or shared, and returns whether it did; `None` if it has no such locks."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)
+    except BlockingIOError:
+        return False
+    except OSError:  # over a network (NFS) some folders have shared locks alone
+        return None
     return True
