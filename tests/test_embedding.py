@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -485,6 +485,27 @@ def test_workers_that_are_not_forked_read_by_the_limits_of_the_program(run, tmp_
         monkeypatch.setattr(vwt_hf.embedding, "DataLoader", loader)
         unreadable[workers] = run(str(workers), images=tmp_path / "images", workers=workers).unreadable
     assert [image["name"] for image in unreadable[0]] == ["large.jpg"] and unreadable[1] == unreadable[0]
+
+
+def test_a_program_that_its_workers_run_again_is_told_so(run, monkeypatch):
+    """Python marks a process that was not forked while it runs the file of the program that started it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+        with pytest.raises(RuntimeError, match=r"each runs the program's file again: .* or give workers=0"):
+            run("again", workers=None)
+        assert run("alone", workers=0).made == COUNT
+
+    class Ended:
+        def __init__(self, *_: object, **__: object) -> None: ...
+        def __iter__(self) -> Iterator[object]:
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+            yield
+
+    monkeypatch.setattr(vwt_hf.embedding, "DataLoader", Ended)
+    for method, told in (("fork", r"unexpectedly$"), ("spawn", r"unexpectedly\. embed starts processes")):
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda method=method: method)
+        with pytest.raises(RuntimeError, match=told):
+            run(method, workers=1)
 
 
 def test_what_workers_send_needs_no_shared_memory(folder, processor, monkeypatch):

@@ -50,6 +50,10 @@ MOST_AGAIN = 16
 """A file is not made if it has at least this many images and all are out of reach."""
 WINDOW = 16
 """Batches that are sorted together, so that each has images of about the same length."""
+_UNGUARDED = (
+    "embed starts processes that read images. Where these are not forked (macOS, Windows, Python 3.14), each runs the "
+    'program\'s file again: call embed below `if __name__ == "__main__":`, or give workers=0.'
+)
 
 Batch = tuple[list[int], dict[str, torch.Tensor]]
 """Rows of images, and what the image processor made of them."""
@@ -131,7 +135,8 @@ def embed(
         format: `"parquet"`, or `"safetensors"`: tensors `embedding` (images, values) and `row` (images,), and names in
             the metadata, `json.loads(metadata["vwt_hf"])["names"]`.
         workers: processes that read images, beside each that runs the model; 0: none. By default as many as there are
-            cores, at most 4.
+            cores, at most 4. On macOS, Windows and Python 3.14 they run the file of your program again: make this call
+            below `if __name__ == "__main__":`.
         progress: whether to show a bar.
 
     Raises:
@@ -140,12 +145,15 @@ def embed(
         TypeError: `model` is no transformers model, or `images` neither a folder nor a data set.
         OSError: a file cannot be written, or processes wrote into different folders; or, once the other files are made,
             all images of one (16 or more) are out of reach.
+        RuntimeError: a worker ended, as where it ran a file that makes this call again.
 
     Example:
         >>> made = embed(model, "photographs/", "features")  # doctest: +SKIP
         >>> datasets.load_dataset("parquet", data_dir="features", split="train")[0]  # doctest: +SKIP
         {'name': 'cats/1.jpg', 'row': 0, 'embedding': [0.3, ...]}
     """
+    if workers != 0 and getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that begins
+        raise RuntimeError(_UNGUARDED)
     workers = min(4, os.cpu_count() or 1) if workers is None else workers
 
     def begin() -> tuple[Any, Trial, ImageRows, dict[str, Any]]:
@@ -312,8 +320,13 @@ class _Run:
         )
         with self.timed("waiting"), torch.device("cpu"):  # whatever torch's default is: it draws a seed
             stream = iter(loader)
-        for number in own:
-            yield number, self._shard(stream, len(shards.rows(number)), values, bar)
+        try:
+            for number in own:
+                yield number, self._shard(stream, len(shards.rows(number)), values, bar)
+        except RuntimeError as error:
+            if "exited unexpectedly" in str(error) and multiprocessing.get_start_method() != "fork":
+                raise RuntimeError(f"{error}. {_UNGUARDED}") from error
+            raise
 
     def _shard(self, stream: Iterator[ReadBatch], count: int, values: int, bar: Any) -> Shard:
         names: dict[int, str] = {}
