@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 import vwt_hf
+from settings import ViTImageProcessor
 from tiny import tiny_model
 from vwt_hf import VWTConfig, compress
 from vwt_hf.evidence import write_section
@@ -116,7 +117,12 @@ def test_the_card_of_a_pushed_model_tells_the_evidence_of_its_setting_alone(hub,
     compress(model, VWTConfig(evidence=EVIDENCE | {"value": 0.5}))
     model.save_pretrained(tmp_path / "local", push_to_hub=True, repo_id="me/tiny")
     assert card() == first.replace("0.985", "0.5")
-    compress(model, True).push_to_hub("me/tiny")
+    pipeline = transformers.pipeline("image-feature-extraction", model=model, image_processor=ViTImageProcessor())
+    compress(model, VWTConfig(evidence=EVIDENCE))
+    pipeline.push_to_hub("me/tiny")
+    assert card() == first
+    compress(model, True)
+    pipeline.push_to_hub("me/tiny")
     assert "vwt-hf" not in card() and "library_name: transformers" in card()
     vwt_hf.restore(model).push_to_hub("me/tiny")
     assert "vwt-hf" not in card()

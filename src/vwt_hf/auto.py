@@ -210,6 +210,7 @@ _WRAPS: dict[tuple[type, str], Callable[[Any], Any]] = {
     (ProcessorMixin, "save_pretrained"): saving_processors,
     (PreTrainedTokenizerBase, "from_pretrained"): loading_tokenizers,
     (Pipeline, "__init__"): _explaining,
+    (Pipeline, "_upload_modified_files"): uploading_models,
     (VisionEncoderDecoderModel, "from_encoder_decoder_pretrained"): functools.partial(_refusing_for_two, "encoder"),
     (VisionTextDualEncoderModel, "from_vision_text_pretrained"): functools.partial(_refusing_for_two, "vision"),
 }

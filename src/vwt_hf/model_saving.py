@@ -177,11 +177,13 @@ def _evidence_of(settings: Iterable[VWTConfig]) -> list[dict[str, Any]]:
 
 
 def uploading_models(original: Any) -> Any:
-    """`_upload_modified_files`, which every way of pushing a model calls last, that writes evidence into its card."""
+    """`_upload_modified_files`, which every way of pushing a model or a pipeline calls last, that writes evidence into
+    the card."""
 
     @functools.wraps(original)
-    def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        write_section(Path(working_dir), _evidence_of(_compressed_parts(self).values()))
+    def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self if isinstance(self, nn.Module) else self.model
+        write_section(Path(working_dir), _evidence_of(_compressed_parts(model).values()))
         return original(self, working_dir, *args, **kwargs)
 
     return _upload_modified_files
