@@ -499,18 +499,19 @@ def test_gradient_checkpointing_repeats_layers_by_the_words(reentrant, images):
     torch.testing.assert_close(gradients(True), gradients(False))
 
 
-def test_a_compiled_model_goes_by_words_or_refuses_them(images, plans):
-    for setting in (GIVEN, SETTINGS["merge"]):
-        model = compress(tiny_model("vit"), setting)
-        words = torch.arange(64).expand(4, -1) // 2 * 2
-        compiled = torch.compile(model, backend="eager")
-        found = answers(model, images, patch_words=words)
+@pytest.mark.parametrize("name", ["given", "merge", "discard", "whole"])
+def test_a_compiled_model_goes_by_words_and_without_them_by_its_own(name, images, plans):
+    places = torch.arange(64).expand(4, -1)
+    words = {"discard": torch.where(places % 2 == 0, places, -1), "whole": places}.get(name, places // 2 * 2)
+    model = compress(tiny_model("vit"), {"given": GIVEN, "whole": {"keep_ratio": 1.0}}.get(name) or SETTINGS[name])
+    compiled = torch.compile(model, backend="eager")
+    by_words = {"patch_words": words}
+    for given in (by_words,) if name == "given" else ({}, by_words, {}):
         with torch.no_grad():
-            again = compiled(pixel_values=images, patch_words=words).last_hidden_state
-        torch.testing.assert_close(again, found)
-    compiled = torch.compile(compress(tiny_model("vit"), SETTINGS["discard"]), backend="eager")
-    with pytest.raises(Exception, match="patch_words were given to a compiled or exported model"):
-        compiled(pixel_values=images, patch_words=words)
+            found = compiled(pixel_values=images, **given).last_hidden_state
+        torch.testing.assert_close(found, answers(model, images, **given))
+    with pytest.raises(ValueError, match=r"patch_words are \(4, 3\)"):
+        compiled(pixel_values=images, patch_words=words[:, :3])
 
 
 @pytest.mark.parametrize("setting", [GIVEN, {"method": "coarse", "image_std": [0.5] * 3}], ids=["given", "coarse"])

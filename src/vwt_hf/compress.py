@@ -229,7 +229,7 @@ def _hook_in(model: PreTrainedModel, tower: Tower, family: Family, setting: VWTC
     follows = by_sizes or (setting.shortens and relative)
     entered = models_around(model, tower)
     for holder in entered:
-        holder.register_forward_pre_hook(hooks.TakeWords(follows), with_kwargs=True)
+        holder.register_forward_pre_hook(hooks.TakeWords(), with_kwargs=True)
         _replace_methods(holder, begins=follows and holder is tower.module)
     if follows:
         by_interface = by_sizes and not _replaced_attentions(tower, family)
@@ -250,7 +250,7 @@ def _hook_in(model: PreTrainedModel, tower: Tower, family: Family, setting: VWTC
         layers = len(hooks.attending_layers(tower.module)[0]) if by_sizes else 0
         tower.module.register_forward_hook(hooks.End(layers), always_call=True)
     for holder in entered:
-        holder.register_forward_hook(hooks.EndWords(follows), always_call=True)
+        holder.register_forward_hook(hooks.EndWords(), always_call=True)
 
 
 def _hook_embeddings(tower: Tower, family: Family, setting: VWTConfig, follows: bool) -> None:

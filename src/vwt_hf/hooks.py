@@ -67,13 +67,9 @@ class Hook(Numbered):
     """Base of the hooks of compressed models, which `restore` takes out."""
 
 
-@dataclasses.dataclass(eq=False)
 class TakeWords(Hook):
     """Forward pre-hook of every model that is or holds the tower: takes `patch_words` out of the call, since
     transformers' forwards do not know them, and keeps them for the embeddings."""
-
-    follows: bool
-    """Whether the tower runs within a `Forward` (`Begin`), from which the embeddings take the words."""
 
     def __call__(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if PATCH_WORDS not in kwargs:
@@ -81,10 +77,7 @@ class TakeWords(Hook):
         kwargs = dict(kwargs)
         patch_words = kwargs.pop(PATCH_WORDS)
         if patch_words is not None:
-            if torch.compiler.is_dynamo_compiling():
-                if not self.follows:
-                    self._refuse_in_graph()
-            elif is_exported():
+            if not torch.compiler.is_dynamo_compiling() and is_exported():
                 raise ValueError(
                     "patch_words were given to a model that is exported or traced. The program would hold how many "
                     "tokens these make, and answer wrongly by others. Leave them out."
@@ -92,25 +85,13 @@ class TakeWords(Hook):
             begin_call(model, patch_words)
         return args, kwargs
 
-    # Not traced: of an error in a graph, torch runs the call without that graph, and compiles parts of it again.
-    @torch.compiler.disable
-    def _refuse_in_graph(self) -> None:
-        raise ValueError(
-            "patch_words were given to a compiled or exported model that chooses patches by itself, within its one "
-            'graph. Leave them out, or compress it by vwt_hf.compress(model, {"method": "given"}).'
-        )
 
-
-@dataclasses.dataclass(eq=False)
 class EndWords(Hook):
     """Forward hook of the models that have `TakeWords`: ends a call with words, and refuses words that no embeddings
     used."""
 
-    follows: bool
-    """As for `TakeWords`."""
-
     def __call__(self, model: Any, args: Any, output: Any) -> None:
-        if words_are_given() and (self.follows or not is_compiling()):
+        if words_are_given():
             self._end(model, output)
 
     @torch.compiler.disable
@@ -214,6 +195,8 @@ class Reduce(Hook):
     image between them."""
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.follows and words_are_given() and torch.compiler.is_dynamo_compiling():
+            return self._outside_graphs(module, args, kwargs, output)
         if not self.setting.shortens:
             self._require_alone(module, output, args, kwargs)
             return output
@@ -227,6 +210,11 @@ class Reduce(Hook):
         given, patches = given_words(module), self.patches(output, args, kwargs)
         plan = self.plan(patches, given and given.take(patches.pixel_values))
         return output if plan is None else self.family.reduces(output, plan)
+
+    @torch.compiler.disable
+    def _outside_graphs(self, *called: Any) -> Any:
+        """As a call, which checks words by their values."""
+        return self(*called)
 
     @traced_within
     def _reduce_and_store(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
