@@ -15,6 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import pandas
 import pytest
 import torch
 import transformers
@@ -575,6 +576,18 @@ def test_what_the_processor_made_of_images_of_several_sizes_or_of_one_is_decoded
         row = {name: value[0].tolist() for name, value in one.items()}
         assert processor.decode(row[NAME], row) == [picture]
     assert [picture.size for picture in expected] == [(32, 32), (64, 32)]
+
+
+def test_images_of_several_sizes_are_decoded_as_what_the_processor_made_of_them(folders):
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt={"keep_ratio": 0.5}, do_resize=False)
+    photographs = [PHOTOGRAPHS[0].resize((32, 32)), PHOTOGRAPHS[1].resize((64, 32))]
+    made = processor(photographs)
+    found = processor.decode(made[NAME], photographs)
+    assert found == processor.decode(made[NAME], made)
+    assert [picture.size for picture in found] == [(32, 32), (64, 32)]
+    column = pandas.Series([words.tolist() for words in made[NAME]]).map(np.array)
+    assert processor.decode(column.to_numpy(), photographs) == found
+    assert token_lengths(column) == token_lengths(made[NAME]) == [32, 64]
 
 
 def test_no_images_are_decoded_to_none(folder):

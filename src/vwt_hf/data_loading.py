@@ -74,6 +74,8 @@ def as_tensor(values: Any) -> torch.Tensor:
     """
     if isinstance(values, torch.Tensor):
         return values
+    if getattr(values, "dtype", None) == object:  # arrays within an array or a column, as pandas has them
+        values = list(map(as_tensor, values))
     inner = values
     while isinstance(inner, (list, tuple)) and inner:
         if isinstance(inner[0], torch.Tensor):
@@ -120,6 +122,8 @@ def token_lengths(patch_words: Any) -> list[int]:
             f"patch_words is a {type(patch_words).__name__}; expected integers (batch, patches), as an image processor "
             'loaded with vwt makes them: processor(images)["patch_words"].'
         )
+    if getattr(patch_words, "dtype", None) == object:  # a column of pandas
+        patch_words = list(patch_words)
     if getattr(patch_words, "ndim", 2) < 2 or (len(patch_words) and np.ndim(patch_words[0]) == 0):
         raise ValueError(
             "patch_words are of one image alone; expected (batch, patches). Give those of several images, as "

@@ -324,7 +324,7 @@ class Tokenizing:
 
         if not isinstance(images, Mapping):
             preprocess = super().preprocess  # type: ignore[misc]
-            images = {"pixel_values": images} if _are_values(images) else preprocess(images, return_tensors="pt")
+            images = {"pixel_values": images} if _are_values(images) else preprocess(images)
         values = images["pixel_values"]
         if not len(values):
             return []
