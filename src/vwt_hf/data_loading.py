@@ -74,7 +74,7 @@ def as_tensor(values: Any) -> torch.Tensor:
     """
     if isinstance(values, torch.Tensor):
         return values
-    if getattr(values, "dtype", None) == object:  # arrays within an array or a column, as pandas has them
+    if _holds_objects(values):
         values = list(map(as_tensor, values))
     inner = values
     while isinstance(inner, (list, tuple)) and inner:
@@ -83,6 +83,11 @@ def as_tensor(values: Any) -> torch.Tensor:
         inner = inner[0]
     made = torch.from_numpy(np.ascontiguousarray(values))
     return made.float() if made.dtype == torch.float64 and isinstance(inner, float) else made
+
+
+def _holds_objects(values: Any) -> bool:
+    """Whether it is an array or a column of arrays, as pandas has them."""
+    return getattr(getattr(values, "dtype", None), "kind", None) == "O"
 
 
 def _of_one_length(name: str, values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -122,7 +127,7 @@ def token_lengths(patch_words: Any) -> list[int]:
             f"patch_words is a {type(patch_words).__name__}; expected integers (batch, patches), as an image processor "
             'loaded with vwt makes them: processor(images)["patch_words"].'
         )
-    if getattr(patch_words, "dtype", None) == object:  # a column of pandas
+    if _holds_objects(patch_words):
         patch_words = list(patch_words)
     if getattr(patch_words, "ndim", 2) < 2 or (len(patch_words) and np.ndim(patch_words[0]) == 0):
         raise ValueError(
