@@ -97,7 +97,7 @@ class Save:
         others = [path for path in folders if path != self.new and path.is_dir() and not path.is_symlink()]
         if not others or (self.lock is not None and _try_lock(self.lock, alone=True) is not None):
             return others
-        return [path for path in others if os.path.getmtime(path) < time.time() - _DAY]
+        return [path for path in others if _age_of(path) > _DAY]
 
 
 @contextlib.contextmanager
@@ -298,6 +298,14 @@ def remove(paths: Iterable[Path]) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def _age_of(folder: Path) -> float:
+    """For how many seconds nothing in a folder was made, renamed or removed; 0 if the folder is gone."""
+    try:
+        return time.time() - folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0
 
 
 def _lock_soon(descriptor: int, *, alone: bool = False, patience: float = _PATIENCE) -> bool:
