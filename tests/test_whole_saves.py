@@ -209,12 +209,32 @@ def test_without_locks_what_a_killed_save_left_stays_for_a_day(tmp_path, monkeyp
         save.write({"rows.json": b"rows"})
         save.place("rows.json")
     assert sorted(os.listdir(tmp_path)) == ["other.json", "rows.json"]
-    for name, days in (("new", 0.9), ("old", 1.1)):
-        (tmp_path / f".vwt-save-killed_{name[:1]}").mkdir()
-        then = time.time() - days * 24 * 3600
-        os.utime(tmp_path / f".vwt-save-killed_{name[:1]}", (then, then))
+    make_left_over(tmp_path / ".vwt-save-killed_n", 0.9)
+    make_left_over(tmp_path / ".vwt-save-killed_o", 1.1)
     write_file(tmp_path / "rows.json", "more")
     assert sorted(os.listdir(tmp_path)) == [".vwt-save-killed_n", "other.json", "rows.json"]
+
+
+def make_left_over(folder: Path, days: float) -> None:
+    """A folder as a killed save leaves it, that long ago."""
+    folder.mkdir()
+    then = time.time() - days * 24 * 3600
+    os.utime(folder, (then, then))
+
+
+def test_what_a_save_of_another_machine_left_stays_for_a_day(tmp_path, monkeypatch):
+    """Its locks may not be seen here."""
+    with monkeypatch.context() as patch, saving(tmp_path) as save:
+        patch.setattr(whole_saves, "_PREFIX", ".vwt-save-0123abcd-")
+        with saving(tmp_path) as other:
+            assert other.new.name.startswith(".vwt-save-0123abcd-")
+            (own,) = other.left_overs()
+            assert own == save.new and not save.left_overs()
+    make_left_over(tmp_path / ".vwt-save-0123abcd-killed_n", 0.9)
+    make_left_over(tmp_path / ".vwt-save-0123abcd-killed_o", 1.1)
+    make_left_over(tmp_path / own.name, 0)
+    write_file(tmp_path / "rows.json", "more")
+    assert sorted(os.listdir(tmp_path)) == [".vwt-save-0123abcd-killed_n", "rows.json"]
 
 
 def test_an_error_that_names_a_file_or_none_of_the_disk_stays_as_it_is(tmp_path):

@@ -5,15 +5,17 @@ Every file is written and flushed beside its place and then renamed into it.
 Saves into one folder share a lock on it while they run, which ends with their process. A save that finds that no other
 runs removes what killed ones left behind. No save waits for others to end, except those that transformers writes file
 by file, which wait for a while. Where a file system has no such locks (Windows, some that are shared over a network)
-files are as whole, and what killed saves left stays for a day; but two saves of the same model or words at once may
-remove each other's.
+files are as whole, but two saves of the same model or words at once may remove each other's. There, and of other
+machines, whose locks may not be seen here, what killed saves left stays for a day.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
+import platform
 import re
 import shutil
 import stat
@@ -29,9 +31,10 @@ from safetensors import SafetensorError
 with contextlib.suppress(ImportError):  # Windows has none, and opens no folder to lock
     import fcntl
 
-_PREFIX = ".vwt-save-"
-_LEFT_OVER = re.compile(re.escape(_PREFIX) + "[a-z0-9_]{8}")
-"""The folder of one save, as `tempfile` names it."""
+_MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_PREFIX = f".vwt-save-{_MACHINE}-"
+_LEFT_OVER = re.compile("[.]vwt-save-(?:([0-9a-f]{8})-)?[a-z0-9_]{8}")
+"""The folder of one save, as `tempfile` names it, and the machine that made it."""
 _MOUNTS = Path("/proc/self/mountinfo")
 """Where Linux lists what is mounted, which may be single files, as in containers."""
 _PATIENCE = 2.0
@@ -93,11 +96,11 @@ class Save:
 
     def left_overs(self) -> list[Path]:
         """Folders that other saves write in. If `is_alone()` is true afterwards, all of them are of killed saves."""
-        folders = [path for path in self.folder.iterdir() if _LEFT_OVER.fullmatch(path.name)]
-        others = [path for path in folders if path != self.new and path.is_dir() and not path.is_symlink()]
-        if not others or (self.lock is not None and _try_lock(self.lock, alone=True) is not None):
-            return others
-        return [path for path in others if _age_of(path) > _DAY]
+        made = {path: _LEFT_OVER.fullmatch(path.name) for path in self.folder.iterdir()}
+        others = {path: match[1] for path, match in made.items() if match and path != self.new}
+        folders = [path for path in others if path.is_dir() and not path.is_symlink()]
+        locks = bool(folders) and self.lock is not None and _try_lock(self.lock, alone=True) is not None
+        return [path for path in folders if (locks and others[path] in (None, _MACHINE)) or _age_of(path) > _DAY]
 
 
 @contextlib.contextmanager
