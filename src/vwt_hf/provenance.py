@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,24 @@ from .weights import device_of, fingerprint_of
 
 
 def cpu_name() -> str:
-    """The CPU of this machine, as the system calls it."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """The CPU of this machine, as the system calls it; with the machine's name where only its architecture is known."""
+    about, known = Path("/proc/cpuinfo"), ""
+    told: dict[str, list[str]] = {}
+    for line in about.read_text(encoding="utf-8").splitlines() if about.is_file() else []:
+        name, _, value = line.partition(":")
+        told.setdefault(name.strip(), []).append(value.strip())
+    if "model name" in told:
+        known = told["model name"][0]
+    elif "CPU part" in told:  # of each core of an ARM CPU, which may have several kinds
+        cores = zip(*(told.get(f"CPU {name}", ()) for name in ("implementer", "part", "variant")), strict=False)
+        known = ", ".join(f"ARM {maker} part {part} variant {variant}" for maker, part, variant in dict.fromkeys(cores))
+    elif platform.system() == "Darwin":  # `platform.processor()` is "arm" for every chip
+        asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        with contextlib.suppress(OSError):
+            known = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    elif platform.system() == "Windows":
+        known = platform.processor()
+    return known or f"{platform.machine()} of {platform.node()}"
 
 
 def made_with(model: PreTrainedModel) -> dict[str, Any]:
