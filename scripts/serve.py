@@ -62,7 +62,7 @@ from vwt_hf.cli.loading import add_device, add_dtype, load_model
 from vwt_hf.decoding import UnreadableImage
 from vwt_hf.embedding import require_features
 from vwt_hf.printable import LONGEST, printable, shown
-from vwt_hf.processes import usable_device
+from vwt_hf.processes import usable_cores, usable_device
 from vwt_hf.processors import load_processor
 from vwt_hf.terminal import run_command, vwt_option
 from vwt_hf.timing import return_memory
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Servers are forked from here: a pool of torch's threads would not come along, and its next use would hang.
     torch.set_num_threads(1)
     device = usable_device(options.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     workers = options.workers or (min(MOST_WORKERS, cores) if device.type == "cpu" else 1)
     model = Model(options.model, options.vwt, options.dtype, max(1, cores // workers))
     setting, image_processor, values = tried(model, device)

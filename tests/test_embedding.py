@@ -432,6 +432,16 @@ def test_workers_read_the_same(run, whole, tmp_path):
     assert contents(tmp_path / "out") == whole
 
 
+def test_there_are_no_more_workers_than_cores_that_may_be_used(run, monkeypatch):
+    asked = []
+    loader = vwt_hf.embedding.DataLoader
+    monkeypatch.setattr(
+        vwt_hf.embedding, "DataLoader", lambda *of, **how: asked.append(how["num_workers"]) or loader(*of, **how)
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)  # as by taskset
+    assert run(workers=None).made == COUNT and asked == [1]
+
+
 def is_running(process: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE

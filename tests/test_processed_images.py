@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import types
 
@@ -24,6 +25,13 @@ def test_torch_makes_its_threads_before_others_read_images(monkeypatch):
     number = torch.get_num_threads()
     assert len(list(patch_batches(iter([("a", None), ("b", None)]), None, 2, 1))) == 2
     assert events == [(threading.current_thread(), number), "read", "read"]
+
+
+def test_images_are_read_by_no_more_threads_than_cores_that_may_be_used(monkeypatch):
+    threads, pool = [], processed_images.ThreadPoolExecutor
+    monkeypatch.setattr(processed_images, "ThreadPoolExecutor", lambda n, **how: threads.append(n) or pool(n, **how))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)  # as by taskset
+    assert not list(patch_batches(iter(()), None, 2, 1)) and threads == [1]
 
 
 def test_an_image_that_a_processor_would_make_enormous_is_refused_and_a_panorama_is_not(tmp_path):

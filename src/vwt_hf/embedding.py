@@ -36,7 +36,7 @@ from .image_source import ImageRows, image_rows
 from .plans import PATCH_WORDS
 from .printable import shown
 from .processed_images import one_batch, processed
-from .processes import everywhere, gathered, join, place
+from .processes import everywhere, gathered, join, place, usable_cores
 from .processors import described_processor, processor_of, without_words
 from .provenance import compression_of, run_of
 from .timing import return_memory
@@ -134,9 +134,9 @@ def embed(
             loses at most one file for each.
         format: `"parquet"`, or `"safetensors"`: tensors `embedding` (images, values) and `row` (images,), and names in
             the metadata, `json.loads(metadata["vwt_hf"])["names"]`.
-        workers: processes that read images, beside each that runs the model; 0: none. By default as many as there are
-            cores, at most 4. On macOS, Windows and Python 3.14 they run the file of your program again: make this call
-            below `if __name__ == "__main__":`.
+        workers: processes that read images, beside each that runs the model; 0: none. By default as many as cores
+            may be used, at most 4. On macOS, Windows and Python 3.14 they run the file of your program again: make this
+            call below `if __name__ == "__main__":`.
         progress: whether to show a bar.
 
     Raises:
@@ -154,7 +154,7 @@ def embed(
     """
     if workers != 0 and getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that begins
         raise RuntimeError(_UNGUARDED)
-    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    workers = min(4, usable_cores()) if workers is None else workers
 
     def begin() -> tuple[Any, Trial, ImageRows, dict[str, Any]]:
         for name, value in {"batch_size": batch_size, "shard_size": shard_size}.items():

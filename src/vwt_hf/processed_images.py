@@ -17,6 +17,7 @@ import torch
 
 from .decoding import FORMATS, UnreadableImage, read_image
 from .printable import printable
+from .processes import usable_cores
 from .processors import whole_images
 from .words import patchify
 
@@ -211,7 +212,7 @@ def patch_batches(
     # In a process that was forked, torch makes a new pool of threads with this call. The threads that read images would
     # make it, too, and if two do so at once, torch raises an error in one.
     torch.set_num_threads(torch.get_num_threads())
-    workers = min(4, os.cpu_count() or 1)
+    workers = min(4, usable_cores())
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vwt-images")
     ahead: collections.deque[Future[PatchBatch]] = collections.deque()
     try:

@@ -107,6 +107,11 @@ def usable_device(name: torch.device | str | None) -> torch.device:
     return device
 
 
+def usable_cores() -> int:
+    """How many cores this process may use: a container, a job of a cluster or taskset may leave it a few of all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def joined(device: str | None) -> Iterator[None]:
     """As `join`, for a command: the main process alone prints an error that all processes have.
