@@ -590,6 +590,12 @@ def test_the_worst_group_is_of_the_labels_or_of_those_that_a_file_or_a_column_na
     assert plain["figures"]["worst_group"]["count"] == found.rows[0].figures["worst_group"].count == 13
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # the last two by Notepad and PowerShell
+def test_a_file_of_groups_may_be_in_the_encodings_of_windows(encoding, tmp_path):
+    (tmp_path / "groups.json").write_text(json.dumps({"é.png": "größe"}, ensure_ascii=False), encoding=encoding)
+    assert groups_of([tmp_path / "é.png"], tmp_path, tmp_path / "groups.json") == ["größe"]
+
+
 @pytest.mark.parametrize("missing", [None, -1])
 def test_images_without_a_group_are_left_out_of_the_worst_group_and_said_to_be(missing, tmp_path, dataset):
     """To datasets, -1 is none of the classes of a column."""

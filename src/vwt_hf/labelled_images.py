@@ -299,7 +299,7 @@ def groups_of(paths: Sequence[Path], images: Path, groups: Path | None) -> list[
     if groups is None:
         return [folder_name(path) for path in paths]
     try:
-        table = json.loads(groups.read_text(encoding="utf-8"))
+        table = json.loads(groups.read_bytes())  # in UTF-16 or with a byte order mark, too
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"groups is {groups}, which cannot be read as JSON ({error}); expected a file with an object."
