@@ -231,7 +231,9 @@ class Server(litserve.LitServer):
 
     def _start_server(self, *args: Any, **kwargs: Any) -> Any:
         processes = super()._start_server(*args, **kwargs)
-        threading.Thread(target=self._end_with, args=(list(processes.values()),), daemon=True).start()
+        watched = [each for each in processes.values() if hasattr(each, "sentinel")]  # on Windows they are threads
+        if watched:
+            threading.Thread(target=self._end_with, args=(watched,), daemon=True).start()
         return processes
 
     def _perform_graceful_shutdown(self, manager: Any, uvicorn_workers: Any, shutdown_reason: str = "normal") -> None:

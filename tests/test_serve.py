@@ -646,6 +646,16 @@ def test_the_end_of_the_http_process_is_a_death_where_litserve_does_not_end_it(e
     assert server.died == (None if ends else "LitServer-0, which answers requests,")
 
 
+def test_processes_that_answer_http_are_watched_and_threads_as_on_windows_are_not(monkeypatch):
+    watched: queue.Queue[Any] = queue.Queue()
+    monkeypatch.setattr(serve.Server, "_end_with", lambda self, of: watched.put(of))
+    thread, process = threading.Thread(), SimpleNamespace(sentinel=0)
+    for started in (thread, process):
+        monkeypatch.setattr(serve.litserve.LitServer, "_start_server", lambda *given, of=started: {0: of})
+        assert serve.Server.__new__(serve.Server)._start_server() == {0: started}
+    assert watched.get(timeout=10) == [process] and watched.empty()
+
+
 def test_a_dead_worker_is_told_and_workers_that_end_with_the_others_are_not(monkeypatch):
     monkeypatch.setattr(serve.litserve.LitServer, "_perform_graceful_shutdown", lambda *given: None)
     ignored: list[Any] = []
