@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from vwt_hf.cli import main
-from vwt_hf.terminal import aligned, json_file, markdown, png_file, printable, require_alone, run_command
+from vwt_hf.terminal import aligned, json_file, markdown, png_file, printable, require_alone, run_command, vwt_option
 
 CLI = [sys.executable, "-W", "ignore", "-m", "vwt_hf.cli"]
 
@@ -122,6 +123,16 @@ def test_aligned_cells_stand_below_each_other():
 def test_a_table_has_the_columns_that_have_values_and_cells_stay_cells():
     rows = [{"J/image": None, "KL": None, "name": "a|b\n"}, {"J/image": None, "KL": "1", "name": 2}]
     assert markdown(rows) == "| KL | name |\n|---|---|\n| n/a | a\\|b\\n |\n| 1 | 2 |\n"
+
+
+@pytest.mark.parametrize("text", ["'{keep_ratio:", "{keep_ratio: 0.5}", "{method:"])  # of cmd.exe and PowerShell 5
+def test_a_setting_whose_quotes_a_shell_took_out_is_answered_by_how_to_write_it(text):
+    said = r"""write "{\"keep_ratio\": 0.5}" in cmd.exe, and '{\"keep_ratio\": 0.5}' in PowerShell before 7.3"""
+    with pytest.raises(argparse.ArgumentTypeError, match=f"is no JSON; expected .* {re.escape(said)}$"):
+        vwt_option(text)
+    for other in ('{"keep_ratio": 0.5', "gradual", "'me/my-words'"):  # which have their quotes, or need none
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is no JSON; expected (?!.*PowerShell)"):
+            vwt_option(other)
 
 
 def test_a_picture_has_a_name_of_one():
