@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from vwt_hf import processed_images
+from vwt_hf import processed_images, processes
 from vwt_hf.decoding import UnreadableImage, read_image
 from vwt_hf.processed_images import image_patches, patch_batches, pixel_batches, processed, require_room
 
@@ -32,6 +32,18 @@ def test_images_are_read_by_no_more_threads_than_cores_that_may_be_used(monkeypa
     monkeypatch.setattr(processed_images, "ThreadPoolExecutor", lambda n, **how: threads.append(n) or pool(n, **how))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)  # as by taskset
     assert not list(patch_batches(iter(()), None, 2, 1)) and threads == [1]
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), ("max 100000", 4), (None, 4)],
+)
+def test_cores_are_as_many_as_a_container_leaves_time_on(quota, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 5, 7}, raising=False)
+    monkeypatch.setattr(processes, "_QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert processes.usable_cores() == expected
 
 
 def test_an_image_that_a_processor_would_make_enormous_is_refused_and_a_panorama_is_not(tmp_path):

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,9 @@ RAISED_AGAIN = (FileExistsError, FileNotFoundError, OSError, TypeError, ValueErr
 
 PATIENCE = datetime.timedelta(days=30)
 """How long processes wait for each other. If one dies, its launcher ends the others."""
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""How many microseconds of the cores' time the processes of a container may use of a period, and the period."""
 
 KNOWN = "_vwt_hf_known"
 """Attribute of errors that all processes have raised."""
@@ -109,7 +113,12 @@ def usable_device(name: torch.device | str | None) -> torch.device:
 
 def usable_cores() -> int:
     """How many cores this process may use: a container, a job of a cluster or taskset may leave it a few of all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # the container's time on all of them, as by Kubernetes or `docker --cpus`
+        quota, period = map(int, _QUOTA.read_text().split())
+    except (OSError, ValueError):  # there are no such limits, or none is set ("max")
+        return cores
+    return min(cores, max(1, quota // period))
 
 
 @contextlib.contextmanager
