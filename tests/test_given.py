@@ -514,6 +514,16 @@ def test_a_compiled_model_goes_by_words_and_without_them_by_its_own(name, images
         compiled(pixel_values=images, patch_words=words[:, :3])
 
 
+def test_rotary_positions_of_a_compiled_model_go_by_the_words_too(images):
+    places = torch.arange(64).expand(4, -1)
+    model = compress(tiny_model("dinov3"), SETTINGS["discard"])
+    compiled = torch.compile(model, backend="eager")
+    for given in ({}, {"patch_words": torch.where(places % 2 == 0, places, -1)}, {}):
+        with torch.no_grad():
+            found = compiled(pixel_values=images, **given).last_hidden_state
+        torch.testing.assert_close(found, answers(model, images, **given))
+
+
 @pytest.mark.parametrize("setting", [GIVEN, {"method": "coarse", "image_std": [0.5] * 3}], ids=["given", "coarse"])
 def test_one_batch_of_words_is_for_one_batch_of_images(setting, images):
     model = compress(tiny_model("vit"), setting)

@@ -196,7 +196,7 @@ class Reduce(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.follows and words_are_given() and torch.compiler.is_dynamo_compiling():
-            return self._outside_graphs(module, args, kwargs, output)
+            return _outside_graphs(self, module, args, kwargs, output)
         if not self.setting.shortens:
             self._require_alone(module, output, args, kwargs)
             return output
@@ -210,11 +210,6 @@ class Reduce(Hook):
         given, patches = given_words(module), self.patches(output, args, kwargs)
         plan = self.plan(patches, given and given.take(patches.pixel_values))
         return output if plan is None else self.family.reduces(output, plan)
-
-    @torch.compiler.disable
-    def _outside_graphs(self, *called: Any) -> Any:
-        """As a call, which checks words by their values."""
-        return self(*called)
 
     @traced_within
     def _reduce_and_store(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -318,6 +313,13 @@ class Repaint(Hook):
         return args, kwargs | {"pixel_values": shown}
 
 
+@torch.compiler.disable
+def _outside_graphs(hook: Reduce | Rotate, *called: Any) -> Any:
+    """Calls a hook for a compiled model whose caller gave words: these are checked by their values, which no graph
+    knows."""
+    return hook(*called)
+
+
 def _tokens_of(output: Any) -> torch.Tensor:
     """The tokens in the output of embeddings or of a layer, (sequences, tokens, hidden): all of it, or its first."""
     return output[0] if isinstance(output, tuple) else output
@@ -354,6 +356,8 @@ class Rotate(Hook):
     def __call__(self, rotary: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if self.reduce.follows:
             return self._rotate_as_stored(rotary, output)
+        if words_are_given() and torch.compiler.is_dynamo_compiling():  # as the embeddings, by the same words
+            return _outside_graphs(self, rotary, args, kwargs, output)
         patches = self.reduce.patches(None, args, kwargs)  # a rotation is of a patch, so prefix tokens do not matter
         plan = self.reduce.plan(patches, given_words(rotary))
         return output if plan is None else plan.rotate(output)
