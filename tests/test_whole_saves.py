@@ -237,6 +237,46 @@ def test_what_a_save_of_another_machine_left_stays_for_a_day(tmp_path, monkeypat
     assert sorted(os.listdir(tmp_path)) == [".vwt-save-0123abcd-killed_n", "rows.json"]
 
 
+def test_a_folder_that_goes_meanwhile_and_one_of_an_earlier_version_without_a_machine(tmp_path, monkeypatch):
+    is_dir = Path.is_dir
+
+    def then_removed(path: Path) -> bool:
+        there = is_dir(path)
+        if there and path.name.endswith("goes_now"):
+            path.rmdir()
+        return there
+
+    for name in (".vwt-save-0123abcd-goes_now", ".vwt-save-killed_n"):
+        make_left_over(tmp_path / name, 0)
+    with saving(tmp_path) as save:
+        monkeypatch.setattr(Path, "is_dir", then_removed)
+        assert save.left_overs() == [tmp_path / ".vwt-save-killed_n"]
+
+
+def test_a_day_is_told_by_the_clock_of_the_machine_that_has_the_files(tmp_path, monkeypatch):
+    def locked(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(whole_saves.fcntl, "flock", locked)
+    now = time.time
+    with saving(tmp_path) as save:
+        save.write({"rows.json": b"rows"})
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: now() + 2 * 24 * 3600)
+            write_file(tmp_path / "other.json", "other")
+        save.place("rows.json")
+    assert sorted(os.listdir(tmp_path)) == ["other.json", "rows.json"]
+
+
+def test_a_file_is_written_where_the_folder_cannot_be_listed(tmp_path, monkeypatch):
+    def refused(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    write_file(tmp_path / "rows.json", "rows")
+    assert os.listdir(tmp_path) == ["rows.json"]
+
+
 def test_an_error_that_names_a_file_or_none_of_the_disk_stays_as_it_is(tmp_path):
     for error in (PermissionError(errno.EACCES, "Permission denied", "a.json"), OSError("it has no errno")):
         with pytest.raises(OSError) as raised, naming(tmp_path):

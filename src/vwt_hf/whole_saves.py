@@ -100,7 +100,15 @@ class Save:
         others = {path: match[1] for path, match in made.items() if match and path != self.new}
         folders = [path for path in others if path.is_dir() and not path.is_symlink()]
         locks = bool(folders) and self.lock is not None and _try_lock(self.lock, alone=True) is not None
-        return [path for path in folders if (locks and others[path] in (None, _MACHINE)) or _age_of(path) > _DAY]
+        return [path for path in folders if (locks and others[path] in (None, _MACHINE)) or self._age_of(path) > _DAY]
+
+    def _age_of(self, folder: Path) -> float:
+        """For how many seconds nothing in a folder was made, renamed or removed, by the clock of the machine that has
+        the files; 0 if the folder is gone."""
+        try:
+            return self.new.stat().st_mtime - folder.stat().st_mtime
+        except FileNotFoundError:
+            return 0
 
 
 @contextlib.contextmanager
@@ -167,9 +175,10 @@ def write_files(folder: Path, contents: dict[str, bytes]) -> None:
         save.write(contents)
         for name in contents:
             save.place(name)
-        left = save.left_overs()
-        if left and save.is_alone():
-            remove(left)
+        with contextlib.suppress(OSError):  # all files are in their place; not every folder can be listed
+            left = save.left_overs()
+            if left and save.is_alone():
+                remove(left)
 
 
 def write_file(file: str | os.PathLike[str], content: str | bytes) -> None:
@@ -301,14 +310,6 @@ def remove(paths: Iterable[Path]) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-def _age_of(folder: Path) -> float:
-    """For how many seconds nothing in a folder was made, renamed or removed; 0 if the folder is gone."""
-    try:
-        return time.time() - folder.stat().st_mtime
-    except FileNotFoundError:
-        return 0
 
 
 def _lock_soon(descriptor: int, *, alone: bool = False, patience: float = _PATIENCE) -> bool:
