@@ -508,14 +508,19 @@ def test_a_program_that_its_workers_run_again_is_told_so(run, monkeypatch):
     class Ended:
         def __init__(self, *_: object, **__: object) -> None: ...
         def __iter__(self) -> Iterator[object]:
-            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from RuntimeError(self.cause)
             yield
+
+        cause = "DataLoader worker (pid 7) exited unexpectedly with exit code 1."
 
     monkeypatch.setattr(vwt_hf.embedding, "DataLoader", Ended)
     for method, told in (("fork", r"unexpectedly$"), ("spawn", r"unexpectedly\. embed starts processes")):
         monkeypatch.setattr(multiprocessing, "get_start_method", lambda method=method: method)
         with pytest.raises(RuntimeError, match=told):
             run(method, workers=1)
+    Ended.cause = "DataLoader worker (pid 7) is killed by signal: Killed. "  # as where memory runs out
+    with pytest.raises(RuntimeError, match=r"unexpectedly$"):
+        run("killed", workers=1)
 
 
 def test_what_workers_send_needs_no_shared_memory(folder, processor, monkeypatch):

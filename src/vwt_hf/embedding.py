@@ -324,7 +324,8 @@ class _Run:
             for number in own:
                 yield number, self._shard(stream, len(shards.rows(number)), values, bar)
         except RuntimeError as error:
-            if "exited unexpectedly" in str(error) and multiprocessing.get_start_method() != "fork":
+            killed = "killed by signal" in str(error.__cause__)  # as by a system that is out of memory
+            if "exited unexpectedly" in str(error) and not killed and multiprocessing.get_start_method() != "fork":
                 raise RuntimeError(f"{error}. {_UNGUARDED}") from error
             raise
 
