@@ -126,3 +126,14 @@ def test_the_card_of_a_pushed_model_tells_the_evidence_of_its_setting_alone(hub,
     assert "vwt-hf" not in card() and "library_name: transformers" in card()
     vwt_hf.restore(model).push_to_hub("me/tiny")
     assert "vwt-hf" not in card()
+
+
+def test_the_card_of_an_adapter_tells_nothing_of_a_setting_that_it_lacks(hub):
+    peft = pytest.importorskip("peft")
+    model = compress(tiny_model("vit"), VWTConfig(evidence=EVIDENCE))
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    transformers.pipeline("image-feature-extraction", model=model, image_processor=ViTImageProcessor()).push_to_hub(
+        "me/adapter"
+    )
+    files = hub.files("me/adapter")
+    assert "adapter_config.json" in files and b"vwt-hf" not in files["README.md"]

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from . import image_processing
 from .compress import configs_of, own_config, require_same_layers, setting_of, takes_words
@@ -182,8 +182,9 @@ def uploading_models(original: Any) -> Any:
 
     @functools.wraps(original)
     def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        model = self if isinstance(self, nn.Module) else self.model
-        write_section(Path(working_dir), _evidence_of(_compressed_parts(model).values()))
+        model, folder = self if isinstance(self, nn.Module) else self.model, Path(working_dir)
+        if (folder / CONFIG_NAME).is_file():  # else it is an adapter alone, which has no setting
+            write_section(folder, _evidence_of(_compressed_parts(model).values()))
         return original(self, working_dir, *args, **kwargs)
 
     return _upload_modified_files
