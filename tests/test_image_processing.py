@@ -356,6 +356,19 @@ def test_a_black_tile_before_another_is_no_padding():
     assert _is_padding(values, None).tolist() == [[False] * 3 + [True], [False] * 2 + [True] * 2]
 
 
+def test_rows_of_batches_that_were_padded_to_other_numbers_of_tiles_are_decoded(tmp_path):
+    fields = {"crop_size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32, 64], [64, 64]]}
+    image_processor_class("llava_next")(size={"shortest_edge": 32}, **fields).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt={"patch_size": 4, "keep_ratio": 0.5})
+    wide = Image.fromarray(np.asarray(PHOTOGRAPHS[0])[:25])
+    padded, alone = processor([wide, PHOTOGRAPHS[1]]), processor([wide])
+    assert [len(tiles) for tiles in (*padded["pixel_values"], *alone["pixel_values"])] == [5, 5, 3]
+    rows = {name: [*padded[name], *alone[name]] for name in padded}
+    expected = processor.decode(padded[NAME], padded) + processor.decode(alone[NAME], alone)
+    assert len(expected) == 11 and processor.decode(rows[NAME], rows) == expected
+    assert processor.decode(padded[NAME][0], {name: own[0] for name, own in padded.items()}) == expected[:3]
+
+
 def test_several_images_of_one_sample_have_words_each(tmp_path):
     """Beside what an image processor tells of each sample, not of each image."""
     size = {"height": 32, "width": 32}
@@ -588,6 +601,23 @@ def test_images_of_several_sizes_are_decoded_as_what_the_processor_made_of_them(
     column = pandas.Series([words.tolist() for words in made[NAME]]).map(np.array)
     assert processor.decode(column.to_numpy(), photographs) == found
     assert token_lengths(column) == token_lengths(made[NAME]) == [32, 64]
+    rows = {name: np.empty(2, object) for name in (NAME, "pixel_values")}  # as `datasets` has them for NumPy
+    for name, own in rows.items():
+        for index, one in enumerate(made[name]):
+            own[index] = np.asarray(one)
+    assert processor.decode(rows[NAME], rows) == found
+
+
+def test_words_in_columns_beside_others_are_numbers(folders):
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt={"keep_ratio": 0.5})
+    made = processor(PHOTOGRAPHS[:2], return_tensors="pt")
+    frame = pandas.DataFrame(made[NAME].numpy())
+    assert token_lengths(frame) == token_lengths(made[NAME])
+    frame.insert(0, "name", ["a.jpg", "b.jpg"])
+    words = frame.to_numpy()[:, 1:]
+    assert words.dtype == object and token_lengths(words) == token_lengths(made[NAME])
+    assert token_lengths(list(words)) == token_lengths(made[NAME])
+    assert processor.decode(words, made) == processor.decode(made[NAME], made)
 
 
 def test_no_images_are_decoded_to_none(folder):

@@ -74,8 +74,8 @@ def as_tensor(values: Any) -> torch.Tensor:
     """
     if isinstance(values, torch.Tensor):
         return values
-    if _holds_objects(values):
-        values = list(map(as_tensor, values))
+    if holds_objects(values):  # arrays, or numbers where pandas had others beside them
+        values = [as_tensor(one) if np.ndim(one) else one for one in values]
     inner = values
     while isinstance(inner, (list, tuple)) and inner:
         if isinstance(inner[0], torch.Tensor):
@@ -85,8 +85,8 @@ def as_tensor(values: Any) -> torch.Tensor:
     return made.float() if made.dtype == torch.float64 and isinstance(inner, float) else made
 
 
-def _holds_objects(values: Any) -> bool:
-    """Whether it is an array or a column of arrays, as pandas has them."""
+def holds_objects(values: Any) -> bool:
+    """Whether it is an array or a column of arrays, or of numbers, as pandas and `datasets` have them."""
     return getattr(getattr(values, "dtype", None), "kind", None) == "O"
 
 
@@ -127,7 +127,9 @@ def token_lengths(patch_words: Any) -> list[int]:
             f"patch_words is a {type(patch_words).__name__}; expected integers (batch, patches), as an image processor "
             'loaded with vwt makes them: processor(images)["patch_words"].'
         )
-    if _holds_objects(patch_words):
+    if getattr(patch_words, "ndim", None) == 2 and hasattr(patch_words, "to_numpy"):  # a table of pandas
+        patch_words = np.array(patch_words)
+    if holds_objects(patch_words):
         patch_words = list(patch_words)
     if getattr(patch_words, "ndim", 2) < 2 or (len(patch_words) and np.ndim(patch_words[0]) == 0):
         raise ValueError(

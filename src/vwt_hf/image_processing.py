@@ -22,7 +22,7 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .config import ModelFacts, VWTConfig, naming_file
-from .data_loading import as_tensor
+from .data_loading import as_tensor, holds_objects
 from .hub_names import NotReached
 from .model_configs import PLAIN, plain_class
 from .own_thread import in_own_thread
@@ -328,13 +328,18 @@ class Tokenizing:
         values = images["pixel_values"]
         if not len(values):
             return []
+        if holds_objects(values):  # as `datasets` has images of several sizes in the format of NumPy
+            values = list(map(as_tensor, values))
         if isinstance(values, (list, tuple)) and len({np.shape(one) for one in values}) > 1:  # of several sizes
             if len(patch_words) != len(values):
                 raise ValueError(f"patch_words are of {len(patch_words)} images, and there are {len(values)}.")
+            own = {name: list(images[name]) for name in images if name in _READ}
             return [
                 picture
                 for index, words in enumerate(patch_words)
-                for picture in self.decode(words, {name: images[name][index] for name in images if name in _READ})
+                for picture in self.decode(
+                    as_tensor(words)[None], {name: as_tensor(each[index])[None] for name, each in own.items()}
+                )
             ]
         tokenizer = self.tokenizer_of_patches
         made, words = _as_batch(images, patch_words)
@@ -358,7 +363,8 @@ class Tokenizing:
 def _as_batch(images: Mapping[str, Any], patch_words: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A batch of whole images or padded patches, and its words, (batch, patches): of a batch, one image, or tiles."""
     made = {name: as_tensor(images[name]) for name in images if name in _READ}
-    if made["pixel_values"].dim() == (2 if "spatial_shapes" in made else 3):  # one image
+    is_tiled = np.ndim(images.get("image_sizes", 0)) == 1 and made["pixel_values"].dim() == 4
+    if is_tiled or made["pixel_values"].dim() == (2 if "spatial_shapes" in made else 3):  # one image
         made = {name: value[None] for name, value in made.items()}
     words = as_tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
     words = words[None] if words.dim() == 1 else words.flatten(0, -2)
