@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -312,3 +314,11 @@ def test_processes_share_a_stream_by_its_shards_and_one_with_a_limit_row_by_row(
     images = open_labelled(stream, limit=limit)
     batches = [[sample for _, batch in images.batches(process, 2, 8) for sample in batch] for process in range(2)]
     assert [[read_image(sample.item).getpixel((0, 0))[0] for sample in batch] for batch in batches] == expected
+
+
+def test_images_have_the_same_names_whatever_the_locales_encoding_is(tmp_path):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "ö.png")
+    ask = "import sys; from vwt_hf.image_source import image_rows; print(ascii(image_rows(sys.argv[1])[0][0]))"
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.check_output([sys.executable, "-c", ask, os.fspath(tmp_path)], env=plain, text=True)
+    assert found.strip() == ascii("ö.png") == ascii(image_rows(tmp_path)[0][0])

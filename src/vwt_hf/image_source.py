@@ -301,8 +301,10 @@ class _FolderRows:
         return len(self._names)
 
     def __getitem__(self, row: int) -> tuple[str, Any]:
-        name = os.fsdecode(self._names[row].as_py())
-        return name.encode("utf-8", "backslashreplace").decode(), self._folder / name
+        stored = self._names[row].as_py()
+        # Whatever the locale's encoding is, a name is the same text.
+        name = stored.decode("utf-8", "surrogateescape").encode("utf-8", "backslashreplace").decode()
+        return name, self._folder / os.fsdecode(stored)
 
 
 class _DatasetRows:
