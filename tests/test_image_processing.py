@@ -620,6 +620,17 @@ def test_words_in_columns_beside_others_are_numbers(folders):
     assert processor.decode(words, made) == processor.decode(made[NAME], made)
 
 
+def test_images_are_decoded_by_an_image_processor_that_makes_tensors_alone(folder):
+    class Own(ViTImageProcessor):
+        def preprocess(self, images, return_tensors=None, **kwargs):
+            assert return_tensors == "pt"
+            return super().preprocess(images, return_tensors="pt", **kwargs)
+
+    processor = Own.from_pretrained(folder, vwt={"keep_ratio": 0.5})
+    made = processor(PHOTOGRAPHS, return_tensors="pt")
+    assert processor.decode(made[NAME], PHOTOGRAPHS) == processor.decode(made[NAME], made)
+
+
 def test_no_images_are_decoded_to_none(folder):
     processor = AutoImageProcessor.from_pretrained(folder, vwt=True)
     for images in ([], torch.empty(0, 3, 32, 32), {"pixel_values": torch.empty(0, 3, 32, 32)}):

@@ -310,9 +310,9 @@ class Tokenizing:
 
         Args:
             patch_words: as this image processor made them, of all images or of one.
-            images: the images; or what this image processor made of them, or its `pixel_values`, for a batch, one image
-                or a list. Floating-point arrays or tensors with channels first are taken for `pixel_values`: if they
-                are images, give what this image processor made of them.
+            images: the images; or what this image processor made of them, or its `pixel_values` if these are no padded
+                patches, for a batch, one image or a list. Floating-point arrays or tensors with channels first are
+                taken for `pixel_values`: if they are images, give what this image processor made of them.
 
         Returns:
             For each image a `PIL.Image.Image`, of the size that the model gets.
@@ -322,9 +322,14 @@ class Tokenizing:
         """
         from PIL import Image
 
-        if not isinstance(images, Mapping):
+        if _are_values(images):
+            images = {"pixel_values": images}
+        elif not isinstance(images, Mapping):
             preprocess = super().preprocess  # type: ignore[misc]
-            images = {"pixel_values": images} if _are_values(images) else preprocess(images)
+            try:  # some make tensors alone, or pad images to one size for these alone
+                images = preprocess(images, return_tensors="pt")
+            except ValueError:  # they are of several sizes
+                images = preprocess(images)
         values = images["pixel_values"]
         if not len(values):
             return []
