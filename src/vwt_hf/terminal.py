@@ -170,7 +170,7 @@ def vwt_option(text: str) -> Any:
         more = ""
         if text.isidentifier() and text not in ("True", "False", "None"):
             more = f', and a method as \'{{"method": "{text}"}}\', if it is one'
-        elif text.lstrip("'").startswith("{") and '"' not in text:
+        elif text.startswith(("'", "{")) and '"' not in text:
             more = ". It holds no double quotes, which shells of Windows take out: write "
             more += r""""{\"keep_ratio\": 0.5}" in cmd.exe, and '{\"keep_ratio\": 0.5}' in PowerShell before 7.3"""
         raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON; {wanted}{more}") from None
