@@ -323,3 +323,9 @@ def test_a_deviation_that_is_not_positive_is_refused_with_its_file(setting, std,
 def test_statistics_of_images_that_are_not_rescaled_tell_the_value_of_white(mean, std, white):
     processor = transformers.ViTImageProcessorPil(do_rescale=False, image_mean=[mean] * 3, image_std=[std] * 3)
     assert white_of(processor) == white
+
+
+def test_words_of_a_model_of_grey_images_are_refused_with_the_reason():
+    processor = ViTImageProcessor(image_mean=[0.5], image_std=[0.5])
+    with pytest.raises(ValueError, match=r"no words are learned or drawn, but of RGB\.$"):
+        VisualVocabulary.learn([Image.new("L", (32, 32))] * 4, processor, size=2, patch_size=4)

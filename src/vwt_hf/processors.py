@@ -292,9 +292,10 @@ def processor_statistics(image_processor: Any, channels: int) -> tuple[tuple[flo
         mean, std = 0.0, 1.0
     for name, values in (("image_mean", mean), ("image_std", std)):
         if not isinstance(values, (int, float)) and len(values) != channels:
+            grey = " Of grey images no words are learned or drawn, but of RGB." if len(values) == 1 else ""
             raise ValueError(
                 f"the {type(image_processor).__name__}'s {name} has {len(values)} numbers; expected {channels}, one "
-                "for each channel of the images. Give the image processor that makes this model's images."
+                f"for each channel of the images. Give the image processor that makes this model's images.{grey}"
             )
     # (255 · factor · x − mean) / std, with x in [0, 1], as (x − mean') / std'.
     white = white_of(image_processor)
