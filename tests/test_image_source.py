@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import datasets
 import numpy as np
@@ -322,3 +323,27 @@ def test_images_have_the_same_names_whatever_the_locales_encoding_is(tmp_path):
     plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     found = subprocess.check_output([sys.executable, "-c", ask, os.fspath(tmp_path)], env=plain, text=True)
     assert found.strip() == ascii("ö.png") == ascii(image_rows(tmp_path)[0][0])
+
+
+def test_a_saved_data_set_in_place_of_a_folder_of_images_is_told_how_to_load(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [PIL.Image.new("RGB", (4, 4))]})
+    rows.save_to_disk(tmp_path / "rows")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    for folder in (tmp_path / "rows", tmp_path / "splits"):
+        with pytest.raises(ValueError, match=r"save_to_disk wrote; give what datasets\.load_from_disk"):
+            image_rows(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_metadata_that_name_images_are_said_to_be_left_out_where_labels_are_folders(encoding, tmp_path):
+    (tmp_path / "cat").mkdir()
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "cat" / "a.png")
+    metadata = tmp_path / "metadata.csv"
+    metadata.write_text("date,place\n2020,Rome\n", encoding=encoding)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_labelled(tmp_path)
+    metadata.write_text("file_name,label\ncat/a.png,dog\n", encoding=encoding)
+    with pytest.warns(UserWarning, match=r"metadata\.csv is left out, and labels are the names of folders"):
+        images = open_labelled(tmp_path)
+    assert [sample.label for _, batch in images.batches(0, 1, 2) for sample in batch] == ["cat"]

@@ -227,7 +227,7 @@ class Calibration:
             advice = f" {left_out} If there are more, raise max_images." if unreadable else ""
             raise ValueError(
                 f"images holds {len(named)} images; expected at least {FEWEST}: of fewer that all agree, the 95 % "
-                f"interval of agreement would still reach below 93 %.{advice}"
+                f"interval of agreement would still reach below 92.8 %.{advice}"
             )
         if unreadable:
             warnings.warn(left_out, stacklevel=3)

@@ -71,8 +71,8 @@ class VWTConfig:
         output (`str`, *optional*):
             `"full"`: `last_hidden_state` has its usual length, each patch with the hidden state of its token, so heads
             and decoders that read every patch work and means weigh tokens by their sizes. `"compressed"`: it has
-            prefix + kept patches. Default: `"compressed"` for intra with `dropped="discard"`, else `"full"`. A value
-            that the setting cannot have is refused.
+            prefix + kept patches. Default: `"compressed"` for intra with `dropped="discard"`, and for `"given"`
+            if words leave patches out; else `"full"`. A value that the setting cannot have is refused.
         proportional_attention (`bool`, default `True`):
             Whether log s is added to the attention logits of a token that stands for s patches, so that it draws as
             much attention as its patches would; under `"gradual"` nine tenths of log s, and under `"coarse"` two

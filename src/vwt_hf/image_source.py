@@ -26,6 +26,10 @@ OWN_PICTURES = ("vwt-show.png", "vwt-vocab.png", "kept_patches.png")
 """What commands draw if no name is given, into the folder that one is in or, `demo`, into one there."""
 UNREAD = {".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
 """Endings of photographs that Pillow does not decode by itself."""
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""Files of a folder that `datasets` reads for its images, if they name them."""
+_HEAD = 2**16
+"""Bytes at the beginning of a file in which the names of its columns stand."""
 
 
 class ImagePart(NamedTuple):
@@ -191,10 +195,23 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 
 def _no_images(folder: Path) -> str:
+    if is_saved_data_set(folder):
+        return f"{folder} is a data set that save_to_disk wrote; give what datasets.load_from_disk(...) makes of it."
     return (
         f"{folder} holds no image files; expected some that end in .jpg, .png, .webp, .tiff, .gif, .bmp and so on, and "
         "are not hidden. Parquet and tar files become a data set by datasets.load_dataset(...).save_to_disk(...)."
     )
+
+
+def is_saved_data_set(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote this folder."""
+    return any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
+
+
+def names_images(file: Path) -> bool:
+    """Whether a file of `METADATA` has a column `file_name`, without which `datasets` does not read it."""
+    with file.open("rb") as opened:
+        return b"file_name" in opened.read(_HEAD).replace(b"\0", b"")  # in UTF-16, too
 
 
 def image_names(folder: Path) -> Iterator[str]:

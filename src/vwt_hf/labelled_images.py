@@ -269,6 +269,13 @@ def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int |
             f"{printable(folder / one)}",
             stacklevel=2,
         )
+    for file in (folder / name for name in image_source.METADATA):
+        if file.is_file() and image_source.names_images(file):
+            warnings.warn(
+                f"{printable(file)} is left out, and labels are the names of folders. To go by the file, give what "
+                'datasets.load_dataset("imagefolder", data_dir=..., split="train") makes of the folder.',
+                stacklevel=2,
+            )
     names = tuple(sorted(set(map(folder_name, files))))  # also those of which the limit leaves no image
     files = [files[index] for index in image_source.spread(len(files), limit)]
     group_of_each = None if groups is None else groups_of(files, folder, Path(groups))

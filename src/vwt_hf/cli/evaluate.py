@@ -100,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--card",
         metavar="FILE",
-        help="write the figures into the `model-index` of this model card (README.md), made if need be",
+        help="write the figures into the `model-index` of this model card (README.md), made if need be; figures of "
+        "another number of images are not replaced, and are an error",
     )
 
 

@@ -17,10 +17,7 @@ IMAGES = (
     "a folder of images, searched recursively but for what is hidden, a data set saved to disk, or the Hub id of one"
 )
 """Help of an option or argument that names them."""
-_HEAD = 2**16
-"""Bytes at the beginning of a file in which the names of its columns stand."""
 _OF_EMBED = re.compile(r"train-\d+-of-\d+\.parquet")
-_METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def open_source(
@@ -46,12 +43,14 @@ def open_source(
             saved without rows, or has no such split.
         OSError: `images` is neither a folder nor a data set on the Hub, or lacks files.
     """
+    from ..image_source import is_saved_data_set
+
     path = Path(images)
     expected = "expected a folder of images, a data set saved to disk, or the Hub id of a data set"
     if not images:  # it would be the current folder
         raise ValueError(f"no images are named, but an empty text; {expected}.")
     if path.is_dir():
-        if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        if is_saved_data_set(path):
             return _saved(path, config, split, usual, streaming)
         if not described or not _is_described(path):
             options = {"column": column, "config": config, "split": split, "streaming": streaming or None}
@@ -143,9 +142,9 @@ def _is_described(folder: Path) -> bool:
     with a column `file_name` or like it. Archives count if there are no more images than these, and metadata files
     further down if each image lies below one.
     """
-    from ..image_source import image_names
+    from ..image_source import METADATA, image_names
 
-    kinds = (*_METADATA, *(f"[!.]*.{ending}" for ending in ("parquet", "arrow", "tar")))
+    kinds = (*METADATA, *(f"[!.]*.{ending}" for ending in ("parquet", "arrow", "tar")))
     found = (file for within in ("", "[!.]*/") for kind in kinds for file in folder.glob(f"{within}{kind}"))
     near = list(filter(Path.is_file, found))
     if any(map(_describes, near)):
@@ -153,25 +152,26 @@ def _is_described(folder: Path) -> bool:
     archives = sum(file.suffix == ".tar" for file in near)
     if archives and len(list(itertools.islice(image_names(folder), archives + 1))) <= archives:
         return True
-    deep = (file for name in _METADATA for file in folder.glob(f"[!.]*/[!.]*/**/{name}") if file.is_file())
+    deep = (file for name in METADATA for file in folder.glob(f"[!.]*/[!.]*/**/{name}") if file.is_file())
     above = tuple(f"{file.parent.relative_to(folder).as_posix()}/" for file in deep if _describes(file))
     return bool(above) and all(name.startswith(above) for name in image_names(folder))
 
 
 def _describes(file: Path) -> bool:
     """Whether a file, other than an archive, is one that `datasets` reads for images."""
-    if file.name not in _METADATA:
+    from ..image_source import METADATA, names_images
+
+    if file.name not in METADATA:
         of_embed = _OF_EMBED.fullmatch(file.name) and (file.parent / "embed.json").exists()
         return file.suffix != ".tar" and not of_embed
-    with file.open("rb") as opened:
-        names_images = b"file_name" in opened.read(_HEAD).replace(b"\0", b"")  # in UTF-16, too
-    if not names_images:
+    if not names_images(file):
         warnings.warn(
             f"{printable(file)} names no images in a column file_name, and is left out; add one if it describes "
             "images.",
             stacklevel=2,
         )
-    return names_images
+        return False
+    return True
 
 
 def _one_of(splits: Sequence[str], usual: Sequence[str], name: str) -> str:
