@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import safetensors.torch
 import torch
 import transformers
 from PIL import Image, ImageFile
+from torch.utils.data import DataLoader
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import vwt_hf.embedding
@@ -521,6 +523,15 @@ def test_a_program_that_its_workers_run_again_is_told_so(run, monkeypatch):
     Ended.cause = "DataLoader worker (pid 7) is killed by signal: Killed. "  # as where memory runs out
     with pytest.raises(RuntimeError, match=r"unexpectedly$"):
         run("killed", workers=1)
+
+
+def test_a_worker_that_is_killed_is_told_so_in_threads_too(run, monkeypatch):
+    """Where torch does not say that it was."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    monkeypatch.setattr(vwt_hf.embedding, "_begin_worker", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(vwt_hf.embedding, "DataLoader", functools.partial(DataLoader, multiprocessing_context="fork"))
+    with ThreadPoolExecutor(1) as thread, pytest.raises(RuntimeError, match=r"exited unexpectedly$"):
+        thread.submit(run, "killed", workers=1).result()
 
 
 def test_what_workers_send_needs_no_shared_memory(folder, processor, monkeypatch):

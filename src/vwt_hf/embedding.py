@@ -324,7 +324,9 @@ class _Run:
             for number in own:
                 yield number, self._shard(stream, len(shards.rows(number)), values, bar)
         except RuntimeError as error:
-            killed = "killed by signal" in str(error.__cause__)  # as by a system that is out of memory
+            # As by a system that is out of memory. In other threads than the main one torch does not say so.
+            killed = "killed by signal" in str(error.__cause__)
+            killed |= any((worker.exitcode or 0) < 0 for worker in getattr(stream, "_workers", ()))
             if "exited unexpectedly" in str(error) and not killed and multiprocessing.get_start_method() != "fork":
                 raise RuntimeError(f"{error}. {_UNGUARDED}") from error
             raise
