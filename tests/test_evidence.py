@@ -137,3 +137,11 @@ def test_the_card_of_an_adapter_tells_nothing_of_a_setting_that_it_lacks(hub):
     )
     files = hub.files("me/adapter")
     assert "adapter_config.json" in files and b"vwt-hf" not in files["README.md"]
+
+
+def test_the_card_of_a_part_that_is_pushed_alone_tells_the_evidence_of_the_setting_in_its_config(hub):
+    model = compress(tiny_model("clip"), VWTConfig(evidence=EVIDENCE))
+    for part, has_setting in ((model.vision_model, True), (model.text_model, False)):
+        part.push_to_hub("me/part")
+        files = hub.files("me/part")
+        assert (b'"evidence"' in files["config.json"]) == (b"<!-- vwt-hf -->" in files["README.md"]) == has_setting

@@ -184,7 +184,10 @@ def uploading_models(original: Any) -> Any:
     def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         model, folder = self if isinstance(self, nn.Module) else self.model, Path(working_dir)
         if (folder / CONFIG_NAME).is_file():  # else it is an adapter alone, which has no setting
-            write_section(folder, _evidence_of(_compressed_parts(model).values()))
+            settings = list(_compressed_parts(model).values())
+            if not settings and (own := setting_of(model)) is not None:  # it is a part of what was compressed
+                settings = [own]
+            write_section(folder, _evidence_of(settings))
         return original(self, working_dir, *args, **kwargs)
 
     return _upload_modified_files

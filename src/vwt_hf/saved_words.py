@@ -162,9 +162,10 @@ def remove_other_words(folder: Path, saved_as: list[str], named: str = FOLDER) -
     """Removes the folders of words that other saves left in a model's folder."""
     kept = {words_folder(each, named) for each in saved_as}
     of_a_save = re.compile(f"{named}-{SAVED_AS.pattern}")
-    for path in folder.iterdir():
-        if of_a_save.fullmatch(path.name) and path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True)  # which leaves files and links
+    with contextlib.suppress(OSError):  # all that was saved is in its place; not every folder can be listed
+        for path in folder.iterdir():
+            if of_a_save.fullmatch(path.name) and path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)  # which leaves files and links
 
 
 def read_words(source: str, saved_as: str | None, hub_kwargs: dict[str, Any], named: str = FOLDER) -> VisualVocabulary:
