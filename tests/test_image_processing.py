@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import numpy as np
 import pandas
@@ -179,6 +181,19 @@ def test_model_and_image_processor_keep_their_words_in_one_folder(folder):
     held = processor.tokenizer_of_patches.setting.words.vocabulary
     assert torch.equal(held.words, words.words)
     assert model(**processor(PHOTOGRAPHS, return_tensors="pt")).logits.shape[0] == 5
+
+
+def test_an_image_processor_with_words_is_saved_where_the_folder_cannot_be_listed(tmp_path, monkeypatch):
+    ViTImageProcessor().save_pretrained(tmp_path / "plain")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "plain", vwt=inter().to_dict() | {"patch_size": 4})
+
+    def refused(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refused)
+        processor.save_pretrained(tmp_path / "own")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "own").vwt == processor.vwt
 
 
 def test_saves_at_once_into_one_folder_leave_an_image_processor_that_loads(folder, tmp_path):
@@ -367,6 +382,21 @@ def test_rows_of_batches_that_were_padded_to_other_numbers_of_tiles_are_decoded(
     expected = processor.decode(padded[NAME], padded) + processor.decode(alone[NAME], alone)
     assert len(expected) == 11 and processor.decode(rows[NAME], rows) == expected
     assert processor.decode(padded[NAME][0], {name: own[0] for name, own in padded.items()}) == expected[:3]
+
+
+@pytest.mark.parametrize("setting", [{"keep_ratio": 0.5}, {"dropped": "merge"}], ids=["discard", "merge"])
+def test_one_sample_of_a_batch_that_was_padded_is_decoded_without_its_padding(setting, tmp_path):
+    """Whether or not `image_sizes` is beside its tiles."""
+    fields = {"crop_size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32, 64], [64, 64]]}
+    image_processor_class("llava_next")(size={"shortest_edge": 32}, **fields).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, vwt={"patch_size": 4, **setting})
+    wide = Image.fromarray(np.asarray(PHOTOGRAPHS[0])[:25])
+    made = processor([wide, PHOTOGRAPHS[1]], return_tensors="pt")
+    expected = processor.decode(made[NAME], made)
+    assert len(expected) == 3 + 5
+    for one, own in enumerate((expected[:3], expected[3:])):
+        assert processor.decode(made[NAME][one], {name: values[one] for name, values in made.items()}) == own
+        assert processor.decode(made[NAME][one], made["pixel_values"][one]) == own
 
 
 def test_several_images_of_one_sample_have_words_each(tmp_path):
@@ -606,13 +636,21 @@ def test_images_of_several_sizes_are_decoded_as_what_the_processor_made_of_them(
         for index, one in enumerate(made[name]):
             own[index] = np.asarray(one)
     assert processor.decode(rows[NAME], rows) == found
+    data = datasets.Dataset.from_dict({name: list(map(np.ndarray.tolist, own)) for name, own in rows.items()})
+    for form in (None, "numpy", "torch"):
+        columns = data.with_format(form)
+        assert token_lengths(columns[NAME]) == [32, 64]
+        assert processor.decode(columns[NAME], {name: columns[name] for name in rows}) == found
 
 
 def test_words_in_columns_beside_others_are_numbers(folders):
     processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt={"keep_ratio": 0.5})
     made = processor(PHOTOGRAPHS[:2], return_tensors="pt")
     frame = pandas.DataFrame(made[NAME].numpy())
-    assert token_lengths(frame) == token_lengths(made[NAME])
+    for kind in ("int64", "object", "Int64"):
+        table = frame.astype(kind).rename(columns=str)
+        assert token_lengths(table) == token_lengths(made[NAME])
+        assert processor.decode(table, made) == processor.decode(made[NAME], made)
     frame.insert(0, "name", ["a.jpg", "b.jpg"])
     words = frame.to_numpy()[:, 1:]
     assert words.dtype == object and token_lengths(words) == token_lengths(made[NAME])
@@ -629,6 +667,22 @@ def test_images_are_decoded_by_an_image_processor_that_makes_tensors_alone(folde
     processor = Own.from_pretrained(folder, vwt={"keep_ratio": 0.5})
     made = processor(PHOTOGRAPHS, return_tensors="pt")
     assert processor.decode(made[NAME], PHOTOGRAPHS) == processor.decode(made[NAME], made)
+
+
+def test_images_of_several_sizes_are_decoded_where_tensors_are_stacked(folder):
+    """As Idefics 2 and 3 do with torchvision and without `do_pad`."""
+
+    class Own(ViTImageProcessor):
+        def preprocess(self, images, return_tensors=None, **kwargs):
+            made = super().preprocess(images, **kwargs)
+            if return_tensors == "pt":
+                made["pixel_values"] = torch.stack(list(map(torch.as_tensor, made["pixel_values"])))
+            return made
+
+    processor = Own.from_pretrained(folder, do_resize=False, vwt={"keep_ratio": 0.5})
+    photographs = [image.resize((width, 32)) for image, width in zip(PHOTOGRAPHS[:2], (32, 64), strict=True)]
+    made = processor(photographs)
+    assert processor.decode(made[NAME], photographs) == processor.decode(made[NAME], made)
 
 
 def test_no_images_are_decoded_to_none(folder):

@@ -74,6 +74,8 @@ def as_tensor(values: Any) -> torch.Tensor:
     """
     if isinstance(values, torch.Tensor):
         return values
+    if _is_table(values):
+        values = np.array(values)
     if holds_objects(values):  # arrays, or numbers where pandas had others beside them
         values = [as_tensor(one) if np.ndim(one) else one for one in values]
     inner = values
@@ -87,7 +89,13 @@ def as_tensor(values: Any) -> torch.Tensor:
 
 def holds_objects(values: Any) -> bool:
     """Whether it is an array or a column of arrays, or of numbers, as pandas and `datasets` have them."""
-    return getattr(getattr(values, "dtype", None), "kind", None) == "O"
+    is_column = isinstance(values, Sequence) and not isinstance(values, (list, tuple))  # of `datasets`
+    return is_column or getattr(getattr(values, "dtype", None), "kind", None) == "O"
+
+
+def _is_table(values: Any) -> bool:
+    """Whether it is a table of pandas."""
+    return getattr(values, "ndim", None) == 2 and hasattr(values, "to_numpy")
 
 
 def _of_one_length(name: str, values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -127,7 +135,7 @@ def token_lengths(patch_words: Any) -> list[int]:
             f"patch_words is a {type(patch_words).__name__}; expected integers (batch, patches), as an image processor "
             'loaded with vwt makes them: processor(images)["patch_words"].'
         )
-    if getattr(patch_words, "ndim", None) == 2 and hasattr(patch_words, "to_numpy"):  # a table of pandas
+    if _is_table(patch_words):
         patch_words = np.array(patch_words)
     if holds_objects(patch_words):
         patch_words = list(patch_words)

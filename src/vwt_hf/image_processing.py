@@ -328,7 +328,7 @@ class Tokenizing:
             preprocess = super().preprocess  # type: ignore[misc]
             try:  # some make tensors alone, or pad images to one size for these alone
                 images = preprocess(images, return_tensors="pt")
-            except ValueError:  # they are of several sizes
+            except (RuntimeError, ValueError):  # they are of several sizes, and torch or transformers stacks them
                 images = preprocess(images)
         values = images["pixel_values"]
         if not len(values):
@@ -368,17 +368,18 @@ class Tokenizing:
 def _as_batch(images: Mapping[str, Any], patch_words: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A batch of whole images or padded patches, and its words, (batch, patches): of a batch, one image, or tiles."""
     made = {name: as_tensor(images[name]) for name in images if name in _READ}
-    is_tiled = np.ndim(images.get("image_sizes", 0)) == 1 and made["pixel_values"].dim() == 4
-    if is_tiled or made["pixel_values"].dim() == (2 if "spatial_shapes" in made else 3):  # one image
+    if made["pixel_values"].dim() == (2 if "spatial_shapes" in made else 3):  # one image
         made = {name: value[None] for name, value in made.items()}
     words = as_tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
     words = words[None] if words.dim() == 1 else words.flatten(0, -2)
-    if made["pixel_values"].dim() == 5:
-        tiles = made["pixel_values"].flatten(0, 1)
-        if len(tiles) == len(words):  # without tiles of padding, which have no words
-            real = (words != DROPPED).any(dim=1)
-            tiles, words = tiles[real], words[real]
-        made["pixel_values"] = tiles
+    values = made["pixel_values"]
+    tiles = values.flatten(0, 1) if values.dim() == 5 else values
+    if tiles.dim() == 4 and len(tiles) == len(words):  # without tiles of padding, which have no words
+        real = (words != DROPPED).any(dim=1)
+        if values.dim() == 4:  # the tiles of one image; or images, of which each has words
+            real |= tiles.flatten(1).any(dim=1)
+        tiles, words = tiles[real], words[real]
+    made["pixel_values"] = tiles
     return made, words
 
 
