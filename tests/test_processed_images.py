@@ -40,7 +40,7 @@ def test_images_are_read_by_no_more_threads_than_cores_that_may_be_used(monkeypa
 )
 def test_cores_are_as_many_as_a_container_leaves_time_on(quota, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 5, 7}, raising=False)
-    monkeypatch.setattr(processes, "_QUOTA", tmp_path)
+    monkeypatch.setattr(processes, "_CGROUP", tmp_path)
     if quota is not None:
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
     assert processes.usable_cores() == expected
@@ -49,7 +49,7 @@ def test_cores_are_as_many_as_a_container_leaves_time_on(quota, expected, tmp_pa
 @pytest.mark.parametrize(("quota", "expected"), [(250000, 2), (50000, 1), (-1, 4)])
 def test_cores_of_a_container_by_the_first_version_of_control_groups(quota, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 5, 7}, raising=False)
-    monkeypatch.setattr(processes, "_QUOTA", tmp_path)
+    monkeypatch.setattr(processes, "_CGROUP", tmp_path)
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")

@@ -150,7 +150,8 @@ class Grouped:
     ) -> Grouped:
         """The plan after some tokens were joined with others of their image; this plan itself, if none was.
 
-        A new token takes the place of the first of those that it was joined from; where `number` is given, its own.
+        A new token takes the place of the first of those that it was joined from; where `number` is given, of the one
+        that stays.
 
         Args:
             into: (sequences, prefix + tokens), int64: the row of the token that each becomes part of, its own if it

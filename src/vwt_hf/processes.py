@@ -25,7 +25,7 @@ RAISED_AGAIN = (FileExistsError, FileNotFoundError, OSError, TypeError, ValueErr
 PATIENCE = datetime.timedelta(days=30)
 """How long processes wait for each other. If one dies, its launcher ends the others."""
 
-_QUOTA = Path("/sys/fs/cgroup")
+_CGROUP = Path("/sys/fs/cgroup")
 """Where Linux says how many microseconds of the cores' time the processes of a container may use of a period: in
 `cpu.max`, or, where the first version of control groups is used, in two files of `cpu`."""
 
@@ -116,10 +116,10 @@ def usable_cores() -> int:
     """How many cores this process may use: a container, a job of a cluster or taskset may leave it a few of all."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:  # the container's time on all of them, as by Kubernetes or `docker --cpus`
-        if (_QUOTA / "cpu.max").exists():
-            told = (_QUOTA / "cpu.max").read_text().split()
+        if (_CGROUP / "cpu.max").exists():
+            told = (_CGROUP / "cpu.max").read_text().split()
         else:
-            told = [(_QUOTA / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")]
+            told = [(_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")]
         quota, period = map(int, told)
     except (OSError, ValueError):  # there are no such limits, or none is set ("max")
         return cores

@@ -23,8 +23,8 @@ class GradualConfig(LocalConfig):
 
     Every second token of an image looks for the one among the others that is most like it, and is joined with it if
     they are alike enough: their states become the mean, weighed by how many patches each stands for, and scaled to
-    their mean length. Tokens are in the order of the first patch of each, with `keep_ratio` or `num_patches` in that of
-    the patch that was kept.
+    their mean length. Tokens stand in the order of the first patch of each or, with `keep_ratio` or `num_patches`, of
+    the patches that were kept.
 
     How alike they are is 1 − √s · (1 − c) / (1 − m): c is the cosine of their hidden states, m the mean of these
     cosines over all such pairs of the image, and s how many patches the token stands for that becomes part of the
