@@ -685,6 +685,23 @@ def test_images_of_several_sizes_are_decoded_where_tensors_are_stacked(folder):
     assert processor.decode(made[NAME], photographs) == processor.decode(made[NAME], made)
 
 
+def test_a_table_of_words_of_images_of_several_sizes_is_decoded(folder):
+    processor = AutoImageProcessor.from_pretrained(folder, do_resize=False, vwt={"keep_ratio": 0.5})
+    photographs = [image.resize(size) for image, size in zip(PHOTOGRAPHS[:2], ((32, 64), (64, 32)), strict=True)]
+    made = processor(photographs)
+    table = pandas.DataFrame(np.stack(made[NAME]))
+    assert processor.decode(table, made) == processor.decode(made[NAME], made)
+
+
+def test_images_without_words_are_refused_though_they_are_black(folder):
+    processor = AutoImageProcessor.from_pretrained(folder, vwt={"keep_ratio": 0.5})
+    made = processor(PHOTOGRAPHS[:3], return_tensors="pt")
+    made["pixel_values"][1], made[NAME][1] = 0, -1
+    for words, values in ((made[NAME], made["pixel_values"]), (made[NAME][1], made["pixel_values"][1])):
+        with pytest.raises(ValueError, match="patch_words"):
+            processor.decode(words, values)
+
+
 def test_no_images_are_decoded_to_none(folder):
     processor = AutoImageProcessor.from_pretrained(folder, vwt=True)
     for images in ([], torch.empty(0, 3, 32, 32), {"pixel_values": torch.empty(0, 3, 32, 32)}):

@@ -330,7 +330,7 @@ def test_a_saved_data_set_in_place_of_a_folder_of_images_is_told_how_to_load(tmp
     rows.save_to_disk(tmp_path / "rows")
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
     for folder in (tmp_path / "rows", tmp_path / "splits"):
-        with pytest.raises(ValueError, match=r"save_to_disk wrote; give what datasets\.load_from_disk"):
+        with pytest.raises(ValueError, match=r"save_to_disk wrote; .* in Python, what datasets\.load_from_disk"):
             image_rows(folder)
 
 
@@ -347,3 +347,14 @@ def test_metadata_that_name_images_are_said_to_be_left_out_where_labels_are_fold
     with pytest.warns(UserWarning, match=r"metadata\.csv is left out, and labels are the names of folders"):
         images = open_labelled(tmp_path)
     assert [sample.label for _, batch in images.batches(0, 1, 2) for sample in batch] == ["cat"]
+
+
+def test_metadata_that_cannot_be_read_do_not_keep_a_folder_from_being_opened(tmp_path, monkeypatch):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name\na.png\n")
+
+    def refused(file, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("pathlib.Path.open", refused)
+    assert open_labelled(tmp_path).total == 1

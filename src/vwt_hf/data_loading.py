@@ -74,7 +74,7 @@ def as_tensor(values: Any) -> torch.Tensor:
     """
     if isinstance(values, torch.Tensor):
         return values
-    if _is_table(values):
+    if is_table(values):
         values = np.array(values)
     if holds_objects(values):  # arrays, or numbers where pandas had others beside them
         values = [as_tensor(one) if np.ndim(one) else one for one in values]
@@ -93,7 +93,7 @@ def holds_objects(values: Any) -> bool:
     return is_column or getattr(getattr(values, "dtype", None), "kind", None) == "O"
 
 
-def _is_table(values: Any) -> bool:
+def is_table(values: Any) -> bool:
     """Whether it is a table of pandas."""
     return getattr(values, "ndim", None) == 2 and hasattr(values, "to_numpy")
 
@@ -135,7 +135,7 @@ def token_lengths(patch_words: Any) -> list[int]:
             f"patch_words is a {type(patch_words).__name__}; expected integers (batch, patches), as an image processor "
             'loaded with vwt makes them: processor(images)["patch_words"].'
         )
-    if _is_table(patch_words):
+    if is_table(patch_words):
         patch_words = np.array(patch_words)
     if holds_objects(patch_words):
         patch_words = list(patch_words)

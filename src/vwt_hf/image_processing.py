@@ -22,7 +22,7 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .config import ModelFacts, VWTConfig, naming_file
-from .data_loading import as_tensor, holds_objects
+from .data_loading import as_tensor, holds_objects, is_table
 from .hub_names import NotReached
 from .model_configs import PLAIN, plain_class
 from .own_thread import in_own_thread
@@ -322,6 +322,8 @@ class Tokenizing:
         """
         from PIL import Image
 
+        if is_table(patch_words):  # over which one iterates by columns
+            patch_words = as_tensor(patch_words)
         if _are_values(images):
             images = {"pixel_values": images}
         elif not isinstance(images, Mapping):
@@ -373,11 +375,13 @@ def _as_batch(images: Mapping[str, Any], patch_words: Any) -> tuple[dict[str, to
     words = as_tensor(np.asarray(patch_words) if isinstance(patch_words, list) else patch_words)
     words = words[None] if words.dim() == 1 else words.flatten(0, -2)
     values = made["pixel_values"]
+    words = words.to(values.device)
     tiles = values.flatten(0, 1) if values.dim() == 5 else values
     if tiles.dim() == 4 and len(tiles) == len(words):  # without tiles of padding, which have no words
         real = (words != DROPPED).any(dim=1)
-        if values.dim() == 4:  # the tiles of one image; or images, of which each has words
+        if values.dim() == 4:  # tiles of one image, with padding after them; or images, each of which has words
             real |= tiles.flatten(1).any(dim=1)
+            real[: 1 + int((real * torch.arange(len(real), device=real.device)).max())] = True
         tiles, words = tiles[real], words[real]
     made["pixel_values"] = tiles
     return made, words

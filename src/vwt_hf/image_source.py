@@ -196,7 +196,10 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 def _no_images(folder: Path) -> str:
     if is_saved_data_set(folder):
-        return f"{folder} is a data set that save_to_disk wrote; give what datasets.load_from_disk(...) makes of it."
+        return (
+            f"{folder} is a data set that save_to_disk wrote; expected a folder of images or, in Python, what "
+            "datasets.load_from_disk(...) makes of it."
+        )
     return (
         f"{folder} holds no image files; expected some that end in .jpg, .png, .webp, .tiff, .gif, .bmp and so on, and "
         "are not hidden. Parquet and tar files become a data set by datasets.load_dataset(...).save_to_disk(...)."

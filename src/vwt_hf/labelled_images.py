@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -270,7 +271,10 @@ def _of_folder(folder: Path, groups: str | os.PathLike[str] | None, limit: int |
             stacklevel=2,
         )
     for file in (folder / name for name in image_source.METADATA):
-        if file.is_file() and image_source.names_images(file):
+        named = False
+        with contextlib.suppress(OSError):  # it is not used, so it need not be readable
+            named = file.is_file() and image_source.names_images(file)
+        if named:
             warnings.warn(
                 f"{printable(file)} is left out, and labels are the names of folders. To go by the file, give what "
                 'datasets.load_dataset("imagefolder", data_dir=..., split="train") makes of the folder.',
