@@ -74,10 +74,8 @@ def as_tensor(values: Any) -> torch.Tensor:
     """
     if isinstance(values, torch.Tensor):
         return values
-    if is_table(values):
-        values = np.array(values)
-    if holds_objects(values):  # arrays, or numbers where pandas had others beside them
-        values = [as_tensor(one) if np.ndim(one) else one for one in values]
+    if (rows := listed(values)) is not values:  # of arrays, or of numbers where pandas had others beside them
+        values = [as_tensor(one) if np.ndim(one) else one for one in rows]
     inner = values
     while isinstance(inner, (list, tuple)) and inner:
         if isinstance(inner[0], torch.Tensor):
@@ -87,15 +85,12 @@ def as_tensor(values: Any) -> torch.Tensor:
     return made.float() if made.dtype == torch.float64 and isinstance(inner, float) else made
 
 
-def holds_objects(values: Any) -> bool:
-    """Whether it is an array or a column of arrays, or of numbers, as pandas and `datasets` have them."""
-    is_column = isinstance(values, Sequence) and not isinstance(values, (list, tuple))  # of `datasets`
-    return is_column or getattr(getattr(values, "dtype", None), "kind", None) == "O"
-
-
-def is_table(values: Any) -> bool:
-    """Whether it is a table of pandas."""
-    return getattr(values, "ndim", None) == 2 and hasattr(values, "to_numpy")
+def listed(values: Any) -> Any:
+    """The rows of a table of pandas, a column of `datasets` or an array of objects as a list; all else as it is."""
+    if getattr(values, "ndim", None) == 2 and hasattr(values, "to_numpy"):  # over which one iterates by columns
+        return list(np.array(values))
+    is_column = isinstance(values, Sequence) and not isinstance(values, (list, tuple))
+    return list(values) if is_column or getattr(getattr(values, "dtype", None), "kind", None) == "O" else values
 
 
 def _of_one_length(name: str, values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -135,10 +130,7 @@ def token_lengths(patch_words: Any) -> list[int]:
             f"patch_words is a {type(patch_words).__name__}; expected integers (batch, patches), as an image processor "
             'loaded with vwt makes them: processor(images)["patch_words"].'
         )
-    if is_table(patch_words):
-        patch_words = np.array(patch_words)
-    if holds_objects(patch_words):
-        patch_words = list(patch_words)
+    patch_words = listed(patch_words)
     if getattr(patch_words, "ndim", 2) < 2 or (len(patch_words) and np.ndim(patch_words[0]) == 0):
         raise ValueError(
             "patch_words are of one image alone; expected (batch, patches). Give those of several images, as "

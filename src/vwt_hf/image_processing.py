@@ -22,7 +22,7 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .config import ModelFacts, VWTConfig, naming_file
-from .data_loading import as_tensor, holds_objects, is_table
+from .data_loading import as_tensor, listed
 from .hub_names import NotReached
 from .model_configs import PLAIN, plain_class
 from .own_thread import in_own_thread
@@ -322,8 +322,6 @@ class Tokenizing:
         """
         from PIL import Image
 
-        if is_table(patch_words):  # over which one iterates by columns
-            patch_words = as_tensor(patch_words)
         if _are_values(images):
             images = {"pixel_values": images}
         elif not isinstance(images, Mapping):
@@ -332,11 +330,11 @@ class Tokenizing:
                 images = preprocess(images, return_tensors="pt")
             except (RuntimeError, ValueError):  # they are of several sizes, and torch or transformers stacks them
                 images = preprocess(images)
-        values = images["pixel_values"]
+        patch_words, values = listed(patch_words), images["pixel_values"]
         if not len(values):
             return []
-        if holds_objects(values):  # as `datasets` has images of several sizes in the format of NumPy
-            values = list(map(as_tensor, values))
+        if (rows := listed(values)) is not values:  # as `datasets` has images of several sizes
+            values = list(map(as_tensor, rows))
         if isinstance(values, (list, tuple)) and len({np.shape(one) for one in values}) > 1:  # of several sizes
             if len(patch_words) != len(values):
                 raise ValueError(f"patch_words are of {len(patch_words)} images, and there are {len(values)}.")
@@ -381,7 +379,8 @@ def _as_batch(images: Mapping[str, Any], patch_words: Any) -> tuple[dict[str, to
         real = (words != DROPPED).any(dim=1)
         if values.dim() == 4:  # tiles of one image, with padding after them; or images, each of which has words
             real |= tiles.flatten(1).any(dim=1)
-            real[: 1 + int((real * torch.arange(len(real), device=real.device)).max())] = True
+            real = ~_is_padding(real[None, :, None], None)[0]
+            real[0] = True
         tiles, words = tiles[real], words[real]
     made["pixel_values"] = tiles
     return made, words
