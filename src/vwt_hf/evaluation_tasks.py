@@ -61,6 +61,8 @@ TEXTS = 64
 QUERIES = 1024
 """Queries whose similarities to all candidates are in memory at once."""
 PROMPT = "a photo of a {}."
+OF_TEXTS = {*MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, "aimv2"}
+"""Types of models that compare images with texts. transformers does not list the last."""
 
 
 @dataclasses.dataclass
@@ -302,8 +304,11 @@ class ZeroShot(Classification):
 
     def answer(self, model: Any, made: dict[str, torch.Tensor]) -> torch.Tensor:
         similarity = unit(answer(model, **made)) @ self.texts.T
+        scale = parameter_of(self.model, "logit_scale").float().cpu().exp()
+        if (most := getattr(self.model.config, "max_logit_scale", None)) is not None:  # as in AIMv2
+            scale = scale.clamp(1, most)
         # Without SigLIP's bias, which is the same for all labels and so changes no figure.
-        return similarity * parameter_of(self.model, "logit_scale").float().cpu().exp()
+        return similarity * scale
 
     def truth(self, labels: Sequence[str | int | None]) -> tuple[list[set[int]], list[str]]:
         numbers: dict[str, set[int]] = {}
@@ -522,7 +527,7 @@ def task_for(architectures: Sequence[str], model_type: str, images: LabelledImag
         return Classification.name
     if any("ForConditionalGeneration" in name or "EncoderDecoder" in name for name in architectures):
         return Captions.name
-    if model_type in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+    if model_type in OF_TEXTS:
         if images.has_captions and not images.has_labels:
             return Retrieval.name
         if len(set(map(_spoken, images.label_names or ()))) > 1:
