@@ -966,6 +966,16 @@ def test_the_command_writes_what_the_function_does(checkpoint, folder, whole, tm
     assert "65.0 of an image" in capsys.readouterr().out
 
 
+def test_the_command_fails_where_no_image_can_be_read(checkpoint, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"no image")
+    for _ in range(2):  # the second finds all files there
+        assert main(command(checkpoint, tmp_path / "images", tmp_path / "out")) == 2
+        printed = capsys.readouterr()
+        assert "unreadable: a.jpg cannot be read" in printed.out
+        assert f"none of 1 images of {tmp_path / 'images'} can be read" in printed.err
+
+
 @pytest.mark.parametrize("name", ["clip-projection", "clip-vision", "vit", "vit-classifier"])
 def test_the_command_loads_the_class_of_the_checkpoint_and_of_a_classifier_what_is_below(
     name, run, processor, folder, tmp_path

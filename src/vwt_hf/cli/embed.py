@@ -22,8 +22,8 @@ Each row has the image's name, its number and its features (float32).
 
 After an interruption the same command goes on: files are whole or not there. It then refuses another model, setting,
 list of images, attention, kind of device, or version of torch or transformers. Images that cannot be read are left out
-and named, at the end and in OUTPUT/embed.json. Those that were out of reach, as on a drive that was gone, are read by
-the next run that finds them.
+and named, at the end and in OUTPUT/embed.json; if none can be read, that is an error. Those that were out of reach, as
+on a drive that was gone, are read by the next run that finds them.
 
 Several processes, on one machine or many that see OUTPUT, share the files out under `accelerate launch --multi_gpu`,
 also on CPUs."""
@@ -99,6 +99,11 @@ def work(args: argparse.Namespace) -> None:
             print(f"unreadable: {printable(image['reason'])}")
         if len(embedded.unreadable) > NAMED:
             print(f"and {len(embedded.unreadable) - NAMED:,} more: {printable(args.output)}/embed.json")
+        if not embedded.images:
+            raise ValueError(
+                f"none of {len(embedded.unreadable):,} images of {printable(args.images)} can be read, so that the "
+                "files have no rows."
+            )
 
 
 def facts(made: Embedded) -> list[tuple[str, str]]:
