@@ -637,10 +637,20 @@ def test_images_of_several_sizes_are_decoded_as_what_the_processor_made_of_them(
             own[index] = np.asarray(one)
     assert processor.decode(rows[NAME], rows) == found
     data = datasets.Dataset.from_dict({name: list(map(np.ndarray.tolist, own)) for name, own in rows.items()})
-    for form in (None, "numpy", "torch"):
+    for form in (None, "numpy", "torch", "arrow"):
         columns = data.with_format(form)
         assert token_lengths(columns[NAME]) == [32, 64]
         assert processor.decode(columns[NAME], {name: columns[name] for name in rows}) == found
+
+
+def test_a_column_of_images_is_decoded_and_a_dict_without_any_is_refused(folders):
+    processor = AutoImageProcessor.from_pretrained(folders("vit"), vwt={"keep_ratio": 0.5})
+    words = processor(PHOTOGRAPHS, return_tensors="pt")[NAME]
+    data = datasets.Dataset.from_dict({"image": PHOTOGRAPHS, NAME: words.tolist()})
+    assert processor.decode(data[NAME], data["image"]) == processor.decode(words, PHOTOGRAPHS)
+    for images in ({"image": PHOTOGRAPHS}, {"image": PHOTOGRAPHS, "pixel_values": None}):
+        with pytest.raises(ValueError, match=r"a dict without pixel_values \(its fields: 'image'.*what this image"):
+            processor.decode(words, images)
 
 
 def test_words_in_columns_beside_others_are_numbers(folders):

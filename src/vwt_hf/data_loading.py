@@ -87,9 +87,11 @@ def as_tensor(values: Any) -> torch.Tensor:
 
 def listed(values: Any) -> Any:
     """The rows of a table of pandas, a column of `datasets` or an array of objects as a list; all else as it is."""
+    if hasattr(values, "to_pylist"):  # it is in the format of Arrow
+        return values.to_pylist()
     if getattr(values, "ndim", None) == 2 and hasattr(values, "to_numpy"):  # over which one iterates by columns
         return list(np.array(values))
-    is_column = isinstance(values, Sequence) and not isinstance(values, (list, tuple))
+    is_column = isinstance(values, Sequence) and not isinstance(values, (list, tuple, str, bytes))
     return list(values) if is_column or getattr(getattr(values, "dtype", None), "kind", None) == "O" else values
 
 

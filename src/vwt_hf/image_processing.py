@@ -322,6 +322,7 @@ class Tokenizing:
         """
         from PIL import Image
 
+        images = images if isinstance(images, Mapping) else listed(images)
         if _are_values(images):
             images = {"pixel_values": images}
         elif not isinstance(images, Mapping):
@@ -330,6 +331,11 @@ class Tokenizing:
                 images = preprocess(images, return_tensors="pt")
             except (RuntimeError, ValueError):  # they are of several sizes, and torch or transformers stacks them
                 images = preprocess(images)
+        if images.get("pixel_values") is None:
+            raise ValueError(
+                f"images are a dict without pixel_values (its fields: {', '.join(map(shown, images)) or 'none'}); "
+                "expected images, or what this image processor made of them."
+            )
         patch_words, values = listed(patch_words), images["pixel_values"]
         if not len(values):
             return []
@@ -338,7 +344,7 @@ class Tokenizing:
         if isinstance(values, (list, tuple)) and len({np.shape(one) for one in values}) > 1:  # of several sizes
             if len(patch_words) != len(values):
                 raise ValueError(f"patch_words are of {len(patch_words)} images, and there are {len(values)}.")
-            own = {name: list(images[name]) for name in images if name in _READ}
+            own = {name: list(listed(images[name])) for name in images if name in _READ}
             return [
                 picture
                 for index, words in enumerate(patch_words)
