@@ -323,6 +323,8 @@ def tried(model: Model, device: torch.device) -> tuple[Any, Any, int]:
 
 async def upload(request: Request) -> bytes:
     """The encoded image of a request: the file of a form, or base64 in JSON."""
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise HTTPException(415, f"The body is in the Content-Encoding {coding}; expected none.")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         try:

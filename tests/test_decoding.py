@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import threading
 import tracemalloc
@@ -438,6 +439,13 @@ def test_what_a_data_set_says_is_printed_without_control_characters():
 def test_a_path_may_be_a_text_of_numpys(tmp_path):
     PIL.Image.new("RGB", (4, 4), (200, 30, 90)).save(tmp_path / "a.png")
     assert read_image(np.array([str(tmp_path / "a.png")])[0]).getcolors() == [(16, (200, 30, 90))]
+
+
+@pytest.mark.parametrize("item", [(PIL.Image.new("RGB", (4, 4)), 0), [PIL.Image.new("RGB", (4, 4))], 7])
+def test_what_is_no_image_is_named_such_as_one_with_its_label(item):
+    expected = f"image 0 cannot be read (TypeError: it is a {type(item).__name__}; expected a PIL image or a path,"
+    with pytest.raises(UnreadableImage, match=re.escape(expected)):
+        read_image(item, "image 0")
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4)], ids=["numpy", "torch"])

@@ -69,7 +69,10 @@ def test_photographs_of_formats_that_are_not_read_are_counted_in_a_warning(tmp_p
 
 
 def test_what_is_neither_a_folder_nor_a_data_set_is_refused_by_its_type():
-    for images, expected in ((datasets.Image(), "a Dataset or an IterableDataset"), (7, "a data set, a folder")):
+    for images, expected in (
+        (datasets.Image(), "a Dataset or an IterableDataset"),
+        (7, "a data set of `datasets`, a folder"),
+    ):
         with pytest.raises(TypeError, match=rf"images is a {type(images).__name__}; expected {expected}"):
             open_images(images)
     for images in (datasets.Image(), 7):
@@ -358,3 +361,13 @@ def test_metadata_that_cannot_be_read_do_not_keep_a_folder_from_being_opened(tmp
 
     monkeypatch.setattr("pathlib.Path.open", refused)
     assert open_labelled(tmp_path).total == 1
+
+
+def test_images_of_a_torch_data_set_are_taken_as_the_error_about_it_says():
+    pictures = [PIL.Image.new("RGB", (4, 4), (number, 0, 0)) for number in range(3)]
+    data = torch.utils.data.Subset([(picture, 5) for picture in pictures], [2, 0])
+    with pytest.raises(TypeError, match=r"images is a Subset; expected .* give (.*)\.$") as error:
+        open_images(data)
+    said = re.search(r"give (.*)\.$", str(error.value))[1]
+    found = open_images(eval(said, {"data": data})).part().items
+    assert [image for _, image in found] == [pictures[2], pictures[0]]

@@ -250,6 +250,7 @@ def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
         (server.ask("POST", "/predict", whole, form), 400, ""),
         (server.ask("POST", "/predict", whole, {"Content-Type": "image/jpeg"}), 415, "image/jpeg"),
         (server.ask("POST", "/predict", b""), 415, "no type"),
+        (server.ask("POST", "/predict", b"\x1f\x8b", js | {"Content-Encoding": "gzip"}), 415, "gzip; expected none"),
         (server.ask("POST", "/predict", b"{", js), 400, "no JSON"),
         (server.ask("POST", "/predict", b"[" * serve.MOST_VALUES, js), 400, "no JSON"),
         (server.ask("POST", "/predict", b'{"x": [' + b"[]," * 10**6 + b"0]}", js), 400, "no JSON of an image"),

@@ -105,6 +105,8 @@ def _upright(item: Any, formats: Sequence[str]) -> Any:
         raise TypeError(
             f"it is a {type(item).__name__}; expected a PIL image, as PIL.Image.fromarray makes of an array"
         )
+    if not (item is None or isinstance(item, (str, bytes, os.PathLike, Mapping)) or hasattr(item, "read")):
+        raise TypeError(f"it is a {type(item).__name__}; expected a PIL image or a path, without a label beside it")
     PIL.Image.init()
     known = [kind for kind in formats if kind in PIL.Image.OPEN]  # some Pillows lack some
     with _opened(item) as file:

@@ -97,7 +97,8 @@ def open_images(images: Any, *, column: str | None = None, seed: int = 0) -> Ima
         return _dataset(images, column, seed)
     if not hasattr(images, "__iter__"):
         raise TypeError(
-            f"images is a {type(images).__name__}; expected a data set, a folder or an iterable of PIL images."
+            f"images is a {type(images).__name__}; expected a data set of `datasets`, a folder, or an iterable of PIL "
+            "images or paths. Of a torch data set of images and labels give (data[i][0] for i in range(len(data)))."
         )
 
     def cut(_index: int, _number: int, skip: int, max_images: int | None) -> ImagePart:
