@@ -11,7 +11,7 @@ cannot be answered gets a status of 400 (no image, or one that is damaged, too l
 takes a minute), 413 (of over 32 MiB), 415 (of another type), 500 (the model fails on it, or answers NaN or infinity),
 503 (too many requests at once) or 504 (it was not decoded, or not taken by the model, within --timeout), with
 {"detail": the reason}. GET /health says "ok" once the model is loaded, /metrics counts requests, images, tokens and
-seconds in the format of Prometheus, and /info names the model and its setting.
+seconds in the format of Prometheus, and /info names the model and its setting. HEAD asks for their status alone.
 """
 
 # Annotations stay what they are, not strings: LitServe hands that of `decode_request` to FastAPI.
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             devices="auto" if device.type == "cpu" else [device.index or 0],
             workers_per_device=workers,
             max_payload_size=LARGEST,
-            middlewares=[(Bounded, {"most": options.max_requests}), Measured],
+            middlewares=[(Bounded, {"most": options.max_requests}), Measured, Heads],
             model_metadata={"model": printable(options.model), "vwt": setting},
         )
         server.app.state.image_processor = image_processor
@@ -323,7 +323,7 @@ def tried(model: Model, device: torch.device) -> tuple[Any, Any, int]:
 
 async def upload(request: Request) -> bytes:
     """The encoded image of a request: the file of a form, or base64 in JSON."""
-    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+    if (coding := request.headers.get("content-encoding", "").strip().lower()) not in ("", "identity"):
         raise HTTPException(415, f"The body is in the Content-Encoding {coding}; expected none.")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -560,6 +560,16 @@ class Bounded:
             await self.app(scope, receive_in_time, send)
         finally:
             self.held -= 1
+
+
+class Heads:
+    """Middleware that answers HEAD, by which some probes ask for /health, as GET; uvicorn leaves the body out."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope | {"method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
 
 
 class Measured:

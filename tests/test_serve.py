@@ -66,7 +66,7 @@ class Running(NamedTuple):
             answer = connection.getresponse()
             text = answer.read().decode()
         is_json = answer.headers["content-type"] == "application/json"
-        return Reply(answer.status, json.loads(text) if is_json else text)
+        return Reply(answer.status, json.loads(text) if text and is_json else text)
 
     def upload(self, image: bytes, field: str = "image", parts: int = 1) -> Reply:
         head = f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="a"\r\n\r\n'.encode()
@@ -174,6 +174,19 @@ def test_an_upload_and_base64_are_answered_as_the_image_alone(server: Running):
     assert sum(label["score"] for label in labels) == pytest.approx(1)
 
 
+def test_head_asks_for_the_status_alone(server: Running):
+    assert server.ask("HEAD", "/health") == (200, "")
+    assert server.ask("HEAD", "/nothing").status == 404 and server.ask("HEAD", "/predict").status == 405
+
+
+def test_a_body_that_states_no_coding_is_read(server: Running):
+    image = drawn(1)
+    content = json.dumps({"image": base64.b64encode(file(image)).decode()})
+    for coding in ("", "identity"):
+        headers = {"Content-Type": "application/json", "Content-Encoding": coding}
+        require_answer(server.ask("POST", "/predict", content, headers), server, image)
+
+
 def sample(server: Running, name: str) -> float:
     text = server.ask("GET", "/metrics").body
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
@@ -227,8 +240,8 @@ def test_what_cannot_be_answered_gets_a_status_and_a_reason(server: Running):
         "truncated": (whole[: len(whole) // 2], "truncated"),
         "empty": (b"", "cannot be read"),
         "text": (b"I am no image.\n" * 99, "cannot be read"),
-        "20,000 pixels": (bomb(20_000, 20_000), "exceeds limit"),
-        "7,000 pixels": (bomb(7_000, 7_000), "exceeds limit of 40000000"),
+        "20,000 pixels": (bomb(20_000, 20_000), "MAX_IMAGE_PIXELS, 40,000,000, allows"),
+        "7,000 pixels": (bomb(7_000, 7_000), "MAX_IMAGE_PIXELS, 40,000,000, allows"),
         "no format of photographs": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
         "decoded in Python": (file(drawn(4, 40, 50), "QOI"), "no image of a known format"),
     }

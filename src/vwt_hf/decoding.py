@@ -41,6 +41,8 @@ _NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "reques
 _OUT_OF_REACH = (MemoryError, ConnectionError, TimeoutError, FileNotFoundError)
 """Errors that say that bytes could not be had or held."""
 
+_TOO_LARGE = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
+"""The second is an error where a program asks for that, as `scripts/serve.py` does."""
 _AS_BYTES = (1, 2, 7)
 """Types of values of a TIFF that Pillow keeps as bytes, without making a list."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
@@ -91,8 +93,11 @@ def read_image(item: Any, name: str | None = None, formats: Sequence[str] = FORM
     except Exception as error:
         where = item.get("path") if isinstance(item, Mapping) else item
         name = name or (os.fspath(where) if isinstance(where, (str, os.PathLike)) else "an image")
-        # Pillow's message gives an address in memory.
-        reason = "no image of a known format" if type(error).__name__ == "UnidentifiedImageError" else error
+        reason: object = error
+        if isinstance(error, PIL.UnidentifiedImageError):  # whose message gives an address in memory
+            reason = "no image of a known format"
+        elif isinstance(error, _TOO_LARGE):  # whose message may give twice the limit
+            reason = f"it has more pixels than PIL.Image.MAX_IMAGE_PIXELS, {PIL.Image.MAX_IMAGE_PIXELS:,}, allows"
         raise UnreadableImage(
             f"{printable(name)} cannot be read ({type(error).__name__}: {printable(reason)})"
         ) from error
