@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -58,6 +59,15 @@ def test_an_interruption_is_status_130_and_what_argparse_raises_goes_on(capsys):
     with pytest.raises(SystemExit) as end:
         run_command("tool", lambda: work(SystemExit(0)))
     assert end.value.code == 0
+
+
+def test_a_warning_is_one_line_but_of_how_other_packages_are_written_none(capsys):
+    def work() -> None:
+        compile("1 is 1", "another_package.py", "eval")  # as at its first import
+        warnings.warn("one image is unreadable", stacklevel=1)
+
+    assert run_command("tool", work) == 0
+    assert capsys.readouterr().err == "tool: warning: one image is unreadable\n"
 
 
 def test_what_the_encoding_lacks_is_written_in_other_characters(monkeypatch):

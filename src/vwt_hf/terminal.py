@@ -37,6 +37,8 @@ def run_command(prog: str, work: Callable[[], object]) -> int:
     with _forgiving(sys.stdout), _forgiving(sys.stderr), warnings.catch_warnings():
         # Without the line of code that `warnings` shows, which is of no use on a terminal.
         warnings.showwarning = lambda message, *where: _print_line(prog, f"warning: {message}")
+        # Of other packages' code, which Python compiles when it first imports them.
+        warnings.simplefilter("ignore", SyntaxWarning)
         try:
             try:
                 work()
